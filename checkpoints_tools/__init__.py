@@ -1,0 +1,1 @@
+"""Conversions between the canonical checkpoint and what others read and write."""

@@ -1,0 +1,202 @@
+"""One table between the public DeCo release's tensors and ours; both directions are read from it.
+
+The release orders the rows of a fused projection (part, head, K); ours are (head, part, K), so that a
+tensor-parallel slice is plain. The release fuses gate and up of the text model's SwiGLU; ours are apart.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deco_scale.models import ModelConfig
+
+DENOISER, EMA, REPA = "denoiser.", "ema_denoiser.", "diffusion_trainer.proj.0."
+"""Prefixes of the release's state dict for weights, averaged weights and the REPA head."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """``release`` name pattern, our names, and the two conversions between their tensors."""
+
+    release: str
+    ours: tuple[str, ...]
+    split: Callable[[Tensor, ModelConfig], tuple[Tensor, ...]]
+    join: Callable[[tuple[Tensor, ...], ModelConfig], Tensor]
+
+
+def _same(release: str, ours: str) -> Rule:
+    return Rule(release, (ours,), lambda t, _: (t,), lambda ts, _: ts[0])
+
+
+def _heads(release: str, ours: str, parts: int) -> Rule:
+    def regroup(tensor: Tensor, first: int, second: int) -> Tensor:
+        grouped = tensor.unflatten(0, (first, second, -1)).transpose(0, 1)
+        return grouped.reshape(tensor.shape)
+
+    return Rule(
+        release,
+        (ours,),
+        lambda t, cfg: (regroup(t, parts, cfg.num_heads),),
+        lambda ts, cfg: regroup(ts[0], cfg.num_heads, parts),
+    )
+
+
+_BLOCK = [
+    _same("norm1.weight", "norm1.weight"),
+    _same("norm2.weight", "norm2.weight"),
+    _same("attn.q_norm.weight", "attn.q_norm.weight"),
+    _same("attn.k_norm.weight", "attn.k_norm.weight"),
+    _same("attn.proj.weight", "attn.proj.weight"),
+    _same("attn.proj.bias", "attn.proj.bias"),
+    _same("adaLN_modulation.0.weight", "modulation.weight"),
+    _same("adaLN_modulation.0.bias", "modulation.bias"),
+    _heads("attn.qkv.weight", "attn.qkv.weight", 3),
+    _heads("attn.qkv_x.weight", "attn.qkv.weight", 3),
+    _heads("attn.kv_y.weight", "attn.context_kv.weight", 2),
+    Rule(
+        "mlp.w12.weight",
+        ("mlp.gate.weight", "mlp.up.weight"),
+        lambda t, _: tuple(t.chunk(2)),
+        lambda ts, _: torch.cat(ts),
+    ),
+    _same("mlp.w1.weight", "mlp.gate.weight"),
+]
+
+
+def _block_rules(cfg: ModelConfig, *, text_block: bool) -> list[Rule]:
+    """Rules inside a block; the two models name the same things differently (w3 is up or down)."""
+    is_text = cfg.kind == "t2i_deco"
+    unused = (
+        {"mlp.w1.weight", "attn.qkv_x.weight" if text_block else "attn.qkv.weight"}
+        if is_text
+        else {"mlp.w12.weight", "attn.qkv_x.weight", "attn.kv_y.weight"}
+    )
+    if text_block:
+        unused.add("attn.kv_y.weight")
+    rules = [rule for rule in _BLOCK if rule.release not in unused]
+    if is_text:
+        return [*rules, _same("mlp.w3.weight", "mlp.down.weight")]
+    return [
+        *rules,
+        _same("mlp.w3.weight", "mlp.up.weight"),
+        _same("mlp.w2.weight", "mlp.down.weight"),
+    ]
+
+
+def _module(release: str, ours: str) -> list[Rule]:
+    return [_same(f"{release}.{part}", f"{ours}.{part}") for part in ("weight", "bias")]
+
+
+def _within(rules: list[Rule], release: str, ours: str) -> list[Rule]:
+    return [
+        Rule(f"{release}.{r.release}", tuple(f"{ours}.{o}" for o in r.ours), r.split, r.join)
+        for r in rules
+    ]
+
+
+def denoiser_rules(cfg: ModelConfig) -> list[Rule]:
+    """All rules of one model, with block numbers filled in."""
+    rules: list[Rule] = []
+    for i in range(cfg.num_blocks):
+        rules += _within(_block_rules(cfg, text_block=False), f"blocks.{i}", f"blocks.{i}")
+    for i in range(cfg.num_text_blocks):
+        rules += _within(
+            _block_rules(cfg, text_block=True), f"text_refine_blocks.{i}", f"text_blocks.{i}"
+        )
+    embed = "x_embedder.proj" if cfg.kind == "c2i_baseline" else "s_embedder.proj"
+    rules += _module(embed, "patch_embed")
+    rules += _module("t_embedder.mlp.0", "timestep_embed.hidden")
+    rules += _module("t_embedder.mlp.2", "timestep_embed.out")
+    if cfg.kind == "t2i_deco":
+        rules += _module("y_embedder.proj", "text_embed.proj")
+        rules.append(_same("y_embedder.norm.weight", "text_embed.norm.weight"))
+        rules.append(_same("y_pos_embedding", "text_embed.position"))
+    else:
+        rules.append(_same("y_embedder.embedding_table.weight", "label_embed.table.weight"))
+    if cfg.kind == "c2i_baseline":
+        rules += _module("final_layer.adaLN_modulation.0", "final.modulation")
+        return rules + _module("final_layer.linear", "final.head")
+    rules += _module("x_embedder.embedder.0", "decoder.pixel_embed")
+    rules += _module("dec_net.cond_embed", "decoder.cond_proj")
+    rules += _module("dec_net.input_proj", "decoder.input_proj")
+    rules += _module("dec_net.final_layer.linear", "decoder.head")
+    for i in range(cfg.decoder_blocks):
+        here, there = f"dec_net.res_blocks.{i}", f"decoder.blocks.{i}"
+        rules += _module(f"{here}.in_ln", f"{there}.norm")
+        rules += _module(f"{here}.mlp.0", f"{there}.mlp.0")
+        rules += _module(f"{here}.mlp.2", f"{there}.mlp.2")
+        rules += _module(f"{here}.adaLN_modulation.1", f"{there}.modulation.1")
+    return rules
+
+
+def denoiser_from_release(state: Mapping[str, Tensor], cfg: ModelConfig) -> dict[str, Tensor]:
+    """Our names for a release denoiser without prefix; each tensor must be accounted for.
+
+    Raises ``ValueError`` naming the missing and the unexpected tensors.
+    """
+    rules = denoiser_rules(cfg)
+    missing = sorted({r.release for r in rules} - set(state))
+    unexpected = sorted(set(state) - {r.release for r in rules})
+    if missing or unexpected:
+        raise ValueError(f"release weights do not fit: missing {missing}, unexpected {unexpected}")
+    ours: dict[str, Tensor] = {}
+    for rule in rules:
+        ours.update(zip(rule.ours, rule.split(state[rule.release], cfg), strict=True))
+    return ours
+
+
+def denoiser_to_release(state: Mapping[str, Tensor], cfg: ModelConfig) -> dict[str, Tensor]:
+    """Inverse of :func:`denoiser_from_release`; also maps gradients, whose layout is the weights'."""
+    return {r.release: r.join(tuple(state[o] for o in r.ours), cfg) for r in denoiser_rules(cfg)}
+
+
+def repa_from_release(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our REPA head names for the release's projector without prefix."""
+    return {f"layers.{name}": tensor for name, tensor in state.items()}
+
+
+def repa_to_release(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Inverse of :func:`repa_from_release`."""
+    return {re.sub(r"^layers\.", "", name): tensor for name, tensor in state.items()}
+
+
+def model_config_from_release(kind: str, args: Mapping[str, Any]) -> ModelConfig:
+    """Our settings for the release's constructor arguments (``num_groups`` is the number of heads)."""
+    common = {
+        "dim": args["hidden_size"],
+        "num_heads": args["num_groups"],
+        "patch_size": args["patch_size"],
+        "channels": args["in_channels"],
+    }
+    if kind == "t2i_deco":
+        return ModelConfig(
+            kind="t2i_deco",
+            num_blocks=args["num_encoder_blocks"],
+            num_text_blocks=args["num_text_blocks"],
+            decoder_width=args["decoder_hidden_size"],
+            decoder_blocks=args["num_decoder_blocks"],
+            text_dim=args["txt_embed_dim"],
+            text_tokens=args["txt_max_length"],
+            **common,
+        )
+    if kind == "c2i_deco":
+        return ModelConfig(
+            kind="c2i_deco",
+            num_blocks=args["num_cond_blocks"],
+            decoder_width=args["hidden_size_x"],
+            decoder_blocks=args["num_blocks"] - args["num_cond_blocks"],
+            num_classes=args["num_classes"],
+            **common,
+        )
+    if kind == "c2i_baseline":
+        return ModelConfig(
+            kind="c2i_baseline",
+            num_blocks=args["num_blocks"],
+            num_classes=args["num_classes"],
+            **common,
+        )
+    raise ValueError(f"unknown model kind {kind!r}")

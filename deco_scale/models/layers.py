@@ -1,0 +1,184 @@
+"""Layers shared by the three model kinds.
+
+Shape letters: B batch, N tokens, L text tokens, D model width, H heads, K head width, T text encoder width.
+Linears are laid out for tensor parallelism: the rows of a fused projection are ordered (head, part, K), so
+that a plain slice of dimension 0 holds whole heads; docs/architecture.md has the table.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deco_scale.models.attention import AttentionBackend, attention
+from deco_scale.models.position import TIMESTEP_FEATURES, apply_rope, timestep_features
+
+NORM_EPS = 1e-6
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm with fp32 statistics.
+
+    The text model multiplies by the weight in fp32 and then casts; the class model casts first
+    (``cast_first``). In fp32 both are the same.
+    """
+
+    def __init__(self, dim: int, *, cast_first: bool) -> None:
+        super().__init__()
+        self.cast_first = cast_first
+        self.weight = nn.Parameter(torch.empty(dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = F.rms_norm(x.float(), (x.shape[-1],), eps=NORM_EPS)
+        if self.cast_first:
+            return self.weight.to(x.dtype) * normed.to(x.dtype)
+        return (self.weight.float() * normed).to(x.dtype)
+
+
+class SwiGLU(nn.Module):
+    """``down(silu(gate(x)) * up(x))`` without biases."""
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(dim, hidden_dim, bias=False)
+        self.up = nn.Linear(dim, hidden_dim, bias=False)
+        self.down = nn.Linear(hidden_dim, dim, bias=False)
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x_BND)) * self.up(x_BND))
+
+
+class Attention(nn.Module):
+    """Self-attention with q/k norm and optional RoPE; keys and values may be extended by text tokens."""
+
+    def __init__(self, dim: int, num_heads: int, *, with_context: bool, cast_first: bool) -> None:
+        super().__init__()
+        self.head_dim = dim // num_heads
+        self.backend: AttentionBackend = "auto"
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.context_kv = nn.Linear(dim, 2 * dim, bias=False) if with_context else None
+        self.q_norm = RMSNorm(self.head_dim, cast_first=cast_first)
+        self.k_norm = RMSNorm(self.head_dim, cast_first=cast_first)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(
+        self, x_BND: Tensor, angles_NE: Tensor | None = None, context_BLD: Tensor | None = None
+    ) -> Tensor:
+        # The number of heads is read off the projection, which may hold a slice of them.
+        qkv = self.qkv(x_BND).unflatten(-1, (-1, 3, self.head_dim))
+        q_BNHK, k_BMHK, v_BMHK = qkv.unbind(dim=-2)
+        q_BNHK, k_BMHK = self.q_norm(q_BNHK), self.k_norm(k_BMHK)
+        if angles_NE is not None:
+            q_BNHK, k_BMHK = apply_rope(q_BNHK, angles_NE), apply_rope(k_BMHK, angles_NE)
+        if self.context_kv is not None:
+            assert context_BLD is not None
+            kv = self.context_kv(context_BLD).unflatten(-1, (-1, 2, self.head_dim))
+            context_k, context_v = kv.unbind(dim=-2)
+            k_BMHK = torch.cat([k_BMHK, self.k_norm(context_k)], dim=1)
+            v_BMHK = torch.cat([v_BMHK, context_v], dim=1)
+        out_BNHK = attention(q_BNHK, k_BMHK, v_BMHK, self.backend)
+        return self.proj(out_BNHK.flatten(-2))
+
+
+class Block(nn.Module):
+    """Transformer block with AdaLN: shift, scale and gate of both halves come from the condition.
+
+    Serves as image block (RoPE, text as extra keys and values) and as text block (neither).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        mlp_hidden_dim: int,
+        with_context: bool,
+        cast_first: bool,
+    ) -> None:
+        super().__init__()
+        self.norm1 = RMSNorm(dim, cast_first=cast_first)
+        self.attn = Attention(dim, num_heads, with_context=with_context, cast_first=cast_first)
+        self.norm2 = RMSNorm(dim, cast_first=cast_first)
+        self.mlp = SwiGLU(dim, mlp_hidden_dim)
+        self.modulation = nn.Linear(dim, 6 * dim)
+
+    def forward(
+        self,
+        x_BND: Tensor,
+        condition_B1D: Tensor,
+        angles_NE: Tensor | None = None,
+        context_BLD: Tensor | None = None,
+    ) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition_B1D).chunk(6, -1)
+        hidden = modulate(self.norm1(x_BND), shift1, scale1)
+        x_BND = x_BND + gate1 * self.attn(hidden, angles_NE, context_BLD)
+        return x_BND + gate2 * self.mlp(modulate(self.norm2(x_BND), shift2, scale2))
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """AdaLN's affine map, identity at zero shift and scale."""
+    return x * (1 + scale) + shift
+
+
+class TimestepEmbedder(nn.Module):
+    """Times in [0, 1] to ``(B, D)``: sinusoids and a two-layer SiLU MLP."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(TIMESTEP_FEATURES, dim)
+        self.out = nn.Linear(dim, dim)
+
+    def reset_parameters(self) -> None:
+        """Weights N(0, 0.02) as in the release; the biases keep their default."""
+        nn.init.normal_(self.hidden.weight, std=0.02)
+        nn.init.normal_(self.out.weight, std=0.02)
+
+    def forward(self, t_B: Tensor) -> Tensor:
+        features = timestep_features(t_B).to(self.hidden.weight.dtype)
+        return self.out(F.silu(self.hidden(features)))
+
+
+class LabelEmbedder(nn.Module):
+    """Class table with one row more than classes: the last row is the null class."""
+
+    def __init__(self, num_classes: int, dim: int) -> None:
+        super().__init__()
+        self.table = nn.Embedding(num_classes + 1, dim)
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.table.weight, std=0.02)
+
+    def forward(self, label_B: Tensor) -> Tensor:
+        return self.table(label_B)
+
+
+class TextEmbedder(nn.Module):
+    """Text encoder states ``(B, L, T)`` to ``(B, L, D)`` with a learned position per token."""
+
+    def __init__(self, text_dim: int, dim: int, num_tokens: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(text_dim, dim)
+        self.norm = RMSNorm(dim, cast_first=False)
+        self.position = nn.Parameter(torch.empty(1, num_tokens, dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.position)
+
+    def forward(self, text_BLT: Tensor) -> Tensor:
+        if text_BLT.shape[1] != self.position.shape[1]:
+            raise ValueError(
+                f"text has {text_BLT.shape[1]} tokens, the model was built for {self.position.shape[1]}"
+            )
+        return self.norm(self.proj(text_BLT)) + self.position
+
+
+class PatchEmbed(nn.Linear):
+    """Flattened patches to tokens."""
+
+    def reset_parameters(self) -> None:
+        nn.init.xavier_uniform_(self.weight)
+        nn.init.zeros_(self.bias)

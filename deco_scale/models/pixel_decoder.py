@@ -1,0 +1,85 @@
+"""Pixel decoder: renders each patch's token back to pixels with a per-pixel AdaLN MLP.
+
+Every pixel is decoded on its own, so patches may be spread over ranks in any way.
+Shape letters: B batch, N patches, P pixels of a patch, C channels, D model width, W decoder width, F features.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from deco_scale.models.layers import NORM_EPS, modulate
+from deco_scale.models.position import PIXEL_FEATURES, PixelFeatures, pixel_position_features
+
+
+class DecoderBlock(nn.Module):
+    """Residual MLP whose shift, scale and gate come from the pixel's own condition."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, eps=NORM_EPS)
+        self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 3 * width))
+
+    def reset_parameters(self) -> None:
+        """Start as the identity: a zero gate leaves the residual stream untouched."""
+        _init_xavier(self.mlp[0], self.mlp[2])
+        nn.init.zeros_(self.modulation[1].weight)
+        nn.init.zeros_(self.modulation[1].bias)
+
+    def forward(self, x_BNPW: Tensor, condition_BNPW: Tensor) -> Tensor:
+        shift, scale, gate = self.modulation(condition_BNPW).chunk(3, dim=-1)
+        hidden_BNPW = modulate(self.norm(x_BNPW), shift, scale)
+        return x_BNPW + gate * self.mlp(hidden_BNPW)
+
+
+class PixelDecoder(nn.Module):
+    """Predict the output of every pixel of a patch from the noised pixels and the patch's token."""
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        width: int,
+        num_blocks: int,
+        patch_size: int,
+        channels: int,
+        features: PixelFeatures,
+    ) -> None:
+        super().__init__()
+        self.patch_size, self.channels, self.features = patch_size, channels, features
+        self.pixel_embed = nn.Linear(channels + PIXEL_FEATURES, width)
+        self.cond_proj = nn.Linear(dim, patch_size**2 * width)
+        self.input_proj = nn.Linear(width, width)
+        self.blocks = nn.ModuleList(DecoderBlock(width) for _ in range(num_blocks))
+        self.norm = nn.LayerNorm(width, eps=NORM_EPS, elementwise_affine=False)
+        self.head = nn.Linear(width, channels)
+
+    def reset_parameters(self) -> None:
+        """Xavier for the linears, zero for the output; the pixel embedding keeps PyTorch's default."""
+        _init_xavier(self.cond_proj, self.input_proj)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, patches_BNK: Tensor, token_BND: Tensor) -> Tensor:
+        """Patches ``(B, N, C * P)``, channel-major, and tokens ``(B, N, D)`` to ``(B, N, C * P)``."""
+        if patches_BNK.shape[:2] != token_BND.shape[:2]:
+            raise ValueError(f"patches {patches_BNK.shape} and tokens {token_BND.shape} differ")
+        num_pixels = self.patch_size**2
+        pixels_BNPC = patches_BNK.unflatten(-1, (self.channels, num_pixels)).transpose(-1, -2)
+        position_PF = pixel_position_features(
+            self.patch_size, kind=self.features, device=patches_BNK.device
+        ).to(pixels_BNPC.dtype)
+        position_BNPF = position_PF.expand(*pixels_BNPC.shape[:2], -1, -1)
+        x_BNPW = self.pixel_embed(torch.cat([pixels_BNPC, position_BNPF], dim=-1))
+        condition_BNPW = self.cond_proj(token_BND).unflatten(-1, (num_pixels, -1))
+        x_BNPW = self.input_proj(x_BNPW)
+        for block in self.blocks:
+            x_BNPW = block(x_BNPW, condition_BNPW)
+        out_BNPC = self.head(self.norm(x_BNPW))
+        return out_BNPC.transpose(-1, -2).flatten(-2)
+
+
+def _init_xavier(*linears: nn.Linear) -> None:
+    for linear in linears:
+        nn.init.xavier_uniform_(linear.weight)
+        nn.init.zeros_(linear.bias)

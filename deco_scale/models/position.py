@@ -1,0 +1,95 @@
+"""Positions and times as numbers: timestep features, 2-D rotary angles, pixel position features.
+
+Everything here is a pure function of shapes and settings (DeCo, arXiv 2511.19365, section 3 and its
+public release). Nothing is stored in a buffer, so a model built on the meta device has nothing to restore.
+
+Shape letters: B batch, N patches (row-major), E pairs of one head, P pixels of a patch (row-major), F features.
+"""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+TIMESTEP_FEATURES = 256
+TIMESTEP_MAX_PERIOD = 10.0
+ROPE_THETA = 10_000.0
+PIXEL_FEATURES = 64
+
+PositionScale = Literal["grid", "fixed"]
+PixelFeatures = Literal["rotary", "cosine"]
+
+
+def timestep_features(t_B: Tensor) -> Tensor:
+    """Sinusoids ``(B, 256)`` of times in [0, 1], cosines first; the longest period is 10 (times unscaled)."""
+    half = TIMESTEP_FEATURES // 2
+    exponents = torch.arange(half, dtype=torch.float32, device=t_B.device) / half
+    angles = t_B.float()[:, None] * torch.exp(-math.log(TIMESTEP_MAX_PERIOD) * exponents)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def _grid_angles(
+    rows: int, cols: int, *, row_end: float, col_end: float, dim: int, device: torch.device
+) -> Tensor:
+    """Angles ``(rows * cols, dim / 2)`` of a row-major grid, pairs ordered x0, y0, x1, y1, ..."""
+    frequencies = 1.0 / ROPE_THETA ** (torch.arange(0, dim, 4, device=device).float() / dim)
+    col_angles = torch.outer(torch.linspace(0, col_end, cols, device=device), frequencies)
+    row_angles = torch.outer(torch.linspace(0, row_end, rows, device=device), frequencies)
+    grid = torch.stack(
+        [
+            col_angles[None, :, :].expand(rows, cols, -1),
+            row_angles[:, None, :].expand(rows, cols, -1),
+        ],
+        dim=-1,
+    )
+    return grid.reshape(rows * cols, -1)
+
+
+def rope_angles(
+    rows: int, cols: int, *, head_dim: int, scale: PositionScale, device: torch.device
+) -> Tensor:
+    """Rotary angles ``(N, head_dim / 2)`` of a patch grid in fp32.
+
+    ``grid`` runs each axis from 0 to its own number of patches (text model), ``fixed`` from 0 to 16
+    (class model). End points are included, as in the release; for non-square grids the release swaps
+    the axes of the text model, which docs/deviations.md records as not followed.
+    """
+    row_end, col_end = (rows, cols) if scale == "grid" else (16.0, 16.0)
+    return _grid_angles(
+        rows, cols, row_end=row_end, col_end=col_end, dim=head_dim, device=device
+    )
+
+
+def apply_rope(x_BNHK: Tensor, angles_NE: Tensor) -> Tensor:
+    """Rotate adjacent pairs of the last dimension in fp32; returns the input's dtype."""
+    cos_NE, sin_NE = angles_NE.cos()[:, None, :], angles_NE.sin()[:, None, :]
+    even, odd = x_BNHK.float().unflatten(-1, (-1, 2)).unbind(-1)
+    rotated = torch.stack([even * cos_NE - odd * sin_NE, even * sin_NE + odd * cos_NE], dim=-1)
+    return rotated.flatten(-2).to(x_BNHK.dtype)
+
+
+def pixel_position_features(
+    patch_size: int, *, kind: PixelFeatures, device: torch.device
+) -> Tensor:
+    """Features ``(P, 64)`` of the pixels of a patch.
+
+    ``rotary`` (text model): cosines of 32 rotary frequencies per axis, columns and rows interleaved.
+    ``cosine`` (class model): products of 8 x 8 cosines damped by 1 / (1 + fx * fy), fy running fastest.
+    """
+    if kind == "rotary":
+        angles = _grid_angles(
+            patch_size,
+            patch_size,
+            row_end=patch_size,
+            col_end=patch_size,
+            dim=2 * PIXEL_FEATURES,
+            device=device,
+        )
+        return angles.cos()
+    frequencies = torch.linspace(0, 8, 8, device=device)
+    positions = torch.linspace(0, 1, patch_size, device=device)
+    waves = torch.cos(positions[:, None] * frequencies * math.pi)
+    damping = 1.0 / (1.0 + frequencies[:, None] * frequencies[None, :])
+    features = waves[None, :, :, None] * waves[:, None, None, :] * damping
+    return features.reshape(patch_size * patch_size, PIXEL_FEATURES)

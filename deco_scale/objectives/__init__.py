@@ -1,0 +1,10 @@
+"""What is trained towards: flow matching, the frequency-aware loss, REPA."""
+
+from deco_scale.objectives.objective import (
+    LOSS_NAMES,
+    Objective,
+    ObjectiveConfig,
+    drop_condition,
+)
+
+__all__ = ["LOSS_NAMES", "Objective", "ObjectiveConfig", "drop_condition"]

@@ -1,0 +1,116 @@
+"""The training objective as one module: a denoiser, the REPA head, and their losses as named scalars.
+
+Engines wrap this module, so that its ``forward`` is all that a training step runs.
+Shape letters: B batch, C channels, Y X pixels, N patches, K values of a patch.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from deco_scale.models import Denoiser, patchify, unpatchify
+from deco_scale.objectives.flow import TimeLaw, flow_loss, noised
+from deco_scale.objectives.frequency import (
+    BLOCK,
+    FrequencyMode,
+    frequency_loss,
+    frequency_weights,
+)
+from deco_scale.objectives.repa import RepaHead, repa_loss
+
+LOSS_NAMES = ("loss", "loss_flow", "loss_freq", "loss_repa")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ObjectiveConfig:
+    """Losses of DeCo; a weight of 0 leaves a loss out altogether."""
+
+    time_law: TimeLaw = "logit_normal"
+    freq_weight: float = 1.0
+    freq_quality: int = 85
+    freq_gamma: float = 1.0
+    freq_mode: FrequencyMode = "inv_gamma"
+    repa_weight: float = 0.5
+    repa_layer: int = 6
+    condition_dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.freq_weight < 0 or self.repa_weight < 0:
+            raise ValueError("freq_weight and repa_weight must not be negative")
+        if not 1 <= self.freq_quality <= 100:
+            raise ValueError(f"freq_quality={self.freq_quality} must be 1..100")
+        if not 0 <= self.condition_dropout < 1:
+            raise ValueError(f"condition_dropout={self.condition_dropout} must be in [0, 1)")
+        if self.repa_layer < 1:
+            raise ValueError(f"repa_layer={self.repa_layer} counts DiT blocks from 1")
+
+
+class Objective(nn.Module):
+    """Total loss = flow + freq_weight * frequency + repa_weight * REPA, each also on its own."""
+
+    def __init__(self, denoiser: Denoiser, cfg: ObjectiveConfig, *, encoder_dim: int) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.denoiser = denoiser
+        self.repa_head: RepaHead | None = None
+        if cfg.repa_weight > 0:
+            if cfg.repa_layer > denoiser.cfg.num_blocks:
+                raise ValueError(
+                    f"repa_layer={cfg.repa_layer} but the model has {denoiser.cfg.num_blocks} blocks"
+                )
+            self.repa_head = RepaHead(denoiser.cfg.dim, encoder_dim)
+
+    def forward(
+        self,
+        image_BCYX: Tensor,
+        noise_BCYX: Tensor,
+        t_B: Tensor,
+        condition: Tensor,
+        features_BNF: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Losses of images in [-1, 1], all fp32 scalars; ``loss`` is what to differentiate."""
+        model = self.denoiser.cfg
+        grid = model.grid(*image_BCYX.shape[-2:])
+        patches_BNK = patchify(noised(image_BCYX, noise_BCYX, t_B), model.patch_size)
+        target_BNK = patchify(image_BCYX.float() - noise_BCYX.float(), model.patch_size)
+        out = self.denoiser(
+            patches_BNK,
+            t_B,
+            condition,
+            grid=grid,
+            hidden_after=self.cfg.repa_layer if self.repa_head is not None else 0,
+        )
+        prediction_BNK = out.prediction_BNK.float()
+        losses = {"loss_flow": flow_loss(prediction_BNK, target_BNK)}
+        total = losses["loss_flow"]
+        if self.cfg.freq_weight > 0:
+            losses["loss_freq"] = self._frequency(prediction_BNK - target_BNK, grid)
+            total = total + self.cfg.freq_weight * losses["loss_freq"]
+        if self.repa_head is not None:
+            if features_BNF is None or out.hidden_BND is None:
+                raise ValueError("REPA is on, but no encoder features were given")
+            losses["loss_repa"] = repa_loss(self.repa_head(out.hidden_BND), features_BNF)
+            total = total + self.cfg.repa_weight * losses["loss_repa"]
+        losses["loss"] = total
+        return losses
+
+    def _frequency(self, error_BNK: Tensor, grid: tuple[int, int]) -> Tensor:
+        model, cfg = self.denoiser.cfg, self.cfg
+        weights = frequency_weights(
+            cfg.freq_quality, gamma=cfg.freq_gamma, mode=cfg.freq_mode, device=error_BNK.device
+        )
+        if model.patch_size % BLOCK == 0:
+            # Blocks lie inside patches: no pixel of another patch is needed, in whatever order they are.
+            patches = error_BNK.flatten(0, 1).unflatten(-1, (model.channels, model.patch_size, -1))
+            return frequency_loss(patches, weights)
+        return frequency_loss(unpatchify(error_BNK, grid, model.patch_size), weights)
+
+
+def drop_condition(condition: Tensor, null: Tensor, dropped_B: Tensor) -> Tensor:
+    """Replace the condition of the samples marked in ``dropped_B`` (bool) by the null condition.
+
+    ``null`` is one embedding (L, T) for text, or a 0-dim label.
+    """
+    mask = dropped_B.reshape(-1, *([1] * (condition.ndim - 1)))
+    return torch.where(mask, null.to(condition.dtype), condition)

@@ -1,0 +1,14 @@
+"""From noise and a condition to pictures; the model is a callable here."""
+
+from deco_scale.sampling.guidance import Guidance, VelocityFn, guided_velocity
+from deco_scale.sampling.solvers import SamplerConfig, integrate, sample, time_grid
+
+__all__ = [
+    "Guidance",
+    "SamplerConfig",
+    "VelocityFn",
+    "guided_velocity",
+    "integrate",
+    "sample",
+    "time_grid",
+]
