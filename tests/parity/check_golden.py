@@ -211,6 +211,7 @@ def main(paths: list[str]) -> int:
             print(f"{path}: not a golden file: {error}", file=sys.stderr)
             return 2
         checks = text_checks if meta["kind"] == "t2i_deco" else class_checks
+        print(f"# {path}")
         unchecked = {n for n in tensors if n.startswith("out.")}
         for name, found, recorded in checks(meta, tensors):
             unchecked.discard(name)
@@ -219,10 +220,10 @@ def main(paths: list[str]) -> int:
             relative = error / largest if largest > 0 else error
             ok = found.shape == recorded.shape and relative <= TOLERANCE
             count, failed = count + 1, failed + (not ok)
-            print(f"{path.stem}  {name}  {error:.3e}  {relative:.3e}  {'ok' if ok else 'FAIL'}")
+            print(f"{name}  {error:.3e}  {relative:.3e}  {'ok' if ok else 'FAIL'}")
         for name in sorted(unchecked):
             count, failed = count + 1, failed + 1
-            print(f"{path.stem}  {name}  nan  nan  FAIL (nothing computes it)")
+            print(f"{name}  nan  nan  FAIL (nothing computes it)")
     print(f"{count} checks, {failed} failed")
     return 1 if failed else 0
 

@@ -1,0 +1,13 @@
+"""The two ways in which a command ends badly, with their exit codes."""
+
+
+class ConfigError(ValueError):
+    """Wrong use or configuration: nothing was started. Exit code 2."""
+
+    exit_code = 2
+
+
+class RunError(RuntimeError):
+    """The run failed for a reason that has a name. Exit code 1."""
+
+    exit_code = 1

@@ -1,0 +1,27 @@
+"""Settings of the frozen encoders."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextEncoderConfig:
+    """A ``transformers`` text encoder: a local folder, or a hub id already in the local cache.
+
+    ``cache_captions`` keeps the states of so many captions in memory, for data with few distinct ones.
+    """
+
+    path: str
+    max_tokens: int = 128
+    cache_captions: int = 0
+    allow_download: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1 or self.cache_captions < 0:
+            raise ValueError("max_tokens must be positive and cache_captions not negative")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImageEncoderConfig:
+    """DINOv2 for REPA: a ``transformers`` folder, or the original ``.pth`` file of dinov2_vitb14."""
+
+    path: str

@@ -1,0 +1,74 @@
+"""The mesh of processes, and which settings fit it; all checks run before any process group is built."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from deco_scale.errors import ConfigError
+
+EngineName = Literal["fsdp", "deepspeed"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParallelConfig:
+    """How the model is spread; ``dp_shard`` -1 takes all ranks that are left."""
+
+    engine: EngineName = "fsdp"
+    dp_replicate: int = 1
+    dp_shard: int = -1
+    zero_stage: Literal[0, 1, 2, 3] = 3
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.dp_replicate < 1:
+            raise ValueError(f"dp_replicate={self.dp_replicate} must be at least 1")
+        if self.dp_shard < 1 and self.dp_shard != -1:
+            raise ValueError(f"dp_shard={self.dp_shard} must be positive, or -1 for all other ranks")
+        if self.engine == "deepspeed" and self.dp_replicate > 1:
+            raise ValueError("dp_replicate > 1 (HSDP) needs engine: fsdp")
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A resolved mesh: ``dp_replicate`` x ``dp_shard`` ranks."""
+
+    dp_replicate: int
+    dp_shard: int
+
+    @property
+    def dp(self) -> int:
+        return self.dp_replicate * self.dp_shard
+
+
+def resolve_layout(cfg: ParallelConfig, world_size: int) -> Layout:
+    """Fit ``cfg`` to ``world_size`` ranks; raises :class:`ConfigError` with the possible values."""
+    if world_size % cfg.dp_replicate:
+        divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
+        raise ConfigError(
+            f"parallel.dp_replicate={cfg.dp_replicate} does not divide {world_size} ranks; "
+            f"possible: {divisors}"
+        )
+    rest = world_size // cfg.dp_replicate
+    if cfg.dp_shard not in (-1, rest):
+        raise ConfigError(
+            f"parallel.dp_replicate={cfg.dp_replicate} x dp_shard={cfg.dp_shard} is not the world size "
+            f"{world_size}; possible: dp_shard={rest} or -1"
+        )
+    return Layout(cfg.dp_replicate, rest)
+
+
+def accumulation_steps(*, global_batch: int, micro_batch: int, dp: int, where: str) -> int:
+    """Micro-batches per step; raises :class:`ConfigError` listing the micro-batches that would fit."""
+    if global_batch % dp:
+        options = [n for n in range(1, min(global_batch, 4096) + 1) if global_batch % n == 0]
+        raise ConfigError(
+            f"{where}.global_batch={global_batch} does not divide over {dp} data-parallel ranks; "
+            f"possible numbers of ranks: {options}"
+        )
+    per_rank = global_batch // dp
+    if per_rank % micro_batch:
+        options = [n for n in range(1, per_rank + 1) if per_rank % n == 0]
+        raise ConfigError(
+            f"{where}.micro_batch={micro_batch} does not divide the {per_rank} samples of a rank "
+            f"(global_batch={global_batch} over {dp} ranks); possible: {options}"
+        )
+    return per_rank // micro_batch

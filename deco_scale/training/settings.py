@@ -1,0 +1,85 @@
+"""Settings of the training loop, its stages, its optimizer and its checkpoints."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunSettings:
+    """Where a run lives and how it behaves; ``stop_at_step`` ends this launch early, after a checkpoint."""
+
+    dir: str
+    seed: int = 0
+    log_every: int = 10
+    max_bad_steps: int = 10
+    stop_at_step: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.dir:
+            raise ValueError("dir must name a folder")
+        if self.log_every < 1 or self.max_bad_steps < 1:
+            raise ValueError("log_every and max_bad_steps must be at least 1")
+        if self.stop_at_step is not None and self.stop_at_step < 1:
+            raise ValueError(f"stop_at_step={self.stop_at_step} must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageConfig:
+    """One stage of a run; ``data`` overrides where the samples come from."""
+
+    name: str
+    resolution: int
+    steps: int
+    global_batch: int
+    micro_batch: int
+    lr: float
+    betas: tuple[float, float] = (0.9, 0.95)
+    timestep_shift: float = 1.0
+    data: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("resolution", "steps", "global_batch", "micro_batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.lr < 0 or self.timestep_shift <= 0:
+            raise ValueError("lr must not be negative and timestep_shift must be positive")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas={self.betas} must be in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerConfig:
+    """AdamW with gradient clipping by global norm, and the EMA of the denoiser's weights."""
+
+    weight_decay: float = 0.0
+    eps: float = 1e-8
+    clip_norm: float = 1.0
+    ema_decay: float = 0.9999
+
+    def __post_init__(self) -> None:
+        if self.clip_norm <= 0:
+            raise ValueError(f"clip_norm={self.clip_norm} must be positive")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay={self.ema_decay} must be in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointConfig:
+    """When to save and what to keep: the last ``keep_last`` and every ``keep_every``-th step (0: none)."""
+
+    every: int = 1000
+    keep_last: int = 3
+    keep_every: int = 0
+
+    def __post_init__(self) -> None:
+        if self.every < 1 or self.keep_last < 1 or self.keep_every < 0:
+            raise ValueError("every and keep_last must be at least 1, keep_every not negative")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WandbConfig:
+    """Experiment tracking; ``auto`` is online where WANDB_API_KEY is set and offline elsewhere."""
+
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    project: str = "deco-scale"
+    name: str | None = None
