@@ -95,6 +95,12 @@ class Objective(nn.Module):
         losses["loss"] = total
         return losses
 
+    def predict(
+        self, patches_BNK: Tensor, t_B: Tensor, condition: Tensor, grid: tuple[int, int]
+    ) -> Tensor:
+        """The denoiser alone; here so that engines need to know one module only."""
+        return self.denoiser(patches_BNK, t_B, condition, grid=grid).prediction_BNK
+
     def _frequency(self, error_BNK: Tensor, grid: tuple[int, int]) -> Tensor:
         model, cfg = self.denoiser.cfg, self.cfg
         weights = frequency_weights(

@@ -1,0 +1,233 @@
+"""Frozen encoders: text states by any ``transformers`` encoder, image tokens by DINOv2.
+
+``transformers`` is imported when an encoder is loaded. Nothing is downloaded unless the config says so; a
+missing path is an error that says what to fetch. Raises :class:`EncoderError` for what a user can mend.
+
+Shape letters: B batch, L text tokens, T text width, C channels, Y X pixels, N patches, F encoder width.
+"""
+
+import os
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from deco_scale.models.encoder_settings import ImageEncoderConfig, TextEncoderConfig
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+DINO_PATCH = 14
+
+
+class EncoderError(ValueError):
+    """An encoder that cannot be loaded, with what to do about it."""
+
+
+class TextEncoder:
+    """Last hidden states ``(B, L, T)`` of captions, right-padded to a fixed number of tokens.
+
+    The null embedding is that of the empty caption, computed once and never replaced.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, *, max_tokens: int, device: torch.device, cache: int = 0
+    ) -> None:
+        self._model = model.to(device).eval().requires_grad_(False)
+        self._tokenizer = tokenizer
+        self._max_tokens = max_tokens
+        self._device = device
+        self._cache_size = cache
+        self._cache: OrderedDict[str, Tensor] = OrderedDict()
+        self._null = self._encode([""])[0]
+
+    @classmethod
+    def load(cls, cfg: TextEncoderConfig, device: torch.device) -> "TextEncoder":
+        """Load from a folder, or from the local hub cache (from the hub where downloads are allowed)."""
+        folder = Path(cfg.path).expanduser()
+        if not folder.is_dir() and not cfg.allow_download and os.sep in cfg.path.rstrip(os.sep):
+            looks_like_hub_id = cfg.path.count("/") == 1 and not cfg.path.startswith((".", "~", "/"))
+            if not looks_like_hub_id:
+                raise EncoderError(_text_hint(cfg.path))
+        # transformers first: BertModel must be importable before anything imitates torchvision.
+        from transformers import AutoModel, AutoTokenizer
+
+        source = str(folder) if folder.is_dir() else cfg.path
+        local_only = folder.is_dir() or not cfg.allow_download
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local_only)
+            model = AutoModel.from_pretrained(
+                source, local_files_only=local_only, use_safetensors=True, dtype=torch.float32
+            )
+        except (OSError, ValueError, KeyError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise EncoderError(f"{_text_hint(cfg.path)} ({first})") from error
+        tokenizer.padding_side = "right"
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        if device.type == "cuda":
+            model = model.to(torch.bfloat16)
+        return cls(
+            model, tokenizer, max_tokens=cfg.max_tokens, device=device, cache=cfg.cache_captions
+        )
+
+    @property
+    def null(self) -> Tensor:
+        """Embedding ``(L, T)`` of the empty caption; a copy, so that no caller can change it."""
+        return self._null.clone()
+
+    @property
+    def width(self) -> int:
+        return self._null.shape[-1]
+
+    def encode(self, captions: Sequence[str]) -> Tensor:
+        """States ``(B, L, T)`` in the encoder's dtype; longer captions are cut."""
+        if not self._cache_size:
+            return self._encode(captions)
+        new = [c for c in dict.fromkeys(captions) if c not in self._cache]
+        if new:
+            self._cache.update(zip(new, self._encode(new), strict=True))
+        states = torch.stack([self._cache[c] for c in captions])
+        for caption in captions:
+            self._cache.move_to_end(caption)
+        while len(self._cache) > self._cache_size:
+            self._cache.popitem(last=False)
+        return states
+
+    @torch.no_grad()
+    def _encode(self, captions: Sequence[str]) -> Tensor:
+        tokens = self._tokenizer(
+            list(captions),
+            max_length=self._max_tokens,
+            truncation=True,
+            padding="max_length",
+            return_tensors="pt",
+        ).to(self._device)
+        return self._model(
+            input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
+        ).last_hidden_state
+
+
+def _text_hint(path: str) -> str:
+    return (
+        f"text encoder {path!r} is not here: fetch its config, tokenizer and *.safetensors "
+        "(Qwen/Qwen3-1.7B for the published recipe) into that folder, set text_encoder.path to where "
+        "they are, or set text_encoder.allow_download=true with a hub id"
+    )
+
+
+class ImageEncoder:
+    """DINOv2 patch tokens ``(B, N, F)``, one per 16 x 16 pixels of the image that the model sees."""
+
+    def __init__(self, model: Any, device: torch.device) -> None:
+        self._model = model.to(device).eval().requires_grad_(False)
+
+    @classmethod
+    def load(cls, cfg: ImageEncoderConfig, device: torch.device) -> "ImageEncoder":
+        """Load a ``transformers`` folder, or convert the original ``dinov2_vitb14_pretrain.pth``."""
+        path = Path(cfg.path).expanduser()
+        hint = (
+            f"image encoder {cfg.path!r} is not here: fetch facebook/dinov2-base (config.json and "
+            "model.safetensors) into a folder, or the file dinov2_vitb14_pretrain.pth, and set "
+            "image_encoder.path to it; without REPA set objective.repa_weight=0"
+        )
+        if not path.exists():
+            raise EncoderError(hint)
+        from transformers import Dinov2Model
+
+        try:
+            if path.is_dir():
+                model = Dinov2Model.from_pretrained(
+                    path, local_files_only=True, use_safetensors=True, dtype=torch.float32
+                )
+            else:
+                model = _from_original(path)
+        except (OSError, KeyError, RuntimeError) as error:
+            raise EncoderError(f"{hint} ({str(error).strip().splitlines()[0]})") from error
+        if device.type == "cuda":
+            model = model.to(torch.bfloat16)
+        return cls(model, device)
+
+    @property
+    def width(self) -> int:
+        return int(self._model.config.hidden_size)
+
+    @torch.no_grad()
+    def encode(self, image_BCYX: Tensor) -> Tensor:
+        """Final-norm patch tokens of clean images in [-1, 1] whose sides are multiples of 16."""
+        height, width = (DINO_PATCH * (side // 16) for side in image_BCYX.shape[-2:])
+        mean = torch.tensor(IMAGENET_MEAN, device=image_BCYX.device).view(3, 1, 1)
+        std = torch.tensor(IMAGENET_STD, device=image_BCYX.device).view(3, 1, 1)
+        pixels = ((image_BCYX.float() + 1) / 2 - mean) / std
+        pixels = F.interpolate(pixels, size=(height, width), mode="bicubic")
+        dtype = next(self._model.parameters()).dtype
+        return self._model(pixel_values=pixels.to(dtype)).last_hidden_state[:, 1:]
+
+
+_DINO_NAMES = {
+    "norm1.weight": "norm1.weight",
+    "norm1.bias": "norm1.bias",
+    "attn.proj.weight": "attention.o_proj.weight",
+    "attn.proj.bias": "attention.o_proj.bias",
+    "ls1.gamma": "layer_scale1.lambda1",
+    "norm2.weight": "norm2.weight",
+    "norm2.bias": "norm2.bias",
+    "mlp.fc1.weight": "mlp.fc1.weight",
+    "mlp.fc1.bias": "mlp.fc1.bias",
+    "mlp.fc2.weight": "mlp.fc2.weight",
+    "mlp.fc2.bias": "mlp.fc2.bias",
+    "ls2.gamma": "layer_scale2.lambda1",
+}
+_DINO_ROOT = {
+    "cls_token": "embeddings.cls_token",
+    "mask_token": "embeddings.mask_token",
+    "pos_embed": "embeddings.position_embeddings",
+    "patch_embed.proj.weight": "embeddings.patch_embeddings.projection.weight",
+    "patch_embed.proj.bias": "embeddings.patch_embeddings.projection.bias",
+    "norm.weight": "layernorm.weight",
+    "norm.bias": "layernorm.bias",
+}
+_HEAD_DIM = 64
+"""Head width of every published DINOv2."""
+
+
+def dinov2_from_original(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Map the original repository's names to ``transformers``'; an unknown name raises ``KeyError``."""
+    converted: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if name in _DINO_ROOT:
+            converted[_DINO_ROOT[name]] = tensor
+            continue
+        head, layer, rest = name.split(".", 2)
+        if head != "blocks":
+            raise KeyError(f"unknown DINOv2 tensor {name}")
+        prefix = f"encoder.layer.{int(layer)}."
+        if rest in ("attn.qkv.weight", "attn.qkv.bias"):
+            kind = rest.rsplit(".", 1)[1]
+            for part, piece in zip("qkv", tensor.chunk(3), strict=True):
+                converted[f"{prefix}attention.{part}_proj.{kind}"] = piece
+        else:
+            converted[prefix + _DINO_NAMES[rest]] = tensor
+    return converted
+
+
+def _from_original(path: Path) -> Any:
+    from transformers import Dinov2Config, Dinov2Model
+
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    positions = state["pos_embed"].shape[1] - 1
+    width = state["cls_token"].shape[-1]
+    config = Dinov2Config(
+        hidden_size=width,
+        num_hidden_layers=1 + max(int(n.split(".")[1]) for n in state if n.startswith("blocks.")),
+        num_attention_heads=max(1, width // _HEAD_DIM),
+        mlp_ratio=state["blocks.0.mlp.fc1.weight"].shape[0] // width,
+        image_size=DINO_PATCH * round(positions**0.5),
+        patch_size=DINO_PATCH,
+    )
+    model = Dinov2Model(config)
+    model.load_state_dict(dinov2_from_original(state), strict=True)
+    return model

@@ -1,0 +1,295 @@
+"""DeepSpeed ZeRO-0/1/2/3 behind the same engine interface and the same canonical state.
+
+DeepSpeed keeps fp32 masters and AdamW moments as flat partitions. The EMA is a third set of such
+partitions. State is read and written parameter by parameter: the wanted set is put in the masters' place,
+and DeepSpeed's accessors assemble or scatter one parameter at a time.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from deco_scale.errors import ConfigError
+from deco_scale.objectives import Objective
+from deco_scale.parallel.initial import initial_tensors
+from deco_scale.precision import PrecisionConfig, autocast
+from deco_scale.training.batch import ObjectiveInputs
+from deco_scale.training.engine import AVERAGED, Update
+from deco_scale.training.optimizer import Ema, clip_factor, poisoned
+from deco_scale.training.settings import OptimizerConfig
+
+ZeroStage = Literal[0, 1, 2, 3]
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def deepspeed_json(
+    *,
+    stage: ZeroStage,
+    micro_batch: int,
+    optimizer: OptimizerConfig,
+    precision: PrecisionConfig,
+    overrides: dict[str, Any],
+) -> dict[str, Any]:
+    """DeepSpeed's configuration from ours; ``overrides`` (the YAML's ``deepspeed:``) are merged over it.
+
+    The loop owns the accumulation boundary and the learning rate, so DeepSpeed is given neither.
+    """
+    generated: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        # ZeRO-0 leaves clipping and the finite gate to the optimizer below.
+        "gradient_clipping": optimizer.clip_norm if stage else 0.0,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 1_000_000_000,
+        "zero_optimization": {
+            "stage": stage,
+            "contiguous_gradients": True,
+            "overlap_comm": stage == 2 and torch.cuda.is_available(),
+        },
+    }
+    if precision.compute == "bf16":
+        generated["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    for key in ("managed_gradient_accumulation", "optimizer", "scheduler", "fp16", "bf16"):
+        if key in overrides:
+            raise ConfigError(f"parallel.deepspeed.{key} is owned by the configuration; remove it")
+    return _merged(generated, overrides)
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    out = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(out.get(key), dict)
+        out[key] = _merged(out[key], value) if both else value
+    return out
+
+
+class GatedAdamW(torch.optim.AdamW):
+    """AdamW that clips and checks its own gradients; for ZeRO-0, where every rank holds all of them."""
+
+    clip_norm = 0.0
+    last_norm: Tensor | None = None
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        if self.clip_norm:
+            grads = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
+            self.last_norm = nn.utils.get_total_norm(grads)
+            self.found_inf = (~torch.isfinite(self.last_norm)).float()
+            torch._foreach_mul_(grads, clip_factor(self.last_norm, self.clip_norm))
+        super().step(closure)
+
+
+class DeepSpeedEngine:
+    """Engine over DeepSpeed; see :class:`deco_scale.training.engine.Engine`."""
+
+    def __init__(
+        self,
+        build: Callable[[], Objective],
+        *,
+        stage: ZeroStage,
+        micro_batch: int,
+        device: torch.device,
+        optimizer: OptimizerConfig,
+        precision: PrecisionConfig,
+        compile_blocks: bool,
+        seed: int,
+        overrides: dict[str, Any],
+    ) -> None:
+        deepspeed = import_deepspeed()
+        self._device, self._precision, self._stage = device, precision, stage
+        config = deepspeed_json(
+            stage=stage,
+            micro_batch=micro_batch,
+            optimizer=optimizer,
+            precision=precision,
+            overrides=overrides,
+        )
+        with torch.device("meta"):
+            template = build()
+        if stage == 3:
+            with deepspeed.zero.Init(config_dict_or_path=config):
+                objective = build()
+        else:
+            objective = build()
+            objective.load_state_dict(dict(initial_tensors(template, seed)), strict=True)
+        if compile_blocks:
+            for block in (*objective.denoiser.text_blocks, *objective.denoiser.blocks):
+                block.compile()
+        self._client = GatedAdamW(
+            objective.parameters(),
+            lr=0.0,
+            eps=optimizer.eps,
+            weight_decay=optimizer.weight_decay,
+            fused=True,
+        )
+        self._engine, *_ = deepspeed.initialize(
+            model=objective, optimizer=self._client, config=config
+        )
+        if stage == 0:
+            self._client.clip_norm = optimizer.clip_norm
+        self._parameters: dict[str, nn.Parameter] = dict(self._engine.module.named_parameters())
+        self._mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+        if stage == 3:
+            for name, tensor in initial_tensors(template, seed):
+                self._set_full(self._parameters[name], tensor.to(device))
+            self._refresh()
+        masters = self._masters()
+        for master in masters.values():
+            step = torch.zeros((), dtype=torch.float32, device=master.device)
+            moments = {kind: torch.zeros_like(master.detach()) for kind in _MOMENTS}
+            self._client.state[master] = {"step": step, **moments}
+        self._ema = Ema({n: m.detach() for n, m in masters.items()}, optimizer.ema_decay)
+
+    @property
+    def optimizer_steps(self) -> int:
+        return int(next(iter(self._client.state.values()))["step"].item())
+
+    def forward_backward(
+        self, inputs: ObjectiveInputs, *, scale: float, last: bool
+    ) -> dict[str, Tensor]:
+        losses = self._engine(*inputs)
+        self._engine.backward(poisoned(losses["loss"] * scale), scale_wrt_gas=False)
+        return {name: value.detach() for name, value in losses.items()}
+
+    def update(self, *, lr: float, betas: tuple[float, float]) -> Update:
+        for group in self._client.param_groups:
+            group["lr"], group["betas"] = lr, betas
+        self._engine.step()
+        if self._stage == 0:
+            assert self._client.last_norm is not None
+            norm, skipped = self._client.last_norm, self._client.found_inf
+        else:
+            optimizer = self._engine.optimizer
+            norm = torch.as_tensor(optimizer._global_grad_norm, dtype=torch.float32)
+            skipped = torch.tensor(float(optimizer.overflow))
+        norm, skipped = norm.to(self._device), skipped.to(self._device)
+        self._ema.update(1.0 - skipped)
+        return Update(norm, skipped)
+
+    def state(self) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = {}
+        for kind in ("model", "ema", *_MOMENTS):
+            with self._in_masters(kind):
+                for name, parameter in self._parameters.items():
+                    if kind != "ema" or name.startswith(AVERAGED):
+                        full = self._get_full(parameter)
+                        state[f"{kind}.{name}"] = distribute_tensor(
+                            full.contiguous(), self._mesh, [Shard(0)], src_data_rank=None
+                        )
+        return state
+
+    def load(self, state: dict[str, Tensor], optimizer_steps: int) -> None:
+        for kind in ("ema", *_MOMENTS, "model"):
+            with self._in_masters(kind, keep=True):
+                for name, parameter in self._parameters.items():
+                    value = state.get(f"{kind}.{name}")
+                    if value is not None:
+                        assert isinstance(value, DTensor)
+                        self._set_full(parameter, value.full_tensor())
+        for moments in self._client.state.values():
+            moments["step"].fill_(optimizer_steps)
+        self._refresh()
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        with self._ema.swapped():
+            self._refresh()
+            yield
+        self._refresh()
+
+    @torch.no_grad()
+    def predict(self, patches: Tensor, t: Tensor, condition: Tensor, grid: tuple[int, int]) -> Tensor:
+        with autocast(self._precision, self._device):
+            return self._engine.module.predict(patches, t, condition, grid)
+
+    def _masters(self) -> dict[str, Tensor]:
+        """The fp32 tensors that the optimizer steps: flat partitions, or the parameters under ZeRO-0."""
+        if self._stage == 0:
+            return dict(self._parameters)
+        optimizer = self._engine.optimizer
+        flats = (
+            optimizer.fp32_partitioned_groups_flat
+            if self._stage == 3
+            else optimizer.single_partition_of_fp32_groups
+        )
+        return {f"flat.{i}": flat for i, flat in enumerate(flats)}
+
+    @contextmanager
+    def _in_masters(self, kind: str, *, keep: bool = False) -> Iterator[None]:
+        """Put a set of partitions where the masters are; ``keep`` takes what was written back to it."""
+        if kind == "model":
+            yield
+            return
+        masters = self._masters()
+        if kind == "ema":
+            others = self._ema.tensors
+        else:
+            others = {n: self._client.state[m][kind] for n, m in masters.items()}
+        held = {n: m.detach().clone() for n, m in masters.items()}
+        for name, master in masters.items():
+            master.data.copy_(others[name])
+        yield
+        for name, master in masters.items():
+            if keep:
+                others[name].copy_(master.data)
+            master.data.copy_(held[name])
+
+    def _get_full(self, parameter: nn.Parameter) -> Tensor:
+        if self._stage == 0:
+            return parameter.detach().clone()
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        full = safe_get_full_fp32_param(parameter)
+        return full.detach().reshape(getattr(parameter, "ds_shape", parameter.shape))
+
+    def _set_full(self, parameter: nn.Parameter, value: Tensor) -> None:
+        if self._stage == 0:
+            parameter.data.copy_(value)
+        elif self._stage == 3:
+            from deepspeed.utils import safe_set_local_fp32_param
+
+            # Partitions are equal slices of the flattened parameter, the last one padded.
+            size = parameter.ds_tensor.ds_numel
+            flat = value.float().flatten()
+            padded = torch.nn.functional.pad(flat, (0, size * dist.get_world_size() - flat.numel()))
+            safe_set_local_fp32_param(parameter, padded.narrow(0, size * dist.get_rank(), size))
+        else:
+            from deepspeed.utils import safe_set_full_fp32_param
+
+            safe_set_full_fp32_param(parameter, value.float())
+
+    def _refresh(self) -> None:
+        """Bring the computing weights in line with the masters."""
+        if self._stage in (1, 2):
+            self._engine.optimizer.update_lp_params()
+        if self._stage == 3:
+            optimizer = self._engine.optimizer
+            for group in range(len(optimizer.fp32_partitioned_groups_flat)):
+                optimizer._reassign_or_swap_out_partitioned_parameters(group)
+            persistent = optimizer.persistent_parameters
+            if persistent:
+                # Small parameters stay gathered between steps; gather them anew.
+                persistent[0].partition(persistent)
+                persistent[0].all_gather(persistent)
+
+
+def import_deepspeed() -> Any:
+    """DeepSpeed, without the shared-memory op that it would compile for minutes on a CPU."""
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise ConfigError(
+            "parallel.engine=deepspeed needs DeepSpeed: pip install 'deco-scale[deepspeed]'"
+        ) from error
+    if not torch.cuda.is_available():
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not deepspeed.comm.is_initialized():
+        deepspeed.init_distributed(dist.get_backend(), verbose=False)
+    return deepspeed

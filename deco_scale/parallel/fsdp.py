@@ -1,0 +1,142 @@
+"""FSDP2 and HSDP: every parameter, gradient, moment and average is sharded over ``dp_shard``."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from deco_scale.objectives import Objective
+from deco_scale.parallel.initial import initial_tensors
+from deco_scale.parallel.layout import Layout
+from deco_scale.precision import PrecisionConfig, autocast
+from deco_scale.training.batch import ObjectiveInputs
+from deco_scale.training.engine import AVERAGED, Update
+from deco_scale.training.optimizer import AveragedAdamW, poisoned
+from deco_scale.training.settings import OptimizerConfig
+
+
+def shard(
+    objective: Objective, *, mesh: DeviceMesh, precision: PrecisionConfig, compile_blocks: bool
+) -> None:
+    """Apply per-block compile and FSDP2 to a finished objective, block by block, then the rest."""
+    policy = MixedPrecisionPolicy()
+    if precision.compute == "bf16":
+        # Weights travel in bf16, gradients are reduced in fp32; autocast decides what computes in what.
+        policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+    denoiser = objective.denoiser
+    units: list[nn.Module] = [*denoiser.text_blocks, *denoiser.blocks]
+    if denoiser.decoder is not None:
+        units.append(denoiser.decoder)
+    for unit in units:
+        if compile_blocks:
+            unit.compile()
+        fully_shard(unit, mesh=mesh, mp_policy=policy)
+    fully_shard(objective, mesh=mesh, mp_policy=policy)
+    register_fsdp_forward_method(objective, "predict")
+
+
+class FsdpEngine:
+    """Engine over FSDP2; see :class:`deco_scale.training.engine.Engine`."""
+
+    def __init__(
+        self,
+        build: Callable[[], Objective],
+        *,
+        layout: Layout,
+        device: torch.device,
+        optimizer: OptimizerConfig,
+        precision: PrecisionConfig,
+        compile_blocks: bool,
+        seed: int,
+    ) -> None:
+        self._device, self._precision = device, precision
+        with torch.device("meta"):
+            template, self._objective = build(), build()
+        mesh = init_device_mesh(
+            device.type,
+            (layout.dp_replicate, layout.dp_shard),
+            mesh_dim_names=("dp_replicate", "dp_shard"),
+        )
+        shard(
+            self._objective,
+            mesh=mesh if layout.dp_replicate > 1 else mesh["dp_shard"],
+            precision=precision,
+            compile_blocks=compile_blocks,
+        )
+        self._objective.to_empty(device=device)
+        self._parameters = {n: cast(DTensor, p) for n, p in self._objective.named_parameters()}
+        for name, tensor in initial_tensors(template, seed):
+            target = self._parameters[name]
+            target.detach().to_local().copy_(_slice_like(target, tensor).to_local())
+        shards = {n: p.detach().to_local() for n, p in self._parameters.items()}
+        self._optimizer = AveragedAdamW(
+            shards, optimizer, averaged=[n for n in shards if n.startswith(AVERAGED)]
+        )
+
+    @property
+    def optimizer_steps(self) -> int:
+        return self._optimizer.steps
+
+    def forward_backward(
+        self, inputs: ObjectiveInputs, *, scale: float, last: bool
+    ) -> dict[str, Tensor]:
+        cast(FSDPModule, self._objective).set_requires_gradient_sync(last)
+        with autocast(self._precision, self._device):
+            losses = self._objective(*inputs)
+        poisoned(losses["loss"] * scale).backward()
+        return {name: value.detach() for name, value in losses.items()}
+
+    def update(self, *, lr: float, betas: tuple[float, float]) -> Update:
+        grads = {n: cast(DTensor, p.grad) for n, p in self._parameters.items() if p.grad is not None}
+        norm = cast(DTensor, nn.utils.get_total_norm(grads.values())).full_tensor()
+        skipped = self._optimizer.step(
+            {n: g.to_local() for n, g in grads.items()}, norm, lr=lr, betas=betas
+        )
+        for parameter in self._parameters.values():
+            parameter.grad = None
+        return Update(norm, skipped)
+
+    def state(self) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = {f"model.{n}": p.detach() for n, p in self._parameters.items()}
+        for kind, tensors in self._optimizer.tensors().items():
+            for name, local in tensors.items():
+                like = self._parameters[name]
+                state[f"{kind}.{name}"] = DTensor.from_local(
+                    local,
+                    like.device_mesh,
+                    like.placements,
+                    run_check=False,
+                    shape=like.shape,
+                    stride=like.stride(),
+                )
+        return state
+
+    def load(self, state: dict[str, Tensor], optimizer_steps: int) -> None:
+        # The tensors of state() are the live ones, already filled in place.
+        self._optimizer.set_steps(optimizer_steps)
+
+    def averaged(self) -> AbstractContextManager[None]:
+        return self._optimizer.swapped()
+
+    @torch.no_grad()
+    def predict(self, patches: Tensor, t: Tensor, condition: Tensor, grid: tuple[int, int]) -> Tensor:
+        with autocast(self._precision, self._device):
+            return self._objective.predict(patches, t, condition, grid)
+
+
+def _slice_like(target: DTensor, full: Tensor) -> DTensor:
+    """This rank's part of a full CPU tensor, without communication."""
+    mesh = target.device_mesh
+    return distribute_tensor(full.to(mesh.device_type), mesh, target.placements, src_data_rank=None)

@@ -1,0 +1,68 @@
+"""From a batch of uint8 pictures and captions to the inputs of the objective.
+
+Shape letters: B batch, Y X pixels, L text tokens, T text width, N patches, F encoder width.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deco_scale.objectives import ObjectiveConfig, drop_condition
+from deco_scale.objectives.flow import base_time, shift_time
+from deco_scale.training.randomness import draw
+
+
+class Batch(Protocol):
+    """What a loader yields; ``numbers`` count the samples of the run, ``labels`` is for class models."""
+
+    images: "np.ndarray[tuple[int, ...], np.dtype[np.uint8]]"  # (B, Y, X, 3)
+    captions: Sequence[str]
+    labels: Sequence[int]
+    numbers: Sequence[int]
+
+
+class ObjectiveInputs(NamedTuple):
+    """Arguments of ``Objective.forward``, on the device."""
+
+    image: Tensor
+    noise: Tensor
+    t: Tensor
+    condition: Tensor
+    features: Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepare:
+    """Builds the objective's inputs; encoders are callables and run without gradients.
+
+    ``encode_text`` maps captions to (B, L, T) and ``null`` is the null text (L, T), or the 0-dim null
+    label of a class model; ``encode_image`` maps images in [-1, 1] to (B, N, F).
+    """
+
+    seed: int
+    device: torch.device
+    objective: ObjectiveConfig
+    null: Tensor
+    encode_text: Callable[[Sequence[str]], Tensor] | None = None
+    encode_image: Callable[[Tensor], Tensor] | None = None
+
+    def __call__(self, batch: Batch, timestep_shift: float) -> ObjectiveInputs:
+        pixels = torch.from_numpy(batch.images).to(self.device, non_blocking=True)
+        image = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1.0
+        _, channels, height, width = image.shape
+        draws = draw(self.seed, list(batch.numbers), (channels, height, width), self.device)
+        law = self.objective.time_law
+        t = base_time(draws.normal if law == "logit_normal" else draws.uniform, law)
+        if self.encode_text is not None:
+            condition = self.encode_text(batch.captions)
+        else:
+            condition = torch.tensor(list(batch.labels), device=self.device)
+        condition = drop_condition(
+            condition, self.null, draws.dropout < self.objective.condition_dropout
+        )
+        features = self.encode_image(image) if self.encode_image is not None else None
+        return ObjectiveInputs(image, draws.noise, shift_time(t, timestep_shift), condition, features)

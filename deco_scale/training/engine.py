@@ -1,0 +1,51 @@
+"""What the training loop asks of an engine; ``parallel`` has the two that exist."""
+
+from contextlib import AbstractContextManager
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from deco_scale.training.batch import ObjectiveInputs
+
+
+AVERAGED = "denoiser."
+"""The EMA covers the denoiser, as in the release; the REPA head is of no use after training."""
+
+
+class Update(NamedTuple):
+    """Outcome of an optimizer step: gradient norm before clipping, and 1.0 where it was skipped."""
+
+    grad_norm: Tensor
+    skipped: Tensor
+
+
+class Engine(Protocol):
+    """A sharded objective with its optimizer and EMA.
+
+    State tensors carry canonical names: ``model.<name>``, ``ema.<name>``, ``exp_avg.<name>``,
+    ``exp_avg_sq.<name>`` with the names and shapes of the single-device objective, all fp32.
+    """
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Updates taken so far, skipped ones aside."""
+
+    def forward_backward(
+        self, inputs: ObjectiveInputs, *, scale: float, last: bool
+    ) -> dict[str, Tensor]:
+        """Losses of one micro-batch (detached, this rank's); accumulates ``scale`` times the gradient."""
+
+    def update(self, *, lr: float, betas: tuple[float, float]) -> Update:
+        """Clip, check, step, average; skipped on every rank when loss or gradient is not finite."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Sharded state tensors; may be live. All ranks call it together."""
+
+    def load(self, state: dict[str, Tensor], optimizer_steps: int) -> None:
+        """Take over tensors that :meth:`state` returned and someone filled. All ranks together."""
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Within the context the model computes with the EMA weights. All ranks together."""
+
+    def predict(self, patches: Tensor, t: Tensor, condition: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The denoiser's prediction without gradients; with sharded weights all ranks call together."""

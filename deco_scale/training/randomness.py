@@ -1,0 +1,48 @@
+"""Random numbers that belong to a sample, not to a rank.
+
+Each draw comes from a generator keyed by (seed, number of the sample in the run), so a sample meets the
+same time, noise and dropout on whichever rank it lands, before and after a resume, under any engine.
+CPU and GPU generators differ: a trace is reproduced on the same kind of device.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_MASK = (1 << 64) - 1
+
+
+def mix(*parts: int) -> int:
+    """64-bit key of some integers (splitmix64's finaliser, folded)."""
+    key = 0
+    for part in parts:
+        key = (key ^ (part & _MASK)) + 0x9E3779B97F4A7C15 & _MASK
+        key = (key ^ (key >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
+        key = (key ^ (key >> 27)) * 0x94D049BB133111EB & _MASK
+        key ^= key >> 31
+    return key
+
+
+class SampleDraws(NamedTuple):
+    """``normal`` (B,) and ``uniform`` (B,) for the time, ``dropout`` (B,) in [0, 1), ``noise`` (B, C, Y, X)."""
+
+    normal: Tensor
+    uniform: Tensor
+    dropout: Tensor
+    noise: Tensor
+
+
+def draw(
+    seed: int, numbers: list[int], shape: tuple[int, int, int], device: torch.device
+) -> SampleDraws:
+    """Draws of the samples with these numbers, on ``device``; one generator, reseeded per sample."""
+    generator = torch.Generator(device)
+    normals, uniforms, noises = [], [], []
+    for number in numbers:
+        generator.manual_seed(mix(seed, number))
+        uniforms.append(torch.rand(2, generator=generator, device=device))
+        normals.append(torch.randn(1, generator=generator, device=device))
+        noises.append(torch.randn(shape, generator=generator, device=device))
+    uniform = torch.stack(uniforms)
+    return SampleDraws(torch.cat(normals), uniform[:, 0], uniform[:, 1], torch.stack(noises))
