@@ -1,0 +1,104 @@
+"""Elastic order: which sample stands at a position depends only on (index, seed, epoch, position).
+
+Samples lie in chunks of 32 neighbours of a shard, one ranged read each. An epoch shuffles the chunks and
+cuts the resulting line of samples into ``streams`` equal pieces; position p belongs to stream p mod streams,
+so that a rank which owns some residues reads few chunks that others read too. Within a stream, samples
+are shuffled in windows. No sample is left out or repeated within an epoch, whatever the numbers.
+"""
+
+from collections import OrderedDict
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.index import Index
+
+CHUNK_SAMPLES = 32
+_CHUNK_KEY, _WINDOW_KEY = 1, 2
+Ints = "np.ndarray[Any, np.dtype[np.int64]]"
+
+
+def generator(seed: int, *key: int) -> np.random.Generator:
+    """Counter-based generator keyed by the seed and up to three small integers."""
+    counter = np.zeros(4, dtype=np.uint64)
+    counter[1 : 1 + len(key)] = key
+    return np.random.Generator(np.random.Philox(key=seed, counter=counter))
+
+
+class Chunks:
+    """Chunks of an index: sample numbers ``first[i] .. first[i] + size[i] - 1``, one shard each."""
+
+    def __init__(self, index: Index) -> None:
+        shard = index.columns["shard"]
+        starts = np.flatnonzero(np.diff(shard, prepend=-1))
+        ends = np.append(starts[1:], len(shard))
+        first = [np.arange(a, b, CHUNK_SAMPLES) for a, b in zip(starts, ends, strict=True)]
+        last = [np.minimum(f + CHUNK_SAMPLES, b) for f, b in zip(first, ends, strict=True)]
+        self.first = np.concatenate(first).astype(np.int64)
+        self.size = np.concatenate(last).astype(np.int64) - self.first
+
+    def of(self, sample: int) -> int:
+        """Chunk that holds a sample."""
+        return int(np.searchsorted(self.first, sample, side="right")) - 1
+
+
+class EpochOrder:
+    """Order of one epoch; position to sample in constant time after one permutation of the chunks."""
+
+    def __init__(self, chunks: Chunks, *, seed: int, epoch: int, streams: int, window: int) -> None:
+        self._seed, self._epoch, self._streams, self._window = seed, epoch, streams, window
+        order = generator(seed, _CHUNK_KEY, epoch).permutation(len(chunks.first))
+        self._first = chunks.first[order]
+        self._ends = np.cumsum(chunks.size[order])
+        self._length = int(self._ends[-1])
+        self._windows: OrderedDict[tuple[int, int], Any] = OrderedDict()
+
+    def __len__(self) -> int:
+        return self._length
+
+    def at(self, position: int) -> int:
+        """Sample at a position of the epoch, ``0 <= position < len(self)``."""
+        stream, place = position % self._streams, position // self._streams
+        short, longer = divmod(self._length, self._streams)
+        base = stream * short + min(stream, longer)
+        length = short + (stream < longer)
+        window, offset = divmod(place, self._window)
+        size = min(self._window, length - window * self._window)
+        line = base + window * self._window + int(self._shuffle(stream, window, size)[offset])
+        chunk = int(np.searchsorted(self._ends, line, side="right"))
+        before = int(self._ends[chunk - 1]) if chunk else 0
+        return int(self._first[chunk]) + line - before
+
+    def _shuffle(self, stream: int, window: int, size: int) -> Any:
+        key = (stream, window)
+        if key not in self._windows:
+            random = generator(self._seed, _WINDOW_KEY, self._epoch, stream << 32 | window)
+            self._windows[key] = random.permutation(size).astype(np.int32)
+            if len(self._windows) > 2 * self._streams:
+                self._windows.popitem(last=False)
+        return self._windows[key]
+
+
+class ElasticOrder:
+    """Endless order: sample of the run ``n`` is position ``n mod length`` of epoch ``n // length``."""
+
+    def __init__(self, index: Index, *, seed: int, streams: int, window: int) -> None:
+        self.chunks = Chunks(index)
+        self.length = len(index)
+        self._seed, self._streams, self._window = seed, streams, window
+        self._epochs: OrderedDict[int, EpochOrder] = OrderedDict()
+
+    def at(self, number: int) -> tuple[int, int]:
+        """Epoch and sample for the ``number``-th sample of the run."""
+        epoch, position = divmod(number, self.length)
+        if epoch not in self._epochs:
+            self._epochs[epoch] = EpochOrder(
+                self.chunks,
+                seed=self._seed,
+                epoch=epoch,
+                streams=self._streams,
+                window=self._window,
+            )
+            if len(self._epochs) > 2:
+                self._epochs.popitem(last=False)
+        return epoch, self._epochs[epoch].at(position)
