@@ -1,0 +1,96 @@
+"""The demo's data: captioned crops of ten photographs that scikit-image and scikit-learn ship."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+from data_pipeline.errors import DataError
+from data_pipeline.order import generator
+
+CROP_SIDE = 64
+"""Side of the stored crops in pixels, twice what the demo trains at."""
+TEMPLATES = ("{}", "a photo of {}", "a picture of {}", "a view of {}")
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A photograph, the words that training captions use, and words that none of them does."""
+
+    file: str
+    words: str
+    paraphrases: tuple[str, str]
+
+
+SUBJECTS = (
+    Subject("chelsea.png", "a cat", ("a kitten", "a tabby pet with whiskers")),
+    Subject("astronaut.png", "an astronaut", ("a woman in a space suit", "a cosmonaut smiling")),
+    Subject("coffee.png", "a cup of coffee", ("a mug of espresso", "a hot drink in a mug")),
+    Subject("rocket.jpg", "a rocket", ("a missile at the launch pad", "a spaceship before launch")),
+    Subject(
+        "hubble_deep_field.jpg",
+        "distant galaxies",
+        ("stars in outer space", "the universe seen by a telescope"),
+    ),
+    Subject("motorcycle_left.png", "a motorcycle", ("a motorbike", "a parked two-wheeled bike")),
+    Subject("retina.jpg", "a retina", ("the back of an eye", "blood vessels of an eyeball")),
+    Subject(
+        "ihc.png",
+        "stained tissue",
+        ("cells under a microscope", "a histology slide"),
+    ),
+    Subject("flower.jpg", "a flower", ("a blossom", "a blooming dahlia plant")),
+    Subject("china.jpg", "a temple", ("a palace in China", "a pagoda building")),
+)
+_CROP_KEY = 5
+
+
+def _folders() -> tuple[Path, Path]:
+    try:
+        import skimage.data
+        import sklearn.datasets
+    except ImportError as error:
+        raise DataError("the demo's photographs need: pip install 'deco-scale[demo]'") from error
+    skimage_folder = Path(skimage.data.__file__).parent
+    return skimage_folder, Path(sklearn.datasets.__file__).parent / "images"
+
+
+def photograph(subject: Subject) -> Image.Image:
+    """The subject's photograph in RGB."""
+    for folder in _folders():
+        path = folder / subject.file
+        if path.exists():
+            with Image.open(path) as opened:
+                return opened.convert("RGB")
+    raise DataError(f"{subject.file} is in neither scikit-image nor scikit-learn as installed")
+
+
+def crops(subject: Subject, count: int, *, seed: int) -> Iterator[Image.Image]:
+    """Square crops of 60 to 100% of the short side, half of them mirrored."""
+    image = photograph(subject)
+    random = generator(seed, _CROP_KEY, SUBJECTS.index(subject))
+    for _ in range(count):
+        side = int(min(image.size) * random.uniform(0.6, 1.0))
+        left = int(random.integers(image.width - side + 1))
+        top = int(random.integers(image.height - side + 1))
+        crop = image.resize(
+            (CROP_SIDE, CROP_SIDE),
+            Image.Resampling.LANCZOS,
+            box=(left, top, left + side, top + side),
+        )
+        yield ImageOps.mirror(crop) if random.random() < 0.5 else crop
+
+
+def write_demo_folder(folder: Path, *, per_subject: int, seed: int = 0) -> int:
+    """Write ``per_subject`` crops of each subject with a ``.json`` of captions beside each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, subject in enumerate(SUBJECTS):
+        captions = [template.format(subject.words) for template in TEMPLATES]
+        for i, crop in enumerate(crops(subject, per_subject, seed=seed)):
+            # Names interleave the subjects, so that a chunk of neighbours holds all of them.
+            path = folder / f"{i:05d}_{number:02d}.jpg"
+            crop.save(path, quality=95)
+            path.with_suffix(".json").write_text(json.dumps({"captions": captions}))
+    return per_subject * len(SUBJECTS)
