@@ -1,0 +1,1 @@
+"""Costs of a configuration, from its numbers alone."""

@@ -1,0 +1,40 @@
+"""Model FLOPs of a training image, and what a device could do at best.
+
+Counts multiply-adds of linears and attention twice, the backward pass as two forward passes; norms,
+activations and frozen encoders are not counted. docs/performance.md compares with the published 1.17 T.
+"""
+
+from deco_scale.models import ModelConfig
+
+PEAK_BF16_FLOPS = {"B200": 2.25e15, "H200": 989e12, "H100": 989e12, "A100": 312e12, "A800": 312e12}
+"""Dense bf16 FLOP/s of the datasheets, by a part of the device's name."""
+
+
+def forward_flops(cfg: ModelConfig, height: int, width: int) -> float:
+    """FLOPs of one image through the denoiser."""
+    rows, cols = cfg.grid(height, width)
+    tokens, dim = rows * cols, cfg.dim
+    text = cfg.text_tokens
+
+    def block(count: int, context: int) -> float:
+        linears = count * (4 * dim * dim + 3 * dim * cfg.mlp_hidden_dim) + context * 2 * dim * dim
+        return 2.0 * (linears + 2 * count * (count + context) * dim + 6 * dim * dim)
+
+    total = cfg.num_blocks * block(tokens, text) + cfg.num_text_blocks * block(text, 0)
+    total += 2.0 * (tokens * cfg.patch_values * dim + 256 * dim + dim * dim + text * cfg.text_dim * dim)
+    if cfg.decoder_width == 0:
+        return total + 2.0 * (tokens * dim * cfg.patch_values + 2 * dim * dim)
+    wide = cfg.decoder_width
+    pixel = (cfg.channels + 64) * wide + wide * wide + wide * cfg.channels
+    pixel += cfg.decoder_blocks * 5 * wide * wide
+    return total + 2.0 * (tokens * dim * cfg.patch_size**2 * wide + height * width * pixel)
+
+
+def training_flops(cfg: ModelConfig, height: int, width: int) -> float:
+    """FLOPs of one training image: forward and twice that for backward."""
+    return 3.0 * forward_flops(cfg, height, width)
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Datasheet bf16 FLOP/s, or None for a device that is not in the table."""
+    return next((v for k, v in PEAK_BF16_FLOPS.items() if k in device_name), None)

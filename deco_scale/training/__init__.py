@@ -1,0 +1,1 @@
+"""The loop, the one step, the optimizer, checkpoints and reports."""

@@ -1,0 +1,241 @@
+"""The training loop: stages in order, steps within, and everything that happens between steps."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import psutil
+import torch
+
+from deco_scale.errors import RunError
+from deco_scale.training.batch import Batch, Prepare
+from deco_scale.training.checkpoint import CheckpointMeta, Checkpoints
+from deco_scale.training.engine import Engine
+from deco_scale.training.report import Reporter
+from deco_scale.training.settings import RunSettings, StageConfig
+from deco_scale.training.step import StepResult, train_step
+
+
+class Data(Protocol):
+    """Batches of one rank for one stage."""
+
+    digest: str
+
+    def __iter__(self) -> Iterator[Batch]: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a run stands: updates attempted and samples seen."""
+
+    step: int = 0
+    samples: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A stage with what is derived from it: accumulation steps and FLOPs of one training image."""
+
+    cfg: StageConfig
+    accumulation: int
+    image_flops: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loop:
+    """Everything a run needs, put together by the launcher.
+
+    ``open_data`` gives the samples of a stage from a number of samples on; ``after_step`` is called with
+    the step just done (all ranks), for pictures and the like; ``peak_flops`` is the sum over ranks.
+    """
+
+    settings: RunSettings
+    stages: Sequence[Stage]
+    engine: Engine
+    prepare: Prepare
+    open_data: Callable[[StageConfig, int], Data]
+    checkpoints: Checkpoints
+    reporter: Reporter
+    device: torch.device
+    config: dict[str, Any]
+    after_step: Callable[[int], None]
+    peak_flops: float | None
+
+    @property
+    def total_steps(self) -> int:
+        return sum(stage.cfg.steps for stage in self.stages)
+
+    def run(self, progress: Progress) -> Progress:
+        """Train from ``progress`` to the end, or to ``stop_at_step``."""
+        limit = min(self.settings.stop_at_step or self.total_steps, self.total_steps)
+        end = 0
+        for stage in self.stages:
+            end += stage.cfg.steps
+            if progress.step >= min(end, limit):
+                continue
+            self.reporter.say(
+                f"stage {stage.cfg.name}: {stage.cfg.resolution} px, to step {end}, global batch "
+                f"{stage.cfg.global_batch} (accumulation {stage.accumulation})"
+            )
+            progress = self._run_stage(stage, progress, min(end, limit))
+        return progress
+
+    def _run_stage(self, stage: Stage, progress: Progress, end: int) -> Progress:
+        data = self.open_data(stage.cfg, progress.samples)
+        gate = BadSteps(self.settings.max_bad_steps, self.device)
+        meter = Meter(self, stage, progress.step)
+        batches = iter(data)
+        try:
+            while progress.step < end:
+                waited = time.perf_counter()
+                batch = next(batches)
+                meter.waited(time.perf_counter() - waited)
+                result = self._step(stage, batch)
+                progress = Progress(progress.step + 1, progress.samples + stage.cfg.global_batch)
+                gate.add(result.skipped)
+                step = progress.step
+                if step % self.settings.log_every == 0 or step == end:
+                    self.reporter.metrics(meter.read(result, progress, gate.total()))
+                if gate.look_at(step) or step % self.settings.log_every == 0 or step == end:
+                    gate.check(step)
+                self.after_step(step)
+                if self.checkpoints.due(step) or step == end:
+                    self._save(stage, progress, data.digest, last=step == end)
+        finally:
+            data.close()
+        return progress
+
+    def _step(self, stage: Stage, batch: Batch) -> StepResult:
+        inputs = (
+            self.prepare(part, stage.cfg.timestep_shift)
+            for part in split(batch, stage.accumulation)
+        )
+        return train_step(
+            self.engine,
+            inputs,
+            num_micro_batches=stage.accumulation,
+            lr=stage.cfg.lr,
+            betas=stage.cfg.betas,
+        )
+
+    def _save(self, stage: Stage, progress: Progress, digest: str, *, last: bool) -> None:
+        began = time.perf_counter()
+        meta = CheckpointMeta(
+            step=progress.step,
+            stage=stage.cfg.name,
+            samples=progress.samples,
+            seed=self.settings.seed,
+            optimizer_steps=0,
+            data_digest=digest,
+            parameter_digest="",
+            config=self.config,
+        )
+        try:
+            path = self.checkpoints.save(self.engine, meta)
+        except RunError as error:
+            if last:
+                raise
+            # Training is worth more than one checkpoint: the previous one is untouched.
+            self.reporter.say(f"WARNING: {error}; training goes on")
+            return
+        self.reporter.say(f"checkpoint {path} in {time.perf_counter() - began:.1f} s")
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    images: Any
+    captions: Sequence[str]
+    labels: Sequence[int]
+    numbers: Sequence[int]
+
+
+def split(batch: Batch, parts: int) -> Iterator[Batch]:
+    """Consecutive micro-batches of equal size."""
+    size = len(batch.numbers) // parts
+    for start in range(0, size * parts, size):
+        cut = slice(start, start + size)
+        yield _Part(
+            batch.images[cut], batch.captions[cut], batch.labels[cut], batch.numbers[cut]
+        )
+
+
+class BadSteps:
+    """Counts skipped steps on the device and ends the run after too many in a row."""
+
+    def __init__(self, limit: int, device: torch.device) -> None:
+        self._limit = limit
+        self._in_a_row = torch.zeros((), device=device)
+        self._total = torch.zeros((), device=device)
+
+    def add(self, skipped: torch.Tensor) -> None:
+        self._in_a_row = (self._in_a_row + 1) * skipped
+        self._total = self._total + skipped
+
+    def look_at(self, step: int) -> bool:
+        """Whether this step should wait for the device to check; every ``limit``-th does."""
+        return step % self._limit == 0
+
+    def total(self) -> int:
+        return int(self._total.item())
+
+    def check(self, step: int) -> None:
+        count = int(self._in_a_row.item())
+        if count >= self._limit:
+            raise RunError(
+                f"step {step}: loss or gradient not finite in {count} steps in a row "
+                f"(run.max_bad_steps={self._limit}); weights are as before them. Lower the learning "
+                "rate, or look at the data of these steps"
+            )
+
+
+class Meter:
+    """Times between two logged steps."""
+
+    def __init__(self, loop: Loop, stage: Stage, step: int) -> None:
+        self._loop, self._stage = loop, stage
+        self._began, self._from_step, self._wait_s = time.perf_counter(), step, 0.0
+
+    def waited(self, seconds: float) -> None:
+        self._wait_s += seconds
+
+    def read(self, result: StepResult, progress: Progress, skipped: int) -> dict[str, Any]:
+        """Metrics since the last call; waits for the device."""
+        losses = {name: value.item() for name, value in result.losses.items()}
+        grad_norm = result.grad_norm.item()
+        now = time.perf_counter()
+        steps = progress.step - self._from_step
+        step_s = (now - self._began) / steps
+        stage, loop = self._stage, self._loop
+        images_per_s = stage.cfg.global_batch / step_s
+        achieved = stage.image_flops * images_per_s
+        metrics = {
+            "step": progress.step,
+            "stage": stage.cfg.name,
+            "samples": progress.samples,
+            **{name: losses.get(name) for name in ("loss", "loss_flow", "loss_freq", "loss_repa")},
+            "grad_norm": grad_norm,
+            "lr": stage.cfg.lr,
+            "images_per_s": images_per_s,
+            "mfu": achieved / loop.peak_flops if loop.peak_flops else None,
+            "step_s": step_s,
+            "data_wait_s": self._wait_s / steps,
+            "memory_bytes": memory_bytes(loop.device),
+            "skipped": skipped,
+        }
+        self._began, self._from_step, self._wait_s = now, progress.step, 0.0
+        return metrics
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Peak bytes on the GPU, or this process's resident set on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return int(psutil.Process().memory_info().rss)
+
+
+def resumed(meta: CheckpointMeta) -> Progress:
+    """Progress that a checkpoint stands for."""
+    return replace(Progress(), step=meta.step, samples=meta.samples)

@@ -1,0 +1,30 @@
+"""What ranks tell each other outside the step: errors that all must share, and who speaks."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch.distributed as dist
+
+from deco_scale.errors import ConfigError, RunError
+
+T = TypeVar("T")
+
+
+def agreed(action: Callable[[], T]) -> T:
+    """Run ``action`` on every rank; if it fails on any, all raise the first rank's error.
+
+    Only errors that have a name are shared; anything else is a bug and ends the process as it is.
+    """
+    outcome: tuple[bool, str] | None = None
+    result: T | None = None
+    try:
+        result = action()
+    except (ConfigError, RunError) as error:
+        outcome = (isinstance(error, ConfigError), str(error))
+    outcomes: list[tuple[bool, str] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(outcomes, outcome)
+    for rank, found in enumerate(outcomes):
+        if found is not None:
+            where = f"rank {rank}: " if rank else ""
+            raise (ConfigError if found[0] else RunError)(where + found[1])
+    return result  # type: ignore[return-value]

@@ -1,0 +1,158 @@
+"""What a person sees of a run: a progress line, plain lines, ``metrics.jsonl``, wandb, curves as a PNG."""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from deco_scale.training.settings import WandbConfig
+
+METRICS, LOG, CURVES = "metrics.jsonl", "log.txt", "curves.png"
+
+
+class Reporter:
+    """Writes on rank 0 and is silent elsewhere."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        active: bool,
+        total_steps: int,
+        wandb: WandbConfig,
+        config: dict[str, Any],
+        console: Console | None = None,
+    ) -> None:
+        self._folder, self._active, self._total = folder, active, total_steps
+        self._console = console or Console()
+        self._progress: Progress | None = None
+        self._task: Any = None
+        self._wandb: Any = None
+        if not active:
+            return
+        self._log = (folder / LOG).open("a", encoding="utf-8")
+        self._metrics = (folder / METRICS).open("a", encoding="utf-8")
+        if self._console.is_terminal:
+            self._progress = Progress(
+                TextColumn("step {task.completed}/{task.total}"),
+                BarColumn(),
+                TextColumn("{task.fields[shown]}"),
+                TimeRemainingColumn(),
+                console=self._console,
+            )
+            self._progress.start()
+            self._task = self._progress.add_task("", total=total_steps, shown="")
+        if wandb.mode != "disabled":
+            self._wandb = _start_wandb(folder, wandb, config)
+
+    def say(self, message: str) -> None:
+        """One plain line, on the console and in ``log.txt``."""
+        if self._active:
+            line = f"{time.strftime('%H:%M:%S')} {message}"
+            self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+            self._log.write(line + "\n")
+            self._log.flush()
+
+    def metrics(self, values: dict[str, Any]) -> None:
+        """One logged step."""
+        if not self._active:
+            return
+        self._metrics.write(json.dumps(values) + "\n")
+        self._metrics.flush()
+        remaining = (self._total - values["step"]) * values["step_s"]
+        losses = " ".join(
+            f"{name.removeprefix('loss_')} {values[name]:.4f}"
+            for name in ("loss", "loss_flow", "loss_freq", "loss_repa")
+            if values.get(name) is not None
+        )
+        shown = (
+            f"{losses} | norm {values['grad_norm']:.2f} | {values['images_per_s']:.1f} images/s | "
+            f"data wait {1000 * values['data_wait_s']:.0f} ms"
+        )
+        if self._progress is not None:
+            self._progress.update(self._task, completed=values["step"], shown=shown)
+            self._log.write(f"step {values['step']} {shown}\n")
+            self._log.flush()
+        else:
+            self.say(f"step {values['step']}/{self._total} {shown} | ETA {_duration(remaining)}")
+        if self._wandb is not None:
+            numbers = {k: v for k, v in values.items() if isinstance(v, int | float)}
+            self._wandb.log(numbers, step=values["step"])
+
+    def picture(self, name: str, path: Path, step: int) -> None:
+        """Tell of a picture that was written."""
+        self.say(f"{name}: {path}")
+        if self._active and self._wandb is not None:
+            import wandb
+
+            self._wandb.log({name: wandb.Image(str(path))}, step=step)
+
+    def close(self) -> None:
+        """Draw the curves and end what runs."""
+        if not self._active:
+            return
+        if self._progress is not None:
+            self._progress.stop()
+        entries = read_metrics(self._folder)
+        if entries:
+            draw_curves(entries, self._folder / CURVES)
+            self.say(f"loss curves: {self._folder / CURVES}")
+        if self._wandb is not None:
+            self._wandb.finish(quiet=True)
+        self._log.close()
+        self._metrics.close()
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Logged steps in order; a step that was done again after a resume counts as it was last done."""
+    path = folder / METRICS
+    by_step: dict[int, dict[str, Any]] = {}
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                continue  # a line cut off by a kill; the step is done again
+            by_step[entry["step"]] = entry
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def draw_curves(entries: list[dict[str, Any]], path: Path) -> None:
+    """Losses, gradient norm and throughput over steps."""
+    from matplotlib.figure import Figure
+
+    steps = [e["step"] for e in entries]
+    figure = Figure(figsize=(12, 3.5), layout="constrained")
+    losses, norm, speed = figure.subplots(1, 3)
+    for name in ("loss", "loss_flow", "loss_freq", "loss_repa"):
+        if any(e.get(name) is not None for e in entries):
+            losses.plot(steps, [e.get(name) for e in entries], label=name, linewidth=1)
+    losses.set(title="loss", xlabel="step", yscale="log")
+    losses.legend()
+    norm.plot(steps, [e["grad_norm"] for e in entries], linewidth=1)
+    norm.set(title="gradient norm", xlabel="step", yscale="log")
+    speed.plot(steps, [e["images_per_s"] for e in entries], linewidth=1)
+    speed.set(title="images/s", xlabel="step", ylim=(0, None))
+    figure.savefig(path, dpi=110)
+
+
+def _start_wandb(folder: Path, cfg: WandbConfig, config: dict[str, Any]) -> Any:
+    import wandb
+
+    mode = cfg.mode
+    if mode == "auto":
+        mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"
+    os.environ.setdefault("WANDB_SILENT", "true")
+    return wandb.init(
+        project=cfg.project, name=cfg.name, dir=folder, mode=mode, config=config, resume="allow"
+    )
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"

@@ -1,0 +1,1 @@
+"""Entry points that wire the packages together; nothing imports them."""

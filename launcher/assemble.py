@@ -1,0 +1,284 @@
+"""From a configuration to a running loop: the one place where models, data and engines meet."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from data_pipeline.errors import DataError
+from data_pipeline.loader import Batch, Loader
+from deco_scale.config import RunConfig, dump_config
+from deco_scale.errors import ConfigError, RunError
+from deco_scale.models import Denoiser
+from deco_scale.models.attention import check_backend
+from deco_scale.models.encoders import EncoderError, ImageEncoder, TextEncoder
+from deco_scale.models.layers import Attention
+from deco_scale.objectives import Objective
+from deco_scale.parallel.layout import Layout, accumulation_steps
+from deco_scale.planning.flops import peak_flops, training_flops
+from deco_scale.sampling.pictures import make_pictures, save_grid, velocity_of
+from deco_scale.training.batch import Prepare
+from deco_scale.training.checkpoint import Checkpoints
+from deco_scale.training.engine import Engine
+from deco_scale.training.loop import Data, Loop, Stage
+from deco_scale.training.processes import agreed
+from deco_scale.training.report import Reporter
+from deco_scale.training.settings import StageConfig
+
+
+def derive_stages(cfg: RunConfig, layout: Layout) -> list[Stage]:
+    """Stages with accumulation and FLOPs; raises :class:`ConfigError` for impossible batches."""
+    return [
+        Stage(
+            cfg=stage,
+            accumulation=accumulation_steps(
+                global_batch=stage.global_batch,
+                micro_batch=stage.micro_batch,
+                dp=layout.dp,
+                where=f"stages.{stage.name}",
+            ),
+            image_flops=training_flops(cfg.model, stage.resolution, stage.resolution),
+        )
+        for stage in cfg.stages
+    ]
+
+
+def load_encoders(
+    cfg: RunConfig, device: torch.device
+) -> tuple[TextEncoder | None, ImageEncoder | None]:
+    """Frozen encoders that the configuration asks for, checked against the model."""
+    text = image = None
+    try:
+        if cfg.model.kind == "t2i_deco":
+            assert cfg.text_encoder is not None
+            text = TextEncoder.load(cfg.text_encoder, device)
+            if text.width != cfg.model.text_dim:
+                raise ConfigError(
+                    f"text_encoder.path={cfg.text_encoder.path} gives {text.width} values a token, "
+                    f"model.text_dim is {cfg.model.text_dim}"
+                )
+        if cfg.objective.repa_weight > 0:
+            assert cfg.image_encoder is not None
+            image = ImageEncoder.load(cfg.image_encoder, device)
+    except EncoderError as error:
+        raise ConfigError(str(error)) from error
+    return text, image
+
+
+def objective_builder(cfg: RunConfig, encoder_dim: int) -> Callable[[], Objective]:
+    """A function that builds the plain objective on whatever device is current."""
+
+    def build() -> Objective:
+        denoiser = Denoiser(cfg.model)
+        for module in denoiser.modules():
+            if isinstance(module, Attention):
+                module.backend = cfg.attention.backend
+        return Objective(denoiser, cfg.objective, encoder_dim=encoder_dim)
+
+    return build
+
+
+def build_engine(
+    cfg: RunConfig, layout: Layout, device: torch.device, build: Callable[[], Objective]
+) -> Engine:
+    """The configured engine around a freshly initialised objective."""
+    check_backend(cfg.attention.backend, device)
+    if cfg.parallel.engine == "deepspeed":
+        from deco_scale.parallel.deepspeed import DeepSpeedEngine
+
+        return DeepSpeedEngine(
+            build,
+            stage=cfg.parallel.zero_stage,
+            micro_batch=cfg.stages[0].micro_batch,
+            device=device,
+            optimizer=cfg.optimizer,
+            precision=cfg.precision,
+            compile_blocks=cfg.compile,
+            seed=cfg.run.seed,
+            overrides=cfg.parallel.deepspeed,
+        )
+    from deco_scale.parallel.fsdp import FsdpEngine
+
+    return FsdpEngine(
+        build,
+        layout=layout,
+        device=device,
+        optimizer=cfg.optimizer,
+        precision=cfg.precision,
+        compile_blocks=cfg.compile,
+        seed=cfg.run.seed,
+    )
+
+
+def data_opener(cfg: RunConfig, layout: Layout, folder: Path) -> Callable[[StageConfig, int], Data]:
+    """Opens a stage's loader on all ranks together; bad samples go to ``quarantine.jsonl``."""
+
+    def quarantine(entry: dict[str, Any]) -> None:
+        with (folder / "quarantine.jsonl").open("a", encoding="utf-8") as log:
+            log.write(json.dumps({"rank": dist.get_rank(), **entry}) + "\n")
+
+    def open_one(stage: StageConfig, samples: int) -> Loader:
+        try:
+            return Loader(
+                dataclasses.replace(cfg.data, url=stage.data or cfg.data.url),
+                resolution=stage.resolution,
+                seed=cfg.run.seed,
+                global_batch=stage.global_batch,
+                rank=dist.get_rank(),
+                world=layout.dp,
+                start=samples,
+                on_bad=quarantine,
+            )
+        except DataError as error:
+            raise RunError(str(error)) from error
+
+    return lambda stage, samples: agreed(lambda: open_one(stage, samples))
+
+
+class SyntheticData:
+    """Random pictures with empty captions, for ``--dry-run``."""
+
+    digest = "synthetic"
+
+    def __init__(self, stage: StageConfig, layout: Layout) -> None:
+        self._stage, self._rank, self._world = stage, dist.get_rank(), layout.dp
+
+    def __iter__(self) -> Iterator[Batch]:
+        side, step = self._stage.resolution, 0
+        while True:
+            first = step * self._stage.global_batch
+            numbers = list(
+                range(first + self._rank, first + self._stage.global_batch, self._world)
+            )
+            random = np.random.default_rng(numbers[0])
+            shape = (len(numbers), side, side, 3)
+            yield Batch(
+                images=random.integers(0, 256, shape, dtype=np.uint8),
+                captions=[""] * len(numbers),
+                labels=[0] * len(numbers),
+                numbers=numbers,
+            )
+            step += 1
+
+    def close(self) -> None:
+        """Nothing to stop."""
+
+
+def picture_maker(
+    cfg: RunConfig, engine: Engine, text: TextEncoder | None, folder: Path, reporter: Reporter
+) -> Callable[[int], None]:
+    """After-step callback that draws the configured prompts with the EMA weights."""
+    if not cfg.samples.every or text is None:
+        return lambda step: None
+    prompts = list(cfg.samples.prompts)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    # Sharded weights need every rank in every forward pass: all draw equally many, some in vain.
+    share = -(-len(prompts) // world)
+    mine = [prompts[(rank * share + i) % len(prompts)] for i in range(share)]
+    conditions, null = text.encode(mine), text.null
+    velocity = velocity_of(engine.predict, cfg.model.patch_size)
+
+    def draw(step: int) -> None:
+        if step % cfg.samples.every:
+            return
+        side = _stage_at(cfg, step).resolution
+        with engine.averaged():
+            pictures = make_pictures(
+                velocity,
+                conditions,
+                null,
+                [0] * share,
+                size=(side, side),
+                cfg=cfg.samples.sampler,
+                batch=share,
+            )
+        gathered: list[Any] = [None] * world
+        dist.all_gather_object(gathered, pictures)
+        if rank == 0:
+            every = np.concatenate(gathered)[: len(prompts)]
+            path = folder / f"step_{step:08d}.png"
+            columns = min(5, len(prompts))
+            save_grid(every, path, columns=columns, labels=prompts, scale=max(1, 96 // side))
+            reporter.picture("samples", path, step)
+
+    return draw
+
+
+def assemble(
+    cfg: RunConfig,
+    layout: Layout,
+    device: torch.device,
+    *,
+    stages: list[Stage],
+    dry_run: bool = False,
+) -> Loop:
+    """Build everything, all ranks together; errors that have a name are shared by all ranks."""
+    folder = Path(cfg.run.dir)
+    rank = dist.get_rank()
+    checkpoints = Checkpoints(folder / "checkpoints", cfg.checkpoint)
+    agreed(lambda: _prepare_folder(folder, cfg, checkpoints) if rank == 0 else None)
+    open_data = data_opener(cfg, layout, folder)
+    if not dry_run:
+        # Fail on bad data before minutes are spent on encoders and engines.
+        open_data(cfg.stages[0], 0).close()
+    text, image = agreed(lambda: load_encoders(cfg, device))
+    engine = build_engine(
+        cfg, layout, device, objective_builder(cfg, image.width if image is not None else 0)
+    )
+    plain = json.loads(json.dumps(dataclasses.asdict(cfg)))
+    reporter = Reporter(
+        folder,
+        active=rank == 0,
+        total_steps=sum(stage.cfg.steps for stage in stages),
+        wandb=cfg.wandb,
+        config=plain,
+    )
+    null = text.null if text else torch.tensor(cfg.model.num_classes, device=device)
+    prepare = Prepare(
+        seed=cfg.run.seed,
+        device=device,
+        objective=cfg.objective,
+        null=null,
+        encode_text=text.encode if text else None,
+        encode_image=image.encode if image else None,
+    )
+    peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    if dry_run:
+        open_data = lambda stage, samples: SyntheticData(stage, layout)  # noqa: E731
+    return Loop(
+        settings=cfg.run,
+        stages=stages,
+        engine=engine,
+        prepare=prepare,
+        open_data=open_data,
+        checkpoints=checkpoints,
+        reporter=reporter,
+        device=device,
+        config=plain,
+        after_step=picture_maker(cfg, engine, text, folder / "samples", reporter),
+        peak_flops=peak * dist.get_world_size() if peak else None,
+    )
+
+
+def _prepare_folder(folder: Path, cfg: RunConfig, checkpoints: Checkpoints) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(dump_config(cfg), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot write to run.dir={folder}: {error.strerror}") from error
+    checkpoints.prepare()
+
+
+def _stage_at(cfg: RunConfig, step: int) -> StageConfig:
+    """The stage that step ``step`` (counted from 1) belongs to."""
+    end = 0
+    for stage in cfg.stages:
+        end += stage.steps
+        if step <= end:
+            return stage
+    return cfg.stages[-1]

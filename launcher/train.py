@@ -1,0 +1,122 @@
+"""Train DeCo. Runs unchanged under ``deepspeed``, ``torchrun``, ``srun`` and plain ``python``.
+
+    deepspeed launcher/train.py --config configs/t2i_xxl.yaml [key.path=value ...]
+
+Exit codes: 0 done, 1 the run failed, 2 wrong use or configuration.
+"""
+
+import argparse
+import os
+import socket
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+
+from data_pipeline.errors import DataError  # noqa: E402
+from deco_scale.config import RunConfig, dump_config, load_config  # noqa: E402
+from deco_scale.errors import ConfigError, RunError  # noqa: E402
+from deco_scale.parallel.layout import resolve_layout  # noqa: E402
+from deco_scale.training.loop import Progress, memory_bytes, resumed  # noqa: E402
+from launcher.assemble import assemble, derive_stages  # noqa: E402
+from launcher.environment import (  # noqa: E402
+    Environment,
+    choose_device,
+    read_environment,
+    start_processes,
+)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, help="YAML file, see configs/")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value")
+    parser.add_argument("--resume", default="auto", metavar="auto|none|PATH")
+    parser.add_argument("--print-config", action="store_true", help="show the resolved YAML and exit")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="one step on synthetic data, memory report, exit"
+    )
+    # The deepspeed launcher passes it; the environment says the same.
+    parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def run(cfg: RunConfig, env: Environment, *, resume: str = "auto", dry_run: bool = False) -> Progress:
+    """Train as configured; joins the process group unless there is one."""
+    layout = resolve_layout(cfg.parallel, env.world_size)
+    stages = derive_stages(cfg, layout)
+    device = choose_device(cfg.device, env.local_rank)
+    torch.set_float32_matmul_precision("high" if cfg.precision.compute != "fp32" else "highest")
+    start_processes(env, device)
+    loop = assemble(cfg, layout, device, stages=stages, dry_run=dry_run)
+    try:
+        if dry_run:
+            return _dry_run(cfg, loop, device)
+        progress = Progress()
+        path = loop.checkpoints.resolve(resume)
+        if path is not None:
+            meta = loop.checkpoints.load(loop.engine, path)
+            progress = resumed(meta)
+            loop.reporter.say(f"resumed from {path}: step {meta.step}, {meta.samples} samples seen")
+        return loop.run(progress)
+    finally:
+        loop.reporter.close()
+
+
+def _dry_run(cfg: RunConfig, loop, device: torch.device) -> Progress:  # type: ignore[no-untyped-def]
+    stage = loop.stages[0]
+    batch = next(iter(loop.open_data(stage.cfg, 0)))
+    result = loop._step(stage, batch)
+    loop.reporter.say(
+        f"dry run: one step of stage {stage.cfg.name} on synthetic data, "
+        f"loss {result.losses['loss'].item():.4f}, gradient norm {result.grad_norm.item():.4f}"
+    )
+    used = torch.tensor([memory_bytes(device)], dtype=torch.int64, device=device)
+    every = [torch.zeros_like(used) for _ in range(dist.get_world_size())]
+    dist.all_gather(every, used)
+    for rank, value in enumerate(every):
+        loop.reporter.say(f"rank {rank}: {value.item() / 2**30:.2f} GiB at its peak")
+    return Progress()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    # DeepSpeed and DCP call PyTorch functions that 2.13 renamed; nothing a user can act on.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    args = parse(argv)
+    env = Environment(0, 1, 0)
+    try:
+        env = read_environment(os.environ)
+        cfg = load_config(args.config, args.overrides)
+        if args.print_config:
+            if env.rank == 0:
+                print(dump_config(cfg), end="")
+            return 0
+        run(cfg, env, resume=args.resume, dry_run=args.dry_run)
+    except (ConfigError, RunError, DataError) as error:
+        # Errors that all ranks share are told once per node; a rank that is alone with one says so.
+        if env.local_rank == 0 or isinstance(error, DataError):
+            where = f" [rank {env.rank} on {socket.gethostname()}]" if env.rank else ""
+            print(f"error{where}: {error}", file=sys.stderr, flush=True)
+        return getattr(error, "exit_code", 1)
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code == 0 and dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+    # Other ranks may wait in a collective that will never come; do not wait for them at exit.
+    os._exit(code)
