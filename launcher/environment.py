@@ -62,6 +62,10 @@ def start_processes(env: Environment, device: torch.device) -> None:
     """Join the process group, unless the caller already has one."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        # PyTorch takes all cores in each process; several on one machine would fight for them.
+        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", env.world_size))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))
     if dist.is_initialized():
         return
     os.environ.setdefault("MASTER_ADDR", _slurm_head() or "127.0.0.1")

@@ -101,9 +101,11 @@ class Loop:
                     self.reporter.metrics(meter.read(result, progress, gate.total()))
                 if gate.look_at(step) or step % self.settings.log_every == 0 or step == end:
                     gate.check(step)
+                began = time.perf_counter()
                 self.after_step(step)
                 if self.checkpoints.due(step) or step == end:
                     self._save(stage, progress, data.digest, last=step == end)
+                meter.other(time.perf_counter() - began)
         finally:
             data.close()
         return progress
@@ -199,7 +201,12 @@ class Meter:
         self._began, self._from_step, self._wait_s = time.perf_counter(), step, 0.0
 
     def waited(self, seconds: float) -> None:
+        """Time spent on waiting for data, part of the step."""
         self._wait_s += seconds
+
+    def other(self, seconds: float) -> None:
+        """Time spent on pictures and checkpoints, no part of the step."""
+        self._began += seconds
 
     def read(self, result: StepResult, progress: Progress, skipped: int) -> dict[str, Any]:
         """Metrics since the last call; waits for the device."""

@@ -102,7 +102,7 @@ class Reporter:
             draw_curves(entries, self._folder / CURVES)
             self.say(f"loss curves: {self._folder / CURVES}")
         if self._wandb is not None:
-            self._wandb.finish(quiet=True)
+            self._wandb.finish()
         self._log.close()
         self._metrics.close()
 
