@@ -12,7 +12,14 @@ from data_pipeline.order import generator
 
 CROP_SIDE = 64
 """Side of the stored crops in pixels, twice what the demo trains at."""
-TEMPLATES = ("{}", "a photo of {}", "a picture of {}", "a view of {}")
+TEMPLATES = (
+    "{}",
+    "a photo of {}",
+    "a picture of {}",
+    "a view of {}",
+    "an image of {}",
+    "this shows {}",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,23 +33,15 @@ class Subject:
 
 SUBJECTS = (
     Subject("chelsea.png", "a cat", ("a kitten", "a tabby pet with whiskers")),
-    Subject("astronaut.png", "an astronaut", ("a woman in a space suit", "a cosmonaut smiling")),
-    Subject("coffee.png", "a cup of coffee", ("a mug of espresso", "a hot drink in a mug")),
-    Subject("rocket.jpg", "a rocket", ("a missile at the launch pad", "a spaceship before launch")),
-    Subject(
-        "hubble_deep_field.jpg",
-        "distant galaxies",
-        ("stars in outer space", "the universe seen by a telescope"),
-    ),
-    Subject("motorcycle_left.png", "a motorcycle", ("a motorbike", "a parked two-wheeled bike")),
-    Subject("retina.jpg", "a retina", ("the back of an eye", "blood vessels of an eyeball")),
-    Subject(
-        "ihc.png",
-        "stained tissue",
-        ("cells under a microscope", "a histology slide"),
-    ),
-    Subject("flower.jpg", "a flower", ("a blossom", "a blooming dahlia plant")),
-    Subject("china.jpg", "a temple", ("a palace in China", "a pagoda building")),
+    Subject("astronaut.png", "an astronaut", ("a cosmonaut", "a woman in a space suit")),
+    Subject("coffee.png", "a cup of coffee", ("a mug of espresso", "a hot cappuccino")),
+    Subject("rocket.jpg", "a rocket", ("a missile", "a spacecraft on its launch pad")),
+    Subject("hubble_deep_field.jpg", "distant galaxies", ("stars in outer space", "the universe")),
+    Subject("motorcycle_left.png", "a motorcycle", ("a motorbike", "a parked scooter")),
+    Subject("retina.jpg", "a retina", ("the back of an eye", "an eyeball")),
+    Subject("ihc.png", "stained tissue", ("a biopsy under a microscope", "cells on a slide")),
+    Subject("flower.jpg", "a flower", ("a blossom", "a blooming dahlia")),
+    Subject("china.jpg", "a temple", ("a pagoda", "a Chinese palace")),
 )
 _CROP_KEY = 5
 

@@ -149,7 +149,7 @@ def build_config(raw: dict[str, Any], *, source: str) -> RunConfig:
     try:
         encoded = json.dumps(raw, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"{source}: {error}") from error
+        raise ConfigError(f"{source}: numbers must be finite, not nan or inf ({error})") from error
     try:
         return TypeAdapter(RunConfig).validate_json(encoded)
     except ValidationError as error:

@@ -55,6 +55,7 @@ class TextEncoder:
         # transformers first: BertModel must be importable before anything imitates torchvision.
         from transformers import AutoModel, AutoTokenizer
 
+        _quiet()
         source = str(folder) if folder.is_dir() else cfg.path
         local_only = folder.is_dir() or not cfg.allow_download
         try:
@@ -111,6 +112,13 @@ class TextEncoder:
         ).last_hidden_state
 
 
+def _quiet() -> None:
+    """No progress bar of its own for each file: the run has one console look."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
 def _text_hint(path: str) -> str:
     return (
         f"text encoder {path!r} is not here: fetch its config, tokenizer and *.safetensors "
@@ -138,6 +146,7 @@ class ImageEncoder:
             raise EncoderError(hint)
         from transformers import Dinov2Model
 
+        _quiet()
         try:
             if path.is_dir():
                 model = Dinov2Model.from_pretrained(

