@@ -9,6 +9,8 @@ import hashlib
 import io
 import json
 import tarfile
+import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,6 +40,8 @@ _COLUMNS = {
     "crc32c": np.uint32,
 }
 _TAR_BLOCK = 512
+_DAMAGE = (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error)
+"""What NumPy raises for an archive that is not whole."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +179,9 @@ def save_index(store: Store, index: Index) -> None:
     buffer = io.BytesIO()
     encoded = np.frombuffer(json.dumps(header).encode(), dtype=np.uint8)
     np.savez_compressed(buffer, header=encoded, **index.columns)
-    store.write(INDEX_KEY, buffer.getvalue())
+    data = buffer.getvalue()
+    # A zip archive may be followed by other bytes; these cover what the archive's own sums do not.
+    store.write(INDEX_KEY, data + google_crc32c.value(data).to_bytes(4, "big"))
 
 
 def load_index(store: Store) -> Index:
@@ -185,14 +191,17 @@ def load_index(store: Store) -> Index:
         found = sum(info.key.endswith(".tar") for info in store.list())
         what = f"{found} shards but no index" if found else "no shards and no index: nothing is here"
         raise DataError(f"{store.url}: {what}; pack data there, then run: deco-data index {store.url}")
+    data, checksum = raw[:-4], int.from_bytes(raw[-4:], "big")
+    if google_crc32c.value(data) != checksum:
+        raise DataError(f"{store.url}/{INDEX_KEY} is damaged (wrong checksum); index again")
     try:
-        with np.load(io.BytesIO(raw), allow_pickle=False) as arrays:
+        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
             header = json.loads(arrays["header"].tobytes())
             columns = {name: arrays[name] for name in _COLUMNS}
         if header["version"] != VERSION:
             raise DataError(f"{store.url}: index version {header['version']}, wanted {VERSION}")
         index = make_index(tuple(ObjectInfo(*entry) for entry in header["shards"]), columns)
-    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+    except _DAMAGE as error:
         raise DataError(f"{store.url}/{INDEX_KEY} is damaged ({error}); index again") from error
     if index.digest != header["digest"]:
         raise DataError(f"{store.url}/{INDEX_KEY} is damaged (wrong digest); index again")

@@ -85,7 +85,9 @@ class ElasticOrder:
     def __init__(self, index: Index, *, seed: int, streams: int, window: int) -> None:
         self.chunks = Chunks(index)
         self.length = len(index)
-        self._seed, self._streams, self._window = seed, streams, window
+        # A short set has fewer streams, so that each is long enough to be shuffled.
+        self._streams = max(1, min(streams, self.length // window))
+        self._seed, self._window = seed, window
         self._epochs: OrderedDict[int, EpochOrder] = OrderedDict()
 
     def at(self, number: int) -> tuple[int, int]:

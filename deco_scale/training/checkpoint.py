@@ -13,6 +13,7 @@ import json
 import os
 import pickle
 import shutil
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -240,7 +241,9 @@ def read_tensors(path: Path, prefix: str) -> dict[str, Tensor]:
     verify(path)
     shapes = {n: s for n, s in stored_shapes(path).items() if n.startswith(prefix)}
     state = {name: torch.empty(shape) for name, shape in shapes.items()}
-    dcp.load(state, storage_reader=dcp.FileSystemReader(path), no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.load(state, storage_reader=dcp.FileSystemReader(path), no_dist=True)
     return {name.removeprefix(prefix): tensor for name, tensor in state.items()}
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -207,7 +207,7 @@ def main(paths: list[str]) -> int:
     for path in map(Path, paths):
         try:
             meta, tensors = read(path)
-        except (OSError, KeyError, ValueError, RuntimeError) as error:
+        except (OSError, KeyError, ValueError, SafetensorError) as error:
             print(f"{path}: not a golden file: {error}", file=sys.stderr)
             return 2
         checks = text_checks if meta["kind"] == "t2i_deco" else class_checks

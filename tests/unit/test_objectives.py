@@ -48,6 +48,8 @@ def test_objective_is_the_weighted_sum_for_any_patch_size(patch_size: int) -> No
             kind="c2i_baseline", dim=16, num_heads=2, num_blocks=1, patch_size=patch_size, num_classes=3
         )
     )
+    assert model.final is not None
+    model.final.reset_parameters()
     cfg = ObjectiveConfig(freq_weight=0.7, repa_weight=0.3, repa_layer=1)
     objective = Objective(model, cfg, encoder_dim=5)
     image, noise = torch.randn(2, 3, 16, 16), torch.randn(2, 3, 16, 16)

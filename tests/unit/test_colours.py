@@ -1,0 +1,26 @@
+"""The demo's judge: separates colours, and is no better than chance on noise."""
+
+import numpy as np
+import pytest
+
+from deco_scale.evaluation.colours import ColourClassifier
+
+
+def test_separates_colours_and_not_noise() -> None:
+    random = np.random.default_rng(0)
+
+    def draw(centres: np.ndarray, label: np.ndarray) -> np.ndarray:
+        noise = random.normal(0, 25, (len(label), 16, 16, 3))
+        return np.clip(centres[label][:, None, None] + noise, 0, 255).astype(np.uint8)
+
+    label = np.arange(200) % 4
+    centres = np.array([[200, 40, 40], [40, 200, 40], [40, 40, 200], [128, 128, 128]], dtype=float)
+    judge = ColourClassifier.fit(draw(centres, label), label.tolist())
+    assert (judge.predict(draw(centres, label)) == label).mean() > 0.95
+    same = np.repeat(centres[3:], 4, axis=0)
+    assert (judge.predict(draw(same, label)) == label).mean() < 0.5
+
+
+def test_a_class_without_pictures_is_named() -> None:
+    with pytest.raises(ValueError, match=r"\[1\]"):
+        ColourClassifier.fit(np.zeros((2, 4, 4, 3), np.uint8), [0, 2])

@@ -1,0 +1,105 @@
+"""Frozen encoders: real formats, no network, nothing silently missing."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from deco_scale.models.encoder_settings import ImageEncoderConfig, TextEncoderConfig
+from deco_scale.models.encoders import (
+    EncoderError,
+    ImageEncoder,
+    TextEncoder,
+    dinov2_from_original,
+)
+from tests.assets import TEXT_DIM, TEXT_TOKENS
+
+CPU = torch.device("cpu")
+
+
+def load_text(folder: Path, cache: int = 0) -> TextEncoder:
+    cfg = TextEncoderConfig(path=str(folder), max_tokens=TEXT_TOKENS, cache_captions=cache)
+    return TextEncoder.load(cfg, CPU)
+
+
+def test_null_embedding_is_that_of_the_empty_caption_and_stays(text_encoder: Path) -> None:
+    encoder = load_text(text_encoder)
+    null = encoder.null
+    assert null.shape == (TEXT_TOKENS, TEXT_DIM) and bool(null.isfinite().all())
+    encoder.null.zero_()
+    encoder.encode(["a red square", "not this"])
+    torch.testing.assert_close(encoder.encode([""])[0], null, rtol=1e-5, atol=1e-6)
+    assert torch.equal(encoder.null, null)
+
+
+def test_states_have_fixed_length_and_right_padding(text_encoder: Path) -> None:
+    encoder = load_text(text_encoder)
+    short, long = encoder.encode(["a red square", "a red square on the white ground a a a a"])
+    assert short.shape == long.shape == (TEXT_TOKENS, TEXT_DIM)
+    # Causal and padded on the right: the shared first words have the same states.
+    torch.testing.assert_close(short[:3], long[:3], rtol=1e-4, atol=1e-5)
+
+
+def test_cache_changes_nothing(text_encoder: Path) -> None:
+    plain, cached = load_text(text_encoder), load_text(text_encoder, cache=2)
+    for captions in (["a red", "a blue"], ["a blue", "a green", "a red"], ["a red"]):
+        torch.testing.assert_close(plain.encode(captions), cached.encode(captions))
+
+
+@pytest.mark.parametrize("path", ["/nowhere/encoder", "Qwen/Qwen3-1.7B", "./missing"])
+def test_missing_text_encoder_says_what_to_fetch(path: str) -> None:
+    with pytest.raises(EncoderError, match="text_encoder.path") as caught:
+        TextEncoder.load(TextEncoderConfig(path=path), CPU)
+    assert "Qwen/Qwen3-1.7B" in str(caught.value)
+
+
+def test_dinov2_gives_one_token_per_model_patch(image_encoder: Path) -> None:
+    encoder = ImageEncoder.load(ImageEncoderConfig(path=str(image_encoder)), CPU)
+    tokens = encoder.encode(torch.rand(2, 3, 32, 48) * 2 - 1)
+    assert tokens.shape == (2, 2 * 3, encoder.width)
+
+
+def test_dinov2_converts_from_the_original_file(tmp_path: Path) -> None:
+    from transformers import Dinov2Config, Dinov2Model
+
+    torch.manual_seed(0)
+    model = Dinov2Model(
+        Dinov2Config(hidden_size=128, num_hidden_layers=2, num_attention_heads=2, image_size=56)
+    ).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(tmp_path / "folder", safe_serialization=True)
+    ours = model.state_dict()
+    original = {
+        "cls_token": ours["embeddings.cls_token"],
+        "mask_token": ours["embeddings.mask_token"],
+        "pos_embed": ours["embeddings.position_embeddings"],
+        "patch_embed.proj.weight": ours["embeddings.patch_embeddings.projection.weight"],
+        "patch_embed.proj.bias": ours["embeddings.patch_embeddings.projection.bias"],
+        "norm.weight": ours["layernorm.weight"],
+        "norm.bias": ours["layernorm.bias"],
+    }
+    for i in range(2):
+        layer = f"encoder.layer.{i}."
+        for kind in ("weight", "bias"):
+            parts = [ours[f"{layer}attention.{p}_proj.{kind}"] for p in "qkv"]
+            original[f"blocks.{i}.attn.qkv.{kind}"] = torch.cat(parts)
+            original[f"blocks.{i}.attn.proj.{kind}"] = ours[f"{layer}attention.o_proj.{kind}"]
+            for name in ("norm1", "norm2", "mlp.fc1", "mlp.fc2"):
+                original[f"blocks.{i}.{name}.{kind}"] = ours[f"{layer}{name}.{kind}"]
+        for number in "12":
+            original[f"blocks.{i}.ls{number}.gamma"] = ours[f"{layer}layer_scale{number}.lambda1"]
+    torch.save(original, tmp_path / "dinov2.pth")
+    image = torch.rand(1, 3, 64, 64) * 2 - 1
+    found = [
+        ImageEncoder.load(ImageEncoderConfig(path=str(tmp_path / name)), CPU).encode(image)
+        for name in ("folder", "dinov2.pth")
+    ]
+    assert torch.equal(*found)
+    with pytest.raises(KeyError, match="unknown DINOv2 tensor head.weight.x"):
+        dinov2_from_original({"head.weight.x": torch.zeros(1)})
+
+
+def test_missing_image_encoder_says_what_to_fetch() -> None:
+    with pytest.raises(EncoderError, match="dinov2_vitb14_pretrain.pth"):
+        ImageEncoder.load(ImageEncoderConfig(path="/nowhere/dino.pth"), CPU)

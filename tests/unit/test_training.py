@@ -1,0 +1,232 @@
+"""Pieces of training: randomness, finite gate, optimizer, checkpoints, reports, FLOPs."""
+
+import json
+import math
+import os
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from deco_scale.config import load_config
+from deco_scale.errors import ConfigError, RunError
+from deco_scale.planning.flops import training_flops
+from deco_scale.training import checkpoint
+from deco_scale.training.checkpoint import CheckpointMeta, Checkpoints
+from deco_scale.training.engine import Engine
+from deco_scale.training.loop import BadSteps
+from deco_scale.training.optimizer import AveragedAdamW, poisoned
+from deco_scale.training.randomness import draw, mix
+from deco_scale.training.report import Reporter, read_metrics
+from deco_scale.training.settings import CheckpointConfig, OptimizerConfig, WandbConfig
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+CPU = torch.device("cpu")
+
+
+def test_draws_belong_to_the_sample_not_to_the_batch() -> None:
+    whole = draw(1, [10, 11, 12], (3, 4, 4), CPU)
+    part = draw(1, [12, 10], (3, 4, 4), CPU)
+    for a, b in zip(whole, part, strict=True):
+        assert torch.equal(a[[2, 0]], b)
+    assert not torch.equal(draw(2, [10], (3, 4, 4), CPU).noise, part.noise[1:])
+    keys = {mix(seed, n) for seed in range(50) for n in range(200)}
+    assert len(keys) == 10_000
+    draws = draw(0, list(range(4000)), (1, 1, 1), CPU)
+    assert abs(draws.normal.mean().item()) < 0.06 and abs(draws.normal.std().item() - 1) < 0.05
+    assert abs((draws.dropout < 0.1).float().mean().item() - 0.1) < 0.02
+
+
+def test_a_loss_that_is_not_finite_poisons_every_gradient() -> None:
+    weight = torch.ones(3, requires_grad=True)
+    poisoned((weight * torch.tensor([1.0, 2.0, 3.0])).sum()).backward()
+    assert weight.grad is not None and weight.grad.tolist() == [1, 2, 3]
+    weight.grad = None
+    # Infinite in value, finite in gradient: without the poison nobody would notice.
+    poisoned(weight.sum() + torch.tensor(float("inf"))).backward()
+    assert weight.grad is not None and bool(torch.isnan(weight.grad).all())  # type: ignore[unreachable]
+
+
+def test_optimizer_is_adamw_with_clipping_and_skips_cleanly() -> None:
+    torch.manual_seed(0)
+    start = torch.randn(5)
+    ours, theirs = start.clone(), torch.nn.Parameter(start.clone())
+    cfg = OptimizerConfig(clip_norm=0.5, ema_decay=0.9, weight_decay=0.1)
+    optimizer = AveragedAdamW({"w": ours, "empty": torch.zeros(0)}, cfg, averaged=["w"])
+    reference = torch.optim.AdamW([theirs], lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
+    average = start.clone()
+    for step in range(6):
+        grad = torch.randn(5) * (0.01 if step % 2 else 10)
+        if step == 3:
+            before = [t.clone() for t in (ours, optimizer.tensors()["ema"]["w"])]
+            nan = torch.full((5,), float("nan"))
+            skipped = optimizer.step({"w": nan}, nan.norm(), lr=1e-2, betas=(0.9, 0.95))
+            assert skipped.item() == 1.0 and optimizer.steps == 3
+            assert torch.equal(before[0], ours)
+            assert torch.equal(before[1], optimizer.tensors()["ema"]["w"])
+        theirs.grad = grad.clone()
+        torch.nn.utils.clip_grad_norm_([theirs], 0.5)
+        reference.step()
+        average.lerp_(theirs.detach(), 0.1)
+        grads = {"w": grad.clone(), "empty": torch.zeros(0)}
+        optimizer.step(grads, grad.norm(), lr=1e-2, betas=(0.9, 0.95))
+    torch.testing.assert_close(ours, theirs.detach(), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(optimizer.tensors()["ema"]["w"], average, rtol=1e-6, atol=1e-7)
+    held = ours.clone()
+    with optimizer.swapped():
+        torch.testing.assert_close(ours, average, rtol=1e-6, atol=1e-7)
+    assert torch.equal(ours, held)
+
+
+def test_too_many_bad_steps_in_a_row_end_the_run() -> None:
+    gate = BadSteps(3, CPU)
+    for bad in (1.0, 1.0, 0.0, 1.0, 1.0):
+        gate.add(torch.tensor(bad))
+        gate.check(1)
+    gate.add(torch.tensor(1.0))
+    with pytest.raises(RunError, match="3 steps in a row"):
+        gate.check(7)
+    assert gate.total() == 5
+
+
+@pytest.fixture(scope="module")
+def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    store = tmp_path_factory.mktemp("group") / "store"
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+class PlainEngine:
+    """The checkpoint's view of an engine: named tensors and a counter."""
+
+    def __init__(self, width: int = 3) -> None:
+        generator = torch.Generator().manual_seed(width)
+        self.tensors = {
+            f"{kind}.denoiser.w": torch.randn(4, width, generator=generator)
+            for kind in ("model", "ema", "exp_avg", "exp_avg_sq")
+        }
+        self.optimizer_steps = 5
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return self.tensors
+
+    def load(self, state: dict[str, torch.Tensor], optimizer_steps: int) -> None:
+        self.optimizer_steps = optimizer_steps
+
+
+def meta(step: int) -> CheckpointMeta:
+    return CheckpointMeta(
+        step=step, stage="s", samples=step * 8, seed=0, optimizer_steps=0, data_digest="d",
+        parameter_digest="", config={},
+    )  # fmt: skip
+
+
+def engine(width: int = 3) -> Engine:
+    return PlainEngine(width)  # type: ignore[return-value]
+
+
+@pytest.mark.usefixtures("group")
+class TestCheckpoint:
+    def checkpoints(self, folder: Path, **settings: int) -> Checkpoints:
+        made = Checkpoints(folder / "c", CheckpointConfig(every=1, **settings))
+        made.prepare()
+        return made
+
+    def test_round_trip_is_bit_exact_and_retention_keeps_what_it_says(self, tmp_path: Path) -> None:
+        checkpoints = self.checkpoints(tmp_path, keep_last=2, keep_every=3)
+        source = engine()
+        for step in range(1, 8):
+            checkpoints.save(source, meta(step))
+        kept = [p.name for p in sorted((tmp_path / "c").iterdir())]
+        assert kept == ["step_00000003", "step_00000006", "step_00000007"]
+        target = engine()
+        for tensor in target.state().values():
+            tensor.zero_()
+        path = checkpoints.resolve("auto")
+        assert path is not None and path.name == "step_00000007"
+        loaded = checkpoints.load(target, path)
+        assert (loaded.step, loaded.samples, loaded.optimizer_steps) == (7, 56, 5)
+        assert loaded.parameter_digest == checkpoint.parameter_digest(target.state())
+        assert all(torch.equal(a, source.state()[n]) for n, a in target.state().items())
+        assert checkpoint.read_tensors(path, "ema.").keys() == {"denoiser.w"}
+
+    def test_a_flipped_byte_anywhere_is_found_with_the_files_name(self, tmp_path: Path) -> None:
+        checkpoints = self.checkpoints(tmp_path)
+        path = checkpoints.save(engine(), meta(1))
+        files = sorted(p for p in path.iterdir() if p.name != "COMPLETE")
+        assert len(files) == 3
+        for file in files:
+            original = file.read_bytes()
+            damaged = bytearray(original)
+            damaged[len(damaged) // 2] ^= 1
+            file.write_bytes(bytes(damaged))
+            with pytest.raises(ConfigError, match=file.name.replace(".", r"\.")):
+                checkpoints.load(engine(), path)
+            file.write_bytes(original)
+        checkpoints.load(engine(), path)
+
+    def test_half_written_folders_are_never_taken(self, tmp_path: Path) -> None:
+        checkpoints = self.checkpoints(tmp_path)
+        checkpoints.save(engine(), meta(1))
+        path = checkpoints.save(engine(), meta(2))
+        (path / "COMPLETE").unlink()
+        (tmp_path / "c" / ".saving_step_00000003").mkdir()
+        found = checkpoints.resolve("auto")
+        assert found is not None and found.name == "step_00000001"
+        with pytest.raises(ConfigError, match="not a complete checkpoint"):
+            checkpoints.resolve(str(path))
+        with pytest.raises(ConfigError, match="no such checkpoint"):
+            checkpoints.resolve(str(tmp_path / "nowhere"))
+        assert checkpoints.resolve("none") is None
+        checkpoints.prepare()
+        assert not (tmp_path / "c" / ".saving_step_00000003").exists()
+
+    def test_another_model_is_refused_by_tensor_name(self, tmp_path: Path) -> None:
+        checkpoints = self.checkpoints(tmp_path)
+        path = checkpoints.save(engine(), meta(1))
+        with pytest.raises(ConfigError, match=r"denoiser.w has shape \(4, 3\), the model \(4, 2\)"):
+            checkpoints.load(engine(2), path)
+
+    def test_an_index_with_code_in_it_is_refused_unread(self, tmp_path: Path) -> None:
+        checkpoints = self.checkpoints(tmp_path)
+        path = checkpoints.save(engine(), meta(1))
+        witness = tmp_path / "executed"
+
+        class Evil:
+            def __reduce__(self):  # type: ignore[no-untyped-def]
+                return os.mkdir, (str(witness),)
+
+        (path / ".metadata").write_bytes(pickle.dumps(Evil()))
+        with pytest.raises(ConfigError, match="mkdir does not belong"):
+            checkpoint.stored_shapes(path)
+        assert not witness.exists()
+
+    def test_a_folder_that_cannot_be_written_is_named(self, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("")
+        with pytest.raises(ConfigError, match="cannot write to"):
+            Checkpoints(tmp_path / "file" / "c", CheckpointConfig()).prepare()
+
+
+def test_metrics_survive_a_cut_line_and_count_the_last_doing(tmp_path: Path) -> None:
+    reporter = Reporter(
+        tmp_path, active=True, total_steps=4, wandb=WandbConfig(mode="disabled"), config={}
+    )
+    base = {"loss_flow": 1.0, "grad_norm": 1.0, "images_per_s": 1.0, "data_wait_s": 0.0, "step_s": 1.0}
+    for step, loss in ((1, 4.0), (2, 3.0), (2, 2.5), (3, 2.0)):
+        reporter.metrics({"step": step, "loss": loss, **base})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')
+    assert [e["loss"] for e in read_metrics(tmp_path)] == [4.0, 2.5, 2.0]
+    reporter.close()
+    assert (tmp_path / "curves.png").stat().st_size > 1000
+    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])["step"] == 1
+
+
+@pytest.mark.parametrize(("side", "teraflops"), [(256, 1.17), (512, 4.39)])
+def test_flops_of_the_published_model(side: int, teraflops: float) -> None:
+    model = load_config(CONFIGS / "t2i_xxl.yaml").model
+    assert math.isclose(training_flops(model, side, side) / 1e12, teraflops, rel_tol=0.01)
