@@ -92,10 +92,7 @@ def _module(release: str, ours: str) -> list[Rule]:
 
 
 def _within(rules: list[Rule], release: str, ours: str) -> list[Rule]:
-    return [
-        Rule(f"{release}.{r.release}", tuple(f"{ours}.{o}" for o in r.ours), r.split, r.join)
-        for r in rules
-    ]
+    return [Rule(f"{release}.{r.release}", tuple(f"{ours}.{o}" for o in r.ours), r.split, r.join) for r in rules]
 
 
 def denoiser_rules(cfg: ModelConfig) -> list[Rule]:
@@ -104,9 +101,7 @@ def denoiser_rules(cfg: ModelConfig) -> list[Rule]:
     for i in range(cfg.num_blocks):
         rules += _within(_block_rules(cfg, text_block=False), f"blocks.{i}", f"blocks.{i}")
     for i in range(cfg.num_text_blocks):
-        rules += _within(
-            _block_rules(cfg, text_block=True), f"text_refine_blocks.{i}", f"text_blocks.{i}"
-        )
+        rules += _within(_block_rules(cfg, text_block=True), f"text_refine_blocks.{i}", f"text_blocks.{i}")
     embed = "x_embedder.proj" if cfg.kind == "c2i_baseline" else "s_embedder.proj"
     rules += _module(embed, "patch_embed")
     rules += _module("t_embedder.mlp.0", "timestep_embed.hidden")

@@ -19,9 +19,7 @@ class DecodeError(ValueError):
         self.kind = kind
 
 
-def decode(
-    encoded: bytes, resolution: int, max_pixels: int
-) -> "np.ndarray[Any, np.dtype[np.uint8]]":
+def decode(encoded: bytes, resolution: int, max_pixels: int) -> "np.ndarray[Any, np.dtype[np.uint8]]":
     """Square picture ``(resolution, resolution, 3)``."""
     try:
         with Image.open(io.BytesIO(encoded)) as opened:
@@ -43,8 +41,6 @@ def centre_crop(image: Image.Image, resolution: int) -> Image.Image:
     while min(image.size) >= 2 * resolution:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = resolution / min(image.size)
-    image = image.resize(
-        (round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC
-    )
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
     left, top = (image.width - resolution) // 2, (image.height - resolution) // 2
     return image.crop((left, top, left + resolution, top + resolution))

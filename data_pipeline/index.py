@@ -99,9 +99,7 @@ def scan_shard(store: Store, shard: ObjectInfo, number: int, report: ScanReport)
             report.problems.append(f"{shard.key}: {stem}: no {missing}")
             return
         try:
-            with Image.open(
-                io.BytesIO(raw[image.offset_data : image.offset_data + image.size])
-            ) as opened:
+            with Image.open(io.BytesIO(raw[image.offset_data : image.offset_data + image.size])) as opened:
                 width, height = opened.size
         except (OSError, ValueError, Image.DecompressionBombError) as error:
             report.problems.append(f"{shard.key}: {image.name}: not an image ({error})")
@@ -144,7 +142,7 @@ def scan_shard(store: Store, shard: ObjectInfo, number: int, report: ScanReport)
         report.problems.append(f"{shard.key}: {error}")
         if pending and last_end <= len(raw):
             close(last_end)
-    if not raw[last_end : last_end + _TAR_BLOCK] == bytes(_TAR_BLOCK):
+    if raw[last_end : last_end + _TAR_BLOCK] != bytes(_TAR_BLOCK):
         report.problems.append(f"{shard.key}: no end-of-archive mark, the shard may be cut off")
     return {name: [row[name] for row in rows] for name in _COLUMNS}
 
@@ -178,7 +176,7 @@ def save_index(store: Store, index: Index) -> None:
     }
     buffer = io.BytesIO()
     encoded = np.frombuffer(json.dumps(header).encode(), dtype=np.uint8)
-    np.savez_compressed(buffer, header=encoded, **index.columns)
+    np.savez_compressed(buffer, header=encoded, **index.columns)  # type: ignore[arg-type]
     data = buffer.getvalue()
     # A zip archive may be followed by other bytes; these cover what the archive's own sums do not.
     store.write(INDEX_KEY, data + google_crc32c.value(data).to_bytes(4, "big"))

@@ -191,10 +191,7 @@ class SampleLoader:
         }
         if self._on_bad:
             self._on_bad(entry)
-        if (
-            self._seen >= RATE_AFTER
-            and counters["substitutions"] > self._cfg.max_bad_fraction * self._seen
-        ):
+        if self._seen >= RATE_AFTER and counters["substitutions"] > self._cfg.max_bad_fraction * self._seen:
             raise DataError(
                 f"{counters['substitutions']} of {self._seen} samples were unusable, more than "
                 f"data.max_bad_fraction={self._cfg.max_bad_fraction}; the last: {json.dumps(entry)}"
@@ -227,9 +224,7 @@ class Loader:
         if not len(index):
             raise DataError(f"{cfg.url}: no sample has {resolution} pixels on its shorter side")
         self.digest = index.digest
-        self._samples = SampleLoader(
-            store, index, cfg, seed=seed, resolution=resolution, on_bad=on_bad
-        )
+        self._samples = SampleLoader(store, index, cfg, seed=seed, resolution=resolution, on_bad=on_bad)
         self._global_batch, self._rank, self._world = global_batch, rank, world
         self._start, self._ahead = start, max(cfg.ahead, global_batch // world)
         self._workers = ThreadPoolExecutor(cfg.workers, thread_name_prefix="decode")

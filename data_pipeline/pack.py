@@ -71,8 +71,7 @@ def read_parquet(file: Path, skipped: list[str]) -> Iterator[RawSample]:
     caption_column = next((n for n in CAPTION_COLUMNS if n in names), None)
     if image_column is None or caption_column is None:
         raise DataError(
-            f"{file}: needs one of the columns {IMAGE_COLUMNS} and one of {CAPTION_COLUMNS}, "
-            f"has {names}"
+            f"{file}: needs one of the columns {IMAGE_COLUMNS} and one of {CAPTION_COLUMNS}, has {names}"
         )
     row = 0
     for batch in table.iter_batches(batch_size=64, columns=[image_column, caption_column]):
@@ -118,7 +117,7 @@ def pack(
         tar: tarfile.TarFile | None = None
         for sample in samples:
             if tar is None:
-                tar = tarfile.open(path, "w", format=tarfile.USTAR_FORMAT)
+                tar = tarfile.open(path, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115 - one per shard
             key = f"{report.samples:09d}"
             _add(tar, f"{key}.{sample.suffix}", sample.image)
             if len(sample.captions) == 1:

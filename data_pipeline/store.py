@@ -162,17 +162,14 @@ class S3Store:
             if etag is not None:
                 wanted["IfMatch"] = f'"{etag}"'
             with self._errors(key):
-                body = self._client.get_object(
-                    Bucket=self._bucket, Key=self._prefix + key, **wanted
-                )["Body"]
+                body = self._client.get_object(Bucket=self._bucket, Key=self._prefix + key, **wanted)["Body"]
             self._drain(body, received)
             if len(received) == length:
                 return bytes(received)
             if len(received) > length:
                 raise StoreError(f"{self._name(key)}: the server ignores ranges")
         raise StoreError(
-            f"{self._name(key)}: {len(received)} of {length} bytes at {offset} after "
-            f"{READ_ATTEMPTS} attempts"
+            f"{self._name(key)}: {len(received)} of {length} bytes at {offset} after {READ_ATTEMPTS} attempts"
         )
 
     @staticmethod

@@ -81,9 +81,7 @@ def _sample(args: argparse.Namespace, console: Console) -> int:
     except ValueError as error:
         raise ConfigError(f"--size: {error}") from error
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    encoder = dataclasses.replace(
-        cfg.text_encoder, path=args.text_encoder or cfg.text_encoder.path
-    )
+    encoder = dataclasses.replace(cfg.text_encoder, path=args.text_encoder or cfg.text_encoder.path)
     text = TextEncoder.load(encoder, device)
     denoiser = load_denoiser(cfg, path).to(device)
 
@@ -100,8 +98,9 @@ def _sample(args: argparse.Namespace, console: Console) -> int:
         task = progress.add_task("sampling", total=len(work))
         for start in range(0, len(work), args.batch):
             part = work[start : start + args.batch]
-            seeds = [args.first_seed + (n if args.seeds == "prompt" else start + k)
-                     for k, (_, n) in enumerate(part)]
+            seeds = [
+                args.first_seed + (n if args.seeds == "prompt" else start + k) for k, (_, n) in enumerate(part)
+            ]
             drawn = make_pictures(
                 velocity_of(predict, cfg.model.patch_size),
                 text.encode([prompts[i] for i, _ in part]).float(),
@@ -168,9 +167,7 @@ def load_denoiser(cfg: RunConfig, path: Path) -> Denoiser:
     return denoiser.eval().requires_grad_(False)
 
 
-def _record(
-    file: str, prompt: str, seed: int, meta: CheckpointMeta, sampler: SamplerConfig
-) -> dict[str, object]:
+def _record(file: str, prompt: str, seed: int, meta: CheckpointMeta, sampler: SamplerConfig) -> dict[str, object]:
     return {
         "file": file,
         "prompt": prompt,

@@ -15,7 +15,6 @@ from data_pipeline.loader import Batch, Loader
 from deco_scale.config import RunConfig, dump_config
 from deco_scale.errors import ConfigError, RunError
 from deco_scale.models import Denoiser
-from deco_scale.models.attention import check_backend
 from deco_scale.models.encoders import EncoderError, ImageEncoder, TextEncoder
 from deco_scale.models.layers import Attention
 from deco_scale.objectives import Objective
@@ -48,9 +47,7 @@ def derive_stages(cfg: RunConfig, layout: Layout) -> list[Stage]:
     ]
 
 
-def load_encoders(
-    cfg: RunConfig, device: torch.device
-) -> tuple[TextEncoder | None, ImageEncoder | None]:
+def load_encoders(cfg: RunConfig, device: torch.device) -> tuple[TextEncoder | None, ImageEncoder | None]:
     """Frozen encoders that the configuration asks for, checked against the model."""
     text = image = None
     try:
@@ -83,11 +80,8 @@ def objective_builder(cfg: RunConfig, encoder_dim: int) -> Callable[[], Objectiv
     return build
 
 
-def build_engine(
-    cfg: RunConfig, layout: Layout, device: torch.device, build: Callable[[], Objective]
-) -> Engine:
+def build_engine(cfg: RunConfig, layout: Layout, device: torch.device, build: Callable[[], Objective]) -> Engine:
     """The configured engine around a freshly initialised objective."""
-    check_backend(cfg.attention.backend, device)
     if cfg.parallel.engine == "deepspeed":
         from deco_scale.parallel.deepspeed import DeepSpeedEngine
 
@@ -115,8 +109,12 @@ def build_engine(
     )
 
 
-def data_opener(cfg: RunConfig, layout: Layout, folder: Path) -> Callable[[StageConfig, int], Data]:
+def data_opener(
+    cfg: RunConfig, layout: Layout, folder: Path, *, synthetic: bool
+) -> Callable[[StageConfig, int], Data]:
     """Opens a stage's loader on all ranks together; bad samples go to ``quarantine.jsonl``."""
+    if synthetic:
+        return lambda stage, samples: SyntheticData(stage, layout)
 
     def quarantine(entry: dict[str, Any]) -> None:
         with (folder / "quarantine.jsonl").open("a", encoding="utf-8") as log:
@@ -152,9 +150,7 @@ class SyntheticData:
         side, step = self._stage.resolution, 0
         while True:
             first = step * self._stage.global_batch
-            numbers = list(
-                range(first + self._rank, first + self._stage.global_batch, self._world)
-            )
+            numbers = list(range(first + self._rank, first + self._stage.global_batch, self._world))
             random = np.random.default_rng(numbers[0])
             shape = (len(numbers), side, side, 3)
             yield Batch(
@@ -215,21 +211,18 @@ def assemble(
     device: torch.device,
     *,
     stages: list[Stage],
+    checkpoints: Checkpoints,
     dry_run: bool = False,
 ) -> Loop:
     """Build everything, all ranks together; errors that have a name are shared by all ranks."""
     folder = Path(cfg.run.dir)
     rank = dist.get_rank()
-    checkpoints = Checkpoints(folder / "checkpoints", cfg.checkpoint)
     agreed(lambda: _prepare_folder(folder, cfg, checkpoints) if rank == 0 else None)
-    open_data = data_opener(cfg, layout, folder)
-    if not dry_run:
-        # Fail on bad data before minutes are spent on encoders and engines.
-        open_data(cfg.stages[0], 0).close()
+    open_data = data_opener(cfg, layout, folder, synthetic=dry_run)
+    # Fail on bad data before minutes are spent on encoders and engines.
+    open_data(cfg.stages[0], 0).close()
     text, image = agreed(lambda: load_encoders(cfg, device))
-    engine = build_engine(
-        cfg, layout, device, objective_builder(cfg, image.width if image is not None else 0)
-    )
+    engine = build_engine(cfg, layout, device, objective_builder(cfg, image.width if image is not None else 0))
     plain = json.loads(json.dumps(dataclasses.asdict(cfg)))
     reporter = Reporter(
         folder,
@@ -248,8 +241,6 @@ def assemble(
         encode_image=image.encode if image else None,
     )
     peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-    if dry_run:
-        open_data = lambda stage, samples: SyntheticData(stage, layout)  # noqa: E731
     return Loop(
         settings=cfg.run,
         stages=stages,

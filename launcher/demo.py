@@ -152,9 +152,7 @@ def _prompts(kind: str) -> tuple[list[str], list[int]]:
     return prompts, wanted
 
 
-def _tell(
-    results: dict[str, dict[str, Any]], out: Path, minutes: float, console: Console
-) -> int:
+def _tell(results: dict[str, dict[str, Any]], out: Path, minutes: float, console: Console) -> int:
     table = Table("subject", *results, title="pictures that show what was asked for")
     for subject in SUBJECTS:
         table.add_row(subject.words, *(r["by_subject"][subject.words] for r in results.values()))
@@ -162,9 +160,7 @@ def _tell(
     table.add_row("all", *(f"{100 * r['share']:.0f}%" for r in results.values()))
     table.add_row("wanted", *(f"{100 * WANTED[name]:.0f}%" for name in results))
     console.print(table)
-    (out / "result.json").write_text(
-        json.dumps({"minutes": minutes, **results}, indent=1), encoding="utf-8"
-    )
+    (out / "result.json").write_text(json.dumps({"minutes": minutes, **results}, indent=1), encoding="utf-8")
     for name, result in results.items():
         console.print(
             f"{name}: {100 * result['share']:.1f}% of {result['pictures']} pictures show what was "

@@ -33,9 +33,7 @@ def read_environment(variables: Mapping[str, str]) -> Environment:
     for rank, world, local in names:
         if rank in variables and world in variables:
             try:
-                found = Environment(
-                    int(variables[rank]), int(variables[world]), int(variables.get(local, "0"))
-                )
+                found = Environment(int(variables[rank]), int(variables[world]), int(variables.get(local, "0")))
             except ValueError as error:
                 raise ConfigError(f"{rank}/{world}/{local} are not numbers: {error}") from error
             if not 0 <= found.rank < found.world_size:
@@ -74,9 +72,7 @@ def start_processes(env: Environment, device: torch.device) -> None:
     os.environ["LOCAL_RANK"] = str(env.local_rank)
     backend = "nccl" if device.type == "cuda" else "gloo"
     try:
-        dist.init_process_group(
-            f"cpu:gloo,cuda:{backend}" if device.type == "cuda" else backend, timeout=TIMEOUT
-        )
+        dist.init_process_group(f"cpu:gloo,cuda:{backend}" if device.type == "cuda" else backend, timeout=TIMEOUT)
     except (RuntimeError, ValueError, dist.DistError) as error:
         raise RunError(f"the processes did not find each other: {error}") from error
 

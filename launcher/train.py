@@ -15,16 +15,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
+import torch
+import torch.distributed as dist
 
-from data_pipeline.errors import DataError  # noqa: E402
-from deco_scale.config import RunConfig, dump_config, load_config  # noqa: E402
-from deco_scale.errors import ConfigError, RunError  # noqa: E402
-from deco_scale.parallel.layout import resolve_layout  # noqa: E402
-from deco_scale.training.loop import Progress, memory_bytes, resumed  # noqa: E402
-from launcher.assemble import assemble, derive_stages  # noqa: E402
-from launcher.environment import (  # noqa: E402
+from data_pipeline.errors import DataError
+from deco_scale.config import RunConfig, dump_config, load_config
+from deco_scale.errors import ConfigError, RunError
+from deco_scale.models.attention import check_backend
+from deco_scale.parallel.layout import resolve_layout
+from deco_scale.training.checkpoint import Checkpoints
+from deco_scale.training.loop import Loop, Progress, memory_bytes, resumed
+from launcher.assemble import assemble, derive_stages
+from launcher.environment import (
     Environment,
     choose_device,
     read_environment,
@@ -33,16 +35,12 @@ from launcher.environment import (  # noqa: E402
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="YAML file, see configs/")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     parser.add_argument("--resume", default="auto", metavar="auto|none|PATH")
     parser.add_argument("--print-config", action="store_true", help="show the resolved YAML and exit")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="one step on synthetic data, memory report, exit"
-    )
+    parser.add_argument("--dry-run", action="store_true", help="one step on synthetic data, memory report, exit")
     # The deepspeed launcher passes it; the environment says the same.
     parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
@@ -53,12 +51,19 @@ def run(cfg: RunConfig, env: Environment, *, resume: str = "auto", dry_run: bool
     layout = resolve_layout(cfg.parallel, env.world_size)
     stages = derive_stages(cfg, layout)
     device = choose_device(cfg.device, env.local_rank)
+    try:
+        check_backend(cfg.attention.backend, device)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    checkpoints = Checkpoints(Path(cfg.run.dir) / "checkpoints", cfg.checkpoint)
+    if resume != "auto":
+        checkpoints.resolve(resume)
     torch.set_float32_matmul_precision("high" if cfg.precision.compute != "fp32" else "highest")
     start_processes(env, device)
-    loop = assemble(cfg, layout, device, stages=stages, dry_run=dry_run)
+    loop = assemble(cfg, layout, device, stages=stages, checkpoints=checkpoints, dry_run=dry_run)
     try:
         if dry_run:
-            return _dry_run(cfg, loop, device)
+            return _dry_run(loop, device)
         progress = Progress()
         path = loop.checkpoints.resolve(resume)
         if path is not None:
@@ -70,10 +75,10 @@ def run(cfg: RunConfig, env: Environment, *, resume: str = "auto", dry_run: bool
         loop.reporter.close()
 
 
-def _dry_run(cfg: RunConfig, loop, device: torch.device) -> Progress:  # type: ignore[no-untyped-def]
+def _dry_run(loop: Loop, device: torch.device) -> Progress:
     stage = loop.stages[0]
     batch = next(iter(loop.open_data(stage.cfg, 0)))
-    result = loop._step(stage, batch)
+    result = loop.step(stage, batch)
     loop.reporter.say(
         f"dry run: one step of stage {stage.cfg.name} on synthetic data, "
         f"loss {result.losses['loss'].item():.4f}, gradient norm {result.grad_norm.item():.4f}"

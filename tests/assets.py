@@ -12,7 +12,25 @@ from data_pipeline.index import build_index, save_index
 from data_pipeline.pack import pack, read_folder
 from data_pipeline.store import open_store
 
-WORDS = "a an the photo picture of red green blue square circle on white black ground small large".split()
+WORDS = [
+    "a",
+    "an",
+    "the",
+    "photo",
+    "picture",
+    "of",
+    "red",
+    "green",
+    "blue",
+    "square",
+    "circle",
+    "on",
+    "white",
+    "black",
+    "ground",
+    "small",
+    "large",
+]
 TEXT_TOKENS, TEXT_DIM = 6, 24
 
 
@@ -24,9 +42,9 @@ def make_text_encoder(folder: Path) -> Path:
     vocabulary = {word: i for i, word in enumerate(["<pad>", "<unk>", *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>"
-    ).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>").save_pretrained(
+        folder
+    )
     with torch.random.fork_rng():
         torch.manual_seed(0)
         config = Qwen3Config(
@@ -83,9 +101,7 @@ def make_shards(folder: Path, count: int = 100, shard_bytes: int = 150_000) -> P
     return folder / "shards"
 
 
-def tiny_config(
-    run: Path, shards: str | Path, encoder: Path, image_encoder: Path | None = None
-) -> dict[str, Any]:
+def tiny_config(run: Path, shards: str | Path, encoder: Path, image_encoder: Path | None = None) -> dict[str, Any]:
     """A text-to-image run of 12 steps in two stages that a CPU finishes in seconds."""
     stage = {"global_batch": 8, "lr": 1e-3, "betas": [0.9, 0.95]}
     return {

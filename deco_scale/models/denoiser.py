@@ -65,9 +65,7 @@ class ModelConfig:
         if self.num_text_blocks < 0:
             raise ValueError(f"num_text_blocks={self.num_text_blocks} must not be negative")
         if self.dim % self.num_heads or (self.dim // self.num_heads) % 4:
-            raise ValueError(
-                f"dim={self.dim} must be num_heads={self.num_heads} times a multiple of 4 (2-D RoPE)"
-            )
+            raise ValueError(f"dim={self.dim} must be num_heads={self.num_heads} times a multiple of 4 (2-D RoPE)")
 
     @property
     def head_dim(self) -> int:
@@ -85,9 +83,7 @@ class ModelConfig:
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of patches of an image of ``height`` x ``width`` pixels."""
         if height % self.patch_size or width % self.patch_size:
-            raise ValueError(
-                f"image {height}x{width} is not a multiple of patch_size={self.patch_size}"
-            )
+            raise ValueError(f"image {height}x{width} is not a multiple of patch_size={self.patch_size}")
         return height // self.patch_size, width // self.patch_size
 
 
@@ -128,12 +124,8 @@ class Denoiser(nn.Module):
         self.timestep_embed = TimestepEmbedder(cfg.dim)
         self.text_embed = TextEmbedder(cfg.text_dim, cfg.dim, cfg.text_tokens) if is_text else None
         self.label_embed = None if is_text else LabelEmbedder(cfg.num_classes, cfg.dim)
-        self.text_blocks = nn.ModuleList(
-            self._block(with_context=False) for _ in range(cfg.num_text_blocks)
-        )
-        self.blocks = nn.ModuleList(
-            self._block(with_context=is_text) for _ in range(cfg.num_blocks)
-        )
+        self.text_blocks = nn.ModuleList(self._block(with_context=False) for _ in range(cfg.num_text_blocks))
+        self.blocks = nn.ModuleList(self._block(with_context=is_text) for _ in range(cfg.num_blocks))
         if cfg.kind == "c2i_baseline":
             self.decoder: PixelDecoder | None = None
             self.final: FinalLayer | None = FinalLayer(cfg.dim, cfg.patch_values)
@@ -213,15 +205,11 @@ def patchify(image_BCYX: Tensor, patch_size: int) -> Tensor:
     batch, channels, height, width = image_BCYX.shape
     rows, cols = height // patch_size, width // patch_size
     split = image_BCYX.reshape(batch, channels, rows, patch_size, cols, patch_size)
-    return split.permute(0, 2, 4, 1, 3, 5).reshape(
-        batch, rows * cols, channels * patch_size * patch_size
-    )
+    return split.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows * cols, channels * patch_size * patch_size)
 
 
 def unpatchify(patches_BNK: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
     """Inverse of :func:`patchify`."""
     rows, cols = grid
     split = patches_BNK.unflatten(-1, (-1, patch_size, patch_size)).unflatten(1, (rows, cols))
-    return split.permute(0, 3, 1, 4, 2, 5).reshape(
-        patches_BNK.shape[0], -1, rows * patch_size, cols * patch_size
-    )
+    return split.permute(0, 3, 1, 4, 2, 5).reshape(patches_BNK.shape[0], -1, rows * patch_size, cols * patch_size)

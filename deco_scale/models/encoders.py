@@ -10,7 +10,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -71,9 +71,7 @@ class TextEncoder:
             tokenizer.pad_token = tokenizer.eos_token
         if device.type == "cuda":
             model = model.to(torch.bfloat16)
-        return cls(
-            model, tokenizer, max_tokens=cfg.max_tokens, device=device, cache=cfg.cache_captions
-        )
+        return cls(model, tokenizer, max_tokens=cfg.max_tokens, device=device, cache=cfg.cache_captions)
 
     @property
     def null(self) -> Tensor:
@@ -157,7 +155,7 @@ class ImageEncoder:
         except (OSError, KeyError, RuntimeError) as error:
             raise EncoderError(f"{hint} ({str(error).strip().splitlines()[0]})") from error
         if device.type == "cuda":
-            model = model.to(torch.bfloat16)
+            model = cast(Any, model).to(torch.bfloat16)
         return cls(model, device)
 
     @property

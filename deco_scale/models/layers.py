@@ -64,9 +64,7 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(self.head_dim, cast_first=cast_first)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(
-        self, x_BND: Tensor, angles_NE: Tensor | None = None, context_BLD: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x_BND: Tensor, angles_NE: Tensor | None = None, context_BLD: Tensor | None = None) -> Tensor:
         # The number of heads is read off the projection, which may hold a slice of them.
         qkv = self.qkv(x_BND).unflatten(-1, (-1, 3, self.head_dim))
         q_BNHK, k_BMHK, v_BMHK = qkv.unbind(dim=-2)

@@ -22,9 +22,12 @@ class DecoderBlock(nn.Module):
 
     def reset_parameters(self) -> None:
         """Start as the identity: a zero gate leaves the residual stream untouched."""
-        _init_xavier(self.mlp[0], self.mlp[2])
-        nn.init.zeros_(self.modulation[1].weight)
-        nn.init.zeros_(self.modulation[1].bias)
+        first, last, modulation = self.mlp[0], self.mlp[2], self.modulation[1]
+        assert isinstance(first, nn.Linear) and isinstance(last, nn.Linear)
+        assert isinstance(modulation, nn.Linear)
+        _init_xavier(first, last)
+        nn.init.zeros_(modulation.weight)
+        nn.init.zeros_(modulation.bias)
 
     def forward(self, x_BNPW: Tensor, condition_BNPW: Tensor) -> Tensor:
         shift, scale, gate = self.modulation(condition_BNPW).chunk(3, dim=-1)
@@ -66,9 +69,9 @@ class PixelDecoder(nn.Module):
             raise ValueError(f"patches {patches_BNK.shape} and tokens {token_BND.shape} differ")
         num_pixels = self.patch_size**2
         pixels_BNPC = patches_BNK.unflatten(-1, (self.channels, num_pixels)).transpose(-1, -2)
-        position_PF = pixel_position_features(
-            self.patch_size, kind=self.features, device=patches_BNK.device
-        ).to(pixels_BNPC.dtype)
+        position_PF = pixel_position_features(self.patch_size, kind=self.features, device=patches_BNK.device).to(
+            pixels_BNPC.dtype
+        )
         position_BNPF = position_PF.expand(*pixels_BNPC.shape[:2], -1, -1)
         x_BNPW = self.pixel_embed(torch.cat([pixels_BNPC, position_BNPF], dim=-1))
         condition_BNPW = self.cond_proj(token_BND).unflatten(-1, (num_pixels, -1))

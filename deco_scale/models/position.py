@@ -46,9 +46,7 @@ def _grid_angles(
     return grid.reshape(rows * cols, -1)
 
 
-def rope_angles(
-    rows: int, cols: int, *, head_dim: int, scale: PositionScale, device: torch.device
-) -> Tensor:
+def rope_angles(rows: int, cols: int, *, head_dim: int, scale: PositionScale, device: torch.device) -> Tensor:
     """Rotary angles ``(N, head_dim / 2)`` of a patch grid in fp32.
 
     ``grid`` runs each axis from 0 to its own number of patches (text model), ``fixed`` from 0 to 16
@@ -56,9 +54,7 @@ def rope_angles(
     the axes of the text model, which docs/deviations.md records as not followed.
     """
     row_end, col_end = (rows, cols) if scale == "grid" else (16.0, 16.0)
-    return _grid_angles(
-        rows, cols, row_end=row_end, col_end=col_end, dim=head_dim, device=device
-    )
+    return _grid_angles(rows, cols, row_end=row_end, col_end=col_end, dim=head_dim, device=device)
 
 
 def apply_rope(x_BNHK: Tensor, angles_NE: Tensor) -> Tensor:
@@ -69,9 +65,7 @@ def apply_rope(x_BNHK: Tensor, angles_NE: Tensor) -> Tensor:
     return rotated.flatten(-2).to(x_BNHK.dtype)
 
 
-def pixel_position_features(
-    patch_size: int, *, kind: PixelFeatures, device: torch.device
-) -> Tensor:
+def pixel_position_features(patch_size: int, *, kind: PixelFeatures, device: torch.device) -> Tensor:
     """Features ``(P, 64)`` of the pixels of a patch.
 
     ``rotary`` (text model): cosines of 32 rotary frequencies per axis, columns and rows interleaved.

@@ -56,9 +56,7 @@ class Objective(nn.Module):
         self.repa_head: RepaHead | None = None
         if cfg.repa_weight > 0:
             if cfg.repa_layer > denoiser.cfg.num_blocks:
-                raise ValueError(
-                    f"repa_layer={cfg.repa_layer} but the model has {denoiser.cfg.num_blocks} blocks"
-                )
+                raise ValueError(f"repa_layer={cfg.repa_layer} but the model has {denoiser.cfg.num_blocks} blocks")
             self.repa_head = RepaHead(denoiser.cfg.dim, encoder_dim)
 
     def forward(
@@ -95,9 +93,7 @@ class Objective(nn.Module):
         losses["loss"] = total
         return losses
 
-    def predict(
-        self, patches_BNK: Tensor, t_B: Tensor, condition: Tensor, grid: tuple[int, int]
-    ) -> Tensor:
+    def predict(self, patches_BNK: Tensor, t_B: Tensor, condition: Tensor, grid: tuple[int, int]) -> Tensor:
         """The denoiser alone; here so that engines need to know one module only."""
         return self.denoiser(patches_BNK, t_B, condition, grid=grid).prediction_BNK
 

@@ -7,7 +7,7 @@ and DeepSpeed's accessors assemble or scatter one parameter at a time.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -77,7 +77,7 @@ class GatedAdamW(torch.optim.AdamW):
     last_norm: Tensor | None = None
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         if self.clip_norm:
             grads = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
             self.last_norm = nn.utils.get_total_norm(grads)
@@ -129,9 +129,7 @@ class DeepSpeedEngine:
             weight_decay=optimizer.weight_decay,
             fused=True,
         )
-        self._engine, *_ = deepspeed.initialize(
-            model=objective, optimizer=self._client, config=config
-        )
+        self._engine, *_ = deepspeed.initialize(model=objective, optimizer=self._client, config=config)
         if stage == 0:
             self._client.clip_norm = optimizer.clip_norm
         self._parameters: dict[str, nn.Parameter] = dict(self._engine.module.named_parameters())
@@ -151,9 +149,7 @@ class DeepSpeedEngine:
     def optimizer_steps(self) -> int:
         return int(next(iter(self._client.state.values()))["step"].item())
 
-    def forward_backward(
-        self, inputs: ObjectiveInputs, *, scale: float, last: bool
-    ) -> dict[str, Tensor]:
+    def forward_backward(self, inputs: ObjectiveInputs, *, scale: float, last: bool) -> dict[str, Tensor]:
         losses = self._engine(*inputs)
         self._engine.backward(poisoned(losses["loss"] * scale), scale_wrt_gas=False)
         return {name: value.detach() for name, value in losses.items()}
@@ -256,7 +252,7 @@ class DeepSpeedEngine:
             from deepspeed.utils import safe_set_local_fp32_param
 
             # Partitions are equal slices of the flattened parameter, the last one padded.
-            size = parameter.ds_tensor.ds_numel
+            size = cast(Any, parameter).ds_tensor.ds_numel
             flat = value.float().flatten()
             padded = torch.nn.functional.pad(flat, (0, size * dist.get_world_size() - flat.numel()))
             safe_set_local_fp32_param(parameter, padded.narrow(0, size * dist.get_rank(), size))

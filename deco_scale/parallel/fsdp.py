@@ -1,6 +1,6 @@
 """FSDP2 and HSDP: every parameter, gradient, moment and average is sharded over ``dp_shard``."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import cast
 
@@ -25,9 +25,7 @@ from deco_scale.training.optimizer import AveragedAdamW, poisoned
 from deco_scale.training.settings import OptimizerConfig
 
 
-def shard(
-    objective: Objective, *, mesh: DeviceMesh, precision: PrecisionConfig, compile_blocks: bool
-) -> None:
+def shard(objective: Objective, *, mesh: DeviceMesh, precision: PrecisionConfig, compile_blocks: bool) -> None:
     """Apply per-block compile and FSDP2 to a finished objective, block by block, then the rest."""
     policy = MixedPrecisionPolicy()
     if precision.compute == "bf16":
@@ -79,19 +77,15 @@ class FsdpEngine:
         self._parameters = {n: cast(DTensor, p) for n, p in self._objective.named_parameters()}
         for name, tensor in initial_tensors(template, seed):
             target = self._parameters[name]
-            target.detach().to_local().copy_(_slice_like(target, tensor).to_local())
-        shards = {n: p.detach().to_local() for n, p in self._parameters.items()}
-        self._optimizer = AveragedAdamW(
-            shards, optimizer, averaged=[n for n in shards if n.startswith(AVERAGED)]
-        )
+            _local(target).copy_(_local(_slice_like(target, tensor)))
+        shards = {n: _local(p) for n, p in self._parameters.items()}
+        self._optimizer = AveragedAdamW(shards, optimizer, averaged=[n for n in shards if n.startswith(AVERAGED)])
 
     @property
     def optimizer_steps(self) -> int:
         return self._optimizer.steps
 
-    def forward_backward(
-        self, inputs: ObjectiveInputs, *, scale: float, last: bool
-    ) -> dict[str, Tensor]:
+    def forward_backward(self, inputs: ObjectiveInputs, *, scale: float, last: bool) -> dict[str, Tensor]:
         cast(FSDPModule, self._objective).set_requires_gradient_sync(last)
         with autocast(self._precision, self._device):
             losses = self._objective(*inputs)
@@ -101,9 +95,7 @@ class FsdpEngine:
     def update(self, *, lr: float, betas: tuple[float, float]) -> Update:
         grads = {n: cast(DTensor, p.grad) for n, p in self._parameters.items() if p.grad is not None}
         norm = cast(DTensor, nn.utils.get_total_norm(grads.values())).full_tensor()
-        skipped = self._optimizer.step(
-            {n: g.to_local() for n, g in grads.items()}, norm, lr=lr, betas=betas
-        )
+        skipped = self._optimizer.step({n: g.to_local() for n, g in grads.items()}, norm, lr=lr, betas=betas)
         for parameter in self._parameters.values():
             parameter.grad = None
         return Update(norm, skipped)
@@ -134,6 +126,11 @@ class FsdpEngine:
     def predict(self, patches: Tensor, t: Tensor, condition: Tensor, grid: tuple[int, int]) -> Tensor:
         with autocast(self._precision, self._device):
             return self._objective.predict(patches, t, condition, grid)
+
+
+def _local(tensor: DTensor) -> Tensor:
+    """This rank's part, sharing storage."""
+    return cast(DTensor, tensor.detach()).to_local()
 
 
 def _slice_like(target: DTensor, full: Tensor) -> DTensor:

@@ -44,8 +44,7 @@ def resolve_layout(cfg: ParallelConfig, world_size: int) -> Layout:
     if world_size % cfg.dp_replicate:
         divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
         raise ConfigError(
-            f"parallel.dp_replicate={cfg.dp_replicate} does not divide {world_size} ranks; "
-            f"possible: {divisors}"
+            f"parallel.dp_replicate={cfg.dp_replicate} does not divide {world_size} ranks; possible: {divisors}"
         )
     rest = world_size // cfg.dp_replicate
     if cfg.dp_shard not in (-1, rest):

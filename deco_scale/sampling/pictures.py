@@ -26,18 +26,14 @@ def velocity_of(predict: PredictFn, patch_size: int) -> VelocityFn:
 
     def velocity(x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
         grid = (x.shape[-2] // patch_size, x.shape[-1] // patch_size)
-        return unpatchify(
-            predict(patchify(x, patch_size), t, condition, grid).float(), grid, patch_size
-        )
+        return unpatchify(predict(patchify(x, patch_size), t, condition, grid).float(), grid, patch_size)
 
     return velocity
 
 
 def seeded_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> Tensor:
     """Noise ``(P, C, Y, X)``, each picture from a CPU generator of its own seed."""
-    return torch.stack(
-        [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    )
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
 @torch.no_grad()
@@ -68,9 +64,7 @@ def to_uint8(x_PCYX: Tensor) -> Any:
     return pixels.permute(0, 2, 3, 1).cpu().numpy()
 
 
-def save_grid(
-    pictures: Any, path: Path, *, columns: int, labels: Sequence[str] = (), scale: int = 1
-) -> None:
+def save_grid(pictures: Any, path: Path, *, columns: int, labels: Sequence[str] = (), scale: int = 1) -> None:
     """One PNG with all pictures, row by row, each with its label below; appears whole or not at all."""
     count, height, width, _ = pictures.shape
     height, width = height * scale, width * scale

@@ -35,9 +35,7 @@ class SamplerConfig:
         if self.timestep_shift <= 0:
             raise ValueError(f"timestep_shift={self.timestep_shift} must be positive")
         if not 0 <= self.guidance_min <= self.guidance_max <= 1:
-            raise ValueError(
-                f"guidance interval ({self.guidance_min}, {self.guidance_max}) must lie in [0, 1]"
-            )
+            raise ValueError(f"guidance interval ({self.guidance_min}, {self.guidance_max}) must lie in [0, 1]")
 
 
 def time_grid(num_steps: int, shift: float) -> Tensor:
@@ -95,9 +93,7 @@ def integrate(
         yield x
 
 
-def sample(
-    velocity: VelocityFn, noise: Tensor, condition: Tensor, null: Tensor, cfg: SamplerConfig
-) -> Tensor:
+def sample(velocity: VelocityFn, noise: Tensor, condition: Tensor, null: Tensor, cfg: SamplerConfig) -> Tensor:
     """Final state of :func:`integrate`."""
     x = noise
     for state in integrate(velocity, noise, condition, null, cfg):

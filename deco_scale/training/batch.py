@@ -5,7 +5,7 @@ Shape letters: B batch, Y X pixels, L text tokens, T text width, N patches, F en
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -19,10 +19,18 @@ from deco_scale.training.randomness import draw
 class Batch(Protocol):
     """What a loader yields; ``numbers`` count the samples of the run, ``labels`` is for class models."""
 
-    images: "np.ndarray[tuple[int, ...], np.dtype[np.uint8]]"  # (B, Y, X, 3)
-    captions: Sequence[str]
-    labels: Sequence[int]
-    numbers: Sequence[int]
+    @property
+    def images(self) -> "np.ndarray[Any, np.dtype[np.uint8]]":
+        """Pictures (B, Y, X, 3)."""
+
+    @property
+    def captions(self) -> Sequence[str]: ...
+
+    @property
+    def labels(self) -> Sequence[int]: ...
+
+    @property
+    def numbers(self) -> Sequence[int]: ...
 
 
 class ObjectiveInputs(NamedTuple):
@@ -61,8 +69,6 @@ class Prepare:
             condition = self.encode_text(batch.captions)
         else:
             condition = torch.tensor(list(batch.labels), device=self.device)
-        condition = drop_condition(
-            condition, self.null, draws.dropout < self.objective.condition_dropout
-        )
+        condition = drop_condition(condition, self.null, draws.dropout < self.objective.condition_dropout)
         features = self.encode_image(image) if self.encode_image is not None else None
         return ObjectiveInputs(image, draws.noise, shift_time(t, timestep_shift), condition, features)

@@ -261,7 +261,7 @@ def _word_sum(tensor: Tensor) -> Tensor:
     local, counted = tensor, dist.get_rank() == 0
     if isinstance(tensor, DTensor):
         local = tensor.to_local()
-        coordinate = tensor.device_mesh.get_coordinate() or []
+        coordinate = list(tensor.device_mesh.get_coordinate() or ())
         copies = [c for c, p in zip(coordinate, tensor.placements, strict=True) if p == Replicate()]
         # HSDP's placements name the shard axis only, its mesh has both: count the first replica.
         counted = not any(copies)

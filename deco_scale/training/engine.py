@@ -7,7 +7,6 @@ from torch import Tensor
 
 from deco_scale.training.batch import ObjectiveInputs
 
-
 AVERAGED = "denoiser."
 """The EMA covers the denoiser, as in the release; the REPA head is of no use after training."""
 
@@ -30,9 +29,7 @@ class Engine(Protocol):
     def optimizer_steps(self) -> int:
         """Updates taken so far, skipped ones aside."""
 
-    def forward_backward(
-        self, inputs: ObjectiveInputs, *, scale: float, last: bool
-    ) -> dict[str, Tensor]:
+    def forward_backward(self, inputs: ObjectiveInputs, *, scale: float, last: bool) -> dict[str, Tensor]:
         """Losses of one micro-batch (detached, this rank's); accumulates ``scale`` times the gradient."""
 
     def update(self, *, lr: float, betas: tuple[float, float]) -> Update:

@@ -93,7 +93,7 @@ class Loop:
                 waited = time.perf_counter()
                 batch = next(batches)
                 meter.waited(time.perf_counter() - waited)
-                result = self._step(stage, batch)
+                result = self.step(stage, batch)
                 progress = Progress(progress.step + 1, progress.samples + stage.cfg.global_batch)
                 gate.add(result.skipped)
                 step = progress.step
@@ -110,11 +110,9 @@ class Loop:
             data.close()
         return progress
 
-    def _step(self, stage: Stage, batch: Batch) -> StepResult:
-        inputs = (
-            self.prepare(part, stage.cfg.timestep_shift)
-            for part in split(batch, stage.accumulation)
-        )
+    def step(self, stage: Stage, batch: Batch) -> StepResult:
+        """One update on this rank's share of a global batch."""
+        inputs = (self.prepare(part, stage.cfg.timestep_shift) for part in split(batch, stage.accumulation))
         return train_step(
             self.engine,
             inputs,
@@ -159,9 +157,7 @@ def split(batch: Batch, parts: int) -> Iterator[Batch]:
     size = len(batch.numbers) // parts
     for start in range(0, size * parts, size):
         cut = slice(start, start + size)
-        yield _Part(
-            batch.images[cut], batch.captions[cut], batch.labels[cut], batch.numbers[cut]
-        )
+        yield _Part(batch.images[cut], batch.captions[cut], batch.labels[cut], batch.numbers[cut])
 
 
 class BadSteps:

@@ -61,9 +61,7 @@ class Ema:
 class AveragedAdamW:
     """AdamW and EMA of named local shards; empty shards (a rank without rows) are left out of the kernels."""
 
-    def __init__(
-        self, parameters: Mapping[str, Tensor], cfg: OptimizerConfig, *, averaged: Iterable[str]
-    ) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], cfg: OptimizerConfig, *, averaged: Iterable[str]) -> None:
         self._cfg = cfg
         self._parameters = dict(parameters)
         self._adamw = torch.optim.AdamW(
@@ -82,9 +80,7 @@ class AveragedAdamW:
             step = torch.zeros((), dtype=torch.float32, device=parameter.device)
             self._adamw.state[parameter] = {"step": step, **moments}
 
-    def step(
-        self, grads: Mapping[str, Tensor], norm: Tensor, *, lr: float, betas: tuple[float, float]
-    ) -> Tensor:
+    def step(self, grads: Mapping[str, Tensor], norm: Tensor, *, lr: float, betas: tuple[float, float]) -> Tensor:
         """Clip by the global ``norm`` and update; a non-finite norm skips it. Returns 1.0 where skipped."""
         skipped = (~torch.isfinite(norm)).float()
         factor = clip_factor(norm, self._cfg.clip_norm)

@@ -33,9 +33,7 @@ class SampleDraws(NamedTuple):
     noise: Tensor
 
 
-def draw(
-    seed: int, numbers: list[int], shape: tuple[int, int, int], device: torch.device
-) -> SampleDraws:
+def draw(seed: int, numbers: list[int], shape: tuple[int, int, int], device: torch.device) -> SampleDraws:
     """Draws of the samples with these numbers, on ``device``; one generator, reseeded per sample."""
     generator = torch.Generator(device)
     normals, uniforms, noises = [], [], []

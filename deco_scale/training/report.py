@@ -147,9 +147,7 @@ def _start_wandb(folder: Path, cfg: WandbConfig, config: dict[str, Any]) -> Any:
     if mode == "auto":
         mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"
     os.environ.setdefault("WANDB_SILENT", "true")
-    return wandb.init(
-        project=cfg.project, name=cfg.name, dir=folder, mode=mode, config=config, resume="allow"
-    )
+    return wandb.init(project=cfg.project, name=cfg.name, dir=folder, mode=mode, config=config, resume="allow")
 
 
 def _duration(seconds: float) -> str:

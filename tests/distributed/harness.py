@@ -53,12 +53,8 @@ def trace(run: Path) -> dict[int, tuple[float, float]]:
     return {e["step"]: (e["loss"], e["grad_norm"]) for e in entries}
 
 
-def worst_difference(
-    found: dict[int, tuple[float, float]], wanted: dict[int, tuple[float, float]]
-) -> float:
+def worst_difference(found: dict[int, tuple[float, float]], wanted: dict[int, tuple[float, float]]) -> float:
     """Largest relative difference over the steps that ``found`` has."""
     return max(
-        abs(a - b) / abs(b)
-        for step, values in found.items()
-        for a, b in zip(values, wanted[step], strict=True)
+        abs(a - b) / abs(b) for step, values in found.items() for a, b in zip(values, wanted[step], strict=True)
     )

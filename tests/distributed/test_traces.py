@@ -28,9 +28,7 @@ def zero(stage: int) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def runs(
-    tmp_path_factory: pytest.TempPathFactory, shards: Path, text_encoder: Path, image_encoder: Path
-) -> Path:
+def runs(tmp_path_factory: pytest.TempPathFactory, shards: Path, text_encoder: Path, image_encoder: Path) -> Path:
     """Folder with one run per name; see the jobs."""
     root = tmp_path_factory.mktemp("runs")
 

@@ -39,7 +39,9 @@ CASES: dict[str, tuple[list[str], int, list[str]]] = {
     "no permission": (["run.dir=/proc/nobody"], 2, ["cannot write to run.dir=/proc/nobody"]),
     "missing data": (["data.url=/nowhere/data"], 1, ["/nowhere/data: no such folder"]),
     "resolution too high": (["stages.small.resolution=64"], 1, ["no sample has 64 pixels"]),
-    "batch does not divide": (["stages.small.micro_batch=3"], 2, ["stages.small.micro_batch=3", "possible: [1, 2, 4, 8]"]),
+    "batch does not divide": (
+        ["stages.small.micro_batch=3"], 2, ["stages.small.micro_batch=3", "possible: [1, 2, 4, 8]"],
+    ),
     "backend not here": (["attention.backend=cudnn"], 2, ["attention.backend=cudnn", "sdpa or math"]),
     "resume path missing": (["--resume", "/nowhere/c"], 2, ["--resume /nowhere/c", "no such checkpoint"]),
     "no GPU": (["device=cuda"], 2, ["device=cuda", "sees no GPU"]),

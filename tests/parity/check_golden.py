@@ -22,17 +22,17 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from checkpoints_tools import release  # noqa: E402
-from deco_scale.models import Denoiser, ModelConfig, patchify, unpatchify  # noqa: E402
-from deco_scale.objectives import Objective, ObjectiveConfig  # noqa: E402
-from deco_scale.objectives.flow import base_time, flow_loss, noised, shift_time  # noqa: E402
-from deco_scale.objectives.frequency import (  # noqa: E402
+from checkpoints_tools import release
+from deco_scale.models import Denoiser, ModelConfig, patchify, unpatchify
+from deco_scale.objectives import Objective, ObjectiveConfig
+from deco_scale.objectives.flow import base_time, flow_loss, noised, shift_time
+from deco_scale.objectives.frequency import (
     dct_matrix,
     frequency_loss,
     frequency_weights,
 )
-from deco_scale.objectives.repa import RepaHead, repa_loss  # noqa: E402
-from deco_scale.sampling import SamplerConfig, sample, time_grid  # noqa: E402
+from deco_scale.objectives.repa import RepaHead, repa_loss
+from deco_scale.sampling import SamplerConfig, sample, time_grid
 
 TOLERANCE = 1e-5
 """fp32 rounding through a few dozen layers; correct code reaches about 1e-6, a wrong eps shows at 2e-5."""
@@ -63,10 +63,7 @@ def gradient_checks(
     """Compare what the file holds; a parameter the loss does not reach has a zero gradient."""
 
     def grads(module: torch.nn.Module) -> dict[str, Tensor]:
-        return {
-            n: torch.zeros_like(p) if p.grad is None else p.grad
-            for n, p in module.named_parameters()
-        }
+        return {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in module.named_parameters()}
 
     found = release.denoiser_to_release(grads(denoiser), denoiser.cfg)
     found = {release.DENOISER + name: grad for name, grad in found.items()}
@@ -80,9 +77,7 @@ def gradient_checks(
         yield f"grad.{name}", found[name], recorded
 
 
-def sampler_checks(
-    meta: dict[str, Any], tensors: dict[str, Tensor], denoiser: Denoiser
-) -> Iterator[Check]:
+def sampler_checks(meta: dict[str, Any], tensors: dict[str, Tensor], denoiser: Denoiser) -> Iterator[Check]:
     is_text = denoiser.cfg.kind == "t2i_deco"
     noise = tensors["in.noise" if is_text else "in.x_t"]
     grid = denoiser.cfg.grid(*noise.shape[-2:])

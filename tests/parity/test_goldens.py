@@ -27,9 +27,7 @@ def test_matches_the_release(path: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 
 @pytest.mark.parametrize("name", ["out.velocity", "out.sample.euler"])
-def test_a_wrong_value_fails(
-    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_wrong_value_fails(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with safe_open(FIXTURES[0], framework="pt") as file:
         metadata = file.metadata()
         tensors = {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118

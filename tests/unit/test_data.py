@@ -68,8 +68,7 @@ def batches(url: Path, world: int, *, start: int = 0, steps: int = 6, **extra: A
     """Global batches as {number: (pixels, caption)}, put together from all ranks."""
     cfg = DataConfig(url=str(url), streams=4, window=16, ahead=16, **{"workers": 2, **extra})
     loaders = [
-        Loader(cfg, resolution=32, seed=5, global_batch=24, rank=r, world=world, start=start)
-        for r in range(world)
+        Loader(cfg, resolution=32, seed=5, global_batch=24, rank=r, world=world, start=start) for r in range(world)
     ]
     out: list[dict[int, Any]] = []
     iterators: list[Iterator[Any]] = [iter(loader) for loader in loaders]
@@ -137,13 +136,28 @@ def tar_of(members: dict[str, bytes]) -> bytes:
 def test_unusable_samples_and_cut_shards_are_listed_by_name(tmp_path: Path) -> None:
     whole = tar_of({k: v for i in range(3) for k, v in ((f"{i}.png", png()), (f"{i}.txt", b"x"))})
     (tmp_path / "a.tar").write_bytes(
-        tar_of({"1.png": png(), "2.png": png(), "2.txt": b"two", "3.txt": b"x", "4.png": b"no", "4.txt": b"x"})
+        tar_of(
+            {
+                "1.png": png(),
+                "2.png": png(),
+                "2.txt": b"two",
+                "3.txt": b"x",
+                "4.png": b"no",
+                "4.txt": b"x",
+            }
+        )
     )
     (tmp_path / "b.tar").write_bytes(whole[: whole.rindex(b"2.txt")])
     (tmp_path / "c.tar").write_bytes(whole[:700])
     index, report = build_index(open_store(str(tmp_path)))
     text = "\n".join(report.problems)
-    for part in ("a.tar: /1: no caption", "a.tar: /3: no image", "a.tar: 4.png: not an image", "b.tar", "c.tar"):
+    for part in (
+        "a.tar: /1: no caption",
+        "a.tar: /3: no image",
+        "a.tar: 4.png: not an image",
+        "b.tar",
+        "c.tar",
+    ):
         assert part in text
     assert [int(s) for s in index.columns["shard"]].count(0) == 1
     assert not (index.columns["shard"] == 2).any()
@@ -157,9 +171,7 @@ def test_changed_shard_and_damaged_index_stop_the_run(tmp_path: Path) -> None:
     save_index(store, build_index(store)[0])
     shard = tmp_path / "shard-00000.tar"
     shard.write_bytes(shard.read_bytes() + bytes(512))
-    loader = Loader(
-        DataConfig(url=str(tmp_path)), resolution=16, seed=0, global_batch=2, rank=0, world=1, start=0
-    )
+    loader = Loader(DataConfig(url=str(tmp_path)), resolution=16, seed=0, global_batch=2, rank=0, world=1, start=0)
     with pytest.raises(DataError, match=r"shard-00000.tar changed since it was indexed"):
         next(iter(loader))
     loader.close()
@@ -207,9 +219,7 @@ def reference(image: Image.Image, side: int) -> Any:
     while min(*image.size) >= 2 * side:
         image = image.resize(tuple(x // 2 for x in image.size), resample=Image.Resampling.BOX)  # type: ignore[arg-type]
     scale = side / min(*image.size)
-    image = image.resize(
-        tuple(round(x * scale) for x in image.size), resample=Image.Resampling.BICUBIC
-    )  # type: ignore[arg-type]
+    image = image.resize(tuple(round(x * scale) for x in image.size), resample=Image.Resampling.BICUBIC)  # type: ignore[arg-type]
     pixels = np.array(image)
     y, x = (pixels.shape[0] - side) // 2, (pixels.shape[1] - side) // 2
     return pixels[y : y + side, x : x + side]
@@ -229,7 +239,12 @@ def test_preprocessing_is_the_releases(size: tuple[int, int], mode: str) -> None
 @pytest.mark.parametrize(
     ("data", "kind"),
     ids=["empty", "gif", "cut", "small"],
-    argvalues=[(b"", "undecodable"), (b"GIF89a", "undecodable"), (png()[:800], "undecodable"), (png(20), "too_small")],
+    argvalues=[
+        (b"", "undecodable"),
+        (b"GIF89a", "undecodable"),
+        (png()[:800], "undecodable"),
+        (png(20), "too_small"),
+    ],
 )
 def test_faults_of_pictures_have_kinds(data: bytes, kind: str) -> None:
     with pytest.raises(DecodeError) as caught:

@@ -19,10 +19,22 @@ XXL = ModelConfig(
     text_tokens=128,
 )
 XL = ModelConfig(
-    kind="c2i_deco", dim=1152, num_heads=16, num_blocks=28, decoder_width=32, decoder_blocks=3, num_classes=1000
+    kind="c2i_deco",
+    dim=1152,
+    num_heads=16,
+    num_blocks=28,
+    decoder_width=32,
+    decoder_blocks=3,
+    num_classes=1000,
 )
 LARGE = ModelConfig(
-    kind="c2i_deco", dim=1024, num_heads=16, num_blocks=22, decoder_width=32, decoder_blocks=3, num_classes=1000
+    kind="c2i_deco",
+    dim=1024,
+    num_heads=16,
+    num_blocks=22,
+    decoder_width=32,
+    decoder_blocks=3,
+    num_classes=1000,
 )
 BASELINE = ModelConfig(kind="c2i_baseline", dim=1024, num_heads=16, num_blocks=24, num_classes=1000)
 TINY = {

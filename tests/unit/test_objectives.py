@@ -44,9 +44,7 @@ def test_loss_of_patches_is_the_loss_of_the_image() -> None:
 @pytest.mark.parametrize("patch_size", [4, 8])
 def test_objective_is_the_weighted_sum_for_any_patch_size(patch_size: int) -> None:
     model = Denoiser(
-        ModelConfig(
-            kind="c2i_baseline", dim=16, num_heads=2, num_blocks=1, patch_size=patch_size, num_classes=3
-        )
+        ModelConfig(kind="c2i_baseline", dim=16, num_heads=2, num_blocks=1, patch_size=patch_size, num_classes=3)
     )
     assert model.final is not None
     model.final.reset_parameters()

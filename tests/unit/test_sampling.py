@@ -28,9 +28,7 @@ def error_of(cfg: SamplerConfig) -> float:
 def test_error_falls_with_the_solver_order(solver: str, order: int) -> None:
     def error(steps: int) -> float:
         return error_of(
-            SamplerConfig(
-                solver=solver, num_steps=steps, order=order, guidance=1.0, timestep_shift=1.5
-            )  # type: ignore[arg-type]
+            SamplerConfig(solver=solver, num_steps=steps, order=order, guidance=1.0, timestep_shift=1.5)  # type: ignore[arg-type]
         )
 
     # Halving the step divides the error by 2**order; at 40 steps fp32 is still far below it.
@@ -85,9 +83,7 @@ def test_pictures_do_not_depend_on_the_batch(tmp_path: Path) -> None:
 
     cfg = SamplerConfig(num_steps=4)
     conditions, null = torch.tensor([0.1, 0.2, 0.3]), torch.tensor(0.0)
-    made = [
-        make_pictures(velocity, conditions, null, [5, 6, 7], size=(8, 8), cfg=cfg, batch=b) for b in (1, 3)
-    ]
+    made = [make_pictures(velocity, conditions, null, [5, 6, 7], size=(8, 8), cfg=cfg, batch=b) for b in (1, 3)]
     assert np.array_equal(*made)
     save_grid(made[0], tmp_path / "grid.png", columns=2, labels=["a", "b", "c"], scale=4)
     assert (tmp_path / "grid.png").stat().st_size > 100
