@@ -32,7 +32,7 @@ test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu tests
 
 bench: $(STAMP)
-	$(BIN)/python benchmarks/step.py
+	$(BIN)/python -m benchmarks.throughput
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,0 +1,69 @@
+"""Draws docs/images/architecture.svg: the way of a training image through the folders.
+
+python docs/draw_architecture.py
+"""
+
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch
+
+BOXES = {
+    "store": (0, 3, "data_pipeline/store, index\nS3 shards, ranged reads"),
+    "order": (1, 3, "data_pipeline/order, loader\nelastic order, decoded uint8"),
+    "prepare": (2, 3, "training/batch\ntime and noise by sample"),
+    "encoders": (2, 4, "models/encoders\nfrozen text, DINOv2"),
+    "objective": (3, 3, "objectives\npath, flow, frequency, REPA"),
+    "denoiser": (3, 2, "models/denoiser\nDiT blocks"),
+    "decoder": (4, 2, "models/pixel_decoder\neach patch on its own"),
+    "engine": (2, 2, "parallel\nfsdp or deepspeed engine"),
+    "precision": (1, 2, "precision\nfp32 or bf16"),
+    "step": (1, 1, "training/step, loop\naccumulate, gate, update, EMA"),
+    "checkpoint": (2, 1, "training/checkpoint\none canonical format"),
+    "report": (0, 1, "training/report\nmetrics, wandb, curves"),
+    "sampling": (3, 1, "sampling\nguidance, solvers, pictures"),
+    "tools": (4, 1, "checkpoints_tools\nthe release's names"),
+    "launcher": (1, 0, "launcher/train.py\nwires all of it"),
+    "cli": (3, 0, "deco_scale/cli.py\ndeco sample"),
+    "config": (0, 0, "config.py + configs/\nstrict YAML"),
+}
+ARROWS = [
+    ("store", "order"), ("order", "prepare"), ("encoders", "prepare"), ("prepare", "objective"),
+    ("objective", "denoiser"), ("denoiser", "decoder"), ("engine", "denoiser"), ("precision", "engine"),
+    ("step", "engine"), ("step", "checkpoint"), ("step", "report"), ("checkpoint", "sampling"),
+    ("tools", "sampling"), ("launcher", "step"), ("config", "launcher"), ("cli", "sampling"),
+]  # fmt: skip
+WIDTH, HEIGHT, STEP_X, STEP_Y = 2.5, 0.62, 2.9, 1.05
+
+
+def main() -> None:
+    figure = Figure(figsize=(13.5, 5.2), layout="constrained")
+    axes = figure.subplots()
+    axes.set(xlim=(-0.1, 4 * STEP_X + WIDTH + 0.1), ylim=(-0.15, 4 * STEP_Y + HEIGHT + 0.15))
+    axes.axis("off")
+    for x, y, text in BOXES.values():
+        corner = (x * STEP_X, y * STEP_Y)
+        style = "round,pad=0.02,rounding_size=0.08"
+        axes.add_patch(FancyBboxPatch(corner, WIDTH, HEIGHT, boxstyle=style, fc="#eef3fa", ec="#4a6fa5"))
+        centre = (corner[0] + WIDTH / 2, corner[1] + HEIGHT / 2)
+        axes.text(*centre, text, ha="center", va="center", fontsize=8.5)
+    for source, target in ARROWS:
+        (x1, y1, _), (x2, y2, _) = BOXES[source], BOXES[target]
+        start = [x1 * STEP_X + WIDTH / 2, y1 * STEP_Y + HEIGHT / 2]
+        end = [x2 * STEP_X + WIDTH / 2, y2 * STEP_Y + HEIGHT / 2]
+        side = (x2 > x1) - (x2 < x1)
+        rise = (y2 > y1) - (y2 < y1)
+        if side:
+            start[0] += side * WIDTH / 2
+            end[0] -= side * WIDTH / 2
+        else:
+            start[1] += rise * HEIGHT / 2
+            end[1] -= rise * HEIGHT / 2
+        arrow = {"arrowstyle": "-|>", "color": "#4a6fa5", "shrinkA": 2, "shrinkB": 2}
+        axes.annotate("", end, start, arrowprops=arrow)
+    folder = Path(__file__).parent / "images"
+    figure.savefig(folder / "architecture.svg")
+
+
+if __name__ == "__main__":
+    main()
