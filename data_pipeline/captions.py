@@ -28,6 +28,14 @@ def parse_captions(raw: bytes, *, is_json: bool) -> list[str]:
     return [c.strip() for c in captions]
 
 
+def parse_label(raw: bytes) -> int:
+    """Class number of a ``.cls`` member: decimal digits."""
+    text = raw.decode("ascii", errors="replace").strip()
+    if not text.isdigit():
+        raise DecodeError("bad_label", f"{text[:20]!r} is not a class number")
+    return int(text)
+
+
 def choose_caption(
     captions: Sequence[str],
     *,

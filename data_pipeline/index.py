@@ -1,8 +1,8 @@
 """The index of a data set: where each sample lies in its shard, and what is known of it.
 
 Made once (``deco-data index``), kept beside the shards as ``index.npz`` (NumPy arrays and a JSON header,
-read without pickle). A sample is an image member and a caption member with the same stem, one after the
-other; anything else is listed by name and never trained on.
+read without pickle). A sample is an image member and a caption or class member (``.txt``, ``.json``, ``.cls``)
+with the same stem, one after the other; anything else is listed by name and never trained on.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from data_pipeline.store import ObjectInfo, Store
 INDEX_KEY = "index.npz"
 VERSION = 1
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
-TEXT_SUFFIXES = ("txt", "json")
+TEXT_SUFFIXES = ("txt", "json", "cls")
 _COLUMNS = {
     "shard": np.uint32,
     "start": np.uint64,

@@ -12,7 +12,7 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
-from data_pipeline.captions import choose_caption, parse_captions
+from data_pipeline.captions import choose_caption, parse_captions, parse_label
 from data_pipeline.decode import DecodeError, decode
 from data_pipeline.errors import DataError
 from data_pipeline.index import Index, load_index
@@ -30,7 +30,7 @@ Pixels = "np.ndarray[Any, np.dtype[np.uint8]]"
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Pictures (B, Y, X, 3), a caption and a label each, and their numbers in the run."""
+    """Pictures (B, Y, X, 3), a caption or a label each, and their numbers in the run."""
 
     images: Any
     captions: list[str]
@@ -136,8 +136,8 @@ class SampleLoader:
     def prefetch(self, number: int) -> None:
         self.reader.prefetch(self.order.at(number)[1])
 
-    def load(self, epoch: int, sample: int) -> tuple[Any, str]:
-        """Pixels and caption; a bad sample is replaced by another that every layout chooses alike."""
+    def load(self, epoch: int, sample: int) -> tuple[Any, str | int]:
+        """Pixels and caption or label; a bad sample is replaced by another that every layout chooses alike."""
         self._seen += 1
         for attempt in range(1 + REPLACEMENTS):
             chosen = sample
@@ -155,7 +155,7 @@ class SampleLoader:
         if self._processes is not None:
             self._processes.shutdown(wait=False, cancel_futures=True)
 
-    def _load(self, epoch: int, sample: int) -> tuple[Any, str]:
+    def _load(self, epoch: int, sample: int) -> tuple[Any, str | int]:
         raw = self.reader.sample(sample)
         columns, cfg = self._index.columns, self._cfg
         base = int(columns["start"][sample])
@@ -164,8 +164,19 @@ class SampleLoader:
             start = int(columns[f"{name}_offset"][sample]) - base
             return raw[start : start + int(columns[f"{name}_size"][sample])]
 
-        captions = parse_captions(member("text"), is_json=bool(columns["is_json"][sample]))
-        caption = choose_caption(
+        text = self._text(epoch, sample, member("text"))
+        arguments = (member("image"), self._resolution, cfg.max_pixels)
+        if self._processes is not None:
+            return self._processes.submit(decode, *arguments).result(), text
+        return decode(*arguments), text
+
+    def _text(self, epoch: int, sample: int, raw: bytes) -> str | int:
+        """Caption of this epoch, or the class number."""
+        cfg = self._cfg
+        if cfg.target == "label":
+            return parse_label(raw)
+        captions = parse_captions(raw, is_json=bool(self._index.columns["is_json"][sample]))
+        return choose_caption(
             captions,
             seed=self._seed,
             epoch=epoch,
@@ -173,10 +184,6 @@ class SampleLoader:
             prefix_probability=cfg.prefix_probability,
             short_words=cfg.short_caption_words,
         )
-        arguments = (member("image"), self._resolution, cfg.max_pixels)
-        if self._processes is not None:
-            return self._processes.submit(decode, *arguments).result(), caption
-        return decode(*arguments), caption
 
     def _bad(self, sample: int, error: DecodeError) -> None:
         counters = self.reader.counters
@@ -237,7 +244,7 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         """Batches of ``global_batch / world`` samples, one per step."""
         numbers = self._numbers()
-        waiting: deque[tuple[int, Future[tuple[Any, str]]]] = deque()
+        waiting: deque[tuple[int, Future[tuple[Any, str | int]]]] = deque()
         while True:
             while len(waiting) < self._ahead:
                 number = next(numbers)
@@ -249,8 +256,8 @@ class Loader:
             loaded = [future.result() for _, future in taken]
             yield Batch(
                 images=np.stack([pixels for pixels, _ in loaded]),
-                captions=[caption for _, caption in loaded],
-                labels=[],
+                captions=[text for _, text in loaded if isinstance(text, str)],
+                labels=[text for _, text in loaded if isinstance(text, int)],
                 numbers=[number for number, _ in taken],
             )
 

@@ -8,12 +8,14 @@ from typing import Literal
 class DataConfig:
     """Where the samples are and how they are read.
 
-    ``url`` is ``s3://bucket/prefix`` or a local folder with tar shards and their index.
-    ``streams`` and ``window`` shape the order and are part of a run's identity: changing them changes
-    which samples a step sees. ``ahead`` samples per rank are fetched and decoded before they are needed.
+    ``url`` is ``s3://bucket/prefix`` or a local folder with tar shards and their index. ``target: label``
+    reads class numbers (``.cls``) in place of captions. ``streams`` and ``window`` shape the order and are
+    part of a run's identity: changing them changes which samples a step sees. ``ahead`` samples per rank are
+    fetched and decoded before they are needed.
     """
 
     url: str
+    target: Literal["caption", "label"] = "caption"
     streams: int = 64
     window: int = 1024
     workers: int = 4

@@ -12,12 +12,15 @@ import torch
 from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
+from rich.table import Table
 from torch import Tensor
 
-from deco_scale.config import RunConfig, build_config
+from deco_scale.config import RunConfig, build_config, load_config
 from deco_scale.errors import ConfigError, RunError
 from deco_scale.models import Denoiser
 from deco_scale.models.encoders import EncoderError, TextEncoder
+from deco_scale.parallel.layout import resolve_layout
+from deco_scale.parallel.plan import layout_rows
 from deco_scale.sampling import SamplerConfig
 from deco_scale.sampling.pictures import make_pictures, save_grid, velocity_of
 from deco_scale.training.checkpoint import CheckpointMeta, read_meta, read_tensors
@@ -27,9 +30,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="deco", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     _add_sample(commands.add_parser("sample", help="pictures from a checkpoint's EMA weights"))
+    _add_plan(commands.add_parser("plan", help="how a configuration is laid out over ranks"))
     args = parser.parse_args(argv)
     try:
-        return _sample(args, Console())
+        return (_sample if args.command == "sample" else _plan)(args, Console())
     except (ConfigError, EncoderError) as error:
         print(f"deco: {error}", file=sys.stderr)
         return 2
@@ -120,6 +124,31 @@ def _sample(args: argparse.Namespace, console: Console) -> int:
     grid = args.out / "grid.png"
     save_grid(np.stack(pictures), grid, columns=min(8, len(work)), labels=labels, scale=max(1, 96 // side))
     console.print(f"{len(work)} pictures in {args.out}, all on one sheet: {grid}")
+    return 0
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", required=True)
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value")
+    parser.add_argument("--gpus", type=int, default=1, help="number of ranks")
+    parser.add_argument("--layout", action="store_true", required=True, help="each parameter's split")
+
+
+def _plan(args: argparse.Namespace, console: Console) -> int:
+    cfg = load_config(args.config, args.overrides)
+    layout = resolve_layout(cfg.parallel, args.gpus)
+    rows = list(layout_rows(cfg.model, layout))
+    mesh = f"dp_replicate {layout.dp_replicate} x dp_shard {layout.dp_shard} x tp {layout.tp}"
+    table = Table("parameter", "global shape", "split over tp", "tp shape", "bytes a rank, fp32", title=mesh)
+    for row in rows:
+        shapes = ["x".join(map(str, shape)) for shape in (row.global_shape, row.tp_shape)]
+        table.add_row(row.name, shapes[0], row.split, shapes[1], f"{row.local_bytes:,}")
+    console.print(table)
+    weights = sum(row.local_bytes for row in rows)
+    console.print(
+        f"a rank holds {weights / 2**30:.3f} GiB of weights, and as much each of gradients, two moments and "
+        f"the average: {5 * weights / 2**30:.3f} GiB of state (REPA head aside)"
+    )
     return 0
 
 

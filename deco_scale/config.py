@@ -99,6 +99,9 @@ class RunConfig:
                 f"text_encoder.max_tokens={self.text_encoder.max_tokens} must equal "
                 f"model.text_tokens={self.model.text_tokens}"
             )
+        wanted = "caption" if is_text else "label"
+        if self.data.target != wanted:
+            raise ValueError(f"data.target={self.data.target}: model.kind {self.model.kind} needs {wanted}")
         if self.objective.repa_weight > 0 and self.image_encoder is None:
             raise ValueError("image_encoder is missing: objective.repa_weight > 0 needs DINOv2")
         if self.objective.repa_weight > 0 and self.objective.repa_layer > self.model.num_blocks:

@@ -19,6 +19,7 @@ from deco_scale.models.encoders import EncoderError, ImageEncoder, TextEncoder
 from deco_scale.models.layers import Attention
 from deco_scale.objectives import Objective
 from deco_scale.parallel.layout import Layout, accumulation_steps
+from deco_scale.parallel.sequence import encode_shared
 from deco_scale.planning.flops import peak_flops, training_flops
 from deco_scale.sampling.pictures import make_pictures, save_grid, velocity_of
 from deco_scale.training.batch import Prepare
@@ -93,6 +94,7 @@ def build_engine(cfg: RunConfig, layout: Layout, device: torch.device, build: Ca
             optimizer=cfg.optimizer,
             precision=cfg.precision,
             compile_blocks=cfg.compile,
+            recompute=cfg.parallel.activation_checkpointing,
             seed=cfg.run.seed,
             overrides=cfg.parallel.deepspeed,
         )
@@ -105,6 +107,7 @@ def build_engine(cfg: RunConfig, layout: Layout, device: torch.device, build: Ca
         optimizer=cfg.optimizer,
         precision=cfg.precision,
         compile_blocks=cfg.compile,
+        recompute=cfg.parallel.activation_checkpointing,
         seed=cfg.run.seed,
     )
 
@@ -127,7 +130,7 @@ def data_opener(
                 resolution=stage.resolution,
                 seed=cfg.run.seed,
                 global_batch=stage.global_batch,
-                rank=dist.get_rank(),
+                rank=layout.dp_rank(dist.get_rank()),
                 world=layout.dp,
                 start=samples,
                 on_bad=quarantine,
@@ -138,13 +141,21 @@ def data_opener(
     return lambda stage, samples: agreed(lambda: open_one(stage, samples))
 
 
+def shared_over_tp(encode: Callable[[Any], torch.Tensor], engine: Engine) -> Callable[[Any], torch.Tensor]:
+    """Encode once per tp group, each rank a part of the batch; as it is without tensor parallelism."""
+    tokens = engine.tokens
+    if tokens is None:
+        return encode
+    return lambda items: encode_shared(encode, items, len(items), tokens)
+
+
 class SyntheticData:
     """Random pictures with empty captions, for ``--dry-run``."""
 
     digest = "synthetic"
 
     def __init__(self, stage: StageConfig, layout: Layout) -> None:
-        self._stage, self._rank, self._world = stage, dist.get_rank(), layout.dp
+        self._stage, self._rank, self._world = stage, layout.dp_rank(dist.get_rank()), layout.dp
 
     def __iter__(self) -> Iterator[Batch]:
         side, step = self._stage.resolution, 0
@@ -166,13 +177,19 @@ class SyntheticData:
 
 
 def picture_maker(
-    cfg: RunConfig, engine: Engine, text: TextEncoder | None, folder: Path, reporter: Reporter
+    cfg: RunConfig,
+    layout: Layout,
+    engine: Engine,
+    text: TextEncoder | None,
+    folder: Path,
+    reporter: Reporter,
 ) -> Callable[[int], None]:
     """After-step callback that draws the configured prompts with the EMA weights."""
     if not cfg.samples.every or text is None:
         return lambda step: None
     prompts = list(cfg.samples.prompts)
-    rank, world = dist.get_rank(), dist.get_world_size()
+    # Ranks of a tp group draw the same pictures together.
+    rank, world = layout.dp_rank(dist.get_rank()), layout.dp
     # Sharded weights need every rank in every forward pass: all draw equally many, some in vain.
     share = -(-len(prompts) // world)
     mine = [prompts[(rank * share + i) % len(prompts)] for i in range(share)]
@@ -193,10 +210,10 @@ def picture_maker(
                 cfg=cfg.samples.sampler,
                 batch=share,
             )
-        gathered: list[Any] = [None] * world
+        gathered: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(gathered, pictures)
-        if rank == 0:
-            every = np.concatenate(gathered)[: len(prompts)]
+        if dist.get_rank() == 0:
+            every = np.concatenate(gathered[:: layout.tp])[: len(prompts)]
             path = folder / f"step_{step:08d}.png"
             columns = min(5, len(prompts))
             save_grid(every, path, columns=columns, labels=prompts, scale=max(1, 96 // side))
@@ -237,8 +254,9 @@ def assemble(
         device=device,
         objective=cfg.objective,
         null=null,
-        encode_text=text.encode if text else None,
-        encode_image=image.encode if image else None,
+        num_classes=cfg.model.num_classes,
+        encode_text=shared_over_tp(text.encode, engine) if text else None,
+        encode_image=shared_over_tp(image.encode, engine) if image else None,
     )
     peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     return Loop(
@@ -251,7 +269,7 @@ def assemble(
         reporter=reporter,
         device=device,
         config=plain,
-        after_step=picture_maker(cfg, engine, text, folder / "samples", reporter),
+        after_step=picture_maker(cfg, layout, engine, text, folder / "samples", reporter),
         peak_flops=peak * dist.get_world_size() if peak else None,
     )
 

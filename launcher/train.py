@@ -23,6 +23,7 @@ from deco_scale.config import RunConfig, dump_config, load_config
 from deco_scale.errors import ConfigError, RunError
 from deco_scale.models.attention import check_backend
 from deco_scale.parallel.layout import resolve_layout
+from deco_scale.parallel.plan import check_tp
 from deco_scale.training.checkpoint import Checkpoints
 from deco_scale.training.loop import Loop, Progress, memory_bytes, resumed
 from launcher.assemble import assemble, derive_stages
@@ -49,6 +50,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def run(cfg: RunConfig, env: Environment, *, resume: str = "auto", dry_run: bool = False) -> Progress:
     """Train as configured; joins the process group unless there is one."""
     layout = resolve_layout(cfg.parallel, env.world_size)
+    check_tp(cfg.model, layout.tp)
     stages = derive_stages(cfg, layout)
     device = choose_device(cfg.device, env.local_rank)
     try:

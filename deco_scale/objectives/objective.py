@@ -5,6 +5,7 @@ Shape letters: B batch, C channels, Y X pixels, N patches, K values of a patch.
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +47,26 @@ class ObjectiveConfig:
             raise ValueError(f"repa_layer={self.repa_layer} counts DiT blocks from 1")
 
 
+class Tokens(Protocol):
+    """Which tokens of a sequence this process scores."""
+
+    def own(self, x_BND: Tensor) -> Tensor:
+        """Those tokens of a whole sequence."""
+
+    def share(self, count: int) -> float:
+        """Their share of ``count`` tokens."""
+
+
+class AllTokens:
+    """One process scores everything."""
+
+    def own(self, x_BND: Tensor) -> Tensor:
+        return x_BND
+
+    def share(self, count: int) -> float:
+        return 1.0
+
+
 class Objective(nn.Module):
     """Total loss = flow + freq_weight * frequency + repa_weight * REPA, each also on its own."""
 
@@ -53,6 +74,7 @@ class Objective(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.denoiser = denoiser
+        self.tokens: Tokens = AllTokens()
         self.repa_head: RepaHead | None = None
         if cfg.repa_weight > 0:
             if cfg.repa_layer > denoiser.cfg.num_blocks:
@@ -67,11 +89,15 @@ class Objective(nn.Module):
         condition: Tensor,
         features_BNF: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Losses of images in [-1, 1], all fp32 scalars; ``loss`` is what to differentiate."""
+        """Losses of images in [-1, 1], all fp32 scalars; ``loss`` is what to differentiate.
+
+        Where the denoiser answers for some tokens only (``self.tokens``), these are this process's parts of
+        the losses: over the processes that share the sequence they sum to the whole.
+        """
         model = self.denoiser.cfg
         grid = model.grid(*image_BCYX.shape[-2:])
         patches_BNK = patchify(noised(image_BCYX, noise_BCYX, t_B), model.patch_size)
-        target_BNK = patchify(image_BCYX.float() - noise_BCYX.float(), model.patch_size)
+        target_BNK = self.tokens.own(patchify(image_BCYX.float() - noise_BCYX.float(), model.patch_size))
         out = self.denoiser(
             patches_BNK,
             t_B,
@@ -88,10 +114,11 @@ class Objective(nn.Module):
         if self.repa_head is not None:
             if features_BNF is None or out.hidden_BND is None:
                 raise ValueError("REPA is on, but no encoder features were given")
-            losses["loss_repa"] = repa_loss(self.repa_head(out.hidden_BND), features_BNF)
+            losses["loss_repa"] = repa_loss(self.repa_head(out.hidden_BND), self.tokens.own(features_BNF))
             total = total + self.cfg.repa_weight * losses["loss_repa"]
         losses["loss"] = total
-        return losses
+        share = self.tokens.share(patches_BNK.shape[1])
+        return {name: value * share for name, value in losses.items()} if share != 1.0 else losses
 
     def predict(self, patches_BNK: Tensor, t_B: Tensor, condition: Tensor, grid: tuple[int, int]) -> Tensor:
         """The denoiser alone; here so that engines need to know one module only."""

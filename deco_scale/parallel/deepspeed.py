@@ -18,9 +18,11 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from deco_scale.errors import ConfigError
 from deco_scale.objectives import Objective
 from deco_scale.parallel.initial import initial_tensors
+from deco_scale.parallel.layout import ActivationCheckpointing
+from deco_scale.parallel.recompute import apply_recompute
 from deco_scale.precision import PrecisionConfig, autocast
 from deco_scale.training.batch import ObjectiveInputs
-from deco_scale.training.engine import AVERAGED, Update
+from deco_scale.training.engine import AVERAGED, TokenGroup, Update
 from deco_scale.training.optimizer import Ema, clip_factor, poisoned
 from deco_scale.training.settings import OptimizerConfig
 
@@ -99,6 +101,7 @@ class DeepSpeedEngine:
         optimizer: OptimizerConfig,
         precision: PrecisionConfig,
         compile_blocks: bool,
+        recompute: ActivationCheckpointing,
         seed: int,
         overrides: dict[str, Any],
     ) -> None:
@@ -119,6 +122,7 @@ class DeepSpeedEngine:
         else:
             objective = build()
             objective.load_state_dict(dict(initial_tensors(template, seed)), strict=True)
+        apply_recompute((*objective.denoiser.text_blocks, *objective.denoiser.blocks), recompute)
         if compile_blocks:
             for block in (*objective.denoiser.text_blocks, *objective.denoiser.blocks):
                 block.compile()
@@ -144,6 +148,10 @@ class DeepSpeedEngine:
             moments = {kind: torch.zeros_like(master.detach()) for kind in _MOMENTS}
             self._client.state[master] = {"step": step, **moments}
         self._ema = Ema({n: m.detach() for n, m in masters.items()}, optimizer.ema_decay)
+
+    @property
+    def tokens(self) -> TokenGroup | None:
+        return None
 
     @property
     def optimizer_steps(self) -> int:

@@ -1,4 +1,7 @@
-"""FSDP2 and HSDP: every parameter, gradient, moment and average is sharded over ``dp_shard``."""
+"""FSDP2 and HSDP, with tensor and sequence parallelism inside.
+
+Every parameter, gradient, moment and average is sharded over ``dp_shard``, linears of blocks over ``tp`` too.
+"""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -13,14 +16,17 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from deco_scale.objectives import Objective
 from deco_scale.parallel.initial import initial_tensors
-from deco_scale.parallel.layout import Layout
+from deco_scale.parallel.layout import ActivationCheckpointing, Layout
+from deco_scale.parallel.recompute import apply_recompute
+from deco_scale.parallel.sequence import TokenShard
+from deco_scale.parallel.tensor import apply_tensor_parallel, tp_part
 from deco_scale.precision import PrecisionConfig, autocast
 from deco_scale.training.batch import ObjectiveInputs
-from deco_scale.training.engine import AVERAGED, Update
+from deco_scale.training.engine import AVERAGED, TokenGroup, Update
 from deco_scale.training.optimizer import AveragedAdamW, poisoned
 from deco_scale.training.settings import OptimizerConfig
 
@@ -57,19 +63,27 @@ class FsdpEngine:
         optimizer: OptimizerConfig,
         precision: PrecisionConfig,
         compile_blocks: bool,
+        recompute: ActivationCheckpointing,
         seed: int,
     ) -> None:
-        self._device, self._precision = device, precision
+        self._device, self._precision, self._layout = device, precision, layout
         with torch.device("meta"):
             template, self._objective = build(), build()
         mesh = init_device_mesh(
             device.type,
-            (layout.dp_replicate, layout.dp_shard),
-            mesh_dim_names=("dp_replicate", "dp_shard"),
+            (layout.dp_replicate, layout.dp_shard, layout.tp),
+            mesh_dim_names=("dp_replicate", "dp_shard", "tp"),
         )
+        self._tokens: TokenShard | None = None
+        if layout.tp > 1:
+            self._tokens = apply_tensor_parallel(self._objective, mesh["tp"])
+            # Lets the gradient norm be reduced over both axes at once.
+            mesh["dp_shard", "tp"]._flatten()
+        denoiser = self._objective.denoiser
+        apply_recompute((*denoiser.text_blocks, *denoiser.blocks), recompute)
         shard(
             self._objective,
-            mesh=mesh if layout.dp_replicate > 1 else mesh["dp_shard"],
+            mesh=mesh["dp_replicate", "dp_shard"] if layout.dp_replicate > 1 else mesh["dp_shard"],
             precision=precision,
             compile_blocks=compile_blocks,
         )
@@ -77,9 +91,18 @@ class FsdpEngine:
         self._parameters = {n: cast(DTensor, p) for n, p in self._objective.named_parameters()}
         for name, tensor in initial_tensors(template, seed):
             target = self._parameters[name]
-            _local(target).copy_(_local(_slice_like(target, tensor)))
+            part = tp_part(name, tensor, mesh.get_local_rank("tp"), layout.tp)
+            # FSDP cuts what tp leaves along dimension 0, in chunks of equal size but for the last ones.
+            chunks = part.chunk(layout.dp_shard)
+            place = mesh.get_local_rank("dp_shard")
+            if place < len(chunks):
+                _local(target).copy_(chunks[place])
         shards = {n: _local(p) for n, p in self._parameters.items()}
         self._optimizer = AveragedAdamW(shards, optimizer, averaged=[n for n in shards if n.startswith(AVERAGED)])
+
+    @property
+    def tokens(self) -> TokenGroup | None:
+        return self._tokens
 
     @property
     def optimizer_steps(self) -> int:
@@ -90,7 +113,8 @@ class FsdpEngine:
         with autocast(self._precision, self._device):
             losses = self._objective(*inputs)
         poisoned(losses["loss"] * scale).backward()
-        return {name: value.detach() for name, value in losses.items()}
+        # A tp rank has its part of a loss; the mean over all ranks wants tp times that.
+        return {name: value.detach() * self._layout.tp for name, value in losses.items()}
 
     def update(self, *, lr: float, betas: tuple[float, float]) -> Update:
         grads = {n: cast(DTensor, p.grad) for n, p in self._parameters.items() if p.grad is not None}
@@ -125,15 +149,12 @@ class FsdpEngine:
     @torch.no_grad()
     def predict(self, patches: Tensor, t: Tensor, condition: Tensor, grid: tuple[int, int]) -> Tensor:
         with autocast(self._precision, self._device):
-            return self._objective.predict(patches, t, condition, grid)
+            prediction = self._objective.predict(patches, t, condition, grid)
+        # The root's weights stay gathered after a forward pass; they may be the averaged ones.
+        cast(FSDPModule, self._objective).reshard()
+        return self._tokens.gather(prediction, patches.shape[1]) if self._tokens else prediction
 
 
 def _local(tensor: DTensor) -> Tensor:
     """This rank's part, sharing storage."""
     return cast(DTensor, tensor.detach()).to_local()
-
-
-def _slice_like(target: DTensor, full: Tensor) -> DTensor:
-    """This rank's part of a full CPU tensor, without communication."""
-    mesh = target.device_mesh
-    return distribute_tensor(full.to(mesh.device_type), mesh, target.placements, src_data_rank=None)

@@ -6,15 +6,22 @@ from typing import Any, Literal
 from deco_scale.errors import ConfigError
 
 EngineName = Literal["fsdp", "deepspeed"]
+ActivationCheckpointing = Literal["none", "selective", "full"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParallelConfig:
-    """How the model is spread; ``dp_shard`` -1 takes all ranks that are left."""
+    """How the model is spread; ``dp_shard`` -1 takes all ranks that are left.
+
+    ``activation_checkpointing`` recomputes blocks in backward: all of them, or all but matrix products and
+    attention (``selective``).
+    """
 
     engine: EngineName = "fsdp"
     dp_replicate: int = 1
     dp_shard: int = -1
+    tp: int = 1
+    activation_checkpointing: ActivationCheckpointing = "none"
     zero_stage: Literal[0, 1, 2, 3] = 3
     deepspeed: dict[str, Any] = field(default_factory=dict)
 
@@ -23,36 +30,48 @@ class ParallelConfig:
             raise ValueError(f"dp_replicate={self.dp_replicate} must be at least 1")
         if self.dp_shard < 1 and self.dp_shard != -1:
             raise ValueError(f"dp_shard={self.dp_shard} must be positive, or -1 for all other ranks")
+        if self.tp < 1:
+            raise ValueError(f"tp={self.tp} must be at least 1")
+        if self.engine == "deepspeed" and self.tp > 1:
+            raise ValueError("tp > 1 needs engine: fsdp")
         if self.engine == "deepspeed" and self.dp_replicate > 1:
             raise ValueError("dp_replicate > 1 (HSDP) needs engine: fsdp")
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """A resolved mesh: ``dp_replicate`` x ``dp_shard`` ranks."""
+    """A resolved mesh: ``dp_replicate`` x ``dp_shard`` x ``tp`` ranks, tp innermost."""
 
     dp_replicate: int
     dp_shard: int
+    tp: int = 1
 
     @property
     def dp(self) -> int:
         return self.dp_replicate * self.dp_shard
 
+    def dp_rank(self, rank: int) -> int:
+        """Which share of the global batch a rank works on."""
+        return rank // self.tp
+
 
 def resolve_layout(cfg: ParallelConfig, world_size: int) -> Layout:
     """Fit ``cfg`` to ``world_size`` ranks; raises :class:`ConfigError` with the possible values."""
-    if world_size % cfg.dp_replicate:
-        divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
-        raise ConfigError(
-            f"parallel.dp_replicate={cfg.dp_replicate} does not divide {world_size} ranks; possible: {divisors}"
-        )
-    rest = world_size // cfg.dp_replicate
+    rest = world_size
+    for name in ("tp", "dp_replicate"):
+        value = getattr(cfg, name)
+        if rest % value:
+            divisors = [n for n in range(1, rest + 1) if rest % n == 0]
+            raise ConfigError(
+                f"parallel.{name}={value} does not divide {rest} of {world_size} ranks; possible: {divisors}"
+            )
+        rest //= value
     if cfg.dp_shard not in (-1, rest):
         raise ConfigError(
-            f"parallel.dp_replicate={cfg.dp_replicate} x dp_shard={cfg.dp_shard} is not the world size "
-            f"{world_size}; possible: dp_shard={rest} or -1"
+            f"parallel.dp_replicate={cfg.dp_replicate} x dp_shard={cfg.dp_shard} x tp={cfg.tp} is not the "
+            f"world size {world_size}; possible: dp_shard={rest} or -1"
         )
-    return Layout(cfg.dp_replicate, rest)
+    return Layout(cfg.dp_replicate, rest, cfg.tp)
 
 
 def accumulation_steps(*, global_batch: int, micro_batch: int, dp: int, where: str) -> int:

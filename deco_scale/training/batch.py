@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deco_scale.errors import RunError
 from deco_scale.objectives import ObjectiveConfig, drop_condition
 from deco_scale.objectives.flow import base_time, shift_time
 from deco_scale.training.randomness import draw
@@ -55,6 +56,7 @@ class Prepare:
     device: torch.device
     objective: ObjectiveConfig
     null: Tensor
+    num_classes: int = 0
     encode_text: Callable[[Sequence[str]], Tensor] | None = None
     encode_image: Callable[[Tensor], Tensor] | None = None
 
@@ -68,6 +70,9 @@ class Prepare:
         if self.encode_text is not None:
             condition = self.encode_text(batch.captions)
         else:
+            classes = self.num_classes
+            if max(batch.labels) >= classes:
+                raise RunError(f"the data have class {max(batch.labels)}, the model {classes} classes")
             condition = torch.tensor(list(batch.labels), device=self.device)
         condition = drop_condition(condition, self.null, draws.dropout < self.objective.condition_dropout)
         features = self.encode_image(image) if self.encode_image is not None else None

@@ -4,6 +4,7 @@ from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from deco_scale.training.batch import ObjectiveInputs
 
@@ -18,12 +19,29 @@ class Update(NamedTuple):
     skipped: Tensor
 
 
+class TokenGroup(Protocol):
+    """Ranks that work on the same samples, each on its own tokens."""
+
+    @property
+    def group(self) -> ProcessGroup: ...
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
+
+
 class Engine(Protocol):
     """A sharded objective with its optimizer and EMA.
 
     State tensors carry canonical names: ``model.<name>``, ``ema.<name>``, ``exp_avg.<name>``,
     ``exp_avg_sq.<name>`` with the names and shapes of the single-device objective, all fp32.
     """
+
+    @property
+    def tokens(self) -> TokenGroup | None:
+        """Ranks that share each sequence, where there are several."""
 
     @property
     def optimizer_steps(self) -> int:

@@ -95,7 +95,7 @@ def test_impossible_batches_list_the_possible_ones() -> None:
 
 def test_layouts() -> None:
     assert resolve_layout(ParallelConfig(dp_replicate=2), 8) == Layout(2, 4)
-    with pytest.raises(ConfigError, match=r"dp_replicate=3 does not divide 8.*\[1, 2, 4, 8\]"):
+    with pytest.raises(ConfigError, match=r"dp_replicate=3 does not divide 8 of 8 ranks.*\[1, 2, 4, 8\]"):
         resolve_layout(ParallelConfig(dp_replicate=3), 8)
     with pytest.raises(ConfigError, match="possible: dp_shard=8 or -1"):
         resolve_layout(ParallelConfig(dp_shard=3), 8)

@@ -1,0 +1,42 @@
+"""Activation checkpointing of blocks, without a wrapper that would change parameter names."""
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+from deco_scale.parallel.layout import ActivationCheckpointing
+
+_ATEN = torch.ops.aten
+_SAVED = {
+    _ATEN.mm.default,
+    _ATEN.addmm.default,
+    _ATEN._scaled_dot_product_flash_attention.default,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu.default,
+    _ATEN._scaled_dot_product_efficient_attention.default,
+    _ATEN._scaled_dot_product_cudnn_attention.default,
+}
+"""What ``selective`` keeps: the expensive results."""
+
+
+def _policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in _SAVED else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def apply_recompute(blocks: Iterable[nn.Module], mode: ActivationCheckpointing) -> None:
+    """Make each block recompute its activations in backward."""
+    if mode == "none":
+        return
+    for block in blocks:
+        forward: Callable[..., Any] = block.forward
+        extra: dict[str, Any] = {"use_reentrant": False}
+        if mode == "selective":
+            extra["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _policy)
+        block.forward = functools.partial(checkpoint, forward, **extra)  # type: ignore[method-assign]

@@ -1,0 +1,110 @@
+"""Tensor and sequence parallelism applied to a finished objective, from outside, by hooks.
+
+Between blocks each rank holds its own tokens. Attention and MLP gather tokens at their entry, compute on local
+heads or hidden units, and scatter the sum of the partial results; everything else (norms, modulation, pixel
+decoder, losses) works on the rank's own tokens without communication. Modules stay as they are: a hook shows
+them the local part of each weight while they run.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+
+from deco_scale.models.layers import Attention, Block, SwiGLU
+from deco_scale.objectives import Objective
+from deco_scale.parallel.plan import split_dim
+from deco_scale.parallel.sequence import TokenShard
+
+
+def apply_tensor_parallel(objective: Objective, mesh: DeviceMesh) -> TokenShard:
+    """Split parameters over the tp ``mesh`` (meta device or real) and install the collectives."""
+    shard = TokenShard(mesh.get_group())
+    for path, module in objective.named_modules():
+        own = dict(module.named_parameters(recurse=False))
+        for name, parameter in own.items():
+            setattr(module, name, _distribute(f"{path}.{name}", parameter, mesh))
+        if own:
+            module.register_forward_pre_hook(_show_local_weights(path, mesh.size()))
+            module.register_forward_hook(_hide_local_weights, always_call=True)
+    _route_tokens(objective, shard)
+    objective.tokens = shard
+    return shard
+
+
+def tp_part(name: str, full: Tensor, rank: int, size: int) -> Tensor:
+    """The tp rank's slice of a full tensor."""
+    dim = split_dim(name)
+    return full if dim is None else full.chunk(size, dim)[rank]
+
+
+def _distribute(name: str, parameter: nn.Parameter, mesh: DeviceMesh) -> nn.Parameter:
+    dim = split_dim(name)
+    placement: Placement = Replicate() if dim is None else Shard(dim)
+    local = tp_part(name, parameter.detach(), mesh.get_local_rank(), mesh.size()).contiguous()
+    return nn.Parameter(DTensor.from_local(local, mesh, [placement], run_check=False))
+
+
+def _show_local_weights(path: str, size: int) -> Callable[..., None]:
+    """Put the local part of each weight where the module will look it up first.
+
+    Each rank computes a replicated weight's gradient from its own tokens or heads only, so the ranks' results
+    are parts of a sum. A row-split linear is followed by a sum over ranks: its bias goes in once.
+    """
+    row_split = split_dim(f"{path}.weight") == 1
+
+    def hook(module: nn.Module, args: Any) -> None:
+        for name, parameter in module.named_parameters(recurse=False):
+            if not isinstance(parameter, DTensor):
+                continue
+            placements = [Partial() if p == Replicate() else p for p in parameter.placements]
+            local = parameter.to_local(grad_placements=placements)
+            if row_split and name == "bias":
+                local = local / size
+            module.__dict__[name] = local
+
+    return hook
+
+
+def _hide_local_weights(module: nn.Module, args: Any, output: Any) -> None:
+    for name, _ in module.named_parameters(recurse=False):
+        module.__dict__.pop(name, None)
+
+
+def _route_tokens(objective: Objective, shard: TokenShard) -> None:
+    denoiser = objective.denoiser
+    counts: dict[str, int] = {}
+
+    def own_patches(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        counts["image"] = args[0].shape[1]
+        return (shard.own(args[0]), *args[1:])
+
+    def own_text(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        counts["text"] = output.shape[1]
+        return shard.own(output)
+
+    def gather_text(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        # A copy: FSDP hooks into the block's output, which must not be a view.
+        return shard.gather(output, counts["text"]).clone()
+
+    denoiser.patch_embed.register_forward_pre_hook(own_patches)
+    if denoiser.decoder is not None:
+        denoiser.decoder.register_forward_pre_hook(lambda m, args: (shard.own(args[0]), *args[1:]))
+    if denoiser.text_embed is not None and len(denoiser.text_blocks):
+        denoiser.text_embed.register_forward_hook(own_text)
+        denoiser.text_blocks[-1].register_forward_hook(gather_text)
+    for kind, blocks in (("image", denoiser.blocks), ("text", denoiser.text_blocks)):
+        for block in blocks:
+            assert isinstance(block, Block)
+            _gather_around(block.attn, block.attn.proj, shard, counts, kind)
+            _gather_around(block.mlp, block.mlp.down, shard, counts, kind)
+
+
+def _gather_around(
+    module: Attention | SwiGLU, last: nn.Linear, shard: TokenShard, counts: dict[str, int], kind: str
+) -> None:
+    """All tokens in, partial sums out of ``last``, own tokens on."""
+    module.register_forward_pre_hook(lambda m, args: (shard.gather(args[0], counts[kind]), *args[1:]))
+    last.register_forward_hook(lambda m, args, output: shard.scatter_sum(output))

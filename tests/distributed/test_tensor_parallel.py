@@ -1,0 +1,261 @@
+"""Tensor and sequence parallelism: same trace and weights as one process, and only the planned traffic.
+
+The first stage has 9 image tokens, which no tp degree here divides.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from data_pipeline.index import build_index, save_index
+from data_pipeline.store import open_store
+from deco_scale.models import ModelConfig
+from deco_scale.parallel.plan import check_tp, layout_rows
+from deco_scale.parallel.sequence import TokenShard, encode_shared, part_sizes
+from deco_scale.training.checkpoint import read_tensors
+from tests.assets import tiny_config
+from tests.distributed.harness import Job, run_jobs, trace, worst_difference
+
+TOLERANCE = 1e-5
+WEIGHT_TOLERANCE = 5e-5
+"""As in test_traces: AdamW lifts rounding of gradients near zero."""
+
+
+def class_shards(folder: Path) -> Path:
+    """Pictures with class numbers."""
+    import io
+    import tarfile
+
+    import numpy as np
+    from PIL import Image
+
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    with tarfile.open(folder / "a.tar", "w") as tar:
+        for i in range(40):
+            buffer = io.BytesIO()
+            Image.fromarray(random.integers(0, 256, (48, 48, 3), dtype=np.uint8)).save(buffer, "PNG")
+            for suffix, data in (("png", buffer.getvalue()), ("cls", str(i % 4).encode())):
+                info = tarfile.TarInfo(f"{i:03d}.{suffix}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    store = open_store(str(folder))
+    index, report = build_index(store)
+    assert not report.problems and len(index) == 40
+    save_index(store, index)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, shards: Path, text_encoder: Path, image_encoder: Path) -> Path:
+    root = tmp_path_factory.mktemp("tp_runs")
+    labelled = class_shards(root / "labelled")
+
+    def job(name: str, resume: str = "none", *, kind: str = "t2i", **parallel: Any) -> Job:
+        config = tiny_config(root / name, shards, text_encoder, image_encoder)
+        config["parallel"] = parallel
+        config["checkpoint"] = {"every": 5, "keep_last": 5}
+        config["samples"] = {"every": 5, "prompts": ["red", "a blue", "green"], "sampler": {"num_steps": 2}}
+        config["stages"][0] |= {"resolution": 48, "steps": 7}
+        config["stages"][1] |= {"steps": 3}
+        if kind != "t2i":
+            config["data"] |= {"url": str(labelled), "target": "label"}
+            config["text_encoder"], config["samples"] = None, {}
+            model = {"kind": kind, "dim": 32, "num_heads": 4, "num_blocks": 2, "num_classes": 4}
+            decoder = {"decoder_width": 8, "decoder_blocks": 1} if kind == "c2i_deco" else {}
+            # 4D * 2/3 = 85 hidden units do not divide; 36 wide gives 96.
+            config["model"] = model | decoder | {"dim": 48, "patch_size": 16}
+        return Job(name, config, resume)
+
+    def at_5(name: str) -> str:
+        return str(root / name / "checkpoints" / "step_00000005")
+
+    classes = ("c2i_deco", "c2i_baseline")
+    run_jobs([job("t2i_one"), *(job(f"{k}_one", kind=k) for k in classes)], 1, root)
+    two = [
+        job("t2i_1x2", tp=2),
+        job("t2i_1x2_full", tp=2, activation_checkpointing="full"),
+        job("t2i_2x1_selective", activation_checkpointing="selective"),
+        job("t2i_one_to_1x2", at_5("t2i_one"), tp=2),
+        *(job(f"{k}_1x2", kind=k, tp=2) for k in classes),
+        job("t2i_1x2_to_zero3", at_5("t2i_1x2"), engine="deepspeed"),
+    ]
+    run_jobs(two, 2, root)
+    four = [
+        job("t2i_2x2", tp=2),
+        job("t2i_2x1x2", tp=2, dp_replicate=2),
+        job("t2i_1x4", tp=4),
+        job("c2i_deco_2x2", kind="c2i_deco", tp=2),
+        job("t2i_1x2_to_1x4", at_5("t2i_1x2"), tp=4),
+    ]
+    run_jobs(four, 4, root)
+    run_jobs([job("t2i_1x4_to_one", at_5("t2i_1x4"))], 1, root)
+    return root
+
+
+NAMES = (
+    "t2i_1x2", "t2i_1x2_full", "t2i_2x1_selective", "t2i_one_to_1x2", "c2i_deco_1x2", "c2i_baseline_1x2",
+    "t2i_1x2_to_zero3", "t2i_2x2", "t2i_2x1x2", "t2i_1x4", "c2i_deco_2x2", "t2i_1x2_to_1x4", "t2i_1x4_to_one",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_trace_and_state_are_those_of_one_process(runs: Path, name: str) -> None:
+    one = next(f"{k}_one" for k in ("t2i", "c2i_deco", "c2i_baseline") if name.startswith(k))
+    found = trace(runs / name)
+    assert max(found) == 10 and len(found) == (5 if "_to_" in name else 10)
+    assert worst_difference(found, trace(runs / one)) < TOLERANCE
+    for kind in ("model.", "ema.", "exp_avg.", "exp_avg_sq."):
+        state, wanted = (read_tensors(runs / n / "checkpoints/step_00000010", kind) for n in (name, one))
+        assert state.keys() == wanted.keys()
+        assert max((state[n] - wanted[n]).abs().max().item() for n in wanted) < WEIGHT_TOLERANCE
+
+
+def in_group(target: Any, world: int, scratch: Path, *args: Any) -> None:
+    store = scratch / f"store_{target.__name__}"
+    mp.start_processes(_enter, (target, world, str(store), args), nprocs=world, start_method="spawn")
+
+
+def _enter(rank: int, target: Any, world: int, store: str, args: Any) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    target(*args)
+    dist.destroy_process_group()
+
+
+SMALL = ModelConfig(
+    kind="t2i_deco", dim=32, num_heads=4, num_blocks=2, num_text_blocks=1, patch_size=8, decoder_width=8,
+    decoder_blocks=1, text_dim=12, text_tokens=5,
+)  # fmt: skip
+
+
+def _collectives_and_gradients() -> None:
+    """Everything that needs the group of four, in one spawn."""
+    import deco_scale.parallel.sequence as sequence
+    from deco_scale.models import Denoiser
+    from deco_scale.objectives import Objective, ObjectiveConfig
+    from deco_scale.parallel.fsdp import FsdpEngine
+    from deco_scale.parallel.layout import Layout
+    from deco_scale.precision import PrecisionConfig
+    from deco_scale.training.batch import ObjectiveInputs
+    from deco_scale.training.settings import OptimizerConfig
+
+    shard = TokenShard(dist.group.WORLD)
+    generator = torch.Generator().manual_seed(0)
+    whole = torch.randn(2, 10, 3, generator=generator)
+    own = shard.own(whole).clone().requires_grad_()
+    gathered = shard.gather(own, 10)
+    assert torch.equal(gathered, whole)
+    # Each rank uses all tokens with its own weight: a token's gradient is the sum over ranks.
+    (gathered * (shard.rank + 1)).sum().backward()
+    assert own.grad is not None and torch.equal(own.grad, torch.full_like(own, 10.0))
+    partial = torch.ones(2, 10, 3, requires_grad=True)
+    summed = shard.scatter_sum(partial * (shard.rank + 1))
+    assert torch.equal(summed, torch.full_like(summed, 10.0))
+    encoded = encode_shared(lambda items: torch.tensor([[float(i)] for i in items]), [3, 1, 4, 1, 5, 9], 6, shard)
+    assert encoded.ravel().tolist() == [3, 1, 4, 1, 5, 9]
+    assert encode_shared(lambda items: torch.tensor([[float(i)] for i in items]), [7], 1, shard).tolist() == [[7]]
+
+    calls: list[str] = []
+
+    def counting(name: str, real: Any) -> Any:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            calls.append(name)
+            return real(*args, **kwargs)
+
+        return counted
+
+    names = ("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce", "all_gather")
+    for name in names:
+        setattr(sequence.dist, name, counting(name, getattr(dist, name)))
+
+    def build() -> Objective:
+        return Objective(Denoiser(SMALL), ObjectiveConfig(repa_layer=1, freq_gamma=0.7), encoder_dim=6)
+
+    engine = FsdpEngine(
+        build, layout=Layout(1, 1, 4), device=torch.device("cpu"), optimizer=OptimizerConfig(),
+        precision=PrecisionConfig(compute="fp32"), compile_blocks=False, recompute="none", seed=0,
+    )  # fmt: skip
+    plain = build()
+    stored = {n: t for n, t in engine.state().items() if n.startswith("model.")}
+    state = {n.removeprefix("model."): t.full_tensor() for n, t in stored.items()}  # type: ignore[attr-defined]
+    generator.manual_seed(1)
+    # A zero output would leave most gradients zero.
+    for name in state:
+        if "modulation" in name or "head.weight" in name:
+            state[name] = torch.randn(state[name].shape, generator=generator) * 0.2
+    full = dict(state)
+    for name, parameter in engine._parameters.items():
+        local = parameter.detach().to_local()
+        from deco_scale.parallel.tensor import tp_part
+
+        local.copy_(tp_part(name, full[name], shard.rank, 4))
+    plain.load_state_dict(full)
+    inputs = ObjectiveInputs(
+        torch.randn(2, 3, 24, 24, generator=generator), torch.randn(2, 3, 24, 24, generator=generator),
+        torch.rand(2, generator=generator), torch.randn(2, 5, 12, generator=generator),
+        torch.randn(2, 9, 6, generator=generator),
+    )  # fmt: skip
+    calls.clear()
+    losses = engine.forward_backward(inputs, scale=1.0, last=True)
+    step_calls = list(calls)
+    wanted = plain(*inputs)
+    wanted["loss"].backward()
+    total = losses["loss"].clone()
+    dist.all_reduce(total)
+    torch.testing.assert_close(total / 4, wanted["loss"].detach(), rtol=1e-6, atol=1e-6)
+    for name, parameter in plain.named_parameters():
+        found = engine._parameters[name].grad
+        assert found is not None and parameter.grad is not None
+        scale = parameter.grad.abs().max().clamp(min=1e-6)
+        difference = (found.full_tensor() - parameter.grad).abs().max() / scale
+        # q/k norms, decoder, text positions and all else that is summed over tp.
+        assert difference < 1e-5, f"{name}: {difference}"
+    # Two gathers and two scatters a block, and one gather of the text; backward has their adjoints.
+    blocks = 3
+    assert step_calls.count("all_gather_into_tensor") >= 2 * blocks + 1
+    calls.clear()
+    token = torch.randn(2, len(shard.own(torch.zeros(1, 9, 1))[0]), 32)
+    patches = torch.randn(2, 9, SMALL.patch_values)
+    decoder = engine._objective.denoiser.decoder
+    assert decoder is not None
+    out: Tensor = decoder(patches, token)
+    assert out.shape[1] == part_sizes(9, 4)[shard.rank]
+    assert calls == [], "the decoder must not communicate"
+
+
+def test_collectives_gradients_and_a_silent_decoder(tmp_path: Path) -> None:
+    in_group(_collectives_and_gradients, 4, tmp_path)
+
+
+def test_parts_differ_by_at_most_one() -> None:
+    for count in range(1, 40):
+        for parts in range(1, 9):
+            sizes = part_sizes(count, parts)
+            assert sum(sizes) == count and max(sizes) - min(sizes) <= 1
+
+
+def test_plan_adds_up() -> None:
+    from deco_scale.parallel.layout import Layout
+
+    whole = sum(row.local_bytes for row in layout_rows(SMALL, Layout(1, 1, 1)))
+    halves = list(layout_rows(SMALL, Layout(1, 1, 2)))
+    split = sum(r.local_bytes for r in halves if r.split != "replicated")
+    replicated = sum(r.local_bytes for r in halves if r.split == "replicated")
+    assert 2 * split + replicated == whole
+    assert sum(r.local_bytes for r in layout_rows(SMALL, Layout(1, 2, 1))) < 0.6 * whole
+
+
+def test_impossible_degrees_are_refused_with_the_possible_ones() -> None:
+    from deco_scale.errors import ConfigError
+
+    with pytest.raises(ConfigError, match=r"tp=3 must divide model.num_heads=4.*possible: \[1, 2, 4\]"):
+        check_tp(SMALL, 3)
+    odd = ModelConfig(kind="c2i_baseline", dim=32, num_heads=4, num_blocks=1, patch_size=4, num_classes=2)
+    with pytest.raises(ConfigError, match=r"85 hidden units; possible: \[1\]"):
+        check_tp(odd, 2)
