@@ -90,6 +90,25 @@ def test_killed_and_resumed_elsewhere(tmp_path: Path, shards: Path, text_encoder
     assert not leftovers
 
 
+@pytest.mark.long
+def test_twenty_kills_at_random_moments(tmp_path: Path, shards: Path, text_encoder: Path) -> None:
+    random.seed(1)
+    runs = {}
+    for name in ("whole", "killed"):
+        config = tiny_config(tmp_path / name, shards, text_encoder)
+        config["stages"][0]["steps"] = 60
+        config["checkpoint"] = {"every": 1, "keep_last": 2}
+        runs[name] = write(tmp_path, config)
+    finish(start(runs["whole"], 1))
+    for _ in range(20):
+        done = steps_done(tmp_path / "killed")
+        process = start(runs["killed"], random.choice([1, 2]))
+        kill_after(process, tmp_path / "killed", done + random.randint(1, 3), random.uniform(0, 0.5))
+    finish(start(runs["killed"], 1))
+    found, wanted = trace(tmp_path / "killed"), trace(tmp_path / "whole")
+    assert found.keys() == wanted.keys() and worst_difference(found, wanted) < TOLERANCE
+
+
 @pytest.mark.parametrize("engine", ["fsdp", "deepspeed"])
 def test_same_layout_is_bit_equal_after_a_kill(
     engine: str, tmp_path: Path, shards: Path, text_encoder: Path

@@ -55,6 +55,8 @@ def test_xxl_is_the_published_recipe() -> None:
         ("text_encoder.max_tokens=5", ["max_tokens=5", "model.text_tokens=16"]),
         ("objective.repa_weight=1.0", ["image_encoder is missing"]),
         ("objective.freq_quality=0", ["freq_quality=0", "1..100"]),
+        ("parallel={engine: deepspeed, tp: 2}", ["tp > 1 needs engine: fsdp"]),
+        ("data.target=label", ["data.target=label", "needs caption"]),
         ("run.seed", ["key.path=value"]),
         ("run.seed.x=1", ["run.seed", "is a value"]),
         ("run.seed=[", ["not valid YAML"]),
@@ -93,8 +95,16 @@ def test_impossible_batches_list_the_possible_ones() -> None:
         accumulation_steps(global_batch=24, micro_batch=1, dp=5, where="stages.a")
 
 
+def test_compile_with_tensor_parallelism_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"compile=true does not work with parallel.tp > 1"):
+        load_config(TINY, ["compile=true", "parallel={engine: fsdp, tp: 2}"])
+
+
 def test_layouts() -> None:
     assert resolve_layout(ParallelConfig(dp_replicate=2), 8) == Layout(2, 4)
+    layout = resolve_layout(ParallelConfig(dp_replicate=2, tp=2), 8)
+    assert layout == Layout(2, 2, 2) and layout.dp == 4
+    assert [layout.dp_rank(r) for r in range(8)] == [0, 0, 1, 1, 2, 2, 3, 3]
     with pytest.raises(ConfigError, match=r"dp_replicate=3 does not divide 8 of 8 ranks.*\[1, 2, 4, 8\]"):
         resolve_layout(ParallelConfig(dp_replicate=3), 8)
     with pytest.raises(ConfigError, match="possible: dp_shard=8 or -1"):
