@@ -89,7 +89,7 @@ def measure(config: Path, batch: int, repeats: int, device: torch.device) -> dic
         parts["decoder, forward and backward"] = median_s(decoder, repeats, device)
     flops = training_flops(model, side, side) * batch / whole
     return {
-        "config": str(config),
+        "config": config.name,
         "batch": batch,
         "resolution": side,
         "seconds": parts,

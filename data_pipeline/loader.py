@@ -133,9 +133,6 @@ class SampleLoader:
         )
         self._seen = 0
 
-    def prefetch(self, number: int) -> None:
-        self.reader.prefetch(self.order.at(number)[1])
-
     def load(self, epoch: int, sample: int) -> tuple[Any, str | int]:
         """Pixels and caption or label; a bad sample is replaced by another that every layout chooses alike."""
         self._seen += 1

@@ -15,7 +15,7 @@ from data_pipeline.index import Index
 
 CHUNK_SAMPLES = 32
 _CHUNK_KEY, _WINDOW_KEY = 1, 2
-Ints = "np.ndarray[Any, np.dtype[np.int64]]"
+Ints = np.ndarray[Any, np.dtype[np.int64]]
 
 
 def generator(seed: int, *key: int) -> np.random.Generator:
@@ -28,14 +28,19 @@ def generator(seed: int, *key: int) -> np.random.Generator:
 class Chunks:
     """Chunks of an index: sample numbers ``first[i] .. first[i] + size[i] - 1``, one shard each."""
 
-    def __init__(self, index: Index) -> None:
+    def __init__(self, first: Ints, size: Ints) -> None:
+        self.first, self.size = first, size
+
+    @classmethod
+    def of_index(cls, index: Index) -> "Chunks":
+        """Cut each shard's samples into chunks."""
         shard = index.columns["shard"]
         starts = np.flatnonzero(np.diff(shard, prepend=-1))
         ends = np.append(starts[1:], len(shard))
-        first = [np.arange(a, b, CHUNK_SAMPLES) for a, b in zip(starts, ends, strict=True)]
-        last = [np.minimum(f + CHUNK_SAMPLES, b) for f, b in zip(first, ends, strict=True)]
-        self.first = np.concatenate(first).astype(np.int64)
-        self.size = np.concatenate(last).astype(np.int64) - self.first
+        firsts = [np.arange(a, b, CHUNK_SAMPLES) for a, b in zip(starts, ends, strict=True)]
+        lasts = [np.minimum(f + CHUNK_SAMPLES, b) for f, b in zip(firsts, ends, strict=True)]
+        first = np.concatenate(firsts).astype(np.int64)
+        return cls(first, np.concatenate(lasts).astype(np.int64) - first)
 
     def of(self, sample: int) -> int:
         """Chunk that holds a sample."""
@@ -83,7 +88,7 @@ class ElasticOrder:
     """Endless order: sample of the run ``n`` is position ``n mod length`` of epoch ``n // length``."""
 
     def __init__(self, index: Index, *, seed: int, streams: int, window: int) -> None:
-        self.chunks = Chunks(index)
+        self.chunks = Chunks.of_index(index)
         self.length = len(index)
         # A short set has fewer streams, so that each is long enough to be shuffled.
         self._streams = max(1, min(streams, self.length // window))

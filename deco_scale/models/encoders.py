@@ -83,7 +83,7 @@ class TextEncoder:
         return self._null.shape[-1]
 
     def encode(self, captions: Sequence[str]) -> Tensor:
-        """States ``(B, L, T)`` in the encoder's dtype; longer captions are cut."""
+        """States ``(B, L, T)`` in fp32; longer captions are cut."""
         if not self._cache_size:
             return self._encode(captions)
         new = [c for c in dict.fromkeys(captions) if c not in self._cache]
@@ -98,6 +98,7 @@ class TextEncoder:
 
     @torch.no_grad()
     def _encode(self, captions: Sequence[str]) -> Tensor:
+        # fp32 out, whatever the encoder computes in: autocast narrows it again where the model wants that.
         tokens = self._tokenizer(
             list(captions),
             max_length=self._max_tokens,
@@ -107,7 +108,7 @@ class TextEncoder:
         ).to(self._device)
         return self._model(
             input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
-        ).last_hidden_state
+        ).last_hidden_state.float()
 
 
 def _quiet() -> None:

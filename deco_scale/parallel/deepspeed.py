@@ -295,5 +295,5 @@ def import_deepspeed() -> Any:
     if not torch.cuda.is_available():
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not deepspeed.comm.is_initialized():
-        deepspeed.init_distributed(dist.get_backend(), verbose=False)
+        deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=False)
     return deepspeed

@@ -39,9 +39,9 @@ class Reporter:
         if self._console.is_terminal:
             self._progress = Progress(
                 TextColumn("step {task.completed}/{task.total}"),
-                BarColumn(),
-                TextColumn("{task.fields[shown]}"),
+                BarColumn(bar_width=20),
                 TimeRemainingColumn(),
+                TextColumn("{task.fields[shown]}"),
                 console=self._console,
             )
             self._progress.start()
@@ -64,14 +64,14 @@ class Reporter:
         self._metrics.write(json.dumps(values) + "\n")
         self._metrics.flush()
         remaining = (self._total - values["step"]) * values["step_s"]
-        losses = " ".join(
+        parts = " ".join(
             f"{name.removeprefix('loss_')} {values[name]:.4f}"
-            for name in ("loss", "loss_flow", "loss_freq", "loss_repa")
+            for name in ("loss_flow", "loss_freq", "loss_repa")
             if values.get(name) is not None
         )
         shown = (
-            f"{losses} | norm {values['grad_norm']:.2f} | {values['images_per_s']:.1f} images/s | "
-            f"data wait {1000 * values['data_wait_s']:.0f} ms"
+            f"loss {values['loss']:.4f} | {values['images_per_s']:.1f} images/s | "
+            f"data wait {1000 * values['data_wait_s']:.0f} ms | norm {values['grad_norm']:.2f} | {parts}"
         )
         if self._progress is not None:
             self._progress.update(self._task, completed=values["step"], shown=shown)
