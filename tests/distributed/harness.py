@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,21 @@ def _worker(rank: int, jobs: list[Job], world: int, store: str) -> None:
             cfg = build_config(job.config, source=job.name)
             run(cfg, Environment(rank, world, rank), resume=job.resume)
             dist.barrier()
+    dist.destroy_process_group()
+
+
+def in_group(target: Callable[..., None], world: int, scratch: Path, *args: Any) -> None:
+    """Call ``target(*args)`` on ``world`` processes of a gloo group."""
+    store = scratch / f"store_{target.__name__}_{world}_{len(list(scratch.iterdir()))}"
+    mp.start_processes(_enter, (target, world, str(store), args), nprocs=world, start_method="spawn")
+
+
+def _enter(rank: int, target: Callable[..., None], world: int, store: str, args: Any) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29502"}
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    target(*args)
     dist.destroy_process_group()
 
 

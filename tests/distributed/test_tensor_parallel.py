@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from data_pipeline.index import build_index, save_index
@@ -19,7 +18,7 @@ from deco_scale.parallel.plan import check_tp, layout_rows
 from deco_scale.parallel.sequence import TokenShard, encode_shared, part_sizes
 from deco_scale.training.checkpoint import read_tensors
 from tests.assets import tiny_config
-from tests.distributed.harness import Job, run_jobs, trace, worst_difference
+from tests.distributed.harness import Job, in_group, run_jobs, trace, worst_difference
 
 TOLERANCE = 1e-5
 WEIGHT_TOLERANCE = 5e-5
@@ -114,18 +113,6 @@ def test_trace_and_state_are_those_of_one_process(runs: Path, name: str) -> None
         state, wanted = (read_tensors(runs / n / "checkpoints/step_00000010", kind) for n in (name, one))
         assert state.keys() == wanted.keys()
         assert max((state[n] - wanted[n]).abs().max().item() for n in wanted) < WEIGHT_TOLERANCE
-
-
-def in_group(target: Any, world: int, scratch: Path, *args: Any) -> None:
-    store = scratch / f"store_{target.__name__}"
-    mp.start_processes(_enter, (target, world, str(store), args), nprocs=world, start_method="spawn")
-
-
-def _enter(rank: int, target: Any, world: int, store: str, args: Any) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    target(*args)
-    dist.destroy_process_group()
 
 
 SMALL = ModelConfig(

@@ -1,0 +1,85 @@
+"""Model state per rank falls with the number of ranks, measured by the tensors that exist."""
+
+import gc
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.distributed.harness import in_group
+
+WORLDS = (1, 2, 4)
+
+
+def allocated_bytes() -> int:
+    """Bytes of all CPU storages that live tensors refer to, each counted once."""
+    gc.collect()
+    storages = {}
+    for thing in gc.get_objects():
+        if isinstance(thing, torch.Tensor) and thing.device.type == "cpu":
+            for tensor in (thing, thing.grad if thing.is_leaf else None):
+                if tensor is not None and type(tensor) in (torch.Tensor, torch.nn.Parameter):
+                    storage = tensor.untyped_storage()
+                    storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def _measure(engine_name: str, out: str) -> None:
+    from deco_scale.models import Denoiser, ModelConfig
+    from deco_scale.objectives import Objective, ObjectiveConfig
+    from deco_scale.parallel.deepspeed import DeepSpeedEngine
+    from deco_scale.parallel.fsdp import FsdpEngine
+    from deco_scale.parallel.layout import Layout
+    from deco_scale.precision import PrecisionConfig
+    from deco_scale.training.settings import OptimizerConfig
+
+    model = ModelConfig(
+        kind="t2i_deco", dim=256, num_heads=4, num_blocks=4, num_text_blocks=1, patch_size=8, decoder_width=16,
+        decoder_blocks=1, text_dim=64, text_tokens=8,
+    )  # fmt: skip
+
+    def build() -> Objective:
+        return Objective(Denoiser(model), ObjectiveConfig(repa_weight=0.0), encoder_dim=0)
+
+    world = dist.get_world_size()
+    optimizer, precision = OptimizerConfig(), PrecisionConfig(compute="fp32")
+    device = torch.device("cpu")
+    before = allocated_bytes()
+    engine: object
+    if engine_name == "fsdp":
+        engine = FsdpEngine(
+            build, layout=Layout(1, world), device=device, optimizer=optimizer, precision=precision,
+            compile_blocks=False, recompute="none", seed=0,
+        )  # fmt: skip
+    else:
+        # Without parameters that stay whole on every rank, and with a small buffer for reductions, whose
+        # size does not depend on the model.
+        zero = {"stage3_param_persistence_threshold": 0, "reduce_bucket_size": 1000}
+        overrides = {"zero_optimization": zero}
+        engine = DeepSpeedEngine(
+            build, stage=3, micro_batch=1, device=device, optimizer=optimizer, precision=precision,
+            compile_blocks=False, recompute="none", seed=0, overrides=overrides,
+        )  # fmt: skip
+    used = allocated_bytes() - before
+    parameters = sum(p.numel() for p in build().parameters())
+    if dist.get_rank() == 0:
+        Path(out).write_text(json.dumps({"used": used, "whole": 4 * parameters}))
+    del engine
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "zero3"])
+def test_state_falls_as_one_over_ranks(engine: str, tmp_path: Path) -> None:
+    found = {}
+    for world in WORLDS:
+        out = tmp_path / f"{world}.json"
+        in_group(_measure, world, tmp_path, engine, str(out))
+        found[world] = json.loads(out.read_text())
+    used = {world: entry["used"] for world, entry in found.items()}
+    print(engine, used, "whole weights", found[1]["whole"])
+    # Weights, average and two moments; DeepSpeed also has a second copy of the weights, to compute with, and a
+    # standing buffer for gradients.
+    assert used[1] / found[1]["whole"] == pytest.approx(4 if engine == "fsdp" else 6, rel=0.1)
+    for world in WORLDS[1:]:
+        assert used[1] / used[world] == pytest.approx(world, rel=0.1)
