@@ -27,6 +27,7 @@ test: $(STAMP)
 
 test-long: $(STAMP)
 	$(BIN)/python -m pytest -m long tests
+	$(BIN)/python tests/two_nodes.py
 
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu tests

@@ -97,7 +97,7 @@ def sampler_checks(meta: dict[str, Any], tensors: dict[str, Tensor], denoiser: D
     for settings in meta.get("samplers", []):
         name = settings["name"]
         cfg = SamplerConfig(
-            solver={"euler": "euler", "adamlm": "adams"}[name.split("_")[0]],
+            solver="adams" if "order" in settings or name.startswith("adam") else "euler",
             num_steps=settings["num_steps"],
             order=settings.get("order", 2),
             guidance=settings["guidance"],
@@ -111,6 +111,15 @@ def sampler_checks(meta: dict[str, Any], tensors: dict[str, Tensor], denoiser: D
         if f"out.sample.{name}" in tensors:
             result = sample(velocity, noise, condition, null, cfg)
             yield f"out.sample.{name}", result, tensors[f"out.sample.{name}"]
+
+
+def recorded_time(draw: Tensor, loss: dict[str, Any]) -> Tensor:
+    """Times before the shift: the sigmoid of ``in.logit``, or a uniform draw recorded as it is.
+
+    A file of the uniform law (``logit_normal`` false) may hold either; a value outside [0, 1] is a logit.
+    """
+    uniform = not loss.get("logit_normal", True) and bool(((draw >= 0) & (draw <= 1)).all())
+    return base_time(draw, "uniform" if uniform else "logit_normal")
 
 
 def text_checks(meta: dict[str, Any], tensors: dict[str, Tensor]) -> Iterator[Check]:
@@ -133,8 +142,7 @@ def text_checks(meta: dict[str, Any], tensors: dict[str, Tensor]) -> Iterator[Ch
     if objective.repa_head is not None:
         objective.repa_head.load_state_dict(repa_state, strict=True)
     image, noise, text = tensors["in.image"], tensors["in.noise"], tensors["in.text"]
-    # in.logit is defined by its sigmoid, whichever law it was drawn from.
-    t = shift_time(base_time(tensors["in.logit"], "logit_normal"), loss.get("time_shift", 1.0))
+    t = shift_time(recorded_time(tensors["in.logit"], loss), loss.get("time_shift", 1.0))
     x_t = noised(image, noise, t)
     grid = cfg.grid(*image.shape[-2:])
     with torch.no_grad():
