@@ -227,7 +227,8 @@ class Loader:
         index = load_index(store).select(resolution)
         if not len(index):
             raise DataError(f"{cfg.url}: no sample has {resolution} pixels on its shorter side")
-        self.digest = index.digest
+        # All that the order depends on besides the seed.
+        self.digest = f"{index.digest}-{cfg.streams}-{cfg.window}"
         self._samples = SampleLoader(store, index, cfg, seed=seed, resolution=resolution, on_bad=on_bad)
         self._global_batch, self._rank, self._world = global_batch, rank, world
         self._start, self._ahead = start, max(cfg.ahead, global_batch // world)

@@ -234,7 +234,7 @@ def assemble(
     """Build everything, all ranks together; errors that have a name are shared by all ranks."""
     folder = Path(cfg.run.dir)
     rank = dist.get_rank()
-    agreed(lambda: _prepare_folder(folder, cfg, checkpoints) if rank == 0 else None)
+    agreed(lambda: _prepare_folder(folder, checkpoints) if rank == 0 else None)
     open_data = data_opener(cfg, layout, folder, synthetic=dry_run)
     # Fail on bad data before minutes are spent on encoders and engines.
     open_data(cfg.stages[0], 0).close()
@@ -274,13 +274,21 @@ def assemble(
     )
 
 
-def _prepare_folder(folder: Path, cfg: RunConfig, checkpoints: Checkpoints) -> None:
+def _prepare_folder(folder: Path, checkpoints: Checkpoints) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(dump_config(cfg), encoding="utf-8")
+        probe = folder / ".writable"
+        probe.write_text("")
+        probe.unlink()
     except OSError as error:
         raise ConfigError(f"cannot write to run.dir={folder}: {error.strerror}") from error
     checkpoints.prepare()
+
+
+def save_config(cfg: RunConfig) -> None:
+    """Write the resolved ``config.yaml`` of a run that is about to train; rank 0 only."""
+    if dist.get_rank() == 0:
+        (Path(cfg.run.dir) / "config.yaml").write_text(dump_config(cfg), encoding="utf-8")
 
 
 def _stage_at(cfg: RunConfig, step: int) -> StageConfig:

@@ -51,6 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console()
     out: Path = args.out.resolve()
     if out.exists():
+        if any(out.iterdir()) and not (out / "s3" / "credentials").exists():
+            console.print(f"{out} is not an earlier demo's folder; choose another --out", soft_wrap=True)
+            return 2
         shutil.rmtree(out)
     try:
         with running_server(out / "s3") as server:

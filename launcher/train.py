@@ -26,7 +26,7 @@ from deco_scale.parallel.layout import resolve_layout
 from deco_scale.parallel.plan import check_tp
 from deco_scale.training.checkpoint import Checkpoints
 from deco_scale.training.loop import Loop, Progress, memory_bytes, resumed
-from launcher.assemble import assemble, derive_stages
+from launcher.assemble import assemble, derive_stages, save_config
 from launcher.environment import (
     Environment,
     choose_device,
@@ -70,8 +70,14 @@ def run(cfg: RunConfig, env: Environment, *, resume: str = "auto", dry_run: bool
         path = loop.checkpoints.resolve(resume)
         if path is not None:
             meta = loop.checkpoints.load(loop.engine, path)
+            if meta.seed != cfg.run.seed:
+                raise ConfigError(
+                    f"{path} was trained with run.seed={meta.seed}, not {cfg.run.seed}: another seed would show "
+                    "other samples and noise; set it back, or start anew in another run.dir"
+                )
             progress = resumed(meta)
             loop.reporter.say(f"resumed from {path}: step {meta.step}, {meta.samples} samples seen")
+        save_config(cfg)
         return loop.run(progress)
     finally:
         loop.reporter.close()

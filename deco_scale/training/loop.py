@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import psutil
@@ -29,10 +29,12 @@ class Data(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Where a run stands: updates attempted and samples seen."""
+    """Where a run stands: updates attempted, samples seen, and the stage and data they were seen in."""
 
     step: int = 0
     samples: int = 0
+    stage: str = ""
+    data_digest: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +87,11 @@ class Loop:
 
     def _run_stage(self, stage: Stage, progress: Progress, end: int) -> Progress:
         data = self.open_data(stage.cfg, progress.samples)
+        if progress.stage == stage.cfg.name and progress.data_digest != data.digest:
+            self.reporter.say(
+                f"WARNING: the data are not those of the checkpoint (digest {data.digest}, was "
+                f"{progress.data_digest}): from here on other samples are seen than without the break"
+            )
         gate = BadSteps(self.settings.max_bad_steps, self.device)
         meter = Meter(self, stage, progress.step)
         batches = iter(data)
@@ -94,7 +101,8 @@ class Loop:
                 batch = next(batches)
                 meter.waited(time.perf_counter() - waited)
                 result = self.step(stage, batch)
-                progress = Progress(progress.step + 1, progress.samples + stage.cfg.global_batch)
+                samples = progress.samples + stage.cfg.global_batch
+                progress = Progress(progress.step + 1, samples, stage.cfg.name, data.digest)
                 gate.add(result.skipped)
                 step = progress.step
                 if step % self.settings.log_every == 0 or step == end:
@@ -241,4 +249,4 @@ def memory_bytes(device: torch.device) -> int:
 
 def resumed(meta: CheckpointMeta) -> Progress:
     """Progress that a checkpoint stands for."""
-    return replace(Progress(), step=meta.step, samples=meta.samples)
+    return Progress(meta.step, meta.samples, meta.stage, meta.data_digest)

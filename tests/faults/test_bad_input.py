@@ -114,9 +114,21 @@ def test_every_rank_ends_with_the_same_code(config: Path) -> None:
 def test_checkpoint_of_another_model(config: Path, tmp_path: Path) -> None:
     code, output = launch(config, "run.stop_at_step=2")
     assert code == 0, output
+    saved = (tmp_path / "run" / "config.yaml").read_text()
+    code, output = launch(config, "run.seed=4")
+    assert code == 2 and "was trained with run.seed=3, not 4" in output
     code, output = launch(config, "model.decoder_width=16")
+    assert (tmp_path / "run" / "config.yaml").read_text() == saved
     assert (code, "Traceback" in output) == (2, False)
     assert "does not fit the configured model" in output and "decoder" in output
+
+
+def test_other_data_after_a_resume_are_told(config: Path) -> None:
+    assert launch(config, "run.stop_at_step=2")[0] == 0
+    code, output = launch(config, "run.stop_at_step=3", "data.window=8")
+    assert code == 0 and "WARNING: the data are not those of the checkpoint" in output
+    code, output = launch(config, "run.stop_at_step=4", "data.window=8")
+    assert code == 0 and "WARNING" not in output
 
 
 def test_a_run_that_diverges_is_stopped(config: Path) -> None:
