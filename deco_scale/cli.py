@@ -19,8 +19,9 @@ from deco_scale.config import RunConfig, build_config, load_config
 from deco_scale.errors import ConfigError, RunError
 from deco_scale.models import Denoiser
 from deco_scale.models.encoders import EncoderError, TextEncoder
-from deco_scale.parallel.layout import resolve_layout
+from deco_scale.parallel.layout import Layout, accumulation_steps, resolve_layout
 from deco_scale.parallel.plan import layout_rows
+from deco_scale.planning.communication import StepShape, fsdp_traffic
 from deco_scale.sampling import SamplerConfig
 from deco_scale.sampling.pictures import make_pictures, save_grid, velocity_of
 from deco_scale.training.checkpoint import CheckpointMeta, read_meta, read_tensors
@@ -149,7 +150,32 @@ def _plan(args: argparse.Namespace, console: Console) -> int:
         f"a rank holds {weights / 2**30:.3f} GiB of weights, and as much each of gradients, two moments and "
         f"the average: {5 * weights / 2**30:.3f} GiB of state (REPA head aside)"
     )
+    if cfg.parallel.engine == "fsdp":
+        _print_traffic(cfg, layout, console)
     return 0
+
+
+def _print_traffic(cfg: RunConfig, layout: Layout, console: Console) -> None:
+    """What a step of each stage sends, from the same formulas that a test holds against a real step."""
+    table = Table("stage", "what", "collective", "axis", "MiB a rank and step", title="communication")
+    for stage in cfg.stages:
+        rows, cols = cfg.model.grid(stage.resolution, stage.resolution)
+        steps = accumulation_steps(
+            global_batch=stage.global_batch,
+            micro_batch=stage.micro_batch,
+            dp=layout.dp,
+            where=f"stages.{stage.name}",
+        )
+        shape = StepShape(
+            micro_batch=stage.micro_batch,
+            accumulation=steps,
+            tokens=rows * cols,
+            compute_bytes=2 if cfg.precision.compute == "bf16" else 4,
+            recompute=cfg.parallel.activation_checkpointing,
+        )
+        for line in fsdp_traffic(cfg.model, layout, shape):
+            table.add_row(stage.name, line.what, line.kind, line.axis, f"{line.bytes / 2**20:,.1f}")
+    console.print(table)
 
 
 def _read_prompts(path: Path) -> list[str]:
