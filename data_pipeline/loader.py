@@ -25,7 +25,6 @@ REPLACEMENTS = 8
 RATE_AFTER = 1000
 """Samples seen before the rate of bad ones can stop a run."""
 _REPLACE_KEY = 4
-Pixels = "np.ndarray[Any, np.dtype[np.uint8]]"
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,6 @@ from typing import Any
 
 import numpy as np
 
-Array = "np.ndarray[Any, Any]"
-
 
 def colour_features(pictures: Any) -> Any:
     """Features (P, 15) of uint8 pictures (P, Y, X, 3)."""

@@ -203,10 +203,12 @@ class DeepSpeedEngine:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        with self._ema.swapped():
+        try:
+            with self._ema.swapped():
+                self._refresh()
+                yield
+        finally:
             self._refresh()
-            yield
-        self._refresh()
 
     @torch.no_grad()
     def predict(self, patches: Tensor, t: Tensor, condition: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -239,11 +241,14 @@ class DeepSpeedEngine:
         held = {n: m.detach().clone() for n, m in masters.items()}
         for name, master in masters.items():
             master.data.copy_(others[name])
-        yield
-        for name, master in masters.items():
+        try:
+            yield
             if keep:
-                others[name].copy_(master.data)
-            master.data.copy_(held[name])
+                for name, master in masters.items():
+                    others[name].copy_(master.data)
+        finally:
+            for name, master in masters.items():
+                master.data.copy_(held[name])
 
     def _get_full(self, parameter: nn.Parameter) -> Tensor:
         if self._stage == 0:

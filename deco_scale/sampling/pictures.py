@@ -16,7 +16,6 @@ from deco_scale.models import patchify, unpatchify
 from deco_scale.sampling.guidance import VelocityFn
 from deco_scale.sampling.solvers import SamplerConfig, sample
 
-Pixels = "np.ndarray[Any, np.dtype[np.uint8]]"
 PredictFn = Callable[[Tensor, Tensor, Tensor, tuple[int, int]], Tensor]
 """``predict(patches, t, condition, grid)``, as an engine or a plain denoiser offers it."""
 
