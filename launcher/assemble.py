@@ -88,6 +88,7 @@ def build_engine(cfg: RunConfig, layout: Layout, device: torch.device, build: Ca
 
         return DeepSpeedEngine(
             build,
+            layout=layout,
             stage=cfg.parallel.zero_stage,
             micro_batch=cfg.stages[0].micro_batch,
             device=device,

@@ -12,14 +12,17 @@ from typing import Any, Literal, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from deco_scale.errors import ConfigError
 from deco_scale.objectives import Objective
 from deco_scale.parallel.initial import initial_tensors
-from deco_scale.parallel.layout import ActivationCheckpointing
+from deco_scale.parallel.layout import ActivationCheckpointing, Layout
+from deco_scale.parallel.plan import split_dim
 from deco_scale.parallel.recompute import apply_recompute
+from deco_scale.parallel.sequence import TokenShard
+from deco_scale.parallel.tensor import tp_part
 from deco_scale.precision import PrecisionConfig, autocast
 from deco_scale.training.batch import ObjectiveInputs
 from deco_scale.training.engine import AVERAGED, TokenGroup, Update
@@ -95,6 +98,7 @@ class DeepSpeedEngine:
         self,
         build: Callable[[], Objective],
         *,
+        layout: Layout,
         stage: ZeroStage,
         micro_batch: int,
         device: torch.device,
@@ -116,12 +120,26 @@ class DeepSpeedEngine:
         )
         with torch.device("meta"):
             template = build()
+        mpu = None
+        if layout.tp > 1:
+            mpu = import_megatron().initialize(layout.tp)
+        # Left behind by an earlier engine of this process.
+        deepspeed.utils.groups.mpu = mpu
+        self._layout = layout
+        # tp first: a parameter is cut over tp, and each part over dp.
+        ranks = torch.arange(dist.get_world_size()).view(layout.dp, layout.tp).T
+        self._mesh = DeviceMesh(device.type, ranks, mesh_dim_names=("tp", "dp"))
         if stage == 3:
-            with deepspeed.zero.Init(config_dict_or_path=config):
-                objective = build()
+            group = self._mesh.get_group("dp")
+            with deepspeed.zero.Init(data_parallel_group=group, config_dict_or_path=config, mpu=mpu):
+                objective, self._tokens = self._build(build)
         else:
-            objective = build()
-            objective.load_state_dict(dict(initial_tensors(template, seed)), strict=True)
+            with torch.device("meta"):
+                objective, self._tokens = self._build(build)
+            objective.to_empty(device=device)
+            self._fill(objective, template, seed)
+        if self._tokens is not None:
+            import_megatron().mark_parameters(objective, self._tokens)
         apply_recompute((*objective.denoiser.text_blocks, *objective.denoiser.blocks), recompute)
         if compile_blocks:
             for block in (*objective.denoiser.text_blocks, *objective.denoiser.blocks):
@@ -133,14 +151,12 @@ class DeepSpeedEngine:
             weight_decay=optimizer.weight_decay,
             fused=True,
         )
-        self._engine, *_ = deepspeed.initialize(model=objective, optimizer=self._client, config=config)
+        self._engine, *_ = deepspeed.initialize(model=objective, optimizer=self._client, config=config, mpu=mpu)
         if stage == 0:
             self._client.clip_norm = optimizer.clip_norm
         self._parameters: dict[str, nn.Parameter] = dict(self._engine.module.named_parameters())
-        self._mesh = init_device_mesh(device.type, (dist.get_world_size(),))
         if stage == 3:
-            for name, tensor in initial_tensors(template, seed):
-                self._set_full(self._parameters[name], tensor.to(device))
+            self._fill(self._engine.module, template, seed)
             self._refresh()
         masters = self._masters()
         for master in masters.values():
@@ -149,9 +165,23 @@ class DeepSpeedEngine:
             self._client.state[master] = {"step": step, **moments}
         self._ema = Ema({n: m.detach() for n, m in masters.items()}, optimizer.ema_decay)
 
+    def _build(self, build: Callable[[], Objective]) -> tuple[Objective, TokenShard | None]:
+        objective = build()
+        return objective, import_megatron().apply_megatron(objective) if self._layout.tp > 1 else None
+
+    def _fill(self, objective: nn.Module, template: nn.Module, seed: int) -> None:
+        """Initial weights, this rank's part over tp of each."""
+        parameters = dict(objective.named_parameters())
+        for name, tensor in initial_tensors(template, seed):
+            part = tp_part(name, tensor, self._mesh.get_local_rank("tp"), self._layout.tp)
+            if self._stage == 3:
+                self._set_full(parameters[name], part.to(self._device))
+            else:
+                parameters[name].data.copy_(part)
+
     @property
     def tokens(self) -> TokenGroup | None:
-        return None
+        return self._tokens
 
     @property
     def optimizer_steps(self) -> int:
@@ -160,7 +190,8 @@ class DeepSpeedEngine:
     def forward_backward(self, inputs: ObjectiveInputs, *, scale: float, last: bool) -> dict[str, Tensor]:
         losses = self._engine(*inputs)
         self._engine.backward(poisoned(losses["loss"] * scale), scale_wrt_gas=False)
-        return {name: value.detach() for name, value in losses.items()}
+        # A tp rank has its part of a loss; the mean over all ranks wants tp times that.
+        return {name: value.detach() * self._layout.tp for name, value in losses.items()}
 
     def update(self, *, lr: float, betas: tuple[float, float]) -> Update:
         for group in self._client.param_groups:
@@ -183,10 +214,7 @@ class DeepSpeedEngine:
             with self._in_masters(kind):
                 for name, parameter in self._parameters.items():
                     if kind != "ema" or name.startswith(AVERAGED):
-                        full = self._get_full(parameter)
-                        state[f"{kind}.{name}"] = distribute_tensor(
-                            full.contiguous(), self._mesh, [Shard(0)], src_data_rank=None
-                        )
+                        state[f"{kind}.{name}"] = self._spread(name, self._get_full(parameter))
         return state
 
     def load(self, state: dict[str, Tensor], optimizer_steps: int) -> None:
@@ -196,7 +224,8 @@ class DeepSpeedEngine:
                     value = state.get(f"{kind}.{name}")
                     if value is not None:
                         assert isinstance(value, DTensor)
-                        self._set_full(parameter, value.full_tensor())
+                        whole = value.redistribute(placements=[value.placements[0], Replicate()])
+                        self._set_full(parameter, whole.to_local())
         for moments in self._client.state.values():
             moments["step"].fill_(optimizer_steps)
         self._refresh()
@@ -213,7 +242,27 @@ class DeepSpeedEngine:
     @torch.no_grad()
     def predict(self, patches: Tensor, t: Tensor, condition: Tensor, grid: tuple[int, int]) -> Tensor:
         with autocast(self._precision, self._device):
-            return self._engine.module.predict(patches, t, condition, grid)
+            prediction = self._engine.module.predict(patches, t, condition, grid)
+        return self._tokens.gather(prediction, patches.shape[1]) if self._tokens else prediction
+
+    def _spread(self, name: str, part: Tensor) -> DTensor:
+        """A parameter's part over tp, whole on each dp rank, as a tensor that is cut over both."""
+        dim = split_dim(name)
+        over_tp: Placement = Replicate() if dim is None else Shard(dim)
+        shape = list(part.shape)
+        if dim is not None:
+            shape[dim] *= self._layout.tp
+        chunks = part.chunk(self._layout.dp)
+        place = self._mesh.get_local_rank("dp")
+        local = chunks[place].contiguous() if place < len(chunks) else part.new_empty(0, *part.shape[1:])
+        return DTensor.from_local(
+            local,
+            self._mesh,
+            [over_tp, Shard(0)],
+            run_check=False,
+            shape=torch.Size(shape),
+            stride=torch.empty(shape, device="meta").stride(),
+        )
 
     def _masters(self) -> dict[str, Tensor]:
         """The fp32 tensors that the optimizer steps: flat partitions, or the parameters under ZeRO-0."""
@@ -267,8 +316,9 @@ class DeepSpeedEngine:
             # Partitions are equal slices of the flattened parameter, the last one padded.
             size = cast(Any, parameter).ds_tensor.ds_numel
             flat = value.float().flatten()
-            padded = torch.nn.functional.pad(flat, (0, size * dist.get_world_size() - flat.numel()))
-            safe_set_local_fp32_param(parameter, padded.narrow(0, size * dist.get_rank(), size))
+            padded = torch.nn.functional.pad(flat, (0, size * self._layout.dp - flat.numel()))
+            place = self._mesh.get_local_rank("dp")
+            safe_set_local_fp32_param(parameter, padded.narrow(0, size * place, size))
         else:
             from deepspeed.utils import safe_set_full_fp32_param
 
@@ -302,3 +352,15 @@ def import_deepspeed() -> Any:
     if not deepspeed.comm.is_initialized():
         deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=False)
     return deepspeed
+
+
+def import_megatron() -> Any:
+    """Our Megatron module, which needs megatron-core."""
+    try:
+        from deco_scale.parallel import megatron
+    except ImportError as error:
+        raise ConfigError(
+            "parallel.engine=deepspeed with parallel.tp > 1 needs megatron-core: "
+            "pip install 'deco-scale[deepspeed]'"
+        ) from error
+    return megatron

@@ -32,8 +32,8 @@ class ParallelConfig:
             raise ValueError(f"dp_shard={self.dp_shard} must be positive, or -1 for all other ranks")
         if self.tp < 1:
             raise ValueError(f"tp={self.tp} must be at least 1")
-        if self.engine == "deepspeed" and self.tp > 1:
-            raise ValueError("tp > 1 needs engine: fsdp")
+        if self.engine == "deepspeed" and self.tp > 1 and self.zero_stage == 0:
+            raise ValueError(f"zero_stage=0 does not work with tp={self.tp}; possible: 1, 2, 3")
         if self.engine == "deepspeed" and self.dp_replicate > 1:
             raise ValueError("dp_replicate > 1 (HSDP) needs engine: fsdp")
 

@@ -29,7 +29,7 @@ def apply_tensor_parallel(objective: Objective, mesh: DeviceMesh) -> TokenShard:
         if own:
             module.register_forward_pre_hook(_show_local_weights(path, mesh.size()))
             module.register_forward_hook(_hide_local_weights, always_call=True)
-    _route_tokens(objective, shard)
+    route_tokens(objective, shard)
     objective.tokens = shard
     return shard
 
@@ -73,7 +73,8 @@ def _hide_local_weights(module: nn.Module, args: Any, output: Any) -> None:
         module.__dict__.pop(name, None)
 
 
-def _route_tokens(objective: Objective, shard: TokenShard) -> None:
+def route_tokens(objective: Objective, shard: TokenShard) -> None:
+    """Hooks that hand each rank its own tokens, gather them for attention and MLP, and scatter the sums."""
     denoiser = objective.denoiser
     counts: dict[str, int] = {}
 
