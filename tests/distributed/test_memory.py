@@ -59,7 +59,7 @@ def _measure(engine_name: str, out: str) -> None:
         zero = {"stage3_param_persistence_threshold": 0, "reduce_bucket_size": 1000}
         overrides = {"zero_optimization": zero}
         engine = DeepSpeedEngine(
-            build, stage=3, micro_batch=1, device=device, optimizer=optimizer, precision=precision,
+            build, layout=Layout(1, world), stage=3, micro_batch=1, device=device, optimizer=optimizer, precision=precision,
             compile_blocks=False, recompute="none", seed=0, overrides=overrides,
         )  # fmt: skip
     used = allocated_bytes() - before

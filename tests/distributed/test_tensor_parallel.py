@@ -82,7 +82,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory, shards: Path, text_encoder: P
         job("t2i_2x1_selective", activation_checkpointing="selective"),
         job("t2i_one_to_1x2", at_5("t2i_one"), tp=2),
         *(job(f"{k}_1x2", kind=k, tp=2) for k in classes),
+        # ZeRO-3 comes last: it replaces F.linear for the whole process.
+        *(job(f"t2i_zero{stage}_1x2", tp=2, engine="deepspeed", zero_stage=stage) for stage in (1, 2)),
+        job("c2i_deco_zero2_1x2", kind="c2i_deco", tp=2, engine="deepspeed", zero_stage=2),
+        job("t2i_1x2_to_zero1_1x2", at_5("t2i_1x2"), tp=2, engine="deepspeed", zero_stage=1),
+        job("t2i_zero1_1x2_to_2x1", at_5("t2i_zero1_1x2")),
         job("t2i_1x2_to_zero3", at_5("t2i_1x2"), engine="deepspeed"),
+        job("t2i_zero3_1x2", tp=2, engine="deepspeed"),
+        job("t2i_zero3_1x2_full", tp=2, engine="deepspeed", activation_checkpointing="full"),
+        job("t2i_zero3_1x2_selective", tp=2, engine="deepspeed", activation_checkpointing="selective"),
     ]
     run_jobs(two, 2, root)
     four = [
@@ -91,6 +99,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory, shards: Path, text_encoder: P
         job("t2i_1x4", tp=4),
         job("c2i_deco_2x2", kind="c2i_deco", tp=2),
         job("t2i_1x2_to_1x4", at_5("t2i_1x2"), tp=4),
+        *(job(f"t2i_zero{stage}_2x2", tp=2, engine="deepspeed", zero_stage=stage) for stage in (1, 2, 3)),
+        job("c2i_deco_zero3_2x2", kind="c2i_deco", tp=2, engine="deepspeed"),
+        job("t2i_zero3_1x2_to_zero3_2x2", at_5("t2i_zero3_1x2"), tp=2, engine="deepspeed"),
     ]
     run_jobs(four, 4, root)
     run_jobs([job("t2i_1x4_to_one", at_5("t2i_1x4"))], 1, root)
@@ -99,7 +110,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory, shards: Path, text_encoder: P
 
 NAMES = (
     "t2i_1x2", "t2i_1x2_full", "t2i_2x1_selective", "t2i_one_to_1x2", "c2i_deco_1x2", "c2i_baseline_1x2",
-    "t2i_1x2_to_zero3", "t2i_2x2", "t2i_2x1x2", "t2i_1x4", "c2i_deco_2x2", "t2i_1x2_to_1x4", "t2i_1x4_to_one",
+    "t2i_zero1_1x2", "t2i_zero2_1x2", "c2i_deco_zero2_1x2", "t2i_1x2_to_zero1_1x2", "t2i_zero1_1x2_to_2x1",
+    "t2i_1x2_to_zero3", "t2i_zero3_1x2", "t2i_zero3_1x2_full", "t2i_zero3_1x2_selective",
+    "t2i_2x2", "t2i_2x1x2", "t2i_1x4", "c2i_deco_2x2", "t2i_1x2_to_1x4", "t2i_1x4_to_one",
+    "t2i_zero1_2x2", "t2i_zero2_2x2", "t2i_zero3_2x2", "c2i_deco_zero3_2x2", "t2i_zero3_1x2_to_zero3_2x2",
 )  # fmt: skip
 
 
