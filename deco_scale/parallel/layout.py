@@ -34,6 +34,12 @@ class ParallelConfig:
             raise ValueError(f"tp={self.tp} must be at least 1")
         if self.engine == "deepspeed" and self.tp > 1 and self.zero_stage == 0:
             raise ValueError(f"zero_stage=0 does not work with tp={self.tp}; possible: 1, 2, 3")
+        if self.engine == "deepspeed" and self.zero_stage == 3 and self.activation_checkpointing == "selective":
+            # ZeRO-3 gathers weights inside the block, and those operations differ between the two passes.
+            raise ValueError(
+                "activation_checkpointing=selective does not work with zero_stage=3; possible: none, full, "
+                "or selective with zero_stage 0, 1, 2 or engine: fsdp"
+            )
         if self.engine == "deepspeed" and self.dp_replicate > 1:
             raise ValueError("dp_replicate > 1 (HSDP) needs engine: fsdp")
 

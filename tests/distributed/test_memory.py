@@ -59,8 +59,8 @@ def _measure(engine_name: str, out: str) -> None:
         zero = {"stage3_param_persistence_threshold": 0, "reduce_bucket_size": 1000}
         overrides = {"zero_optimization": zero}
         engine = DeepSpeedEngine(
-            build, layout=Layout(1, world), stage=3, micro_batch=1, device=device, optimizer=optimizer, precision=precision,
-            compile_blocks=False, recompute="none", seed=0, overrides=overrides,
+            build, layout=Layout(1, world), stage=3, micro_batch=1, device=device, optimizer=optimizer,
+            precision=precision, compile_blocks=False, recompute="none", seed=0, overrides=overrides,
         )  # fmt: skip
     used = allocated_bytes() - before
     parameters = sum(p.numel() for p in build().parameters())

@@ -55,7 +55,11 @@ def test_xxl_is_the_published_recipe() -> None:
         ("text_encoder.max_tokens=5", ["max_tokens=5", "model.text_tokens=16"]),
         ("objective.repa_weight=1.0", ["image_encoder is missing"]),
         ("objective.freq_quality=0", ["freq_quality=0", "1..100"]),
-        ("parallel={engine: deepspeed, tp: 2}", ["tp > 1 needs engine: fsdp"]),
+        ("parallel={engine: deepspeed, tp: 2, zero_stage: 0}", ["zero_stage=0", "possible: 1, 2, 3"]),
+        (
+            "parallel={engine: deepspeed, activation_checkpointing: selective}",
+            ["does not work with zero_stage=3", "possible: none, full"],
+        ),
         ("data.target=label", ["data.target=label", "needs caption"]),
         ("run.seed", ["key.path=value"]),
         ("run.seed.x=1", ["run.seed", "is a value"]),
