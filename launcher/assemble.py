@@ -22,6 +22,7 @@ from deco_scale.parallel.layout import Layout, accumulation_steps
 from deco_scale.parallel.sequence import encode_shared
 from deco_scale.planning.flops import peak_flops, training_flops
 from deco_scale.sampling.pictures import make_pictures, save_grid, velocity_of
+from deco_scale.training.ahead import TextAhead
 from deco_scale.training.batch import Prepare
 from deco_scale.training.checkpoint import Checkpoints
 from deco_scale.training.engine import Engine
@@ -259,6 +260,9 @@ def assemble(
         encode_text=shared_over_tp(text.encode, engine) if text else None,
         encode_image=shared_over_tp(image.encode, engine) if image else None,
     )
+    ahead = None
+    if cfg.text_encoder is not None and cfg.text_encoder.ahead and prepare.encode_text is not None:
+        ahead = TextAhead(prepare.encode_text, device)
     peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     return Loop(
         settings=cfg.run,
@@ -272,6 +276,7 @@ def assemble(
         config=plain,
         after_step=picture_maker(cfg, layout, engine, text, folder / "samples", reporter),
         peak_flops=peak * dist.get_world_size() if peak else None,
+        text_ahead=ahead,
     )
 
 

@@ -8,11 +8,13 @@ class TextEncoderConfig:
     """A ``transformers`` text encoder: a local folder, or a hub id already in the local cache.
 
     ``cache_captions`` keeps the states of so many captions in memory, for data with few distinct ones.
+    ``ahead`` encodes the next batch while a step computes, on a stream of its own.
     """
 
     path: str
     max_tokens: int = 128
     cache_captions: int = 0
+    ahead: bool = False
     allow_download: bool = False
 
     def __post_init__(self) -> None:

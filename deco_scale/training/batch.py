@@ -3,7 +3,7 @@
 Shape letters: B batch, Y X pixels, L text tokens, T text width, N patches, F encoder width.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -34,6 +34,22 @@ class Batch(Protocol):
     def numbers(self) -> Sequence[int]: ...
 
 
+@dataclass(frozen=True, slots=True)
+class _Part:
+    images: Any
+    captions: Sequence[str]
+    labels: Sequence[int]
+    numbers: Sequence[int]
+
+
+def split(batch: Batch, parts: int) -> Iterator[Batch]:
+    """Consecutive micro-batches of equal size."""
+    size = len(batch.numbers) // parts
+    for start in range(0, size * parts, size):
+        cut = slice(start, start + size)
+        yield _Part(batch.images[cut], batch.captions[cut], batch.labels[cut], batch.numbers[cut])
+
+
 class ObjectiveInputs(NamedTuple):
     """Arguments of ``Objective.forward``, on the device."""
 
@@ -60,14 +76,17 @@ class Prepare:
     encode_text: Callable[[Sequence[str]], Tensor] | None = None
     encode_image: Callable[[Tensor], Tensor] | None = None
 
-    def __call__(self, batch: Batch, timestep_shift: float) -> ObjectiveInputs:
+    def __call__(self, batch: Batch, timestep_shift: float, text: Tensor | None = None) -> ObjectiveInputs:
+        """``text`` (B, L, T): the captions' states, where they are encoded already."""
         pixels = torch.from_numpy(batch.images).to(self.device, non_blocking=True)
         image = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1.0
         _, channels, height, width = image.shape
         draws = draw(self.seed, list(batch.numbers), (channels, height, width), self.device)
         law = self.objective.time_law
         t = base_time(draws.normal if law == "logit_normal" else draws.uniform, law)
-        if self.encode_text is not None:
+        if text is not None:
+            condition = text
+        elif self.encode_text is not None:
             condition = self.encode_text(batch.captions)
         else:
             classes = self.num_classes

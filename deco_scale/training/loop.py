@@ -9,7 +9,8 @@ import psutil
 import torch
 
 from deco_scale.errors import RunError
-from deco_scale.training.batch import Batch, Prepare
+from deco_scale.training.ahead import TextAhead
+from deco_scale.training.batch import Batch, Prepare, split
 from deco_scale.training.checkpoint import CheckpointMeta, Checkpoints
 from deco_scale.training.engine import Engine
 from deco_scale.training.report import Reporter
@@ -65,6 +66,7 @@ class Loop:
     config: dict[str, Any]
     after_step: Callable[[int], None]
     peak_flops: float | None
+    text_ahead: TextAhead | None = None
 
     @property
     def total_steps(self) -> int:
@@ -94,13 +96,16 @@ class Loop:
             )
         gate = BadSteps(self.settings.max_bad_steps, self.device)
         meter = Meter(self, stage, progress.step)
-        batches = iter(data)
+        batches: Iterator[tuple[Batch, list[torch.Tensor] | None]] = ((batch, None) for batch in data)
+        if self.text_ahead is not None:
+            count = end - progress.step
+            batches = iter(self.text_ahead.over(iter(data), parts=stage.accumulation, count=count))
         try:
             while progress.step < end:
                 waited = time.perf_counter()
-                batch = next(batches)
+                batch, texts = next(batches)
                 meter.waited(time.perf_counter() - waited)
-                result = self.step(stage, batch)
+                result = self.step(stage, batch, texts)
                 samples = progress.samples + stage.cfg.global_batch
                 progress = Progress(progress.step + 1, samples, stage.cfg.name, data.digest)
                 gate.add(result.skipped)
@@ -118,9 +123,11 @@ class Loop:
             data.close()
         return progress
 
-    def step(self, stage: Stage, batch: Batch) -> StepResult:
-        """One update on this rank's share of a global batch."""
-        inputs = (self.prepare(part, stage.cfg.timestep_shift) for part in split(batch, stage.accumulation))
+    def step(self, stage: Stage, batch: Batch, texts: Sequence[torch.Tensor] | None = None) -> StepResult:
+        """One update on this rank's share of a global batch; ``texts`` if encoded already, by micro-batch."""
+        parts = split(batch, stage.accumulation)
+        shift = stage.cfg.timestep_shift
+        inputs = (self.prepare(part, shift, texts[i] if texts else None) for i, part in enumerate(parts))
         return train_step(
             self.engine,
             inputs,
@@ -150,22 +157,6 @@ class Loop:
             self.reporter.say(f"WARNING: {error}; training goes on")
             return
         self.reporter.say(f"checkpoint {path} in {time.perf_counter() - began:.1f} s")
-
-
-@dataclass(frozen=True, slots=True)
-class _Part:
-    images: Any
-    captions: Sequence[str]
-    labels: Sequence[int]
-    numbers: Sequence[int]
-
-
-def split(batch: Batch, parts: int) -> Iterator[Batch]:
-    """Consecutive micro-batches of equal size."""
-    size = len(batch.numbers) // parts
-    for start in range(0, size * parts, size):
-        cut = slice(start, start + size)
-        yield _Part(batch.images[cut], batch.captions[cut], batch.labels[cut], batch.numbers[cut])
 
 
 class BadSteps:

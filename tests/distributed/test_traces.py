@@ -50,6 +50,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory, shards: Path, text_encoder: P
     # ZeRO-3 replaces F.linear for the whole process, which moves the last bit of gradients: what must be
     # bit-equal under FSDP runs before it.
     two = [job("fsdp_2", FSDP), job("fsdp_2_again", FSDP, at_10("fsdp_2"))]
+    ahead = job("fsdp_2_ahead", FSDP)
+    ahead.config["text_encoder"] |= {"ahead": True}
+    two += [ahead]
     two += [job(f"zero{stage}_2", zero(stage)) for stage in (0, 1, 2, 3)]
     two += [job("fsdp_2_bf16", FSDP, **bf16), job("zero3_2_bf16", zero(3), **bf16)]
     two += [
@@ -115,6 +118,10 @@ def test_resume_under_the_same_layout_is_bit_equal(runs: Path, name: str) -> Non
     found, wanted = trace(runs / f"{name}_again"), trace(runs / name)
     assert sorted(found) == list(range(11, 21))
     assert found == {step: wanted[step] for step in found}
+
+
+def test_text_encoded_ahead_is_bit_equal(runs: Path) -> None:
+    assert trace(runs / "fsdp_2_ahead") == trace(runs / "fsdp_2")
 
 
 @pytest.mark.parametrize("name", ["one_bf16", "fsdp_2_bf16", "zero3_2_bf16"])

@@ -1,12 +1,15 @@
 """Pieces of training: randomness, finite gate, optimizer, checkpoints, reports, FLOPs."""
 
+import dataclasses
 import json
 import math
 import os
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -15,6 +18,8 @@ from deco_scale.config import load_config
 from deco_scale.errors import ConfigError, RunError
 from deco_scale.planning.flops import training_flops
 from deco_scale.training import checkpoint
+from deco_scale.training.ahead import TextAhead
+from deco_scale.training.batch import Batch
 from deco_scale.training.checkpoint import CheckpointMeta, Checkpoints
 from deco_scale.training.engine import Engine
 from deco_scale.training.loop import BadSteps
@@ -228,3 +233,28 @@ def test_metrics_survive_a_cut_line_and_count_the_last_doing(tmp_path: Path) -> 
 def test_flops_of_the_published_model(side: int, teraflops: float) -> None:
     model = load_config(CONFIGS / "t2i_xxl.yaml").model
     assert math.isclose(training_flops(model, side, side) / 1e12, teraflops, rel_tol=0.01)
+
+
+def test_text_is_encoded_one_batch_ahead() -> None:
+    events: list[str] = []
+
+    @dataclasses.dataclass
+    class Captions:
+        captions: list[str]
+        images: Any = dataclasses.field(default_factory=lambda: np.zeros((2, 1, 1, 3), np.uint8))
+        labels: tuple[int, ...] = (0, 0)
+        numbers: tuple[int, ...] = (0, 1)
+
+    def encode(captions: Sequence[str]) -> torch.Tensor:
+        events.append("encode " + ",".join(captions))
+        return torch.tensor([[float(c)] for c in captions])
+
+    # Three batches and no more: a fourth would be fetched in vain.
+    source: Iterator[Batch] = iter([Captions([f"{i}", f"{i}.5"]) for i in range(3)])
+    for batch, texts in TextAhead(encode, torch.device("cpu")).over(source, parts=2, count=3):
+        events.append("step " + batch.captions[0])
+        assert [t.tolist() for t in texts] == [[[float(c)]] for c in batch.captions]
+    assert events == [
+        "encode 0", "encode 0.5", "encode 1", "encode 1.5", "step 0",
+        "encode 2", "encode 2.5", "step 1", "step 2",
+    ]  # fmt: skip
