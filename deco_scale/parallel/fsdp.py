@@ -76,7 +76,7 @@ class FsdpEngine:
         )
         self._tokens: TokenShard | None = None
         if layout.tp > 1:
-            self._tokens = apply_tensor_parallel(self._objective, mesh["tp"])
+            self._tokens = apply_tensor_parallel(self._objective, mesh["tp"], compile_blocks=compile_blocks)
             # Lets the gradient norm be reduced over both axes at once.
             mesh["dp_shard", "tp"]._flatten()
         denoiser = self._objective.denoiser
@@ -85,7 +85,8 @@ class FsdpEngine:
             self._objective,
             mesh=mesh["dp_replicate", "dp_shard"] if layout.dp_replicate > 1 else mesh["dp_shard"],
             precision=precision,
-            compile_blocks=compile_blocks,
+            # With tp, blocks are compiled inside of what shows them their local weights.
+            compile_blocks=compile_blocks and layout.tp == 1,
         )
         self._objective.to_empty(device=device)
         self._parameters = {n: cast(DTensor, p) for n, p in self._objective.named_parameters()}

@@ -47,10 +47,12 @@ class TokenShard:
         """Share of ``count`` tokens that this rank has; the shares of a group sum to one."""
         return part_sizes(count, self.size)[self.rank] / count
 
+    @torch.compiler.disable
     def gather(self, x_BnD: Tensor, count: int) -> Tensor:
         """All tokens ``(B, N, D)`` on every rank; backward sums each token's gradient to its owner."""
         return _Gather.apply(x_BnD, count, self)  # type: ignore[no-any-return]
 
+    @torch.compiler.disable
     def scatter_sum(self, x_BND: Tensor) -> Tensor:
         """Sum of the ranks' partial results, each rank its own tokens; backward gathers."""
         return _ScatterSum.apply(x_BND, self)  # type: ignore[no-any-return]

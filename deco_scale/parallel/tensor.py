@@ -6,9 +6,11 @@ decoder, losses) works on the rank's own tokens without communication. Modules s
 them the local part of each weight while they run.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
@@ -19,19 +21,38 @@ from deco_scale.parallel.plan import split_dim
 from deco_scale.parallel.sequence import TokenShard
 
 
-def apply_tensor_parallel(objective: Objective, mesh: DeviceMesh) -> TokenShard:
-    """Split parameters over the tp ``mesh`` (meta device or real) and install the collectives."""
+def apply_tensor_parallel(objective: Objective, mesh: DeviceMesh, *, compile_blocks: bool) -> TokenShard:
+    """Split parameters over the tp ``mesh`` (meta device or real), install the collectives, compile blocks.
+
+    A compiled block sees local weights as plain tensors: DTensors are unwrapped outside of what is compiled.
+    """
     shard = TokenShard(mesh.get_group())
     for path, module in objective.named_modules():
-        own = dict(module.named_parameters(recurse=False))
-        for name, parameter in own.items():
+        for name, parameter in dict(module.named_parameters(recurse=False)).items():
             setattr(module, name, _distribute(f"{path}.{name}", parameter, mesh))
-        if own:
-            module.register_forward_pre_hook(_show_local_weights(path, mesh.size()))
-            module.register_forward_hook(_hide_local_weights, always_call=True)
     route_tokens(objective, shard)
     objective.tokens = shard
+    denoiser = objective.denoiser
+    blocks: list[nn.Module] = [*denoiser.text_blocks, *denoiser.blocks]
+    inside = {module for block in blocks for module in block.modules()}
+    for block in blocks:
+        forward = torch.compile(block.forward) if compile_blocks else block.forward
+        block.forward = functools.partial(_with_local_weights, block, mesh.size(), forward)  # type: ignore[method-assign]
+    for module in objective.modules():
+        if module not in inside and any(True for _ in module.parameters(recurse=False)):
+            module.register_forward_pre_hook(lambda m, args: _show_local_weights(m, mesh.size()))
+            module.register_forward_hook(lambda m, args, output: _hide_local_weights(m), always_call=True)
     return shard
+
+
+def _with_local_weights(block: nn.Module, size: int, forward: Callable[..., Any], *args: Any) -> Any:
+    for module in block.modules():
+        _show_local_weights(module, size)
+    try:
+        return forward(*args)
+    finally:
+        for module in block.modules():
+            _hide_local_weights(module)
 
 
 def tp_part(name: str, full: Tensor, rank: int, size: int) -> Tensor:
@@ -47,28 +68,25 @@ def _distribute(name: str, parameter: nn.Parameter, mesh: DeviceMesh) -> nn.Para
     return nn.Parameter(DTensor.from_local(local, mesh, [placement], run_check=False))
 
 
-def _show_local_weights(path: str, size: int) -> Callable[..., None]:
+def _show_local_weights(module: nn.Module, size: int) -> None:
     """Put the local part of each weight where the module will look it up first.
 
     Each rank computes a replicated weight's gradient from its own tokens or heads only, so the ranks' results
     are parts of a sum. A row-split linear is followed by a sum over ranks: its bias goes in once.
     """
-    row_split = split_dim(f"{path}.weight") == 1
-
-    def hook(module: nn.Module, args: Any) -> None:
-        for name, parameter in module.named_parameters(recurse=False):
-            if not isinstance(parameter, DTensor):
-                continue
-            placements = [Partial() if p == Replicate() else p for p in parameter.placements]
-            local = parameter.to_local(grad_placements=placements)
-            if row_split and name == "bias":
-                local = local / size
-            module.__dict__[name] = local
-
-    return hook
+    row_split = False
+    for name, parameter in module.named_parameters(recurse=False):
+        if not isinstance(parameter, DTensor):
+            continue
+        placements = [Partial() if p == Replicate() else p for p in parameter.placements]
+        local = parameter.to_local(grad_placements=placements)
+        row_split = row_split or (name == "weight" and parameter.placements == (Shard(1),))
+        if row_split and name == "bias":
+            local = local / size
+        module.__dict__[name] = local
 
 
-def _hide_local_weights(module: nn.Module, args: Any, output: Any) -> None:
+def _hide_local_weights(module: nn.Module) -> None:
     for name, _ in module.named_parameters(recurse=False):
         module.__dict__.pop(name, None)
 

@@ -14,7 +14,14 @@ TOLERANCE = 1e-5
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    "parallel", [{"engine": "fsdp"}, {"engine": "deepspeed", "zero_stage": 3}], ids=["fsdp", "zero3"]
+    "parallel",
+    [
+        {"engine": "fsdp"},
+        {"engine": "fsdp", "tp": 2},
+        {"engine": "fsdp", "tp": 2, "activation_checkpointing": "full"},
+        {"engine": "deepspeed", "zero_stage": 3},
+    ],
+    ids=["fsdp", "tp", "tp_recomputed", "zero3"],
 )
 def test_compiled_blocks_follow_the_eager_trace(
     parallel: dict[str, Any], tmp_path: Path, shards: Path, text_encoder: Path

@@ -99,9 +99,10 @@ def test_impossible_batches_list_the_possible_ones() -> None:
         accumulation_steps(global_batch=24, micro_batch=1, dp=5, where="stages.a")
 
 
-def test_compile_with_tensor_parallelism_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"compile=true does not work with parallel.tp > 1"):
-        load_config(TINY, ["compile=true", "parallel={engine: fsdp, tp: 2}"])
+def test_compile_with_selective_recomputing_under_tp_is_refused() -> None:
+    parallel = "parallel={engine: fsdp, tp: 2, activation_checkpointing: selective}"
+    with pytest.raises(ConfigError, match=r"activation_checkpointing=selective; possible: none, full"):
+        load_config(TINY, ["compile=true", parallel])
 
 
 def test_layouts() -> None:
