@@ -99,10 +99,12 @@ def test_impossible_batches_list_the_possible_ones() -> None:
         accumulation_steps(global_batch=24, micro_batch=1, dp=5, where="stages.a")
 
 
-def test_compile_with_selective_recomputing_under_tp_is_refused() -> None:
+def test_compile_under_tp_refuses_what_it_cannot_do() -> None:
     parallel = "parallel={engine: fsdp, tp: 2, activation_checkpointing: selective}"
     with pytest.raises(ConfigError, match=r"activation_checkpointing=selective; possible: none, full"):
         load_config(TINY, ["compile=true", parallel])
+    with pytest.raises(ConfigError, match=r"compile=true with parallel.tp > 1 needs parallel.engine: fsdp"):
+        load_config(TINY, ["compile=true", "parallel={engine: deepspeed, tp: 2}"])
 
 
 def test_layouts() -> None:
