@@ -140,6 +140,11 @@ class Denoiser(nn.Module):
                 features="rotary" if is_text else "cosine",
             )
 
+    @property
+    def transformer_blocks(self) -> tuple[nn.Module, ...]:
+        """Text blocks, then image blocks: the units that are recomputed, compiled and sharded one by one."""
+        return (*self.text_blocks, *self.blocks)
+
     def _block(self, *, with_context: bool) -> Block:
         cfg = self.cfg
         return Block(

@@ -6,14 +6,14 @@ and DeepSpeed's accessors assemble or scatter one parameter at a time.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from deco_scale.errors import ConfigError
 from deco_scale.objectives import Objective
@@ -22,7 +22,7 @@ from deco_scale.parallel.layout import ActivationCheckpointing, Layout
 from deco_scale.parallel.plan import split_dim
 from deco_scale.parallel.recompute import apply_recompute
 from deco_scale.parallel.sequence import TokenShard
-from deco_scale.parallel.tensor import tp_part
+from deco_scale.parallel.tensor import tp_part, tp_placement
 from deco_scale.precision import PrecisionConfig, autocast
 from deco_scale.training.batch import ObjectiveInputs
 from deco_scale.training.engine import AVERAGED, TokenGroup, Update
@@ -110,7 +110,7 @@ class DeepSpeedEngine:
         overrides: dict[str, Any],
     ) -> None:
         deepspeed = import_deepspeed()
-        self._device, self._precision, self._stage = device, precision, stage
+        self._device, self._precision, self._stage, self._layout = device, precision, stage, layout
         config = deepspeed_json(
             stage=stage,
             micro_batch=micro_batch,
@@ -120,29 +120,31 @@ class DeepSpeedEngine:
         )
         with torch.device("meta"):
             template = build()
-        mpu = None
-        if layout.tp > 1:
-            mpu = import_megatron().initialize(layout.tp)
-        # Left behind by an earlier engine of this process.
+        megatron = import_megatron() if layout.tp > 1 else None
+        mpu = megatron.initialize(layout.tp) if megatron else None
+        # An earlier engine of this process may have left another one.
         deepspeed.utils.groups.mpu = mpu
-        self._layout = layout
         # tp first: a parameter is cut over tp, and each part over dp.
         ranks = torch.arange(dist.get_world_size()).view(layout.dp, layout.tp).T
         self._mesh = DeviceMesh(device.type, ranks, mesh_dim_names=("tp", "dp"))
         if stage == 3:
             group = self._mesh.get_group("dp")
-            with deepspeed.zero.Init(data_parallel_group=group, config_dict_or_path=config, mpu=mpu):
-                objective, self._tokens = self._build(build)
+            place: AbstractContextManager[Any] = deepspeed.zero.Init(
+                data_parallel_group=group, config_dict_or_path=config, mpu=mpu
+            )
         else:
-            with torch.device("meta"):
-                objective, self._tokens = self._build(build)
+            place = torch.device("meta")
+        with place:
+            objective = build()
+            self._tokens: TokenShard | None = megatron.apply_megatron(objective) if megatron else None
+        if stage != 3:
             objective.to_empty(device=device)
             self._fill(objective, template, seed)
-        if self._tokens is not None:
-            import_megatron().mark_parameters(objective, self._tokens)
-        apply_recompute((*objective.denoiser.text_blocks, *objective.denoiser.blocks), recompute)
+        if megatron:
+            megatron.mark_parameters(objective, self._tokens)
+        apply_recompute(objective.denoiser.transformer_blocks, recompute)
         if compile_blocks:
-            for block in (*objective.denoiser.text_blocks, *objective.denoiser.blocks):
+            for block in objective.denoiser.transformer_blocks:
                 block.compile()
         self._client = GatedAdamW(
             objective.parameters(),
@@ -164,10 +166,6 @@ class DeepSpeedEngine:
             moments = {kind: torch.zeros_like(master.detach()) for kind in _MOMENTS}
             self._client.state[master] = {"step": step, **moments}
         self._ema = Ema({n: m.detach() for n, m in masters.items()}, optimizer.ema_decay)
-
-    def _build(self, build: Callable[[], Objective]) -> tuple[Objective, TokenShard | None]:
-        objective = build()
-        return objective, import_megatron().apply_megatron(objective) if self._layout.tp > 1 else None
 
     def _fill(self, objective: nn.Module, template: nn.Module, seed: int) -> None:
         """Initial weights, this rank's part over tp of each."""
@@ -247,9 +245,7 @@ class DeepSpeedEngine:
 
     def _spread(self, name: str, part: Tensor) -> DTensor:
         """A parameter's part over tp, whole on each dp rank, as a tensor that is cut over both."""
-        dim = split_dim(name)
-        over_tp: Placement = Replicate() if dim is None else Shard(dim)
-        shape = list(part.shape)
+        shape, dim = list(part.shape), split_dim(name)
         if dim is not None:
             shape[dim] *= self._layout.tp
         chunks = part.chunk(self._layout.dp)
@@ -258,7 +254,7 @@ class DeepSpeedEngine:
         return DTensor.from_local(
             local,
             self._mesh,
-            [over_tp, Shard(0)],
+            [tp_placement(name), Shard(0)],
             run_check=False,
             shape=torch.Size(shape),
             stride=torch.empty(shape, device="meta").stride(),

@@ -40,7 +40,7 @@ def shard(objective: Objective, *, mesh: DeviceMesh, precision: PrecisionConfig,
             param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
     denoiser = objective.denoiser
-    units: list[nn.Module] = [*denoiser.text_blocks, *denoiser.blocks]
+    units = list(denoiser.transformer_blocks)
     if denoiser.decoder is not None:
         units.append(denoiser.decoder)
     for unit in units:
@@ -79,8 +79,7 @@ class FsdpEngine:
             self._tokens = apply_tensor_parallel(self._objective, mesh["tp"], compile_blocks=compile_blocks)
             # Lets the gradient norm be reduced over both axes at once.
             mesh["dp_shard", "tp"]._flatten()
-        denoiser = self._objective.denoiser
-        apply_recompute((*denoiser.text_blocks, *denoiser.blocks), recompute)
+        apply_recompute(self._objective.denoiser.transformer_blocks, recompute)
         shard(
             self._objective,
             mesh=mesh["dp_replicate", "dp_shard"] if layout.dp_replicate > 1 else mesh["dp_shard"],

@@ -54,15 +54,8 @@ class _ComputeDtype:
 class ColumnLinear(_ComputeDtype, ColumnParallelLinear):
     """All tokens to this rank's heads or hidden units; the input's gradient is summed by the gather before it."""
 
-    def __init__(self, like: nn.Linear, config: ModelParallelConfig) -> None:
-        super().__init__(
-            like.in_features,
-            like.out_features,
-            config=config,
-            init_method=nn.init.zeros_,
-            bias=like.bias is not None,
-            disable_grad_reduce=True,
-        )
+    def __init__(self, *sizes: int, **settings: Any) -> None:
+        super().__init__(*sizes, disable_grad_reduce=True, **settings)
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x)[0]
@@ -71,16 +64,8 @@ class ColumnLinear(_ComputeDtype, ColumnParallelLinear):
 class RowLinear(_ComputeDtype, RowParallelLinear):
     """This rank's heads or hidden units to partial sums, which the scatter behind it adds up."""
 
-    def __init__(self, like: nn.Linear, config: ModelParallelConfig) -> None:
-        super().__init__(
-            like.in_features,
-            like.out_features,
-            config=config,
-            init_method=nn.init.zeros_,
-            bias=like.bias is not None,
-            input_is_parallel=True,
-            skip_bias_add=True,
-        )
+    def __init__(self, *sizes: int, **settings: Any) -> None:
+        super().__init__(*sizes, input_is_parallel=True, skip_bias_add=True, **settings)
         # Megatron's name for "the caller does the communication".
         self.explicit_expert_comm = True
 
@@ -103,12 +88,19 @@ def apply_megatron(objective: Objective) -> TokenShard:
         perform_initialization=False,
         params_dtype=torch.float32,
     )
-    kinds = {"column": ColumnLinear, "row": RowLinear}
+    kinds: dict[str, type[nn.Module]] = {"column": ColumnLinear, "row": RowLinear}
     for path, module in list(objective.named_modules()):
         split = split_of(f"{path}.weight")
         if isinstance(module, nn.Linear) and split != "replicated":
+            linear = kinds[split](
+                module.in_features,
+                module.out_features,
+                config=config,
+                init_method=nn.init.zeros_,
+                bias=module.bias is not None,
+            )
             parent, _, name = path.rpartition(".")
-            setattr(objective.get_submodule(parent), name, kinds[split](module, config))
+            setattr(objective.get_submodule(parent), name, linear)
     shard = TokenShard(group)
     route_tokens(objective, shard)
     objective.tokens = shard

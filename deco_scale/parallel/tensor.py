@@ -32,8 +32,7 @@ def apply_tensor_parallel(objective: Objective, mesh: DeviceMesh, *, compile_blo
             setattr(module, name, _distribute(f"{path}.{name}", parameter, mesh))
     route_tokens(objective, shard)
     objective.tokens = shard
-    denoiser = objective.denoiser
-    blocks: list[nn.Module] = [*denoiser.text_blocks, *denoiser.blocks]
+    blocks = objective.denoiser.transformer_blocks
     inside = {module for block in blocks for module in block.modules()}
     for block in blocks:
         forward = torch.compile(block.forward) if compile_blocks else block.forward
@@ -61,11 +60,15 @@ def tp_part(name: str, full: Tensor, rank: int, size: int) -> Tensor:
     return full if dim is None else full.chunk(size, dim)[rank]
 
 
-def _distribute(name: str, parameter: nn.Parameter, mesh: DeviceMesh) -> nn.Parameter:
+def tp_placement(name: str) -> Placement:
+    """How a parameter lies on the tp axis of a mesh."""
     dim = split_dim(name)
-    placement: Placement = Replicate() if dim is None else Shard(dim)
+    return Replicate() if dim is None else Shard(dim)
+
+
+def _distribute(name: str, parameter: nn.Parameter, mesh: DeviceMesh) -> nn.Parameter:
     local = tp_part(name, parameter.detach(), mesh.get_local_rank(), mesh.size()).contiguous()
-    return nn.Parameter(DTensor.from_local(local, mesh, [placement], run_check=False))
+    return nn.Parameter(DTensor.from_local(local, mesh, [tp_placement(name)], run_check=False))
 
 
 def _show_local_weights(module: nn.Module, size: int) -> None:
@@ -74,13 +77,13 @@ def _show_local_weights(module: nn.Module, size: int) -> None:
     Each rank computes a replicated weight's gradient from its own tokens or heads only, so the ranks' results
     are parts of a sum. A row-split linear is followed by a sum over ranks: its bias goes in once.
     """
-    row_split = False
+    weight = getattr(module, "weight", None)
+    row_split = isinstance(weight, DTensor) and weight.placements == (Shard(1),)
     for name, parameter in module.named_parameters(recurse=False):
         if not isinstance(parameter, DTensor):
             continue
         placements = [Partial() if p == Replicate() else p for p in parameter.placements]
         local = parameter.to_local(grad_placements=placements)
-        row_split = row_split or (name == "weight" and parameter.placements == (Shard(1),))
         if row_split and name == "bias":
             local = local / size
         module.__dict__[name] = local
