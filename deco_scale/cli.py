@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +19,11 @@ from deco_scale.config import RunConfig, build_config, load_config
 from deco_scale.errors import ConfigError, RunError
 from deco_scale.models import Denoiser
 from deco_scale.models.encoders import EncoderError, TextEncoder
+from deco_scale.parallel.deepspeed import ZERO3_PERSISTENT
 from deco_scale.parallel.layout import Layout, accumulation_steps, resolve_layout
 from deco_scale.parallel.plan import layout_rows
-from deco_scale.planning.communication import StepShape, fsdp_traffic
+from deco_scale.planning.communication import StepShape, Traffic, fsdp_traffic, zero_traffic
+from deco_scale.planning.state import held_of_state
 from deco_scale.sampling import SamplerConfig
 from deco_scale.sampling.pictures import make_pictures, save_grid, velocity_of
 from deco_scale.training.checkpoint import CheckpointMeta, read_meta, read_tensors
@@ -145,14 +147,23 @@ def _plan(args: argparse.Namespace, console: Console) -> int:
         shapes = ["x".join(map(str, shape)) for shape in (row.global_shape, row.tp_shape)]
         table.add_row(row.name, shapes[0], row.split, shapes[1], f"{row.local_bytes:,}")
     console.print(table)
-    weights = sum(row.local_bytes for row in rows)
+    part, whole = sum(row.local_bytes for row in rows), sum(4 * row.tp_numel for row in rows)
+    parts, wholes = held_of_state(cfg.parallel.engine, cfg.parallel.zero_stage)
     console.print(
-        f"a rank holds {weights / 2**30:.3f} GiB of weights, and as much each of gradients, two moments and "
-        f"the average: {5 * weights / 2**30:.3f} GiB of state (REPA head aside)"
+        f"state of a rank: {(parts * part + wholes * whole) / 2**30:.3f} GiB = "
+        f"{parts} x {part / 2**30:.3f} (cut over dp) + {wholes} x {whole / 2**30:.3f} (whole) "
+        "of weights, masters, gradients, two moments and average (REPA head aside)"
     )
-    if cfg.parallel.engine == "fsdp":
-        _print_traffic(cfg, layout, console)
+    _print_traffic(cfg, layout, console)
     return 0
+
+
+def _traffic(cfg: RunConfig, layout: Layout, shape: StepShape) -> Iterator[Traffic]:
+    if cfg.parallel.engine == "fsdp":
+        return fsdp_traffic(cfg.model, layout, shape)
+    by_hand = cfg.parallel.deepspeed.get("zero_optimization", {})
+    persistent = by_hand.get("stage3_param_persistence_threshold", ZERO3_PERSISTENT)
+    return zero_traffic(cfg.model, layout, shape, stage=cfg.parallel.zero_stage, persistent=persistent)
 
 
 def _print_traffic(cfg: RunConfig, layout: Layout, console: Console) -> None:
@@ -173,7 +184,7 @@ def _print_traffic(cfg: RunConfig, layout: Layout, console: Console) -> None:
             compute_bytes=2 if cfg.precision.compute == "bf16" else 4,
             recompute=cfg.parallel.activation_checkpointing,
         )
-        for line in fsdp_traffic(cfg.model, layout, shape):
+        for line in _traffic(cfg, layout, shape):
             table.add_row(stage.name, line.what, line.kind, line.axis, f"{line.bytes / 2**20:,.1f}")
     console.print(table)
 

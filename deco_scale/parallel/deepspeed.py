@@ -30,12 +30,17 @@ from deco_scale.training.optimizer import Ema, clip_factor, poisoned
 from deco_scale.training.settings import OptimizerConfig
 
 ZeroStage = Literal[0, 1, 2, 3]
+ZERO3_PERSISTENT = 100_000
+"""Weights of at most so many elements stay whole on every rank under ZeRO-3 (DeepSpeed's own default)."""
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_LINEARS = ("torch.nn.Linear", "deco_scale.models.layers.PatchEmbed")
+_MEGATRON_LINEARS = ("deco_scale.parallel.megatron.ColumnLinear", "deco_scale.parallel.megatron.RowLinear")
 
 
 def deepspeed_json(
     *,
     stage: ZeroStage,
+    tp: int,
     micro_batch: int,
     optimizer: OptimizerConfig,
     precision: PrecisionConfig,
@@ -57,10 +62,18 @@ def deepspeed_json(
             "stage": stage,
             "contiguous_gradients": True,
             "overlap_comm": stage == 2 and torch.cuda.is_available(),
+            "stage3_param_persistence_threshold": ZERO3_PERSISTENT,
+            # Release every weight after use: memory that does not depend on the model's size.
+            "stage3_max_reuse_distance": 0,
         },
     }
     if precision.compute == "bf16":
-        generated["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+        generated["torch_autocast"] = {
+            "enabled": True,
+            "dtype": "bfloat16",
+            # Whose weights and gradients are sent in bf16.
+            "lower_precision_safe_modules": [*_LINEARS, *(_MEGATRON_LINEARS if tp > 1 else ())],
+        }
     for key in ("managed_gradient_accumulation", "optimizer", "scheduler", "fp16", "bf16"):
         if key in overrides:
             raise ConfigError(f"parallel.deepspeed.{key} is owned by the configuration; remove it")
@@ -113,6 +126,7 @@ class DeepSpeedEngine:
         self._device, self._precision, self._stage, self._layout = device, precision, stage, layout
         config = deepspeed_json(
             stage=stage,
+            tp=layout.tp,
             micro_batch=micro_batch,
             optimizer=optimizer,
             precision=precision,

@@ -72,7 +72,7 @@ class RowLinear(_ComputeDtype, RowParallelLinear):
     def forward(self, x: Tensor) -> Tensor:
         partial, bias = super().forward(x)
         # A share of the bias on each rank: the sum has it once.
-        return partial if bias is None else partial + bias / self.tp_group.size()
+        return partial if bias is None else partial + bias.to(partial.dtype) / self.tp_group.size()
 
 
 def apply_megatron(objective: Objective) -> TokenShard:

@@ -4,6 +4,7 @@ Linears inside attention and MLP are split by heads or hidden units; all else is
 of which each rank computes the part of its own tokens, is summed over tp.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -64,6 +65,11 @@ class Row:
     split: Split
     tp_shape: tuple[int, ...]
     local_bytes: int
+
+    @property
+    def tp_numel(self) -> int:
+        """Elements of a tp rank's part."""
+        return math.prod(self.tp_shape)
 
 
 def layout_rows(cfg: ModelConfig, layout: Layout) -> Iterator[Row]:

@@ -128,5 +128,15 @@ def _gather_around(
     module: Attention | SwiGLU, last: nn.Linear, shard: TokenShard, counts: dict[str, int], kind: str
 ) -> None:
     """All tokens in, partial sums out of ``last``, own tokens on."""
-    module.register_forward_pre_hook(lambda m, args: (shard.gather(args[0], counts[kind]), *args[1:]))
+
+    def all_tokens(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return shard.gather(_as_computed(args[0]), counts[kind]), *args[1:]
+
+    module.register_forward_pre_hook(all_tokens)
     last.register_forward_hook(lambda m, args, output: shard.scatter_sum(output))
+
+
+def _as_computed(x: Tensor) -> Tensor:
+    """In autocast's type, to which the linears would cast it: half the bytes to send."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x

@@ -1,4 +1,4 @@
-"""What a training step sends under the fsdp engine, from the configuration alone.
+"""What a training step sends under either engine, from the configuration alone.
 
 Bytes are those of the whole tensor that a collective assembles or reduces, per rank and step: outputs of
 all-gathers, inputs of reduce-scatters and all-reduces. Scalars (losses, norm) are left out.
@@ -9,7 +9,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from deco_scale.models import ModelConfig
+import torch
+from torch import nn
+
+from deco_scale.models import Denoiser, ModelConfig
 from deco_scale.parallel.layout import ActivationCheckpointing, Layout
 from deco_scale.parallel.plan import layout_rows
 from deco_scale.parallel.sequence import part_sizes
@@ -62,29 +65,74 @@ def fsdp_traffic(cfg: ModelConfig, layout: Layout, step: StepShape) -> Iterator[
     if layout.dp_replicate > 1:
         yield Traffic("gradients", "all-reduce", "dp_replicate", (units + root) * FP32_BYTES // shards)
     if layout.tp > 1:
-        yield from _tensor_parallel(cfg, layout.tp, step, rows_replicated(cfg, layout))
+        # FSDP hands every block its inputs in the compute type, the text tokens too.
+        yield from _tensor_parallel(cfg, layout, step, reductions=1, text_bytes=step.compute_bytes)
 
 
-def rows_replicated(cfg: ModelConfig, layout: Layout) -> int:
-    """Elements of the weights that every tp rank has whole."""
-    total = 0
-    for row in layout_rows(cfg, layout):
-        if row.split == "replicated":
-            count = 1
-            for size in row.global_shape:
-                count *= size
-            total += count
-    return total
+def zero_traffic(
+    cfg: ModelConfig, layout: Layout, step: StepShape, *, stage: int, persistent: int
+) -> Iterator[Traffic]:
+    """The same for DeepSpeed's ZeRO.
+
+    Weights of at most ``persistent`` elements stay gathered under ZeRO-3 (its
+    ``stage3_param_persistence_threshold``). Its prefetch may find up to one bucket of weights still there
+    when backward begins; that saving is left out.
+    """
+    rows = list(layout_rows(cfg, layout))
+    linear = _weights_of_linears(cfg)
+    dp, micros = layout.dp, step.accumulation
+
+    def sent(name: str) -> int:
+        """Bytes an element: ZeRO sends what linears own in the compute type, the rest in fp32."""
+        return step.compute_bytes if stage and name in linear else FP32_BYTES
+
+    if dp > 1 and stage < 3:
+        gradients = sum(row.tp_numel * sent(row.name) for row in rows)
+        # ZeRO-2 keeps only its part of a gradient, so every micro-batch is reduced.
+        yield Traffic("gradients", "all-reduce", "dp", gradients * (micros if stage == 2 else 1))
+        if stage:
+            alignment = 2 * dp
+            elements = -(-sum(row.tp_numel for row in rows) // alignment) * alignment
+            yield Traffic("weights", "all-gather", "dp", elements * FP32_BYTES)
+    if dp > 1 and stage == 3:
+        gathered = reduced = 0
+        for row in rows:
+            part = -(-row.tp_numel // dp) * dp
+            reduced += micros * part * sent(row.name)
+            if row.tp_numel <= persistent:
+                gathered += part * FP32_BYTES
+            else:
+                gathered += 2 * micros * part * sent(row.name)
+        yield Traffic("weights", "all-gather", "dp", gathered)
+        yield Traffic("gradients", "reduce-scatter", "dp", reduced)
+    if layout.tp > 1:
+        yield from _tensor_parallel(cfg, layout, step, reductions=micros, text_bytes=FP32_BYTES)
 
 
-def _tensor_parallel(cfg: ModelConfig, tp: int, step: StepShape, replicated: int) -> Iterator[Traffic]:
-    def sent(tokens: int) -> int:
+def _weights_of_linears(cfg: ModelConfig) -> set[str]:
+    with torch.device("meta"):
+        model = Denoiser(cfg)
+    linears = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return {f"{path}.{name}" for path, module in linears for name, _ in module.named_parameters()}
+
+
+def _tensor_parallel(
+    cfg: ModelConfig, layout: Layout, step: StepShape, *, reductions: int, text_bytes: int
+) -> Iterator[Traffic]:
+    """``reductions``: how often in a step the gradients of replicated weights are summed.
+
+    ``text_bytes``: size of an element of the text tokens as they leave the last text block.
+    """
+    tp = layout.tp
+    replicated = sum(row.tp_numel for row in layout_rows(cfg, layout) if row.split == "replicated")
+
+    def sent(tokens: int, element_bytes: int = step.compute_bytes) -> int:
         """Bytes of one gather or scatter of a sequence, parts padded to the longest."""
-        return step.micro_batch * tp * part_sizes(tokens, tp)[0] * cfg.dim * step.compute_bytes
+        return step.micro_batch * tp * part_sizes(tokens, tp)[0] * cfg.dim * element_bytes
 
     image = cfg.num_blocks * 2 * sent(step.tokens)
     text = cfg.num_text_blocks * 2 * sent(cfg.text_tokens)
-    whole_text = sent(cfg.text_tokens) if cfg.num_text_blocks else 0
+    whole_text = sent(cfg.text_tokens, text_bytes) if cfg.num_text_blocks else 0
     # Recomputed blocks gather and scatter once more; the last block's text gather lies outside of it.
     forwards = 1 if step.recompute == "none" else 2
     blocks = image + text
@@ -93,4 +141,4 @@ def _tensor_parallel(cfg: ModelConfig, tp: int, step: StepShape, replicated: int
     scatters = forwards * blocks + blocks + whole_text
     yield Traffic("tokens", "all-gather", "tp", step.accumulation * gathers)
     yield Traffic("tokens", "reduce-scatter", "tp", step.accumulation * scatters)
-    yield Traffic("gradients of replicated weights", "all-reduce", "tp", replicated * FP32_BYTES)
+    yield Traffic("gradients of replicated weights", "all-reduce", "tp", reductions * replicated * FP32_BYTES)

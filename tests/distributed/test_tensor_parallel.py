@@ -11,13 +11,17 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from data_pipeline.index import build_index, save_index
 from data_pipeline.store import open_store
 from deco_scale.models import ModelConfig
+from deco_scale.objectives import Objective, ObjectiveConfig
 from deco_scale.parallel.plan import check_tp, layout_rows
 from deco_scale.parallel.sequence import TokenShard, encode_shared, part_sizes
+from deco_scale.training.batch import ObjectiveInputs
 from deco_scale.training.checkpoint import read_tensors
+from deco_scale.training.engine import Engine
 from tests.assets import tiny_config
 from tests.distributed.harness import Job, in_group, run_jobs, trace, worst_difference
 
@@ -180,11 +184,10 @@ def _collectives_and_gradients() -> None:
     """Everything that needs the group of four, in one spawn."""
     import deco_scale.parallel.sequence as sequence
     from deco_scale.models import Denoiser
-    from deco_scale.objectives import Objective, ObjectiveConfig
+    from deco_scale.parallel.deepspeed import DeepSpeedEngine
     from deco_scale.parallel.fsdp import FsdpEngine
     from deco_scale.parallel.layout import Layout
     from deco_scale.precision import PrecisionConfig
-    from deco_scale.training.batch import ObjectiveInputs
     from deco_scale.training.settings import OptimizerConfig
 
     shard = TokenShard(dist.group.WORLD)
@@ -219,45 +222,13 @@ def _collectives_and_gradients() -> None:
     def build() -> Objective:
         return Objective(Denoiser(SMALL), ObjectiveConfig(repa_layer=1, freq_gamma=0.7), encoder_dim=6)
 
-    engine = FsdpEngine(
-        build, layout=Layout(1, 1, 4), device=torch.device("cpu"), optimizer=OptimizerConfig(),
-        precision=PrecisionConfig(compute="fp32"), compile_blocks=False, recompute="none", seed=0,
+    settings: dict[str, Any] = dict(
+        device=torch.device("cpu"), optimizer=OptimizerConfig(clip_norm=1e9), compile_blocks=False,
+        precision=PrecisionConfig(compute="fp32"), recompute="none", seed=0,
     )  # fmt: skip
+    engine = FsdpEngine(build, layout=Layout(1, 1, 4), **settings)
     plain = build()
-    stored = {n: t for n, t in engine.state().items() if n.startswith("model.")}
-    state = {n.removeprefix("model."): t.full_tensor() for n, t in stored.items()}  # type: ignore[attr-defined]
-    generator.manual_seed(1)
-    # A zero output would leave most gradients zero.
-    for name in state:
-        if "modulation" in name or "head.weight" in name:
-            state[name] = torch.randn(state[name].shape, generator=generator) * 0.2
-    full = dict(state)
-    for name, parameter in engine._parameters.items():
-        local = parameter.detach().to_local()
-        from deco_scale.parallel.tensor import tp_part
-
-        local.copy_(tp_part(name, full[name], shard.rank, 4))
-    plain.load_state_dict(full)
-    inputs = ObjectiveInputs(
-        torch.randn(2, 3, 24, 24, generator=generator), torch.randn(2, 3, 24, 24, generator=generator),
-        torch.rand(2, generator=generator), torch.randn(2, 5, 12, generator=generator),
-        torch.randn(2, 9, 6, generator=generator),
-    )  # fmt: skip
-    calls.clear()
-    losses = engine.forward_backward(inputs, scale=1.0, last=True)
-    step_calls = list(calls)
-    wanted = plain(*inputs)
-    wanted["loss"].backward()
-    total = losses["loss"].clone()
-    dist.all_reduce(total)
-    torch.testing.assert_close(total / 4, wanted["loss"].detach(), rtol=1e-6, atol=1e-6)
-    for name, parameter in plain.named_parameters():
-        found = engine._parameters[name].grad
-        assert found is not None and parameter.grad is not None
-        scale = parameter.grad.abs().max().clamp(min=1e-6)
-        difference = (found.full_tensor() - parameter.grad).abs().max() / scale
-        # q/k norms, decoder, text positions and all else that is summed over tp.
-        assert difference < 1e-5, f"{name}: {difference}"
+    step_calls = _check_named_gradients(engine, plain, calls)
     # Two gathers and two scatters a block, and one gather of the text; backward has their adjoints.
     blocks = 3
     assert step_calls.count("all_gather_into_tensor") >= 2 * blocks + 1
@@ -269,6 +240,57 @@ def _collectives_and_gradients() -> None:
     out: Tensor = decoder(patches, token)
     assert out.shape[1] == part_sizes(9, 4)[shard.rank]
     assert calls == [], "the decoder must not communicate"
+
+    for stage, layout in ((1, Layout(1, 2, 2)), (3, Layout(1, 1, 4))):
+        zero = DeepSpeedEngine(build, layout=layout, stage=stage, micro_batch=2, overrides={}, **settings)
+        _check_named_gradients(zero, plain, calls)
+
+
+def _check_named_gradients(engine: Engine, plain: Objective, calls: list[str]) -> list[str]:
+    """Gradient of each parameter against one process, read as the first moment of a step with beta1 = 0.
+
+    Same inputs on every rank of dp, so the mean over dp changes nothing. Returns the collectives of forward
+    and backward.
+    """
+    generator = torch.Generator().manual_seed(1)
+    state = {n: t for n, t in engine.state().items() if n.startswith("model.")}
+    full = {}
+    for key, value in state.items():
+        assert isinstance(value, DTensor)
+        name, whole = key.removeprefix("model."), value.full_tensor()
+        # A zero output would leave most gradients zero.
+        if "modulation" in name or "head.weight" in name:
+            whole = torch.randn(whole.shape, generator=generator) * 0.2
+            # The engine's own tensors, filled in place as a checkpoint would.
+            parts = distribute_tensor(whole, value.device_mesh, value.placements)
+            value.to_local().copy_(parts.to_local())
+        full[name] = whole
+    engine.load(state, 0)
+    plain.load_state_dict(full)
+    inputs = ObjectiveInputs(
+        torch.randn(2, 3, 24, 24, generator=generator), torch.randn(2, 3, 24, 24, generator=generator),
+        torch.rand(2, generator=generator), torch.randn(2, 5, 12, generator=generator),
+        torch.randn(2, 9, 6, generator=generator),
+    )  # fmt: skip
+    calls.clear()
+    losses = engine.forward_backward(inputs, scale=1.0, last=True)
+    step_calls = list(calls)
+    engine.update(lr=0.0, betas=(0.0, 0.9))
+    plain.zero_grad()
+    wanted = plain(*inputs)
+    wanted["loss"].backward()
+    total = losses["loss"].clone()
+    dist.all_reduce(total)
+    torch.testing.assert_close(total / 4, wanted["loss"].detach(), rtol=1e-6, atol=1e-6)
+    moments = engine.state()
+    for name, parameter in plain.named_parameters():
+        found = moments[f"exp_avg.{name}"]
+        assert isinstance(found, DTensor) and parameter.grad is not None
+        scale = parameter.grad.abs().max().clamp(min=1e-6)
+        difference = (found.full_tensor() - parameter.grad).abs().max() / scale
+        # q/k norms, decoder, text positions and all else that is summed over tp.
+        assert difference < 1e-5, f"{type(engine).__name__}, {name}: {difference}"
+    return step_calls
 
 
 def test_collectives_gradients_and_a_silent_decoder(tmp_path: Path) -> None:
