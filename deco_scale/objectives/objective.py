@@ -118,6 +118,9 @@ class Objective(nn.Module):
             total = total + self.cfg.repa_weight * losses["loss_repa"]
         losses["loss"] = total
         share = self.tokens.share(patches_BNK.shape[1])
+        if share == 0.0:
+            # The mean of no token at all; backward still has to run for the other processes' sake.
+            return {name: value.nan_to_num() * 0.0 for name, value in losses.items()}
         return {name: value * share for name, value in losses.items()} if share != 1.0 else losses
 
     def predict(self, patches_BNK: Tensor, t_B: Tensor, condition: Tensor, grid: tuple[int, int]) -> Tensor:

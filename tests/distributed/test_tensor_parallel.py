@@ -241,12 +241,15 @@ def _collectives_and_gradients() -> None:
     assert out.shape[1] == part_sizes(9, 4)[shard.rank]
     assert calls == [], "the decoder must not communicate"
 
+    # One token for four ranks: three have nothing to score.
+    _check_named_gradients(engine, plain, calls, side=8)
+
     for stage, layout in ((1, Layout(1, 2, 2)), (3, Layout(1, 1, 4))):
         zero = DeepSpeedEngine(build, layout=layout, stage=stage, micro_batch=2, overrides={}, **settings)
         _check_named_gradients(zero, plain, calls)
 
 
-def _check_named_gradients(engine: Engine, plain: Objective, calls: list[str]) -> list[str]:
+def _check_named_gradients(engine: Engine, plain: Objective, calls: list[str], side: int = 24) -> list[str]:
     """Gradient of each parameter against one process, read as the first moment of a step with beta1 = 0.
 
     Same inputs on every rank of dp, so the mean over dp changes nothing. Returns the collectives of forward
@@ -268,9 +271,9 @@ def _check_named_gradients(engine: Engine, plain: Objective, calls: list[str]) -
     engine.load(state, 0)
     plain.load_state_dict(full)
     inputs = ObjectiveInputs(
-        torch.randn(2, 3, 24, 24, generator=generator), torch.randn(2, 3, 24, 24, generator=generator),
+        torch.randn(2, 3, side, side, generator=generator), torch.randn(2, 3, side, side, generator=generator),
         torch.rand(2, generator=generator), torch.randn(2, 5, 12, generator=generator),
-        torch.randn(2, 9, 6, generator=generator),
+        torch.randn(2, (side // 8) ** 2, 6, generator=generator),
     )  # fmt: skip
     calls.clear()
     losses = engine.forward_backward(inputs, scale=1.0, last=True)
