@@ -1,43 +1,84 @@
 """Which caption a sample shows in an epoch: chosen and prefixed by a generator keyed by (seed, epoch, sample)."""
 
 import json
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
 
 from data_pipeline.decode import DecodeError
 from data_pipeline.order import generator
 
+JSON_FIELDS = ("captions", "caption", "text")
+"""Where a ``.json`` member's captions are looked for."""
 PREFIXES = ("A photo of ", "An image of ", "A picture of ", "This is a photo of ")
 """Short openings, as the release puts before short captions half of the time."""
+_WEIGHTS_FIELD = "weights"
+MAX_TEXT_BYTES = 2**20
+"""Longest member in bytes: a list nested in as many brackets takes some 30 times the memory."""
+_MAX_LABEL_DIGITS = 18
 _CAPTION_KEY = 3
-_JSON_FIELDS = ("captions", "caption", "text")
 
 
-def parse_captions(raw: bytes, *, is_json: bool) -> list[str]:
-    """Captions of a ``.txt`` member (the whole of it) or of a ``.json`` one (``captions`` or ``caption``)."""
+@dataclass(frozen=True, slots=True)
+class Captions:
+    """A sample's captions and how often each is to be chosen; weights are positive and need not sum to 1."""
+
+    texts: tuple[str, ...]
+    weights: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not self.texts or len(self.texts) != len(self.weights):
+            raise ValueError(f"{len(self.texts)} captions with {len(self.weights)} weights")
+        if not all(math.isfinite(weight) and weight > 0 for weight in self.weights):
+            raise ValueError(f"weights must be positive and finite, got {self.weights[:5]}")
+
+
+def parse_captions(raw: bytes, *, is_json: bool, fields: Sequence[str] = JSON_FIELDS) -> Captions:
+    """Captions of a ``.txt`` member, which is one caption, or of a ``.json`` one.
+
+    The first of ``fields`` that the JSON object has (null counts as absent) holds a string, a list of strings,
+    or a list of ``{"text": ..., "weight": ...}`` (weight 1 where it has none). ``"weights"`` beside a list of
+    strings weighs them. Blank entries of a list are left out. Raises :class:`DecodeError` of kind
+    ``bad_caption`` for anything else.
+    """
     try:
-        text = raw.decode("utf-8")
         if not is_json:
-            return [text.strip()]
-        fields = json.loads(text)
-        value = next((fields[name] for name in _JSON_FIELDS if name in fields), None)
-    except (UnicodeDecodeError, ValueError, TypeError) as error:
+            return _captions([(_text(raw), 1.0)])
+        entries = _json_object(raw)
+        value = next((entries[name] for name in fields if entries.get(name) is not None), None)
+        if isinstance(value, str):
+            return _captions([(value, 1.0)])
+        if not isinstance(value, list):
+            raise ValueError(f"none of the fields {tuple(fields)} holds text")
+        return _captions(_weighted(value, entries.get(_WEIGHTS_FIELD)))
+    except ValueError as error:
         raise DecodeError("bad_caption", f"{type(error).__name__}: {error}") from error
-    captions = [value] if isinstance(value, str) else value
-    if not isinstance(captions, list) or not captions or not all(isinstance(c, str) for c in captions):
-        raise DecodeError("bad_caption", f"none of the fields {_JSON_FIELDS} holds text")
-    return [c.strip() for c in captions]
+
+
+def json_numbers(raw: bytes, fields: Sequence[str]) -> list[float]:
+    """Numbers of a ``.json`` member; nan where one is absent, no number, or not finite.
+
+    Raises :class:`DecodeError` of kind ``bad_caption`` for what is no JSON object.
+    """
+    try:
+        entries = _json_object(raw)
+    except ValueError as error:
+        raise DecodeError("bad_caption", f"{type(error).__name__}: {error}") from error
+    return [_number(entries.get(name)) for name in fields]
 
 
 def parse_label(raw: bytes) -> int:
     """Class number of a ``.cls`` member: decimal digits."""
     text = raw.decode("ascii", errors="replace").strip()
-    if not text.isdigit():
+    if not text.isdigit() or len(text) > _MAX_LABEL_DIGITS:
         raise DecodeError("bad_label", f"{text[:20]!r} is not a class number")
     return int(text)
 
 
 def choose_caption(
-    captions: Sequence[str],
+    captions: Captions,
     *,
     seed: int,
     epoch: int,
@@ -45,9 +86,82 @@ def choose_caption(
     prefix_probability: float,
     short_words: int,
 ) -> str:
-    """One caption; those under ``short_words`` words get a prefix with the given probability."""
+    """One caption by weight; those under ``short_words`` words get a prefix with the given probability."""
     random = generator(seed, _CAPTION_KEY, epoch, sample)
-    caption = captions[int(random.integers(len(captions)))]
+    texts, weights = captions.texts, captions.weights
+    largest = max(weights)
+    if min(weights) == largest:
+        caption = texts[int(random.integers(len(texts)))]
+    else:
+        # Divided by the largest, so that the sum stays finite.
+        ends = list(accumulate(weight / largest for weight in weights))
+        point = random.random() * ends[-1]
+        caption = next((text for text, end in zip(texts, ends, strict=True) if point < end), texts[-1])
     if len(caption.split()) < short_words and random.random() < prefix_probability:
         caption = PREFIXES[int(random.integers(len(PREFIXES)))] + caption
     return caption
+
+
+def texts_of(captions: Captions, *, prefixes: Sequence[str], short_words: int) -> tuple[str, ...]:
+    """Every text that :func:`choose_caption` may give: each caption, and a short one behind each prefix."""
+    texts: list[str] = []
+    for text in captions.texts:
+        texts.append(text)
+        if len(text.split()) < short_words:
+            texts.extend(prefix + text for prefix in prefixes)
+    return tuple(texts)
+
+
+def _text(raw: bytes) -> str:
+    if len(raw) > MAX_TEXT_BYTES:
+        raise ValueError(f"{len(raw)} bytes are over {MAX_TEXT_BYTES}")
+    return raw.decode("utf-8-sig")
+
+
+def _json_object(raw: bytes) -> dict[str, Any]:
+    try:
+        entries = json.loads(_text(raw))
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if not isinstance(entries, dict):
+        raise ValueError("not a JSON object")
+    return entries
+
+
+def _number(value: object) -> float:
+    """A JSON number that a float holds, else nan; true and false are no numbers."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return math.nan
+    try:
+        number = float(value)
+    except OverflowError:
+        return math.nan
+    return number if math.isfinite(number) else math.nan
+
+
+def _weighted(value: list[Any], weights: object) -> list[tuple[str, float]]:
+    """Texts and weights of a list of strings or of mappings."""
+    if all(isinstance(entry, str) for entry in value):
+        if weights is None:
+            return [(text, 1.0) for text in value]
+        if not isinstance(weights, list) or len(weights) != len(value):
+            raise ValueError(f"{_WEIGHTS_FIELD!r} must be a list of {len(value)} numbers")
+        return [(text, _number(weight)) for text, weight in zip(value, weights, strict=True)]
+    pairs = []
+    for entry in value:
+        if not isinstance(entry, dict) or not isinstance(entry.get("text"), str):
+            raise ValueError('captions must be strings or {"text": ..., "weight": ...}')
+        pairs.append((entry["text"], _number(entry.get("weight", 1.0))))
+    return pairs
+
+
+def _captions(pairs: list[tuple[str, float]]) -> Captions:
+    """What is left without blank texts; weights are checked before that."""
+    checked = Captions(tuple(text.strip() for text, _ in pairs), tuple(weight for _, weight in pairs))
+    for text in checked.texts:
+        # Half of a surrogate pair, which JSON can escape, is no text: tokenizers and UTF-8 refuse it.
+        text.encode("utf-8")
+    kept = [pair for pair in zip(checked.texts, checked.weights, strict=True) if pair[0]]
+    if not kept:
+        raise ValueError("an empty caption")
+    return Captions(tuple(text for text, _ in kept), tuple(weight for _, weight in kept))

@@ -1,208 +1,288 @@
 """The index of a data set: where each sample lies in its shard, and what is known of it.
 
-Made once (``deco-data index``), kept beside the shards as ``index.npz`` (NumPy arrays and a JSON header,
-read without pickle). A sample is an image member and a caption or class member (``.txt``, ``.json``, ``.cls``)
-with the same stem, one after the other; anything else is listed by name and never trained on.
+Made once (``deco-data index``, :mod:`data_pipeline.scan`) and kept beside the shards as
+``index.safetensors``: columns of NumPy numbers, 34 bytes a sample, and a JSON header. It is mapped into
+memory, so that the processes of a node share one copy.
 """
 
+import dataclasses
 import hashlib
-import io
 import json
-import tarfile
-import zipfile
-import zlib
-from collections.abc import Callable
+import os
+import struct
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import google_crc32c
 import numpy as np
-from PIL import Image
+from safetensors.numpy import save
 
 from data_pipeline.errors import DataError
 from data_pipeline.store import ObjectInfo, Store
 
-INDEX_KEY = "index.npz"
-VERSION = 1
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
-TEXT_SUFFIXES = ("txt", "json", "cls")
-_COLUMNS = {
-    "shard": np.uint32,
-    "start": np.uint64,
-    "end": np.uint64,
-    "image_offset": np.uint64,
+INDEX_KEY = "index.safetensors"
+VERSION = 2
+BLOCK = 512
+"""Bytes of a tar block; offsets are counted in them."""
+COLUMNS: dict[str, Any] = {
+    # Blocks: where the sample starts in its shard, how long it is, where its members lie in it.
+    "start": np.uint32,
+    "length": np.uint32,
+    "image_at": np.uint16,
+    "text_at": np.uint32,
+    # Bytes.
     "image_size": np.uint32,
-    "text_offset": np.uint64,
     "text_size": np.uint32,
-    "is_json": np.bool_,
-    "height": np.uint32,
-    "width": np.uint32,
+    # Pixels as seen (after EXIF orientation).
+    "height": np.uint16,
+    "width": np.uint16,
+    # Characters of the longest caption, and how many there are; both stop at the type's end.
+    "caption_chars": np.uint16,
+    "num_captions": np.uint8,
+    "flags": np.uint8,
+    # Of the sample's bytes, start to start + length.
     "crc32c": np.uint32,
 }
-_TAR_BLOCK = 512
-_DAMAGE = (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error)
-"""What NumPy raises for an archive that is not whole."""
+IS_JSON, IS_LABEL = 1, 2
+"""Flags: what the text member is; neither means ``.txt``."""
+SCORE = "score."
+"""Prefix of columns with numbers from the samples' ``.json``."""
+_MAX_HEADER = 256 * 2**20
+_PIECE = 32 * 2**20
+_ATTEMPTS = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Index:
-    """Columns of equal length, one entry per sample, and the shards they point into.
+class Location:
+    """A sample's place; offsets in bytes, ``image`` and ``text`` within the sample."""
 
-    ``digest`` identifies the content; the order of samples depends on it.
+    shard: int
+    start: int
+    end: int
+    image: slice
+    text: slice
+    crc32c: int
+    is_json: bool
+    is_label: bool
+
+
+@dataclass(frozen=True)
+class Index:
+    """Columns of equal length, one entry per row, and the shards they point into.
+
+    Samples are numbered 0 to ``len(index) - 1``; where ``rows`` is given, only those rows are samples.
+    ``ends[i]`` is the number of rows in shards 0 to i. ``digest`` identifies the content and the selection;
+    the order of samples depends on it; ``whole_digest`` is that of all rows. ``header`` keeps how the index was
+    made and what was left out.
     """
 
     shards: tuple[ObjectInfo, ...]
-    columns: dict[str, "np.ndarray[Any, Any]"]
-    digest: str = field(default="")
+    ends: "np.ndarray[Any, np.dtype[np.int64]]"
+    columns: Mapping[str, "np.ndarray[Any, Any]"]
+    digest: str
+    header: Mapping[str, Any] = field(default_factory=dict)
+    rows: "np.ndarray[Any, np.dtype[np.uint32]] | None" = None
+    whole_digest: str = ""
 
     def __len__(self) -> int:
-        return len(self.columns["shard"])
+        return len(self.columns["start"]) if self.rows is None else len(self.rows)
 
-    def select(self, min_side: int) -> "Index":
-        """Only the samples whose shorter side has at least ``min_side`` pixels; a digest of its own."""
-        keep = np.minimum(self.columns["height"], self.columns["width"]) >= min_side
-        if keep.all():
-            return self
-        return make_index(self.shards, {n: c[keep] for n, c in self.columns.items()})
+    def row(self, sample: int) -> int:
+        return sample if self.rows is None else int(self.rows[sample])
 
+    def shard_of(self, sample: int) -> int:
+        return int(np.searchsorted(self.ends, self.row(sample), side="right"))
 
-def make_index(shards: tuple[ObjectInfo, ...], columns: dict[str, Any]) -> Index:
-    """Index with the digest of its content."""
-    columns = {n: np.ascontiguousarray(columns[n], dtype=t) for n, t in _COLUMNS.items()}
-    hasher = hashlib.sha256(json.dumps([[s.key, s.size] for s in shards]).encode())
-    for column in columns.values():
-        hasher.update(column.tobytes())
-    return Index(shards, columns, hasher.hexdigest()[:16])
+    def sample_ends(self) -> "np.ndarray[Any, np.dtype[np.int64]]":
+        """Number of samples in shards 0 to i."""
+        return self.ends if self.rows is None else np.searchsorted(self.rows, self.ends).astype(np.int64)
 
+    def column(self, name: str, first: int, last: int) -> "np.ndarray[Any, Any]":
+        """Values of samples ``first`` to ``last - 1``."""
+        where = slice(first, last)
+        return self.columns[name][where if self.rows is None else self.rows[where]]
 
-@dataclass
-class ScanReport:
-    """What a scan left out: ``<shard>: <member>: <reason>``."""
-
-    problems: list[str] = field(default_factory=list)
-
-
-def scan_shard(store: Store, shard: ObjectInfo, number: int, report: ScanReport) -> dict[str, Any]:
-    """Columns of one shard; problems go to the report with the shard's key and the member's name."""
-    raw = store.read(shard.key, 0, shard.size, shard.etag) if shard.size else b""
-    rows: list[dict[str, Any]] = []
-    pending: dict[str, tarfile.TarInfo] = {}
-    stem = ""
-
-    def close(end: int) -> None:
-        if not pending:
-            return
-        image = next((pending[s] for s in IMAGE_SUFFIXES if s in pending), None)
-        text = next((pending[s] for s in TEXT_SUFFIXES if s in pending), None)
-        if image is None or text is None:
-            missing = "image" if image is None else "caption"
-            report.problems.append(f"{shard.key}: {stem}: no {missing}")
-            return
-        try:
-            with Image.open(io.BytesIO(raw[image.offset_data : image.offset_data + image.size])) as opened:
-                width, height = opened.size
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
-            report.problems.append(f"{shard.key}: {image.name}: not an image ({error})")
-            return
-        start = min(m.offset for m in pending.values())
-        rows.append(
-            {
-                "shard": number,
-                "start": start,
-                "end": end,
-                "image_offset": image.offset_data,
-                "image_size": image.size,
-                "text_offset": text.offset_data,
-                "text_size": text.size,
-                "is_json": text.name.endswith(".json"),
-                "height": height,
-                "width": width,
-                "crc32c": google_crc32c.value(raw[start:end]),
-            }
+    def locate(self, sample: int) -> Location:
+        row, columns = self.row(sample), self.columns
+        start = BLOCK * int(columns["start"][row])
+        image, text = (BLOCK * int(columns[name][row]) for name in ("image_at", "text_at"))
+        flags = int(columns["flags"][row])
+        return Location(
+            shard=int(np.searchsorted(self.ends, row, side="right")),
+            start=start,
+            end=start + BLOCK * int(columns["length"][row]),
+            image=slice(image, image + int(columns["image_size"][row])),
+            text=slice(text, text + int(columns["text_size"][row])),
+            crc32c=int(columns["crc32c"][row]),
+            is_json=bool(flags & IS_JSON),
+            is_label=bool(flags & IS_LABEL),
         )
 
-    last_end = 0
-    try:
-        with tarfile.open(fileobj=io.BytesIO(raw), mode="r:") as tar:
-            for member in tar:
-                if not member.isfile():
-                    continue
-                folder, _, name = member.name.rpartition("/")
-                base, _, suffix = name.partition(".")
-                if f"{folder}/{base}" != stem:
-                    close(last_end)
-                    pending, stem = {}, f"{folder}/{base}"
-                pending[suffix.lower()] = member
-                padded = -(-member.size // _TAR_BLOCK) * _TAR_BLOCK
-                last_end = member.offset_data + padded
-                if last_end > len(raw):
-                    raise tarfile.ReadError(f"{member.name} is cut off")
-        close(last_end)
-    except tarfile.TarError as error:
-        report.problems.append(f"{shard.key}: {error}")
-        if pending and last_end <= len(raw):
-            close(last_end)
-    if raw[last_end : last_end + _TAR_BLOCK] != bytes(_TAR_BLOCK):
-        report.problems.append(f"{shard.key}: no end-of-archive mark, the shard may be cut off")
-    return {name: [row[name] for row in rows] for name in _COLUMNS}
+    def only(self, rows: "np.ndarray[Any, Any]") -> "Index":
+        """The same index with some rows (ascending) as its samples, under a digest of its own."""
+        rows = np.ascontiguousarray(rows, dtype=np.uint32)
+        if self.rows is None and len(rows) == len(self):
+            return self
+        digest = hashlib.sha256(self.digest.encode())
+        digest.update(_bytes(rows))
+        return dataclasses.replace(self, digest=digest.hexdigest()[:16], rows=rows)
 
 
-def build_index(
-    store: Store, *, progress: Callable[[str, int, int], None] | None = None
-) -> tuple[Index, ScanReport]:
-    """Scan all ``.tar`` objects below the store's URL, in the order of their keys.
+def make_index(
+    shards: Sequence[ObjectInfo],
+    counts: Sequence[int],
+    columns: Mapping[str, Any],
+    *,
+    header: Mapping[str, Any] | None = None,
+) -> Index:
+    """Index of shards with ``counts`` rows each, with the digest of its content."""
+    types = {n: COLUMNS.get(n, np.float32) for n in columns}
+    arrays = {n: np.ascontiguousarray(columns[n], dtype=t) for n, t in types.items()}
+    hasher = hashlib.sha256(
+        json.dumps([[s.key, s.size, int(c)] for s, c in zip(shards, counts, strict=True)]).encode()
+    )
+    for name in sorted(arrays):
+        hasher.update(name.encode())
+        hasher.update(_bytes(arrays[name]))
+    ends = np.cumsum(np.asarray(counts, dtype=np.int64))
+    digest = hasher.hexdigest()[:16]
+    return Index(tuple(shards), ends, arrays, digest, dict(header or {}), whole_digest=digest)
 
-    Raises :class:`DataError` where there is none.
-    """
-    shards = tuple(info for info in store.list() if info.key.endswith(".tar"))
-    if not shards:
-        raise DataError(f"{store.url}: no .tar shards there")
-    report = ScanReport()
-    parts = []
-    for number, shard in enumerate(shards):
-        parts.append(scan_shard(store, shard, number, report))
-        if progress:
-            progress(shard.key, number + 1, len(shards))
-    columns = {name: np.concatenate([np.asarray(p[name]) for p in parts]) for name in _COLUMNS}
-    return make_index(shards, columns), report
 
-
-def save_index(store: Store, index: Index) -> None:
-    """Write ``index.npz`` beside the shards."""
+def save_index(store: Store, index: Index, key: str = INDEX_KEY) -> None:
+    """Write the index beside the shards."""
+    if index.rows is not None:
+        raise ValueError("a selection is made when data are read; the whole index is saved")
     header = {
+        **index.header,
         "version": VERSION,
         "digest": index.digest,
         "shards": [[s.key, s.size, s.etag] for s in index.shards],
+        "ends": index.ends.tolist(),
     }
-    buffer = io.BytesIO()
-    encoded = np.frombuffer(json.dumps(header).encode(), dtype=np.uint8)
-    np.savez_compressed(buffer, header=encoded, **index.columns)  # type: ignore[arg-type]
-    data = buffer.getvalue()
-    # A zip archive may be followed by other bytes; these cover what the archive's own sums do not.
-    store.write(INDEX_KEY, data + google_crc32c.value(data).to_bytes(4, "big"))
+    store.write(key, pack_columns(index.columns, header))
 
 
-def load_index(store: Store) -> Index:
-    """Read ``index.npz``; raises :class:`DataError` where it is missing, damaged or empty."""
-    raw = store.read_all(INDEX_KEY)
-    if raw is None:
-        found = sum(info.key.endswith(".tar") for info in store.list())
-        what = f"{found} shards but no index" if found else "no shards and no index: nothing is here"
-        raise DataError(f"{store.url}: {what}; pack data there, then run: deco-data index {store.url}")
-    data, checksum = raw[:-4], int.from_bytes(raw[-4:], "big")
-    if google_crc32c.value(data) != checksum:
-        raise DataError(f"{store.url}/{INDEX_KEY} is damaged (wrong checksum); index again")
-    try:
-        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-            header = json.loads(arrays["header"].tobytes())
-            columns = {name: arrays[name] for name in _COLUMNS}
-        if header["version"] != VERSION:
-            raise DataError(f"{store.url}: index version {header['version']}, wanted {VERSION}")
-        index = make_index(tuple(ObjectInfo(*entry) for entry in header["shards"]), columns)
-    except _DAMAGE as error:
-        raise DataError(f"{store.url}/{INDEX_KEY} is damaged ({error}); index again") from error
-    if index.digest != header["digest"]:
-        raise DataError(f"{store.url}/{INDEX_KEY} is damaged (wrong digest); index again")
+def load_index(store: Store, *, cache: Path | None = None) -> Index:
+    """Read the index; raises :class:`DataError` where it is missing, damaged or empty.
+
+    ``cache`` is a folder for a copy of a remote index, which the processes of a node then share.
+    """
+    where = f"{store.url}/{INDEX_KEY}"
+    for attempt in range(_ATTEMPTS):
+        raw = _raw(store, cache, fresh=attempt > 0)
+        if raw is None:
+            found = sum(info.key.endswith(".tar") for info in store.list())
+            what = f"{found} shards but no index" if found else "no shards and no index: nothing is here"
+            raise DataError(f"{store.url}: {what}; pack data there, then run: deco-data index {store.url}")
+        try:
+            index = parse_index(raw, where)
+            break
+        except DataError:
+            # It may have been damaged on its way, or in the cache.
+            if store.local_path(INDEX_KEY) is not None or attempt == _ATTEMPTS - 1:
+                raise
     if not len(index):
         raise DataError(f"{store.url}: the index holds no usable sample")
     return index
+
+
+def parse_index(raw: "np.ndarray[Any, np.dtype[np.uint8]]", where: str) -> Index:
+    """Index from the bytes of its file, sharing their memory; raises :class:`DataError` for damage."""
+    columns, header = unpack_columns(raw, where, COLUMNS, VERSION)
+    try:
+        ends = np.asarray(header["ends"], dtype=np.int64)
+        shards = tuple(ObjectInfo(*entry) for entry in header["shards"])
+        rows = len(columns["start"])
+        if len(ends) != len(shards) or (int(ends[-1]) if len(ends) else 0) != rows:
+            raise ValueError(f"{len(ends)} ends for {len(shards)} shards and {rows} rows")
+        digest = str(header["digest"])
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise DataError(f"{where} is damaged ({type(error).__name__}: {error}); make it again") from error
+    kept = {n: v for n, v in header.items() if n not in ("shards", "ends", "digest", "version")}
+    return Index(shards, ends, columns, digest, kept, whole_digest=digest)
+
+
+def pack_columns(columns: Mapping[str, "np.ndarray[Any, Any]"], header: Mapping[str, Any]) -> bytes:
+    """A safetensors file of columns and a JSON header, with checksums of each."""
+    checked = {**header, "crc32c": {name: google_crc32c.value(_bytes(c)) for name, c in columns.items()}}
+    text = json.dumps(checked)
+    metadata = {"header": text, "crc32c": str(google_crc32c.value(text.encode()))}
+    # Columns of 4 bytes before those of 2 and 1, so that each lies aligned when mapped.
+    arrays = dict(sorted(columns.items(), key=lambda item: -item[1].dtype.itemsize))
+    return save(arrays, metadata)
+
+
+def unpack_columns(
+    raw: "np.ndarray[Any, np.dtype[np.uint8]]", where: str, types: Mapping[str, Any], version: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Columns (views of ``raw``) and header of such a file; raises :class:`DataError` for any damage."""
+    try:
+        arrays, metadata = _parse_safetensors(raw)
+        if str(google_crc32c.value(metadata["header"].encode())) != metadata["crc32c"]:
+            raise ValueError("wrong checksum of the header")
+        header = json.loads(metadata["header"])
+        if header["version"] != version:
+            raise DataError(f"{where} has version {header['version']}, wanted {version}; make it again")
+        columns = {n: arrays[n] for n in (*types, *(n for n in arrays if n.startswith(SCORE)))}
+        for name, column in columns.items():
+            if name in types and column.dtype != types[name]:
+                raise ValueError(f"column {name} has type {column.dtype}")
+            if google_crc32c.value(_bytes(column)) != header["crc32c"][name]:
+                raise ValueError(f"wrong checksum of column {name}")
+        if len({len(column) for column in columns.values()}) > 1:
+            raise ValueError("columns of different lengths")
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, struct.error, RecursionError) as error:
+        raise DataError(f"{where} is damaged ({type(error).__name__}: {error}); make it again") from error
+    return columns, header
+
+
+def _parse_safetensors(raw: "np.ndarray[Any, np.dtype[np.uint8]]") -> tuple[dict[str, Any], dict[str, str]]:
+    """Columns as views of ``raw``: the library's own reader copies."""
+    (size,) = struct.unpack("<Q", raw[:8].tobytes())
+    if size > min(len(raw) - 8, _MAX_HEADER):
+        raise ValueError(f"a header of {size} bytes in a file of {len(raw)}")
+    header = json.loads(raw[8 : 8 + size].tobytes())
+    metadata = header.pop("__metadata__")
+    types = {"F32": np.float32, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8}
+    arrays = {}
+    for name, entry in header.items():
+        first, last = entry["data_offsets"]
+        if not 0 <= first <= last <= len(raw) - 8 - size:
+            raise ValueError(f"column {name} lies outside of the file")
+        arrays[name] = raw[8 + size + first : 8 + size + last].view(types[entry["dtype"]])
+        if entry["shape"] != [len(arrays[name])]:
+            raise ValueError(f"column {name} has shape {entry['shape']}")
+    return arrays, metadata
+
+
+def _raw(store: Store, cache: Path | None, *, fresh: bool) -> "np.ndarray[Any, np.dtype[np.uint8]] | None":
+    """The file's bytes, mapped where they are on a local disk."""
+    local = store.local_path(INDEX_KEY)
+    if local is not None:
+        return np.memmap(local, dtype=np.uint8, mode="r") if local.exists() and local.stat().st_size else None
+    info = store.info(INDEX_KEY)
+    if info is None:
+        return None
+    if cache is None:
+        return np.frombuffer(store.read(INDEX_KEY, 0, info.size, info.etag), dtype=np.uint8)
+    name = hashlib.sha256(f"{store.url} {info.etag} {info.size}".encode()).hexdigest()[:32]
+    path = cache / f"index-{name}.safetensors"
+    if fresh or not path.exists() or path.stat().st_size != info.size:
+        cache.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}.partial")
+        with partial.open("wb") as file:
+            for offset in range(0, info.size, _PIECE):
+                length = min(_PIECE, info.size - offset)
+                file.write(store.read(INDEX_KEY, offset, length, info.etag))
+        os.replace(partial, path)
+    return np.memmap(path, dtype=np.uint8, mode="r")
+
+
+def _bytes(column: "np.ndarray[Any, Any]") -> Any:
+    """A read-only view for the checksum, without a copy: a column may be gigabytes."""
+    view = np.ascontiguousarray(column).view(np.uint8)
+    view.flags.writeable = False
+    return view

@@ -1,6 +1,6 @@
 """Elastic order: which sample stands at a position depends only on (index, seed, epoch, position).
 
-Samples lie in chunks of 32 neighbours of a shard, one ranged read each. An epoch shuffles the chunks and
+Samples lie in chunks of up to 32 neighbours of a shard, one ranged read each. An epoch shuffles the chunks and
 cuts the resulting line of samples into ``streams`` equal pieces; position p belongs to stream p mod streams,
 so that a rank which owns some residues reads few chunks that others read too. Within a stream, samples
 are shuffled in windows. No sample is left out or repeated within an epoch, whatever the numbers.
@@ -11,9 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.index import Index
+from data_pipeline.index import BLOCK, Index
 
 CHUNK_SAMPLES = 32
+CHUNK_BYTES = 8 * 2**20
+"""A chunk ends where its shard passes a multiple of this, so that one read stays of a good size."""
+_SLICE = 4 * 2**20
 _CHUNK_KEY, _WINDOW_KEY = 1, 2
 Ints = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -33,14 +36,25 @@ class Chunks:
 
     @classmethod
     def of_index(cls, index: Index) -> "Chunks":
-        """Cut each shard's samples into chunks."""
-        shard = index.columns["shard"]
-        starts = np.flatnonzero(np.diff(shard, prepend=-1))
-        ends = np.append(starts[1:], len(shard))
-        firsts = [np.arange(a, b, CHUNK_SAMPLES) for a, b in zip(starts, ends, strict=True)]
-        lasts = [np.minimum(f + CHUNK_SAMPLES, b) for f, b in zip(firsts, ends, strict=True)]
+        """Cut each shard's samples into chunks; a slice of samples at a time, for the sake of memory."""
+        ends = index.sample_ends()
+        shard_first = np.concatenate([[0], ends])
+        firsts = []
+        before: tuple[int, int, int] | None = None
+        for low in range(0, len(index), _SLICE):
+            high = min(len(index), low + _SLICE)
+            samples = np.arange(low, high)
+            shard = np.searchsorted(ends, samples, side="right")
+            place = (samples - shard_first[shard]) // CHUNK_SAMPLES
+            piece = index.column("start", low, high).astype(np.int64) // (CHUNK_BYTES // BLOCK)
+            # A chunk begins wherever shard, place in it or piece of it changes.
+            starts = np.ones(high - low, dtype=bool)
+            starts[1:] = (np.diff(shard) != 0) | (np.diff(place) != 0) | (np.diff(piece) != 0)
+            starts[0] = before != (int(shard[0]), int(place[0]), int(piece[0]))
+            before = (int(shard[-1]), int(place[-1]), int(piece[-1]))
+            firsts.append(samples[starts])
         first = np.concatenate(firsts).astype(np.int64)
-        return cls(first, np.concatenate(lasts).astype(np.int64) - first)
+        return cls(first, np.diff(first, append=len(index)).astype(np.int64))
 
     def of(self, sample: int) -> int:
         """Chunk that holds a sample."""
@@ -91,7 +105,7 @@ class ElasticOrder:
         self.chunks = Chunks.of_index(index)
         self.length = len(index)
         # A short set has fewer streams, so that each is long enough to be shuffled.
-        self._streams = max(1, min(streams, self.length // window))
+        self.streams = max(1, min(streams, self.length // window))
         self._seed, self._window = seed, window
         self._epochs: OrderedDict[int, EpochOrder] = OrderedDict()
 
@@ -103,7 +117,7 @@ class ElasticOrder:
                 self.chunks,
                 seed=self._seed,
                 epoch=epoch,
-                streams=self._streams,
+                streams=self.streams,
                 window=self._window,
             )
             if len(self._epochs) > 2:

@@ -1,105 +1,55 @@
-"""Pack pictures and captions into WebDataset tar shards.
+"""Pack samples into WebDataset tar shards: the same samples give the same bytes, anywhere and at any time.
 
-Sources: a folder with a ``.txt`` or ``.json`` file beside each picture, or a parquet file with a picture
-column (bytes, or a path) and a caption column (text, or a list of texts). Pictures are stored as they are.
+A shard appears whole or not at all; ``shards.json`` (key, size, samples and SHA-256 of each) is written last.
 """
 
+import hashlib
 import io
 import json
+import re
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-from PIL import Image
-
-from data_pipeline.captions import parse_captions
-from data_pipeline.decode import DecodeError
 from data_pipeline.errors import DataError
-from data_pipeline.index import IMAGE_SUFFIXES
+from data_pipeline.index import INDEX_KEY
+from data_pipeline.sources import RawSample, read_folder, read_parquet
 from data_pipeline.store import Store
 
-IMAGE_COLUMNS = ("image", "jpg", "png", "image_bytes", "image_path", "path")
-CAPTION_COLUMNS = ("captions", "caption", "text", "txt")
-_FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+__all__ = ["MANIFEST_KEY", "OccupiedError", "PackReport", "PackedShard", "pack", "read_folder", "read_parquet"]
+
+MANIFEST_KEY = "shards.json"
+MARK_KEY = "shards.partial"
+"""There while packing: says that the shards beside it may be replaced."""
+_MARK = b"deco-data pack is running or was interrupted here; running it again replaces the shards.\n"
+_OURS = re.compile(r"shard-\d{5,}\.tar")
+
+
+class OccupiedError(DataError):
+    """The URL holds shards that packing would mix with, or replace."""
 
 
 @dataclass(frozen=True, slots=True)
-class RawSample:
-    """Encoded picture, its suffix, and its captions; ``name`` is for error messages."""
+class PackedShard:
+    """An entry of ``shards.json``."""
 
-    name: str
-    image: bytes
-    suffix: str
-    captions: list[str]
+    key: str
+    size: int
+    samples: int
+    sha256: str
 
 
 @dataclass
 class PackReport:
-    """What was written and what was left out, by name."""
+    """What was written and what was left out, by name; ``captioned`` samples have more than a class number."""
 
     samples: int
     shards: list[str]
     skipped: list[str]
-
-
-def read_folder(folder: Path, skipped: list[str]) -> Iterator[RawSample]:
-    """Pictures below ``folder`` in the order of their names; those without captions go to ``skipped``."""
-    pictures = sorted(p for p in folder.rglob("*") if p.suffix.lower().lstrip(".") in IMAGE_SUFFIXES)
-    for path in pictures:
-        beside = next((p for p in map(path.with_suffix, (".txt", ".json")) if p.exists()), None)
-        if beside is None:
-            skipped.append(f"{path}: no .txt or .json beside it")
-            continue
-        try:
-            captions = parse_captions(beside.read_bytes(), is_json=beside.suffix == ".json")
-        except DecodeError as error:
-            skipped.append(f"{beside}: {error}")
-            continue
-        yield RawSample(str(path), path.read_bytes(), path.suffix.lower().lstrip("."), captions)
-
-
-def read_parquet(file: Path, skipped: list[str]) -> Iterator[RawSample]:
-    """Rows of a parquet file; a row whose picture is not one goes to ``skipped``."""
-    import pyarrow.parquet as parquet
-
-    table = parquet.ParquetFile(file)
-    names = table.schema_arrow.names
-    image_column = next((n for n in IMAGE_COLUMNS if n in names), None)
-    caption_column = next((n for n in CAPTION_COLUMNS if n in names), None)
-    if image_column is None or caption_column is None:
-        raise DataError(
-            f"{file}: needs one of the columns {IMAGE_COLUMNS} and one of {CAPTION_COLUMNS}, has {names}"
-        )
-    row = 0
-    for batch in table.iter_batches(batch_size=64, columns=[image_column, caption_column]):
-        for entry in batch.to_pylist():
-            name = f"{file}: row {row}"
-            row += 1
-            try:
-                image = _parquet_image(entry[image_column], file.parent)
-                captions = entry[caption_column]
-                captions = [captions] if isinstance(captions, str) else captions
-                if not captions:
-                    raise DataError("no caption")
-                with Image.open(io.BytesIO(image)) as opened:
-                    suffix = _FORMATS[opened.format or ""]
-            except (OSError, KeyError, ValueError, DataError) as error:
-                skipped.append(f"{name}: {error}")
-                continue
-            yield RawSample(name, image, suffix, list(captions))
-
-
-def _parquet_image(value: Any, folder: Path) -> bytes:
-    if isinstance(value, dict):
-        value = value.get("bytes") or value.get("path")
-    if isinstance(value, str):
-        return (folder / value).read_bytes()
-    if not isinstance(value, bytes):
-        raise DataError(f"the picture is {type(value).__name__}, not bytes or a path")
-    return value
+    captioned: int = 0
 
 
 def pack(
@@ -108,43 +58,94 @@ def pack(
     *,
     shard_bytes: int,
     skipped: list[str],
+    overwrite: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> PackReport:
-    """Write ``shard-00000.tar``, ... of about ``shard_bytes`` each; a shard appears whole or not at all."""
+    """Write ``shard-00000.tar``, ... of about ``shard_bytes`` each, one uploaded while the next is packed.
+
+    Raises :class:`OccupiedError` where shards are, unless an interrupted ``pack`` left them or ``overwrite`` is
+    given; shards that ``pack`` does not name are never replaced.
+    """
+    replaced = _replaceable(store, overwrite)
     report = PackReport(0, [], skipped)
-    with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / "shard.tar"
-        tar: tarfile.TarFile | None = None
+    packed: list[PackedShard] = []
+    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(1, thread_name_prefix="upload") as uploader:
+        uploading: Future[PackedShard] | None = None
+        shard: _Shard | None = None
         for sample in samples:
-            if tar is None:
-                tar = tarfile.open(path, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115 - one per shard
-            key = f"{report.samples:09d}"
-            _add(tar, f"{key}.{sample.suffix}", sample.image)
-            if len(sample.captions) == 1:
-                _add(tar, f"{key}.txt", sample.captions[0].encode())
-            else:
-                _add(tar, f"{key}.json", json.dumps({"captions": sample.captions}).encode())
+            if not report.samples:
+                _begin(store, replaced)
+            shard = shard or _Shard(Path(scratch) / f"shard-{len(report.shards):05d}.tar")
+            shard.add(f"{report.samples:09d}", sample)
             report.samples += 1
+            report.captioned += bool(sample.captions)
             if progress:
                 progress(report.samples)
-            if tar.offset >= shard_bytes:
-                _finish(tar, path, store, report)
-                tar = None
-        if tar is not None:
-            _finish(tar, path, store, report)
+            if shard.size >= shard_bytes:
+                # Waiting here keeps at most two shards on the disk: this one, and the one that is packed next.
+                packed += [uploading.result()] if uploading else []
+                uploading = uploader.submit(shard.upload, store)
+                report.shards.append(shard.path.name)
+                shard = None
+        packed += [uploading.result()] if uploading else []
+        if shard is not None:
+            packed.append(shard.upload(store))
+            report.shards.append(shard.path.name)
     if not report.samples:
         raise DataError(f"nothing to pack; left out: {report.skipped[:5]}")
+    for key in replaced - set(report.shards):
+        store.delete(key)
+    store.write(MANIFEST_KEY, json.dumps([asdict(shard) for shard in packed], indent=1).encode())
+    store.delete(MARK_KEY)
     return report
 
 
-def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    info = tarfile.TarInfo(name)
-    info.size = len(data)
-    tar.addfile(info, io.BytesIO(data))
+def _replaceable(store: Store, overwrite: bool) -> set[str]:
+    """Shards that are there and may be replaced."""
+    root = store.local_path("")
+    if root is not None and not root.exists():
+        return set()
+    tars = {info.key for info in store.list() if info.key.endswith(".tar")}
+    if tars and not overwrite and store.read_all(MARK_KEY) is None:
+        raise OccupiedError(f"{store.url}: holds {len(tars)} tar shards; give --overwrite to replace them")
+    foreign = sorted(key for key in tars if not _OURS.fullmatch(key))
+    if foreign:
+        raise OccupiedError(f"{store.url}: holds {foreign[0]}, which deco-data pack did not write; pack elsewhere")
+    return tars
 
 
-def _finish(tar: tarfile.TarFile, path: Path, store: Store, report: PackReport) -> None:
-    tar.close()
-    key = f"shard-{len(report.shards):05d}.tar"
-    store.write_file(key, path)
-    report.shards.append(key)
+def _begin(store: Store, replaced: set[str]) -> None:
+    store.write(MARK_KEY, _MARK)
+    if replaced:
+        # They describe what is about to be replaced.
+        for key in (MANIFEST_KEY, INDEX_KEY):
+            store.delete(key)
+
+
+class _Shard:
+    """A shard that is being written to a local file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._samples = path, 0
+        self._tar = tarfile.open(path, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115 - closed by upload
+
+    @property
+    def size(self) -> int:
+        return self._tar.offset  # type: ignore[attr-defined]
+
+    def add(self, key: str, sample: RawSample) -> None:
+        for suffix, raw in {sample.suffix: sample.image, **sample.texts()}.items():
+            # Time, owner and mode are TarInfo's defaults, the same everywhere.
+            info = tarfile.TarInfo(f"{key}.{suffix}")
+            info.size = len(raw)
+            self._tar.addfile(info, io.BytesIO(raw))
+        self._samples += 1
+
+    def upload(self, store: Store) -> PackedShard:
+        self._tar.close()
+        with self.path.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        store.write_file(self.path.name, self.path)
+        size = self.path.stat().st_size
+        self.path.unlink()
+        return PackedShard(self.path.name, size, self._samples, sha256)

@@ -1,37 +1,118 @@
 """Settings of the data pipeline."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
+
+from data_pipeline.decode import DecodeMode
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Filters:
+    """Which samples of an index are trained on; judged by the index alone, so an order never depends on a run.
+
+    ``min_side`` and ``max_pixels`` in pixels; ``max_aspect`` is the longer side over the shorter; caption
+    lengths in characters of the longest caption. ``min_scores`` names fields of the samples' ``.json`` that were
+    indexed (``deco-data index --score``); a sample without the number is left out.
+    """
+
+    min_side: int = 0
+    max_pixels: int | None = None
+    max_aspect: float | None = None
+    min_caption_chars: int = 0
+    max_caption_chars: int | None = None
+    min_scores: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Source:
+    """One data set of a mixture; ``weight`` is its share of the samples, relative to the others'.
+
+    ``text_states`` is where ``deco embed`` wrote its text states, if it did.
+    """
+
+    url: str
+    weight: float = 1.0
+    text_states: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.weight > 0:
+            raise ValueError(f"weight={self.weight} of {self.url} must be above 0")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
     """Where the samples are and how they are read.
 
-    ``url`` is ``s3://bucket/prefix`` or a local folder with tar shards and their index. ``target: label``
-    reads class numbers (``.cls``) in place of captions. ``streams`` and ``window`` shape the order and are
-    part of a run's identity: changing them changes which samples a step sees. ``ahead`` samples per rank are
-    fetched and decoded before they are needed.
+    ``url`` is ``s3://bucket/prefix`` or a local folder with tar shards and their index; ``mixture`` lists
+    several with weights in its place. ``target: label`` reads class numbers (``.cls``) in place of captions.
+
+    ``streams``, ``window``, ``filters``, ``mixture`` and ``bucket_aspect`` shape the order and are part of a
+    run's identity: changing them changes which samples a step sees. ``bucket_aspect`` above 1 keeps pictures up to
+    that aspect ratio in buckets of their own shape instead of cropping squares.
+
+    ``decode`` is ``exact`` (the public release's preprocessing) or ``fast`` (docs/data.md has the difference).
+    ``ahead`` samples per rank are fetched and decoded before they are needed; ``workers`` of ``worker_kind``
+    decode them (0: none beside the loop itself), ``fetchers`` read chunks, of which ``buffer_bytes`` are held.
+    ``cache_dir`` keeps up to ``cache_bytes`` of chunks on a local disk, shared by the processes of a node.
+    ``text_states`` is the URL where ``deco embed`` wrote text states; empty encodes captions while training.
+
+    ``anonymous`` and ``requester_pays`` are for public buckets; other access is set the standard AWS ways. A
+    request that receives nothing for ``stall_s`` seconds is tried again, one that gets nowhere for
+    ``deadline_s`` ends the run.
     """
 
-    url: str
+    url: str = ""
+    mixture: tuple[Source, ...] = ()
     target: Literal["caption", "label"] = "caption"
     streams: int = 64
     window: int = 1024
+    filters: Filters = field(default_factory=Filters)
+    bucket_aspect: float = 1.0
+    decode: DecodeMode = "exact"
     workers: int = 4
     worker_kind: Literal["thread", "process"] = "thread"
     fetchers: int = 4
     ahead: int = 256
-    cache_bytes: int = 512 * 2**20
+    buffer_bytes: int = 512 * 2**20
+    cache_dir: str = ""
+    cache_bytes: int = 64 * 2**30
+    text_states: str = ""
+    anonymous: bool = False
+    requester_pays: bool = False
+    deadline_s: float = 300.0
+    stall_s: float = 30.0
     max_pixels: int = 64 * 2**20
     prefix_probability: float = 0.5
     short_caption_words: int = 30
     max_bad_fraction: float = 0.01
 
     def __post_init__(self) -> None:
-        for name in ("streams", "window", "workers", "fetchers", "ahead", "cache_bytes", "max_pixels"):
+        if bool(self.url) == bool(self.mixture):
+            raise ValueError("set either url, or mixture with URLs of its own")
+        if self.mixture and self.text_states:
+            raise ValueError("text_states of a mixture are set for each of its data sets")
+        if any(bool(s.text_states) != bool(self.sources[0].text_states) for s in self.sources):
+            raise ValueError("text_states are set for some data sets of the mixture and not for all")
+        for name in ("streams", "window", "fetchers", "ahead", "buffer_bytes", "cache_bytes", "max_pixels"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.workers < 0:
+            raise ValueError(f"workers={self.workers} must be at least 0")
+        for name in ("deadline_s", "stall_s"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be above 0")
+        if self.bucket_aspect < 1:
+            raise ValueError(f"bucket_aspect={self.bucket_aspect} must be at least 1")
         for name in ("prefix_probability", "max_bad_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1]")
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """The data sets, one or several."""
+        return self.mixture or (Source(url=self.url, text_states=self.text_states),)
+
+    @property
+    def has_text_states(self) -> bool:
+        """Whether text states are read instead of computed."""
+        return bool(self.sources[0].text_states)

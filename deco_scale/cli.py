@@ -3,22 +3,29 @@
 import argparse
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import Progress, TaskID
 from rich.table import Table
 from torch import Tensor
 
+from data_pipeline.embed import embed
+from data_pipeline.errors import DataError
+from data_pipeline.index import load_index
+from data_pipeline.loader import access_of, states_identity
+from data_pipeline.store import open_store
 from deco_scale.config import RunConfig, build_config, load_config
 from deco_scale.errors import ConfigError, RunError
 from deco_scale.models import Denoiser
-from deco_scale.models.encoders import EncoderError, TextEncoder
+from deco_scale.models.encoders import EncoderError, TextEncoder, text_identity
 from deco_scale.parallel.deepspeed import ZERO3_PERSISTENT
 from deco_scale.parallel.layout import Layout, accumulation_steps, resolve_layout
 from deco_scale.parallel.plan import layout_rows
@@ -34,13 +41,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     _add_sample(commands.add_parser("sample", help="pictures from a checkpoint's EMA weights"))
     _add_plan(commands.add_parser("plan", help="how a configuration is laid out over ranks"))
+    _add_embed(commands.add_parser("embed", help="compute the captions' text states before training"))
     args = parser.parse_args(argv)
     try:
-        return (_sample if args.command == "sample" else _plan)(args, Console())
+        return {"sample": _sample, "plan": _plan, "embed": _embed}[args.command](args, Console())
     except (ConfigError, EncoderError) as error:
         print(f"deco: {error}", file=sys.stderr)
         return 2
-    except RunError as error:
+    except (RunError, DataError) as error:
         print(f"deco: {error}", file=sys.stderr)
         return 1
 
@@ -127,6 +135,56 @@ def _sample(args: argparse.Namespace, console: Console) -> int:
     grid = args.out / "grid.png"
     save_grid(np.stack(pictures), grid, columns=min(8, len(work)), labels=labels, scale=max(1, 96 // side))
     console.print(f"{len(work)} pictures in {args.out}, all on one sheet: {grid}")
+    return 0
+
+
+def _add_embed(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Writes the states of every caption of data.url (or of each data set of data.mixture) to its text_states. "
+        "Run it under torchrun to share the shards between GPUs; run it again to go on after a break."
+    )
+    parser.add_argument("--config", required=True)
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value")
+    parser.add_argument(
+        "--batch", type=int, help="texts encoded at a time (default: the first stage's micro_batch)"
+    )
+
+
+class _Shown:
+    """A progress bar as a function of (shard, done, total)."""
+
+    def __init__(self, progress: Progress, task: TaskID) -> None:
+        self._progress, self._task = progress, task
+
+    def __call__(self, key: str, done: int, total: int) -> None:
+        self._progress.update(self._task, completed=done, total=total, description=f"embedding {key}")
+
+
+def _embed(args: argparse.Namespace, console: Console) -> int:
+    cfg = load_config(args.config, args.overrides)
+    if cfg.text_encoder is None or not cfg.data.has_text_states:
+        raise ConfigError(
+            "deco embed needs text_encoder, and data.text_states (or mixture[].text_states) to write to"
+        )
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else None
+    settings = dataclasses.replace(cfg.text_encoder, cache_captions=0)
+    encoder = TextEncoder.load(settings, device or torch.device("cpu"))
+
+    def encode(texts: Sequence[str]) -> list[Any]:
+        states = encoder.encode_ragged(texts)
+        return [s.bfloat16().view(torch.int16).cpu().numpy().view(np.uint16) for s in states]
+
+    identity = states_identity(cfg.data, text_identity(settings, cfg.model.text_dim))
+    batch = args.batch or cfg.stages[0].micro_batch
+    with Progress(console=console, transient=True, disable=rank > 0) as progress:
+        for source in cfg.data.sources:
+            data, target = (open_store(url, access_of(cfg.data)) for url in (source.url, source.text_states))
+            index = load_index(data)
+            shown = _Shown(progress, progress.add_task(source.url, total=len(index.shards)))
+            embed(data, index, target, encode, identity, rank=rank, world=world, batch=batch, progress=shown)
+            if rank == 0:
+                console.print(f"text states of {len(index)} samples in {source.text_states}", soft_wrap=True)
     return 0
 
 

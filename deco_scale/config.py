@@ -111,6 +111,8 @@ class RunConfig:
         wanted = "caption" if is_text else "label"
         if self.data.target != wanted:
             raise ValueError(f"data.target={self.data.target}: model.kind {self.model.kind} needs {wanted}")
+        if self.data.has_text_states and (not is_text or any(stage.data for stage in self.stages)):
+            raise ValueError("data.text_states are for text models, and for stages without data of their own")
         if self.objective.repa_weight > 0 and self.image_encoder is None:
             raise ValueError("image_encoder is missing: objective.repa_weight > 0 needs DINOv2")
         if self.objective.repa_weight > 0 and self.objective.repa_layer > self.model.num_blocks:

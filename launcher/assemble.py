@@ -15,7 +15,7 @@ from data_pipeline.loader import Batch, Loader
 from deco_scale.config import RunConfig, dump_config
 from deco_scale.errors import ConfigError, RunError
 from deco_scale.models import Denoiser
-from deco_scale.models.encoders import EncoderError, ImageEncoder, TextEncoder
+from deco_scale.models.encoders import EncoderError, ImageEncoder, TextEncoder, text_identity
 from deco_scale.models.layers import Attention
 from deco_scale.objectives import Objective
 from deco_scale.parallel.layout import Layout, accumulation_steps
@@ -23,7 +23,7 @@ from deco_scale.parallel.sequence import encode_shared
 from deco_scale.planning.flops import peak_flops, training_flops
 from deco_scale.sampling.pictures import make_pictures, save_grid, velocity_of
 from deco_scale.training.ahead import TextAhead
-from deco_scale.training.batch import Prepare
+from deco_scale.training.batch import Prepare, padded_states
 from deco_scale.training.checkpoint import Checkpoints
 from deco_scale.training.engine import Engine
 from deco_scale.training.loop import Data, Loop, Stage
@@ -49,11 +49,13 @@ def derive_stages(cfg: RunConfig, layout: Layout) -> list[Stage]:
     ]
 
 
-def load_encoders(cfg: RunConfig, device: torch.device) -> tuple[TextEncoder | None, ImageEncoder | None]:
+def load_encoders(
+    cfg: RunConfig, device: torch.device, *, need_text: bool
+) -> tuple[TextEncoder | None, ImageEncoder | None]:
     """Frozen encoders that the configuration asks for, checked against the model."""
     text = image = None
     try:
-        if cfg.model.kind == "t2i_deco":
+        if cfg.model.kind == "t2i_deco" and need_text:
             assert cfg.text_encoder is not None
             text = TextEncoder.load(cfg.text_encoder, device)
             if text.width != cfg.model.text_dim:
@@ -115,9 +117,18 @@ def build_engine(cfg: RunConfig, layout: Layout, device: torch.device, build: Ca
 
 
 def data_opener(
-    cfg: RunConfig, layout: Layout, folder: Path, *, synthetic: bool
+    cfg: RunConfig,
+    layout: Layout,
+    folder: Path,
+    *,
+    synthetic: bool,
+    identity: dict[str, Any] | None,
+    say: Callable[[str], None] = lambda message: None,
 ) -> Callable[[StageConfig, int], Data]:
-    """Opens a stage's loader on all ranks together; bad samples go to ``quarantine.jsonl``."""
+    """Opens a stage's loader on all ranks together; bad samples go to ``quarantine.jsonl``, advice to ``say``.
+
+    ``identity`` is that of the text encoder where text states are read.
+    """
     if synthetic:
         return lambda stage, samples: SyntheticData(stage, layout)
 
@@ -127,20 +138,32 @@ def data_opener(
 
     def open_one(stage: StageConfig, samples: int) -> Loader:
         try:
+            data = dataclasses.replace(cfg.data, url=stage.data, mixture=()) if stage.data else cfg.data
             return Loader(
-                dataclasses.replace(cfg.data, url=stage.data or cfg.data.url),
+                data,
                 resolution=stage.resolution,
+                multiple=cfg.model.patch_size,
                 seed=cfg.run.seed,
                 global_batch=stage.global_batch,
                 rank=layout.dp_rank(dist.get_rank()),
                 world=layout.dp,
                 start=samples,
+                text_identity=identity,
                 on_bad=quarantine,
+                say=say,
             )
         except DataError as error:
             raise RunError(str(error)) from error
 
     return lambda stage, samples: agreed(lambda: open_one(stage, samples))
+
+
+def _text_identity(cfg: RunConfig) -> dict[str, Any]:
+    assert cfg.text_encoder is not None
+    try:
+        return text_identity(cfg.text_encoder, cfg.model.text_dim)
+    except EncoderError as error:
+        raise ConfigError(str(error)) from error
 
 
 def shared_over_tp(encode: Callable[[Any], torch.Tensor], engine: Engine) -> Callable[[Any], torch.Tensor]:
@@ -154,7 +177,7 @@ def shared_over_tp(encode: Callable[[Any], torch.Tensor], engine: Engine) -> Cal
 class SyntheticData:
     """Random pictures with empty captions, for ``--dry-run``."""
 
-    digest = "synthetic"
+    counters: dict[str, int] = {}
 
     def __init__(self, stage: StageConfig, layout: Layout) -> None:
         self._stage, self._rank, self._world = stage, layout.dp_rank(dist.get_rank()), layout.dp
@@ -169,10 +192,14 @@ class SyntheticData:
             yield Batch(
                 images=random.integers(0, 256, shape, dtype=np.uint8),
                 captions=[""] * len(numbers),
+                states=None,
                 labels=[0] * len(numbers),
                 numbers=numbers,
             )
             step += 1
+
+    def state(self, samples: int) -> dict[str, Any]:
+        return {"synthetic": True, "samples": samples}
 
     def close(self) -> None:
         """Nothing to stop."""
@@ -237,10 +264,14 @@ def assemble(
     folder = Path(cfg.run.dir)
     rank = dist.get_rank()
     agreed(lambda: _prepare_folder(folder, checkpoints) if rank == 0 else None)
-    open_data = data_opener(cfg, layout, folder, synthetic=dry_run)
+    precomputed = cfg.data.has_text_states and not dry_run
+    identity = agreed(lambda: _text_identity(cfg)) if precomputed else None
     # Fail on bad data before minutes are spent on encoders and engines.
-    open_data(cfg.stages[0], 0).close()
-    text, image = agreed(lambda: load_encoders(cfg, device))
+    first = data_opener(cfg, layout, folder, synthetic=dry_run, identity=identity)(cfg.stages[0], 0)
+    states_null = first.null_states if isinstance(first, Loader) else None
+    first.close()
+    need_text = not precomputed or cfg.samples.every > 0
+    text, image = agreed(lambda: load_encoders(cfg, device, need_text=need_text))
     engine = build_engine(cfg, layout, device, objective_builder(cfg, image.width if image is not None else 0))
     plain = json.loads(json.dumps(dataclasses.asdict(cfg)))
     reporter = Reporter(
@@ -250,14 +281,21 @@ def assemble(
         wandb=cfg.wandb,
         config=plain,
     )
-    null = text.null if text else torch.tensor(cfg.model.num_classes, device=device)
+    encode_text = None
+    if states_null is not None:
+        shape = (cfg.model.text_tokens, cfg.model.text_dim)
+        null = padded_states([states_null], shape)[0].to(device)
+    elif text is not None:
+        null, encode_text = text.null, shared_over_tp(text.encode, engine)
+    else:
+        null = torch.tensor(cfg.model.num_classes, device=device)
     prepare = Prepare(
         seed=cfg.run.seed,
         device=device,
         objective=cfg.objective,
         null=null,
         num_classes=cfg.model.num_classes,
-        encode_text=shared_over_tp(text.encode, engine) if text else None,
+        encode_text=encode_text,
         encode_image=shared_over_tp(image.encode, engine) if image else None,
     )
     ahead = None
@@ -269,7 +307,7 @@ def assemble(
         stages=stages,
         engine=engine,
         prepare=prepare,
-        open_data=open_data,
+        open_data=data_opener(cfg, layout, folder, synthetic=dry_run, identity=identity, say=reporter.say),
         checkpoints=checkpoints,
         reporter=reporter,
         device=device,

@@ -6,6 +6,7 @@ missing path is an error that says what to fetch. Raises :class:`EncoderError` f
 Shape letters: B batch, L text tokens, T text width, C channels, Y X pixels, N patches, F encoder width.
 """
 
+import hashlib
 import os
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -34,12 +35,21 @@ class TextEncoder:
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, *, max_tokens: int, device: torch.device, cache: int = 0
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        max_tokens: int,
+        device: torch.device,
+        cache: int = 0,
+        zero_padding: bool = False,
+        round_states: bool = False,
     ) -> None:
         self._model = model.to(device).eval().requires_grad_(False)
         self._tokenizer = tokenizer
         self._max_tokens = max_tokens
         self._device = device
+        self._zero_padding, self._round_states = zero_padding, round_states
         self._cache_size = cache
         self._cache: OrderedDict[str, Tensor] = OrderedDict()
         self._null = self._encode([""])[0]
@@ -71,7 +81,15 @@ class TextEncoder:
             tokenizer.pad_token = tokenizer.eos_token
         if device.type == "cuda":
             model = model.to(torch.bfloat16)
-        return cls(model, tokenizer, max_tokens=cfg.max_tokens, device=device, cache=cfg.cache_captions)
+        return cls(
+            model,
+            tokenizer,
+            max_tokens=cfg.max_tokens,
+            device=device,
+            cache=cfg.cache_captions,
+            zero_padding=cfg.zero_padding,
+            round_states=cfg.round_states,
+        )
 
     @property
     def null(self) -> Tensor:
@@ -96,9 +114,18 @@ class TextEncoder:
             self._cache.popitem(last=False)
         return states
 
-    @torch.no_grad()
+    def encode_ragged(self, captions: Sequence[str]) -> list[Tensor]:
+        """States ``(tokens, T)`` of each caption without zeros behind them; all tokens unless ``zero_padding``."""
+        states, mask = self._states(captions)
+        counts = mask.sum(dim=1).tolist() if self._zero_padding else [self._max_tokens] * len(states)
+        return [each[:count] for each, count in zip(states, counts, strict=True)]
+
     def _encode(self, captions: Sequence[str]) -> Tensor:
-        # fp32 out, whatever the encoder computes in: autocast narrows it again where the model wants that.
+        return self._states(captions)[0]
+
+    @torch.no_grad()
+    def _states(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """States ``(B, L, T)`` and which tokens are no padding, ``(B, L)``."""
         tokens = self._tokenizer(
             list(captions),
             max_length=self._max_tokens,
@@ -106,9 +133,41 @@ class TextEncoder:
             padding="max_length",
             return_tensors="pt",
         ).to(self._device)
-        return self._model(
-            input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
-        ).last_hidden_state.float()
+        mask = tokens["attention_mask"]
+        states = self._model(input_ids=tokens["input_ids"], attention_mask=mask).last_hidden_state
+        if self._round_states:
+            states = states.bfloat16()
+        # fp32 out, whatever the encoder computes in: autocast narrows it again where the model wants that.
+        states = states.float()
+        return (states * mask[..., None] if self._zero_padding else states), mask
+
+
+def text_identity(cfg: TextEncoderConfig, width: int) -> dict[str, Any]:
+    """What precomputed states of this encoder depend on; reads its files, loads nothing.
+
+    ``revision`` is a digest of the weights, configuration and tokenizer. Raises :class:`EncoderError` where the
+    encoder's files are not here.
+    """
+    folder = Path(cfg.path).expanduser()
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        try:
+            folder = Path(snapshot_download(cfg.path, local_files_only=not cfg.allow_download))
+        except (OSError, ValueError) as error:
+            raise EncoderError(_text_hint(cfg.path)) from error
+    files = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".json", ".txt", ".model"))
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return {
+        "encoder": Path(cfg.path).name,
+        "revision": digest.hexdigest()[:16],
+        "width": width,
+        "max_tokens": cfg.max_tokens,
+        "zero_padding": cfg.zero_padding,
+    }
 
 
 def _quiet() -> None:

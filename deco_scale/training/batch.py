@@ -33,6 +33,10 @@ class Batch(Protocol):
     @property
     def numbers(self) -> Sequence[int]: ...
 
+    @property
+    def states(self) -> "Sequence[np.ndarray[Any, np.dtype[np.uint16]]] | None":
+        """Text states (tokens, T) of each caption as bfloat16 bits, where they were computed before."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Part:
@@ -40,6 +44,7 @@ class _Part:
     captions: Sequence[str]
     labels: Sequence[int]
     numbers: Sequence[int]
+    states: Any
 
 
 def split(batch: Batch, parts: int) -> Iterator[Batch]:
@@ -47,7 +52,22 @@ def split(batch: Batch, parts: int) -> Iterator[Batch]:
     size = len(batch.numbers) // parts
     for start in range(0, size * parts, size):
         cut = slice(start, start + size)
-        yield _Part(batch.images[cut], batch.captions[cut], batch.labels[cut], batch.numbers[cut])
+        states = None if batch.states is None else batch.states[cut]
+        yield _Part(batch.images[cut], batch.captions[cut], batch.labels[cut], batch.numbers[cut], states)
+
+
+def padded_states(states: Sequence[Any], shape: Sequence[int]) -> Tensor:
+    """Text states ``(B, L, T)`` in fp32 from bfloat16 bits (tokens, T) each; zero behind the last token.
+
+    ``shape`` is (L, T). Raises :class:`RunError` for states of another width or too many tokens.
+    """
+    length, width = shape
+    padded = torch.zeros(len(states), length, width)
+    for row, bits in zip(padded, states, strict=True):
+        if bits.shape[0] > length or bits.shape[1] != width:
+            raise RunError(f"text states of {bits.shape}, the model takes {length} tokens of {width}")
+        row[: len(bits)] = torch.from_numpy(np.array(bits).view(np.int16)).view(torch.bfloat16)
+    return padded
 
 
 class ObjectiveInputs(NamedTuple):
@@ -86,6 +106,8 @@ class Prepare:
         t = base_time(draws.normal if law == "logit_normal" else draws.uniform, law)
         if text is not None:
             condition = text
+        elif batch.states is not None:
+            condition = padded_states(batch.states, self.null.shape).to(self.device, non_blocking=True)
         elif self.encode_text is not None:
             condition = self.encode_text(batch.captions)
         else:

@@ -33,7 +33,7 @@ from deco_scale.training.engine import Engine
 from deco_scale.training.processes import agreed
 from deco_scale.training.settings import CheckpointConfig
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 META, COMPLETE, METADATA = "meta.json", "COMPLETE", ".metadata"
 _STEP, _TEMPORARY = "step_", ".saving_"
 _READ_BYTES = 16 * 2**20
@@ -42,14 +42,14 @@ _LISTED = 5
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointMeta:
-    """Where the run stood; ``samples`` is the data state (samples seen), with the seed it is complete."""
+    """Where the run stood; ``data_state`` is what the loader says of its place (samples seen, digests, seed)."""
 
     step: int
     stage: str
     samples: int
     seed: int
     optimizer_steps: int
-    data_digest: str
+    data_state: dict[str, Any]
     parameter_digest: str
     config: dict[str, Any]
     schema_version: int = SCHEMA_VERSION

@@ -1,8 +1,8 @@
 """The training loop: stages in order, steps within, and everything that happens between steps."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import psutil
@@ -13,6 +13,7 @@ from deco_scale.training.ahead import TextAhead
 from deco_scale.training.batch import Batch, Prepare, split
 from deco_scale.training.checkpoint import CheckpointMeta, Checkpoints
 from deco_scale.training.engine import Engine
+from deco_scale.training.processes import summed_counters
 from deco_scale.training.report import Reporter
 from deco_scale.training.settings import RunSettings, StageConfig
 from deco_scale.training.step import StepResult, train_step
@@ -21,7 +22,12 @@ from deco_scale.training.step import StepResult, train_step
 class Data(Protocol):
     """Batches of one rank for one stage."""
 
-    digest: str
+    @property
+    def counters(self) -> Mapping[str, int]:
+        """What happened to the data on this rank so far, by name."""
+
+    def state(self, samples: int) -> dict[str, Any]:
+        """The data's place after ``samples`` samples of the run, the same on every rank."""
 
     def __iter__(self) -> Iterator[Batch]: ...
 
@@ -30,12 +36,12 @@ class Data(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Where a run stands: updates attempted, samples seen, and the stage and data they were seen in."""
+    """Where a run stands: updates attempted, samples seen, their stage, and the data's place after them."""
 
     step: int = 0
     samples: int = 0
     stage: str = ""
-    data_digest: str = ""
+    data_state: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,10 +95,11 @@ class Loop:
 
     def _run_stage(self, stage: Stage, progress: Progress, end: int) -> Progress:
         data = self.open_data(stage.cfg, progress.samples)
-        if progress.stage == stage.cfg.name and progress.data_digest != data.digest:
+        state = data.state(progress.samples)
+        if progress.stage == stage.cfg.name and progress.data_state != state:
             self.reporter.say(
-                f"WARNING: the data are not those of the checkpoint (digest {data.digest}, was "
-                f"{progress.data_digest}): from here on other samples are seen than without the break"
+                f"WARNING: the data are not those of the checkpoint ({state}, was {progress.data_state}): "
+                "from here on other samples are seen than without the break"
             )
         gate = BadSteps(self.settings.max_bad_steps, self.device)
         meter = Meter(self, stage, progress.step)
@@ -107,17 +114,18 @@ class Loop:
                 meter.waited(time.perf_counter() - waited)
                 result = self.step(stage, batch, texts)
                 samples = progress.samples + stage.cfg.global_batch
-                progress = Progress(progress.step + 1, samples, stage.cfg.name, data.digest)
+                progress = Progress(progress.step + 1, samples, stage.cfg.name, data.state(samples))
                 gate.add(result.skipped)
                 step = progress.step
                 if step % self.settings.log_every == 0 or step == end:
-                    self.reporter.metrics(meter.read(result, progress, gate.total()))
+                    counted = summed_counters(data.counters)
+                    self.reporter.metrics(meter.read(result, progress, gate.total(), counted))
                 if gate.look_at(step) or step % self.settings.log_every == 0 or step == end:
                     gate.check(step)
                 began = time.perf_counter()
                 self.after_step(step)
                 if self.checkpoints.due(step) or step == end:
-                    self._save(stage, progress, data.digest, last=step == end)
+                    self._save(stage, progress, last=step == end)
                 meter.other(time.perf_counter() - began)
         finally:
             data.close()
@@ -136,7 +144,7 @@ class Loop:
             betas=stage.cfg.betas,
         )
 
-    def _save(self, stage: Stage, progress: Progress, digest: str, *, last: bool) -> None:
+    def _save(self, stage: Stage, progress: Progress, *, last: bool) -> None:
         began = time.perf_counter()
         meta = CheckpointMeta(
             step=progress.step,
@@ -144,7 +152,7 @@ class Loop:
             samples=progress.samples,
             seed=self.settings.seed,
             optimizer_steps=0,
-            data_digest=digest,
+            data_state=progress.data_state,
             parameter_digest="",
             config=self.config,
         )
@@ -203,8 +211,10 @@ class Meter:
         """Time spent on pictures and checkpoints, no part of the step."""
         self._began += seconds
 
-    def read(self, result: StepResult, progress: Progress, skipped: int) -> dict[str, Any]:
-        """Metrics since the last call; waits for the device."""
+    def read(
+        self, result: StepResult, progress: Progress, skipped: int, counters: Mapping[str, int]
+    ) -> dict[str, Any]:
+        """Metrics since the last call; waits for the device. ``counters`` are of the stage so far, all ranks."""
         losses = {name: value.item() for name, value in result.losses.items()}
         grad_norm = result.grad_norm.item()
         now = time.perf_counter()
@@ -226,6 +236,7 @@ class Meter:
             "data_wait_s": self._wait_s / steps,
             "memory_bytes": memory_bytes(loop.device),
             "skipped": skipped,
+            **{f"data.{name}": count for name, count in sorted(counters.items())},
         }
         self._began, self._from_step, self._wait_s = now, progress.step, 0.0
         return metrics
@@ -240,4 +251,4 @@ def memory_bytes(device: torch.device) -> int:
 
 def resumed(meta: CheckpointMeta) -> Progress:
     """Progress that a checkpoint stands for."""
-    return Progress(meta.step, meta.samples, meta.stage, meta.data_digest)
+    return Progress(meta.step, meta.samples, meta.stage, meta.data_state)

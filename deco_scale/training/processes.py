@@ -1,6 +1,7 @@
 """What ranks tell each other outside the step: errors that all must share, and who speaks."""
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import torch.distributed as dist
@@ -28,3 +29,13 @@ def agreed(action: Callable[[], T]) -> T:
             where = f"rank {rank}: " if rank else ""
             raise (ConfigError if found[0] else RunError)(where + found[1])
     return result  # type: ignore[return-value]
+
+
+def summed_counters(counters: Mapping[str, int]) -> Mapping[str, int]:
+    """Counters of all ranks added up, name by name."""
+    gathered: list[Mapping[str, int]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(gathered, dict(counters))
+    total: Counter[str] = Counter()
+    for each in gathered:
+        total.update(each)
+    return total

@@ -38,7 +38,7 @@ CASES: dict[str, tuple[list[str], int, list[str]]] = {
     ),
     "no permission": (["run.dir=/proc/nobody"], 2, ["cannot write to run.dir=/proc/nobody"]),
     "missing data": (["data.url=/nowhere/data"], 1, ["/nowhere/data: no such folder"]),
-    "resolution too high": (["stages.small.resolution=64"], 1, ["no sample has 64 pixels"]),
+    "resolution too high": (["stages.small.resolution=64"], 1, ["none of the 100 samples has 64 pixels"]),
     "batch does not divide": (
         ["stages.small.micro_batch=3"], 2, ["stages.small.micro_batch=3", "possible: [1, 2, 4, 8]"],
     ),

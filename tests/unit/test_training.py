@@ -125,7 +125,7 @@ class PlainEngine:
 
 def meta(step: int) -> CheckpointMeta:
     return CheckpointMeta(
-        step=step, stage="s", samples=step * 8, seed=0, optimizer_steps=0, data_digest="d",
+        step=step, stage="s", samples=step * 8, seed=0, optimizer_steps=0, data_state={"samples": step * 8},
         parameter_digest="", config={},
     )  # fmt: skip
 
@@ -244,6 +244,7 @@ def test_text_is_encoded_one_batch_ahead() -> None:
         images: Any = dataclasses.field(default_factory=lambda: np.zeros((2, 1, 1, 3), np.uint8))
         labels: tuple[int, ...] = (0, 0)
         numbers: tuple[int, ...] = (0, 1)
+        states: None = None
 
     def encode(captions: Sequence[str]) -> torch.Tensor:
         events.append("encode " + ",".join(captions))

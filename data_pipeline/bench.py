@@ -1,0 +1,69 @@
+"""How fast a loader reads and decodes here: one rank, as training would, without a model."""
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from data_pipeline.decode import DecodeMode
+from data_pipeline.loader import Loader
+from data_pipeline.settings import DataConfig
+from data_pipeline.store import Access
+
+BATCH = 32
+_GAUGES = ("queue_ready", "chunks_held", "bytes_held")
+"""Counters that tell a state, not a sum."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """What one loader did in ``seconds`` after its first batch."""
+
+    mode: DecodeMode
+    workers: int
+    images: int
+    seconds: float
+    counters: Counter[str]
+
+    @property
+    def images_per_s(self) -> float:
+        return self.images / self.seconds
+
+    @property
+    def mb_per_s(self) -> float:
+        """Megabytes read from the store."""
+        return self.counters["bytes"] / self.seconds / 1e6
+
+
+def measure(
+    url: str,
+    *,
+    mode: DecodeMode,
+    workers: int,
+    resolution: int,
+    seconds: float,
+    access: Access,
+    say: Callable[[str], None] = lambda message: None,
+) -> Measurement:
+    """Read batches for some seconds; opening the index and the first batch do not count."""
+    cfg = DataConfig(
+        url=url,
+        decode=mode,
+        workers=workers,
+        anonymous=access.anonymous,
+        requester_pays=access.requester_pays,
+    )
+    loader = Loader(cfg, resolution=resolution, seed=0, global_batch=BATCH, rank=0, world=1, start=0, say=say)
+    try:
+        batches = iter(loader)
+        next(batches)
+        before, start = loader.counters, time.perf_counter()
+        images, passed = 0, 0.0
+        while passed < seconds:
+            images += len(next(batches).numbers)
+            passed = time.perf_counter() - start
+        counters = loader.counters
+    finally:
+        loader.close()
+    changed = {n: v - (0 if n in _GAUGES else before[n]) for n, v in counters.items()}
+    return Measurement(mode, workers, images, passed, Counter(changed))

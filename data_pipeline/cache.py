@@ -1,0 +1,217 @@
+"""Chunks of data kept on a node's own disk, shared by the processes of the node.
+
+An entry is one file, named by a hash of its key: the payload, then CRC32C of payload and key, then the payload's
+length. It is written under a temporary name and renamed, so that readers see all of it or nothing, and checked
+on every read, so that a damaged disk costs a fetch and never a wrong byte.
+
+A ledger file holds the bytes in the folder. A writer reserves its bytes there, under an flock, before it writes,
+and evicts first if they would not fit; so the cap holds for all processes together. What the ledger gets wrong
+(killed writers, files removed by hand) errs towards too many bytes, and each eviction scans the folder and sets
+it right. Only files that are being written during a scan may be counted short: the cap is exceeded by at most
+one entry per writer.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import logging
+import os
+import secrets
+import struct
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import google_crc32c
+
+LOW_WATER = 0.9
+"""Share of the cap that an eviction leaves, so that not every write has to scan."""
+LEFTOVER_AGE_S = 3600.0
+PAUSE_S = 30.0
+"""No writes for so long after one failed: a full disk would be filled again by each."""
+TRAILER = struct.Struct("<IQ")
+_COUNTERS = ("cache_hits", "cache_misses", "cache_damaged", "cache_evicted", "cache_errors")
+
+
+class DiskCache:
+    """At most ``limit_bytes`` of entries below ``folder``, the least recently used evicted first.
+
+    It never raises for what the disk does: a folder that cannot be read or written is a miss, counted in
+    ``counters`` and told to ``warn`` once. Usable from several threads; each process makes its own.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        limit_bytes: int,
+        *,
+        warn: Callable[[str], None] = logging.getLogger(__name__).warning,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        if limit_bytes < 1:
+            raise ValueError(f"limit_bytes={limit_bytes} must be at least 1")
+        self.counters: Counter[str] = Counter(dict.fromkeys(_COUNTERS, 0))
+        self._folder, self._limit, self._warn, self._clock = folder, limit_bytes, warn, clock
+        self._lock = threading.Lock()
+        self._warned = False
+        self._paused_until = 0.0
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with self._ledger() as ledger:
+                self._write_total(ledger, sum(size for _, size, _ in self._scan()))
+        except OSError as error:
+            self._failed(error)
+
+    def get(self, key: str) -> bytes | None:
+        """Payload of a key, or None where there is none that is whole."""
+        path = self._path(key)
+        try:
+            with path.open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                data = file.read(max(0, size - TRAILER.size))
+                intact = file.read() == _trailer(key, data)
+                if intact:
+                    # What was used last is evicted last. Another user's file cannot be touched, but serves.
+                    with contextlib.suppress(OSError):
+                        os.utime(file.fileno())
+        except FileNotFoundError:
+            self._count("cache_misses")
+            return None
+        except OSError as error:
+            self._failed(error)
+            self._count("cache_misses")
+            return None
+        self._count("cache_hits" if intact else "cache_misses")
+        if intact:
+            return data
+        self._count("cache_damaged")
+        self._remove(path)
+        return None
+
+    def put(self, key: str, data: bytes) -> None:
+        """Keep a payload; an entry larger than the cap is refused like a disk that is full."""
+        now = self._clock()
+        if now < self._paused_until:
+            return
+        path, size = self._path(key), len(data) + TRAILER.size
+        partial = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+        try:
+            if size > self._limit:
+                raise OSError(0, f"an entry of {size} bytes exceeds the cap of {self._limit}", str(path))
+            self._reserve(size)
+            path.parent.mkdir(exist_ok=True)
+            try:
+                with partial.open("xb") as file:
+                    file.write(data)
+                    file.write(_trailer(key, data))
+                os.replace(partial, path)
+            except BaseException:
+                partial.unlink(missing_ok=True)
+                raise
+        except OSError as error:
+            self._paused_until = now + PAUSE_S
+            self._failed(error)
+
+    def get_or(self, key: str, fetch: Callable[[], bytes]) -> bytes:
+        """Payload of a key, fetched and kept if it is not here; raises what ``fetch`` raises."""
+        data = self.get(key)
+        if data is None:
+            data = fetch()
+            self.put(key, data)
+        return data
+
+    def _path(self, key: str) -> Path:
+        name = hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
+        return self._folder / name[:2] / name
+
+    def _reserve(self, size: int) -> None:
+        """Enter bytes that will be written; makes room for them first."""
+        with self._ledger() as ledger:
+            raw = os.pread(ledger, 8, 0)
+            total = int.from_bytes(raw, "little") if len(raw) == 8 else self._limit
+            if total + size > self._limit:
+                total = self._evict(int(LOW_WATER * self._limit) - size)
+            self._write_total(ledger, total + size)
+
+    def _evict(self, target: int) -> int:
+        """Remove entries, the longest unused first, down to a number of bytes; returns the bytes that are left."""
+        entries = sorted(self._scan())
+        total = sum(size for _, size, _ in entries)
+        for _, size, path in entries:
+            if total <= target:
+                break
+            if not path.name.endswith(".tmp") and self._remove(path):
+                total -= size
+                self._count("cache_evicted")
+        return total
+
+    def _scan(self) -> Iterator[tuple[float, int, Path]]:
+        """Time of last use, bytes and path of each file; removes what killed writers left behind."""
+        with os.scandir(self._folder) as folders:
+            names = [Path(each.path) for each in folders if each.is_dir()]
+        for name in names:
+            with os.scandir(name) as files:
+                for each in files:
+                    path = Path(each.path)
+                    # Gone by now: renamed by its writer or removed by a reader that found it damaged.
+                    with contextlib.suppress(FileNotFoundError):
+                        stat = each.stat()
+                        if self._is_leftover(path, stat.st_mtime) and self._remove(path):
+                            continue
+                        yield stat.st_mtime, stat.st_size, path
+
+    def _is_leftover(self, path: Path, written: float) -> bool:
+        if path.suffix != ".tmp":
+            return False
+        if self._clock() - written > LEFTOVER_AGE_S:
+            return True
+        try:
+            os.kill(int(path.name.split(".")[1].split("-")[0]), 0)
+        except ProcessLookupError:
+            return True
+        except (PermissionError, ValueError, IndexError, OverflowError):
+            pass
+        return False
+
+    def _remove(self, path: Path) -> bool:
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            self._failed(error)
+            return False
+        return True
+
+    @contextlib.contextmanager
+    def _ledger(self) -> Iterator[int]:
+        """Descriptor of the ledger, locked against all other threads and processes."""
+        # flock, not lockf: POSIX locks do not exclude threads, and any close() of the file would drop them.
+        descriptor = os.open(self._folder / "ledger", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+    @staticmethod
+    def _write_total(ledger: int, total: int) -> None:
+        os.pwrite(ledger, total.to_bytes(8, "little"), 0)
+
+    def _count(self, name: str) -> None:
+        with self._lock:
+            self.counters[name] += 1
+
+    def _failed(self, error: OSError) -> None:
+        with self._lock:
+            self.counters["cache_errors"] += 1
+            first, self._warned = not self._warned, True
+        if first:
+            self._warn(
+                f"the cache at {self._folder} is not used to the full: {error.strerror} "
+                f"({error.filename or self._folder}); the run goes on and fetches instead"
+            )
+
+
+def _trailer(key: str, data: bytes) -> bytes:
+    return TRAILER.pack(google_crc32c.extend(google_crc32c.value(data), key.encode()), len(data))

@@ -1,0 +1,111 @@
+"""Which source a position of the run belongs to: data sets by weight, aspect-ratio buckets by whole batches.
+
+Both are fixed by the seed alone, found in constant time, and the same for every number of ranks.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.order import ElasticOrder, generator
+
+BLOCK_POSITIONS = 1 << 12
+"""Positions in which every source gets its exact number of places."""
+_MIXTURE_KEY, _BUCKET_KEY = 6, 7
+
+
+class Schedule:
+    """Deals positions to sources in proportion to their weights.
+
+    Every block of ``BLOCK_POSITIONS`` positions holds each source equally often (rounded by the largest
+    remainder, at least once), in an order shuffled for that block. ``lanes`` deal independently.
+    """
+
+    def __init__(self, weights: Sequence[float], *, seed: int, key: int, group: int, lanes: int) -> None:
+        if not 0 < len(weights) <= BLOCK_POSITIONS or min(weights) <= 0:
+            raise ValueError(f"weights {list(weights)} must be positive, at most {BLOCK_POSITIONS} of them")
+        self._seed, self._key, self._group, self._lanes = seed, key, group, lanes
+        exact = np.asarray(weights, dtype=np.float64) / sum(weights) * BLOCK_POSITIONS
+        quotas = np.maximum(1, np.floor(exact)).astype(np.int64)
+        # Places left over go to the largest remainders; where minimums took too many, the largest give.
+        order = np.argsort(quotas - exact, kind="stable")
+        while (left := BLOCK_POSITIONS - int(quotas.sum())) > 0:
+            quotas[order[:left]] += 1
+        while quotas.sum() > BLOCK_POSITIONS:
+            quotas[np.argmax(quotas)] -= 1
+        self.quotas = quotas
+        self._blocks: OrderedDict[tuple[int, int], tuple[Any, Any]] = OrderedDict()
+
+    def at(self, position: int, lane: int = 0) -> tuple[int, int]:
+        """Source of a lane's position, and how many positions before it have the same source."""
+        if len(self.quotas) == 1:
+            return 0, position
+        block, place = divmod(position, BLOCK_POSITIONS)
+        if (lane, block) not in self._blocks:
+            self._blocks[lane, block] = self._deal(lane, block)
+            if len(self._blocks) > 2 * self._lanes:
+                self._blocks.popitem(last=False)
+        sources, before = self._blocks[lane, block]
+        source = int(sources[place])
+        return source, block * int(self.quotas[source]) + int(before[place])
+
+    def _deal(self, lane: int, block: int) -> tuple[Any, Any]:
+        sources = np.repeat(np.arange(len(self.quotas), dtype=np.uint16), self.quotas)
+        sources = generator(self._seed, self._key, self._group << 32 | lane, block).permutation(sources)
+        before = np.empty(BLOCK_POSITIONS, dtype=np.uint16)
+        for source, quota in enumerate(self.quotas):
+            before[sources == source] = np.arange(quota)
+        return sources, before
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A sample of the run: its bucket, its data set, and the epoch and number there."""
+
+    bucket: int
+    source: int
+    epoch: int
+    sample: int
+
+
+class MixedOrder:
+    """Sample of the run ``n`` for mixed data sets and buckets.
+
+    ``orders[bucket]`` lists (source, order, weight) of what the bucket holds. All samples of a global batch
+    come from one bucket; ``first`` is a number at which a global batch begins. Data sets are mixed stream by
+    stream: stream c of the run takes from stream c of each data set, so that a rank reads few chunks that
+    others read too.
+    """
+
+    def __init__(
+        self,
+        orders: Sequence[Sequence[tuple[int, ElasticOrder, float]]],
+        *,
+        seed: int,
+        global_batch: int,
+        first: int,
+        streams: int,
+    ) -> None:
+        self._orders, self._streams = orders, streams
+        self._batch, self._offset = global_batch, first % global_batch
+        shares = [sum(weight for _, _, weight in bucket) for bucket in orders]
+        self._buckets = Schedule(shares, seed=seed, key=_BUCKET_KEY, group=0, lanes=1)
+        self._sources = [
+            Schedule([w for _, _, w in bucket], seed=seed, key=_MIXTURE_KEY, group=number, lanes=streams)
+            for number, bucket in enumerate(orders)
+        ]
+
+    def at(self, number: int) -> Place:
+        bucket = 0
+        if len(self._orders) > 1:
+            batch, place = divmod(number - self._offset, self._batch)
+            bucket, earlier = self._buckets.at(batch)
+            number = earlier * self._batch + place
+        turn, stream = divmod(number, self._streams)
+        which, earlier = self._sources[bucket].at(turn, stream)
+        source, order, _ = self._orders[bucket][which]
+        epoch, sample = order.at(earlier * self._streams + stream)
+        return Place(bucket, source, epoch, sample)

@@ -1,0 +1,352 @@
+"""Objects below a prefix of an S3 bucket, read and written exactly through the faults of servers and networks.
+
+Credentials, region and endpoint come the standard AWS ways (environment, profile, instance role,
+``AWS_ENDPOINT_URL_S3``). Botocore's own retries are off: they never retry a body that broke, and two policies
+would multiply. An error that was refused for good carries no cause, because botocore's may hold credentials.
+"""
+
+import contextlib
+import os
+import re
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import boto3
+import botocore
+import botocore.exceptions as aws
+import urllib3.exceptions
+from botocore.config import Config
+
+from data_pipeline.errors import DataError, StoreError
+from data_pipeline.retry import Backoff, RetryBudget
+from data_pipeline.store import Access, ObjectInfo
+
+PIECE_BYTES = 1 << 20
+PART_BYTES = 16 << 20
+MAX_PARTS = 10_000
+"""Limit of S3 for one object."""
+WRITERS = 4
+"""Parts of one upload sent at once; each holds ``PART_BYTES``."""
+CONNECT_TIMEOUT_S = 10.0
+FIRST_CONTACT_S = 60.0
+"""Deadline while the server has never answered: then a wrong endpoint is likelier than an outage."""
+
+_COUNTERS = (
+    "requests",
+    "bytes",
+    "retries",
+    "fault_503",
+    "fault_5xx",
+    "fault_reset",
+    "fault_stall",
+    "fault_truncated",
+)
+_THROTTLED = ("SlowDown", "ServiceUnavailable", "RequestLimitExceeded", "Throttling", "ThrottlingException")
+_CHANGED = "changed since it was indexed; run deco-data index again"
+_DENIED = "access denied: check the credentials and the bucket's policy"
+_HINTS = {
+    "401": _DENIED,
+    "403": _DENIED,
+    "AccessDenied": _DENIED,
+    "InvalidAccessKeyId": "the access key is not known to this server",
+    "SignatureDoesNotMatch": "the secret key is wrong",
+    "ExpiredToken": "the credentials have expired: renew them",
+    "RequestTimeTooSkewed": "this machine's clock is wrong",
+    "AuthorizationHeaderMalformed": "the bucket is in another region: set AWS_DEFAULT_REGION",
+    "PermanentRedirect": "the bucket is in another region: set AWS_DEFAULT_REGION",
+    "NoSuchBucket": "no such bucket",
+    "404": "no such object",
+    "NoSuchKey": "no such object",
+    "412": _CHANGED,
+    "PreconditionFailed": _CHANGED,
+    "416": "it is shorter than the index says; run deco-data index again",
+    "InvalidRange": "it is shorter than the index says; run deco-data index again",
+}
+
+
+_MISSING = ("404", "NoSuchKey")
+
+
+class _Fault(Exception):
+    """A failure that may pass: the counter of its kind, and a line for the user."""
+
+    def __init__(self, kind: str, text: str) -> None:
+        super().__init__(text)
+        self.kind = kind
+
+
+class _Refused(StoreError):
+    """A failure that will not pass."""
+
+    def __init__(self, text: str, code: str) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+class S3Store:
+    """See :class:`data_pipeline.store.Store`; threads share its connections and its budget of retries."""
+
+    def __init__(self, url: str, access: Access, budget: RetryBudget) -> None:
+        parsed = urlparse(url)
+        if not parsed.netloc:
+            raise DataError(f"{url}: an S3 URL looks like s3://bucket/prefix")
+        self.url = url
+        self.counters: Counter[str] = Counter(dict.fromkeys(_COUNTERS, 0))
+        self._access, self._budget = access, budget
+        self._bucket = parsed.netloc
+        prefix = parsed.path.strip("/")
+        self._prefix = f"{prefix}/" if prefix else ""
+        self._lock = threading.Lock()
+        self._answered = False
+        self._client = self._connect()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        from data_pipeline.store import open_store
+
+        return open_store, (self.url, self._access)
+
+    def list(self) -> Iterator[ObjectInfo]:
+        wanted: dict[str, Any] = {"Prefix": self._prefix}
+        while True:
+            page = self._call("", "list_objects_v2", **wanted)
+            for entry in page.get("Contents", []):
+                key = entry["Key"].removeprefix(self._prefix)
+                yield ObjectInfo(key, entry["Size"], entry["ETag"].strip('"'))
+            if not page.get("IsTruncated"):
+                return
+            wanted["ContinuationToken"] = page["NextContinuationToken"]
+
+    def read(self, key: str, offset: int, length: int, etag: str | None = None) -> bytes:
+        return self._read(key, offset, length, etag) if length else b""
+
+    def read_all(self, key: str) -> bytes | None:
+        try:
+            return self._read(key, 0, None, None)
+        except _Refused as error:
+            if error.code in _MISSING:
+                return None
+            raise
+
+    def info(self, key: str) -> ObjectInfo | None:
+        try:
+            answer = self._call(key, "head_object", Key=self._prefix + key)
+        except _Refused as error:
+            if error.code in _MISSING:
+                return None
+            raise
+        return ObjectInfo(key, answer["ContentLength"], answer["ETag"].strip('"'))
+
+    def delete(self, key: str) -> None:
+        self._call(key, "delete_object", Key=self._prefix + key)
+
+    def local_path(self, key: str) -> Path | None:
+        return None
+
+    def write(self, key: str, data: bytes) -> None:
+        self._upload(key, len(data), lambda start, size: data[start : start + size])
+
+    def write_file(self, key: str, path: Path) -> None:
+        try:
+            with path.open("rb") as file:
+
+                def part(start: int, size: int) -> bytes:
+                    data = os.pread(file.fileno(), size, start)
+                    if len(data) != size:
+                        raise StoreError(f"{path}: became shorter while it was uploaded")
+                    return data
+
+                self._upload(key, os.fstat(file.fileno()).st_size, part)
+        except OSError as error:
+            raise StoreError(f"{path}: {error.strerror}") from error
+
+    def _connect(self) -> Any:
+        access = self._access
+        config = Config(
+            connect_timeout=min(CONNECT_TIMEOUT_S, access.read_timeout_s),
+            read_timeout=access.read_timeout_s,
+            max_pool_connections=access.connections,
+            tcp_keepalive=True,
+            retries={"mode": "standard", "total_max_attempts": 1},
+            signature_version=botocore.UNSIGNED if access.anonymous else None,
+        )
+        with self._errors(""):
+            return boto3.session.Session().client("s3", config=config)
+
+    def _read(self, key: str, offset: int, length: int | None, etag: str | None) -> bytes:
+        """Attempts until all is there; each goes on at the byte, and insists on the object, of the one before."""
+        received = bytearray()
+        backoff = self._backoff(key)
+        while True:
+            try:
+                with self._errors(key):
+                    wanted = self._range(offset + len(received), None if length is None else offset + length, etag)
+                    response = self._send("get_object", Key=self._prefix + key, **wanted)
+                    length = self._check(key, response, offset, length, len(received))
+                    etag = response["ETag"].strip('"')
+                    # The context is urllib3's own stream: unlike botocore's it has read1, which returns what
+                    # has arrived, so a break loses nothing that was received and a drip of bytes is noticed.
+                    with response["Body"] as stream:
+                        self._drain(stream, received, length, backoff)
+                self._budget.succeed()
+                return bytes(received)
+            except _Fault as fault:
+                self._pause(backoff, fault)
+
+    @staticmethod
+    def _range(first: int, end: int | None, etag: str | None) -> dict[str, str]:
+        wanted = {} if end is None else {"Range": f"bytes={first}-{end - 1}"}
+        return wanted if etag is None else wanted | {"IfMatch": f'"{etag}"'}
+
+    def _check(self, key: str, response: Any, offset: int, length: int | None, received: int) -> int:
+        """Length of the whole read, or an error where the answer is not for the range that was asked."""
+        if length is None:
+            return int(response["ContentLength"])
+        first, end = offset + received, offset + length
+        found = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", response.get("ContentRange", ""))
+        if found is None:
+            if first == 0 and response["ContentLength"] == length:
+                return length
+            raise StoreError(f"{self._name(key)}: the server ignores ranges; read it from another server")
+        if int(found[1]) != first or int(found[2]) != end - 1:
+            raise StoreError(f"{self._name(key)}: ends at {int(found[2]) + 1}, wanted {end}: {_CHANGED}")
+        return length
+
+    def _drain(self, stream: Any, received: bytearray, length: int, backoff: Backoff) -> None:
+        while len(received) < length:
+            piece = stream.read1(min(PIECE_BYTES, length - len(received)))
+            if not piece:
+                raise _Fault("fault_truncated", f"the body ended at {len(received)} of {length} bytes")
+            received += piece
+            backoff.progress(len(piece))
+            self._count("bytes", len(piece))
+            if backoff.overdue and len(received) < length:
+                raise _Fault("fault_stall", f"the body came too slowly, {len(received)} of {length} bytes")
+
+    def _upload(self, key: str, size: int, part: Callable[[int, int], bytes]) -> None:
+        """One request for a small object; parts, each retried by itself, for a large one."""
+        if size <= PART_BYTES:
+            self._call(key, "put_object", Key=self._prefix + key, Body=part(0, size))
+            return
+        target = {"Key": self._prefix + key}
+        target["UploadId"] = self._call(key, "create_multipart_upload", **target)["UploadId"]
+        part_bytes = max(PART_BYTES, -(-size // MAX_PARTS))
+
+        def send(number: int) -> dict[str, Any]:
+            body = part(number * part_bytes, min(part_bytes, size - number * part_bytes))
+            answer = self._call(key, "upload_part", **target, PartNumber=number + 1, Body=body)
+            return {"PartNumber": number + 1, "ETag": answer["ETag"]}
+
+        try:
+            with ThreadPoolExecutor(WRITERS, thread_name_prefix="upload") as pool:
+                parts = list(pool.map(send, range(-(-size // part_bytes))))
+            self._complete(key, size, parts, target)
+        except BaseException:
+            with contextlib.suppress(StoreError, _Fault), self._errors(key):
+                self._send("abort_multipart_upload", **target)
+            raise
+
+    def _complete(self, key: str, size: int, parts: Sequence[dict[str, Any]], target: dict[str, str]) -> None:
+        try:
+            self._call(key, "complete_multipart_upload", **target, MultipartUpload={"Parts": parts})
+        except _Refused as error:
+            # The answer to an attempt that succeeded may have been lost; the upload is gone then.
+            if error.code != "NoSuchUpload":
+                raise
+            if self._call(key, "head_object", Key=target["Key"])["ContentLength"] != size:
+                raise
+
+    def _call(self, key: str, operation: str, **arguments: Any) -> Any:
+        """One operation without a body in its answer, tried until it succeeds, is refused or time is up."""
+        backoff = self._backoff(key)
+        while True:
+            try:
+                with self._errors(key):
+                    answer = self._send(operation, **arguments)
+                self._budget.succeed()
+                return answer
+            except _Fault as fault:
+                self._pause(backoff, fault)
+
+    def _send(self, operation: str, **arguments: Any) -> Any:
+        self._count("requests")
+        if self._access.requester_pays:
+            arguments["RequestPayer"] = "requester"
+        answer = getattr(self._client, operation)(Bucket=self._bucket, **arguments)
+        self._answered = True
+        return answer
+
+    def _backoff(self, key: str) -> Backoff:
+        deadline_s = self._access.deadline_s
+        if not self._answered:
+            deadline_s = min(deadline_s, FIRST_CONTACT_S)
+        return Backoff(self._name(key), deadline_s, self._budget)
+
+    def _pause(self, backoff: Backoff, fault: _Fault) -> None:
+        self._count(fault.kind)
+        backoff.wait(str(fault))
+        self._count("retries")
+
+    def _count(self, name: str, by: int = 1) -> None:
+        with self._lock:
+            self.counters[name] += by
+
+    def _name(self, key: str) -> str:
+        return f"s3://{self._bucket}/{self._prefix}{key}"
+
+    @contextlib.contextmanager
+    def _errors(self, key: str) -> Iterator[None]:
+        """Turn the errors of botocore and urllib3 into :class:`_Fault` or :class:`_Refused`."""
+        problem: Exception
+        try:
+            yield
+            return
+        except aws.ClientError as error:
+            self._answered = True
+            problem = self._judge(key, error)
+        except (aws.BotoCoreError, urllib3.exceptions.HTTPError) as error:
+            kind = _network_fault(error)
+            text = _plain(error)
+            problem = _Fault(kind, text) if kind else _Refused(f"{self._name(key)}: {text}", type(error).__name__)
+        raise problem from None
+
+    def _judge(self, key: str, error: Any) -> Exception:
+        code = str(error.response.get("Error", {}).get("Code", "unknown"))
+        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        answer = f"the server answered {code} (HTTP {status})"
+        if status in (429, 503) or code in _THROTTLED:
+            return _Fault("fault_503", answer)
+        if status >= 500 or code == "InternalError":
+            return _Fault("fault_5xx", answer)
+        if code == "RequestTimeout":
+            return _Fault("fault_stall", answer)
+        hint = _HINTS.get(code) or _HINTS.get(str(status), answer)
+        if hint == _DENIED and self._access.anonymous:
+            hint = "access denied to an anonymous reader: the bucket is not public, so credentials are needed"
+        return _Refused(f"{self._name(key)}: {hint}", code)
+
+
+def _network_fault(error: Exception) -> str | None:
+    """Counter of a failure between here and the server; None if trying again is of no use."""
+    if isinstance(error, (aws.IncompleteReadError, urllib3.exceptions.IncompleteRead)):
+        return "fault_truncated"
+    if isinstance(error, (aws.ReadTimeoutError, aws.ConnectTimeoutError, urllib3.exceptions.TimeoutError)):
+        return "fault_stall"
+    if "CERTIFICATE_VERIFY_FAILED" in str(error):
+        return None
+    if isinstance(error, (aws.ConnectionError, aws.HTTPClientError, urllib3.exceptions.HTTPError)):
+        return "fault_reset"
+    return None
+
+
+def _plain(error: Exception) -> str:
+    """One line about a failure, without what may be secret: queries of URLs, or a credential helper's output."""
+    if isinstance(error, aws.NoCredentialsError):
+        return "no credentials found: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile or a role"
+    if isinstance(error, aws.CredentialRetrievalError):
+        return f"credentials could not be retrieved by {error.kwargs.get('provider', 'their provider')}"
+    return re.sub(r"\?[^\s\"']*", "", " ".join(str(error).split()))

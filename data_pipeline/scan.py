@@ -1,0 +1,336 @@
+"""Making an index: every shard is read once, by several processes, and an interrupted scan goes on.
+
+A sample is what neighbouring members with the same stem make: a picture and a caption or class (``.txt``,
+``.json``, ``.cls``), as WebDataset, img2dataset and BLIP-3o write them. What cannot be trained on (no
+picture, no caption, a damaged header, a stem that came before, a cut shard) is listed by name.
+"""
+
+import contextlib
+import io
+import itertools
+import multiprocessing
+import tarfile
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import google_crc32c
+import numpy as np
+
+from data_pipeline.captions import JSON_FIELDS, json_numbers, parse_captions, parse_label
+from data_pipeline.decode import DecodeError, picture_size
+from data_pipeline.errors import DataError
+from data_pipeline.index import BLOCK, COLUMNS, INDEX_KEY, IS_JSON, IS_LABEL, SCORE, Index, make_index, parse_index
+from data_pipeline.index import save_index as _save_index
+from data_pipeline.store import Access, ObjectInfo, Store, open_store
+
+PARTIAL_KEY = "index.partial"
+"""What a scan has done so far; removed when it is done."""
+SAVE_EVERY_S = 120.0
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif")
+TEXT_SUFFIXES = ("txt", "json", "cls")
+MAX_SAMPLE_BYTES = 1 << 30
+_PIECE = 8 * 2**20
+_PIECES = 4
+TAR_DAMAGE = (
+    tarfile.TarError,
+    ValueError,
+    OverflowError,
+    EOFError,
+    KeyError,
+    TypeError,
+    IndexError,
+    RecursionError,
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScanSettings:
+    """How members are read; kept in the index, since training reads them the same way.
+
+    ``text`` is the order in which a sample's text members are preferred, ``caption_fields`` the fields of a
+    ``.json`` that hold captions (the first that is there), ``scores`` those whose numbers become columns.
+    """
+
+    text: tuple[str, ...] = TEXT_SUFFIXES
+    caption_fields: tuple[str, ...] = JSON_FIELDS
+    scores: tuple[str, ...] = ()
+
+
+@dataclass
+class ScanReport:
+    """What a scan left out: ``<shard>: <member>: <reason>``; and how much of the work was done before."""
+
+    problems: list[str] = field(default_factory=list)
+    reused: int = 0
+
+
+class ShardFile(io.RawIOBase):
+    """A shard as a file: read in large pieces, of which the last few are kept."""
+
+    def __init__(self, store: Store, shard: ObjectInfo) -> None:
+        self._store, self._shard, self._at = store, shard, 0
+        self._kept: OrderedDict[int, bytes] = OrderedDict()
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self._at = max(0, offset + (0, self._at, self._shard.size)[whence])
+        return self._at
+
+    def read(self, size: int = -1) -> bytes:
+        last = self._shard.size if size < 0 else min(self._shard.size, self._at + size)
+        data = self.span(self._at, last)
+        self._at += len(data)
+        return data
+
+    def span(self, first: int, last: int) -> bytes:
+        """Bytes ``first`` to ``last - 1``."""
+        if first >= last:
+            return b""
+        numbers = range(first // _PIECE, (last - 1) // _PIECE + 1)
+        whole = b"".join(self._piece(n) for n in numbers)
+        base = numbers.start * _PIECE
+        return whole[first - base : last - base]
+
+    def _piece(self, number: int) -> bytes:
+        if number not in self._kept:
+            start = number * _PIECE
+            length = min(_PIECE, self._shard.size - start)
+            self._kept[number] = self._store.read(self._shard.key, start, length, self._shard.etag)
+            if len(self._kept) > _PIECES:
+                self._kept.popitem(last=False)
+        return self._kept[number]
+
+
+def scan_shard(store: Store, shard: ObjectInfo, settings: ScanSettings) -> tuple[dict[str, Any], list[str]]:
+    """Columns of one shard, and what is wrong with it."""
+    problems: list[str] = []
+    rows: list[dict[str, Any]] = []
+    pieces = ShardFile(store, shard)
+    stems: set[str] = set()
+    last_end = 0
+    try:
+        for stem, members, end in tar_samples(pieces, shard.size):
+            last_end = end
+            try:
+                if stem in stems:
+                    raise DecodeError("duplicate", "this key came before")
+                rows.append(_row(pieces, members, end, settings))
+            except DecodeError as error:
+                problems.append(f"{shard.key}: {stem}: {error.kind}: {error}")
+            stems.add(stem)
+    except TAR_DAMAGE as error:
+        problems.append(f"{shard.key}: {type(error).__name__}: {error}")
+    if pieces.span(last_end, min(shard.size, last_end + BLOCK)) != bytes(BLOCK):
+        problems.append(
+            f"{shard.key}: no end-of-archive mark after {len(stems)} samples, the shard may be cut off"
+        )
+    names = [*COLUMNS, *(SCORE + name for name in settings.scores)]
+    return {name: np.asarray([row[name] for row in rows]) for name in names}, problems
+
+
+def tar_samples(pieces: ShardFile, size: int) -> Iterator[tuple[str, dict[str, tarfile.TarInfo], int]]:
+    """Stem, members by suffix, and end of each run of members with one stem."""
+    stem: str | None = None
+    members: dict[str, tarfile.TarInfo] = {}
+    end = 0
+    with tarfile.open(fileobj=pieces, mode="r:") as tar:
+        for member in tar:
+            # The list of members that tarfile keeps would grow with the shard.
+            tar.members = []  # type: ignore[attr-defined]
+            if not member.isreg() or member.issparse():
+                continue
+            folder, _, name = member.name.rpartition("/")
+            base, _, suffix = name.partition(".")
+            key = f"{folder}/{base}" if folder else base
+            if key != stem:
+                if stem is not None and members:
+                    yield stem, members, end
+                stem, members = key, {}
+            end = member.offset_data + -(-member.size // BLOCK) * BLOCK
+            if end > size or member.size < 0:
+                raise tarfile.ReadError(f"{member.name} is cut off")
+            members.setdefault(suffix.lower(), member)
+    if stem is not None and members:
+        yield stem, members, end
+
+
+def _row(
+    pieces: ShardFile, members: dict[str, tarfile.TarInfo], end: int, settings: ScanSettings
+) -> dict[str, Any]:
+    """Columns of one sample; raises :class:`DecodeError` for one that cannot be trained on."""
+    image = next((members[s] for s in IMAGE_SUFFIXES if s in members), None)
+    if image is None:
+        raise DecodeError("no_image", "no image")
+    suffixes = [s for s in settings.text if s in members]
+    if not suffixes:
+        raise DecodeError("no_caption", "no caption")
+    start = min(m.offset for m in members.values())
+    if end - start > MAX_SAMPLE_BYTES:
+        raise DecodeError("too_large", f"{end - start} bytes")
+    raw = pieces.span(start, end)
+
+    def content(member: tarfile.TarInfo) -> bytes:
+        return raw[member.offset_data - start : member.offset_data - start + member.size]
+
+    height, width = picture_size(content(image))
+    for suffix in suffixes:
+        text, flags = members[suffix], {"json": IS_JSON, "cls": IS_LABEL}.get(suffix, 0)
+        try:
+            lengths = _target(content(text), flags, settings)
+            break
+        except DecodeError:
+            # A .json may hold other things than captions; the next member may do.
+            if suffix == suffixes[-1]:
+                raise
+    scores = [float("nan")] * len(settings.scores)
+    if settings.scores and "json" in members:
+        scores = json_numbers(content(members["json"]), settings.scores)
+    row = {
+        "start": start // BLOCK,
+        "length": (end - start) // BLOCK,
+        "image_at": (image.offset_data - start) // BLOCK,
+        "text_at": (text.offset_data - start) // BLOCK,
+        "image_size": image.size,
+        "text_size": text.size,
+        "height": height,
+        "width": width,
+        "caption_chars": min(max(lengths, default=0), np.iinfo(np.uint16).max),
+        "num_captions": min(len(lengths), np.iinfo(np.uint8).max),
+        "flags": flags,
+        "crc32c": google_crc32c.value(raw),
+        **{SCORE + name: value for name, value in zip(settings.scores, scores, strict=True)},
+    }
+    for name, dtype in COLUMNS.items():
+        if not 0 <= row[name] <= np.iinfo(dtype).max:
+            raise DecodeError("too_large", f"{name} {row[name]} is beyond what an index holds")
+    return row
+
+
+def _target(content: bytes, flags: int, settings: ScanSettings) -> list[int]:
+    """Lengths of the captions in characters, none for a label; raises :class:`DecodeError`."""
+    if flags & IS_LABEL:
+        parse_label(content)
+        return []
+    captions = parse_captions(content, is_json=bool(flags & IS_JSON), fields=settings.caption_fields)
+    return [len(text) for text in captions.texts]
+
+
+def build_index(
+    store: Store,
+    settings: ScanSettings = ScanSettings(),
+    *,
+    access: Access = Access(),
+    workers: int = 1,
+    fresh: bool = False,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> tuple[Index, ScanReport]:
+    """Scan all ``.tar`` objects below the store's URL, in the order of their keys.
+
+    Shards that an earlier scan (finished or interrupted) has read and that have not changed are not read
+    again, unless ``fresh``. ``workers`` above 1 are processes. Raises :class:`DataError` where there is none.
+    """
+    shards = tuple(info for info in store.list() if info.key.endswith(".tar"))
+    if not shards:
+        raise DataError(f"{store.url}: no .tar shards there")
+    earlier = {} if fresh else _earlier(store, settings)
+    done = {i: earlier[shard] for i, shard in enumerate(shards) if shard in earlier}
+    report = ScanReport(reused=len(done))
+    saved = time.monotonic()
+    missing = [i for i in range(len(shards)) if i not in done]
+    for number, result in _scan_all(store, shards, missing, settings, access, workers):
+        done[number] = result
+        if progress:
+            progress(shards[number].key, len(done), len(shards))
+        if time.monotonic() - saved > SAVE_EVERY_S:
+            _save_index(store, _merge(shards, done, settings), PARTIAL_KEY)
+            saved = time.monotonic()
+    index = _merge(shards, done, settings)
+    report.problems = [p for entry in index.header["problems"] for p in entry]
+    return index, report
+
+
+def save_index(store: Store, index: Index) -> None:
+    """Write the index beside the shards, and remove what an interrupted scan left."""
+    _save_index(store, index, INDEX_KEY)
+    store.delete(PARTIAL_KEY)
+
+
+_Part = tuple[dict[str, Any], list[str]]
+
+
+def _merge(shards: Sequence[ObjectInfo], done: dict[int, _Part], settings: ScanSettings) -> Index:
+    numbers = sorted(done)
+    names = [*COLUMNS, *(SCORE + name for name in settings.scores)]
+    counts = [len(done[n][0]["start"]) for n in numbers]
+    columns = {name: np.concatenate([done[n][0][name] for n in numbers] or [np.zeros(0)]) for name in names}
+    header = {"scan": asdict(settings), "problems": [done[n][1] for n in numbers]}
+    return make_index([shards[n] for n in numbers], counts, columns, header=header)
+
+
+def _earlier(store: Store, settings: ScanSettings) -> dict[ObjectInfo, _Part]:
+    """Parts of an earlier scan with the same settings."""
+    parts: dict[ObjectInfo, _Part] = {}
+    wanted = {key: list(value) for key, value in asdict(settings).items()}
+    for key in (INDEX_KEY, PARTIAL_KEY):
+        raw = store.read_all(key)
+        if raw is None:
+            continue
+        # A damaged or older index is made anew.
+        with contextlib.suppress(DataError):
+            index = parse_index(np.frombuffer(raw, dtype=np.uint8), key)
+            if index.header["scan"] != wanted:
+                continue
+            starts = [0, *index.ends.tolist()]
+            for i, shard in enumerate(index.shards):
+                columns = {n: c[starts[i] : starts[i + 1]] for n, c in index.columns.items()}
+                parts[shard] = (columns, list(index.header["problems"][i]))
+    return parts
+
+
+def _scan_all(
+    store: Store,
+    shards: Sequence[ObjectInfo],
+    missing: Sequence[int],
+    settings: ScanSettings,
+    access: Access,
+    workers: int,
+) -> Iterator[tuple[int, _Part]]:
+    if workers <= 1 or len(missing) <= 1:
+        for number in missing:
+            yield number, scan_shard(store, shards[number], settings)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        left = iter(missing)
+        running: dict[Future[_Part], int] = {}
+        while True:
+            # A few in hand, so that an error does not wait for a queue of thousands.
+            for number in itertools.islice(left, 2 * workers - len(running)):
+                running[pool.submit(_scan_there, store.url, access, shards[number], settings)] = number
+            if not running:
+                return
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                try:
+                    result = future.result()
+                except BrokenProcessPool as error:
+                    raise DataError(
+                        "a scanning process was killed, perhaps for memory; use fewer --workers"
+                    ) from error
+                yield running.pop(future), result
+
+
+def _scan_there(url: str, access: Access, shard: ObjectInfo, settings: ScanSettings) -> _Part:
+    return scan_shard(open_store(url, access), shard, settings)

@@ -1,0 +1,339 @@
+"""What an index and its pictures look like: numbers, histograms, and a sheet of samples with their captions.
+
+Everything is counted in slices of the columns, so that an index of 100 million samples needs no more memory
+than one of a million.
+"""
+
+import functools
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from data_pipeline.captions import parse_captions, parse_label
+from data_pipeline.decode import DecodeError, decode
+from data_pipeline.errors import DataError
+from data_pipeline.index import BLOCK, IS_JSON, IS_LABEL, SCORE, Index, Location
+from data_pipeline.order import generator
+from data_pipeline.store import Store
+
+Counts = np.ndarray[Any, np.dtype[np.int64]]
+
+_SLICE = 4 * 2**20
+_MAX_16 = 1 << 16
+_BINS = 60
+_MAX_ASPECT_LOG2 = 3.0
+_SHEET_KEY = 7
+_PIXELS = 179_000_000
+MAX_SAMPLES = 600
+"""On a contact sheet: more make a picture that few programs open."""
+_COLUMNS, _TILE, _GAP, _LINES = 6, 256, 18, 5
+_TEXT, _SMALL = 15, 12
+_INK, _GREY, _PAPER, _FRAME = "#1a1a1a", "#777777", "#ffffff", "#ececec"
+_BLUE = "#3b6fb6"
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Counts over an index: ``sides`` and ``chars`` by their value, ``kinds`` of text, ``aspects`` by bins.
+
+    ``wide`` pictures are wider than 3:2, ``tall`` ones taller than 2:3.
+    """
+
+    sides: Counts
+    chars: Counts
+    sizes: Counts
+    size_edges: "np.ndarray[Any, np.dtype[np.float64]]"
+    aspects: Counts
+    aspect_edges: "np.ndarray[Any, np.dtype[np.float64]]"
+    kinds: dict[str, int]
+    captions: int
+    wide: int
+    tall: int
+
+
+def summarise(index: Index) -> Summary:
+    """One pass over the columns. Sides and caption lengths are 16-bit numbers, so that every value is counted."""
+    size_edges = np.geomspace(BLOCK, 2.0**30, 20 * _BINS + 1)
+    aspect_edges = np.linspace(-_MAX_ASPECT_LOG2, _MAX_ASPECT_LOG2, _BINS + 1)
+    sides, chars = np.zeros(_MAX_16, np.int64), np.zeros(_MAX_16, np.int64)
+    sizes, aspects = np.zeros(len(size_edges) - 1, np.int64), np.zeros(_BINS, np.int64)
+    kinds: Counter[str] = Counter(txt=0, json=0, label=0)
+    captions, wide, tall = 0, 0, 0
+    for part in _slices(index):
+        height, width, flags = part("height"), part("width"), part("flags")
+        sides += np.bincount(np.minimum(height, width), minlength=_MAX_16)
+        # In 64 bits, where three sides do not overflow.
+        high, across = height.astype(np.int64), width.astype(np.int64)
+        wide, tall = wide + int((2 * across > 3 * high).sum()), tall + int((2 * high > 3 * across).sum())
+        labels = (flags & IS_LABEL) != 0
+        chars += np.bincount(part("caption_chars")[~labels], minlength=_MAX_16)
+        sizes += np.histogram(part("length").astype(np.float64) * BLOCK, size_edges)[0]
+        ratio = np.log2(np.maximum(width, 1) / np.maximum(height, 1))
+        aspects += np.histogram(ratio.clip(-_MAX_ASPECT_LOG2, _MAX_ASPECT_LOG2), aspect_edges)[0]
+        kinds["label"] += int(labels.sum())
+        kinds["json"] += int(((flags & IS_JSON) != 0).sum())
+        captions += int(part("num_captions").sum(dtype=np.int64))
+    kinds["txt"] = len(index) - kinds["json"] - kinds["label"]
+    return Summary(sides, chars, sizes, size_edges, aspects, aspect_edges, dict(kinds), captions, wide, tall)
+
+
+def quantile(counts: Counts, share: float) -> int:
+    """Smallest value that at least ``share`` of the counted ones do not exceed; 0 where nothing was counted."""
+    ends = np.cumsum(counts)
+    return int(np.searchsorted(ends, max(1, math.ceil(share * int(ends[-1]))))) if ends[-1] else 0
+
+
+def problem_kinds(index: Index, *, most: int = 8) -> tuple[int, list[tuple[str, int]]]:
+    """Number of problems that the scan found, and the most frequent kinds of them."""
+    kinds: Counter[str] = Counter()
+    for shard, problems in zip(index.shards, index.header.get("problems", ()), strict=False):
+        for problem in problems:
+            what = problem.removeprefix(f"{shard.key}: ")
+            sample = re.match(r".+?: ([a-z_]+): ", what)
+            kinds[sample[1] if sample else re.sub(r"\d+", "N", what)[:60]] += 1
+    return kinds.total(), kinds.most_common(most)
+
+
+def facts(index: Index, summary: Summary, resolutions: Sequence[int]) -> Iterator[tuple[str, str]]:
+    """Quantities and their values, as ``inspect`` shows them."""
+    total = sum(shard.size for shard in index.shards)
+    yield "digest", index.digest
+    yield "shards", f"{len(index.shards):,}"
+    yield "samples", f"{len(index):,}"
+    yield "bytes", f"{total:,} ({human_bytes(total)})"
+    for share in (0, 0.05, 0.5, 0.95, 1):
+        yield f"short side, {share:.0%} quantile", f"{quantile(summary.sides, share):,} px"
+    for resolution in resolutions:
+        usable = int(summary.sides[resolution:].sum())
+        yield f"usable at {resolution} px", f"{usable:,} ({usable / len(index):.1%})"
+    yield "wider than 3:2, taller than 2:3", f"{summary.wide:,}, {summary.tall:,}"
+    yield "text: txt, json, label", ", ".join(f"{summary.kinds[kind]:,}" for kind in ("txt", "json", "label"))
+    if summary.captions:
+        yield "captions", f"{summary.captions:,}"
+        for share in (0.05, 0.5, 0.95, 1):
+            yield f"longest caption, {share:.0%} quantile", f"{quantile(summary.chars, share):,} characters"
+    for name in score_names(index):
+        least, largest, count = score_range(index, name)
+        yield f"score {name}", f"{least:.4g} to {largest:.4g} in {count:,} samples" if count else "in no sample"
+    problems, kinds = problem_kinds(index)
+    yield "problems", f"{problems:,}"
+    for kind, count in kinds:
+        yield f"  {kind}", f"{count:,}"
+
+
+def score_names(index: Index) -> list[str]:
+    return [name.removeprefix(SCORE) for name in index.columns if name.startswith(SCORE)]
+
+
+def score_range(index: Index, name: str) -> tuple[float, float, int]:
+    """Least and largest number of a score, and how many samples have one; (nan, nan, 0) where none has."""
+    least, largest, count = math.inf, -math.inf, 0
+    for part in _slices(index):
+        values = part(SCORE + name)
+        values = values[np.isfinite(values)]
+        if len(values):
+            least, largest = min(least, float(values.min())), max(largest, float(values.max()))
+            count += len(values)
+    return (least, largest, count) if count else (math.nan, math.nan, 0)
+
+
+def draw_histograms(index: Index, summary: Summary, path: Path) -> None:
+    """Short side, aspect ratio, caption length, bytes of a sample, and each score, as a PNG."""
+    from matplotlib.figure import Figure
+
+    scores = score_names(index)
+    rows = -(-(4 + len(scores)) // 2)
+    figure = Figure(figsize=(12, 3.6 * rows), layout="constrained")
+    figure.suptitle(f"{len(index):,} samples in {len(index.shards):,} shards, digest {index.digest}", fontsize=12)
+    axes = list(figure.subplots(rows, 2, squeeze=False).flat)
+    _by_value(axes[0], summary.sides, "short side", "pixels")
+    _aspects(axes[1], summary)
+    _by_value(axes[2], summary.chars, "longest caption", "characters")
+    _sizes(axes[3], summary)
+    for axis, name in zip(axes[4:], scores, strict=False):
+        _score(axis, index, name)
+    for axis in axes[4 + len(scores) :]:
+        axis.set_axis_off()
+    figure.savefig(path, dpi=110)
+
+
+def _by_value(axis: Any, counts: Counts, title: str, unit: str) -> None:
+    """Histogram from counts by value, up to the 99.9% quantile; the rest is told in the title."""
+    first, last = quantile(counts, 0), quantile(counts, 0.999)
+    step = max(1, -(-(last - first + 1) // _BINS))
+    edges = np.arange(first, last + step + 1, step)
+    heights = np.add.reduceat(counts, np.minimum(edges[:-1], len(counts) - 1)) if len(edges) > 1 else counts[:0]
+    # reduceat's last part runs to the end of all values.
+    heights[-1] = counts[edges[-2] : edges[-1]].sum()
+    beyond = int(counts[edges[-1] :].sum())
+    more = f" ({beyond:,} longer)" if beyond else ""
+    _bars(axis, heights, edges, f"{title}: median {quantile(counts, 0.5):,}{more}", unit)
+
+
+def _aspects(axis: Any, summary: Summary) -> None:
+    _bars(axis, summary.aspects, summary.aspect_edges, "aspect ratio", "width : height")
+    ticks = {-3: "1:8", -2: "1:4", -1: "1:2", -0.585: "2:3", 0: "1:1", 0.585: "3:2", 1: "2:1", 2: "4:1", 3: "8:1"}
+    axis.set_xticks(list(ticks), list(ticks.values()))
+    axis.set_xlim(-_MAX_ASPECT_LOG2, _MAX_ASPECT_LOG2)
+
+
+def _sizes(axis: Any, summary: Summary) -> None:
+    """The fine bins around what occurs, joined to about as many as the other histograms have."""
+    from matplotlib.ticker import LogLocator
+
+    used = np.flatnonzero(summary.sizes)
+    first, last = (int(used[0]), int(used[-1]) + 1) if len(used) else (0, 1)
+    step = max(1, -(-(last - first) // _BINS))
+    starts = np.arange(first, last, step)
+    ends = np.minimum(starts + step, len(summary.sizes))
+    heights = np.array([summary.sizes[low:high].sum() for low, high in zip(starts, ends, strict=True)])
+    edges = summary.size_edges[np.append(starts, ends[-1])]
+    _bars(axis, heights, edges, "size of a sample", "bytes")
+    if edges[-1] > 4 * edges[0]:
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_locator(LogLocator(base=2, numticks=8))
+    axis.xaxis.set_major_formatter(lambda value, _: human_bytes(value))
+    axis.xaxis.set_minor_formatter(lambda value, _: "")
+
+
+def _score(axis: Any, index: Index, name: str) -> None:
+    least, largest, count = score_range(index, name)
+    if not count:
+        axis.set_title(f"{name}: no sample has it")
+        axis.set_axis_off()
+        return
+    edges = np.linspace(least, largest if largest > least else least + 1, _BINS + 1)
+    heights = np.zeros(_BINS, np.int64)
+    for part in _slices(index):
+        values = part(SCORE + name)
+        heights += np.histogram(values[np.isfinite(values)], edges)[0]
+    without = f" ({len(index) - count:,} without)" if count < len(index) else ""
+    _bars(axis, heights, edges, f"score {name}{without}", name)
+
+
+def _bars(axis: Any, heights: Any, edges: Any, title: str, label: str) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axis.stairs(heights, edges, fill=True, color=_BLUE)
+    axis.set_title(title, fontsize=11)
+    axis.set_xlabel(label)
+    axis.set_ylabel("samples")
+    axis.set_ylim(0, max(1, int(np.max(heights, initial=0))) * 1.05)
+    axis.yaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def draw_contact_sheet(
+    store: Store, index: Index, path: Path, *, samples: int, resolution: int, seed: int = 0
+) -> list[str]:
+    """Samples drawn by the seed, as training sees them at ``resolution``, with their captions, as a PNG.
+
+    A smaller picture is shown at its own size. Returns what could not be shown, by name.
+    """
+    count = min(samples, MAX_SAMPLES, len(index))
+    chosen = np.sort(generator(seed, _SHEET_KEY).choice(len(index), size=count, replace=False))
+    text, small = _font(_TEXT), _font(_SMALL)
+    line = _TEXT + 4
+    across = min(_COLUMNS, max(1, count))
+    pitch_x, pitch_y = _TILE + _GAP, _TILE + _SMALL + 10 + _LINES * line + _GAP
+    down = -(-count // across)
+    sheet = Image.new("RGB", (across * pitch_x + _GAP, down * pitch_y + _GAP), _PAPER)
+    draw = ImageDraw.Draw(sheet)
+    problems: list[str] = []
+    for number, sample in enumerate(int(s) for s in chosen):
+        left, top = _GAP + number % across * pitch_x, _GAP + number // across * pitch_y
+        draw.rectangle((left, top, left + _TILE - 1, top + _TILE - 1), fill=_FRAME)
+        note = f"{index.column('width', sample, sample + 1)[0]} x {index.column('height', sample, sample + 1)[0]}"
+        try:
+            picture, captions = _load(store, index, sample, resolution)
+            sheet.paste(picture, (left + (_TILE - picture.width) // 2, top + (_TILE - picture.height) // 2))
+            note += f", {len(captions)} captions" if len(captions) > 1 else ""
+            shown = captions if len(captions) == 1 else tuple(f"- {caption}" for caption in captions)
+        except (DataError, DecodeError) as error:
+            problems.append(f"sample {sample}: {error}")
+            shown = (f"cannot be shown: {error}",)
+        draw.text((left, top + _TILE + 4), f"#{sample}  {note}", _GREY, small)
+        for row, words in enumerate(_wrap(shown, text, _TILE, _LINES)):
+            draw.text((left, top + _TILE + _SMALL + 10 + row * line), words, _INK, text)
+    sheet.save(path)
+    return problems
+
+
+def _load(store: Store, index: Index, sample: int, resolution: int) -> tuple[Image.Image, tuple[str, ...]]:
+    place = index.locate(sample)
+    shard = index.shards[place.shard]
+    raw = store.read(shard.key, place.start, place.end - place.start, shard.etag)
+    if google_crc32c.value(raw) != place.crc32c:
+        raise DataError(f"{shard.key}: bytes {place.start}-{place.end} differ from the index")
+    row = slice(sample, sample + 1)
+    side = min(resolution, *(int(index.column(n, row.start, row.stop)[0]) for n in ("height", "width")))
+    picture = Image.fromarray(decode(raw[place.image], (side, side), mode="exact", max_pixels=_PIXELS))
+    if side > _TILE:
+        picture = picture.resize((_TILE, _TILE), Image.Resampling.LANCZOS)
+    return picture, _captions(index, raw[place.text], place)
+
+
+def _captions(index: Index, raw: bytes, place: Location) -> tuple[str, ...]:
+    if place.is_label:
+        return (f"class {parse_label(raw)}",)
+    fields = index.header["scan"]["caption_fields"]
+    return parse_captions(raw, is_json=place.is_json, fields=fields).texts
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    """DejaVu Sans, which matplotlib brings along."""
+    import matplotlib
+
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
+
+
+def _wrap(texts: Sequence[str], font: ImageFont.FreeTypeFont, width: int, lines: int) -> list[str]:
+    """At most so many lines that fit the width; a word that does not fit is broken, a text cut short gets dots."""
+    rows: list[str] = []
+    for text in texts[:lines]:
+        rows.append("")
+        # What no sheet has room for need not be measured.
+        for word in "".join(c if c.isprintable() else " " for c in text[:2000]).split():
+            joined = f"{rows[-1]} {word}".strip()
+            if font.getlength(joined) <= width:
+                rows[-1] = joined
+                continue
+            if rows[-1]:
+                rows.append("")
+            for character in word:
+                if font.getlength(rows[-1] + character) > width:
+                    rows.append("")
+                rows[-1] += character
+            if len(rows) > lines:
+                break
+    if len(rows) <= lines and len(texts) <= lines:
+        return rows
+    last = rows[lines - 1]
+    while last and font.getlength(f"{last}...") > width:
+        last = last[:-1]
+    return [*rows[: lines - 1], f"{last.rstrip()}..."]
+
+
+def human_bytes(count: float) -> str:
+    """Bytes with a binary prefix: 512 B, 1.5 KiB."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if count < 1024 or unit == "TiB":
+            break
+        count /= 1024
+    return f"{count:.3g} {unit}" if count < 1000 else f"{count:.0f} {unit}"
+
+
+def _slices(index: Index) -> Iterator[Callable[[str], Any]]:
+    """For each slice of the index, what gives its part of a column."""
+    for first in range(0, len(index), _SLICE):
+        last = min(first + _SLICE, len(index))
+        yield functools.partial(index.column, first=first, last=last)

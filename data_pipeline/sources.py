@@ -1,0 +1,350 @@
+"""What is packed: a folder of pictures, parquet files or tar shards, read as one stream of samples.
+
+Nothing is unpacked to disk, and no URL is fetched. What cannot be trained on is listed by name.
+"""
+
+import json
+import math
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from data_pipeline.captions import MAX_TEXT_BYTES, parse_captions, parse_label
+from data_pipeline.decode import DecodeError, picture_size
+from data_pipeline.errors import DataError
+from data_pipeline.scan import (
+    BLOCK,
+    IMAGE_SUFFIXES,
+    MAX_SAMPLE_BYTES,
+    TAR_DAMAGE,
+    TEXT_SUFFIXES,
+    ShardFile,
+    tar_samples,
+)
+from data_pipeline.store import Access, ObjectInfo, Store, open_store
+
+IMAGE_COLUMNS = ("image", "jpg", "png", "image_bytes", "image_path", "path")
+CAPTION_FIELDS = ("captions", "caption", "text", "txt", "long_caption", "short_caption")
+"""Fields of a ``.json`` and columns of a parquet file whose texts are a sample's captions."""
+WEIGHTS_FIELD = "weights"
+URL_COLUMNS = ("url", "image_url", "URL")
+MAX_FIELD_CHARS = 4096
+"""Longer strings beside the captions (EXIF dumps, web pages) are not kept."""
+_OTHER_PICTURES = ("bmp", "tif", "tiff", "avif", "heic", "jxl", "jp2")
+_ROWS = 64
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, slots=True)
+class RawSample:
+    """Encoded picture with its suffix, captions or a class number, and the scalars that came with them.
+
+    ``name`` is for messages.
+    """
+
+    name: str
+    image: bytes
+    suffix: str
+    captions: list[str]
+    fields: dict[str, Any] = field(default_factory=dict)
+    label: int | None = None
+
+    def texts(self) -> dict[str, bytes]:
+        """Members beside the picture, by suffix: ``.txt`` for a bare caption, ``.json`` for more, ``.cls``."""
+        members: dict[str, bytes] = {}
+        if len(self.captions) == 1 and not self.fields:
+            members["txt"] = self.captions[0].encode()
+        elif self.captions or self.fields:
+            entries = ({"captions": self.captions} if self.captions else {}) | self.fields
+            members["json"] = json.dumps(entries, ensure_ascii=False, allow_nan=False).encode()
+        if self.label is not None:
+            members["cls"] = str(self.label).encode()
+        return members
+
+
+def make_sample(
+    name: str, image: bytes, *, entries: Mapping[str, Any], text: bytes | None, label: bytes | None
+) -> RawSample:
+    """Sample of a picture, a JSON object or row, a ``.txt`` and a ``.cls``; raises :class:`DecodeError`."""
+    picture_size(image)
+    captions, weights = _captions(entries, text)
+    number = None if label is None else parse_label(label)
+    if not captions and number is None:
+        raise DecodeError("no_caption", "no caption")
+    fields = {key: value for key, value in entries.items() if _is_kept(key, value)}
+    if len(set(weights)) > 1:
+        fields[WEIGHTS_FIELD] = weights
+    sample = RawSample(name, image, _suffix(image), captions, fields, number)
+    for suffix, raw in sample.texts().items():
+        # As the index will read it: a text beyond its limits is better left out here, by name.
+        if captions and suffix != "cls":
+            parse_captions(raw, is_json=suffix == "json")
+    return sample
+
+
+def _captions(entries: Mapping[str, Any], text: bytes | None) -> tuple[list[str], list[float]]:
+    """All captions, each once; where ``captions`` have weights, only those."""
+    found: dict[str, float] = {}
+    if text is not None and text.strip():
+        found[parse_captions(text, is_json=False).texts[0]] = 1.0
+    for name in CAPTION_FIELDS:
+        value = entries.get(name)
+        if not isinstance(value, str | list) or not value or (isinstance(value, str) and not value.strip()):
+            continue
+        raw: dict[str, Any] = {"captions": value}
+        if name == "captions" and entries.get(WEIGHTS_FIELD) is not None:
+            raw[WEIGHTS_FIELD] = entries[WEIGHTS_FIELD]
+        try:
+            parsed = parse_captions(json.dumps(raw).encode(), is_json=True)
+        # A parquet column may hold what JSON has no word for.
+        except (TypeError, RecursionError) as error:
+            raise DecodeError("bad_caption", f"{name}: {error}") from error
+        if len(set(parsed.weights)) > 1:
+            return list(parsed.texts), list(parsed.weights)
+        for caption in parsed.texts:
+            found.setdefault(caption, 1.0)
+    return list(found), list(found.values())
+
+
+def _is_kept(key: str, value: Any) -> bool:
+    """Numbers, flags and short strings, as far as JSON and UTF-8 hold them."""
+    if key in CAPTION_FIELDS or key == WEIGHTS_FIELD or not _is_text(key):
+        return False
+    if isinstance(value, str):
+        return len(value) <= MAX_FIELD_CHARS and _is_text(value)
+    return isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value))
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _suffix(image: bytes) -> str:
+    """By content: files are often named for another format than theirs."""
+    if image.startswith(b"\xff\xd8"):
+        return "jpg"
+    if image.startswith(b"\x89PNG"):
+        return "png"
+    return "gif" if image.startswith(b"GIF8") else "webp"
+
+
+def _json_object(raw: bytes) -> dict[str, Any]:
+    try:
+        entries = json.loads(raw.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise DecodeError("bad_caption", f"{type(error).__name__}: {error}") from error
+    if not isinstance(entries, dict):
+        raise DecodeError("bad_caption", "not a JSON object")
+    return entries
+
+
+def read_source(
+    source: str, skipped: list[str], *, access: Access = Access(), workers: int = 1
+) -> Iterator[RawSample]:
+    """Samples of a folder, a parquet or tar file, or of the tar shards below an ``s3://`` URL.
+
+    A folder is what the first tar or picture in it says, else a folder of parquet files: img2dataset writes
+    parquet files with numbers beside its tars and pictures. What is left out goes to ``skipped``, as
+    ``<name>: <reason>``. Raises :class:`DataError` where there is nothing to read.
+    """
+    if source.startswith("s3://"):
+        return read_tars(open_store(source, access), skipped)
+    path = Path(source).expanduser()
+    if path.is_file():
+        if path.suffix == ".tar":
+            return read_tars(open_store(str(path.parent)), skipped, only=path.name)
+        return read_parquet(path, skipped)
+    if not path.is_dir():
+        raise DataError(f"{source}: no such folder or file")
+    suffixes = (file.suffix.lower().lstrip(".") for file in _files(path))
+    kind = next((s for s in suffixes if s == "tar" or s in IMAGE_SUFFIXES), "parquet")
+    if kind == "tar":
+        return read_tars(open_store(str(path)), skipped)
+    return _read_parquets(path, skipped) if kind == "parquet" else read_folder(path, skipped, workers=workers)
+
+
+def read_folder(folder: Path, skipped: list[str], *, workers: int = 1) -> Iterator[RawSample]:
+    """Pictures below ``folder`` in the order of their names, with what is beside them; read by threads."""
+    pictures = (p for p in _files(folder) if p.suffix.lower().lstrip(".") in IMAGE_SUFFIXES + _OTHER_PICTURES)
+    for found in _in_order(_read_picture, pictures, workers):
+        if isinstance(found, str):
+            skipped.append(found)
+        else:
+            yield found
+
+
+def _read_picture(path: Path) -> RawSample | str:
+    if path.suffix.lower().lstrip(".") in _OTHER_PICTURES:
+        return f"{path}: {path.suffix} is not among {', '.join(IMAGE_SUFFIXES)}"
+    try:
+        if path.stat().st_size > MAX_SAMPLE_BYTES:
+            return f"{path}: {path.stat().st_size} bytes"
+        texts = {suffix: _beside(path, suffix) for suffix in TEXT_SUFFIXES}
+        if not any(raw is not None for raw in texts.values()):
+            return f"{path}: no .txt or .json beside it"
+        return _from_members(str(path), path.read_bytes(), texts)
+    except OSError as error:
+        return f"{path}: {error.strerror}"
+    except DecodeError as error:
+        return f"{path}: {error}"
+
+
+def _beside(path: Path, suffix: str) -> bytes | None:
+    try:
+        with path.with_suffix(f".{suffix}").open("rb") as file:
+            raw = file.read(MAX_TEXT_BYTES + 1)
+    except FileNotFoundError:
+        return None
+    return _bounded(raw)
+
+
+def _bounded(raw: bytes) -> bytes:
+    if len(raw) > MAX_TEXT_BYTES:
+        raise DecodeError("too_large", f"over {MAX_TEXT_BYTES} bytes of text")
+    return raw
+
+
+def _from_members(name: str, image: bytes, texts: Mapping[str, bytes | None]) -> RawSample:
+    raw = texts.get("json")
+    entries = {} if raw is None else _json_object(raw)
+    return make_sample(name, image, entries=entries, text=texts.get("txt"), label=texts.get("cls"))
+
+
+def read_tars(store: Store, skipped: list[str], *, only: str | None = None) -> Iterator[RawSample]:
+    """Samples of all ``.tar`` objects, or of ``only`` one, as :mod:`data_pipeline.scan` finds them."""
+    for shard in store.list():
+        if shard.key.endswith(".tar") and only in (None, shard.key):
+            yield from _read_tar(store, shard, skipped)
+
+
+def _read_tar(store: Store, shard: ObjectInfo, skipped: list[str]) -> Iterator[RawSample]:
+    pieces = ShardFile(store, shard)
+    seen: set[str] = set()
+    last_end = 0
+    try:
+        for stem, members, end in tar_samples(pieces, shard.size):
+            last_end = end
+            name = f"{shard.key}: {stem}"
+            try:
+                if stem in seen:
+                    raise DecodeError("duplicate", "this key came before")
+                image = next((members[s] for s in IMAGE_SUFFIXES if s in members), None)
+                if image is None:
+                    raise DecodeError("no_image", "no image")
+                wanted = {s: members[s] for s in TEXT_SUFFIXES if s in members}
+                sizes = [image.size, *(member.size for member in wanted.values())]
+                if sum(sizes) > MAX_SAMPLE_BYTES or any(size > MAX_TEXT_BYTES for size in sizes[1:]):
+                    raise DecodeError("too_large", f"members of {sizes} bytes")
+                texts = {s: pieces.span(m.offset_data, m.offset_data + m.size) for s, m in wanted.items()}
+                content = pieces.span(image.offset_data, image.offset_data + image.size)
+                yield _from_members(name, content, texts)
+            except DecodeError as error:
+                skipped.append(f"{name}: {error}")
+            seen.add(stem)
+    except TAR_DAMAGE as error:
+        skipped.append(f"{shard.key}: {type(error).__name__}: {error}")
+    if pieces.span(last_end, min(shard.size, last_end + BLOCK)) != bytes(BLOCK):
+        skipped.append(f"{shard.key}: no end-of-archive mark after {len(seen)} samples, it may be cut off")
+
+
+def _read_parquets(folder: Path, skipped: list[str]) -> Iterator[RawSample]:
+    files = [path for path in _files(folder) if path.suffix == ".parquet"]
+    if not files:
+        raise DataError(f"{folder}: holds no pictures, parquet files or tar shards")
+    for path in files:
+        yield from read_parquet(path, skipped, root=folder)
+
+
+def read_parquet(file: Path, skipped: list[str], *, root: Path | None = None) -> Iterator[RawSample]:
+    """Rows of a parquet file with pictures as bytes, or as paths that lead to below ``root`` (its folder)."""
+    try:
+        import pyarrow.parquet as parquet
+        from pyarrow.lib import ArrowException
+    except ImportError as error:
+        raise DataError("parquet files need: pip install 'deco-scale[parquet]'") from error
+    row = 0
+    try:
+        with parquet.ParquetFile(file) as table:
+            image_column, columns = _columns(file, table.schema_arrow)
+            for batch in table.iter_batches(batch_size=_ROWS, columns=columns):
+                for entry in batch.to_pylist():
+                    name = f"{file}: row {row}"
+                    row += 1
+                    try:
+                        image = _parquet_image(entry.pop(image_column), file.parent, root or file.parent)
+                        yield make_sample(name, image, entries=entry, text=None, label=None)
+                    except DecodeError as error:
+                        skipped.append(f"{name}: {error}")
+    except (ArrowException, ValueError, OSError, OverflowError) as error:
+        skipped.append(f"{file}: after row {row}: {' '.join(str(error).split())}")
+
+
+def _columns(file: Path, schema: Any) -> tuple[str, list[str]]:
+    """The picture's column, and all that are read."""
+    from pyarrow import types
+
+    names = schema.names
+    image = next((n for n in IMAGE_COLUMNS if n in names), None)
+    captions = [n for n in CAPTION_FIELDS if n in names]
+    if image is None and any(n in names for n in URL_COLUMNS):
+        raise DataError(f"{file}: names its pictures by URL; download them first, for example with img2dataset")
+    if image is None or not captions:
+        raise DataError(
+            f"{file}: needs one of the columns {IMAGE_COLUMNS} and one of {CAPTION_FIELDS}, has {names}"
+        )
+    tests = (types.is_string, types.is_large_string, types.is_integer, types.is_floating, types.is_boolean)
+    scalars = [n for n in names if any(test(schema.field(n).type) for test in tests)]
+    weights = [n for n in names if n == WEIGHTS_FIELD]
+    return image, list(dict.fromkeys([image, *captions, *weights, *scalars]))
+
+
+def _parquet_image(value: Any, folder: Path, root: Path) -> bytes:
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, bytes):
+        return value
+    if not isinstance(value, str):
+        raise DecodeError("no_image", f"the picture is {type(value).__name__}, not bytes or a path")
+    path = Path(os.path.normpath(folder / value))
+    if not path.is_relative_to(os.path.normpath(root)):
+        raise DecodeError("no_image", f"{value} lies outside of {root}")
+    try:
+        return path.read_bytes()
+    except (OSError, ValueError) as error:
+        raise DecodeError("no_image", f"{value}: {error}") from error
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """All files below a folder, in the order of their names; folders behind links are not entered."""
+    with os.scandir(folder) as entries:
+        ordered = sorted(entries, key=lambda entry: entry.name)
+    for entry in ordered:
+        if entry.is_dir(follow_symlinks=False):
+            yield from _files(Path(entry.path))
+        elif entry.is_file():
+            yield Path(entry.path)
+
+
+def _in_order(work: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
+    """Results in the order of the items, worked out ahead by threads."""
+    if workers <= 1:
+        yield from map(work, items)
+        return
+    with ThreadPoolExecutor(workers, thread_name_prefix="read") as pool:
+        waiting: deque[Future[Result]] = deque()
+        for item in items:
+            waiting.append(pool.submit(work, item))
+            if len(waiting) > 2 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
