@@ -226,6 +226,8 @@ def unpack_columns(
         header = json.loads(metadata["header"])
         if header["version"] != version:
             raise DataError(f"{where} has version {header['version']}, wanted {version}; make it again")
+        if arrays.keys() != header["crc32c"].keys():
+            raise ValueError("other columns than the header tells of")
         columns = {n: arrays[n] for n in (*types, *(n for n in arrays if n.startswith(SCORE)))}
         for name, column in columns.items():
             if name in types and column.dtype != types[name]:
@@ -255,6 +257,9 @@ def _parse_safetensors(raw: "np.ndarray[Any, np.dtype[np.uint8]]") -> tuple[dict
         arrays[name] = raw[8 + size + first : 8 + size + last].view(types[entry["dtype"]])
         if entry["shape"] != [len(arrays[name])]:
             raise ValueError(f"column {name} has shape {entry['shape']}")
+    used = sum(array.nbytes for array in arrays.values())
+    if used != len(raw) - 8 - size:
+        raise ValueError(f"{len(raw) - 8 - size} bytes of columns, the header tells of {used}")
     return arrays, metadata
 
 

@@ -34,6 +34,8 @@ SAVE_EVERY_S = 120.0
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif")
 TEXT_SUFFIXES = ("txt", "json", "cls")
 MAX_SAMPLE_BYTES = 1 << 30
+MAX_HEADER_BYTES = 1 << 20
+"""Longest extended header of a tar that is read: names and attributes."""
 _PIECE = 8 * 2**20
 _PIECES = 4
 TAR_DAMAGE = (
@@ -90,8 +92,10 @@ class ShardFile(io.RawIOBase):
         return self._at
 
     def read(self, size: int = -1) -> bytes:
-        last = self._shard.size if size < 0 else min(self._shard.size, self._at + size)
-        data = self.span(self._at, last)
+        """What tarfile reads: headers. Contents are read by :meth:`span`."""
+        if not 0 <= size <= MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        data = self.span(self._at, min(self._shard.size, self._at + size))
         self._at += len(data)
         return data
 

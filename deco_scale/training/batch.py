@@ -21,7 +21,7 @@ class Batch(Protocol):
     """What a loader yields; ``numbers`` count the samples of the run, ``labels`` is for class models."""
 
     @property
-    def images(self) -> "np.ndarray[Any, np.dtype[np.uint8]]":
+    def images(self) -> "np.ndarray[Any, np.dtype[np.uint8]] | Tensor":
         """Pictures (B, Y, X, 3)."""
 
     @property
@@ -98,7 +98,7 @@ class Prepare:
 
     def __call__(self, batch: Batch, timestep_shift: float, text: Tensor | None = None) -> ObjectiveInputs:
         """``text`` (B, L, T): the captions' states, where they are encoded already."""
-        pixels = torch.from_numpy(batch.images).to(self.device, non_blocking=True)
+        pixels = torch.as_tensor(batch.images).to(self.device, non_blocking=True)
         image = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1.0
         _, channels, height, width = image.shape
         draws = draw(self.seed, list(batch.numbers), (channels, height, width), self.device)

@@ -13,6 +13,7 @@ from deco_scale.training.ahead import TextAhead
 from deco_scale.training.batch import Batch, Prepare, split
 from deco_scale.training.checkpoint import CheckpointMeta, Checkpoints
 from deco_scale.training.engine import Engine
+from deco_scale.training.feed import Feed
 from deco_scale.training.processes import summed_counters
 from deco_scale.training.report import Reporter
 from deco_scale.training.settings import RunSettings, StageConfig
@@ -103,10 +104,11 @@ class Loop:
             )
         gate = BadSteps(self.settings.max_bad_steps, self.device)
         meter = Meter(self, stage, progress.step)
-        batches: Iterator[tuple[Batch, list[torch.Tensor] | None]] = ((batch, None) for batch in data)
+        feed = Feed(iter(data), depth=2, pin=self.device.type == "cuda")
+        batches: Iterator[tuple[Batch, list[torch.Tensor] | None]] = ((batch, None) for batch in feed)
         if self.text_ahead is not None:
             count = end - progress.step
-            batches = iter(self.text_ahead.over(iter(data), parts=stage.accumulation, count=count))
+            batches = iter(self.text_ahead.over(feed, parts=stage.accumulation, count=count))
         try:
             while progress.step < end:
                 waited = time.perf_counter()
@@ -128,7 +130,9 @@ class Loop:
                     self._save(stage, progress, last=step == end)
                 meter.other(time.perf_counter() - began)
         finally:
+            # The workers first: their end wakes a feed that waits for them.
             data.close()
+            feed.close()
         return progress
 
     def step(self, stage: Stage, batch: Batch, texts: Sequence[torch.Tensor] | None = None) -> StepResult:

@@ -5,6 +5,8 @@ import json
 import math
 import os
 import pickle
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from deco_scale.training.ahead import TextAhead
 from deco_scale.training.batch import Batch
 from deco_scale.training.checkpoint import CheckpointMeta, Checkpoints
 from deco_scale.training.engine import Engine
+from deco_scale.training.feed import Feed
 from deco_scale.training.loop import BadSteps
 from deco_scale.training.optimizer import AveragedAdamW, poisoned
 from deco_scale.training.randomness import draw, mix
@@ -259,3 +262,29 @@ def test_text_is_encoded_one_batch_ahead() -> None:
         "encode 0", "encode 0.5", "encode 1", "encode 1.5", "step 0",
         "encode 2", "encode 2.5", "step 1", "step 2",
     ]  # fmt: skip
+
+
+def test_feed_keeps_order_is_bounded_hands_on_errors_and_ends() -> None:
+    pulled: list[int] = []
+
+    def source(fail_at: int) -> Iterator[Any]:
+        for i in range(100):
+            if i == fail_at:
+                raise ValueError("broken shard")
+            pulled.append(i)
+            yield i
+
+    feed = Feed(source(5), depth=2, pin=False)
+    found = []
+    with pytest.raises(ValueError, match="broken shard"):
+        for batch in feed:
+            found.append(batch)
+            time.sleep(0.01)
+            # Two ready, and one in the thread's hand.
+            assert len(pulled) <= len(found) + 3
+    assert found == [0, 1, 2, 3, 4] and list(feed) == []  # type: ignore[comparison-overlap]
+    feed.close()
+    endless = Feed(source(1000), depth=1, pin=False)
+    assert next(endless) == 0  # type: ignore[comparison-overlap]
+    endless.close()
+    assert list(endless) == [] and not any(t.name == "feed" for t in threading.enumerate())
