@@ -9,7 +9,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -61,8 +60,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(error, 1)
     except OSError as error:
         return _complain(f"{error.filename or tempfile.gettempdir()}: {error.strerror or error}", 1)
-    except BrokenProcessPool:
-        return _complain("a worker process died, perhaps for lack of memory; try fewer --workers", 1)
     except KeyboardInterrupt:
         return 130
 

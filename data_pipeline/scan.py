@@ -7,14 +7,10 @@ picture, no caption, a damaged header, a stem that came before, a cut shard) is 
 
 import contextlib
 import io
-import itertools
-import multiprocessing
 import tarfile
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -24,9 +20,10 @@ import numpy as np
 from data_pipeline.captions import JSON_FIELDS, json_numbers, parse_captions, parse_label
 from data_pipeline.decode import DecodeError, picture_size
 from data_pipeline.errors import DataError
+from data_pipeline.fleet import over_processes
 from data_pipeline.index import BLOCK, COLUMNS, INDEX_KEY, IS_JSON, IS_LABEL, SCORE, Index, make_index, parse_index
 from data_pipeline.index import save_index as _save_index
-from data_pipeline.store import Access, ObjectInfo, Store, open_store
+from data_pipeline.store import Access, ObjectInfo, Store
 
 PARTIAL_KEY = "index.partial"
 """What a scan has done so far; removed when it is done."""
@@ -254,7 +251,10 @@ def build_index(
     report = ScanReport(reused=len(done))
     saved = time.monotonic()
     missing = [i for i in range(len(shards)) if i not in done]
-    for number, result in _scan_all(store, shards, missing, settings, access, workers):
+    numbers = {shards[i]: i for i in missing}
+    tasks = [(shards[i], settings) for i in missing]
+    for (shard, _), result in over_processes(_scan_task, tasks, store=store, access=access, workers=workers):
+        number = numbers[shard]
         done[number] = result
         if progress:
             progress(shards[number].key, len(done), len(shards))
@@ -304,37 +304,5 @@ def _earlier(store: Store, settings: ScanSettings) -> dict[ObjectInfo, _Part]:
     return parts
 
 
-def _scan_all(
-    store: Store,
-    shards: Sequence[ObjectInfo],
-    missing: Sequence[int],
-    settings: ScanSettings,
-    access: Access,
-    workers: int,
-) -> Iterator[tuple[int, _Part]]:
-    if workers <= 1 or len(missing) <= 1:
-        for number in missing:
-            yield number, scan_shard(store, shards[number], settings)
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        left = iter(missing)
-        running: dict[Future[_Part], int] = {}
-        while True:
-            # A few in hand, so that an error does not wait for a queue of thousands.
-            for number in itertools.islice(left, 2 * workers - len(running)):
-                running[pool.submit(_scan_there, store.url, access, shards[number], settings)] = number
-            if not running:
-                return
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                try:
-                    result = future.result()
-                except BrokenProcessPool as error:
-                    raise DataError(
-                        "a scanning process was killed, perhaps for memory; use fewer --workers"
-                    ) from error
-                yield running.pop(future), result
-
-
-def _scan_there(url: str, access: Access, shard: ObjectInfo, settings: ScanSettings) -> _Part:
-    return scan_shard(open_store(url, access), shard, settings)
+def _scan_task(store: Store, task: tuple[ObjectInfo, ScanSettings]) -> _Part:
+    return scan_shard(store, *task)

@@ -5,12 +5,9 @@ sample at a time where pictures are decoded.
 """
 
 import hashlib
-import itertools
 import json
-import multiprocessing
 import tarfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 
 import google_crc32c
@@ -18,9 +15,10 @@ import google_crc32c
 from data_pipeline.captions import parse_captions, parse_label
 from data_pipeline.decode import DecodeError, decode, picture_size
 from data_pipeline.errors import StoreError
+from data_pipeline.fleet import over_processes
 from data_pipeline.index import BLOCK, Index, Location, load_index
 from data_pipeline.pack import MANIFEST_KEY
-from data_pipeline.store import Access, ObjectInfo, Store, open_store
+from data_pipeline.store import Access, ObjectInfo, Store
 
 PIECE_BYTES = 8 * 2**20
 LISTED_PER_SHARD = 20
@@ -78,10 +76,12 @@ def verify(
     report.problems += [f"{key}: is not in the index" for key in there if key not in indexed]
     report.problems += [f"{key}: in {MANIFEST_KEY}, not there" for key in manifest if key not in there]
     tasks = _tasks(index, there, manifest, decode_pictures, report.problems)
-    for done, (key, part) in enumerate(_run(store, access, tasks, min(workers, len(there))), 1):
+    workers = min(workers, len(there))
+    parts = over_processes(verify_shard, tasks, store=store, access=access, workers=workers)
+    for done, (task, part) in enumerate(parts, start=1):
         report.add(part)
         if progress:
-            progress(key, done, len(index.shards))
+            progress(task.shard.key, done, len(index.shards))
     return report
 
 
@@ -119,26 +119,6 @@ def _tasks(
         size, sha256 = manifest.get(shard.key, (None, None))
         places = tuple(index.locate(row) for row in range(starts[number], starts[number + 1]))
         yield _Task(found, places, fields, sha256, size, decode_pictures)
-
-
-def _run(store: Store, access: Access, tasks: Iterator[_Task], workers: int) -> Iterator[tuple[str, VerifyReport]]:
-    if workers <= 1:
-        for task in tasks:
-            yield task.shard.key, verify_shard(store, task)
-        return
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        running: dict[Future[VerifyReport], str] = {}
-        while True:
-            for task in itertools.islice(tasks, 2 * workers - len(running)):
-                running[pool.submit(_verify_there, store.url, access, task)] = task.shard.key
-            if not running:
-                return
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                yield running.pop(future), future.result()
-
-
-def _verify_there(url: str, access: Access, task: _Task) -> VerifyReport:
-    return verify_shard(open_store(url, access), task)
 
 
 def verify_shard(store: Store, task: _Task) -> VerifyReport:
