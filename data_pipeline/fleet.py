@@ -39,9 +39,7 @@ def over_processes(
                 try:
                     result = future.result()
                 except BrokenProcessPool as error:
-                    raise DataError(
-                        "a worker process was killed, perhaps for memory; try fewer --workers"
-                    ) from error
+                    raise DataError("a worker was killed, perhaps for memory; try fewer --workers") from error
                 yield running.pop(future), result
 
 
