@@ -4,10 +4,12 @@ Every pixel is decoded on its own, so patches may be spread over ranks in any wa
 Shape letters: B batch, N patches, P pixels of a patch, C channels, D model width, W decoder width, F features.
 """
 
-import torch
+from typing import cast
+
 from torch import Tensor, nn
 
-from deco_scale.models.layers import NORM_EPS, modulate
+from deco_scale.kernels import BlockWeights, fold, render_pixels
+from deco_scale.models.layers import NORM_EPS
 from deco_scale.models.position import PIXEL_FEATURES, PixelFeatures, pixel_position_features
 
 
@@ -29,10 +31,15 @@ class DecoderBlock(nn.Module):
         nn.init.zeros_(modulation.weight)
         nn.init.zeros_(modulation.bias)
 
-    def forward(self, x_BNPW: Tensor, condition_BNPW: Tensor) -> Tensor:
-        shift, scale, gate = self.modulation(condition_BNPW).chunk(3, dim=-1)
-        hidden_BNPW = modulate(self.norm(x_BNPW), shift, scale)
-        return x_BNPW + gate * self.mlp(hidden_BNPW)
+    def weights(self) -> BlockWeights:
+        """What :func:`render_pixels` computes with; the decoder calls no block by itself."""
+        first, last, modulation = self.mlp[0], self.mlp[2], self.modulation[1]
+        assert isinstance(first, nn.Linear) and isinstance(last, nn.Linear)
+        assert isinstance(modulation, nn.Linear)
+        return BlockWeights(
+            self.norm.weight, self.norm.bias, first.weight, first.bias, last.weight, last.bias,
+            modulation.weight, modulation.bias,
+        )  # fmt: skip
 
 
 class PixelDecoder(nn.Module):
@@ -54,7 +61,6 @@ class PixelDecoder(nn.Module):
         self.cond_proj = nn.Linear(dim, patch_size**2 * width)
         self.input_proj = nn.Linear(width, width)
         self.blocks = nn.ModuleList(DecoderBlock(width) for _ in range(num_blocks))
-        self.norm = nn.LayerNorm(width, eps=NORM_EPS, elementwise_affine=False)
         self.head = nn.Linear(width, channels)
 
     def reset_parameters(self) -> None:
@@ -69,17 +75,25 @@ class PixelDecoder(nn.Module):
             raise ValueError(f"patches {patches_BNK.shape} and tokens {token_BND.shape} differ")
         num_pixels = self.patch_size**2
         pixels_BNPC = patches_BNK.unflatten(-1, (self.channels, num_pixels)).transpose(-1, -2)
-        position_PF = pixel_position_features(self.patch_size, kind=self.features, device=patches_BNK.device).to(
-            pixels_BNPC.dtype
+        position_PF = pixel_position_features(self.patch_size, kind=self.features, device=patches_BNK.device)
+        folded = fold(
+            self.pixel_embed.weight,
+            self.pixel_embed.bias,
+            self.input_proj.weight,
+            self.input_proj.bias,
+            position_PF,
         )
-        position_BNPF = position_PF.expand(*pixels_BNPC.shape[:2], -1, -1)
-        x_BNPW = self.pixel_embed(torch.cat([pixels_BNPC, position_BNPF], dim=-1))
         condition_BNPW = self.cond_proj(token_BND).unflatten(-1, (num_pixels, -1))
-        x_BNPW = self.input_proj(x_BNPW)
-        for block in self.blocks:
-            x_BNPW = block(x_BNPW, condition_BNPW)
-        out_BNPC = self.head(self.norm(x_BNPW))
-        return out_BNPC.transpose(-1, -2).flatten(-2)
+        out_MPC = render_pixels(
+            pixels_BNPC.flatten(0, 1),
+            condition_BNPW.flatten(0, 1),
+            folded,
+            [cast(DecoderBlock, block).weights() for block in self.blocks],
+            self.head.weight,
+            self.head.bias,
+            eps=NORM_EPS,
+        )
+        return out_MPC.unflatten(0, patches_BNK.shape[:2]).transpose(-1, -2).flatten(-2)
 
 
 def _init_xavier(*linears: nn.Linear) -> None:

@@ -157,6 +157,9 @@ class DeepSpeedEngine:
         if megatron:
             megatron.mark_parameters(objective, self._tokens)
         apply_recompute(objective.denoiser.transformer_blocks, recompute)
+        if stage == 3 and objective.denoiser.decoder is not None:
+            # It computes with its linears' weights without calling them, so all are gathered at once.
+            deepspeed.utils.set_z3_leaf_modules(objective, [type(objective.denoiser.decoder)])
         if compile_blocks:
             for block in objective.denoiser.transformer_blocks:
                 block.compile()

@@ -1,0 +1,5 @@
+"""Computations written for speed, each with the plain formula as its twin in the tests."""
+
+from deco_scale.kernels.pixels import BlockWeights, Folded, fold, render_pixels
+
+__all__ = ["BlockWeights", "Folded", "fold", "render_pixels"]

@@ -1,0 +1,31 @@
+"""The pixel decoder written op by op, as REFERENCE and the public release have it: the twin of the fast one.
+
+Same parameter names as :class:`deco_scale.models.pixel_decoder.PixelDecoder`, so that weights carry over.
+Shape letters: B batch, N patches, P pixels of a patch, C channels, W decoder width, F features.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from deco_scale.models.layers import NORM_EPS
+from deco_scale.models.pixel_decoder import PixelDecoder
+from deco_scale.models.position import pixel_position_features
+
+
+class StraightforwardDecoder(PixelDecoder):
+    """Every activation is made, and kept for backward."""
+
+    def forward(self, patches_BNK: Tensor, token_BND: Tensor) -> Tensor:
+        num_pixels = self.patch_size**2
+        pixels_BNPC = patches_BNK.unflatten(-1, (self.channels, num_pixels)).transpose(-1, -2)
+        position_PF = pixel_position_features(self.patch_size, kind=self.features, device=patches_BNK.device)
+        position_BNPF = position_PF.to(pixels_BNPC.dtype).expand(*pixels_BNPC.shape[:2], -1, -1)
+        x_BNPW = self.input_proj(self.pixel_embed(torch.cat([pixels_BNPC, position_BNPF], dim=-1)))
+        condition_BNPW = self.cond_proj(token_BND).unflatten(-1, (num_pixels, -1))
+        for block in self.blocks:
+            shift, scale, gate = block.modulation(condition_BNPW).chunk(3, dim=-1)  # type: ignore[operator]
+            hidden_BNPW = block.norm(x_BNPW) * (1 + scale) + shift  # type: ignore[operator]
+            x_BNPW = x_BNPW + gate * block.mlp(hidden_BNPW)  # type: ignore[operator]
+        out_BNPC = self.head(F.layer_norm(x_BNPW, x_BNPW.shape[-1:], eps=NORM_EPS))
+        return out_BNPC.transpose(-1, -2).flatten(-2)
