@@ -110,7 +110,9 @@ def plain_webdataset() -> Iterator[int]:
         image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
         pixels = np.array(image)
         top, left = (pixels.shape[0] - SIDE) // 2, (pixels.shape[1] - SIDE) // 2
-        return pixels[top : top + SIDE, left : left + SIDE], sample["txt"].decode()
+        # The release hands out floats in [-1, 1], channels first; ours makes them on the device.
+        floats = pixels[top : top + SIDE, left : left + SIDE].transpose(2, 0, 1).astype(np.float32) / 127.5 - 1.0
+        return floats, sample["txt"].decode()
 
     pipeline = wds.DataPipeline(
         wds.ResampledShards(keys, seed=0),

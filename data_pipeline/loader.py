@@ -238,7 +238,7 @@ class _SampleLoader:
             self._processes.shutdown(wait=False, cancel_futures=True)
 
     def _decode(self, shelf: Shelf, raw: RawSample, epoch: int, sample: int) -> _Loaded:
-        cfg, image = self._cfg, raw.data[raw.place.image]
+        cfg, image = self._cfg, bytes(raw.data[raw.place.image])
         target, states = self._text(shelf, raw, epoch, sample)
         work = functools.partial(decode, image, shelf.size, mode=cfg.decode, max_pixels=cfg.max_pixels)
         pixels = work() if self._processes is None else self._processes.submit(work).result()
@@ -246,7 +246,7 @@ class _SampleLoader:
 
     def _text(self, shelf: Shelf, raw: RawSample, epoch: int, sample: int) -> tuple[str | int, Any]:
         """Caption of this epoch and its states, or the class number."""
-        cfg, text = self._cfg, raw.data[raw.place.text]
+        cfg, text = self._cfg, bytes(raw.data[raw.place.text])
         if cfg.target == "label":
             return parse_label(text), None
         fields = shelf.index.header["scan"]["caption_fields"]
@@ -274,7 +274,7 @@ class _SampleLoader:
             bad, good = self._counters["substitutions"], self._counters["decoded"]
         entry = {
             "shard": shelf.index.shards[raw.place.shard].key,
-            "key": tarfile.TarInfo.frombuf(raw.data[:BLOCK], "utf-8", "replace").name,
+            "key": tarfile.TarInfo.frombuf(bytes(raw.data[:BLOCK]), "utf-8", "replace").name,
             "offset": raw.place.start,
             "kind": error.kind,
             "error": str(error),

@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import google_crc32c
+import numpy as np
 
 from data_pipeline.cache import DiskCache
 from data_pipeline.errors import DataError
@@ -41,9 +42,9 @@ class Shelf:
 
 @dataclass(frozen=True, slots=True)
 class RawSample:
-    """A sample's bytes (members with their tar headers), where it lies, and its text states' member."""
+    """A sample's members with their tar headers (a view of its chunk), its place, and its text states' member."""
 
-    data: bytes
+    data: memoryview
     place: Location
     states: bytes | None
 
@@ -99,7 +100,9 @@ class ChunkReader:
         states = None
         if shelf.states is not None:
             states = shelf.states.member(chunk.states, chunk.states_start, shelf.index.row(sample))
-        return RawSample(chunk.data[place.start - chunk.start : place.end - chunk.start], place, states)
+        return RawSample(
+            memoryview(chunk.data)[place.start - chunk.start : place.end - chunk.start], place, states
+        )
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
@@ -134,7 +137,9 @@ class ChunkReader:
         pictures = spans[0]
 
         def whole(data: bytes) -> bool:
-            found = (data[p.start - pictures.start : p.end - pictures.start] for p in places)
+            # A view that the checksum takes; slices of bytes would copy the chunk.
+            view = np.frombuffer(data, dtype=np.uint8)
+            found = (view[p.start - pictures.start : p.end - pictures.start] for p in places)
             return all(google_crc32c.value(raw) == p.crc32c for raw, p in zip(found, places, strict=True))
 
         data = self._read(pictures, whole)
