@@ -32,11 +32,13 @@ def apply_tensor_parallel(objective: Objective, mesh: DeviceMesh, *, compile_blo
             setattr(module, name, _distribute(f"{path}.{name}", parameter, mesh))
     route_tokens(objective, shard)
     objective.tokens = shard
-    blocks = objective.denoiser.transformer_blocks
-    inside = {module for block in blocks for module in block.modules()}
-    for block in blocks:
-        forward = torch.compile(block.forward) if compile_blocks else block.forward
-        block.forward = functools.partial(_with_local_weights, block, mesh.size(), forward)  # type: ignore[method-assign]
+    blocks, decoder = objective.denoiser.transformer_blocks, objective.denoiser.decoder
+    # The decoder computes with the weights of modules that it does not call.
+    units = blocks if decoder is None else (*blocks, decoder)
+    inside = {module for unit in units for module in unit.modules()}
+    for unit in units:
+        forward = torch.compile(unit.forward) if compile_blocks and unit is not decoder else unit.forward
+        unit.forward = functools.partial(_with_local_weights, unit, mesh.size(), forward)  # type: ignore[method-assign]
     for module in objective.modules():
         if module not in inside and any(True for _ in module.parameters(recurse=False)):
             module.register_forward_pre_hook(lambda m, args: _show_local_weights(m, mesh.size()))
