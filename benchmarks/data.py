@@ -10,11 +10,9 @@ shards through boto3. Bare decoding is the same function in a loop over pictures
 """
 
 import argparse
-import datetime
 import io
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -29,19 +27,19 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import record
 from data_pipeline.decode import DecodeMode, decode
 from data_pipeline.demo_set import SUBJECTS, photograph
-from data_pipeline.index import COLUMNS, make_index, parse_index, save_index
+from data_pipeline.index import COLUMNS, make_index, parse_index, write_index
 from data_pipeline.loader import Loader
 from data_pipeline.order import Chunks, EpochOrder
-from data_pipeline.pack import pack, read_folder
-from data_pipeline.scan import build_index
-from data_pipeline.scan import save_index as save_scanned
+from data_pipeline.pack import pack
+from data_pipeline.scan import build_index, save_index
 from data_pipeline.serve import S3Server, running_server
 from data_pipeline.settings import DataConfig
+from data_pipeline.sources import read_folder
 from data_pipeline.store import ObjectInfo, open_store
 
-ROOT = Path(__file__).resolve().parents[1]
 URL = "s3://bench/set"
 SIZE, SIDE, BATCH = (1024, 768), 256, 32
 MAX_PIXELS = 64 * 2**20
@@ -83,7 +81,8 @@ def ours(mode: DecodeMode) -> Iterator[int]:
     cfg = DataConfig(url=URL, decode=mode, workers=len(os.sched_getaffinity(0)), fetchers=2, ahead=64)
     loader = Loader(cfg, resolution=SIDE, seed=0, global_batch=BATCH, rank=0, world=1, start=0)
     batches = iter(loader)
-    yield len(next(batches).numbers) * 0
+    next(batches)
+    yield 0
     for batch in batches:
         yield len(batch.numbers)
 
@@ -145,13 +144,15 @@ def contender(name: str, seconds: float, cores: list[int]) -> dict[str, float]:
 def compare(server: S3Server, seconds: float, rounds: int, cores: list[int], console: Console) -> dict[str, Any]:
     """Medians over interleaved rounds."""
     found: dict[str, list[dict[str, float]]] = {name: [] for name in CONTENDERS}
-    environment = {**os.environ, **server.environment, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, **server.environment, "PYTHONPATH": str(record.ROOT)}
     for number in range(rounds):
         for name in CONTENDERS:
             console.print(f"round {number + 1}/{rounds}: {name}", highlight=False)
             arguments = [sys.executable, "-m", "benchmarks.data", "--contender", name, "--seconds", str(seconds)]
             arguments += ["--cores", ",".join(map(str, cores))]
-            out = subprocess.run(arguments, env=environment, cwd=ROOT, check=True, capture_output=True, text=True)
+            out = subprocess.run(
+                arguments, env=environment, cwd=record.ROOT, check=True, capture_output=True, text=True
+            )
             found[name].append(json.loads(out.stdout.splitlines()[-1]))
     return {
         name: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for name, runs in found.items()
@@ -167,7 +168,7 @@ def big_index(samples: int) -> dict[str, float]:
     columns["length"][:] = 200
     with tempfile.TemporaryDirectory() as scratch:
         store = open_store(scratch)
-        save_index(store, make_index(shards, [per_shard] * len(shards), columns, header={"scan": {}}))
+        write_index(store, make_index(shards, [per_shard] * len(shards), columns, header={"scan": {}}))
         del columns
         path = Path(scratch) / "index.safetensors"
         size = path.stat().st_size
@@ -223,7 +224,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--cores", help="cores of the contenders, such as 0 or 0,1 (default: half of them)")
     parser.add_argument("--big", action="store_true", help="also an index of 100 M samples")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--out", type=Path, default=record.RESULTS)
     parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     every = sorted(os.sched_getaffinity(0))
@@ -243,14 +244,10 @@ def main() -> int:
         store, skipped = open_store(URL), list[str]()
         pack(read_folder(pictures, skipped), store, shard_bytes=8 * 10**6, skipped=skipped)
         (index, _), seconds = timed(lambda: build_index(store))
-        save_scanned(store, index)
+        save_index(store, index)
         results: dict[str, Any] = {
-            "date": datetime.date.today().isoformat(),
-            "commit": subprocess.run(
-                ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-            ).stdout.strip(),
-            "machine": f"{platform.machine()}, {len(every)} cores, contenders on {len(cores)}",
-            "python": platform.python_version(),
+            **record.origin(),
+            "cores": f"{len(every)}, contenders on {len(cores)}",
             "rounds": args.rounds,
             "index_samples_per_s": len(index) / seconds,
             "contenders": compare(server, args.seconds, args.rounds, cores, console),
@@ -259,10 +256,7 @@ def main() -> int:
         os.sched_setaffinity(0, every)
         results["big_index"] = big_index(100_000_000)
     show(results, console)
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"data_{results['date']}.json"
-    path.write_text(json.dumps(results, indent=2) + "\n")
-    console.print(f"written to {path}")
+    record.write(results, args.out, "data", console)
     return 0
 
 

@@ -7,13 +7,9 @@ blocks of width 512); interleaved, medians. Saved activations are counted by aut
 """
 
 import argparse
-import datetime
-import json
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +18,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from benchmarks import record
 from deco_scale.models import Denoiser, ModelConfig
 from deco_scale.objectives import Objective, ObjectiveConfig
-from tests.straightforward import StraightforwardDecoder
+from tests.straightforward import StraightforwardDecoder, saved_bytes
 
-ROOT = Path(__file__).resolve().parents[1]
 MODEL = ModelConfig(
     kind="t2i_deco", dim=512, num_heads=8, num_blocks=4, num_text_blocks=1, patch_size=16, decoder_width=32,
     decoder_blocks=3, text_dim=256, text_tokens=32,
@@ -45,27 +41,10 @@ def objective(straightforward: bool) -> Objective:
     return built
 
 
-def saved_bytes(module: nn.Module, forward: Callable[[], Tensor]) -> int:
-    """Bytes that autograd keeps for backward, parameters aside."""
-    own = {p.untyped_storage().data_ptr() for p in module.parameters()}
-    sizes: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = forward()
-    assert out.requires_grad
-    return sum(sizes.values())
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--out", type=Path, default=record.RESULTS)
     args = parser.parse_args()
     tokens = (SIDE // MODEL.patch_size) ** 2
     patches, token = torch.randn(BATCH, tokens, MODEL.patch_values), torch.randn(BATCH, tokens, MODEL.dim)
@@ -109,17 +88,8 @@ def main() -> int:
             table.add_row(f"{what}, {label}", *(form.format(values[n]) for n in built), f"{ratio:.2f}")
         console.print(f"{what}: losses differ by {difference:.1e}")
     console.print(table)
-    args.out.mkdir(parents=True, exist_ok=True)
-    head = ["git", "rev-parse", "--short", "HEAD"]
-    results |= {
-        "date": datetime.date.today().isoformat(),
-        "commit": subprocess.run(head, cwd=ROOT, capture_output=True, text=True).stdout.strip(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-    }
-    path = args.out / f"straightforward_{results['date']}.json"
-    path.write_text(json.dumps(results, indent=2) + "\n")
-    console.print(f"written to {path}", soft_wrap=True)
+    results |= {**record.origin(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    record.write(results, args.out, "straightforward", console)
     return 0
 
 

@@ -8,11 +8,8 @@ Encoders, optimizer and communication are not in it.
 """
 
 import argparse
-import datetime
-import json
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -22,14 +19,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import record
 from deco_scale.config import load_config
 from deco_scale.models import Denoiser
 from deco_scale.objectives import Objective
 from deco_scale.parallel.initial import initial_tensors
 from deco_scale.planning.flops import training_flops
 from deco_scale.precision import autocast
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def median_s(action: Callable[[], None], repeats: int, device: torch.device) -> float:
@@ -98,21 +94,13 @@ def measure(config: Path, batch: int, repeats: int, device: torch.device) -> dic
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "commit": _commit(),
-        "date": datetime.date.today().isoformat(),
+        **record.origin(),
     }
-
-
-def _commit() -> str:
-    found = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    return found.stdout.strip() or "unknown"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "t2i_tiny.yaml")
+    parser.add_argument("--config", type=Path, default=record.ROOT / "configs" / "t2i_tiny.yaml")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -129,10 +117,7 @@ def main() -> int:
     console.print(table)
     console.print(f"{result['images_per_s']:.1f} images/s, {result['tflops_per_s']:.3f} TFLOP/s")
     if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        path = args.out / f"{result['date']}_throughput_{args.config.stem}_{result['commit']}.json"
-        path.write_text(json.dumps(result, indent=1) + "\n")
-        console.print(f"written to {path}", soft_wrap=True)
+        record.write(result, args.out, f"throughput_{args.config.stem}", console)
     return 0
 
 

@@ -37,6 +37,8 @@ FORMATS = tuple(
 )
 MAX_SIDE = 65_535
 """Longest side in pixels that a header may claim: the limit of JPEG, and of the index's columns."""
+PILLOW_PIXELS = 179_000_000
+"""Pixels of the largest picture that Pillow opens, rounded up."""
 KEPT_BLOCKS = 16
 """Blocks of at most 16 MiB that Pillow keeps for the next pictures of this process."""
 _ORIENTATION_TAG = 0x0112

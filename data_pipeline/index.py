@@ -92,9 +92,6 @@ class Index:
     def row(self, sample: int) -> int:
         return sample if self.rows is None else int(self.rows[sample])
 
-    def shard_of(self, sample: int) -> int:
-        return int(np.searchsorted(self.ends, self.row(sample), side="right"))
-
     def sample_ends(self) -> "np.ndarray[Any, np.dtype[np.int64]]":
         """Number of samples in shards 0 to i."""
         return self.ends if self.rows is None else np.searchsorted(self.rows, self.ends).astype(np.int64)
@@ -151,8 +148,8 @@ def make_index(
     return Index(tuple(shards), ends, arrays, digest, dict(header or {}), whole_digest=digest)
 
 
-def save_index(store: Store, index: Index, key: str = INDEX_KEY) -> None:
-    """Write the index beside the shards."""
+def write_index(store: Store, index: Index, key: str = INDEX_KEY) -> None:
+    """Write an index beside the shards."""
     if index.rows is not None:
         raise ValueError("a selection is made when data are read; the whole index is saved")
     header = {

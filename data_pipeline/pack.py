@@ -16,10 +16,8 @@ from pathlib import Path
 
 from data_pipeline.errors import DataError
 from data_pipeline.index import INDEX_KEY
-from data_pipeline.sources import RawSample, read_folder, read_parquet
+from data_pipeline.sources import RawSample
 from data_pipeline.store import Store
-
-__all__ = ["MANIFEST_KEY", "OccupiedError", "PackReport", "PackedShard", "pack", "read_folder", "read_parquet"]
 
 MANIFEST_KEY = "shards.json"
 MARK_KEY = "shards.partial"

@@ -21,8 +21,18 @@ from data_pipeline.captions import JSON_FIELDS, json_numbers, parse_captions, pa
 from data_pipeline.decode import DecodeError, picture_size
 from data_pipeline.errors import DataError
 from data_pipeline.fleet import over_processes
-from data_pipeline.index import BLOCK, COLUMNS, INDEX_KEY, IS_JSON, IS_LABEL, SCORE, Index, make_index, parse_index
-from data_pipeline.index import save_index as _save_index
+from data_pipeline.index import (
+    BLOCK,
+    COLUMNS,
+    INDEX_KEY,
+    IS_JSON,
+    IS_LABEL,
+    SCORE,
+    Index,
+    make_index,
+    parse_index,
+    write_index,
+)
 from data_pipeline.store import Access, ObjectInfo, Store
 
 PARTIAL_KEY = "index.partial"
@@ -35,7 +45,7 @@ MAX_HEADER_BYTES = 1 << 20
 """Longest extended header of a tar that is read: names and attributes."""
 _PIECE = 8 * 2**20
 _PIECES = 4
-TAR_DAMAGE = (
+_TAR_DAMAGE = (
     tarfile.TarError,
     ValueError,
     OverflowError,
@@ -72,7 +82,7 @@ class ShardFile(io.RawIOBase):
     """A shard as a file: read in large pieces, of which the last few are kept."""
 
     def __init__(self, store: Store, shard: ObjectInfo) -> None:
-        self._store, self._shard, self._at = store, shard, 0
+        self._store, self.shard, self._at = store, shard, 0
         self._kept: OrderedDict[int, bytes] = OrderedDict()
 
     def seekable(self) -> bool:
@@ -85,14 +95,14 @@ class ShardFile(io.RawIOBase):
         return self._at
 
     def seek(self, offset: int, whence: int = 0) -> int:
-        self._at = max(0, offset + (0, self._at, self._shard.size)[whence])
+        self._at = max(0, offset + (0, self._at, self.shard.size)[whence])
         return self._at
 
     def read(self, size: int = -1) -> bytes:
         """What tarfile reads: headers. Contents are read by :meth:`span`."""
         if not 0 <= size <= MAX_HEADER_BYTES:
             raise tarfile.ReadError(f"a header of {size} bytes")
-        data = self.span(self._at, min(self._shard.size, self._at + size))
+        data = self.span(self._at, min(self.shard.size, self._at + size))
         self._at += len(data)
         return data
 
@@ -108,8 +118,8 @@ class ShardFile(io.RawIOBase):
     def _piece(self, number: int) -> bytes:
         if number not in self._kept:
             start = number * _PIECE
-            length = min(_PIECE, self._shard.size - start)
-            self._kept[number] = self._store.read(self._shard.key, start, length, self._shard.etag)
+            length = min(_PIECE, self.shard.size - start)
+            self._kept[number] = self._store.read(self.shard.key, start, length, self.shard.etag)
             if len(self._kept) > _PIECES:
                 self._kept.popitem(last=False)
         return self._kept[number]
@@ -119,35 +129,42 @@ def scan_shard(store: Store, shard: ObjectInfo, settings: ScanSettings) -> tuple
     """Columns of one shard, and what is wrong with it."""
     problems: list[str] = []
     rows: list[dict[str, Any]] = []
-    pieces = ShardFile(store, shard)
-    stems: set[str] = set()
-    last_end = 0
-    try:
-        for stem, members, end in tar_samples(pieces, shard.size):
-            last_end = end
-            try:
-                if stem in stems:
-                    raise DecodeError("duplicate", "this key came before")
-                rows.append(_row(pieces, members, end, settings))
-            except DecodeError as error:
-                problems.append(f"{shard.key}: {stem}: {error.kind}: {error}")
-            stems.add(stem)
-    except TAR_DAMAGE as error:
-        problems.append(f"{shard.key}: {type(error).__name__}: {error}")
-    if pieces.span(last_end, min(shard.size, last_end + BLOCK)) != bytes(BLOCK):
-        problems.append(
-            f"{shard.key}: no end-of-archive mark after {len(stems)} samples, the shard may be cut off"
-        )
+    file = ShardFile(store, shard)
+    for stem, members, end in shard_samples(file, problems):
+        try:
+            rows.append(_row(file, members, end, settings))
+        except DecodeError as error:
+            problems.append(f"{shard.key}: {stem}: {error.kind}: {error}")
     names = [*COLUMNS, *(SCORE + name for name in settings.scores)]
     return {name: np.asarray([row[name] for row in rows]) for name in names}, problems
 
 
-def tar_samples(pieces: ShardFile, size: int) -> Iterator[tuple[str, dict[str, tarfile.TarInfo], int]]:
+def shard_samples(file: ShardFile, problems: list[str]) -> Iterator[tuple[str, dict[str, tarfile.TarInfo], int]]:
+    """Stem, members by suffix, and end of each sample whose key did not come before in the shard.
+
+    What is wrong with the shard goes to ``problems``: repeated keys, damage, a missing end-of-archive mark.
+    """
+    key, stems, last_end = file.shard.key, set[str](), 0
+    try:
+        for stem, members, end in _runs(file):
+            last_end = end
+            if stem in stems:
+                problems.append(f"{key}: {stem}: duplicate: this key came before")
+                continue
+            stems.add(stem)
+            yield stem, members, end
+    except _TAR_DAMAGE as error:
+        problems.append(f"{key}: {type(error).__name__}: {error}")
+    if file.span(last_end, min(file.shard.size, last_end + BLOCK)) != bytes(BLOCK):
+        problems.append(f"{key}: no end-of-archive mark after {len(stems)} samples, the shard may be cut off")
+
+
+def _runs(file: ShardFile) -> Iterator[tuple[str, dict[str, tarfile.TarInfo], int]]:
     """Stem, members by suffix, and end of each run of members with one stem."""
     stem: str | None = None
     members: dict[str, tarfile.TarInfo] = {}
     end = 0
-    with tarfile.open(fileobj=pieces, mode="r:") as tar:
+    with tarfile.open(fileobj=file, mode="r:") as tar:
         for member in tar:
             # The list of members that tarfile keeps would grow with the shard.
             tar.members = []  # type: ignore[attr-defined]
@@ -161,16 +178,14 @@ def tar_samples(pieces: ShardFile, size: int) -> Iterator[tuple[str, dict[str, t
                     yield stem, members, end
                 stem, members = key, {}
             end = member.offset_data + -(-member.size // BLOCK) * BLOCK
-            if end > size or member.size < 0:
+            if end > file.shard.size or member.size < 0:
                 raise tarfile.ReadError(f"{member.name} is cut off")
             members.setdefault(suffix.lower(), member)
     if stem is not None and members:
         yield stem, members, end
 
 
-def _row(
-    pieces: ShardFile, members: dict[str, tarfile.TarInfo], end: int, settings: ScanSettings
-) -> dict[str, Any]:
+def _row(file: ShardFile, members: dict[str, tarfile.TarInfo], end: int, settings: ScanSettings) -> dict[str, Any]:
     """Columns of one sample; raises :class:`DecodeError` for one that cannot be trained on."""
     image = next((members[s] for s in IMAGE_SUFFIXES if s in members), None)
     if image is None:
@@ -181,7 +196,7 @@ def _row(
     start = min(m.offset for m in members.values())
     if end - start > MAX_SAMPLE_BYTES:
         raise DecodeError("too_large", f"{end - start} bytes")
-    raw = pieces.span(start, end)
+    raw = file.span(start, end)
 
     def content(member: tarfile.TarInfo) -> bytes:
         return raw[member.offset_data - start : member.offset_data - start + member.size]
@@ -259,7 +274,7 @@ def build_index(
         if progress:
             progress(shards[number].key, len(done), len(shards))
         if time.monotonic() - saved > SAVE_EVERY_S:
-            _save_index(store, _merge(shards, done, settings), PARTIAL_KEY)
+            write_index(store, _merge(shards, done, settings), PARTIAL_KEY)
             saved = time.monotonic()
     index = _merge(shards, done, settings)
     report.problems = [p for entry in index.header["problems"] for p in entry]
@@ -268,7 +283,7 @@ def build_index(
 
 def save_index(store: Store, index: Index) -> None:
     """Write the index beside the shards, and remove what an interrupted scan left."""
-    _save_index(store, index, INDEX_KEY)
+    write_index(store, index, INDEX_KEY)
     store.delete(PARTIAL_KEY)
 
 

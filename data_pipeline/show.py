@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from data_pipeline.captions import parse_captions, parse_label
-from data_pipeline.decode import DecodeError, decode
+from data_pipeline.decode import PILLOW_PIXELS, DecodeError, decode
 from data_pipeline.errors import DataError
 from data_pipeline.index import BLOCK, IS_JSON, IS_LABEL, SCORE, Index, Location
 from data_pipeline.order import generator
@@ -30,8 +30,7 @@ _SLICE = 4 * 2**20
 _MAX_16 = 1 << 16
 _BINS = 60
 _MAX_ASPECT_LOG2 = 3.0
-_SHEET_KEY = 7
-_PIXELS = 179_000_000
+_SHEET_KEY = 8
 MAX_SAMPLES = 600
 """On a contact sheet: more make a picture that few programs open."""
 _COLUMNS, _TILE, _GAP, _LINES = 6, 256, 18, 5
@@ -276,7 +275,7 @@ def _load(store: Store, index: Index, sample: int, resolution: int) -> tuple[Ima
         raise DataError(f"{shard.key}: bytes {place.start}-{place.end} differ from the index")
     row = slice(sample, sample + 1)
     side = min(resolution, *(int(index.column(n, row.start, row.stop)[0]) for n in ("height", "width")))
-    picture = Image.fromarray(decode(raw[place.image], (side, side), mode="exact", max_pixels=_PIXELS))
+    picture = Image.fromarray(decode(raw[place.image], (side, side), mode="exact", max_pixels=PILLOW_PIXELS))
     if side > _TILE:
         picture = picture.resize((_TILE, _TILE), Image.Resampling.LANCZOS)
     return picture, _captions(index, raw[place.text], place)

@@ -16,15 +16,7 @@ from typing import Any, TypeVar
 from data_pipeline.captions import MAX_TEXT_BYTES, parse_captions, parse_label
 from data_pipeline.decode import DecodeError, picture_size
 from data_pipeline.errors import DataError
-from data_pipeline.scan import (
-    BLOCK,
-    IMAGE_SUFFIXES,
-    MAX_SAMPLE_BYTES,
-    TAR_DAMAGE,
-    TEXT_SUFFIXES,
-    ShardFile,
-    tar_samples,
-)
+from data_pipeline.scan import IMAGE_SUFFIXES, MAX_SAMPLE_BYTES, TEXT_SUFFIXES, ShardFile, shard_samples
 from data_pipeline.store import Access, ObjectInfo, Store, open_store
 
 IMAGE_COLUMNS = ("image", "jpg", "png", "image_bytes", "image_path", "path")
@@ -228,33 +220,24 @@ def read_tars(store: Store, skipped: list[str], *, only: str | None = None) -> I
 
 
 def _read_tar(store: Store, shard: ObjectInfo, skipped: list[str]) -> Iterator[RawSample]:
-    pieces = ShardFile(store, shard)
-    seen: set[str] = set()
-    last_end = 0
-    try:
-        for stem, members, end in tar_samples(pieces, shard.size):
-            last_end = end
-            name = f"{shard.key}: {stem}"
-            try:
-                if stem in seen:
-                    raise DecodeError("duplicate", "this key came before")
-                image = next((members[s] for s in IMAGE_SUFFIXES if s in members), None)
-                if image is None:
-                    raise DecodeError("no_image", "no image")
-                wanted = {s: members[s] for s in TEXT_SUFFIXES if s in members}
-                sizes = [image.size, *(member.size for member in wanted.values())]
-                if sum(sizes) > MAX_SAMPLE_BYTES or any(size > MAX_TEXT_BYTES for size in sizes[1:]):
-                    raise DecodeError("too_large", f"members of {sizes} bytes")
-                texts = {s: pieces.span(m.offset_data, m.offset_data + m.size) for s, m in wanted.items()}
-                content = pieces.span(image.offset_data, image.offset_data + image.size)
-                yield _from_members(name, content, texts)
-            except DecodeError as error:
-                skipped.append(f"{name}: {error}")
-            seen.add(stem)
-    except TAR_DAMAGE as error:
-        skipped.append(f"{shard.key}: {type(error).__name__}: {error}")
-    if pieces.span(last_end, min(shard.size, last_end + BLOCK)) != bytes(BLOCK):
-        skipped.append(f"{shard.key}: no end-of-archive mark after {len(seen)} samples, it may be cut off")
+    file = ShardFile(store, shard)
+    for stem, members, _ in shard_samples(file, skipped):
+        name = f"{shard.key}: {stem}"
+        try:
+            image = next((members[s] for s in IMAGE_SUFFIXES if s in members), None)
+            if image is None:
+                raise DecodeError("no_image", "no image")
+            wanted = {s: members[s] for s in TEXT_SUFFIXES if s in members}
+            sizes = [image.size, *(member.size for member in wanted.values())]
+            if sum(sizes) > MAX_SAMPLE_BYTES or any(size > MAX_TEXT_BYTES for size in sizes[1:]):
+                raise DecodeError("too_large", f"members of {sizes} bytes")
+            texts = {s: file.span(m.offset_data, m.offset_data + m.size) for s, m in wanted.items()}
+            content = file.span(image.offset_data, image.offset_data + image.size)
+            sample = _from_members(name, content, texts)
+        except DecodeError as error:
+            skipped.append(f"{name}: {error}")
+            continue
+        yield sample
 
 
 def _read_parquets(folder: Path, skipped: list[str]) -> Iterator[RawSample]:

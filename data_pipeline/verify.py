@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import google_crc32c
 
 from data_pipeline.captions import parse_captions, parse_label
-from data_pipeline.decode import DecodeError, decode, picture_size
+from data_pipeline.decode import PILLOW_PIXELS, DecodeError, decode, picture_size
 from data_pipeline.errors import StoreError
 from data_pipeline.fleet import over_processes
 from data_pipeline.index import BLOCK, Index, Location, load_index
@@ -23,8 +23,6 @@ from data_pipeline.store import Access, ObjectInfo, Store
 PIECE_BYTES = 8 * 2**20
 LISTED_PER_SHARD = 20
 """Samples of one shard named; the rest are counted."""
-_PIXELS = 179_000_000
-"""What Pillow opens at most."""
 
 
 @dataclass
@@ -239,7 +237,7 @@ class _Samples:
     def _decode(self, raw: bytes, place: Location) -> None:
         image, text = raw[place.image], raw[place.text]
         side = min(picture_size(image))
-        decode(image, (side, side), mode="exact", max_pixels=_PIXELS)
+        decode(image, (side, side), mode="exact", max_pixels=PILLOW_PIXELS)
         if place.is_label:
             parse_label(text)
         else:

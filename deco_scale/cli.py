@@ -175,7 +175,7 @@ def _embed(args: argparse.Namespace, console: Console) -> int:
         states = encoder.encode_ragged(texts)
         return [s.bfloat16().view(torch.int16).cpu().numpy().view(np.uint16) for s in states]
 
-    identity = states_identity(cfg.data, text_identity(settings, cfg.model.text_dim))
+    identity = states_identity(cfg.data, text_identity(settings, encoder.width))
     batch = args.batch or cfg.stages[0].micro_batch
     with Progress(console=console, transient=True, disable=rank > 0) as progress:
         for source in cfg.data.sources:

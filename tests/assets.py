@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data_pipeline.pack import pack, read_folder
+from data_pipeline.pack import pack
 from data_pipeline.scan import build_index, save_index
+from data_pipeline.sources import read_folder
 from data_pipeline.store import open_store
 
 WORDS = [

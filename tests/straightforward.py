@@ -4,9 +4,11 @@ Same parameter names as :class:`deco_scale.models.pixel_decoder.PixelDecoder`, s
 Shape letters: B batch, N patches, P pixels of a patch, C channels, W decoder width, F features.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from deco_scale.models.layers import NORM_EPS
 from deco_scale.models.pixel_decoder import PixelDecoder
@@ -29,3 +31,20 @@ class StraightforwardDecoder(PixelDecoder):
             x_BNPW = x_BNPW + gate * block.mlp(hidden_BNPW)  # type: ignore[operator]
         out_BNPC = self.head(F.layer_norm(x_BNPW, x_BNPW.shape[-1:], eps=NORM_EPS))
         return out_BNPC.transpose(-1, -2).flatten(-2)
+
+
+def saved_bytes(module: nn.Module, forward: Callable[[], Tensor]) -> int:
+    """Bytes that autograd keeps for backward, parameters aside."""
+    own = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    sizes: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = forward()
+    assert out.requires_grad
+    return sum(sizes.values())

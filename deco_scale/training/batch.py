@@ -39,7 +39,9 @@ class Batch(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
+class Part:
+    """A batch, or a part of one, put together here."""
+
     images: Any
     captions: Sequence[str]
     labels: Sequence[int]
@@ -53,7 +55,7 @@ def split(batch: Batch, parts: int) -> Iterator[Batch]:
     for start in range(0, size * parts, size):
         cut = slice(start, start + size)
         states = None if batch.states is None else batch.states[cut]
-        yield _Part(batch.images[cut], batch.captions[cut], batch.labels[cut], batch.numbers[cut], states)
+        yield Part(batch.images[cut], batch.captions[cut], batch.labels[cut], batch.numbers[cut], states)
 
 
 def padded_states(states: Sequence[Any], shape: Sequence[int]) -> Tensor:

@@ -3,27 +3,14 @@
 import queue
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from deco_scale.training.batch import Batch
+from deco_scale.training.batch import Batch, Part
 
 _JOIN_S = 10.0
 _LOOK_S = 0.2
 """How often a waiting thread looks whether it is still wanted."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Pinned:
-    """A batch whose pictures are a page-locked tensor, from which a copy does not hold up the host."""
-
-    images: Any
-    captions: Any
-    labels: Any
-    numbers: Any
-    states: Any
 
 
 class Feed:
@@ -79,5 +66,6 @@ class Feed:
     def _pinned(self, batch: Batch) -> Batch:
         if not self._pin:
             return batch
+        # From page-locked memory a copy does not hold up the host.
         images = torch.as_tensor(batch.images).pin_memory()
-        return _Pinned(images, batch.captions, batch.labels, batch.numbers, batch.states)
+        return Part(images, batch.captions, batch.labels, batch.numbers, batch.states)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from deco_scale.planning.state import held_of_state
 from tests.distributed.harness import in_group
 
 WORLDS = (1, 2, 4)
@@ -79,7 +80,9 @@ def test_state_falls_as_one_over_ranks(engine: str, tmp_path: Path) -> None:
     used = {world: entry["used"] for world, entry in found.items()}
     print(engine, used, "whole weights", found[1]["whole"])
     # Weights, average and two moments; DeepSpeed also has a second copy of the weights, to compute with, and a
-    # standing buffer for gradients.
+    # standing buffer for gradients, which FSDP makes in the first step only.
+    parts, wholes = held_of_state("fsdp" if engine == "fsdp" else "deepspeed", 3)
+    assert wholes == 0 and parts - (engine == "fsdp") == (4 if engine == "fsdp" else 6)
     assert used[1] / found[1]["whole"] == pytest.approx(4 if engine == "fsdp" else 6, rel=0.1)
     for world in WORLDS[1:]:
         assert used[1] / used[world] == pytest.approx(world, rel=0.1)

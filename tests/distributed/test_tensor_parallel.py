@@ -24,6 +24,7 @@ from deco_scale.training.checkpoint import read_tensors
 from deco_scale.training.engine import Engine
 from tests.assets import tiny_config
 from tests.distributed.harness import Job, in_group, run_jobs, trace, worst_difference
+from tests.sets import picture, tar_of
 
 TOLERANCE = 1e-5
 WEIGHT_TOLERANCE = 5e-5
@@ -32,22 +33,11 @@ WEIGHT_TOLERANCE = 5e-5
 
 def class_shards(folder: Path) -> Path:
     """Pictures with class numbers."""
-    import io
-    import tarfile
-
-    import numpy as np
-    from PIL import Image
-
+    members: dict[str, bytes] = {}
+    for i in range(40):
+        members |= {f"{i:03d}.png": picture(i, size=(48, 48)), f"{i:03d}.cls": str(i % 4).encode()}
     folder.mkdir()
-    random = np.random.default_rng(0)
-    with tarfile.open(folder / "a.tar", "w") as tar:
-        for i in range(40):
-            buffer = io.BytesIO()
-            Image.fromarray(random.integers(0, 256, (48, 48, 3), dtype=np.uint8)).save(buffer, "PNG")
-            for suffix, data in (("png", buffer.getvalue()), ("cls", str(i % 4).encode())):
-                info = tarfile.TarInfo(f"{i:03d}.{suffix}")
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
+    (folder / "a.tar").write_bytes(tar_of(members))
     store = open_store(str(folder))
     index, report = build_index(store)
     assert not report.problems and len(index) == 40

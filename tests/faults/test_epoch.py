@@ -1,7 +1,6 @@
 """A whole epoch through a faulty network arrives complete, exact and in the same order, in bounded time."""
 
 import io
-import tarfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from data_pipeline.serve import S3Server, running_server
 from data_pipeline.settings import DataConfig
 from data_pipeline.store import open_store
 from tests.faults.proxy import FaultProxy
+from tests.sets import tar_of
 
 SAMPLES, SHARDS, BATCH = 5000, 5, 100
 BOUND_S = 120.0
@@ -41,14 +41,13 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("source")
     random = np.random.default_rng(0)
     for shard in range(SHARDS):
-        with tarfile.open(folder / f"{shard}.tar", "w") as tar:
-            for i in range(SAMPLES // SHARDS):
-                buffer = io.BytesIO()
-                Image.fromarray(random.integers(0, 256, (20, 16, 3), dtype=np.uint8)).save(buffer, "PNG")
-                for suffix, data in (("png", buffer.getvalue()), ("txt", f"sample {shard} {i}".encode())):
-                    info = tarfile.TarInfo(f"{i:04d}.{suffix}")
-                    info.size = len(data)
-                    tar.addfile(info, io.BytesIO(data))
+        members: dict[str, bytes] = {}
+        for i in range(SAMPLES // SHARDS):
+            buffer = io.BytesIO()
+            Image.fromarray(random.integers(0, 256, (20, 16, 3), dtype=np.uint8)).save(buffer, "PNG")
+            members[f"{i:04d}.png"] = buffer.getvalue()
+            members[f"{i:04d}.txt"] = f"sample {shard} {i}".encode()
+        (folder / f"{shard}.tar").write_bytes(tar_of(members))
     store = open_store(str(folder))
     index, report = build_index(store)
     assert not report.problems and len(index) == SAMPLES

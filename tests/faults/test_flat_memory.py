@@ -2,7 +2,6 @@
 
 import gc
 import io
-import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ from data_pipeline.loader import Loader
 from data_pipeline.scan import build_index, save_index
 from data_pipeline.settings import DataConfig
 from data_pipeline.store import open_store
+from tests.sets import tar_of
 
 SAMPLES, WARM, TOTAL, BATCH = 20_000, 40_000, 200_000, 500
 GROWTH_BYTES = 24 * 2**20
@@ -26,12 +26,10 @@ def test_memory_stays_flat_over_200_000_samples(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
     for shard in range(4):
-        with tarfile.open(tmp_path / f"{shard}.tar", "w") as tar:
-            for i in range(SAMPLES // 4):
-                for suffix, data in (("png", buffer.getvalue()), ("txt", f"{shard} {i}".encode())):
-                    info = tarfile.TarInfo(f"{i}.{suffix}")
-                    info.size = len(data)
-                    tar.addfile(info, io.BytesIO(data))
+        members: dict[str, bytes] = {}
+        for i in range(SAMPLES // 4):
+            members |= {f"{i}.png": buffer.getvalue(), f"{i}.txt": f"{shard} {i}".encode()}
+        (tmp_path / f"{shard}.tar").write_bytes(tar_of(members))
     store = open_store(str(tmp_path))
     save_index(store, build_index(store)[0])
     # A buffer smaller than the set, so that chunks come and go; a disk cache smaller than it too.

@@ -22,6 +22,7 @@ from data_pipeline.loader import Loader
 from data_pipeline.scan import ScanSettings, build_index, save_index, scan_shard
 from data_pipeline.settings import DataConfig
 from data_pipeline.store import open_store
+from tests.sets import tar_of
 
 COUNTS = [pytest.param(250, id="some"), pytest.param(5000, id="5000", marks=pytest.mark.long)]
 SAMPLES = 12
@@ -32,22 +33,18 @@ MEMORY_BYTES = 64 * 2**20
 
 def shard(tar_format: int) -> bytes:
     random = np.random.default_rng(0)
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=tar_format) as tar:
-        for i in range(SAMPLES):
-            picture = io.BytesIO()
-            pixels = random.integers(0, 256, (24, 24, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(picture, ("PNG", "JPEG", "WEBP")[i % 3])
-            name = f"{'long/' * 40}{i}" if i == 5 else str(i)
-            text = b'{"captions": ["a", "b"], "score": 1.5}' if i % 2 else b"a caption"
-            for suffix, data in (
-                (("png", "jpg", "webp")[i % 3], picture.getvalue()),
-                ("json" if i % 2 else "txt", text),
-            ):
-                info = tarfile.TarInfo(f"{name}.{suffix}")
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
-    return buffer.getvalue()
+    members: dict[str, bytes] = {}
+    for i in range(SAMPLES):
+        picture = io.BytesIO()
+        pixels = random.integers(0, 256, (24, 24, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(picture, ("PNG", "JPEG", "WEBP")[i % 3])
+        name = f"{'long/' * 40}{i}" if i == 5 else str(i)
+        members[f"{name}.{('png', 'jpg', 'webp')[i % 3]}"] = picture.getvalue()
+        if i % 2:
+            members[f"{name}.json"] = b'{"captions": ["a", "b"], "score": 1.5}'
+        else:
+            members[f"{name}.txt"] = b"a caption"
+    return tar_of(members, tar_format=tar_format)
 
 
 def mutated(whole: bytes, random: np.random.Generator) -> bytes:

@@ -2,7 +2,6 @@
 
 import io
 import json
-import tarfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,12 +18,14 @@ from data_pipeline.index import COLUMNS, SCORE, Index, load_index, make_index
 from data_pipeline.loader import Loader
 from data_pipeline.mixture import BLOCK_POSITIONS, MixedOrder, Schedule
 from data_pipeline.order import Chunks, ElasticOrder
-from data_pipeline.pack import pack, read_folder
+from data_pipeline.pack import pack
 from data_pipeline.scan import ScanSettings, build_index, save_index
 from data_pipeline.select import select
 from data_pipeline.settings import DataConfig, Filters, Source
+from data_pipeline.sources import read_folder
 from data_pipeline.store import ObjectInfo, open_store
 from tests.assets import make_pictures_folder
+from tests.sets import tar_of
 
 
 def index_of(sizes: list[int], blocks: int = 1, **columns: Any) -> Index:
@@ -63,7 +64,7 @@ def test_every_epoch_is_a_permutation(
     assert again.at(count + count // 2) == epochs[1][count // 2]
     # A chunk is one read: one shard, at most 32 samples, and no more than about 8 MiB.
     for first, size in zip(order.chunks.first.tolist(), order.chunks.size.tolist(), strict=True):
-        shards = {index.shard_of(s) for s in range(first, first + size)}
+        shards = {index.locate(s).shard for s in range(first, first + size)}
         assert len(shards) == 1 and 1 <= size <= 32
         span = index.locate(first + size - 1).end - index.locate(first).start
         assert span <= 8 * 2**20 + 512 * blocks
@@ -201,17 +202,6 @@ def png(height: int = 48, width: int = 40, salt: int = 0) -> bytes:
     buffer = io.BytesIO()
     pixels = np.random.default_rng([height, width, salt]).integers(0, 256, (height, width, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def tar_of(members: dict[str, bytes], *more: dict[str, bytes]) -> bytes:
-    """A tar of members in order; ``more`` may repeat names."""
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as tar:
-        for name, data in (pair for each in (members, *more) for pair in each.items()):
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
     return buffer.getvalue()
 
 

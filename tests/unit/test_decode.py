@@ -1,13 +1,11 @@
-"""Decoding, captions and buckets."""
+"""Decoding: the release's numbers, orientations, formats, faults, and the fast way."""
 
 import io
-import json
 import pickle
 import time
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,16 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data_pipeline.buckets import NO_BUCKET, assign, bucket_sizes
-from data_pipeline.captions import (
-    PREFIXES,
-    Captions,
-    choose_caption,
-    json_numbers,
-    parse_captions,
-    parse_label,
-)
 from data_pipeline.decode import DecodeError, DecodeMode, centre_crop, cover_and_crop, decode, picture_size
+from tests.sets import kind_of
 
 MODES: tuple[DecodeMode, ...] = ("exact", "fast")
 PLENTY = 10**7
@@ -61,15 +51,6 @@ def exif_of(orientation: int) -> bytes:
 
 def psnr(one: Any, other: Any) -> float:
     return float(10 * np.log10(255**2 / max(np.mean((one.astype(float) - other) ** 2), 1e-10)))
-
-
-def kind_of(action: Callable[[], object]) -> str | None:
-    """Kind of the fault, None where there is none; anything but a DecodeError escapes."""
-    try:
-        action()
-    except DecodeError as error:
-        return error.kind
-    return None
 
 
 def reference(image: Image.Image, side: int) -> Any:
@@ -406,167 +387,3 @@ def test_damaged_pictures(capfd: pytest.CaptureFixture[str]) -> None:
 def test_many_damaged_pictures(capfd: pytest.CaptureFixture[str]) -> None:
     fuzz(5000)
     assert capfd.readouterr().err == ""
-
-
-def parse(value: object, **options: Any) -> Captions:
-    return parse_captions(json.dumps(value).encode(), is_json=True, **options)
-
-
-def test_captions_are_parsed() -> None:
-    assert parse_captions(b"\xef\xbb\xbf a cat\n", is_json=False) == Captions(("a cat",), (1.0,))
-    assert parse({"text": " x "}) == parse({"caption": "x", "text": "y"}) == Captions(("x",), (1.0,))
-    assert parse({"captions": None, "caption": "x"}) == Captions(("x",), (1.0,))
-    assert parse({"captions": ["x", " ", "y"], "weights": [1, 5, 0.5]}) == Captions(("x", "y"), (1.0, 0.5))
-    weighed = {"captions": [{"text": "x", "weight": 3}, {"text": "y"}]}
-    assert parse(weighed) == Captions(("x", "y"), (3.0, 1.0))
-    two = {"short_caption": "s", "long_caption": "l"}
-    assert parse(two, fields=("long_caption", "short_caption")).texts == ("l",)
-    assert parse(two, fields=("short_caption", "long_caption")).texts == ("s",)
-
-
-JSON_KEYS = ["captions", "text", "weight", "weights"]
-BAD_JSON: dict[str, bytes] = {
-    "list": b"[]", "cut": b"{", "not utf-8": b"\xff", "deep": b'{"a":' * 10**5, "deep list": b"[" * 10**5,
-    "long": b'{"caption": "' + b"x" * 2**21 + b'"}', "digits": b'{"a": ' + b"9" * 10**5 + b"}",
-}  # fmt: skip
-BAD_CAPTIONS: list[object] = [
-    {}, {"captions": []}, {"captions": [1]}, {"captions": ["x", 1]}, {"captions": 3}, {"caption": " "},
-    {"caption": "\ud800"}, {"captions": {"text": "x"}}, {"captions": [{"weight": 1}]}, {"captions": [[]]},
-    *({"captions": ["x"], "weights": w} for w in ([], [1, 2], [0], [-1], ["1"], [True], [None], 1, [10**400])),
-    *({"captions": [{"text": "x", "weight": w}]} for w in (0, float("nan"), float("inf"), None, "1", [])),
-]  # fmt: skip
-
-
-def test_bad_captions_are_refused() -> None:
-    for raw in BAD_JSON.values():
-        assert kind_of(lambda raw=raw: parse_captions(raw, is_json=True)) == "bad_caption"  # type: ignore[misc]
-        assert kind_of(lambda raw=raw: json_numbers(raw, ["a"])) == "bad_caption"  # type: ignore[misc]
-    for value in BAD_CAPTIONS:
-        assert kind_of(lambda value=value: parse(value)) == "bad_caption", value  # type: ignore[misc]
-    for raw in (b"", b" \n", b"\xff", b"x" * 2**21):
-        assert kind_of(lambda raw=raw: parse_captions(raw, is_json=False)) == "bad_caption"  # type: ignore[misc]
-    for raw in (b"", b"-1", b"1.5", b"9" * 5000, b"\xb2"):
-        assert kind_of(lambda raw=raw: parse_label(raw)) == "bad_label"  # type: ignore[misc]
-    assert parse_label(b" 12\n") == 12
-
-
-def test_numbers_of_a_json_member() -> None:
-    raw = b'{"a": 1, "b": 2.5, "c": true, "d": "3", "e": 1e999, "f": NaN, "g": 1' + b"0" * 400 + b', "h": null}'
-    found = json_numbers(raw, list("abcdefghi"))
-    assert found[:2] == [1.0, 2.5] and np.isnan(found[2:]).all()
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    value=st.recursive(
-        st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-        lambda inner: st.lists(inner) | st.dictionaries(st.sampled_from(JSON_KEYS), inner),
-    )
-)
-def test_any_json_gives_captions_or_a_fault(value: object) -> None:
-    raw = json.dumps(value).encode()
-    if kind_of(lambda: parse_captions(raw, is_json=True)) is None:
-        captions = parse_captions(raw, is_json=True)
-        assert all(text == text.strip() and text for text in captions.texts)
-        assert all(0 < weight < float("inf") for weight in captions.weights)
-
-
-GOLDEN = [
-    "A picture of one",
-    "one",
-    "one",
-    "An image of one",
-    "one",
-    "zero",
-    "A picture of one",
-    "zero",
-    "three words here",
-    "three words here",
-    "two",
-    "one",
-    "A picture of zero",
-    "zero",
-    "two",
-    "zero",
-]
-
-
-def test_equal_weights_choose_as_ever() -> None:
-    # Chosen by the code before there were weights: a run that is resumed must see the same captions.
-    texts = ("zero", "one", "two", "three words here")
-    for weight in (1.0, 0.3):
-        found = [
-            choose_caption(
-                Captions(texts, (weight,) * 4), seed=7, epoch=2, sample=i, prefix_probability=0.5, short_words=3
-            )
-            for i in range(16)
-        ]
-        assert found == GOLDEN
-
-
-def test_weights_are_kept_and_prefixes_are_given() -> None:
-    def choose(sample: int, epoch: int = 0, words: int = 30) -> str:
-        captions = Captions(("one", "two", "three"), (1e308, 1.5e308, 0.5e308))
-        return choose_caption(
-            captions, seed=1, epoch=epoch, sample=sample, prefix_probability=0.5, short_words=words
-        )
-
-    count = 4000
-    many = [choose(i) for i in range(count)]
-    assert many == [choose(i) for i in range(count)] != [choose(i, epoch=1) for i in range(count)]
-    # Five standard deviations are 158.
-    for word, share in (("one", 1 / 3), ("two", 1 / 2), ("three", 1 / 6)):
-        assert abs(sum(c.endswith(word) for c in many) - share * count) < 158
-    assert abs(sum(c.startswith(PREFIXES) for c in many) - count / 2) < 158
-    assert not any(choose(i, words=1).startswith(PREFIXES) for i in range(50))
-    for texts, weights in (((), ()), (("x",), ()), (("x",), (0.0,)), (("x",), (float("nan"),))):
-        with pytest.raises(ValueError):
-            Captions(texts, weights)
-
-
-@settings(max_examples=100, deadline=None)
-@given(patches=st.integers(1, 64), multiple=st.sampled_from([1, 8, 16, 64]), max_aspect=st.floats(1, 5))
-def test_bucket_sizes(patches: int, multiple: int, max_aspect: float) -> None:
-    side = patches * multiple
-    sizes = bucket_sizes(side, multiple=multiple, max_aspect=max_aspect)
-    assert sizes[0] == (side, side) and len(set(sizes)) == len(sizes)
-    assert {(w, h) for h, w in sizes} == set(sizes)
-    for height, width in sizes:
-        assert height % multiple == width % multiple == 0
-        assert abs(height * width / side**2 - 1) <= 0.1
-        assert max(height, width) / min(height, width) <= max_aspect
-    if patches >= 8 and max_aspect >= 2:
-        assert len(sizes) >= 5
-
-
-def test_impossible_buckets_are_refused() -> None:
-    for resolution, multiple, max_aspect in ((100, 16, 2.0), (0, 16, 2.0), (64, 0, 2.0), (64, 16, 0.5)):
-        with pytest.raises(ValueError):
-            bucket_sizes(resolution, multiple=multiple, max_aspect=max_aspect)
-    with pytest.raises(ValueError):
-        bucket_sizes(64, multiple=16, max_aspect=float("nan"))
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 1500), st.integers(0, 1500)), max_size=60))
-def test_pictures_get_the_nearest_bucket_they_cover(pictures: list[tuple[int, int]]) -> None:
-    sizes = bucket_sizes(256, multiple=16, max_aspect=3.0)
-    table = np.array(pictures, dtype=np.uint16).reshape(-1, 2)
-    for (height, width), number in zip(pictures, assign(table[:, 0], table[:, 1], sizes), strict=True):
-        covered = [(h, w) for h, w in sizes if height >= h and width >= w]
-        if number == NO_BUCKET:
-            assert not covered
-            continue
-        assert sizes[number] in covered
-        distances = [abs(np.log(width / height) - np.log(w / h)) for h, w in covered]
-        h, w = sizes[number]
-        assert abs(np.log(width / height) - np.log(w / h)) <= min(distances) + 1e-12
-
-
-def test_buckets_do_not_depend_on_the_chunks() -> None:
-    random = np.random.default_rng(0)
-    height, width = random.integers(100, 900, (2, 200_000)).astype(np.uint16)
-    sizes = bucket_sizes(256, multiple=32, max_aspect=2.0)
-    whole = assign(height, width, sizes)
-    pieces = [assign(height[i : i + 999], width[i : i + 999], sizes) for i in range(0, len(height), 999)]
-    assert np.array_equal(whole, np.concatenate(pieces)) and set(whole) == set(range(-1, len(sizes)))
