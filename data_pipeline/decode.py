@@ -86,8 +86,9 @@ def decode(encoded: bytes, size: tuple[int, int], *, mode: DecodeMode, max_pixel
             raise DecodeError("too_small", f"{width}x{height} does not cover {size[1]}x{size[0]} pixels")
         _refuse_scan_bomb(opened, encoded)
         with _faults():
-            image = _exact(opened, orientation, size) if mode == "exact" else _fast(opened, orientation, size)
-    return np.asarray(image)
+            if mode == "fast":
+                return _fast(opened, orientation, size)
+            return np.asarray(_exact(opened, orientation, size))
 
 
 def picture_size(encoded: bytes) -> tuple[int, int]:
@@ -106,7 +107,8 @@ def cover_and_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     halvings, covering = _plan(image.size, size)
     for _ in range(halvings):
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    return _crop(image.resize(covering, Image.Resampling.BICUBIC), size)
+    top, left = _corner(covering[::-1], size)
+    return image.resize(covering, Image.Resampling.BICUBIC).crop((left, top, left + size[1], top + size[0]))
 
 
 def centre_crop(image: Image.Image, resolution: int) -> Image.Image:
@@ -114,10 +116,9 @@ def centre_crop(image: Image.Image, resolution: int) -> Image.Image:
     return cover_and_crop(image, (resolution, resolution))
 
 
-def _crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """The centre ``(height, width)``, as the release rounds it."""
-    left, top = (image.width - size[1]) // 2, (image.height - size[0]) // 2
-    return image.crop((left, top, left + size[1], top + size[0]))
+def _corner(shape: tuple[int, ...], size: tuple[int, int]) -> tuple[int, int]:
+    """(Top, left) of the centre of a (height, width), as the release rounds it."""
+    return (shape[0] - size[0]) // 2, (shape[1] - size[1]) // 2
 
 
 def _plan(picture: tuple[int, int], size: tuple[int, int]) -> tuple[int, tuple[int, int]]:
@@ -136,7 +137,7 @@ def _exact(opened: Image.Image, orientation: int, size: tuple[int, int]) -> Imag
     return cover_and_crop(image, size)
 
 
-def _fast(opened: Image.Image, orientation: int, size: tuple[int, int]) -> Image.Image:
+def _fast(opened: Image.Image, orientation: int, size: tuple[int, int]) -> Pixels:
     """As :func:`_exact`, but the halvings are the decoder's or one averaging, and the resize is vectorised."""
     stored = opened.size
     halvings, covering = _plan(_upright(stored, orientation), size)
@@ -150,8 +151,11 @@ def _fast(opened: Image.Image, orientation: int, size: tuple[int, int]) -> Image
     # Sides that do not divide leave a last, partly filled row or column: the picture is a little smaller than
     # its pixels.
     sides = (stored[0] / 2**halvings, stored[1] / 2**halvings)
-    image = Image.fromarray(_bicubic(np.array(image), sides, _upright(covering, orientation)))
-    return _crop(image.transpose(_TURN[orientation]) if orientation in _TURN else image, size)
+    pixels = _bicubic(np.array(image), sides, _upright(covering, orientation))
+    if orientation in _TURN:
+        pixels = np.asarray(Image.fromarray(pixels).transpose(_TURN[orientation]))
+    top, left = _corner(pixels.shape, size)
+    return pixels[top : top + size[0], left : left + size[1]]
 
 
 def _bicubic(pixels: Pixels, sides: tuple[float, float], size: tuple[int, int]) -> Pixels:
@@ -163,7 +167,8 @@ def _bicubic(pixels: Pixels, sides: tuple[float, float], size: tuple[int, int]) 
     """
     import torch
 
-    (width, height), image_1CYX = size, torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    # With a full stride for the batch's axis: else one picture is not known to have its channels last.
+    (width, height), image_1CYX = size, torch.from_numpy(pixels.reshape(1, *pixels.shape)).permute(0, 3, 1, 2)
     # The output is as long as the factor gives, rounded down: a hair more, so that it is never short.
     factors = ((height + 1e-4) / sides[1], (width + 1e-4) / sides[0])
     resized = torch.nn.functional.interpolate(image_1CYX, scale_factor=factors, mode="bicubic", antialias=True)
