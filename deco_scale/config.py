@@ -20,6 +20,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from data_pipeline.settings import DataConfig
 from deco_scale.errors import ConfigError
+from deco_scale.kernels import KernelSetting
 from deco_scale.models import ModelConfig
 from deco_scale.models.attention import AttentionBackend
 from deco_scale.models.encoder_settings import ImageEncoderConfig, TextEncoderConfig
@@ -72,6 +73,7 @@ class RunConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
+    kernels: KernelSetting = "auto"
     compile: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

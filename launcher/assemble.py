@@ -14,6 +14,7 @@ from data_pipeline.errors import DataError
 from data_pipeline.loader import Batch, Loader
 from deco_scale.config import RunConfig, dump_config
 from deco_scale.errors import ConfigError, RunError
+from deco_scale.kernels import Kernels, choose_kernels, use_kernels
 from deco_scale.models import Denoiser
 from deco_scale.models.encoders import EncoderError, ImageEncoder, TextEncoder, text_identity
 from deco_scale.models.layers import Attention
@@ -71,7 +72,7 @@ def load_encoders(
     return text, image
 
 
-def objective_builder(cfg: RunConfig, encoder_dim: int) -> Callable[[], Objective]:
+def objective_builder(cfg: RunConfig, encoder_dim: int, kernels: Kernels) -> Callable[[], Objective]:
     """A function that builds the plain objective on whatever device is current."""
 
     def build() -> Objective:
@@ -79,6 +80,7 @@ def objective_builder(cfg: RunConfig, encoder_dim: int) -> Callable[[], Objectiv
         for module in denoiser.modules():
             if isinstance(module, Attention):
                 module.backend = cfg.attention.backend
+        use_kernels(denoiser, kernels)
         return Objective(denoiser, cfg.objective, encoder_dim=encoder_dim)
 
     return build
@@ -272,7 +274,9 @@ def assemble(
     first.close()
     need_text = not precomputed or cfg.samples.every > 0
     text, image = agreed(lambda: load_encoders(cfg, device, need_text=need_text))
-    engine = build_engine(cfg, layout, device, objective_builder(cfg, image.width if image is not None else 0))
+    kernels = choose_kernels(cfg.kernels, device)
+    build = objective_builder(cfg, image.width if image is not None else 0, kernels)
+    engine = build_engine(cfg, layout, device, build)
     plain = json.loads(json.dumps(dataclasses.asdict(cfg)))
     reporter = Reporter(
         folder,

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from data_pipeline.errors import DataError
 from deco_scale.config import RunConfig, dump_config, load_config
 from deco_scale.errors import ConfigError, RunError
+from deco_scale.kernels import choose_kernels
 from deco_scale.models.attention import check_backend
 from deco_scale.parallel.layout import resolve_layout
 from deco_scale.parallel.plan import check_tp
@@ -55,6 +56,7 @@ def run(cfg: RunConfig, env: Environment, *, resume: str = "auto", dry_run: bool
     device = choose_device(cfg.device, env.local_rank)
     try:
         check_backend(cfg.attention.backend, device)
+        choose_kernels(cfg.kernels, device)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     checkpoints = Checkpoints(Path(cfg.run.dir) / "checkpoints", cfg.checkpoint)

@@ -1,0 +1,36 @@
+"""Which implementation of the kernels computes: fused Triton, or its plain torch twin."""
+
+import importlib.util
+from typing import Literal
+
+import torch
+from torch import nn
+
+Kernels = Literal["triton", "torch"]
+KernelSetting = Literal["auto", "triton", "torch"]
+
+
+def choose_kernels(setting: KernelSetting, device: torch.device) -> Kernels:
+    """``auto`` is Triton on a GPU and torch elsewhere.
+
+    Raises ``ValueError`` for ``triton`` where it cannot run, saying what is missing.
+    """
+    if setting == "torch":
+        return "torch"
+    missing = []
+    if device.type != "cuda":
+        missing.append(f"a GPU (this process computes on {device.type})")
+    if importlib.util.find_spec("triton") is None:
+        missing.append("the package triton, which CUDA builds of PyTorch bring along")
+    if not missing:
+        return "triton"
+    if setting == "triton":
+        raise ValueError(f"kernels=triton needs {' and '.join(missing)}; use auto or torch")
+    return "torch"
+
+
+def use_kernels(module: nn.Module, kernels: Kernels) -> None:
+    """Tell every submodule that has a choice (an attribute ``kernels``) which one to take."""
+    for child in module.modules():
+        if hasattr(child, "kernels"):
+            child.kernels = kernels  # type: ignore[assignment]
