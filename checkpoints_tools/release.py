@@ -4,6 +4,7 @@ The release orders the rows of a fused projection (part, head, K); ours are (hea
 tensor-parallel slice is plain. The release fuses gate and up of the text model's SwiGLU; ours are apart.
 """
 
+import dataclasses
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,16 +21,20 @@ DENOISER, EMA, REPA = "denoiser.", "ema_denoiser.", "diffusion_trainer.proj.0."
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """``release`` name pattern, our names, and the two conversions between their tensors."""
+    """``release`` name, our names, and the two conversions between their tensors.
+
+    ``plain`` says that both tensors are the same, so that rows of one are rows of the other.
+    """
 
     release: str
     ours: tuple[str, ...]
     split: Callable[[Tensor, ModelConfig], tuple[Tensor, ...]]
     join: Callable[[tuple[Tensor, ...], ModelConfig], Tensor]
+    plain: bool = False
 
 
 def _same(release: str, ours: str) -> Rule:
-    return Rule(release, (ours,), lambda t, _: (t,), lambda ts, _: ts[0])
+    return Rule(release, (ours,), lambda t, _: (t,), lambda ts, _: ts[0], plain=True)
 
 
 def _heads(release: str, ours: str, parts: int) -> Rule:
@@ -92,7 +97,10 @@ def _module(release: str, ours: str) -> list[Rule]:
 
 
 def _within(rules: list[Rule], release: str, ours: str) -> list[Rule]:
-    return [Rule(f"{release}.{r.release}", tuple(f"{ours}.{o}" for o in r.ours), r.split, r.join) for r in rules]
+    return [
+        dataclasses.replace(r, release=f"{release}.{r.release}", ours=tuple(f"{ours}.{o}" for o in r.ours))
+        for r in rules
+    ]
 
 
 def denoiser_rules(cfg: ModelConfig) -> list[Rule]:

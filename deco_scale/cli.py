@@ -5,7 +5,7 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ import torch
 from PIL import Image
 from rich.console import Console
 from rich.progress import Progress, TaskID
-from rich.table import Table
 from torch import Tensor
 
 from data_pipeline.embed import embed
@@ -22,16 +21,13 @@ from data_pipeline.errors import DataError
 from data_pipeline.index import load_index
 from data_pipeline.loader import access_of, states_identity
 from data_pipeline.store import open_store
+from deco_scale import plan_command
 from deco_scale.config import RunConfig, build_config, load_config
 from deco_scale.errors import ConfigError, RunError
 from deco_scale.models import Denoiser
 from deco_scale.models.encoders import EncoderError, TextEncoder, text_identity
-from deco_scale.parallel.deepspeed import ZERO3_PERSISTENT
-from deco_scale.parallel.layout import Layout, accumulation_steps, resolve_layout
-from deco_scale.parallel.plan import layout_rows
-from deco_scale.planning.communication import StepShape, Traffic, fsdp_traffic, zero_traffic
-from deco_scale.planning.state import held_of_state
 from deco_scale.sampling import SamplerConfig
+from deco_scale.sampling.graphs import Graphed
 from deco_scale.sampling.pictures import make_pictures, save_grid, velocity_of
 from deco_scale.training.checkpoint import CheckpointMeta, read_meta, read_tensors
 
@@ -40,17 +36,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="deco", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     _add_sample(commands.add_parser("sample", help="pictures from a checkpoint's EMA weights"))
-    _add_plan(commands.add_parser("plan", help="how a configuration is laid out over ranks"))
+    plan_command.add_arguments(commands.add_parser("plan", help="layout, memory, time and cost on N GPUs"))
     _add_embed(commands.add_parser("embed", help="compute the captions' text states before training"))
     args = parser.parse_args(argv)
     try:
-        return {"sample": _sample, "plan": _plan, "embed": _embed}[args.command](args, Console())
+        return {"sample": _sample, "plan": plan_command.run, "embed": _embed}[args.command](args, _console())
     except (ConfigError, EncoderError) as error:
         print(f"deco: {error}", file=sys.stderr)
         return 2
     except (RunError, DataError) as error:
         print(f"deco: {error}", file=sys.stderr)
         return 1
+
+
+def _console() -> Console:
+    """A terminal's own width; elsewhere wide enough for tables."""
+    console = Console()
+    return console if console.is_terminal else Console(width=160)
 
 
 def _add_sample(parser: argparse.ArgumentParser) -> None:
@@ -78,6 +80,7 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
         ("timestep-shift", float),
     ):
         parser.add_argument(f"--{name}", type=kind, help="default: the run's samples.sampler")
+    parser.add_argument("--cuda-graphs", action="store_true", help="replay the model as CUDA graphs; needs a GPU")
 
 
 def _sample(args: argparse.Namespace, console: Console) -> int:
@@ -103,6 +106,12 @@ def _sample(args: argparse.Namespace, console: Console) -> int:
     def predict(patches: Tensor, t: Tensor, condition: Tensor, grid: tuple[int, int]) -> Tensor:
         return denoiser(patches, t, condition, grid=grid).prediction_BNK
 
+    velocity = velocity_of(predict, cfg.model.patch_size)
+    if args.cuda_graphs:
+        try:
+            velocity = Graphed(velocity, device)
+        except ValueError as error:
+            raise ConfigError(f"--cuda-graphs: {error}") from error
     work = [(i, n) for i in range(len(prompts)) for n in range(args.per_prompt)]
     args.out.mkdir(parents=True, exist_ok=True)
     pictures = []
@@ -117,7 +126,7 @@ def _sample(args: argparse.Namespace, console: Console) -> int:
                 args.first_seed + (n if args.seeds == "prompt" else start + k) for k, (_, n) in enumerate(part)
             ]
             drawn = make_pictures(
-                velocity_of(predict, cfg.model.patch_size),
+                velocity,
                 text.encode([prompts[i] for i, _ in part]).float(),
                 text.null.float(),
                 seeds,
@@ -186,65 +195,6 @@ def _embed(args: argparse.Namespace, console: Console) -> int:
             if rank == 0:
                 console.print(f"text states of {len(index)} samples in {source.text_states}", soft_wrap=True)
     return 0
-
-
-def _add_plan(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", required=True)
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value")
-    parser.add_argument("--gpus", type=int, default=1, help="number of ranks")
-    parser.add_argument("--layout", action="store_true", required=True, help="each parameter's split")
-
-
-def _plan(args: argparse.Namespace, console: Console) -> int:
-    cfg = load_config(args.config, args.overrides)
-    layout = resolve_layout(cfg.parallel, args.gpus)
-    rows = list(layout_rows(cfg.model, layout))
-    mesh = f"dp_replicate {layout.dp_replicate} x dp_shard {layout.dp_shard} x tp {layout.tp}"
-    table = Table("parameter", "global shape", "split over tp", "tp shape", "bytes a rank, fp32", title=mesh)
-    for row in rows:
-        shapes = ["x".join(map(str, shape)) for shape in (row.global_shape, row.tp_shape)]
-        table.add_row(row.name, shapes[0], row.split, shapes[1], f"{row.local_bytes:,}")
-    console.print(table)
-    part, whole = sum(row.local_bytes for row in rows), sum(4 * row.tp_numel for row in rows)
-    parts, wholes = held_of_state(cfg.parallel.engine, cfg.parallel.zero_stage)
-    console.print(
-        f"state of a rank: {(parts * part + wholes * whole) / 2**30:.3f} GiB = "
-        f"{parts} x {part / 2**30:.3f} (cut over dp) + {wholes} x {whole / 2**30:.3f} (whole) "
-        "of weights, masters, gradients, two moments and average (REPA head aside)"
-    )
-    _print_traffic(cfg, layout, console)
-    return 0
-
-
-def _traffic(cfg: RunConfig, layout: Layout, shape: StepShape) -> Iterator[Traffic]:
-    if cfg.parallel.engine == "fsdp":
-        return fsdp_traffic(cfg.model, layout, shape)
-    by_hand = cfg.parallel.deepspeed.get("zero_optimization", {})
-    persistent = by_hand.get("stage3_param_persistence_threshold", ZERO3_PERSISTENT)
-    return zero_traffic(cfg.model, layout, shape, stage=cfg.parallel.zero_stage, persistent=persistent)
-
-
-def _print_traffic(cfg: RunConfig, layout: Layout, console: Console) -> None:
-    """What a step of each stage sends, from the same formulas that a test holds against a real step."""
-    table = Table("stage", "what", "collective", "axis", "MiB a rank and step", title="communication")
-    for stage in cfg.stages:
-        rows, cols = cfg.model.grid(stage.resolution, stage.resolution)
-        steps = accumulation_steps(
-            global_batch=stage.global_batch,
-            micro_batch=stage.micro_batch,
-            dp=layout.dp,
-            where=f"stages.{stage.name}",
-        )
-        shape = StepShape(
-            micro_batch=stage.micro_batch,
-            accumulation=steps,
-            tokens=rows * cols,
-            compute_bytes=2 if cfg.precision.compute == "bf16" else 4,
-            recompute=cfg.parallel.activation_checkpointing,
-        )
-        for line in _traffic(cfg, layout, shape):
-            table.add_row(stage.name, line.what, line.kind, line.axis, f"{line.bytes / 2**20:,.1f}")
-    console.print(table)
 
 
 def _read_prompts(path: Path) -> list[str]:

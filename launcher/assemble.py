@@ -16,6 +16,8 @@ from deco_scale.config import RunConfig, dump_config
 from deco_scale.errors import ConfigError, RunError
 from deco_scale.kernels import Kernels, choose_kernels, use_kernels
 from deco_scale.models import Denoiser
+from deco_scale.models.attention import AttentionSetting
+from deco_scale.models.attention_choice import BackendChoice, choose_backend, model_shapes, table_of
 from deco_scale.models.encoders import EncoderError, ImageEncoder, TextEncoder, text_identity
 from deco_scale.models.layers import Attention
 from deco_scale.objectives import Objective
@@ -72,16 +74,47 @@ def load_encoders(
     return text, image
 
 
-def objective_builder(cfg: RunConfig, encoder_dim: int, kernels: Kernels) -> Callable[[], Objective]:
+def choose_attention(
+    cfg: RunConfig, layout: Layout, device: torch.device
+) -> tuple[AttentionSetting, list[BackendChoice]]:
+    """The named backend; for ``auto`` on a GPU the kernels that rank 0 measured, the same on every rank."""
+    if cfg.attention.backend != "auto" or device.type != "cuda":
+        return cfg.attention.backend, []
+    dtype = torch.float32 if cfg.precision.compute == "fp32" else torch.bfloat16
+
+    def measure() -> list[BackendChoice]:
+        if dist.get_rank() != 0:
+            return []
+        try:
+            shapes = dict.fromkeys(
+                shape
+                for stage in cfg.stages
+                for shape in model_shapes(
+                    cfg.model, resolution=stage.resolution, batch=stage.micro_batch, tp=layout.tp
+                )
+            )
+            return [choose_backend(shape, device=device, dtype=dtype) for shape in shapes]
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
+    found: list[list[BackendChoice]] = [agreed(measure)]
+    dist.broadcast_object_list(found, src=0, device=torch.device("cpu"))
+    return table_of(found[0]), found[0]
+
+
+def objective_builder(
+    cfg: RunConfig, encoder_dim: int, kernels: Kernels, attention: AttentionSetting
+) -> Callable[[], Objective]:
     """A function that builds the plain objective on whatever device is current."""
 
     def build() -> Objective:
         denoiser = Denoiser(cfg.model)
         for module in denoiser.modules():
             if isinstance(module, Attention):
-                module.backend = cfg.attention.backend
-        use_kernels(denoiser, kernels)
-        return Objective(denoiser, cfg.objective, encoder_dim=encoder_dim)
+                module.backend = attention
+        objective = Objective(denoiser, cfg.objective, encoder_dim=encoder_dim)
+        use_kernels(objective, kernels)
+        return objective
 
     return build
 
@@ -98,6 +131,7 @@ def build_engine(cfg: RunConfig, layout: Layout, device: torch.device, build: Ca
             micro_batch=cfg.stages[0].micro_batch,
             device=device,
             optimizer=cfg.optimizer,
+            kernels=choose_kernels(cfg.kernels, device),
             precision=cfg.precision,
             compile_blocks=cfg.compile,
             recompute=cfg.parallel.activation_checkpointing,
@@ -111,6 +145,7 @@ def build_engine(cfg: RunConfig, layout: Layout, device: torch.device, build: Ca
         layout=layout,
         device=device,
         optimizer=cfg.optimizer,
+        kernels=choose_kernels(cfg.kernels, device),
         precision=cfg.precision,
         compile_blocks=cfg.compile,
         recompute=cfg.parallel.activation_checkpointing,
@@ -275,7 +310,8 @@ def assemble(
     need_text = not precomputed or cfg.samples.every > 0
     text, image = agreed(lambda: load_encoders(cfg, device, need_text=need_text))
     kernels = choose_kernels(cfg.kernels, device)
-    build = objective_builder(cfg, image.width if image is not None else 0, kernels)
+    attention, choices = choose_attention(cfg, layout, device)
+    build = objective_builder(cfg, image.width if image is not None else 0, kernels, attention)
     engine = build_engine(cfg, layout, device, build)
     plain = json.loads(json.dumps(dataclasses.asdict(cfg)))
     reporter = Reporter(
@@ -285,6 +321,8 @@ def assemble(
         wandb=cfg.wandb,
         config=plain,
     )
+    for choice in choices:
+        reporter.say(choice.line())
     encode_text = None
     if states_null is not None:
         shape = (cfg.model.text_tokens, cfg.model.text_dim)

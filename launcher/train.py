@@ -34,6 +34,7 @@ from launcher.environment import (
     read_environment,
     start_processes,
 )
+from launcher.objects import open_objects
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -55,11 +56,12 @@ def run(cfg: RunConfig, env: Environment, *, resume: str = "auto", dry_run: bool
     stages = derive_stages(cfg, layout)
     device = choose_device(cfg.device, env.local_rank)
     try:
-        check_backend(cfg.attention.backend, device)
+        dtype = torch.float32 if cfg.precision.compute == "fp32" else torch.bfloat16
+        check_backend(cfg.attention.backend, device, dtype=dtype, head_dim=cfg.model.head_dim)
         choose_kernels(cfg.kernels, device)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    checkpoints = Checkpoints(Path(cfg.run.dir) / "checkpoints", cfg.checkpoint)
+    checkpoints = Checkpoints(Path(cfg.run.dir) / "checkpoints", cfg.checkpoint, open_objects=open_objects)
     if resume != "auto":
         checkpoints.resolve(resume)
     torch.set_float32_matmul_precision("high" if cfg.precision.compute != "fp32" else "highest")
@@ -69,9 +71,9 @@ def run(cfg: RunConfig, env: Environment, *, resume: str = "auto", dry_run: bool
         if dry_run:
             return _dry_run(loop, device)
         progress = Progress()
-        path = loop.checkpoints.resolve(resume)
+        path = loop.checkpoints.find(resume)
         if path is not None:
-            meta = loop.checkpoints.load(loop.engine, path)
+            meta = loop.checkpoints.load(loop.engine, path, say=loop.reporter.say)
             if meta.seed != cfg.run.seed:
                 raise ConfigError(
                     f"{path} was trained with run.seed={meta.seed}, not {cfg.run.seed}: another seed would show "
@@ -79,6 +81,8 @@ def run(cfg: RunConfig, env: Environment, *, resume: str = "auto", dry_run: bool
                 )
             progress = resumed(meta)
             loop.reporter.say(f"resumed from {path}: step {meta.step}, {meta.samples} samples seen")
+        elif cfg.checkpoint.init_from is not None:
+            loop.checkpoints.initialise(loop.engine, loop.reporter.say)
         save_config(cfg)
         return loop.run(progress)
     finally:

@@ -3,7 +3,10 @@
 The decoder has few FLOPs and many activations: it is bound by memory traffic. A chunk of pixels passes through all
 blocks while it is in the cache, and only its inputs are kept.
 
-Shape letters: M patches, P pixels of a patch, C channels, W decoder width, F position features.
+The Triton kernels are in ``pixels_triton``; this is their twin.
+
+Shape letters: M patches, P pixels of a patch, C channels, K = C * P values of a patch, W decoder width,
+F position features.
 """
 
 from collections.abc import Sequence
@@ -13,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+from deco_scale.kernels.choice import Kernels
 
 CHUNK_PIXELS = {"cpu": 1 << 14, "cuda": 1 << 20}
 """Pixels of a chunk by device. On a CPU its activations should fit the cache; the GPU's is not yet measured."""
@@ -52,7 +57,44 @@ def fold(
 
 
 def render_pixels(
-    pixels_MPC: Tensor,
+    patches_MK: Tensor,
+    condition_MPW: Tensor,
+    folded: Folded,
+    blocks: Sequence[BlockWeights],
+    head_weight: Tensor,
+    head_bias: Tensor,
+    *,
+    eps: float,
+    kernels: Kernels,
+) -> Tensor:
+    """Output ``(M, K)`` of every pixel of channel-major patches; ``eps`` is that of the layer norms.
+
+    Raises ``ValueError`` for shapes that do not fit, and with ``kernels="triton"`` for what those kernels cannot
+    take.
+    """
+    (patches, pixels, width), channels = condition_MPW.shape, head_weight.shape[0]
+    fitting = {
+        "patches": (patches_MK.shape, (patches, channels * pixels)),
+        "folded weight": (folded.weight.shape, (width, channels)),
+        "folded constant": (folded.constant.shape, (pixels, width)),
+        "head": (head_weight.shape, (channels, width)),
+    }
+    for name, (found, wanted) in fitting.items():
+        if found != wanted:
+            raise ValueError(f"{name} {tuple(found)} is not {wanted}: condition {tuple(condition_MPW.shape)}")
+    if not blocks:
+        raise ValueError("a pixel decoder has at least one block, got 0")
+    arguments = (patches_MK, condition_MPW, folded, blocks, head_weight, head_bias)
+    if kernels == "torch":
+        return _render_in_chunks(*arguments, eps=eps)
+    # Triton is imported where it is chosen: it is not there on every machine.
+    from deco_scale.kernels.pixels_triton import render_patches
+
+    return render_patches(*arguments, eps=eps)
+
+
+def _render_in_chunks(
+    patches_MK: Tensor,
     condition_MPW: Tensor,
     folded: Folded,
     blocks: Sequence[BlockWeights],
@@ -61,8 +103,8 @@ def render_pixels(
     *,
     eps: float,
 ) -> Tensor:
-    """Output ``(M, P, C)`` of every pixel; ``eps`` is that of the layer norms."""
-    width, pixels = condition_MPW.shape[-1], pixels_MPC.shape[1]
+    pixels, width = condition_MPW.shape[1:]
+    pixels_MPC = patches_MK.unflatten(-1, (-1, pixels)).transpose(-1, -2)
     size = max(1, CHUNK_PIXELS.get(pixels_MPC.device.type, 1 << 20) // pixels)
     # One product for the modulations of all blocks.
     modulation_weight = torch.cat([b.modulation_weight for b in blocks])
@@ -86,6 +128,8 @@ def render_pixels(
         return F.linear(F.layer_norm(x_MPW, (width,), eps=eps), head_weight, head_bias)
 
     parts = zip(pixels_MPC.split(size), condition_MPW.split(size), strict=True)
-    if not torch.is_grad_enabled():
-        return torch.cat([render(*part) for part in parts])
-    return torch.cat([checkpoint(render, *part, use_reentrant=False, preserve_rng_state=False) for part in parts])
+    if torch.is_grad_enabled():
+        outs = [checkpoint(render, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
+    else:
+        outs = [render(*part) for part in parts]
+    return torch.cat(outs).transpose(-1, -2).flatten(-2)

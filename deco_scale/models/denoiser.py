@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deco_scale.kernels.norms import modulate
 from deco_scale.models.layers import (
     NORM_EPS,
     Block,
@@ -19,7 +20,6 @@ from deco_scale.models.layers import (
     PatchEmbed,
     TextEmbedder,
     TimestepEmbedder,
-    modulate,
 )
 from deco_scale.models.pixel_decoder import PixelDecoder
 from deco_scale.models.position import rope_angles

@@ -132,14 +132,20 @@ class TextEncoder:
             truncation=True,
             padding="max_length",
             return_tensors="pt",
-        ).to(self._device)
-        mask = tokens["attention_mask"]
-        states = self._model(input_ids=tokens["input_ids"], attention_mask=mask).last_hidden_state
+        )
+        ids, mask = (self._sent(tokens[name]) for name in ("input_ids", "attention_mask"))
+        states = self._model(input_ids=ids, attention_mask=mask).last_hidden_state
         if self._round_states:
             states = states.bfloat16()
         # fp32 out, whatever the encoder computes in: autocast narrows it again where the model wants that.
         states = states.float()
         return (states * mask[..., None] if self._zero_padding else states), mask
+
+    def _sent(self, tokens: Tensor) -> Tensor:
+        # From page-locked memory a copy does not hold up the host.
+        if self._device.type == "cuda":
+            tokens = tokens.pin_memory()
+        return tokens.to(self._device, non_blocking=True)
 
 
 def text_identity(cfg: TextEncoderConfig, width: int) -> dict[str, Any]:
@@ -190,6 +196,8 @@ class ImageEncoder:
 
     def __init__(self, model: Any, device: torch.device) -> None:
         self._model = model.to(device).eval().requires_grad_(False)
+        self._mean = torch.tensor(IMAGENET_MEAN, device=device).view(3, 1, 1)
+        self._std = torch.tensor(IMAGENET_STD, device=device).view(3, 1, 1)
 
     @classmethod
     def load(cls, cfg: ImageEncoderConfig, device: torch.device) -> "ImageEncoder":
@@ -226,9 +234,7 @@ class ImageEncoder:
     def encode(self, image_BCYX: Tensor) -> Tensor:
         """Final-norm patch tokens of clean images in [-1, 1] whose sides are multiples of 16."""
         height, width = (DINO_PATCH * (side // 16) for side in image_BCYX.shape[-2:])
-        mean = torch.tensor(IMAGENET_MEAN, device=image_BCYX.device).view(3, 1, 1)
-        std = torch.tensor(IMAGENET_STD, device=image_BCYX.device).view(3, 1, 1)
-        pixels = ((image_BCYX.float() + 1) / 2 - mean) / std
+        pixels = ((image_BCYX.float() + 1) / 2 - self._mean) / self._std
         pixels = F.interpolate(pixels, size=(height, width), mode="bicubic")
         dtype = next(self._model.parameters()).dtype
         return self._model(pixel_values=pixels.to(dtype)).last_hidden_state[:, 1:]

@@ -9,18 +9,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deco_scale.models.attention import AttentionBackend, attention
-from deco_scale.models.position import TIMESTEP_FEATURES, apply_rope, timestep_features
+from deco_scale.kernels.choice import Kernels
+from deco_scale.kernels.norms import gated_residual, norm_modulate, norm_rotate, rms_norm
+from deco_scale.models.attention import AttentionSetting, attention
+from deco_scale.models.position import TIMESTEP_FEATURES, timestep_features
 
 NORM_EPS = 1e-6
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm with fp32 statistics.
+    """Root-mean-square norm with fp32 statistics, and in the same pass what follows it.
 
     The text model multiplies by the weight in fp32 and then casts; the class model casts first
     (``cast_first``). In fp32 both are the same.
     """
+
+    kernels: Kernels = "torch"
 
     def __init__(self, dim: int, *, cast_first: bool) -> None:
         super().__init__()
@@ -31,11 +35,23 @@ class RMSNorm(nn.Module):
     def reset_parameters(self) -> None:
         nn.init.ones_(self.weight)
 
-    def forward(self, x: Tensor) -> Tensor:
-        normed = F.rms_norm(x.float(), (x.shape[-1],), eps=NORM_EPS)
-        if self.cast_first:
-            return self.weight.to(x.dtype) * normed.to(x.dtype)
-        return (self.weight.float() * normed).to(x.dtype)
+    def forward(
+        self,
+        x: Tensor,
+        shift_B1D: Tensor | None = None,
+        scale_B1D: Tensor | None = None,
+        *,
+        angles_NE: Tensor | None = None,
+    ) -> Tensor:
+        """Norm of x; of tokens with shift and scale: modulated; of heads (B, N, H, K) with angles: rotated."""
+        weight, cast_first, kernels = self.weight, self.cast_first, self.kernels
+        if angles_NE is not None:
+            return norm_rotate(x, weight, angles_NE, eps=NORM_EPS, cast_first=cast_first, kernels=kernels)
+        if shift_B1D is not None and scale_B1D is not None:
+            return norm_modulate(
+                x, weight, shift_B1D, scale_B1D, eps=NORM_EPS, cast_first=cast_first, kernels=kernels
+            )
+        return rms_norm(x, weight, eps=NORM_EPS, cast_first=cast_first, kernels=kernels)
 
 
 class SwiGLU(nn.Module):
@@ -57,7 +73,7 @@ class Attention(nn.Module):
     def __init__(self, dim: int, num_heads: int, *, with_context: bool, cast_first: bool) -> None:
         super().__init__()
         self.head_dim = dim // num_heads
-        self.backend: AttentionBackend = "auto"
+        self.backend: AttentionSetting = "auto"
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.context_kv = nn.Linear(dim, 2 * dim, bias=False) if with_context else None
         self.q_norm = RMSNorm(self.head_dim, cast_first=cast_first)
@@ -68,9 +84,7 @@ class Attention(nn.Module):
         # The number of heads is read off the projection, which may hold a slice of them.
         qkv = self.qkv(x_BND).unflatten(-1, (-1, 3, self.head_dim))
         q_BNHK, k_BMHK, v_BMHK = qkv.unbind(dim=-2)
-        q_BNHK, k_BMHK = self.q_norm(q_BNHK), self.k_norm(k_BMHK)
-        if angles_NE is not None:
-            q_BNHK, k_BMHK = apply_rope(q_BNHK, angles_NE), apply_rope(k_BMHK, angles_NE)
+        q_BNHK, k_BMHK = self.q_norm(q_BNHK, angles_NE=angles_NE), self.k_norm(k_BMHK, angles_NE=angles_NE)
         if self.context_kv is not None:
             assert context_BLD is not None
             kv = self.context_kv(context_BLD).unflatten(-1, (-1, 2, self.head_dim))
@@ -86,6 +100,8 @@ class Block(nn.Module):
 
     Serves as image block (RoPE, text as extra keys and values) and as text block (neither).
     """
+
+    kernels: Kernels = "torch"
 
     def __init__(
         self,
@@ -111,14 +127,9 @@ class Block(nn.Module):
         context_BLD: Tensor | None = None,
     ) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition_B1D).chunk(6, -1)
-        hidden = modulate(self.norm1(x_BND), shift1, scale1)
-        x_BND = x_BND + gate1 * self.attn(hidden, angles_NE, context_BLD)
-        return x_BND + gate2 * self.mlp(modulate(self.norm2(x_BND), shift2, scale2))
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """AdaLN's affine map, identity at zero shift and scale."""
-    return x * (1 + scale) + shift
+        attended = self.attn(self.norm1(x_BND, shift1, scale1), angles_NE, context_BLD)
+        x_BND = gated_residual(x_BND, gate1, attended, kernels=self.kernels)
+        return gated_residual(x_BND, gate2, self.mlp(self.norm2(x_BND, shift2, scale2)), kernels=self.kernels)
 
 
 class TimestepEmbedder(nn.Module):

@@ -1,14 +1,15 @@
 """Pixel decoder: renders each patch's token back to pixels with a per-pixel AdaLN MLP.
 
 Every pixel is decoded on its own, so patches may be spread over ranks in any way.
-Shape letters: B batch, N patches, P pixels of a patch, C channels, D model width, W decoder width, F features.
+Shape letters: B batch, N patches, P pixels of a patch, C channels, K = C * P, M = B * N, D model width,
+W decoder width, F features.
 """
 
 from typing import cast
 
 from torch import Tensor, nn
 
-from deco_scale.kernels import BlockWeights, fold, render_pixels
+from deco_scale.kernels import BlockWeights, Kernels, fold, render_pixels
 from deco_scale.models.layers import NORM_EPS
 from deco_scale.models.position import PIXEL_FEATURES, PixelFeatures, pixel_position_features
 
@@ -57,6 +58,7 @@ class PixelDecoder(nn.Module):
     ) -> None:
         super().__init__()
         self.patch_size, self.channels, self.features = patch_size, channels, features
+        self.kernels: Kernels = "torch"
         self.pixel_embed = nn.Linear(channels + PIXEL_FEATURES, width)
         self.cond_proj = nn.Linear(dim, patch_size**2 * width)
         self.input_proj = nn.Linear(width, width)
@@ -74,7 +76,6 @@ class PixelDecoder(nn.Module):
         if patches_BNK.shape[:2] != token_BND.shape[:2]:
             raise ValueError(f"patches {patches_BNK.shape} and tokens {token_BND.shape} differ")
         num_pixels = self.patch_size**2
-        pixels_BNPC = patches_BNK.unflatten(-1, (self.channels, num_pixels)).transpose(-1, -2)
         position_PF = pixel_position_features(self.patch_size, kind=self.features, device=patches_BNK.device)
         folded = fold(
             self.pixel_embed.weight,
@@ -84,16 +85,17 @@ class PixelDecoder(nn.Module):
             position_PF,
         )
         condition_BNPW = self.cond_proj(token_BND).unflatten(-1, (num_pixels, -1))
-        out_MPC = render_pixels(
-            pixels_BNPC.flatten(0, 1),
+        out_MK = render_pixels(
+            patches_BNK.flatten(0, 1),
             condition_BNPW.flatten(0, 1),
             folded,
             [cast(DecoderBlock, block).weights() for block in self.blocks],
             self.head.weight,
             self.head.bias,
             eps=NORM_EPS,
+            kernels=self.kernels,
         )
-        return out_MPC.unflatten(0, patches_BNK.shape[:2]).transpose(-1, -2).flatten(-2)
+        return out_MK.unflatten(0, patches_BNK.shape[:2])
 
 
 def _init_xavier(*linears: nn.Linear) -> None:

@@ -57,14 +57,6 @@ def rope_angles(rows: int, cols: int, *, head_dim: int, scale: PositionScale, de
     return _grid_angles(rows, cols, row_end=row_end, col_end=col_end, dim=head_dim, device=device)
 
 
-def apply_rope(x_BNHK: Tensor, angles_NE: Tensor) -> Tensor:
-    """Rotate adjacent pairs of the last dimension in fp32; returns the input's dtype."""
-    cos_NE, sin_NE = angles_NE.cos()[:, None, :], angles_NE.sin()[:, None, :]
-    even, odd = x_BNHK.float().unflatten(-1, (-1, 2)).unbind(-1)
-    rotated = torch.stack([even * cos_NE - odd * sin_NE, even * sin_NE + odd * cos_NE], dim=-1)
-    return rotated.flatten(-2).to(x_BNHK.dtype)
-
-
 def pixel_position_features(patch_size: int, *, kind: PixelFeatures, device: torch.device) -> Tensor:
     """Features ``(P, 64)`` of the pixels of a patch.
 

@@ -36,12 +36,37 @@ _YCBCR = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -
 
 
 def dct_matrix(device: torch.device | None = None) -> Tensor:
-    """Orthonormal DCT-II as ``(8, 8)``, frequencies in rows; fp32 throughout, as in the release."""
-    n = torch.arange(BLOCK, dtype=torch.float32)
+    """Orthonormal DCT-II as ``(8, 8)``, frequencies in rows; fp32 throughout, as in the release.
+
+    Like the other constants of this file it is made and copied to a device once, since a copy in every step
+    would wait for the device. Callers must not write to it.
+    """
+    return _dct_matrix(device or torch.device("cpu"))
+
+
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)
+def _dct_matrix(device: torch.device) -> Tensor:
+    n = torch.arange(BLOCK, dtype=torch.float32, device="cpu")
     matrix = torch.cos(math.pi * (2 * n + 1) * n[:, None] / (2 * BLOCK))
-    scale = torch.full((BLOCK, 1), math.sqrt(2 / BLOCK))
+    scale = torch.full((BLOCK, 1), math.sqrt(2 / BLOCK), device="cpu")
     scale[0] = math.sqrt(1 / BLOCK)
     return (scale * matrix).to(device)
+
+
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)
+def colour_matrix(device: torch.device) -> Tensor:
+    """RGB to YCbCr as ``(3, 3)``, without offsets."""
+    return torch.tensor(_YCBCR, device="cpu").to(device)
+
+
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)
+def block_transform(device: torch.device) -> Tensor:
+    """The DCT of a whole block as ``(64, 64)``: row-major coefficients from row-major pixels."""
+    matrix = dct_matrix()
+    return torch.kron(matrix, matrix).to(device)
 
 
 def frequency_weights(
@@ -51,19 +76,20 @@ def frequency_weights(
 
     ``quality`` is JPEG's, clamped to 1..100 as an integer; low quality spreads the weights more.
     """
-    return _frequency_weights(max(1, min(100, int(quality))), gamma, mode).to(device)
+    return _frequency_weights(max(1, min(100, int(quality))), gamma, mode, device or torch.device("cpu"))
 
 
 @lru_cache(maxsize=16)
-def _frequency_weights(quality: int, gamma: float, mode: FrequencyMode) -> Tensor:
+@torch.inference_mode(False)
+def _frequency_weights(quality: int, gamma: float, mode: FrequencyMode, device: torch.device) -> Tensor:
     scale = 5000 / quality if quality < 50 else 200 - 2 * quality
     tables = []
     for base in (_LUMA, _CHROMA, _CHROMA):
-        steps = torch.tensor(base, dtype=torch.float32)
+        steps = torch.tensor(base, dtype=torch.float32, device="cpu")
         steps = ((steps * scale + 50) / 100).floor().clamp(1, 255)
         weight = 1.0 / steps if mode == "inv" else (steps.mean() / steps) ** gamma
         tables.append(weight / weight.mean())
-    return torch.stack(tables)
+    return torch.stack(tables).to(device)
 
 
 def block_dct(image_MCYX: Tensor) -> Tensor:
@@ -82,7 +108,6 @@ def frequency_loss(error_MCYX: Tensor, weights_3UV: Tensor) -> Tensor:
     Colour transform and DCT are linear, so the error of the velocities is transformed once instead
     of both velocities (equal in exact arithmetic).
     """
-    matrix = torch.tensor(_YCBCR, device=error_MCYX.device)
-    ycbcr = torch.einsum("dc,mcyx->mdyx", matrix, error_MCYX.float())
+    ycbcr = torch.einsum("dc,mcyx->mdyx", colour_matrix(error_MCYX.device), error_MCYX.float())
     squared = block_dct(ycbcr).square()
     return (weights_3UV[None, :, None, None] * squared).mean()

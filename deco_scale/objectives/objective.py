@@ -10,11 +10,14 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from deco_scale.kernels.choice import Kernels
 from deco_scale.models import Denoiser, patchify, unpatchify
 from deco_scale.objectives.flow import TimeLaw, flow_loss, noised
 from deco_scale.objectives.frequency import (
     BLOCK,
     FrequencyMode,
+    block_transform,
+    colour_matrix,
     frequency_loss,
     frequency_weights,
 )
@@ -70,6 +73,8 @@ class AllTokens:
 class Objective(nn.Module):
     """Total loss = flow + freq_weight * frequency + repa_weight * REPA, each also on its own."""
 
+    kernels: Kernels = "torch"
+
     def __init__(self, denoiser: Denoiser, cfg: ObjectiveConfig, *, encoder_dim: int) -> None:
         super().__init__()
         self.cfg = cfg
@@ -105,11 +110,9 @@ class Objective(nn.Module):
             grid=grid,
             hidden_after=self.cfg.repa_layer if self.repa_head is not None else 0,
         )
-        prediction_BNK = out.prediction_BNK.float()
-        losses = {"loss_flow": flow_loss(prediction_BNK, target_BNK)}
+        losses = self._pixel_losses(out.prediction_BNK, target_BNK, grid)
         total = losses["loss_flow"]
         if self.cfg.freq_weight > 0:
-            losses["loss_freq"] = self._frequency(prediction_BNK - target_BNK, grid)
             total = total + self.cfg.freq_weight * losses["loss_freq"]
         if self.repa_head is not None:
             if features_BNF is None or out.hidden_BND is None:
@@ -127,16 +130,39 @@ class Objective(nn.Module):
         """The denoiser alone; here so that engines need to know one module only."""
         return self.denoiser(patches_BNK, t_B, condition, grid=grid).prediction_BNK
 
-    def _frequency(self, error_BNK: Tensor, grid: tuple[int, int]) -> Tensor:
+    def _pixel_losses(
+        self, prediction_BNK: Tensor, target_BNK: Tensor, grid: tuple[int, int]
+    ) -> dict[str, Tensor]:
+        """Flow loss, and the frequency loss where it is on.
+
+        The Triton kernel computes both at once, of patches that are RGB and hold whole DCT blocks.
+        """
         model, cfg = self.denoiser.cfg, self.cfg
-        weights = frequency_weights(
-            cfg.freq_quality, gamma=cfg.freq_gamma, mode=cfg.freq_mode, device=error_BNK.device
-        )
-        if model.patch_size % BLOCK == 0:
-            # Blocks lie inside patches: no pixel of another patch is needed, in whatever order they are.
-            patches = error_BNK.flatten(0, 1).unflatten(-1, (model.channels, model.patch_size, -1))
-            return frequency_loss(patches, weights)
-        return frequency_loss(unpatchify(error_BNK, grid, model.patch_size), weights)
+        if cfg.freq_weight == 0:
+            return {"loss_flow": flow_loss(prediction_BNK, target_BNK)}
+        device = prediction_BNK.device
+        weights = frequency_weights(cfg.freq_quality, gamma=cfg.freq_gamma, mode=cfg.freq_mode, device=device)
+        # Blocks then lie inside patches: no pixel of another patch is needed, in whatever order they are.
+        whole_blocks = model.patch_size % BLOCK == 0
+        if self.kernels == "triton" and whole_blocks and model.channels == 3:
+            from deco_scale.kernels.losses_triton import flow_and_frequency
+
+            flow, frequency = flow_and_frequency(
+                prediction_BNK,
+                target_BNK,
+                block_transform(device),
+                colour_matrix(device),
+                weights,
+                model.patch_size,
+            )
+            return {"loss_flow": flow, "loss_freq": frequency}
+        prediction_BNK = prediction_BNK.float()
+        error_BNK = prediction_BNK - target_BNK
+        if whole_blocks:
+            error = error_BNK.flatten(0, 1).unflatten(-1, (model.channels, model.patch_size, -1))
+        else:
+            error = unpatchify(error_BNK, grid, model.patch_size)
+        return {"loss_flow": flow_loss(prediction_BNK, target_BNK), "loss_freq": frequency_loss(error, weights)}
 
 
 def drop_condition(condition: Tensor, null: Tensor, dropped_B: Tensor) -> Tensor:

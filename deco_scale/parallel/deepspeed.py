@@ -1,6 +1,6 @@
 """DeepSpeed ZeRO-0/1/2/3 behind the same engine interface and the same canonical state.
 
-DeepSpeed keeps fp32 masters and AdamW moments as flat partitions. The EMA is a third set of such
+DeepSpeed keeps fp32 masters as flat partitions; AdamW's moments and the EMA are three more sets of such
 partitions. State is read and written parameter by parameter: the wanted set is put in the masters' place,
 and DeepSpeed's accessors assemble or scatter one parameter at a time.
 """
@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from deco_scale.errors import ConfigError
+from deco_scale.kernels import Kernels
 from deco_scale.objectives import Objective
 from deco_scale.parallel.initial import initial_tensors
 from deco_scale.parallel.layout import ActivationCheckpointing, Layout
@@ -23,16 +24,16 @@ from deco_scale.parallel.plan import split_dim
 from deco_scale.parallel.recompute import apply_recompute
 from deco_scale.parallel.sequence import TokenShard
 from deco_scale.parallel.tensor import tp_part, tp_placement
-from deco_scale.precision import PrecisionConfig, autocast
+from deco_scale.precision import PrecisionConfig, autocast, fp8
+from deco_scale.precision.modules import Fp8Plan
 from deco_scale.training.batch import ObjectiveInputs
 from deco_scale.training.engine import AVERAGED, TokenGroup, Update
-from deco_scale.training.optimizer import Ema, clip_factor, poisoned
+from deco_scale.training.optimizer import MOMENTS, AveragedAdamW, poisoned
 from deco_scale.training.settings import OptimizerConfig
 
 ZeroStage = Literal[0, 1, 2, 3]
 ZERO3_PERSISTENT = 100_000
 """Weights of at most so many elements stay whole on every rank under ZeRO-3 (DeepSpeed's own default)."""
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 _LINEARS = ("torch.nn.Linear", "deco_scale.models.layers.PatchEmbed")
 _MEGATRON_LINEARS = ("deco_scale.parallel.megatron.ColumnLinear", "deco_scale.parallel.megatron.RowLinear")
 
@@ -45,6 +46,7 @@ def deepspeed_json(
     optimizer: OptimizerConfig,
     precision: PrecisionConfig,
     overrides: dict[str, Any],
+    fp8_plan: Fp8Plan | None = None,
 ) -> dict[str, Any]:
     """DeepSpeed's configuration from ours; ``overrides`` (the YAML's ``deepspeed:``) are merged over it.
 
@@ -67,12 +69,17 @@ def deepspeed_json(
             "stage3_max_reuse_distance": 0,
         },
     }
-    if precision.compute == "bf16":
+    if precision.compute != "fp32":
+        linears = [
+            *_LINEARS,
+            *(_MEGATRON_LINEARS if tp > 1 else ()),
+            *([fp8.linear_class(fp8_plan)] if fp8_plan else ()),
+        ]
         generated["torch_autocast"] = {
             "enabled": True,
             "dtype": "bfloat16",
             # Whose weights and gradients are sent in bf16.
-            "lower_precision_safe_modules": [*_LINEARS, *(_MEGATRON_LINEARS if tp > 1 else ())],
+            "lower_precision_safe_modules": linears,
         }
     for key in ("managed_gradient_accumulation", "optimizer", "scheduler", "fp16", "bf16"):
         if key in overrides:
@@ -86,22 +93,6 @@ def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
         both = isinstance(value, dict) and isinstance(out.get(key), dict)
         out[key] = _merged(out[key], value) if both else value
     return out
-
-
-class GatedAdamW(torch.optim.AdamW):
-    """AdamW that clips and checks its own gradients; for ZeRO-0, where every rank holds all of them."""
-
-    clip_norm = 0.0
-    last_norm: Tensor | None = None
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        if self.clip_norm:
-            grads = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
-            self.last_norm = nn.utils.get_total_norm(grads)
-            self.found_inf = (~torch.isfinite(self.last_norm)).float()
-            torch._foreach_mul_(grads, clip_factor(self.last_norm, self.clip_norm))
-        super().step(closure)
 
 
 class DeepSpeedEngine:
@@ -121,8 +112,12 @@ class DeepSpeedEngine:
         recompute: ActivationCheckpointing,
         seed: int,
         overrides: dict[str, Any],
+        fp8_plan: Fp8Plan | None = None,
+        kernels: Kernels = "torch",
     ) -> None:
+        fp8.check_plan(precision, fp8_plan)
         deepspeed = import_deepspeed()
+        self._fp8_plan = fp8_plan
         self._device, self._precision, self._stage, self._layout = device, precision, stage, layout
         config = deepspeed_json(
             stage=stage,
@@ -131,6 +126,7 @@ class DeepSpeedEngine:
             optimizer=optimizer,
             precision=precision,
             overrides=overrides,
+            fp8_plan=fp8_plan,
         )
         with torch.device("meta"):
             template = build()
@@ -150,39 +146,39 @@ class DeepSpeedEngine:
             place = torch.device("meta")
         with place:
             objective = build()
-            self._tokens: TokenShard | None = megatron.apply_megatron(objective) if megatron else None
+            if megatron:
+                megatron.apply_megatron(objective)
+        if fp8_plan is not None:
+            # PyTorch's checkpointing keeps no gathered weight of a block that it recomputes.
+            release = stage == 3 and recompute == "none" and not compile_blocks
+            fp8.apply_fp8(objective.denoiser, fp8_plan, bias_share=layout.tp, release_weights=release)
+        self._tokens: TokenShard | None = megatron.install_collectives(objective) if megatron else None
         if stage != 3:
             objective.to_empty(device=device)
             self._fill(objective, template, seed)
         if megatron:
             megatron.mark_parameters(objective, self._tokens)
-        apply_recompute(objective.denoiser.transformer_blocks, recompute)
+        blocks = objective.denoiser.transformer_blocks
+        apply_recompute(blocks, recompute, function=fp8.recompute_function(fp8_plan))
         if stage == 3 and objective.denoiser.decoder is not None:
             # It computes with its linears' weights without calling them, so all are gathered at once.
             deepspeed.utils.set_z3_leaf_modules(objective, [type(objective.denoiser.decoder)])
         if compile_blocks:
             for block in objective.denoiser.transformer_blocks:
                 block.compile()
-        self._client = GatedAdamW(
-            objective.parameters(),
-            lr=0.0,
-            eps=optimizer.eps,
-            weight_decay=optimizer.weight_decay,
-            fused=True,
-        )
+        self._client = AveragedAdamW(objective.parameters(), optimizer, kernels=kernels)
         self._engine, *_ = deepspeed.initialize(model=objective, optimizer=self._client, config=config, mpu=mpu)
-        if stage == 0:
-            self._client.clip_norm = optimizer.clip_norm
         self._parameters: dict[str, nn.Parameter] = dict(self._engine.module.named_parameters())
         if stage == 3:
             self._fill(self._engine.module, template, seed)
             self._refresh()
         masters = self._masters()
-        for master in masters.values():
-            step = torch.zeros((), dtype=torch.float32, device=master.device)
-            moments = {kind: torch.zeros_like(master.detach()) for kind in _MOMENTS}
-            self._client.state[master] = {"step": step, **moments}
-        self._ema = Ema({n: m.detach() for n, m in masters.items()}, optimizer.ema_decay)
+        if kernels == "triton" and any(master.device.type != device.type for master in masters.values()):
+            raise ConfigError(
+                "parallel.deepspeed keeps optimizer state in host memory, which Triton kernels cannot reach; "
+                "set kernels: torch"
+            )
+        self._client.track(masters, averaged=masters.keys())
 
     def _fill(self, objective: nn.Module, template: nn.Module, seed: int) -> None:
         """Initial weights, this rank's part over tp of each."""
@@ -200,40 +196,40 @@ class DeepSpeedEngine:
 
     @property
     def optimizer_steps(self) -> int:
-        return int(next(iter(self._client.state.values()))["step"].item())
+        return self._client.steps
 
     def forward_backward(self, inputs: ObjectiveInputs, *, scale: float, last: bool) -> dict[str, Tensor]:
-        losses = self._engine(*inputs)
+        with fp8.fp8_context(self._fp8_plan):
+            losses = self._engine(*inputs)
         self._engine.backward(poisoned(losses["loss"] * scale), scale_wrt_gas=False)
         # A tp rank has its part of a loss; the mean over all ranks wants tp times that.
         return {name: value.detach() * self._layout.tp for name, value in losses.items()}
 
     def update(self, *, lr: float, betas: tuple[float, float]) -> Update:
-        for group in self._client.param_groups:
-            group["lr"], group["betas"] = lr, betas
+        # DeepSpeed clips and checks itself, but for ZeRO-0, where every rank holds all gradients.
+        self._client.begin(lr=lr, betas=betas, measure_norm=self._stage == 0)
         self._engine.step()
         if self._stage == 0:
-            assert self._client.last_norm is not None
-            norm, skipped = self._client.last_norm, self._client.found_inf
+            assert self._client.norm is not None and self._client.skipped is not None
+            norm, skipped = self._client.norm, self._client.skipped
         else:
             optimizer = self._engine.optimizer
-            norm = torch.as_tensor(optimizer._global_grad_norm, dtype=torch.float32)
-            skipped = torch.tensor(float(optimizer.overflow))
-        norm, skipped = norm.to(self._device), skipped.to(self._device)
-        self._ema.update(1.0 - skipped)
+            norm = torch.as_tensor(optimizer._global_grad_norm, dtype=torch.float32).to(self._device)
+            skipped = torch.full((), float(optimizer.overflow), device=self._device)
+        self._client.end(skipped)
         return Update(norm, skipped)
 
     def state(self) -> dict[str, Tensor]:
         state: dict[str, Tensor] = {}
-        for kind in ("model", "ema", *_MOMENTS):
+        for kind in ("model", "ema", *MOMENTS):
             with self._in_masters(kind):
                 for name, parameter in self._parameters.items():
                     if kind != "ema" or name.startswith(AVERAGED):
                         state[f"{kind}.{name}"] = self._spread(name, self._get_full(parameter))
-        return state
+        return state | fp8.scaling_state(self._engine.module.denoiser, self._fp8_plan)
 
     def load(self, state: dict[str, Tensor], optimizer_steps: int) -> None:
-        for kind in ("ema", *_MOMENTS, "model"):
+        for kind in ("ema", *MOMENTS, "model"):
             with self._in_masters(kind, keep=True):
                 for name, parameter in self._parameters.items():
                     value = state.get(f"{kind}.{name}")
@@ -241,14 +237,14 @@ class DeepSpeedEngine:
                         assert isinstance(value, DTensor)
                         whole = value.redistribute(placements=[value.placements[0], Replicate()])
                         self._set_full(parameter, whole.to_local())
-        for moments in self._client.state.values():
-            moments["step"].fill_(optimizer_steps)
+        self._client.set_steps(optimizer_steps)
+        fp8.load_scaling_state(self._engine.module.denoiser, self._fp8_plan, state)
         self._refresh()
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
         try:
-            with self._ema.swapped():
+            with self._client.swapped():
                 self._refresh()
                 yield
         finally:
@@ -296,10 +292,7 @@ class DeepSpeedEngine:
             yield
             return
         masters = self._masters()
-        if kind == "ema":
-            others = self._ema.tensors
-        else:
-            others = {n: self._client.state[m][kind] for n, m in masters.items()}
+        others = self._client.tensors(kind)
         held = {n: m.detach().clone() for n, m in masters.items()}
         for name, master in masters.items():
             master.data.copy_(others[name])

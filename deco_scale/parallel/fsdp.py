@@ -3,12 +3,13 @@
 Every parameter, gradient, moment and average is sharded over ``dp_shard``, linears of blocks over ``tp`` too.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     FSDPModule,
@@ -18,23 +19,25 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
+from deco_scale.kernels import Kernels
 from deco_scale.objectives import Objective
 from deco_scale.parallel.initial import initial_tensors
 from deco_scale.parallel.layout import ActivationCheckpointing, Layout
 from deco_scale.parallel.recompute import apply_recompute
 from deco_scale.parallel.sequence import TokenShard
 from deco_scale.parallel.tensor import apply_tensor_parallel, tp_part
-from deco_scale.precision import PrecisionConfig, autocast
+from deco_scale.precision import PrecisionConfig, autocast, fp8
+from deco_scale.precision.modules import Fp8Plan
 from deco_scale.training.batch import ObjectiveInputs
 from deco_scale.training.engine import AVERAGED, TokenGroup, Update
-from deco_scale.training.optimizer import AveragedAdamW, poisoned
+from deco_scale.training.optimizer import MOMENTS, AveragedAdamW, poisoned
 from deco_scale.training.settings import OptimizerConfig
 
 
 def shard(objective: Objective, *, mesh: DeviceMesh, precision: PrecisionConfig, compile_blocks: bool) -> None:
     """Apply per-block compile and FSDP2 to a finished objective, block by block, then the rest."""
     policy = MixedPrecisionPolicy()
-    if precision.compute == "bf16":
+    if precision.compute != "fp32":
         # Weights travel in bf16, gradients are reduced in fp32; autocast decides what computes in what.
         policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
@@ -65,7 +68,11 @@ class FsdpEngine:
         compile_blocks: bool,
         recompute: ActivationCheckpointing,
         seed: int,
+        fp8_plan: Fp8Plan | None = None,
+        kernels: Kernels = "torch",
     ) -> None:
+        fp8.check_plan(precision, fp8_plan)
+        self._fp8_plan = fp8_plan
         self._device, self._precision, self._layout = device, precision, layout
         with torch.device("meta"):
             template, self._objective = build(), build()
@@ -74,12 +81,13 @@ class FsdpEngine:
             (layout.dp_replicate, layout.dp_shard, layout.tp),
             mesh_dim_names=("dp_replicate", "dp_shard", "tp"),
         )
+        if fp8_plan is not None:
+            fp8.apply_fp8(self._objective.denoiser, fp8_plan)
         self._tokens: TokenShard | None = None
         if layout.tp > 1:
             self._tokens = apply_tensor_parallel(self._objective, mesh["tp"], compile_blocks=compile_blocks)
-            # Lets the gradient norm be reduced over both axes at once.
-            mesh["dp_shard", "tp"]._flatten()
-        apply_recompute(self._objective.denoiser.transformer_blocks, recompute)
+        blocks = self._objective.denoiser.transformer_blocks
+        apply_recompute(blocks, recompute, function=fp8.recompute_function(fp8_plan))
         shard(
             self._objective,
             mesh=mesh["dp_replicate", "dp_shard"] if layout.dp_replicate > 1 else mesh["dp_shard"],
@@ -97,8 +105,11 @@ class FsdpEngine:
             place = mesh.get_local_rank("dp_shard")
             if place < len(chunks):
                 _local(target).copy_(chunks[place])
-        shards = {n: _local(p) for n, p in self._parameters.items()}
-        self._optimizer = AveragedAdamW(shards, optimizer, averaged=[n for n in shards if n.startswith(AVERAGED)])
+        self._mesh = mesh
+        self._cut_by_tp = {n for n, p in self._parameters.items() if _is_cut(p, "tp")}
+        self._shards = {n: _local(p) for n, p in self._parameters.items()}
+        self._optimizer = AveragedAdamW(self._shards.values(), optimizer, kernels=kernels)
+        self._optimizer.track(self._shards, averaged={n for n in self._shards if n.startswith(AVERAGED)})
 
     @property
     def tokens(self) -> TokenGroup | None:
@@ -110,24 +121,45 @@ class FsdpEngine:
 
     def forward_backward(self, inputs: ObjectiveInputs, *, scale: float, last: bool) -> dict[str, Tensor]:
         cast(FSDPModule, self._objective).set_requires_gradient_sync(last)
-        with autocast(self._precision, self._device):
+        with autocast(self._precision, self._device), fp8.fp8_context(self._fp8_plan):
             losses = self._objective(*inputs)
         poisoned(losses["loss"] * scale).backward()
         # A tp rank has its part of a loss; the mean over all ranks wants tp times that.
         return {name: value.detach() * self._layout.tp for name, value in losses.items()}
 
+    @torch.no_grad()
     def update(self, *, lr: float, betas: tuple[float, float]) -> Update:
-        grads = {n: cast(DTensor, p.grad) for n, p in self._parameters.items() if p.grad is not None}
-        norm = cast(DTensor, nn.utils.get_total_norm(grads.values())).full_tensor()
-        skipped = self._optimizer.step({n: g.to_local() for n, g in grads.items()}, norm, lr=lr, betas=betas)
-        for parameter in self._parameters.values():
-            parameter.grad = None
-        return Update(norm, skipped)
+        grads: dict[str, Tensor] = {}
+        for name, parameter in self._parameters.items():
+            if parameter.grad is not None:
+                grads[name] = self._shards[name].grad = cast(DTensor, parameter.grad).to_local()
+                parameter.grad = None
+        norm = self._norm(grads)
+        self._optimizer.begin(lr=lr, betas=betas, norm=norm)
+        self._optimizer.step()
+        for local in self._shards.values():
+            local.grad = None
+        assert self._optimizer.skipped is not None
+        self._optimizer.end(self._optimizer.skipped)
+        return Update(norm, self._optimizer.skipped)
+
+    def _norm(self, grads: Mapping[str, Tensor]) -> Tensor:
+        """Norm (0-dim) of the whole gradient from local parts; what tp ranks hold alike counts once.
+
+        PyTorch's own function would dispatch operations on DTensors for each parameter.
+        """
+        cut = [g for n, g in grads.items() if n in self._cut_by_tp and g.numel()]
+        whole = [g for n, g in grads.items() if n not in self._cut_by_tp and g.numel()]
+        squares = torch.stack([_sum_of_squares(part, self._device) for part in (cut, whole)])
+        dist.all_reduce(squares, group=self._mesh.get_group("dp_shard"))
+        if self._layout.tp > 1:
+            dist.all_reduce(squares[:1], group=self._mesh.get_group("tp"))
+        return squares.sum().sqrt()
 
     def state(self) -> dict[str, Tensor]:
         state: dict[str, Tensor] = {f"model.{n}": p.detach() for n, p in self._parameters.items()}
-        for kind, tensors in self._optimizer.tensors().items():
-            for name, local in tensors.items():
+        for kind in ("ema", *MOMENTS):
+            for name, local in self._optimizer.tensors(kind).items():
                 like = self._parameters[name]
                 state[f"{kind}.{name}"] = DTensor.from_local(
                     local,
@@ -137,10 +169,11 @@ class FsdpEngine:
                     shape=like.shape,
                     stride=like.stride(),
                 )
-        return state
+        return state | fp8.scaling_state(self._objective.denoiser, self._fp8_plan)
 
     def load(self, state: dict[str, Tensor], optimizer_steps: int) -> None:
-        # The tensors of state() are the live ones, already filled in place.
+        # The other tensors of state() are the live ones, already filled in place.
+        fp8.load_scaling_state(self._objective.denoiser, self._fp8_plan, state)
         self._optimizer.set_steps(optimizer_steps)
 
     def averaged(self) -> AbstractContextManager[None]:
@@ -158,3 +191,15 @@ class FsdpEngine:
 def _local(tensor: DTensor) -> Tensor:
     """This rank's part, sharing storage."""
     return cast(DTensor, tensor.detach()).to_local()
+
+
+def _is_cut(parameter: DTensor, axis: str) -> bool:
+    """Whether ranks along this axis of the mesh hold different parts of a parameter."""
+    axes = parameter.device_mesh.mesh_dim_names or ()
+    return any(a == axis and not p.is_replicate() for a, p in zip(axes, parameter.placements, strict=True))
+
+
+def _sum_of_squares(tensors: list[Tensor], device: torch.device) -> Tensor:
+    if not tensors:
+        return torch.zeros((), device=device)
+    return torch.stack(torch._foreach_norm(tensors)).square().sum()

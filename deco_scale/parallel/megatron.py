@@ -75,8 +75,8 @@ class RowLinear(_ComputeDtype, RowParallelLinear):
         return partial if bias is None else partial + bias.to(partial.dtype) / self.tp_group.size()
 
 
-def apply_megatron(objective: Objective) -> TokenShard:
-    """Put Megatron's linears in place of the split ones (empty weights) and install the collectives.
+def apply_megatron(objective: Objective) -> None:
+    """Put Megatron's linears in place of the split ones (empty weights).
 
     Works on the meta device and under ``deepspeed.zero.Init`` as well.
     """
@@ -101,7 +101,11 @@ def apply_megatron(objective: Objective) -> TokenShard:
             )
             parent, _, name = path.rpartition(".")
             setattr(objective.get_submodule(parent), name, linear)
-    shard = TokenShard(group)
+
+
+def install_collectives(objective: Objective) -> TokenShard:
+    """Move tokens around the linears that are in place now."""
+    shard = TokenShard(parallel_state.get_tensor_model_parallel_group())
     route_tokens(objective, shard)
     objective.tokens = shard
     return shard

@@ -7,9 +7,11 @@ of which each rank computes the part of its own tokens, is summed over tp.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import torch
+from torch import nn
 
 from deco_scale.errors import ConfigError
 from deco_scale.models import Denoiser, ModelConfig
@@ -72,15 +74,35 @@ class Row:
         return math.prod(self.tp_shape)
 
 
-def layout_rows(cfg: ModelConfig, layout: Layout) -> Iterator[Row]:
-    """The plan of each parameter of the denoiser for a mesh; FSDP and ZeRO-3 cut ``tp_shape`` over dp_shard."""
-    check_tp(cfg, layout.tp)
+@lru_cache(maxsize=32)
+def _parameters(cfg: ModelConfig) -> tuple[tuple[str, tuple[int, ...], bool], ...]:
+    """Name and shape of every parameter, and whether a linear owns it."""
     with torch.device("meta"):
         model = Denoiser(cfg)
-    for name, parameter in model.named_parameters():
-        shape = list(parameter.shape)
+    linears = tuple(path + "." for path, module in model.named_modules() if isinstance(module, nn.Linear))
+    return tuple(
+        (name, tuple(parameter.shape), name[: name.rfind(".") + 1] in linears)
+        for name, parameter in model.named_parameters()
+    )
+
+
+def weights_of_linears(cfg: ModelConfig) -> frozenset[str]:
+    """Names of the denoiser's parameters that linears own, biases included."""
+    return frozenset(name for name, _, of_linear in _parameters(cfg) if of_linear)
+
+
+@lru_cache(maxsize=512)
+def layout_rows(cfg: ModelConfig, layout: Layout) -> tuple[Row, ...]:
+    """The plan of each parameter of the denoiser for a mesh; FSDP and ZeRO-3 cut ``tp_shape`` over dp_shard."""
+    return tuple(_rows(cfg, layout))
+
+
+def _rows(cfg: ModelConfig, layout: Layout) -> Iterator[Row]:
+    check_tp(cfg, layout.tp)
+    for name, whole, _ in _parameters(cfg):
+        shape = list(whole)
         dim = split_dim(name)
         if dim is not None:
             shape[dim] //= layout.tp
         local = -(-shape[0] // layout.dp_shard) * int(torch.Size(shape[1:]).numel())
-        yield Row(name, tuple(parameter.shape), split_of(name), tuple(shape), 4 * local)
+        yield Row(name, whole, split_of(name), tuple(shape), 4 * local)

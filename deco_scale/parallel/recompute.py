@@ -18,6 +18,7 @@ _ATEN = torch.ops.aten
 _SAVED = {
     _ATEN.mm.default,
     _ATEN.addmm.default,
+    _ATEN._scaled_mm.default,
     _ATEN._scaled_dot_product_flash_attention.default,
     _ATEN._scaled_dot_product_flash_attention_for_cpu.default,
     _ATEN._scaled_dot_product_efficient_attention.default,
@@ -30,8 +31,10 @@ def _policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if op in _SAVED else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def apply_recompute(blocks: Iterable[nn.Module], mode: ActivationCheckpointing) -> None:
-    """Make each block recompute its activations in backward."""
+def apply_recompute(
+    blocks: Iterable[nn.Module], mode: ActivationCheckpointing, *, function: Callable[..., Any] = checkpoint
+) -> None:
+    """Make each block recompute its activations in backward, by PyTorch's ``checkpoint`` or one of its kind."""
     if mode == "none":
         return
     for block in blocks:
@@ -39,4 +42,4 @@ def apply_recompute(blocks: Iterable[nn.Module], mode: ActivationCheckpointing) 
         extra: dict[str, Any] = {"use_reentrant": False}
         if mode == "selective":
             extra["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _policy)
-        block.forward = functools.partial(checkpoint, forward, **extra)  # type: ignore[method-assign]
+        block.forward = functools.partial(function, forward, **extra)  # type: ignore[method-assign]

@@ -9,12 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-from torch import nn
-
-from deco_scale.models import Denoiser, ModelConfig
+from deco_scale.models import ModelConfig
 from deco_scale.parallel.layout import ActivationCheckpointing, Layout
-from deco_scale.parallel.plan import layout_rows
+from deco_scale.parallel.plan import layout_rows, weights_of_linears
 from deco_scale.parallel.sequence import part_sizes
 
 Kind = Literal["all-gather", "reduce-scatter", "all-reduce"]
@@ -44,7 +41,7 @@ class StepShape:
 
 def fsdp_traffic(cfg: ModelConfig, layout: Layout, step: StepShape) -> Iterator[Traffic]:
     """Lines for the denoiser (REPA head aside); axes of one rank send nothing."""
-    rows = list(layout_rows(cfg, layout))
+    rows = layout_rows(cfg, layout)
     shards, micros = layout.dp_shard, step.accumulation
 
     def padded(row_shape: tuple[int, ...]) -> int:
@@ -78,8 +75,8 @@ def zero_traffic(
     ``stage3_param_persistence_threshold``). Its prefetch may find up to one bucket of weights still there
     when backward begins; that saving is left out.
     """
-    rows = list(layout_rows(cfg, layout))
-    linear = _weights_of_linears(cfg)
+    rows = layout_rows(cfg, layout)
+    linear = weights_of_linears(cfg)
     dp, micros = layout.dp, step.accumulation
 
     def sent(name: str) -> int:
@@ -107,13 +104,6 @@ def zero_traffic(
         yield Traffic("gradients", "reduce-scatter", "dp", reduced)
     if layout.tp > 1:
         yield from _tensor_parallel(cfg, layout, step, reductions=micros, text_bytes=FP32_BYTES)
-
-
-def _weights_of_linears(cfg: ModelConfig) -> set[str]:
-    with torch.device("meta"):
-        model = Denoiser(cfg)
-    linears = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.Linear)]
-    return {f"{path}.{name}" for path, module in linears for name, _ in module.named_parameters()}
 
 
 def _tensor_parallel(

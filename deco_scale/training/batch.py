@@ -34,8 +34,8 @@ class Batch(Protocol):
     def numbers(self) -> Sequence[int]: ...
 
     @property
-    def states(self) -> "Sequence[np.ndarray[Any, np.dtype[np.uint16]]] | None":
-        """Text states (tokens, T) of each caption as bfloat16 bits, where they were computed before."""
+    def states(self) -> "Sequence[np.ndarray[Any, np.dtype[np.uint16]]] | Tensor | None":
+        """Text states where they were computed before: (tokens, T) of each caption as bfloat16 bits, or packed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,18 +58,38 @@ def split(batch: Batch, parts: int) -> Iterator[Batch]:
         yield Part(batch.images[cut], batch.captions[cut], batch.labels[cut], batch.numbers[cut], states)
 
 
-def padded_states(states: Sequence[Any], shape: Sequence[int]) -> Tensor:
-    """Text states ``(B, L, T)`` in fp32 from bfloat16 bits (tokens, T) each; zero behind the last token.
+def packed_states(states: Sequence[Any], shape: Sequence[int], *, pin: bool = False) -> Tensor:
+    """Text states ``(B, L, T)`` in bfloat16 from their bits (tokens, T) each; zero behind the last token.
 
-    ``shape`` is (L, T). Raises :class:`RunError` for states of another width or too many tokens.
+    ``shape`` is (L, T); ``pin`` page-locks the memory, which needs CUDA. Raises :class:`RunError` for states of
+    another width or too many tokens.
     """
     length, width = shape
-    padded = torch.zeros(len(states), length, width)
-    for row, bits in zip(padded, states, strict=True):
+    packed = torch.zeros(len(states), length, width, dtype=torch.bfloat16, pin_memory=pin)
+    for row, bits in zip(packed, states, strict=True):
         if bits.shape[0] > length or bits.shape[1] != width:
             raise RunError(f"text states of {bits.shape}, the model takes {length} tokens of {width}")
         row[: len(bits)] = torch.from_numpy(np.array(bits).view(np.int16)).view(torch.bfloat16)
-    return padded
+    return packed
+
+
+def padded_states(states: Sequence[Any], shape: Sequence[int]) -> Tensor:
+    """:func:`packed_states` in fp32."""
+    return packed_states(states, shape).float()
+
+
+def pinned(batch: Batch, null_shape: Sequence[int]) -> Batch:
+    """The batch in page-locked memory, from which copies to the device do not hold up the host; needs CUDA.
+
+    Text states are packed to ``null_shape`` (L, T) on the way.
+    """
+    images = torch.as_tensor(batch.images).pin_memory()
+    states = batch.states
+    if isinstance(states, Tensor):
+        states = states.pin_memory()
+    elif states is not None:
+        states = packed_states(states, null_shape, pin=True)
+    return Part(images, batch.captions, batch.labels, batch.numbers, states)
 
 
 class ObjectiveInputs(NamedTuple):
@@ -109,14 +129,24 @@ class Prepare:
         if text is not None:
             condition = text
         elif batch.states is not None:
-            condition = padded_states(batch.states, self.null.shape).to(self.device, non_blocking=True)
+            condition = self._states(batch.states)
         elif self.encode_text is not None:
             condition = self.encode_text(batch.captions)
         else:
-            classes = self.num_classes
-            if max(batch.labels) >= classes:
-                raise RunError(f"the data have class {max(batch.labels)}, the model {classes} classes")
-            condition = torch.tensor(list(batch.labels), device=self.device)
+            condition = self._labels(batch.labels)
         condition = drop_condition(condition, self.null, draws.dropout < self.objective.condition_dropout)
         features = self.encode_image(image) if self.encode_image is not None else None
         return ObjectiveInputs(image, draws.noise, shift_time(t, timestep_shift), condition, features)
+
+    def _states(self, states: "Sequence[Any] | Tensor") -> Tensor:
+        """(B, L, T) in fp32 on the device; they travel in bfloat16."""
+        on_gpu = self.device.type == "cuda"
+        packed = states if isinstance(states, Tensor) else packed_states(states, self.null.shape, pin=on_gpu)
+        return packed.to(self.device, non_blocking=True).float()
+
+    def _labels(self, labels: Sequence[int]) -> Tensor:
+        if max(labels) >= self.num_classes:
+            raise RunError(f"the data have class {max(labels)}, the model {self.num_classes} classes")
+        # From page-locked memory: else the host waits for the device here.
+        held = torch.tensor(list(labels), pin_memory=self.device.type == "cuda")
+        return held.to(self.device, non_blocking=True)

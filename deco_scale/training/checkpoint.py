@@ -1,114 +1,190 @@
-"""The canonical checkpoint: one folder, the same for every engine and layout.
+"""The canonical checkpoint: one format, the same for every engine and layout, saved beside the training.
 
-``step_XXXXXXXX/`` holds PyTorch DCP files with the single-device names and shapes (fp32), ``meta.json``
-(where the run stands, its configuration, a digest of the weights), and ``COMPLETE`` (size and CRC32C of each
-file), which is written last. A folder is made under a temporary name and renamed; one without ``COMPLETE``
-is never read.
+:mod:`deco_scale.training.checkpoint_format` has the format. A step waits for a copy of this rank's shards in host
+memory; a thread writes them under a temporary name with their checksums, makes them durable and brings them to
+their place. Loading checks files, names and shapes before a tensor is touched.
 """
 
 import dataclasses
-import hashlib
-import io
 import json
-import os
-import pickle
+import math
 import shutil
-import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import google_crc32c
-import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.tensor import DTensor, Replicate
 
 from deco_scale.errors import ConfigError, RunError
+from deco_scale.training import loading
+from deco_scale.training.background import Team, Worker
+from deco_scale.training.checkpoint_format import (
+    COMPLETE,
+    META,
+    METADATA,
+    SCHEMA_VERSION,
+    CheckpointMeta,
+    FileSums,
+    check_fit,
+    read_meta,
+    read_tensors,
+    reading,
+    stored_shapes,
+    sums_text,
+    verify,
+)
+from deco_scale.training.checkpoint_format import _crc32c as _crc32c
+from deco_scale.training.checkpoint_format import _sync_folder as _sync_folder
+from deco_scale.training.checkpoint_format import _write_durably as _write_durably
+from deco_scale.training.digest import parameter_digest, snapshot_digest
 from deco_scale.training.engine import Engine
+from deco_scale.training.exports import PREFIX, export_ema
 from deco_scale.training.processes import agreed
+from deco_scale.training.retention import kept
 from deco_scale.training.settings import CheckpointConfig
+from deco_scale.training.staging import Snapshot, Staging
+from deco_scale.training.storage import (
+    SAVING,
+    FolderTarget,
+    ObjectTarget,
+    OpenObjects,
+    Target,
+    remove_scratch,
+    step_name,
+)
+from deco_scale.training.writing import write_snapshot
 
-SCHEMA_VERSION = 2
-META, COMPLETE, METADATA = "meta.json", "COMPLETE", ".metadata"
-_STEP, _TEMPORARY = "step_", ".saving_"
-_READ_BYTES = 16 * 2**20
-_LISTED = 5
+__all__ = [
+    "COMPLETE",
+    "META",
+    "METADATA",
+    "SCHEMA_VERSION",
+    "CheckpointMeta",
+    "Checkpoints",
+    "Saved",
+    "check_fit",
+    "parameter_digest",
+    "read_meta",
+    "read_tensors",
+    "reading",
+    "stored_shapes",
+    "verify",
+]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CheckpointMeta:
-    """Where the run stood; ``data_state`` is what the loader says of its place (samples seen, digests, seed)."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Saved:
+    """The end of a save: a line for the log, the error if it failed, and how long the step was held up."""
 
-    step: int
-    stage: str
-    samples: int
-    seed: int
-    optimizer_steps: int
-    data_state: dict[str, Any]
-    parameter_digest: str
-    config: dict[str, Any]
-    schema_version: int = SCHEMA_VERSION
+    said: str
+    error: str | None
+    stall_s: float
 
 
 class Checkpoints:
-    """Saves to and resumes from the ``checkpoints`` folder of a run."""
+    """Saves to and resumes from the checkpoints of a run: ``folder``, or what ``cfg.url`` names.
 
-    def __init__(self, folder: Path, cfg: CheckpointConfig) -> None:
-        self._folder, self._cfg = folder, cfg
+    ``open_objects`` opens object stores. Methods that take an engine are for all ranks together.
+    """
+
+    def __init__(self, folder: Path, cfg: CheckpointConfig, *, open_objects: OpenObjects | None = None) -> None:
+        self._folder, self._cfg, self._open_objects = folder, cfg, open_objects
+        self._local = FolderTarget(folder)
+        self._target: Target | None = self._local if cfg.url is None else None
+        self._staging, self._worker = Staging(), Worker()
+        self._team: Team | None = None
+        self._held: set[int] = set()
+        self._metrics: dict[str, float] = {}
+        self._stall_s = 0.0
 
     def prepare(self) -> None:
-        """Make the folder and clear what an interrupted save left behind; rank 0 only."""
+        """Make the folder and clear what interrupted saves left behind; rank 0 only, before any other use."""
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            for leftover in self._folder.glob(f"{_TEMPORARY}*"):
-                shutil.rmtree(leftover)
+            remove_scratch(self._folder)
+            if self._exports.exists():
+                remove_scratch(self._exports)
+            self._local.clean()
         except OSError as error:
             raise ConfigError(f"cannot write to {self._folder}: {error.strerror}") from error
+        if self._cfg.url is not None:
+            self._place.clean()
 
     def due(self, step: int) -> bool:
         return step % self._cfg.every == 0
 
-    def path(self, step: int) -> Path:
-        return self._folder / f"{_STEP}{step:08d}"
+    def export_due(self, step: int) -> bool:
+        """Whether the EMA is exported at this step."""
+        every = self._cfg.ema_every
+        return step in self._cfg.ema_steps or (every > 0 and step % every == 0)
+
+    def observe(self, metrics: Mapping[str, Any]) -> None:
+        """Note a logged step's metrics; raises :class:`ConfigError` where ``keep_best`` names none of them."""
+        if self._cfg.keep_best is not None:
+            name = self._cfg.keep_best.metric
+            value = metrics.get(name)
+            if name not in metrics or not isinstance(value, int | float | None):
+                numbers = sorted(k for k, v in metrics.items() if isinstance(v, int | float))
+                raise ConfigError(f"checkpoint.keep_best.metric={name!r} is not logged; possible: {numbers}")
+            self._metrics = {name: float(value)} if value is not None and math.isfinite(value) else {}
 
     def save(self, engine: Engine, meta: CheckpointMeta) -> Path:
-        """Save on all ranks together; raises :class:`RunError` and leaves nothing half-written."""
-        final = self.path(meta.step)
-        temporary = self._folder / f"{_TEMPORARY}{final.name}"
-        state = engine.state()
-        meta = dataclasses.replace(
-            meta,
-            parameter_digest=parameter_digest(state),
-            optimizer_steps=engine.optimizer_steps,
+        """Save and wait until it is done; raises :class:`RunError` and leaves nothing half-written."""
+        self._begin(engine, meta, checkpoint=True, export=False, inline=True)
+        saved = self.finished(wait=True)
+        if saved is not None and saved.error is not None:
+            raise RunError(saved.error)
+        return self._folder / step_name(meta.step)
+
+    def start(
+        self, engine: Engine, meta: CheckpointMeta, *, checkpoint: bool = True, export: bool = False
+    ) -> Saved | None:
+        """Begin to save (the whole, the EMA alone, or both) and return once the state is copied.
+
+        Without ``asynchronous`` it returns when all is done. At most one save is in flight: one that still runs
+        is waited for, and its end returned.
+        """
+        began = time.perf_counter()
+        before = self.finished(wait=True)
+        self._begin(
+            engine, meta, checkpoint=checkpoint, export=export, inline=not self._cfg.asynchronous, began=began
         )
-        agreed(lambda: self._start(temporary))
-        try:
-            writer = dcp.FileSystemWriter(temporary, single_file_per_rank=True, sync_files=True)
-            dcp.save(state, storage_writer=writer)
-        except CheckpointException as error:
-            first = next(iter(error.failures.values()))[0]
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise RunError(f"checkpoint at step {meta.step} could not be written: {first}") from error
-        sums = self._checksums(temporary)
-        agreed(lambda: self._finish(temporary, final, meta, sums))
-        return final
+        return before
 
-    def latest(self) -> Path | None:
-        """The newest complete checkpoint, or None."""
-        complete = sorted(p.parent for p in self._folder.glob(f"{_STEP}*/{COMPLETE}"))
-        return complete[-1] if complete else None
+    def finished(self, *, wait: bool = False) -> Saved | None:
+        """The end of the save that was started last, once; None if there is none or it still runs."""
+        if self._worker.busy and not wait:
+            return None
+        outcome = self._worker.wait()
+        if outcome is None:
+            return None
+        times = f"in {outcome.total_s:.1f} s (checkpoint_stall_s {self._stall_s:.2f})"
+        return Saved(said=f"{outcome.said} {times}", error=outcome.error, stall_s=self._stall_s)
 
-    def resolve(self, resume: str) -> Path | None:
-        """Folder for ``auto`` (newest complete), ``none``, or a path that must be complete."""
+    @property
+    def stall_s(self) -> float:
+        """Seconds for which the last save held the training up until :meth:`start` returned."""
+        return self._stall_s
+
+    def latest(self) -> Path | str | None:
+        """The newest complete checkpoint, folder or URL, or None."""
+        found: list[tuple[int, Path | str]] = [(s, self._local.where(s)) for s in self._local.steps()]
+        if self._cfg.url is not None:
+            found += [(s, self._place.where(s)) for s in self._place.steps()]
+        # Of the same step the one that was put to the URL.
+        return max(found, key=lambda entry: (entry[0], isinstance(entry[1], str)))[1] if found else None
+
+    def resolve(self, resume: str) -> Path | str | None:
+        """What ``auto`` (newest complete), ``none``, or the name of a complete folder or URL stands for."""
         if resume == "none":
             return None
         if resume == "auto":
             return self.latest()
+        if "://" in resume:
+            return resume
         path = Path(resume)
         if not path.is_dir():
             raise ConfigError(f"--resume {resume}: no such checkpoint folder")
@@ -116,200 +192,128 @@ class Checkpoints:
             raise ConfigError(f"--resume {resume}: not a complete checkpoint (no {COMPLETE} file)")
         return path
 
-    def load(self, engine: Engine, path: Path) -> CheckpointMeta:
-        """Check and load on all ranks together; raises :class:`ConfigError` for one that does not fit."""
-        meta = agreed(lambda: read_meta(path))
-        agreed(lambda: verify(path, rank=dist.get_rank(), world=dist.get_world_size()))
-        state = engine.state()
-        agreed(lambda: check_fit(path, {n: tuple(t.shape) for n, t in state.items()}))
-        dcp.load(state, storage_reader=dcp.FileSystemReader(path))
-        engine.load(state, meta.optimizer_steps)
+    def find(self, resume: str) -> Path | str | None:
+        """:meth:`resolve` on rank 0, for all ranks together."""
+        found = [agreed(lambda: self.resolve(resume) if dist.get_rank() == 0 else None)]
+        dist.broadcast_object_list(found, src=0)
+        return found[0]
+
+    def load(
+        self, engine: Engine, where: Path | str, *, say: Callable[[str], None] = lambda line: None
+    ) -> CheckpointMeta:
+        """Check and load all of a checkpoint; raises :class:`ConfigError` for one that does not fit.
+
+        The checkpoint that a run goes on from is not retired by it.
+        """
+        with loading.opened(where, self._folder, self._open_objects) as source:
+            meta = loading.load(engine, source, say)
+        if str(where) in (str(self._local.where(meta.step)), self._cfg.url and str(self._place.where(meta.step))):
+            self._held = {meta.step}
         return meta
 
-    def _start(self, temporary: Path) -> None:
-        if dist.get_rank() == 0:
-            try:
-                shutil.rmtree(temporary, ignore_errors=True)
-                temporary.mkdir(parents=True)
-            except OSError as error:
-                raise RunError(f"cannot write {temporary}: {error.strerror}") from error
+    def initialise(self, engine: Engine, say: Callable[[str], None]) -> None:
+        """Fill a fresh engine as ``init_from`` says; raises :class:`ConfigError` naming what does not fit."""
+        assert self._cfg.init_from is not None
+        where = self._cfg.init_from if "://" in self._cfg.init_from else Path(self._cfg.init_from)
+        with loading.opened(where, self._folder, self._open_objects) as source:
+            loading.initialise(engine, source, self._cfg, say)
 
-    def _checksums(self, folder: Path) -> dict[str, tuple[int, int]]:
-        """Size and CRC32C of all files; the ranks share the reading."""
-        dist.barrier()
-        files = sorted(p for p in folder.iterdir() if p.is_file())
-        rank, world = dist.get_rank(), dist.get_world_size()
-        mine = {p.name: (p.stat().st_size, _crc32c(p)) for p in files[rank::world]}
-        parts: list[dict[str, tuple[int, int]]] = [{} for _ in range(world)]
-        dist.all_gather_object(parts, mine)
-        return {name: entry for part in parts for name, entry in part.items()}
+    @property
+    def _place(self) -> Target:
+        if self._target is None:
+            assert self._cfg.url is not None
+            if self._open_objects is None:
+                raise ConfigError(f"checkpoint.url={self._cfg.url}: this program has no access to object stores")
+            self._target = ObjectTarget(self._open_objects(self._cfg.url))
+        return self._target
 
-    def _finish(
-        self, temporary: Path, final: Path, meta: CheckpointMeta, sums: dict[str, tuple[int, int]]
+    @property
+    def _exports(self) -> Path:
+        return self._folder.parent / "exports"
+
+    def _begin(
+        self,
+        engine: Engine,
+        meta: CheckpointMeta,
+        *,
+        checkpoint: bool,
+        export: bool,
+        inline: bool,
+        began: float | None = None,
     ) -> None:
-        if dist.get_rank() != 0:
-            return
+        began = time.perf_counter() if began is None else began
+        if self._team is None:
+            self._team = Team(apart=not inline)
+        team = self._team
+        meta = dataclasses.replace(meta, optimizer_steps=engine.optimizer_steps, metrics=self._metrics)
+        wanted = (lambda name: True) if checkpoint else (lambda name: name.startswith(PREFIX))
+        snapshot = self._staging.take(engine.state(), wanted)
+
+        def job() -> str:
+            said = []
+            if checkpoint:
+                said.append(f"checkpoint {self._write(snapshot, meta, team)}")
+            if export:
+                said.append(f"EMA export {export_ema(snapshot, meta, self._exports, team)}")
+            return ", ".join(said)
+
+        if inline:
+            self._worker.start(job, began=began, inline=True)
+            self._stall_s = time.perf_counter() - began
+        else:
+            self._stall_s = time.perf_counter() - began
+            self._worker.start(job, began=began, inline=False)
+
+    def _write(self, snapshot: Snapshot, meta: CheckpointMeta, team: Team) -> str:
+        """Bring a snapshot to its place, on all ranks, and say which; on a :class:`RunError` nothing is left."""
+        temporary = self._folder / f"{SAVING}{step_name(meta.step)}"
+        first = team.rank == 0
+        published = False
         try:
-            text = json.dumps(dataclasses.asdict(meta), indent=1).encode()
-            _write_durably(temporary / META, text)
-            sums[META] = (len(text), google_crc32c.value(text))
-            _write_durably(temporary / COMPLETE, json.dumps(sums, indent=1).encode())
-            if final.exists():
-                shutil.rmtree(final)
-            os.rename(temporary, final)
-            _sync_folder(self._folder)
-            self._retire()
+            team.agree(lambda: _make_empty(temporary) if first else None)
+            mine = team.agree(lambda: write_snapshot(snapshot, temporary, team))
+            digest = snapshot_digest(snapshot, team.group)
+            sums = {name: entry for part in team.gather(mine) for name, entry in part.items()}
+            published = True
+            # A step that is saved again must not seem complete with files of both.
+            team.agree(lambda: self._place.discard(meta.step) if first else None)
+            team.agree(lambda: self._place.publish(temporary, meta.step, sorted(mine), mine))
+            meta = dataclasses.replace(meta, parameter_digest=digest)
+            notes = team.agree(lambda: self._complete(temporary, meta, sums) if first else "")
+        except RunError as error:
+            if first:
+                shutil.rmtree(temporary, ignore_errors=True)
+                if published:
+                    # What cannot be removed now is removed at the next start.
+                    with suppress(RunError):
+                        self._place.discard(meta.step)
+            raise RunError(f"checkpoint at step {meta.step} could not be written: {error}") from error
+        return f"{self._place.where(meta.step)}{notes}"
+
+    def _complete(self, temporary: Path, meta: CheckpointMeta, sums: FileSums) -> str:
+        """Write what makes a checkpoint complete, show it, and retire others; rank 0 only.
+
+        Returns what to say of checkpoints that should have gone and did not, which is no reason to fail.
+        """
+        text = json.dumps(dataclasses.asdict(meta), indent=1).encode()
+        _write_durably(temporary / META, text)
+        sums[META] = len(text), google_crc32c.value(text)
+        listing = sums_text(dict(sorted(sums.items())))
+        _write_durably(temporary / COMPLETE, listing)
+        marked = {**sums, COMPLETE: (len(listing), google_crc32c.value(listing))}
+        self._place.complete(temporary, meta.step, marked)
+        try:
+            steps = self._place.steps()
+            for step in set(steps) - kept(steps, self._cfg, self._place.metrics, held=self._held):
+                self._place.remove(step)
+        except RunError as error:
+            return f"; WARNING: an old checkpoint could not be removed: {error}"
         except OSError as error:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise RunError(f"cannot finish {final}: {error.strerror}") from error
-
-    def _retire(self) -> None:
-        complete = sorted(p.parent for p in self._folder.glob(f"{_STEP}*/{COMPLETE}"))
-        for path in complete[: -self._cfg.keep_last]:
-            step = int(path.name.removeprefix(_STEP))
-            if self._cfg.keep_every == 0 or step % self._cfg.keep_every:
-                # Without its mark first, so that a half-removed folder is not taken for a checkpoint.
-                (path / COMPLETE).unlink()
-                shutil.rmtree(path)
+            return f"; WARNING: an old checkpoint could not be removed: {error.filename}: {error.strerror}"
+        return ""
 
 
-def read_meta(path: Path) -> CheckpointMeta:
-    """``meta.json`` of a complete checkpoint; raises :class:`ConfigError` naming the file."""
-    if not (path / COMPLETE).is_file():
-        raise ConfigError(f"{path} is not a complete checkpoint (no {COMPLETE} file)")
-    try:
-        fields = json.loads((path / META).read_text())
-        if fields.get("schema_version") != SCHEMA_VERSION:
-            raise ConfigError(
-                f"{path / META}: schema version {fields.get('schema_version')}, "
-                f"this program reads {SCHEMA_VERSION}"
-            )
-        return CheckpointMeta(**fields)
-    except (OSError, ValueError, TypeError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"{path / META} is damaged: {error}") from error
-
-
-def verify(path: Path, *, rank: int = 0, world: int = 1) -> None:
-    """Check size and CRC32C of this rank's share of the files; names the first one that differs."""
-    try:
-        sums = json.loads((path / COMPLETE).read_text())
-        expected = sorted((str(n), int(e[0]), int(e[1])) for n, e in sums.items())
-    except (OSError, ValueError, TypeError, IndexError, KeyError) as error:
-        raise ConfigError(f"{path / COMPLETE} is damaged: {error}") from error
-    for name, size, crc in expected[rank::world]:
-        file = path / name
-        if "/" in name or not file.is_file():
-            raise ConfigError(f"{file} is missing")
-        if file.stat().st_size != size or _crc32c(file) != crc:
-            raise ConfigError(f"{file} is damaged: size or checksum differ from {COMPLETE}")
-
-
-def check_fit(path: Path, wanted: Mapping[str, tuple[int, ...]]) -> None:
-    """Compare names and shapes with a checkpoint's; raises :class:`ConfigError` naming what differs."""
-    found = stored_shapes(path)
-    problems = [f"missing {n}" for n in sorted(set(wanted) - set(found))]
-    problems += [f"unexpected {n}" for n in sorted(set(found) - set(wanted))]
-    problems += [
-        f"{n} has shape {found[n]}, the model {wanted[n]}"
-        for n in sorted(set(wanted) & set(found))
-        if wanted[n] != found[n]
-    ]
-    if problems:
-        more = f" and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
-        listed = "; ".join(problems[:_LISTED])
-        raise ConfigError(f"{path} does not fit the configured model: {listed}{more}")
-
-
-def stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes in a checkpoint, read without running anything that its index could hold."""
-    try:
-        metadata = _SafeUnpickler(io.BytesIO((path / METADATA).read_bytes())).load()
-        return {
-            name: tuple(entry.size)
-            for name, entry in metadata.state_dict_metadata.items()
-            if isinstance(entry, TensorStorageMetadata)
-        }
-    except (OSError, pickle.UnpicklingError, AttributeError, EOFError, ValueError) as error:
-        raise ConfigError(f"{path / METADATA} is damaged or not a checkpoint's: {error}") from error
-
-
-def read_tensors(path: Path, prefix: str) -> dict[str, Tensor]:
-    """Full CPU tensors whose names start with ``prefix`` (removed), in one process, checked."""
-    read_meta(path)
-    verify(path)
-    shapes = {n: s for n, s in stored_shapes(path).items() if n.startswith(prefix)}
-    state = {name: torch.empty(shape) for name, shape in shapes.items()}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.load(state, storage_reader=dcp.FileSystemReader(path), no_dist=True)
-    return {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-
-
-def parameter_digest(state: Mapping[str, Tensor]) -> str:
-    """Digest of the weights' bits that does not depend on the layout: a sum of words per tensor."""
-    names = sorted(n for n in state if n.startswith("model."))
-    sums = torch.stack([_word_sum(state[n]) for n in names])
-    dist.all_reduce(sums)
-    parts = [f"{n}:{v}" for n, v in zip(names, sums.tolist(), strict=True)]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-
-
-def _word_sum(tensor: Tensor) -> Tensor:
-    """Wrapping sum of the 32-bit words that this rank alone contributes."""
-    local, counted = tensor, dist.get_rank() == 0
-    if isinstance(tensor, DTensor):
-        local = tensor.to_local()
-        coordinate = list(tensor.device_mesh.get_coordinate() or ())
-        copies = [c for c, p in zip(coordinate, tensor.placements, strict=True) if p == Replicate()]
-        # HSDP's placements name the shard axis only, its mesh has both: count the first replica.
-        counted = not any(copies)
-    words = local.detach().float().contiguous().view(torch.int32)
-    total = words.sum(dtype=torch.int64) if counted else torch.zeros((), dtype=torch.int64)
-    return total.to(local.device)
-
-
-class _SafeUnpickler(pickle.Unpickler):
-    """Unpickles DCP's index and nothing else: classes of its metadata, sizes, dtypes, containers."""
-
-    _ALLOWED_MODULES = ("torch.distributed.checkpoint.",)
-    _ALLOWED = {
-        ("torch", "Size"),
-        ("torch", "dtype"),
-        ("torch", "device"),
-        ("torch.serialization", "_get_layout"),
-        ("collections", "OrderedDict"),
-        ("pathlib", "PosixPath"),
-        ("builtins", "set"),
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        known = module.startswith(self._ALLOWED_MODULES) and name[:1].isupper() | (name[:1] == "_")
-        if dtype or known or (module, name) in self._ALLOWED:
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name} does not belong in a checkpoint's index")
-
-
-def _crc32c(path: Path) -> int:
-    checksum = google_crc32c.Checksum()
-    with path.open("rb") as file:
-        while piece := file.read(_READ_BYTES):
-            checksum.update(piece)
-    return int.from_bytes(checksum.digest(), "big")
-
-
-def _write_durably(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _make_empty(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)

@@ -1,12 +1,10 @@
-"""Batches pulled, and pinned, by a thread while the device computes, so that copies to it overlap the step."""
+"""Batches pulled and made ready by a thread while the device computes, so that copies to it overlap the step."""
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
-import torch
-
-from deco_scale.training.batch import Batch, Part
+from deco_scale.training.batch import Batch
 
 _JOIN_S = 10.0
 _LOOK_S = 0.2
@@ -16,11 +14,13 @@ _LOOK_S = 0.2
 class Feed:
     """The batches of ``source`` in order, ``depth`` of them ready; an error there is raised here.
 
-    ``pin`` page-locks the pictures, which needs CUDA.
+    ``prepare`` is applied to each batch in the thread.
     """
 
-    def __init__(self, source: Iterator[Batch], *, depth: int, pin: bool) -> None:
-        self._source, self._pin = source, pin
+    def __init__(
+        self, source: Iterator[Batch], *, depth: int, prepare: Callable[[Batch], Batch] | None = None
+    ) -> None:
+        self._source, self._prepare = source, prepare
         self._ready: queue.Queue[Batch | BaseException] = queue.Queue(depth)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._pull, name="feed", daemon=True)
@@ -47,7 +47,7 @@ class Feed:
     def _pull(self) -> None:
         try:
             for batch in self._source:
-                if not self._offer(self._pinned(batch)):
+                if not self._offer(self._prepare(batch) if self._prepare else batch):
                     return
             self._offer(StopIteration())
         # Whatever it is, the training thread shall see it.
@@ -62,10 +62,3 @@ class Feed:
             except queue.Full:
                 continue
         return False
-
-    def _pinned(self, batch: Batch) -> Batch:
-        if not self._pin:
-            return batch
-        # From page-locked memory a copy does not hold up the host.
-        images = torch.as_tensor(batch.images).pin_memory()
-        return Part(images, batch.captions, batch.labels, batch.numbers, batch.states)

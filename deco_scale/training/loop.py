@@ -10,8 +10,8 @@ import torch
 
 from deco_scale.errors import RunError
 from deco_scale.training.ahead import TextAhead
-from deco_scale.training.batch import Batch, Prepare, split
-from deco_scale.training.checkpoint import CheckpointMeta, Checkpoints
+from deco_scale.training.batch import Batch, Prepare, pinned, split
+from deco_scale.training.checkpoint import CheckpointMeta, Checkpoints, Saved
 from deco_scale.training.engine import Engine
 from deco_scale.training.feed import Feed
 from deco_scale.training.processes import summed_counters
@@ -81,8 +81,19 @@ class Loop:
 
     def run(self, progress: Progress) -> Progress:
         """Train from ``progress`` to the end, or to ``stop_at_step``."""
-        limit = min(self.settings.stop_at_step or self.total_steps, self.total_steps)
-        end = 0
+        try:
+            return self._run(progress)
+        finally:
+            # Also after an error: a save on its way to the disk is worth the wait.
+            self._tell(self.checkpoints.finished(wait=True))
+
+    @property
+    def _limit(self) -> int:
+        """The step at which this launch ends."""
+        return min(self.settings.stop_at_step or self.total_steps, self.total_steps)
+
+    def _run(self, progress: Progress) -> Progress:
+        limit, end = self._limit, 0
         for stage in self.stages:
             end += stage.cfg.steps
             if progress.step >= min(end, limit):
@@ -104,7 +115,8 @@ class Loop:
             )
         gate = BadSteps(self.settings.max_bad_steps, self.device)
         meter = Meter(self, stage, progress.step)
-        feed = Feed(iter(data), depth=2, pin=self.device.type == "cuda")
+        on_gpu, null_shape = self.device.type == "cuda", self.prepare.null.shape
+        feed = Feed(iter(data), depth=2, prepare=(lambda batch: pinned(batch, null_shape)) if on_gpu else None)
         batches: Iterator[tuple[Batch, list[torch.Tensor] | None]] = ((batch, None) for batch in feed)
         if self.text_ahead is not None:
             count = end - progress.step
@@ -121,13 +133,15 @@ class Loop:
                 step = progress.step
                 if step % self.settings.log_every == 0 or step == end:
                     counted = summed_counters(data.counters)
-                    self.reporter.metrics(meter.read(result, progress, gate.total(), counted))
-                if gate.look_at(step) or step % self.settings.log_every == 0 or step == end:
+                    metrics = meter.read(result, progress, gate.total(), counted)
+                    self.reporter.metrics(metrics)
+                    self.checkpoints.observe(metrics)
                     gate.check(step)
+                else:
+                    gate.glance(step)
                 began = time.perf_counter()
                 self.after_step(step)
-                if self.checkpoints.due(step) or step == end:
-                    self._save(stage, progress, last=step == end)
+                self._save(stage, progress, end=end, meter=meter)
                 meter.other(time.perf_counter() - began)
         finally:
             # The workers first: their end wakes a feed that waits for them.
@@ -148,10 +162,15 @@ class Loop:
             betas=stage.cfg.betas,
         )
 
-    def _save(self, stage: Stage, progress: Progress, *, last: bool) -> None:
-        began = time.perf_counter()
+    def _save(self, stage: Stage, progress: Progress, *, end: int, meter: "Meter") -> None:
+        """Tell of a save that has ended, and begin one where it is time; the last of a run must succeed."""
+        step = progress.step
+        whole, export = self.checkpoints.due(step) or step == end, self.checkpoints.export_due(step)
+        if not whole and not export:
+            self._tell(self.checkpoints.finished())
+            return
         meta = CheckpointMeta(
-            step=progress.step,
+            step=step,
             stage=stage.cfg.name,
             samples=progress.samples,
             seed=self.settings.seed,
@@ -160,38 +179,64 @@ class Loop:
             parameter_digest="",
             config=self.config,
         )
-        try:
-            path = self.checkpoints.save(self.engine, meta)
-        except RunError as error:
-            if last:
-                raise
-            # Training is worth more than one checkpoint: the previous one is untouched.
-            self.reporter.say(f"WARNING: {error}; training goes on")
+        self._tell(self.checkpoints.start(self.engine, meta, checkpoint=whole, export=export))
+        meter.stalled(self.checkpoints.stall_s)
+        if step == self._limit:
+            self._tell(self.checkpoints.finished(wait=True), must_succeed=True)
+
+    def _tell(self, saved: Saved | None, *, must_succeed: bool = False) -> None:
+        if saved is None:
             return
-        self.reporter.say(f"checkpoint {path} in {time.perf_counter() - began:.1f} s")
+        if saved.error is None:
+            self.reporter.say(saved.said)
+        elif must_succeed:
+            raise RunError(saved.error)
+        else:
+            # Training is worth more than one checkpoint: the previous one is untouched.
+            self.reporter.say(f"WARNING: {saved.error}; training goes on")
 
 
 class BadSteps:
-    """Counts skipped steps on the device and ends the run after too many in a row."""
+    """Counts skipped steps on the device and ends the run after too many in a row.
+
+    Steps that log wait for the device and check. In between, every ``limit``-th step starts a copy of the count
+    to the host and looks at the copy before, which has long arrived: a run that does not log ends less than
+    three times ``limit`` steps after its last good one, at the same step on every rank.
+    """
 
     def __init__(self, limit: int, device: torch.device) -> None:
         self._limit = limit
         self._in_a_row = torch.zeros((), device=device)
         self._total = torch.zeros((), device=device)
+        self._on_gpu = device.type == "cuda"
+        self._copied: tuple[torch.Tensor, torch.cuda.Event | None] | None = None
 
     def add(self, skipped: torch.Tensor) -> None:
         self._in_a_row = (self._in_a_row + 1) * skipped
         self._total = self._total + skipped
 
-    def look_at(self, step: int) -> bool:
-        """Whether this step should wait for the device to check; every ``limit``-th does."""
-        return step % self._limit == 0
-
     def total(self) -> int:
         return int(self._total.item())
 
+    def glance(self, step: int) -> None:
+        """Check the count of ``limit`` steps ago, without waiting for the steps in flight."""
+        if step % self._limit:
+            return
+        before, event = self._copied or (None, None)
+        held = torch.zeros((), pin_memory=self._on_gpu)
+        held.copy_(self._in_a_row, non_blocking=True)
+        self._copied = held, torch.cuda.current_stream().record_event() if self._on_gpu else None
+        if before is not None:
+            if event is not None:
+                event.synchronize()
+            self._judge(step, int(before.numpy()))
+
     def check(self, step: int) -> None:
-        count = int(self._in_a_row.item())
+        """Check the count of this step; waits for the device."""
+        self._copied = None
+        self._judge(step, int(self._in_a_row.item()))
+
+    def _judge(self, step: int, count: int) -> None:
         if count >= self._limit:
             raise RunError(
                 f"step {step}: loss or gradient not finite in {count} steps in a row "
@@ -206,6 +251,7 @@ class Meter:
     def __init__(self, loop: Loop, stage: Stage, step: int) -> None:
         self._loop, self._stage = loop, stage
         self._began, self._from_step, self._wait_s = time.perf_counter(), step, 0.0
+        self._stall_s: float | None = None
 
     def waited(self, seconds: float) -> None:
         """Time spent on waiting for data, part of the step."""
@@ -214,6 +260,10 @@ class Meter:
     def other(self, seconds: float) -> None:
         """Time spent on pictures and checkpoints, no part of the step."""
         self._began += seconds
+
+    def stalled(self, seconds: float) -> None:
+        """Time for which a checkpoint held the training up, told with the next logged step."""
+        self._stall_s = seconds + (self._stall_s or 0.0)
 
     def read(
         self, result: StepResult, progress: Progress, skipped: int, counters: Mapping[str, int]
@@ -242,7 +292,9 @@ class Meter:
             "skipped": skipped,
             **{f"data.{name}": count for name, count in sorted(counters.items())},
         }
-        self._began, self._from_step, self._wait_s = now, progress.step, 0.0
+        if self._stall_s is not None:
+            metrics["checkpoint_stall_s"] = self._stall_s
+        self._began, self._from_step, self._wait_s, self._stall_s = now, progress.step, 0.0, None
         return metrics
 
 

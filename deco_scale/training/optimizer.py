@@ -1,18 +1,23 @@
-"""AdamW over local shards with a finite gate and an EMA, without waiting for the device.
+"""AdamW with a finite gate and an EMA, without waiting for the device; one optimizer for both engines.
 
-Works on plain tensors: an engine hands over the local part of each parameter and of its gradient.
+Works on plain tensors: local shards of parameters under FSDP, flat partitions or whole parameters under DeepSpeed.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from deco_scale.kernels.adamw import AdamWStep, AdamWTensors, averaged_adamw
+from deco_scale.kernels.choice import Kernels
 from deco_scale.training.settings import OptimizerConfig
 
 CLIP_EPS = 1e-6
 """Added to the norm before dividing, as PyTorch and DeepSpeed both do."""
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def poisoned(loss: Tensor) -> Tensor:
@@ -26,24 +31,106 @@ def clip_factor(norm: Tensor, clip_norm: float) -> Tensor:
     return (clip_norm / (norm + CLIP_EPS)).clamp(max=1.0)
 
 
-class Ema:
-    """Exponential moving average of some tensors, kept in fp32 beside them."""
+class AveragedAdamW(torch.optim.Optimizer):
+    """AdamW and the EMA of what it updates, in one pass over the tensors.
 
-    def __init__(self, sources: Mapping[str, Tensor], decay: float) -> None:
-        self._sources = dict(sources)
-        self._decay = decay
-        self.tensors = {name: source.detach().clone() for name, source in sources.items()}
+    An update is :meth:`begin`, :meth:`step` (DeepSpeed calls it itself, group by group or not at all), and
+    :meth:`end`. State is kept for the tensors given to :meth:`track`: moments, and the average of some.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor], cfg: OptimizerConfig, *, kernels: Kernels) -> None:
+        super().__init__(parameters, {"lr": 0.0})
+        self._cfg, self._kernels = cfg, kernels
+        self._tracked: dict[str, Tensor] = {}
+        self._count = torch.zeros(())
+        self._lr, self._betas = 0.0, (0.0, 0.0)
+        self._measures = False
+        self.norm: Tensor | None = None
+        """Of the whole gradient before clipping, in the update at hand."""
+        self.skipped: Tensor | None = None
+        """1.0 where the update at hand leaves everything alone; None if the caller checks the gradients."""
+
+    def track(self, tensors: Mapping[str, Tensor], *, averaged: Collection[str]) -> None:
+        """Start moments at zero, and averages of the named ones at the present values.
+
+        Empty tensors (a rank without rows) have state and are left out of the kernels.
+        """
+        for name, tensor in tensors.items():
+            values = tensor.detach()
+            self._tracked[name] = tensor
+            self.state[tensor] = {kind: torch.zeros_like(values) for kind in MOMENTS}
+            if name in averaged:
+                self.state[tensor]["ema"] = values.clone()
+            self._count = torch.zeros((), device=tensor.device)
+
+    def begin(
+        self, *, lr: float, betas: tuple[float, float], norm: Tensor | None = None, measure_norm: bool = False
+    ) -> None:
+        """Settle the numbers of the next update.
+
+        ``norm`` (0-dim) is that of the whole gradient: it is clipped by, and skips the update where not finite.
+        With ``measure_norm`` the gradients in hand are whole and :meth:`step` takes their norm. With neither,
+        the caller has clipped and checked.
+        """
+        self._lr, self._betas, self._measures = lr, betas, measure_norm
+        self._gate(norm)
+
+    def _gate(self, norm: Tensor | None) -> None:
+        self.norm = norm
+        self.skipped = None if norm is None else (~torch.isfinite(norm)).float()
 
     @torch.no_grad()
-    def update(self, taken: Tensor) -> None:
-        """Move towards the sources; ``taken`` (0-dim) is 1.0, or 0.0 for a skipped step."""
-        weight = (1.0 - self._decay) * taken
-        for name, average in self.tensors.items():
-            average.lerp_(self._sources[name], weight.to(average.device))
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+        """Update the tensors of ``param_groups`` that have a gradient; gradients may be scaled in place."""
+        assert closure is None
+        held = [p for group in self.param_groups for p in group["params"] if p.grad is not None and p.numel()]
+        if not held:
+            return
+        if self._measures:
+            self._gate(nn.utils.get_total_norm([p.grad for p in held]))
+        device = held[0].device
+        factor = None if self.norm is None else clip_factor(self.norm, self._cfg.clip_norm)
+        states = [self.state[p] for p in held]
+        tensors = AdamWTensors(
+            parameters=[p.detach() for p in held],
+            grads=[p.grad for p in held],
+            exp_avgs=[state["exp_avg"] for state in states],
+            exp_avg_sqs=[state["exp_avg_sq"] for state in states],
+            averages=[state.get("ema") for state in states],
+        )
+        step = AdamWStep(
+            lr=self._lr,
+            betas=self._betas,
+            eps=self._cfg.eps,
+            weight_decay=self._cfg.weight_decay,
+            ema_decay=self._cfg.ema_decay,
+            # Elsewhere only where DeepSpeed keeps some groups in host memory.
+            count=(self._count + 1.0).to(device),
+            factor=factor if factor is None else factor.to(device),
+            skipped=self.skipped if self.skipped is None else self.skipped.to(device),
+        )
+        averaged_adamw(tensors, step, kernels=self._kernels)
+
+    def end(self, skipped: Tensor) -> None:
+        """Count the update unless ``skipped`` (0-dim) is 1.0."""
+        self._count += 1.0 - skipped.to(self._count.device)
+
+    @property
+    def steps(self) -> int:
+        """Updates taken, skipped ones aside; waits for the device."""
+        return int(self._count.item())
+
+    def set_steps(self, steps: int) -> None:
+        self._count.fill_(steps)
+
+    def tensors(self, kind: str) -> dict[str, Tensor]:
+        """Live state of one kind (``ema``, ``exp_avg``, ``exp_avg_sq``) by the name that was tracked."""
+        states = ((name, self.state[tensor]) for name, tensor in self._tracked.items())
+        return {name: state[kind] for name, state in states if kind in state}
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
-        """Exchange averages and sources in place; the original sources come back at the end."""
+        """Exchange averages and parameters in place; the parameters come back at the end."""
         self._swap()
         try:
             yield
@@ -52,64 +139,7 @@ class Ema:
 
     @torch.no_grad()
     def _swap(self) -> None:
-        for name, average in self.tensors.items():
+        for name, average in self.tensors("ema").items():
             held = average.clone()
-            average.copy_(self._sources[name])
-            self._sources[name].copy_(held)
-
-
-class AveragedAdamW:
-    """AdamW and EMA of named local shards; empty shards (a rank without rows) are left out of the kernels."""
-
-    def __init__(self, parameters: Mapping[str, Tensor], cfg: OptimizerConfig, *, averaged: Iterable[str]) -> None:
-        self._cfg = cfg
-        self._parameters = dict(parameters)
-        self._adamw = torch.optim.AdamW(
-            [p for p in parameters.values() if p.numel()] or [torch.zeros(1)],
-            lr=0.0,
-            eps=cfg.eps,
-            weight_decay=cfg.weight_decay,
-            fused=True,
-        )
-        self._ema = Ema({name: parameters[name] for name in averaged}, cfg.ema_decay)
-        self._moments: dict[str, dict[str, Tensor]] = {"exp_avg": {}, "exp_avg_sq": {}}
-        for name, parameter in parameters.items():
-            moments = {kind: torch.zeros_like(parameter) for kind in self._moments}
-            for kind, moment in moments.items():
-                self._moments[kind][name] = moment
-            step = torch.zeros((), dtype=torch.float32, device=parameter.device)
-            self._adamw.state[parameter] = {"step": step, **moments}
-
-    def step(self, grads: Mapping[str, Tensor], norm: Tensor, *, lr: float, betas: tuple[float, float]) -> Tensor:
-        """Clip by the global ``norm`` and update; a non-finite norm skips it. Returns 1.0 where skipped."""
-        skipped = (~torch.isfinite(norm)).float()
-        factor = clip_factor(norm, self._cfg.clip_norm)
-        for group in self._adamw.param_groups:
-            group["lr"], group["betas"] = lr, betas
-        held = [grad for grad in grads.values() if grad.numel()]
-        torch._foreach_mul_(held, factor)
-        for name, grad in grads.items():
-            self._parameters[name].grad = grad
-        # The fused kernel reads this tensor on the device and leaves everything alone where it is 1.
-        self._adamw.found_inf = skipped  # type: ignore[attr-defined]
-        self._adamw.step()
-        for parameter in self._parameters.values():
-            parameter.grad = None
-        self._ema.update(1.0 - skipped)
-        return skipped
-
-    @property
-    def steps(self) -> int:
-        """Updates taken, skipped ones aside; waits for the device."""
-        return int(next(iter(self._adamw.state.values()))["step"].item())
-
-    def set_steps(self, steps: int) -> None:
-        for state in self._adamw.state.values():
-            state["step"].fill_(steps)
-
-    def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Live local tensors by kind (``ema``, ``exp_avg``, ``exp_avg_sq``) and name."""
-        return {"ema": self._ema.tensors, **self._moments}
-
-    def swapped(self) -> AbstractContextManager[None]:
-        return self._ema.swapped()
+            average.copy_(self._tracked[name])
+            self._tracked[name].copy_(held)

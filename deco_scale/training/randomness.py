@@ -36,11 +36,12 @@ class SampleDraws(NamedTuple):
 def draw(seed: int, numbers: list[int], shape: tuple[int, int, int], device: torch.device) -> SampleDraws:
     """Draws of the samples with these numbers, on ``device``; one generator, reseeded per sample."""
     generator = torch.Generator(device)
-    normals, uniforms, noises = [], [], []
-    for number in numbers:
+    count = len(numbers)
+    normal, uniform = torch.empty(count, device=device), torch.empty(count, 2, device=device)
+    noise = torch.empty(count, *shape, device=device)
+    for row, number in enumerate(numbers):
         generator.manual_seed(mix(seed, number))
-        uniforms.append(torch.rand(2, generator=generator, device=device))
-        normals.append(torch.randn(1, generator=generator, device=device))
-        noises.append(torch.randn(shape, generator=generator, device=device))
-    uniform = torch.stack(uniforms)
-    return SampleDraws(torch.cat(normals), uniform[:, 0], uniform[:, 1], torch.stack(noises))
+        uniform[row].uniform_(generator=generator)
+        normal[row : row + 1].normal_(generator=generator)
+        noise[row].normal_(generator=generator)
+    return SampleDraws(normal, uniform[:, 0], uniform[:, 1], noise)

@@ -8,6 +8,7 @@ from deco_scale.objectives import Objective, ObjectiveConfig, drop_condition
 from deco_scale.objectives.flow import base_time, noised, shift_time
 from deco_scale.objectives.frequency import (
     block_dct,
+    block_transform,
     dct_matrix,
     frequency_loss,
     frequency_weights,
@@ -24,6 +25,21 @@ def test_dct_is_orthonormal_and_keeps_energy() -> None:
     torch.testing.assert_close(coefficients.square().sum(), image.square().sum())
     flat = block_dct(torch.ones(1, 1, 8, 8))[0, 0, 0, 0]
     torch.testing.assert_close(flat, torch.nn.functional.pad(torch.tensor([[8.0]]), (0, 7, 0, 7)))
+
+
+def test_constants_are_made_once_and_are_ordinary_tensors() -> None:
+    """A step must not copy to the device; and a first use in inference mode must not spoil training."""
+    device = torch.device("cpu")
+    with torch.inference_mode():
+        weights = frequency_weights(77, gamma=0.9, mode="inv", device=device)
+    assert weights is frequency_weights(77, gamma=0.9, mode="inv", device=device)
+    assert dct_matrix(device) is dct_matrix() and not weights.is_inference()
+    error = torch.randn(1, 3, 8, 8, requires_grad=True)
+    frequency_loss(error, weights).backward()
+    assert error.grad is not None
+    pixels = torch.randn(8, 8)
+    coefficients = (block_transform(device) @ pixels.flatten()).unflatten(0, (8, 8))
+    torch.testing.assert_close(coefficients, dct_matrix() @ pixels @ dct_matrix().T, rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("quality", [1, 30, 49, 50, 85, 100])

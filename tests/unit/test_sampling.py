@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from deco_scale.sampling import Guidance, SamplerConfig, guided_velocity, sample, time_grid
+from deco_scale.sampling.graphs import Graphed
 from deco_scale.sampling.pictures import make_pictures, save_grid, to_uint8
 from deco_scale.sampling.solvers import adams_weights
 
@@ -87,6 +88,11 @@ def test_pictures_do_not_depend_on_the_batch(tmp_path: Path) -> None:
     assert np.array_equal(*made)
     save_grid(made[0], tmp_path / "grid.png", columns=2, labels=["a", "b", "c"], scale=4)
     assert (tmp_path / "grid.png").stat().st_size > 100
+
+
+def test_graphs_without_a_gpu_are_refused() -> None:
+    with pytest.raises(ValueError, match="need a GPU, this process computes on cpu"):
+        Graphed(lambda x, t, condition: x, torch.device("cpu"))
 
 
 def test_rounding_to_bytes() -> None:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from deco_scale.config import load_config
 from deco_scale.errors import ConfigError, RunError
+from deco_scale.kernels import Kernels
 from deco_scale.planning.flops import training_flops
 from deco_scale.training import checkpoint
 from deco_scale.training.ahead import TextAhead
@@ -58,35 +59,76 @@ def test_a_loss_that_is_not_finite_poisons_every_gradient() -> None:
     assert weight.grad is not None and bool(torch.isnan(weight.grad).all())  # type: ignore[unreachable]
 
 
-def test_optimizer_is_adamw_with_clipping_and_skips_cleanly() -> None:
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+def test_optimizer_is_adamw_with_clipping_and_skips_cleanly(kernels: Kernels) -> None:
     torch.manual_seed(0)
     start = torch.randn(5)
     ours, theirs = start.clone(), torch.nn.Parameter(start.clone())
+    shards = {"w": ours, "empty": torch.zeros(0), "head": torch.ones(2)}
     cfg = OptimizerConfig(clip_norm=0.5, ema_decay=0.9, weight_decay=0.1)
-    optimizer = AveragedAdamW({"w": ours, "empty": torch.zeros(0)}, cfg, averaged=["w"])
+    optimizer = AveragedAdamW(shards.values(), cfg, kernels=kernels)
+    optimizer.track(shards, averaged={"w", "empty"})
+    assert (
+        optimizer.tensors("ema").keys() == {"w", "empty"} and optimizer.tensors("exp_avg").keys() == shards.keys()
+    )
     reference = torch.optim.AdamW([theirs], lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
     average = start.clone()
+
+    def update(grad: torch.Tensor) -> torch.Tensor:
+        ours.grad, shards["empty"].grad = grad.clone(), torch.zeros(0)
+        optimizer.begin(lr=1e-2, betas=(0.9, 0.95), norm=grad.norm())
+        optimizer.step()
+        assert optimizer.skipped is not None
+        optimizer.end(optimizer.skipped)
+        return optimizer.skipped
+
     for step in range(6):
         grad = torch.randn(5) * (0.01 if step % 2 else 10)
         if step == 3:
-            before = [t.clone() for t in (ours, optimizer.tensors()["ema"]["w"])]
-            nan = torch.full((5,), float("nan"))
-            skipped = optimizer.step({"w": nan}, nan.norm(), lr=1e-2, betas=(0.9, 0.95))
-            assert skipped.item() == 1.0 and optimizer.steps == 3
+            before = [t.clone() for t in (ours, optimizer.tensors("ema")["w"])]
+            assert update(torch.full((5,), float("nan"))).item() == 1.0 and optimizer.steps == 3
             assert torch.equal(before[0], ours)
-            assert torch.equal(before[1], optimizer.tensors()["ema"]["w"])
+            assert torch.equal(before[1], optimizer.tensors("ema")["w"])
         theirs.grad = grad.clone()
         torch.nn.utils.clip_grad_norm_([theirs], 0.5)
         reference.step()
         average.lerp_(theirs.detach(), 0.1)
-        grads = {"w": grad.clone(), "empty": torch.zeros(0)}
-        optimizer.step(grads, grad.norm(), lr=1e-2, betas=(0.9, 0.95))
+        assert update(grad).item() == 0.0
+    assert shards["head"].tolist() == [1.0, 1.0]
     torch.testing.assert_close(ours, theirs.detach(), rtol=1e-6, atol=1e-7)
-    torch.testing.assert_close(optimizer.tensors()["ema"]["w"], average, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(optimizer.tensors("ema")["w"], average, rtol=1e-6, atol=1e-7)
     held = ours.clone()
     with optimizer.swapped():
         torch.testing.assert_close(ours, average, rtol=1e-6, atol=1e-7)
     assert torch.equal(ours, held)
+
+
+def test_optimizer_steps_group_by_group_count_as_one_update() -> None:
+    torch.manual_seed(1)
+    together, apart = torch.randn(2, 7), torch.randn(2, 7)
+    apart.copy_(together)
+    cfg = OptimizerConfig(weight_decay=0.1)
+    whole, grouped = (AveragedAdamW(list(t), cfg, kernels="torch") for t in (together, apart))
+    for optimizer in (whole, grouped):
+        parameters = optimizer.param_groups[0]["params"]
+        optimizer.track({str(i): p for i, p in enumerate(parameters)}, averaged={"0", "1"})
+    parameters = grouped.param_groups[0]["params"]
+    for _ in range(3):
+        grads = torch.randn(2, 7)
+        for optimizer in (whole, grouped):
+            for grad, parameter in zip(grads, optimizer.param_groups[0]["params"], strict=True):
+                parameter.grad = grad.clone()
+            optimizer.begin(lr=1e-2, betas=(0.9, 0.95))
+        whole.step()
+        for parameter in parameters:
+            # As DeepSpeed does it.
+            grouped.param_groups[0]["params"] = [parameter]
+            grouped.step()
+        grouped.param_groups[0]["params"] = parameters
+        for optimizer in (whole, grouped):
+            optimizer.end(torch.zeros(()))
+    assert whole.steps == grouped.steps == 3
+    assert torch.equal(together, apart)
 
 
 def test_too_many_bad_steps_in_a_row_end_the_run() -> None:
@@ -274,7 +316,7 @@ def test_feed_keeps_order_is_bounded_hands_on_errors_and_ends() -> None:
             pulled.append(i)
             yield i
 
-    feed = Feed(source(5), depth=2, pin=False)
+    feed = Feed(source(5), depth=2)
     found = []
     with pytest.raises(ValueError, match="broken shard"):
         for batch in feed:
@@ -284,7 +326,7 @@ def test_feed_keeps_order_is_bounded_hands_on_errors_and_ends() -> None:
             assert len(pulled) <= len(found) + 3
     assert found == [0, 1, 2, 3, 4] and list(feed) == []  # type: ignore[comparison-overlap]
     feed.close()
-    endless = Feed(source(1000), depth=1, pin=False)
+    endless = Feed(source(1000), depth=1)
     assert next(endless) == 0  # type: ignore[comparison-overlap]
     endless.close()
     assert list(endless) == [] and not any(t.name == "feed" for t in threading.enumerate())

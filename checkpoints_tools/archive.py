@@ -1,0 +1,215 @@
+"""Reading ``torch.save`` archives without loading them: headers by ``weights_only``, data by position.
+
+An archive may be a whole file (a Lightning ``.ckpt``) or a stretch of one (a tensor in a DCP file). Its pickle is
+read by ``torch.load(weights_only=True, map_location="meta")``, which runs no code and allocates no tensor data.
+What a header claims is compared with the archive's own table of records, and that with the file's size, before
+anything is read. Compressed records are refused: PyTorch writes none, and they could unfold without bound.
+"""
+
+import io
+import pickle
+import struct
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import torch
+from torch import Tensor
+
+from deco_scale.errors import ConfigError
+
+_LOCAL_HEADER_BYTES = 30
+_LOCAL_MAGIC = b"PK\x03\x04"
+MAX_PICKLE_BYTES = 64 * 2**20
+"""Largest pickle that is parsed; that of the 1.1B model is below 1 MiB."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A strided tensor at byte ``start`` of ``file``."""
+
+    file: Path
+    start: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def contiguous(self) -> bool:
+        return self.stride == _row_major(self.shape)
+
+    def read(self, rows: tuple[int, int] | None = None) -> Tensor:
+        """Contiguous copy of all rows, or of some along dimension 0."""
+        if self.contiguous:
+            shape, first = self.shape, 0
+            if rows is not None:
+                shape, first = (rows[1] - rows[0], *self.shape[1:]), rows[0] * self.stride[0]
+            tensor = torch.empty(shape, dtype=self.dtype)
+            _fill(tensor, self.file, self.start + first * self.dtype.itemsize)
+            return tensor
+        flat = torch.empty(_extent(self.shape, self.stride), dtype=self.dtype)
+        _fill(flat, self.file, self.start)
+        tensor = flat.as_strided(self.shape, self.stride)
+        return (tensor if rows is None else tensor[rows[0] : rows[1]]).contiguous()
+
+
+class Archive:
+    """The parsed header of an archive: ``content`` with meta tensors, each of which :meth:`stored` locates.
+
+    Raises :class:`ConfigError` naming ``file`` (and ``what`` is read of it) where it is not a plain archive.
+    """
+
+    def __init__(self, file: Path, *, start: int = 0, length: int | None = None, what: str = "") -> None:
+        self._file, self._start = file, start
+        self._where = f"{file}: {what}" if what else str(file)
+        try:
+            size = file.stat().st_size
+            length = size - start if length is None else length
+            if start < 0 or length < 0 or start + length > size:
+                raise ConfigError(f"{self._where} lies outside of the file's {size} bytes")
+            with file.open("rb") as raw:
+                view = io.BufferedReader(_Stretch(raw, start, length))
+                self._records = _data_records(view, length, self._where)
+                view.seek(0)
+                self.content: Any = torch.load(view, map_location="meta", weights_only=True)
+        except OSError as error:
+            raise ConfigError(f"{self._where} cannot be read: {error.strerror or error}") from error
+        except ConfigError:
+            raise
+        except pickle.UnpicklingError as error:
+            raise ConfigError(f"{self._where} is refused: {_first_line(error)}") from error
+        except (MemoryError, RecursionError, Exception) as error:
+            # The pickle machine meets arbitrary bytes here: any exception means a damaged archive.
+            raise ConfigError(f"{self._where} is damaged: {type(error).__name__}: {_first_line(error)}") from error
+
+    def stored(self, tensor: object, name: str) -> StoredTensor:
+        """Where the data of a tensor of ``content`` lie; raises :class:`ConfigError` naming the tensor."""
+        if not isinstance(tensor, Tensor):
+            raise ConfigError(f"{self._where}: {name} is a {type(tensor).__name__}, not a tensor")
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "meta":
+            raise ConfigError(f"{self._where}: {name} is not a plain dense tensor")
+        position = tensor.untyped_storage()._checkpoint_offset
+        room = self._records.get(-1 if position is None else position)
+        if position is None or room is None:
+            raise ConfigError(f"{self._where}: the data of {name} are not where its header says")
+        shape, stride = tuple(tensor.shape), tuple(tensor.stride())
+        first = int(tensor.storage_offset())
+        needed = (first + _extent(shape, stride)) * tensor.dtype.itemsize
+        if needed > room or tensor.numel() * tensor.dtype.itemsize > room:
+            raise ConfigError(
+                f"{self._where}: {name} of shape {shape} needs {needed} bytes, {room} are stored for it"
+            )
+        at = self._start + position + first * tensor.dtype.itemsize
+        return StoredTensor(self._file, at, shape, stride, tensor.dtype)
+
+
+def check_record_sums(file: Path) -> None:
+    """Compare the CRC-32 of all records of a ``torch.save`` file; raises :class:`ConfigError` naming one."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            bad = archive.testzip()
+    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
+        raise ConfigError(f"{file} is damaged: {error}") from error
+    if bad is not None:
+        raise ConfigError(f"{file} is damaged: record {bad} differs from its checksum")
+
+
+def _data_records(view: BinaryIO, length: int, where: str) -> Mapping[int, int]:
+    """Size of each record by the position of its data; all records stored as they are, inside of the archive."""
+    if view.read(4) != _LOCAL_MAGIC:
+        raise ConfigError(
+            f"{where} is no archive of torch.save (PyTorch 1.6 or newer writes them; "
+            "load an older file there and save it again)"
+        )
+    records: dict[int, int] = {}
+    try:
+        with zipfile.ZipFile(view) as archive:
+            for info in archive.infolist():
+                if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
+                    raise ConfigError(f"{where}: record {info.filename} is compressed, as torch.save writes none")
+                view.seek(info.header_offset)
+                header = view.read(_LOCAL_HEADER_BYTES)
+                if len(header) < _LOCAL_HEADER_BYTES or header[:4] != _LOCAL_MAGIC:
+                    raise ConfigError(f"{where}: record {info.filename} is not where the table says")
+                name_bytes, extra_bytes = struct.unpack("<HH", header[26:30])
+                data = info.header_offset + _LOCAL_HEADER_BYTES + name_bytes + extra_bytes
+                if data + info.file_size > length:
+                    raise ConfigError(f"{where} is cut short: record {info.filename} goes beyond its end")
+                if info.filename.endswith("/data.pkl") and info.file_size > MAX_PICKLE_BYTES:
+                    raise ConfigError(f"{where}: a header of {info.file_size} bytes is refused")
+                if info.filename.endswith("/byteorder"):
+                    view.seek(data)
+                    if view.read(info.file_size) != b"little":
+                        raise ConfigError(f"{where} was written on a big-endian machine, which is not supported")
+                records[data] = info.file_size
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{where} is damaged or cut short: {error}") from error
+    return records
+
+
+class _Stretch(io.RawIOBase):
+    """A part of an open file as a file of its own."""
+
+    def __init__(self, file: BinaryIO, start: int, length: int) -> None:
+        self._file, self._start, self._length, self._at = file, start, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
+        if base + offset < 0:
+            raise ValueError(f"position {base + offset} before the archive's start")
+        self._at = base + offset
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        wanted = max(0, min(len(buffer), self._length - self._at))
+        self._file.seek(self._start + self._at)
+        count = self._file.readinto(memoryview(buffer)[:wanted])  # type: ignore[attr-defined]
+        self._at += count
+        return int(count)
+
+
+def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return torch.empty(shape, device="meta").stride()
+
+
+def _extent(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
+    """Elements from the first to the last one of a strided tensor."""
+    if 0 in shape:
+        return 0
+    return 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
+
+
+def _fill(tensor: Tensor, file: Path, start: int) -> None:
+    if tensor.numel() == 0:
+        return
+    target = memoryview(cast(Any, tensor.view(-1).view(torch.uint8).numpy()))
+    try:
+        with file.open("rb") as stream:
+            stream.seek(start)
+            done = 0
+            while done < len(target):
+                count = stream.readinto(target[done:])
+                if not count:
+                    raise ConfigError(f"{file} is cut short: {len(target) - done} bytes are missing")
+                done += count
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read: {error.strerror}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    useful = [line for line in lines if "GLOBAL" in line or "Unsupported" in line]
+    return (useful or lines or ["no further information"])[0]

@@ -1,0 +1,101 @@
+"""One way to open any checkpoint: the format is recognised by what is there, not by an option.
+
+A format is a class with the members of :class:`checkpoints_tools.source.Source`: tensors under canonical names,
+read one at a time (or a range of rows of one). ``inspect``, ``diff``, ``import``, ``export`` and ``average`` are
+written against that protocol alone, so a new format needs a reader and a line in :func:`open_checkpoint`.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from checkpoints_tools.canonical import CanonicalReader
+from checkpoints_tools.foreign import NamedSource, ReleaseSource
+from checkpoints_tools.infer import model_of
+from checkpoints_tools.source import EMA, MODEL, SETS, Source
+from checkpoints_tools.stores import INDEX_SUFFIX, LightningStore, open_safetensors, read_json
+from deco_scale.errors import ConfigError
+from deco_scale.training.checkpoint import COMPLETE, METADATA
+
+PIPELINE = "model_index.json"
+TRANSFORMER = "transformer"
+DIFFUSERS_WEIGHTS = "diffusion_pytorch_model"
+_PREFIX = {"model": MODEL, "ema": EMA}
+_BARE = "patch_embed.weight"
+"""A denoiser's own name of a tensor, as in exports of a run's EMA."""
+_ZIP_MAGIC, _SAFETENSORS_BRACE = b"PK\x03\x04", b"{"
+
+
+def open_checkpoint(path: Path, *, stated: Mapping[str, Any] | None = None) -> Source:
+    """Open a canonical folder, a ``.ckpt``, safetensors (file, index or folder) or a diffusers-style folder.
+
+    A run's folder stands for its newest complete checkpoint. ``stated`` are model settings that the tensors must
+    not contradict. Raises :class:`ConfigError` naming the path and what it was found to be.
+    """
+    if path.is_dir():
+        return _open_folder(path, stated)
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file or folder")
+    if path.name.endswith(INDEX_SUFFIX):
+        return _open_safetensors(path, stated)
+    try:
+        with path.open("rb") as file:
+            head = file.read(9)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+    if head[:4] == _ZIP_MAGIC:
+        return ReleaseSource(LightningStore(path), kind=".ckpt", stated=stated)
+    if head[8:] == _SAFETENSORS_BRACE:
+        return _open_safetensors(path, stated)
+    raise ConfigError(
+        f"{path} is neither an archive of torch.save (a .ckpt) nor a safetensors file; "
+        "plain pickles are not read, because they can run code"
+    )
+
+
+def _open_folder(path: Path, stated: Mapping[str, Any] | None) -> Source:
+    if (path / COMPLETE).is_file():
+        return CanonicalReader(path)
+    if (path / METADATA).is_file():
+        raise ConfigError(f"{path} is not a complete checkpoint (no {COMPLETE} file): its saving was interrupted")
+    if (path / PIPELINE).is_file():
+        return _open_pipeline(path, stated)
+    complete = sorted(p.parent for p in path.glob(f"checkpoints/step_*/{COMPLETE}"))
+    if complete:
+        return CanonicalReader(complete[-1])
+    indexes = sorted(path.glob(f"*{INDEX_SUFFIX}"))
+    files = indexes or sorted(path.glob("*.safetensors"))
+    if len(files) == 1:
+        return _open_safetensors(files[0], stated)
+    if files:
+        raise ConfigError(f"{path} has {len(files)} safetensors files; name the one that is meant")
+    raise ConfigError(f"{path} holds no checkpoint that is known (canonical, safetensors, diffusers-style)")
+
+
+def _open_safetensors(path: Path, stated: Mapping[str, Any] | None) -> Source:
+    store = open_safetensors(path)
+    first = next(iter(sorted(store.specs)), "")
+    if first.startswith(tuple(f"{kind}." for kind in SETS)):
+        return NamedSource(store, kind="safetensors", stated=stated)
+    if _BARE in store.specs:
+        beside = path.parent / "config.json"
+        weights = read_json(beside).get("weights") if beside.is_file() else "model"
+        if weights not in ("model", "ema"):
+            raise ConfigError(f"{beside} does not say by weights: model or ema what the denoiser in {path} is")
+        return NamedSource(store, kind="safetensors of a bare denoiser", prefix=_PREFIX[weights], stated=stated)
+    return ReleaseSource(store, kind="safetensors", stated=stated)
+
+
+def _open_pipeline(path: Path, stated: Mapping[str, Any] | None) -> Source:
+    settings = read_json(path / TRANSFORMER / "config.json")
+    weights, model = settings.get("weights"), settings.get("model")
+    if weights not in ("model", "ema") or not isinstance(model, dict):
+        raise ConfigError(f"{path / TRANSFORMER / 'config.json'} is not one of deco-ckpt export")
+    single = path / TRANSFORMER / f"{DIFFUSERS_WEIGHTS}.safetensors"
+    index = path / TRANSFORMER / f"{DIFFUSERS_WEIGHTS}{INDEX_SUFFIX}"
+    store = open_safetensors(index if index.is_file() else single)
+    source = NamedSource(store, kind="diffusers-style folder", prefix=_PREFIX[weights], stated=model)
+    if stated is not None:
+        model_of(source.specs, stated, where=str(path))
+    source.path = path
+    return source

@@ -1,0 +1,94 @@
+"""Tables of ``inspect`` and ``diff``."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from rich.table import Table
+
+from checkpoints_tools.measures import Difference, TensorFacts
+from checkpoints_tools.source import SETS, Source
+
+
+def facts_table(source: Source) -> Table:
+    """Format, place in the run, sizes, files."""
+    table = Table("quantity", "value", title=printable(str(source.path)))
+    for name, value in _rows(source):
+        table.add_row(name, printable(value))
+    return table
+
+
+def tensors_table(source: Source, facts: Mapping[str, TensorFacts]) -> Table:
+    """A line per tensor with its statistics."""
+    table = Table(title="tensors")
+    for column in ("tensor", "shape", "type"):
+        table.add_column(column, overflow="fold")
+    for column in ("min", "max", "mean", "std", "NaN", "inf", "zero"):
+        table.add_column(column, justify="right")
+    for name, spec in source.specs.items():
+        one = facts[name]
+        numbers = (f"{x:.4g}" for x in (one.minimum, one.maximum, one.mean, one.std))
+        flags = (str(one.nans), str(one.infinities), "all" if one.zero else "")
+        table.add_row(printable(name), shape_text(spec.shape), dtype_text(spec.dtype), *numbers, *flags)
+    return table
+
+
+def differences_table(differences: Mapping[str, Difference]) -> Table:
+    """A line per tensor, largest absolute difference first."""
+    table = Table(title="differences")
+    table.add_column("tensor", overflow="fold")
+    for column in ("max absolute", "max relative"):
+        table.add_column(column, justify="right")
+    for name, one in sorted(differences.items(), key=lambda item: (-item[1].absolute, item[0])):
+        table.add_row(printable(name), f"{one.absolute:.6g}", f"{one.relative:.6g}")
+    return table
+
+
+def shape_text(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape)) or "scalar"
+
+
+def dtype_text(dtype: object) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def size_text(count: float) -> str:
+    """Bytes for people."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.2f} {unit}"
+        count /= 1024
+    raise AssertionError
+
+
+def printable(text: str) -> str:
+    """Names in files are anyone's: none of them may steer the terminal or its markup."""
+    return "".join(c if c.isprintable() else "?" for c in text).replace("[", "\\[")
+
+
+def _rows(source: Source) -> Iterator[tuple[str, str]]:
+    yield "format", source.format
+    if source.meta is not None:
+        meta = source.meta
+        yield "step", f"{meta.step:,} (stage {meta.stage}, {meta.samples:,} samples, seed {meta.seed})"
+        yield "optimizer steps", f"{meta.optimizer_steps:,}"
+        yield "parameter digest", meta.parameter_digest
+        parallel = meta.config.get("parallel")
+        if isinstance(parallel, dict):
+            yield "written by", ", ".join(f"{k} {v}" for k, v in parallel.items() if k != "deepspeed")
+        yield "data", str(meta.data_state)
+    for name, value in source.facts.items():
+        yield str(name), str(value)[:200]
+    model = source.model
+    yield "model", ", ".join(f"{k} {getattr(model, k)}" for k in model.__slots__ if getattr(model, k))
+    for kind in SETS:
+        specs = [s for n, s in source.specs.items() if n.startswith(f"{kind}.")]
+        if specs:
+            types = ", ".join(sorted({dtype_text(s.dtype) for s in specs}))
+            count, size = sum(s.numel for s in specs), sum(s.nbytes for s in specs)
+            yield kind, f"{len(specs)} tensors, {count:,} elements, {types}, {size_text(size)}"
+    for file in _files(source.path):
+        yield "file", f"{file.relative_to(source.path.parent)}, {size_text(file.stat().st_size)}"
+
+
+def _files(path: Path) -> list[Path]:
+    return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]

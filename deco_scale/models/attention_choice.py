@@ -1,0 +1,199 @@
+"""The fastest attention kernel for a shape, found by measuring forward and backward at the start of a run.
+
+Each candidate is first compared with the formula in float64; one that is wrong or raises is left out with its
+reason. Not yet run on a GPU. On a CPU nothing is measured: ``auto`` is ``sdpa``, so that traces do not depend on
+timing. Shape letters: B batch, N queries, M keys, H heads, K head width.
+"""
+
+import functools
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from deco_scale.models.attention import KERNELS, AttentionTable, KernelFunction, kernel_missing
+from deco_scale.models.denoiser import ModelConfig
+
+Timer = Callable[[Callable[[], object], torch.device], float]
+RACED = ("flash4", "flash3", "flash2", "flash_torch", "te", "cudnn", "sdpa")
+"""Kernels that ``auto`` measures on a GPU; ``math`` is the reference and keeps too much memory to race."""
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """Sizes of one attention call on one rank."""
+
+    batch: int
+    queries: int
+    keys: int
+    num_heads: int
+    head_dim: int
+
+    def __post_init__(self) -> None:
+        if min(self.batch, self.queries, self.keys, self.num_heads, self.head_dim) < 1:
+            raise ValueError(f"{self} has a size below 1")
+
+
+@dataclass(frozen=True)
+class BackendChoice:
+    """What was measured for a shape; plain values, so that one rank's can be sent to all.
+
+    ``times_ms``: kernel and median milliseconds of forward and backward, fastest first; empty where nothing was
+    measured. ``left_out``: kernel and reason.
+    """
+
+    shape: AttentionShape
+    kernel: str
+    times_ms: tuple[tuple[str, float], ...] = ()
+    left_out: tuple[tuple[str, str], ...] = ()
+
+    def line(self) -> str:
+        """One line for the log."""
+        size = f"{self.shape.queries} queries, {self.shape.keys} keys"
+        if not self.times_ms:
+            return f"attention for {size}: {self.kernel}, not measured on this device"
+        times = ", ".join(f"{name} {ms:.3f} ms" for name, ms in self.times_ms)
+        out = "".join(f"; without {name}: {reason}" for name, reason in self.left_out)
+        return f"attention for {size}: {self.kernel} of {times}{out}"
+
+
+def model_shapes(cfg: ModelConfig, *, resolution: int, batch: int, tp: int = 1) -> tuple[AttentionShape, ...]:
+    """Shapes of the image blocks, and of the text blocks where there are any, for square pictures on one rank.
+
+    Raises ``ValueError`` when patches do not tile the picture, or ranks the heads.
+    """
+    if resolution % cfg.patch_size or cfg.num_heads % tp:
+        raise ValueError(
+            f"resolution={resolution} must be a multiple of patch_size={cfg.patch_size}, "
+            f"num_heads={cfg.num_heads} one of tp={tp}"
+        )
+    patches, heads = (resolution // cfg.patch_size) ** 2, cfg.num_heads // tp
+    shapes = [AttentionShape(batch, patches, patches + cfg.text_tokens, heads, cfg.head_dim)]
+    if cfg.num_text_blocks:
+        shapes.append(AttentionShape(batch, cfg.text_tokens, cfg.text_tokens, heads, cfg.head_dim))
+    return tuple(shapes)
+
+
+def choose_backend(
+    shape: AttentionShape,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    candidates: Mapping[str, KernelFunction] | None = None,
+    timer: Timer | None = None,
+) -> BackendChoice:
+    """The candidate with the smallest time on this process's device; ranks must share one rank's result.
+
+    Without ``candidates``: all of ``RACED`` that can run here, on a GPU; ``sdpa`` unmeasured elsewhere.
+    ``timer`` gives the milliseconds of a call (default: :func:`median_ms`).
+    Raises ``ValueError`` when every candidate is left out, with the reasons.
+    """
+    left_out: dict[str, str] = {}
+    if candidates is None:
+        if device.type != "cuda":
+            return BackendChoice(shape, "sdpa")
+        missing = {name: kernel_missing(name, device, dtype, shape.head_dim) for name in RACED}  # type: ignore[arg-type]
+        left_out = {name: reason for name, reason in missing.items() if reason is not None}
+        candidates = {name: KERNELS[name] for name in RACED if name not in left_out}
+    # The kernels treat samples of a batch alike, and float64 weights of a whole batch would be large.
+    sample = _inputs(shape, 1, device, dtype)
+    reference = _results(KERNELS["math"], [x.double() for x in sample])
+    inputs = _inputs(shape, shape.batch, device, dtype)
+    times: dict[str, float] = {}
+    for name, kernel in candidates.items():
+        try:
+            error = _error(_results(kernel, sample), reference)
+            if not error <= error_bound(dtype):
+                left_out[name] = f"differs from the formula by {error:.1e} of the largest value"
+                continue
+            times[name] = (timer or median_ms)(functools.partial(_results, kernel, inputs), device)
+        except Exception as error:
+            # A package may raise anything; the run goes on with the others and the log has the reason.
+            left_out[name] = f"{type(error).__name__}: {_first_line(error)}"
+    if not times:
+        raise ValueError(f"no attention kernel computes {shape} in {dtype} on {device}: {left_out}")
+    ranked = tuple(sorted(times.items(), key=lambda item: item[1]))
+    return BackendChoice(shape, ranked[0][0], ranked, tuple(left_out.items()))
+
+
+def table_of(choices: Iterable[BackendChoice]) -> AttentionTable:
+    """The table that the model's attention reads; shapes not in it take the kernel of the largest one that is.
+
+    Of choices for the same queries and keys (other batches, say) the last one counts.
+    """
+    ordered = sorted(choices, key=lambda choice: choice.shape.queries * choice.shape.keys)
+    if not ordered:
+        raise ValueError("a table of attention kernels needs at least one choice")
+    by_shape = {(c.shape.queries, c.shape.keys): c.kernel for c in ordered}
+    entries = tuple((queries, keys, kernel) for (queries, keys), kernel in by_shape.items())
+    return AttentionTable(ordered[-1].kernel, entries)  # type: ignore[arg-type]
+
+
+def error_bound(dtype: torch.dtype) -> float:
+    """Largest allowed difference from float64, relative to the largest entry; see :func:`_error`.
+
+    16 bit: results are rounded once and the weights before their product with the values, which measured at most
+    1.8 eps on a CPU (128 to 1,152 keys, width 64). float32: sums over keys, at most 16 eps there; products of
+    TF32 where PyTorch is allowed them.
+    """
+    if dtype in (torch.float16, torch.bfloat16):
+        return 4 * torch.finfo(dtype).eps
+    if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+        return 4 * 2.0**-10
+    return 64 * torch.finfo(dtype).eps
+
+
+def median_ms(run: Callable[[], object], device: torch.device, *, warmup: int = 3, repeats: int = 10) -> float:
+    """Median milliseconds of ``run``; by CUDA events on a GPU, by the clock elsewhere."""
+    for _ in range(warmup):
+        run()
+    times = []
+    for _ in range(repeats):
+        if device.type == "cuda":
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            run()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end))
+        else:
+            began = time.perf_counter()
+            run()
+            times.append(1000 * (time.perf_counter() - began))
+    return statistics.median(times)
+
+
+def _inputs(shape: AttentionShape, batch: int, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    """Queries, keys, values and the gradient of the output, normal, from a generator of their own."""
+    generator = torch.Generator(device).manual_seed(0)
+    lengths = (shape.queries, shape.keys, shape.keys, shape.queries)
+    sizes = [(batch, length, shape.num_heads, shape.head_dim) for length in lengths]
+    return [torch.randn(size, generator=generator, device=device).to(dtype) for size in sizes]
+
+
+def _results(kernel: KernelFunction, inputs: list[Tensor]) -> list[Tensor]:
+    """Output, and gradients of queries, keys and values."""
+    leaves = [x.detach().requires_grad_() for x in inputs[:3]]
+    out_BNHK = kernel(*leaves)
+    return [out_BNHK.detach(), *torch.autograd.grad(out_BNHK, leaves, inputs[3])]
+
+
+def _error(found: list[Tensor], wanted: list[Tensor]) -> float:
+    """Largest difference relative to the largest entry of the same result, or of the output if that is larger.
+
+    With a single key the gradients of queries and keys are zero, and only the output gives a size.
+    """
+    errors = []
+    for one, other in zip(found, wanted, strict=True):
+        if one.shape != other.shape:
+            raise ValueError(f"shape {tuple(one.shape)} instead of {tuple(other.shape)}")
+        size = torch.maximum(other.abs().max(), wanted[0].abs().max())
+        errors.append((one.double() - other).abs().max() / size)
+    return torch.stack(errors).max().item()
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "no message")

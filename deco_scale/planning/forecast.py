@@ -1,0 +1,173 @@
+"""Plans of a recipe on N GPUs: memory, step time and cost of every layout, and the one to take."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from deco_scale.errors import ConfigError
+from deco_scale.parallel.layout import ParallelConfig, accumulation_steps, resolve_layout
+from deco_scale.planning.flops import training_flops
+from deco_scale.planning.hardware import Device
+from deco_scale.planning.layouts import micro_batches
+from deco_scale.planning.memory import MARGIN, memory_by_part
+from deco_scale.planning.step_time import step_by_part
+from deco_scale.planning.workload import Workload
+from deco_scale.training.settings import StageConfig
+
+HOUR_S, DAY_S = 3600.0, 86400.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageForecast:
+    """One stage under one layout and micro-batch: bytes and seconds by part; rates follow from them."""
+
+    stage: StageConfig
+    accumulation: int
+    gpus: int
+    image_flops: float
+    memory: dict[str, float]
+    seconds: dict[str, float]
+
+    @property
+    def memory_bytes(self) -> float:
+        return sum(self.memory.values())
+
+    @property
+    def step_s(self) -> float:
+        return sum(self.seconds.values())
+
+    @property
+    def images_per_s(self) -> float:
+        return self.stage.global_batch / self.step_s
+
+    def mfu(self, device: Device) -> float | None:
+        """Model FLOP/s over the datasheet's bf16 FLOP/s of all GPUs; None for a device without one."""
+        if device.peak_flops is None:
+            return None
+        return self.image_flops * self.images_per_s / (device.peak_flops * self.gpus)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """A layout with all stages of the recipe, in order."""
+
+    parallel: ParallelConfig
+    gpus: int
+    stages: tuple[StageForecast, ...]
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole recipe."""
+        return sum(f.step_s * f.stage.steps for f in self.stages)
+
+    @property
+    def days(self) -> float:
+        return self.seconds / DAY_S
+
+    @property
+    def gpu_hours(self) -> float:
+        return self.seconds / HOUR_S * self.gpus
+
+    @property
+    def memory_bytes(self) -> float:
+        """Of the stage that needs most."""
+        return max(f.memory_bytes for f in self.stages)
+
+    def fits(self, device: Device) -> bool:
+        """Whether every stage does."""
+        return fits(self.memory_bytes, device)
+
+
+def fits(memory_bytes: float, device: Device) -> bool:
+    """Whether the margin stays free; a device of unknown memory takes anything."""
+    return device.memory_bytes is None or memory_bytes <= device.memory_bytes * (1 - MARGIN)
+
+
+def forecast_stage(
+    work: Workload, stage: StageConfig, parallel: ParallelConfig, device: Device, *, gpus: int
+) -> StageForecast:
+    """Forecast with the stage's own micro-batch; raises :class:`ConfigError` where sizes do not divide."""
+    layout = resolve_layout(parallel, gpus)
+    accumulation = accumulation_steps(
+        global_batch=stage.global_batch,
+        micro_batch=stage.micro_batch,
+        dp=layout.dp,
+        where=f"stages.{stage.name}",
+    )
+    sizes = {"images": stage.micro_batch, "accumulation": accumulation, "resolution": stage.resolution}
+    return StageForecast(
+        stage=stage,
+        accumulation=accumulation,
+        gpus=gpus,
+        image_flops=training_flops(work.model, stage.resolution, stage.resolution),
+        memory=memory_by_part(work, parallel, layout, kind=device.kind, **sizes),
+        seconds=step_by_part(work, parallel, layout, device, **sizes),
+    )
+
+
+def as_configured(
+    work: Workload, stages: Iterable[StageConfig], parallel: ParallelConfig, device: Device, *, gpus: int
+) -> Plan:
+    """The plan with the micro-batches that the stages state."""
+    forecasts = tuple(forecast_stage(work, stage, parallel, device, gpus=gpus) for stage in stages)
+    return Plan(parallel=parallel, gpus=gpus, stages=forecasts)
+
+
+def best_micro_batches(
+    work: Workload, stages: Iterable[StageConfig], parallel: ParallelConfig, device: Device, *, gpus: int
+) -> Plan | None:
+    """The plan with the fastest micro-batch of each stage that fits, or the one that needs least where none fits.
+
+    None where a global batch does not divide over the ranks.
+    """
+    chosen = []
+    layout = resolve_layout(parallel, gpus)
+    for stage in stages:
+        sizes = micro_batches(stage.global_batch, layout.dp)
+        if not sizes:
+            return None
+        found = [
+            forecast_stage(work, replace(stage, micro_batch=size), parallel, device, gpus=gpus) for size in sizes
+        ]
+        fitting = [f for f in found if fits(f.memory_bytes, device)]
+        if fitting:
+            chosen.append(min(fitting, key=lambda f: (f.step_s, f.memory_bytes)))
+        else:
+            chosen.append(min(found, key=lambda f: f.memory_bytes))
+    return Plan(parallel=parallel, gpus=gpus, stages=tuple(chosen))
+
+
+def all_plans(
+    work: Workload,
+    stages: Sequence[StageConfig],
+    layouts: Iterable[ParallelConfig],
+    device: Device,
+    *,
+    gpus: int,
+) -> list[Plan]:
+    """Plans of all layouts over which the global batches divide, fastest first, those that do not fit last.
+
+    Raises :class:`ConfigError` where no layout takes the global batches.
+    """
+    found = (best_micro_batches(work, stages, parallel, device, gpus=gpus) for parallel in layouts)
+    plans = [plan for plan in found if plan is not None]
+    if not plans:
+        batches = {stage.name: stage.global_batch for stage in stages}
+        raise ConfigError(
+            f"--gpus {gpus}: no layout takes the global batches {batches}; they must divide over the "
+            "data-parallel ranks, which are the GPUs over tp"
+        )
+    return sorted(plans, key=lambda plan: (not plan.fits(device), plan.seconds, plan.memory_bytes))
+
+
+def recommend(plans: Sequence[Plan], device: Device) -> Plan:
+    """The fastest plan that fits; raises :class:`ConfigError` saying what the smallest one would need."""
+    fitting = [plan for plan in plans if plan.fits(device)]
+    if fitting:
+        return min(fitting, key=lambda plan: (plan.seconds, plan.memory_bytes))
+    least = min(plans, key=lambda plan: plan.memory_bytes)
+    need, have = least.memory_bytes / 2**30, (device.memory_bytes or 0.0) / 2**30
+    raise ConfigError(
+        f"nothing fits on {least.gpus} x {device.name}: of {len(plans)} layouts the smallest needs {need:.1f} GiB "
+        f"a GPU ({least.parallel.activation_checkpointing} activation checkpointing), and there are {have:.1f} "
+        f"GiB, of which {MARGIN:.0%} stay free; take more GPUs, or another kind"
+    )

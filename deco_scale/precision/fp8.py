@@ -1,0 +1,186 @@
+"""FP8 linears put in the place of plain ones, by name and from outside; weights keep their names, shapes and fp32.
+
+Without gradients (pictures drawn between steps) these linears compute in bf16 like the others: a sampler's
+batches have shapes that FP8 may not take.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from deco_scale.errors import ConfigError
+from deco_scale.precision import PrecisionConfig
+from deco_scale.precision.modules import Fp8Linear, Fp8Plan
+
+TORCHAO_LINEAR = "torchao.float8.float8_linear.Float8Linear"
+TE_LINEAR = "transformer_engine.pytorch.Linear"
+STATE_PREFIX = "fp8."
+"""Names of scaling state in a checkpoint begin with it."""
+
+
+def check_plan(cfg: PrecisionConfig, plan: Fp8Plan | None) -> None:
+    """Raise ``ValueError`` unless there is a plan exactly where ``cfg.compute`` is ``fp8``."""
+    if (plan is not None) != (cfg.compute == "fp8"):
+        raise ValueError(f"precision.compute={cfg.compute} with {'a' if plan else 'no'} plan of FP8")
+
+
+def apply_fp8(denoiser: nn.Module, plan: Fp8Plan, *, bias_share: int = 1, release_weights: bool = False) -> None:
+    """Replace the plan's linears in place (any device, meta and ZeRO-3's partitions included).
+
+    ``bias_share``: each of so many ranks adds its share of a row-split linear's bias, since their results are
+    summed. ``release_weights`` keeps no gathered weight alive between forward and backward but looks it up again,
+    as ZeRO-3 needs; torchao only, Transformer Engine keeps the parameter itself and its FP8 copies. Raises
+    :class:`ConfigError` where the backend cannot be imported.
+    """
+    make = _te_linear if plan.choice.backend == "te" else _torchao_linear
+    for linear in plan.linears:
+        old = denoiser.get_submodule(linear.name)
+        new = make(linear, plan)
+        # The parameters themselves: DeepSpeed's carry attributes of their own.
+        new.weight = old.weight
+        if linear.has_bias:
+            new.bias = old.bias
+        compute: Callable[[Tensor], Tensor] = new.forward
+        if plan.choice.backend == "te":
+            # Compiled blocks break here and go on behind it.
+            compute = torch.compiler.disable(compute)
+        elif release_weights:
+            compute = functools.partial(_without_kept_weight, new, compute)
+        share = bias_share if linear.split == "row" and linear.has_bias else 1
+        new.forward = functools.partial(_forward, new, compute, linear.has_bias, share)  # type: ignore[method-assign]
+        parent, _, name = linear.name.rpartition(".")
+        setattr(denoiser.get_submodule(parent), name, new)
+
+
+def linear_class(plan: Fp8Plan) -> str:
+    """Import path of the class of the FP8 linears, for DeepSpeed's list of what is sent in bf16."""
+    return TE_LINEAR if plan.choice.backend == "te" else TORCHAO_LINEAR
+
+
+def fp8_context(plan: Fp8Plan | None) -> AbstractContextManager[object]:
+    """Goes around a training forward pass, inside of :func:`deco_scale.precision.autocast`."""
+    if plan is None or plan.choice.backend != "te":
+        return nullcontext()
+    from deco_scale.precision.te import te_context
+
+    return te_context(plan.choice.recipe)
+
+
+def recompute_function(plan: Fp8Plan | None) -> Callable[..., Any]:
+    """The activation checkpointing to use with ``use_reentrant=False``.
+
+    Transformer Engine's own re-enters its FP8 context in backward, where PyTorch's would recompute in bf16
+    unasked, and gives delayed scaling the scales of the first pass (NVIDIA/TransformerEngine issue 415).
+    """
+    if plan is None or plan.choice.backend != "te":
+        return checkpoint
+    from deco_scale.precision.te import import_te
+
+    return import_te().checkpoint  # type: ignore[no-any-return]
+
+
+def scaling_state(denoiser: nn.Module, plan: Fp8Plan | None) -> dict[str, Tensor]:
+    """History and scales of delayed scaling by canonical name, copies on the CPU in fp32; nothing otherwise.
+
+    Names are ``fp8.denoiser.<linear>.<kind>``. The values are the same on every rank, since the largest values are
+    reduced over all of them.
+    """
+    if plan is None or plan.choice.recipe != "delayed":
+        return {}
+    from deco_scale.precision.te import get_scaling
+
+    return {
+        f"{STATE_PREFIX}denoiser.{linear.name}.{kind}": tensor
+        for linear in plan.linears
+        for kind, tensor in get_scaling(denoiser.get_submodule(linear.name)).items()
+    }
+
+
+def load_scaling_state(denoiser: nn.Module, plan: Fp8Plan | None, state: Mapping[str, Tensor]) -> None:
+    """Give linears their scaling back; one whose tensors are missing from ``state`` starts afresh."""
+    if plan is None or plan.choice.recipe != "delayed":
+        return
+    from deco_scale.precision.te import KINDS, set_scaling
+
+    for linear in plan.linears:
+        found = {kind: state.get(f"{STATE_PREFIX}denoiser.{linear.name}.{kind}") for kind in KINDS}
+        whole = {kind: tensor for kind, tensor in found.items() if tensor is not None}
+        if len(whole) == len(KINDS):
+            set_scaling(denoiser.get_submodule(linear.name), whole)
+
+
+def unmatched_scaling(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> tuple[set[str], list[str]]:
+    """Names of scaling state that only a checkpoint or only a run has, and a line on each of the two kinds.
+
+    Scaling is no part of the model: either may go without it, aloud.
+    """
+    only_run = {n for n in wanted if n.startswith(STATE_PREFIX)} - set(found)
+    only_checkpoint = {n for n in found if n.startswith(STATE_PREFIX)} - set(wanted)
+    lines = []
+    if only_run:
+        lines.append(
+            f"FP8: {_linears_of(only_run)} linears start with fresh scaling; the checkpoint has none of theirs"
+        )
+    if only_checkpoint:
+        lines.append(f"FP8: the checkpoint's scaling of {_linears_of(only_checkpoint)} linears is not used")
+    return only_run | only_checkpoint, lines
+
+
+def _linears_of(names: set[str]) -> int:
+    return len({name.rpartition(".")[0] for name in names})
+
+
+def _torchao_linear(linear: Fp8Linear, plan: Fp8Plan) -> nn.Module:
+    try:
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+    except ImportError as error:
+        raise ConfigError(f"precision.fp8_backend=torchao needs torchao: pip install torchao ({error})") from error
+    # The weights' all-gather stays in bf16: FSDP then shards plain tensors, as everywhere else.
+    config = Float8LinearConfig(emulate=plan.choice.emulate, enable_fsdp_float8_all_gather=False)
+    plain = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
+    return convert_to_float8_training(plain, config=config)
+
+
+def _te_linear(linear: Fp8Linear, plan: Fp8Plan) -> nn.Module:
+    from deco_scale.precision.te import te_linear
+
+    return te_linear(linear.in_features, linear.out_features, bias=linear.has_bias)
+
+
+def _forward(
+    module: nn.Module, compute: Callable[[Tensor], Tensor], has_bias: bool, share: int, x: Tensor
+) -> Tensor:
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        # torchao asks for CUDA's autocast only, on any device.
+        x = x.to(torch.get_autocast_dtype(device))
+    if share > 1:
+        # Found before the parameter of this name.
+        module.__dict__["bias"] = module._parameters["bias"] / share  # type: ignore[operator]
+    try:
+        if torch.is_grad_enabled():
+            return compute(x)
+        return F.linear(x, module.weight, module.bias if has_bias else None)  # type: ignore[arg-type]
+    finally:
+        if share > 1:
+            del module.__dict__["bias"]
+
+
+def _without_kept_weight(module: nn.Module, compute: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Save a mark in the place of a view of the weight, whose storage would stay with it."""
+
+    def pack(tensor: Tensor) -> Tensor | None:
+        return None if tensor._is_view() and tensor._base is module.weight else tensor
+
+    def unpack(packed: Tensor | None) -> Tensor:
+        # torchao saves the transposed weight.
+        return module.weight.detach().t() if packed is None else packed  # type: ignore[operator,union-attr]
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        return compute(x)

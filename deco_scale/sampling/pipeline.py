@@ -1,0 +1,193 @@
+"""A folder of ``deco-ckpt export --format diffusers`` as something that draws pictures.
+
+The folder is laid out as diffusers' are: ``model_index.json``, ``transformer/`` (settings and safetensors) and
+``scheduler/`` (sampler settings). Only JSON and safetensors are read.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from deco_scale.models import Denoiser, ModelConfig
+from deco_scale.models.encoder_settings import TextEncoderConfig
+from deco_scale.models.encoders import TextEncoder
+from deco_scale.sampling.pictures import make_pictures, velocity_of
+from deco_scale.sampling.solvers import SamplerConfig
+
+EncodeFn = Callable[[Sequence[str]], Tensor]
+"""Text states ``(B, L, T)`` of captions; the empty caption's are the null condition."""
+
+_WEIGHTS = "diffusion_pytorch_model"
+
+
+class PipelineError(ValueError):
+    """A folder that is no pipeline, or a use that does not fit its model; says what to do."""
+
+
+class DecoPipeline:
+    """A denoiser with its sampler, and for text models a text encoder: prompts or classes in, pictures out."""
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        sampler: SamplerConfig,
+        *,
+        resolution: int,
+        encode: EncodeFn | None,
+        device: torch.device,
+    ) -> None:
+        self.denoiser = denoiser.to(device).eval().requires_grad_(False)
+        self.sampler, self.resolution = sampler, resolution
+        self._encode, self._device = encode, device
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *,
+        text_encoder: str | Path | EncodeFn | None = None,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+    ) -> "DecoPipeline":
+        """Load an exported folder.
+
+        ``text_encoder`` is a ``transformers`` folder or hub id, or a function from captions to text states;
+        without it the path that the folder names is taken. ``dtype`` converts the weights (default: as stored).
+        Raises :class:`PipelineError` naming file or tensor, :class:`EncoderError` for a missing text encoder.
+        """
+        folder, device = Path(folder), torch.device(device)
+        index = _read_json(folder / "model_index.json")
+        if index.get("_class_name") != "DecoPipeline":
+            raise PipelineError(f"{folder} is a {index.get('_class_name')}, not a DecoPipeline")
+        settings = _read_json(folder / "transformer" / "config.json")
+        scheduler = _read_json(folder / "scheduler" / "scheduler_config.json")
+        scheduler.pop("_class_name", None)
+        try:
+            model = ModelConfig(**settings["model"])
+            sampler = SamplerConfig(**scheduler)
+            resolution = int(index["resolution"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise PipelineError(f"{folder}: its settings are damaged: {error}") from error
+        with torch.device("meta"):
+            denoiser = Denoiser(model)
+        try:
+            denoiser.load_state_dict(_weights(folder / "transformer"), strict=True, assign=True)
+        except RuntimeError as error:
+            raise PipelineError(f"{folder / 'transformer'}: the weights do not fit its config: {error}") from error
+        if dtype is not None:
+            denoiser = denoiser.to(dtype)
+        encode = None
+        if model.kind == "t2i_deco":
+            encode = _encoder(text_encoder, index.get("text_encoder"), model, device)
+        elif text_encoder is not None:
+            raise PipelineError(f"a {model.kind} model draws classes and takes no text_encoder")
+        return cls(denoiser, sampler, resolution=resolution, encode=encode, device=device)
+
+    def __call__(
+        self,
+        conditions: Sequence[str] | Sequence[int],
+        *,
+        seeds: Sequence[int] | None = None,
+        size: tuple[int, int] | None = None,
+        batch: int = 8,
+        sampler: SamplerConfig | None = None,
+    ) -> Any:
+        """Pictures ``(P, Y, X, 3)`` in uint8, one per prompt (text models) or class number (class models).
+
+        ``seeds`` are one per picture (default: 0, 1, ...); ``size`` is (height, width) in pixels. Raises
+        :class:`PipelineError` for conditions of the wrong kind, counts that differ, or an impossible size.
+        """
+        cfg = self.denoiser.cfg
+        if not conditions:
+            raise PipelineError("no prompt or class is given")
+        seeds = range(len(conditions)) if seeds is None else seeds
+        if len(seeds) != len(conditions) or batch < 1:
+            raise PipelineError(f"{len(conditions)} conditions with {len(seeds)} seeds, in batches of {batch}")
+        size = size or (self.resolution, self.resolution)
+        try:
+            cfg.grid(*size)
+        except ValueError as error:
+            raise PipelineError(str(error)) from error
+        states, null = self._conditions(conditions)
+        return make_pictures(
+            velocity_of(self._predict, cfg.patch_size),
+            states,
+            null,
+            seeds,
+            size=size,
+            cfg=sampler or self.sampler,
+            batch=batch,
+            channels=cfg.channels,
+        )
+
+    def _conditions(self, conditions: Sequence[str] | Sequence[int]) -> tuple[Tensor, Tensor]:
+        cfg = self.denoiser.cfg
+        if self._encode is not None:
+            prompts = [c for c in conditions if isinstance(c, str)]
+            if len(prompts) < len(conditions):
+                raise PipelineError(f"a {cfg.kind} model draws prompts, not class numbers")
+            states = self._encode(["", *prompts]).to(self._device).float()
+            wanted = (len(prompts) + 1, cfg.text_tokens, cfg.text_dim)
+            if tuple(states.shape) != wanted:
+                raise PipelineError(f"text states have shape {tuple(states.shape)}, the model needs {wanted}")
+            return states[1:], states[0]
+        labels = [c for c in conditions if isinstance(c, int) and 0 <= c < cfg.num_classes]
+        if len(labels) < len(conditions):
+            raise PipelineError(f"a {cfg.kind} model draws class numbers from 0 to {cfg.num_classes - 1}")
+        on_device = torch.tensor(labels, device=self._device)
+        return on_device, torch.tensor(cfg.num_classes, device=self._device)
+
+    def _predict(self, patches: Tensor, t: Tensor, condition: Tensor, grid: tuple[int, int]) -> Tensor:
+        dtype = self.denoiser.patch_embed.weight.dtype
+        if condition.is_floating_point():
+            condition = condition.to(dtype)
+        return self.denoiser(patches.to(dtype), t, condition, grid=grid).prediction_BNK
+
+
+def _encoder(
+    given: str | Path | EncodeFn | None, stored: Any, model: ModelConfig, device: torch.device
+) -> EncodeFn:
+    if given is not None and not isinstance(given, str | Path):
+        return given
+    try:
+        settings = TextEncoderConfig(**(stored or {"path": "", "max_tokens": model.text_tokens}))
+    except (TypeError, ValueError) as error:
+        raise PipelineError(f"model_index.json: its text_encoder is damaged: {error}") from error
+    if given is None and not settings.path:
+        raise PipelineError("the folder names no text encoder: give text_encoder=, a folder or a function")
+    settings = dataclasses.replace(settings, path=str(given) if given is not None else settings.path)
+    return TextEncoder.load(settings, device).encode
+
+
+def _weights(folder: Path) -> dict[str, Tensor]:
+    index = folder / f"{_WEIGHTS}.safetensors.index.json"
+    names = [f"{_WEIGHTS}.safetensors"]
+    if index.is_file():
+        table = _read_json(index).get("weight_map")
+        if not isinstance(table, dict) or any(not isinstance(n, str) or "/" in n for n in table.values()):
+            raise PipelineError(f"{index} has no table from tensors to files beside it")
+        names = sorted(set(table.values()))
+    state: dict[str, Tensor] = {}
+    for name in names:
+        try:
+            state.update(load_file(folder / name))
+        except (OSError, SafetensorError) as error:
+            raise PipelineError(f"{folder / name} is damaged or missing: {error}") from error
+    return state
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise PipelineError(f"{path} is damaged or missing: {error}") from error
+    if not isinstance(found, dict):
+        raise PipelineError(f"{path} does not hold a JSON object")
+    return found

@@ -1,0 +1,238 @@
+"""The files of a canonical checkpoint: their names, their checksums, and reading them without trust.
+
+A folder ``step_XXXXXXXX`` holds PyTorch DCP files with single-device names and shapes (fp32), ``meta.json`` (where
+the run stands, its configuration, a digest of the weights), and ``COMPLETE`` (size and CRC32C of each other file),
+which is written last. Without ``COMPLETE`` it is never read.
+"""
+
+import errno
+import fcntl
+import io
+import json
+import os
+import pickle
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
+
+from deco_scale.errors import ConfigError
+
+SCHEMA_VERSION = 2
+META, COMPLETE, METADATA = "meta.json", "COMPLETE", ".metadata"
+STEP = "step_"
+_READ_BYTES = 16 * 2**20
+_LISTED = 5
+
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
+"""Errors of file systems without locks."""
+
+FileSums = dict[str, tuple[int, int]]
+"""Size and CRC32C of files by name."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointMeta:
+    """Where the run stood.
+
+    ``data_state`` is what the loader says of its place (samples seen, digests, seed), ``metrics`` holds the last
+    logged value of what the best checkpoints are chosen by.
+    """
+
+    step: int
+    stage: str
+    samples: int
+    seed: int
+    optimizer_steps: int
+    data_state: dict[str, Any]
+    parameter_digest: str
+    config: dict[str, Any]
+    schema_version: int = SCHEMA_VERSION
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+def read_meta(path: Path) -> CheckpointMeta:
+    """``meta.json`` of a complete checkpoint; raises :class:`ConfigError` naming the file."""
+    if not (path / COMPLETE).is_file():
+        raise ConfigError(f"{path} is not a complete checkpoint (no {COMPLETE} file)")
+    try:
+        fields = json.loads((path / META).read_text())
+        if fields.get("schema_version") != SCHEMA_VERSION:
+            raise ConfigError(
+                f"{path / META}: schema version {fields.get('schema_version')}, "
+                f"this program reads {SCHEMA_VERSION}"
+            )
+        return CheckpointMeta(**fields)
+    except (OSError, ValueError, TypeError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{path / META} is damaged: {error}") from error
+
+
+def sums_text(sums: Mapping[str, tuple[int, int]]) -> bytes:
+    """Content of ``COMPLETE``; the only way to write these sums, so that a changed byte is always found."""
+    return json.dumps(sums, indent=1).encode()
+
+
+def read_sums(path: Path) -> FileSums:
+    """Content of ``COMPLETE``; raises :class:`ConfigError` naming it where it is damaged."""
+    try:
+        text = (path / COMPLETE).read_bytes()
+        found = {str(n): (int(e[0]), int(e[1])) for n, e in json.loads(text).items()}
+    except (OSError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
+        raise ConfigError(f"{path / COMPLETE} is damaged: {error}") from error
+    if sums_text(found) != text or any("/" in name for name in found):
+        raise ConfigError(f"{path / COMPLETE} is damaged: it is not as it was written")
+    return found
+
+
+def verify(path: Path, *, rank: int = 0, world: int = 1) -> None:
+    """Check size and CRC32C of this rank's share of the files; names the first one that differs."""
+    for name, (size, crc) in sorted(read_sums(path).items())[rank::world]:
+        check_file(path / name, size, crc)
+
+
+def check_file(file: Path, size: int, crc: int) -> None:
+    """Compare a file with what ``COMPLETE`` says of it; raises :class:`ConfigError` naming both."""
+    try:
+        if file.stat().st_size == size and _crc32c(file) == crc:
+            return
+    except FileNotFoundError:
+        raise ConfigError(f"{file} is missing, {COMPLETE} names it") from None
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read: {error.strerror}") from error
+    raise ConfigError(f"{file} is damaged: size or checksum differ from {COMPLETE}")
+
+
+def check_fit(path: object, found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> None:
+    """Compare stored names and shapes with the wanted; raises :class:`ConfigError` naming what differs."""
+    problems = [f"missing {n}" for n in sorted(set(wanted) - set(found))]
+    problems += [f"unexpected {n}" for n in sorted(set(found) - set(wanted))]
+    problems += [
+        f"{n} has shape {found[n]}, the model {wanted[n]}"
+        for n in sorted(set(wanted) & set(found))
+        if wanted[n] != found[n]
+    ]
+    if problems:
+        more = f" and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
+        listed = "; ".join(problems[:_LISTED])
+        raise ConfigError(f"{path} does not fit the configured model: {listed}{more}")
+
+
+def stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes in a checkpoint, read without running anything that its index could hold."""
+    return {
+        name: tuple(entry.size)
+        for name, entry in read_index(path / METADATA).state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+
+
+def read_index(file: Path) -> Metadata:
+    """DCP's index, by an unpickler that knows its classes only; raises :class:`ConfigError` naming the file."""
+    try:
+        found = _SafeUnpickler(io.BytesIO(file.read_bytes())).load()
+        if isinstance(found, Metadata) and isinstance(found.state_dict_metadata, dict):
+            return found
+        raise pickle.UnpicklingError(f"it holds a {type(found).__name__}")
+    except (OSError, pickle.UnpicklingError, AttributeError, EOFError, ValueError) as error:
+        raise ConfigError(f"{file} is damaged or not a checkpoint's: {error}") from error
+
+
+class Reader(FileSystemReader):
+    """DCP's reader with our index reader; ``fetch`` is called with a file's name before it is read."""
+
+    def __init__(self, path: Path, fetch: Callable[[str], None] = lambda name: None) -> None:
+        super().__init__(path)
+        self._fetch = fetch
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        metadata = read_index(Path(self.path) / METADATA)
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> torch.futures.Future[None]:
+        for name in sorted({self.storage_data[item.storage_index].relative_path for item in plan.items}):
+            self._fetch(name)
+        return super().read_data(plan, planner)
+
+
+def read_tensors(path: Path, prefix: str) -> dict[str, Tensor]:
+    """Full CPU tensors whose names start with ``prefix`` (removed), in one process, checked."""
+    read_meta(path)
+    with reading(path):
+        verify(path)
+        shapes = {n: s for n, s in stored_shapes(path).items() if n.startswith(prefix)}
+        state = {name: torch.empty(shape) for name, shape in shapes.items()}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.load(state, storage_reader=Reader(path), no_dist=True)
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Keep a checkpoint from being retired by a run that saves beside it, where the file system has locks."""
+    with (path / COMPLETE).open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise ConfigError(f"{path / COMPLETE} cannot be locked: {error.strerror}") from error
+        yield
+
+
+class _SafeUnpickler(pickle.Unpickler):
+    """Unpickles DCP's index and nothing else: classes of its metadata, sizes, dtypes, containers."""
+
+    _ALLOWED_MODULES = ("torch.distributed.checkpoint.",)
+    _ALLOWED = {
+        ("torch", "Size"),
+        ("torch", "dtype"),
+        ("torch", "device"),
+        ("torch.serialization", "_get_layout"),
+        ("collections", "OrderedDict"),
+        ("pathlib", "PosixPath"),
+        ("builtins", "set"),
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        known = module.startswith(self._ALLOWED_MODULES) and name[:1].isupper() | (name[:1] == "_")
+        if dtype or known or (module, name) in self._ALLOWED:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name} does not belong in a checkpoint's index")
+
+
+def _crc32c(path: Path) -> int:
+    checksum = google_crc32c.Checksum()
+    with path.open("rb") as file:
+        while piece := file.read(_READ_BYTES):
+            checksum.update(piece)
+    return int.from_bytes(checksum.digest(), "big")
+
+
+def _write_durably(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

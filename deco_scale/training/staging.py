@@ -1,0 +1,100 @@
+"""Copies of a rank's shards in host memory: all that a step waits for when a checkpoint is saved."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner, create_default_local_save_plan
+from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.planner import SavePlan
+from torch.distributed.tensor import DTensor, Replicate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """This rank's parts of the state at one step, valid until the next one is staged.
+
+    ``tensors`` are plain CPU tensors by canonical name, ``plan`` says where each lies in its whole tensor, and
+    ``counted`` names those that no other rank counts in the digest.
+    """
+
+    tensors: dict[str, Tensor]
+    plan: SavePlan
+    counted: frozenset[str]
+
+
+class Staging:
+    """Host buffers (pinned where there is a GPU) that live from one save to the next."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+        self._planned_for: list[Any] = []
+        self._plan = SavePlan([])
+
+    def take(self, state: Mapping[str, Tensor], wanted: Callable[[str], bool] = lambda name: True) -> Snapshot:
+        """Copy this rank's part of each wanted tensor; returns when the device is done with the copies.
+
+        Every part is copied and none is gathered. The plan is made anew only where names, shapes or placements
+        have changed.
+        """
+        chosen = {name: tensor for name, tensor in state.items() if wanted(name)}
+        tensors: dict[str, Tensor] = {}
+        devices = set()
+        for name, tensor in chosen.items():
+            local = local_part(tensor)
+            buffer = self._buffers.get(name)
+            if buffer is None or buffer.shape != local.shape or buffer.dtype != local.dtype:
+                buffer = torch.empty(local.shape, dtype=local.dtype, pin_memory=local.is_cuda)
+                self._buffers[name] = buffer
+            buffer.copy_(local, non_blocking=local.is_cuda)
+            tensors[name] = buffer
+            if local.is_cuda:
+                devices.add(local.device)
+        layout = [(name, _layout(tensor)) for name, tensor in chosen.items()]
+        if layout != self._planned_for:
+            self._plan = create_default_local_save_plan(chosen, dist.get_rank() == 0)
+            self._planned_for = layout
+        counted = frozenset(name for name, tensor in chosen.items() if is_counted(tensor))
+        for device in devices:
+            torch.cuda.current_stream(device).synchronize()
+        return Snapshot(tensors=tensors, plan=self._plan, counted=counted)
+
+
+class StagedPlanner(DefaultSavePlanner):
+    """Saves a snapshot by the plan that was made with it."""
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._snapshot = snapshot
+
+    def create_local_plan(self) -> SavePlan:
+        self.plan = self._snapshot.plan
+        return self.plan
+
+    def lookup_object(self, index: MetadataIndex) -> Tensor:
+        return self._snapshot.tensors[index.fqn]
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """This rank's part, sharing storage."""
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def is_counted(tensor: Tensor) -> bool:
+    """Whether this rank's part of a tensor is the one that counts where others hold the same."""
+    if not isinstance(tensor, DTensor):
+        return dist.get_rank() == 0
+    coordinate = list(tensor.device_mesh.get_coordinate() or ())
+    copies = [c for c, p in zip(coordinate, tensor.placements, strict=True) if p == Replicate()]
+    # HSDP's placements name the shard axis only, its mesh has both: count the first replica.
+    return not any(copies)
+
+
+def _layout(tensor: Tensor) -> Any:
+    if isinstance(tensor, DTensor):
+        return tuple(tensor.shape), tensor.placements, tensor.device_mesh
+    return tuple(tensor.shape)
