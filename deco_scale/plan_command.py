@@ -28,6 +28,9 @@ from deco_scale.planning.workload import (
     Encoder,
     Workload,
 )
+from deco_scale.precision.choice import CHIPS, planned_machine, resolve_fp8
+from deco_scale.precision.modules import precision_rows
+from deco_scale.precision.of_run import plan_precision
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 
@@ -46,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top", type=int, default=4, help="layouts shown of each engine")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of measured result files")
     parser.add_argument("--layout", action="store_true", help="each parameter's split")
+    parser.add_argument("--precision", action="store_true", help="what each module computes in, on --gpu")
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
@@ -53,10 +57,12 @@ def run(args: argparse.Namespace, console: Console) -> int:
     wanted: list[Callable[[RunConfig, argparse.Namespace, Console], None]] = []
     if args.layout:
         wanted.append(show_layout)
-    if args.gpu is not None:
+    if args.precision:
+        wanted.append(show_precision)
+    elif args.gpu is not None:
         wanted.append(show_forecast)
     if not wanted:
-        raise ConfigError(f"deco plan needs --gpu ({', '.join(sorted(GPUS))}) or --layout")
+        raise ConfigError(f"deco plan needs --gpu ({', '.join(sorted(GPUS))}), --layout or --precision")
     if args.gpus < 1:
         raise ConfigError(f"--gpus {args.gpus} must be at least 1")
     cfg = load_config(args.config, args.overrides)
@@ -83,6 +89,22 @@ def show_layout(cfg: RunConfig, args: argparse.Namespace, console: Console) -> N
         "of weights, masters, gradients, two moments and average (REPA head aside)"
     )
     print_traffic(cfg, layout, console)
+
+
+def show_precision(cfg: RunConfig, args: argparse.Namespace, console: Console) -> None:
+    """Module by module what computes in which number format, and why not in FP8."""
+    layout = resolve_layout(cfg.parallel, args.gpus)
+    check_tp(cfg.model, layout.tp)
+    plan, chip = None, args.gpu or "h100"
+    if cfg.precision.compute == "fp8":
+        if chip not in CHIPS:
+            raise ConfigError(f"--gpu {chip}: unknown; possible: {', '.join(sorted(CHIPS))}")
+        plan = plan_precision(cfg, layout.tp, resolve_fp8(cfg.precision, planned_machine(chip)))
+    where = f" on {chip}" if plan else ""
+    table = Table("module", "in x out", "computes", "why not FP8", title=f"precision.compute{where}")
+    for row in precision_rows(cfg.model, cfg.precision, plan, tp=layout.tp):
+        table.add_row(row.name, f"{row.in_features}x{row.out_features}", row.computes, row.why)
+    console.print(table)
 
 
 def _zero_setting(cfg: RunConfig, name: str, default: int) -> int:

@@ -24,6 +24,9 @@ from deco_scale.objectives import Objective
 from deco_scale.parallel.layout import Layout, accumulation_steps
 from deco_scale.parallel.sequence import encode_shared
 from deco_scale.planning.flops import peak_flops, training_flops
+from deco_scale.precision.choice import choose_fp8
+from deco_scale.precision.modules import Fp8Plan
+from deco_scale.precision.of_run import plan_precision
 from deco_scale.sampling.pictures import make_pictures, save_grid, velocity_of
 from deco_scale.training.ahead import TextAhead
 from deco_scale.training.batch import Prepare, padded_states
@@ -119,8 +122,14 @@ def objective_builder(
     return build
 
 
-def build_engine(cfg: RunConfig, layout: Layout, device: torch.device, build: Callable[[], Objective]) -> Engine:
-    """The configured engine around a freshly initialised objective."""
+def build_engine(
+    cfg: RunConfig,
+    layout: Layout,
+    device: torch.device,
+    build: Callable[[], Objective],
+    fp8_plan: Fp8Plan | None = None,
+) -> Engine:
+    """The configured engine around a freshly initialised objective; ``fp8_plan`` goes with ``compute: fp8``."""
     if cfg.parallel.engine == "deepspeed":
         from deco_scale.parallel.deepspeed import DeepSpeedEngine
 
@@ -133,6 +142,7 @@ def build_engine(cfg: RunConfig, layout: Layout, device: torch.device, build: Ca
             optimizer=cfg.optimizer,
             kernels=choose_kernels(cfg.kernels, device),
             precision=cfg.precision,
+            fp8_plan=fp8_plan,
             compile_blocks=cfg.compile,
             recompute=cfg.parallel.activation_checkpointing,
             seed=cfg.run.seed,
@@ -147,6 +157,7 @@ def build_engine(cfg: RunConfig, layout: Layout, device: torch.device, build: Ca
         optimizer=cfg.optimizer,
         kernels=choose_kernels(cfg.kernels, device),
         precision=cfg.precision,
+        fp8_plan=fp8_plan,
         compile_blocks=cfg.compile,
         recompute=cfg.parallel.activation_checkpointing,
         seed=cfg.run.seed,
@@ -312,7 +323,10 @@ def assemble(
     kernels = choose_kernels(cfg.kernels, device)
     attention, choices = choose_attention(cfg, layout, device)
     build = objective_builder(cfg, image.width if image is not None else 0, kernels, attention)
-    engine = build_engine(cfg, layout, device, build)
+    fp8_plan = None
+    if cfg.precision.compute == "fp8":
+        fp8_plan = plan_precision(cfg, layout.tp, agreed(lambda: choose_fp8(cfg.precision, device)))
+    engine = build_engine(cfg, layout, device, build, fp8_plan)
     plain = json.loads(json.dumps(dataclasses.asdict(cfg)))
     reporter = Reporter(
         folder,
@@ -323,6 +337,8 @@ def assemble(
     )
     for choice in choices:
         reporter.say(choice.line())
+    for line in fp8_plan.messages() if fp8_plan else ():
+        reporter.say(line)
     encode_text = None
     if states_null is not None:
         shape = (cfg.model.text_tokens, cfg.model.text_dim)

@@ -17,11 +17,10 @@ from torch.utils.checkpoint import checkpoint
 from deco_scale.errors import ConfigError
 from deco_scale.precision import PrecisionConfig
 from deco_scale.precision.modules import Fp8Linear, Fp8Plan
+from deco_scale.precision.scaling import STATE_PREFIX
 
 TORCHAO_LINEAR = "torchao.float8.float8_linear.Float8Linear"
 TE_LINEAR = "transformer_engine.pytorch.Linear"
-STATE_PREFIX = "fp8."
-"""Names of scaling state in a checkpoint begin with it."""
 
 
 def check_plan(cfg: PrecisionConfig, plan: Fp8Plan | None) -> None:
@@ -113,27 +112,6 @@ def load_scaling_state(denoiser: nn.Module, plan: Fp8Plan | None, state: Mapping
         whole = {kind: tensor for kind, tensor in found.items() if tensor is not None}
         if len(whole) == len(KINDS):
             set_scaling(denoiser.get_submodule(linear.name), whole)
-
-
-def unmatched_scaling(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> tuple[set[str], list[str]]:
-    """Names of scaling state that only a checkpoint or only a run has, and a line on each of the two kinds.
-
-    Scaling is no part of the model: either may go without it, aloud.
-    """
-    only_run = {n for n in wanted if n.startswith(STATE_PREFIX)} - set(found)
-    only_checkpoint = {n for n in found if n.startswith(STATE_PREFIX)} - set(wanted)
-    lines = []
-    if only_run:
-        lines.append(
-            f"FP8: {_linears_of(only_run)} linears start with fresh scaling; the checkpoint has none of theirs"
-        )
-    if only_checkpoint:
-        lines.append(f"FP8: the checkpoint's scaling of {_linears_of(only_checkpoint)} linears is not used")
-    return only_run | only_checkpoint, lines
-
-
-def _linears_of(names: set[str]) -> int:
-    return len({name.rpartition(".")[0] for name in names})
 
 
 def _torchao_linear(linear: Fp8Linear, plan: Fp8Plan) -> nn.Module:

@@ -109,9 +109,7 @@ def plan_fp8(
             linears.append(linear)
     if not linears:
         reasons = "; ".join(dict.fromkeys(reason for _, reason in left))
-        raise ConfigError(
-            f"precision.compute=fp8: no linear can compute in FP8 ({reasons}); possible: bf16, fp32"
-        )
+        raise ConfigError(f"precision.compute=fp8: no linear can compute in FP8 ({reasons}); possible: bf16, fp32")
     return Fp8Plan(choice, tuple(linears), tuple(left))
 
 

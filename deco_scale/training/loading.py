@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from deco_scale.errors import ConfigError, RunError
-from deco_scale.precision import fp8
+from deco_scale.precision.scaling import unmatched_scaling
 from deco_scale.training.background import first_failure
 from deco_scale.training.checkpoint_format import (
     META,
@@ -85,7 +85,7 @@ def load(engine: Engine, source: Opened, say: Say) -> CheckpointMeta:
     def check() -> tuple[set[str], list[str]]:
         found = stored_shapes(source.folder)
         # Scaling of FP8 is no part of the model.
-        apart, lines = fp8.unmatched_scaling(found, wanted)
+        apart, lines = unmatched_scaling(found, wanted)
         check_fit(source.name, *({n: s for n, s in each.items() if n not in apart} for each in (found, wanted)))
         return apart, lines
 

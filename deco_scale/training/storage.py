@@ -213,7 +213,7 @@ class Fetcher:
         size, crc = (self._sizes[name], None) if self._sums is None else self._sums.get(name, (-1, None))
         if size < 0 or self._sizes.get(name) != size:
             raise ConfigError(
-                f"{self._objects.url}/{self._name}/{name} is missing, or of another size than recorded"
+                f"{self._objects.url}/{self._name}/{name} is missing, or of another size than {COMPLETE} says"
             )
         try:
             with (self.folder / f"{name}.lock").open("wb") as lock:

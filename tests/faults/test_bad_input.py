@@ -1,6 +1,7 @@
 """Bad input: one clear message, exit code 2 or 1 on every rank, no traceback, no hang."""
 
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -14,11 +15,18 @@ from tests.assets import tiny_config
 from tests.conftest import ROOT
 
 
-def launch(config: Path | str, *arguments: str, rank: int = 0, **variables: str) -> tuple[int, str]:
-    """Exit code and output of ``python launcher/train.py``."""
+def launch(
+    config: Path | str, *arguments: str, limit_bytes: int | None = None, **variables: str
+) -> tuple[int, str]:
+    """Exit code and output of ``python launcher/train.py``, whose files may have ``limit_bytes`` at most."""
+
+    def limit() -> None:
+        if limit_bytes is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))
+
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables}
     command = [sys.executable, str(ROOT / "launcher" / "train.py"), "--config", str(config), *arguments]
-    done = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=120)
+    done = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=120, preexec_fn=limit)
     return done.returncode, done.stderr + done.stdout
 
 
@@ -44,6 +52,15 @@ CASES: dict[str, tuple[list[str], int, list[str]]] = {
     ),
     "backend not here": (["attention.backend=cudnn"], 2, ["attention.backend=cudnn", "sdpa or math"]),
     "resume path missing": (["--resume", "/nowhere/c"], 2, ["--resume /nowhere/c", "no such checkpoint"]),
+    "S3 without credentials": (
+        ["checkpoint.url=s3://nowhere/run", "device=cpu"], 1, ["no credentials found"],
+    ),
+    "init_from missing": (
+        ["checkpoint.init_from=/nowhere/c"], 2, ["/nowhere/c is not a complete checkpoint (no COMPLETE file)"],
+    ),
+    "no such metric": (
+        ["checkpoint.keep_best.metric=fid"], 2, ["checkpoint.keep_best.metric='fid' is not logged", "'loss'"],
+    ),
     "no GPU": (["device=cuda"], 2, ["device=cuda", "sees no GPU"]),
     "deepspeed key": (
         ["parallel.engine=deepspeed", "parallel.deepspeed.bf16={}"], 2, ["parallel.deepspeed.bf16", "owned by"],
@@ -129,6 +146,18 @@ def test_other_data_after_a_resume_are_told(config: Path) -> None:
     assert code == 0 and "WARNING: the data are not those of the checkpoint" in output
     code, output = launch(config, "run.stop_at_step=4", "data.window=8")
     assert code == 0 and "WARNING" not in output
+
+
+def test_a_checkpoint_that_fails_is_told_and_only_the_last_one_ends_the_run(config: Path, tmp_path: Path) -> None:
+    assert launch(config, "run.stop_at_step=2")[0] == 0
+    checkpoints = tmp_path / "run" / "checkpoints"
+    # No file may grow beyond the limit, as on a full disk; logs and the index stay below it.
+    code, output = launch(config, "run.stop_at_step=5", "checkpoint.every=4", limit_bytes=200_000)
+    assert (code, "Traceback" in output) == (1, False), output
+    assert output.count("WARNING: checkpoint at step 4 could not be written") == 1
+    assert "error: checkpoint at step 5 could not be written" in output and "File too large" in output
+    assert sorted(p.name for p in checkpoints.iterdir()) == ["step_00000002"]
+    assert launch(config, "run.stop_at_step=3")[0] == 0
 
 
 def test_a_run_that_diverges_is_stopped(config: Path) -> None:

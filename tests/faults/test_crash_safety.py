@@ -40,7 +40,7 @@ def leftovers(run: Path) -> list[str]:
 def kill_again_and_again(
     folder: Path, settings: dict[str, Any], runs: int, within_s: float, **process: Any
 ) -> None:
-    """Kill ``runs`` processes, each up to ``within_s`` after a save has begun, and check what the next one finds."""
+    """Kill ``runs`` processes, each up to ``within_s`` after a save has begun; check what the next finds."""
     made, sure = context(), 0
     for number in range(runs):
         running = Process(made, folder, settings, **process)

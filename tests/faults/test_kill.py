@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
+from deco_scale.training.checkpoint import read_meta, read_tensors
 from tests.assets import tiny_config
 from tests.conftest import ROOT
-from tests.distributed.harness import trace, worst_difference
+from tests.distributed.harness import Job, run_jobs, trace, worst_difference
 
 STEPS = 12
 TOLERANCE = 1e-5
@@ -122,3 +125,49 @@ def test_same_layout_is_bit_equal_after_a_kill(
             kill_after(start(path, 2), tmp_path / name, 6, 0.0)
         finish(start(path, 2))
     assert trace(tmp_path / "killed") == trace(tmp_path / "whole")
+
+
+def test_stages_and_fine_tuning_carry_what_they_should(tmp_path: Path, shards: Path, text_encoder: Path) -> None:
+    """From one resolution to the next in one job or two: all state. Fine-tuning: the averaged weights alone."""
+
+    def job(folder: str, name: str, **sections: Any) -> Job:
+        config = tiny_config(tmp_path / folder, shards, text_encoder)
+        for section, changes in sections.items():
+            config[section] = {**config[section], **changes} if isinstance(changes, dict) else changes
+        return Job(name, config, resume="auto")
+
+    tuned = {"name": "sft", "resolution": 32, "steps": 1, "global_batch": 8, "micro_batch": 1, "lr": 0.0}
+    checkpoints = tmp_path / "whole" / "checkpoints"
+    kept = {"every": 4, "keep_last": 4, "ema_every": 6}
+    run_jobs(
+        [
+            job("whole", "whole", checkpoint=kept),
+            # Between the stages at 8 the process ends, and another goes on.
+            job("parts", "first", run={"stop_at_step": 8}),
+            job("parts", "second"),
+            job(
+                "tuned", "tuned", stages=[tuned], run={"seed": 9},
+                checkpoint={"init_from": str(checkpoints / "step_00000012"), "init_weights": "ema"},
+            ),
+        ],
+        1,
+        tmp_path,
+    )  # fmt: skip
+    assert trace(tmp_path / "parts") == trace(tmp_path / "whole")
+    at_change = read_tensors(checkpoints / "step_00000008", "")
+    for kind in ("exp_avg", "exp_avg_sq"):
+        assert all(bool(t.any()) for n, t in at_change.items() if n == f"{kind}.denoiser.patch_embed.weight")
+    assert read_meta(checkpoints / "step_00000008").stage == "small"
+    source = read_tensors(checkpoints / "step_00000012", "ema.")
+    found = read_tensors(tmp_path / "tuned" / "checkpoints" / "step_00000001", "")
+    assert read_meta(tmp_path / "tuned" / "checkpoints" / "step_00000001").optimizer_steps == 1
+    # The rate is zero: after a step the weights are still what the run began with.
+    assert all(torch.equal(found[f"model.{name}"], tensor) for name, tensor in source.items())
+    assert all(torch.allclose(found[f"ema.{name}"], tensor, rtol=1e-6, atol=0) for name, tensor in source.items())
+    exported = load_file(tmp_path / "whole" / "exports" / "ema_step_00000012" / "model.safetensors")
+    assert {f"denoiser.{name}" for name in exported} == source.keys()
+    assert all(torch.equal(tensor, source[f"denoiser.{name}"]) for name, tensor in exported.items())
+    assert (tmp_path / "whole" / "exports" / "ema_step_00000006").is_dir()
+    entries = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    # Saved at 4, 6 (the EMA alone) and 8, told with the step after.
+    assert [e["step"] for e in entries if "checkpoint_stall_s" in e] == [5, 7, 9]
