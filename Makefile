@@ -1,6 +1,7 @@
 # Every target makes the environment that it needs; PYTHON chooses the interpreter (3.11 or 3.12).
 PYTHON ?= python3
 VENV := .venv
+OUT ?= benchmarks/results
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt requirements-demo-encoder.txt | cksum | cut -d' ' -f1)
 
@@ -30,10 +31,12 @@ test-long: $(STAMP)
 	$(BIN)/python tests/two_nodes.py
 
 test-gpu: $(STAMP)
-	$(BIN)/python -m pytest -m gpu tests
+	$(BIN)/python -m benchmarks.gpu_suite --out runs/gpu_suite
 
 bench: $(STAMP)
-	$(BIN)/python -m benchmarks.throughput
+	$(BIN)/python -m benchmarks.throughput --out $(OUT)
+	$(BIN)/python -m benchmarks.throughput --config configs/t2i_tiny.yaml parallel.engine=fsdp --out $(OUT)
+	$(BIN)/python -m benchmarks.kernels --out $(OUT)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -36,6 +36,7 @@ from launcher.assemble import (
     choose_attention,
     data_opener,
     derive_stages,
+    fp8_plan_of,
     load_encoders,
     objective_builder,
     shared_over_tp,
@@ -96,7 +97,8 @@ class TrainingSteps:
         repa = cfg.objective.repa_weight > 0
         width = image.width if image is not None else (ENCODER_DIM if repa else 0)
         self.attention, _ = choose_attention(cfg, self.layout, self.device)
-        self.engine = build_engine(self.cfg, self.layout, self.device, self._remembering(width))
+        plan = fp8_plan_of(self.cfg, self.layout, self.device)
+        self.engine = build_engine(self.cfg, self.layout, self.device, self._remembering(width), plan)
         encode_image = _constant_features(self.cfg, self.stage, width, self.device) if repa else None
         if image is not None:
             encode_image = shared_over_tp(image.encode, self.engine)
@@ -182,7 +184,8 @@ def leave() -> None:
 
 def _checked(cfg: RunConfig, device: torch.device) -> Kernels:
     try:
-        check_backend(cfg.attention.backend, device)
+        dtype = torch.float32 if cfg.precision.compute == "fp32" else torch.bfloat16
+        check_backend(cfg.attention.backend, device, dtype=dtype, head_dim=cfg.model.head_dim)
         return choose_kernels(cfg.kernels, device)
     except ValueError as error:
         raise ConfigError(str(error)) from error

@@ -122,6 +122,13 @@ def objective_builder(
     return build
 
 
+def fp8_plan_of(cfg: RunConfig, layout: Layout, device: torch.device) -> Fp8Plan | None:
+    """What computes in FP8 where the configuration asks for it; raises :class:`ConfigError` where it cannot."""
+    if cfg.precision.compute != "fp8":
+        return None
+    return plan_precision(cfg, layout.tp, choose_fp8(cfg.precision, device))
+
+
 def build_engine(
     cfg: RunConfig,
     layout: Layout,
@@ -323,9 +330,7 @@ def assemble(
     kernels = choose_kernels(cfg.kernels, device)
     attention, choices = choose_attention(cfg, layout, device)
     build = objective_builder(cfg, image.width if image is not None else 0, kernels, attention)
-    fp8_plan = None
-    if cfg.precision.compute == "fp8":
-        fp8_plan = plan_precision(cfg, layout.tp, agreed(lambda: choose_fp8(cfg.precision, device)))
+    fp8_plan = agreed(lambda: fp8_plan_of(cfg, layout, device))
     engine = build_engine(cfg, layout, device, build, fp8_plan)
     plain = json.loads(json.dumps(dataclasses.asdict(cfg)))
     reporter = Reporter(

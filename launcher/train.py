@@ -25,11 +25,9 @@ from deco_scale.kernels import choose_kernels
 from deco_scale.models.attention import check_backend
 from deco_scale.parallel.layout import resolve_layout
 from deco_scale.parallel.plan import check_tp
-from deco_scale.precision.choice import choose_fp8
-from deco_scale.precision.of_run import plan_precision
 from deco_scale.training.checkpoint import Checkpoints
 from deco_scale.training.loop import Loop, Progress, memory_bytes, resumed
-from launcher.assemble import assemble, derive_stages, save_config
+from launcher.assemble import assemble, derive_stages, fp8_plan_of, save_config
 from launcher.environment import (
     Environment,
     choose_device,
@@ -61,8 +59,7 @@ def run(cfg: RunConfig, env: Environment, *, resume: str = "auto", dry_run: bool
         dtype = torch.float32 if cfg.precision.compute == "fp32" else torch.bfloat16
         check_backend(cfg.attention.backend, device, dtype=dtype, head_dim=cfg.model.head_dim)
         choose_kernels(cfg.kernels, device)
-        if cfg.precision.compute == "fp8":
-            plan_precision(cfg, layout.tp, choose_fp8(cfg.precision, device))
+        fp8_plan_of(cfg, layout, device)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     checkpoints = Checkpoints(Path(cfg.run.dir) / "checkpoints", cfg.checkpoint, open_objects=open_objects)

@@ -95,7 +95,8 @@ class PixelDecoder(nn.Module):
             eps=NORM_EPS,
             kernels=self.kernels,
         )
-        return out_MK.unflatten(0, patches_BNK.shape[:2])
+        # A copy (of three values a pixel): FSDP hooks into the output, which must not be a view.
+        return out_MK.unflatten(0, patches_BNK.shape[:2]).clone()
 
 
 def _init_xavier(*linears: nn.Linear) -> None:

@@ -1,5 +1,6 @@
 """Work of all ranks beside the training step: a group of its own, and one job at a time."""
 
+import datetime
 import threading
 import time
 from collections.abc import Callable
@@ -10,6 +11,9 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from deco_scale.errors import ConfigError, RunError
+
+TIMEOUT = datetime.timedelta(hours=6)
+"""For ranks whose disk or network is slow; one that is gone is noticed at once, by its closed connections."""
 
 T = TypeVar("T")
 
@@ -24,7 +28,7 @@ class Team:
         """All ranks together. ``apart`` makes a gloo group, which a thread may use while training goes on."""
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         apart = apart or "gloo" not in dist.get_backend_config()
-        self.group: dist.ProcessGroup | None = dist.new_group(backend="gloo") if apart else None
+        self.group: dist.ProcessGroup | None = dist.new_group(backend="gloo", timeout=TIMEOUT) if apart else None
 
     def gather(self, mine: T) -> list[T]:
         """Something of every rank, by rank."""

@@ -99,6 +99,7 @@ class Checkpoints:
         self._held: set[int] = set()
         self._metrics: dict[str, float] = {}
         self._stall_s = 0.0
+        self._untold_stall_s: float | None = None
 
     def prepare(self) -> None:
         """Make the folder and clear what interrupted saves left behind; rank 0 only, before any other use."""
@@ -132,7 +133,13 @@ class Checkpoints:
             self._metrics = {name: float(value)} if value is not None and math.isfinite(value) else {}
 
     def save(self, engine: Engine, meta: CheckpointMeta) -> Path:
-        """Save and wait until it is done; raises :class:`RunError` and leaves nothing half-written."""
+        """Save and wait until it is done; raises :class:`RunError` and leaves nothing half-written.
+
+        The error of a save that is still in flight is raised in its place.
+        """
+        before = self.finished(wait=True)
+        if before is not None and before.error is not None:
+            raise RunError(before.error)
         self._begin(engine, meta, checkpoint=True, export=False, inline=True)
         saved = self.finished(wait=True)
         if saved is not None and saved.error is not None:
@@ -164,10 +171,10 @@ class Checkpoints:
         times = f"in {outcome.total_s:.1f} s (checkpoint_stall_s {self._stall_s:.2f})"
         return Saved(said=f"{outcome.said} {times}", error=outcome.error, stall_s=self._stall_s)
 
-    @property
-    def stall_s(self) -> float:
-        """Seconds for which the last save held the training up until :meth:`start` returned."""
-        return self._stall_s
+    def take_stall(self) -> float | None:
+        """Seconds for which saves have held the training up since the last call, None without a save."""
+        stall_s, self._untold_stall_s = self._untold_stall_s, None
+        return stall_s
 
     def latest(self) -> Path | str | None:
         """The newest complete checkpoint, folder or URL, or None."""
@@ -242,7 +249,7 @@ class Checkpoints:
         began: float | None = None,
     ) -> None:
         began = time.perf_counter() if began is None else began
-        if self._team is None:
+        if self._team is None or (not inline and self._team.group is None):
             self._team = Team(apart=not inline)
         team = self._team
         meta = dataclasses.replace(meta, optimizer_steps=engine.optimizer_steps, metrics=self._metrics)
@@ -263,6 +270,7 @@ class Checkpoints:
         else:
             self._stall_s = time.perf_counter() - began
             self._worker.start(job, began=began, inline=False)
+        self._untold_stall_s = (self._untold_stall_s or 0.0) + self._stall_s
 
     def _write(self, snapshot: Snapshot, meta: CheckpointMeta, team: Team) -> str:
         """Bring a snapshot to its place, on all ranks, and say which; on a :class:`RunError` nothing is left."""

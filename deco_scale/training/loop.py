@@ -141,7 +141,7 @@ class Loop:
                     gate.glance(step)
                 began = time.perf_counter()
                 self.after_step(step)
-                self._save(stage, progress, end=end, meter=meter)
+                self._save(stage, progress, end=end)
                 meter.other(time.perf_counter() - began)
         finally:
             # The workers first: their end wakes a feed that waits for them.
@@ -162,7 +162,7 @@ class Loop:
             betas=stage.cfg.betas,
         )
 
-    def _save(self, stage: Stage, progress: Progress, *, end: int, meter: "Meter") -> None:
+    def _save(self, stage: Stage, progress: Progress, *, end: int) -> None:
         """Tell of a save that has ended, and begin one where it is time; the last of a run must succeed."""
         step = progress.step
         whole, export = self.checkpoints.due(step) or step == end, self.checkpoints.export_due(step)
@@ -180,7 +180,6 @@ class Loop:
             config=self.config,
         )
         self._tell(self.checkpoints.start(self.engine, meta, checkpoint=whole, export=export))
-        meter.stalled(self.checkpoints.stall_s)
         if step == self._limit:
             self._tell(self.checkpoints.finished(wait=True), must_succeed=True)
 
@@ -251,7 +250,6 @@ class Meter:
     def __init__(self, loop: Loop, stage: Stage, step: int) -> None:
         self._loop, self._stage = loop, stage
         self._began, self._from_step, self._wait_s = time.perf_counter(), step, 0.0
-        self._stall_s: float | None = None
 
     def waited(self, seconds: float) -> None:
         """Time spent on waiting for data, part of the step."""
@@ -260,10 +258,6 @@ class Meter:
     def other(self, seconds: float) -> None:
         """Time spent on pictures and checkpoints, no part of the step."""
         self._began += seconds
-
-    def stalled(self, seconds: float) -> None:
-        """Time for which a checkpoint held the training up, told with the next logged step."""
-        self._stall_s = seconds + (self._stall_s or 0.0)
 
     def read(
         self, result: StepResult, progress: Progress, skipped: int, counters: Mapping[str, int]
@@ -292,9 +286,10 @@ class Meter:
             "skipped": skipped,
             **{f"data.{name}": count for name, count in sorted(counters.items())},
         }
-        if self._stall_s is not None:
-            metrics["checkpoint_stall_s"] = self._stall_s
-        self._began, self._from_step, self._wait_s, self._stall_s = now, progress.step, 0.0, None
+        stall_s = loop.checkpoints.take_stall()
+        if stall_s is not None:
+            metrics["checkpoint_stall_s"] = stall_s
+        self._began, self._from_step, self._wait_s = now, progress.step, 0.0
         return metrics
 
 

@@ -31,14 +31,13 @@ class Staging:
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
-        self._planned_for: list[Any] = []
-        self._plan = SavePlan([])
+        self._plans: list[tuple[Any, SavePlan]] = []
 
     def take(self, state: Mapping[str, Tensor], wanted: Callable[[str], bool] = lambda name: True) -> Snapshot:
         """Copy this rank's part of each wanted tensor; returns when the device is done with the copies.
 
-        Every part is copied and none is gathered. The plan is made anew only where names, shapes or placements
-        have changed.
+        Every part is copied and none is gathered. Plans are made anew only where names, shapes or placements
+        are not those of the last two.
         """
         chosen = {name: tensor for name, tensor in state.items() if wanted(name)}
         tensors: dict[str, Tensor] = {}
@@ -54,13 +53,14 @@ class Staging:
             if local.is_cuda:
                 devices.add(local.device)
         layout = [(name, _layout(tensor)) for name, tensor in chosen.items()]
-        if layout != self._planned_for:
-            self._plan = create_default_local_save_plan(chosen, dist.get_rank() == 0)
-            self._planned_for = layout
+        plan = next((made for known, made in self._plans if known == layout), None)
+        if plan is None:
+            plan = create_default_local_save_plan(chosen, dist.get_rank() == 0)
+            self._plans = [*self._plans[-1:], (layout, plan)]
         counted = frozenset(name for name, tensor in chosen.items() if is_counted(tensor))
         for device in devices:
             torch.cuda.current_stream(device).synchronize()
-        return Snapshot(tensors=tensors, plan=self._plan, counted=counted)
+        return Snapshot(tensors=tensors, plan=plan, counted=counted)
 
 
 class StagedPlanner(DefaultSavePlanner):

@@ -50,24 +50,22 @@ def meta_of(step: int, **fields: Any) -> CheckpointMeta:
     return CheckpointMeta(**(plain | fields))
 
 
-def join_alone(folder: Path) -> None:
+def join_alone() -> None:
     """A gloo group of this process alone."""
-    store = dist.FileStore(str(folder / f"store_{os.getpid()}_{os.urandom(4).hex()}"), 1)
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 
 
 def work(
-    folder: Path,
-    settings: dict[str, Any],
-    variables: dict[str, str],
-    scale: int,
-    steps: int,
+    folder: Path, settings: dict[str, Any], variables: dict[str, str], scale: int, steps: int, room: int | None,
     channel: socket.socket,
-) -> None:
-    """Clean up, resume, check every bit, then save ``steps`` more; tells its parent a line at a time."""
+) -> None:  # fmt: skip
+    """Clean up, resume, check every bit, then save ``steps`` more; tells its parent a line at a time.
+
+    Before it saves, the file system is filled up but for ``room`` bytes.
+    """
     os.environ |= variables
     torch.set_num_threads(1)
-    join_alone(folder)
+    join_alone()
 
     def tell(line: str) -> None:
         channel.sendall(f"{line}\n".encode())
@@ -84,6 +82,9 @@ def work(
         tell(f"resumed {step} {'equal' if equal else 'CHANGED'}")
     else:
         tell("fresh")
+    if room is not None:
+        disk = os.statvfs(folder)
+        (folder / "ballast").write_bytes(bytes(max(0, disk.f_bavail * disk.f_frsize - room)))
     for number in range(step + 1, step + 1 + steps):
         engine.tensors, engine.optimizer_steps = content(number, scale), number
         tell(f"starting {number}")
@@ -102,11 +103,11 @@ class Process:
 
     def __init__(
         self, context: ForkServerContext, folder: Path, settings: dict[str, Any], *, scale: int = 1,
-        steps: int = 1000, variables: dict[str, str] | None = None,
+        steps: int = 1000, room: int | None = None, variables: dict[str, str] | None = None,
     ) -> None:  # fmt: skip
         self._ours, theirs = socket.socketpair()
         self.process = context.Process(
-            target=work, args=(folder, settings, variables or {}, scale, steps, theirs), daemon=True
+            target=work, args=(folder, settings, variables or {}, scale, steps, room, theirs), daemon=True
         )
         self.process.start()
         theirs.close()

@@ -29,8 +29,8 @@ from tests.faults.crash import PlainEngine, content, join_alone, meta_of
 
 
 @pytest.fixture
-def group(tmp_path: Path) -> Iterator[None]:
-    join_alone(tmp_path)
+def group() -> Iterator[None]:
+    join_alone()
     yield
     dist.destroy_process_group()
 

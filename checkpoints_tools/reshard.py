@@ -1,0 +1,231 @@
+"""Moving a checkpoint between canonical folders and DeepSpeed's native and universal ones, bit by bit."""
+
+import dataclasses
+import json
+import os
+import shutil
+from argparse import ArgumentParser
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from checkpoints_tools.canonical import CanonicalReader, write_canonical
+from checkpoints_tools.importing import bare_config
+from checkpoints_tools.source import EMA, MODEL, Advance, Source, TensorSpec
+from checkpoints_tools.universal import UniversalSource, write_universal
+from checkpoints_tools.zero_files import CARRIED, write_side
+from checkpoints_tools.zero_layout import partitions, sub_groups, tp_shape
+from checkpoints_tools.zero_reader import ZeroSource
+from checkpoints_tools.zero_writer import ZeroLayout, check_zero, parameter_order, write_zero
+from deco_scale.config import RunConfig
+from deco_scale.errors import ConfigError, RunError
+from deco_scale.training.checkpoint import CheckpointMeta, _sync_folder, _write_durably
+
+Form = Literal["canonical", "deepspeed", "universal"]
+FORMS = ("canonical", "deepspeed", "universal")
+DEFAULT_MEMORY = 4 * 2**30
+_TEMPORARY = ".saving_"
+_COPIES = 3
+"""Copies of a tensor that a worker may hold: as read, in fp32, and on its way to the file."""
+_MAX_PIECE = 2**23
+_UNITS = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Reshard:
+    """What will be done: ``lines`` say it to the user, ``write`` does it, ``count`` is of tensors to report."""
+
+    lines: tuple[str, ...]
+    count: int
+    write: Callable[[Path, Advance], None]
+
+
+def add_arguments(parser: ArgumentParser, *, workers: int) -> None:
+    """The options of ``deco-ckpt reshard``."""
+    parser.add_argument("source", type=Path)
+    parser.add_argument("target", type=Path)
+    parser.add_argument("--to", choices=FORMS, required=True)
+    parser.add_argument("--dp", type=int, metavar="N", help="data parallel ranks (--to deepspeed)")
+    parser.add_argument("--tp", type=int, metavar="M", help="tensor parallel ranks (--to deepspeed), default 1")
+    parser.add_argument("--zero-stage", type=int, choices=(1, 2, 3), help="(--to deepspeed)")
+    parser.add_argument("--bf16", action="store_true", help="for a run with bf16.enabled (--to deepspeed)")
+    parser.add_argument("--ema-from", choices=("model",), help="a source without EMA: start it at the weights")
+    parser.add_argument("--config", type=Path, help="run configuration to store, where the source has none")
+    parser.add_argument("--files", type=int, metavar="N", help="number of tensor files (--to canonical), default 1")
+    parser.add_argument("--workers", type=int, default=workers, metavar="N", help="tensors at a time")
+    parser.add_argument("--memory", type=byte_count, default=DEFAULT_MEMORY, metavar="BYTES", help="default 4GiB")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be written")
+
+
+def byte_count(text: str) -> int:
+    """Bytes from ``1000``, ``512MiB`` or ``4GiB``; raises ValueError for anything else."""
+    unit = next((u for u in _UNITS if u and text.endswith(u)), "")
+    count = int(text.removesuffix(unit)) * _UNITS[unit]
+    if count < 1:
+        raise ValueError(f"{text} is no number of bytes")
+    return count
+
+
+def plan_reshard(
+    source: Source,
+    *,
+    to: Form,
+    layout: ZeroLayout | None = None,
+    files: int | None = None,
+    workers: int = 1,
+    memory: int = DEFAULT_MEMORY,
+    ema_from_model: bool = False,
+    config: RunConfig | None = None,
+) -> Reshard:
+    """Decide everything without reading tensor data; raises :class:`ConfigError` for what cannot be.
+
+    ``memory`` bounds the tensors in memory: fewer of ``workers`` are used where it does not hold a tensor for each.
+    """
+    if not isinstance(source, CanonicalReader | ZeroSource | UniversalSource):
+        raise ConfigError(f"{source.path} is {source.format}; import it first (deco-ckpt import)")
+    if (to == "deepspeed") != (layout is not None):
+        raise ConfigError("--dp and --zero-stage are given with --to deepspeed, and with nothing else")
+    if to != "canonical" and files is not None:
+        raise ConfigError("--files is for --to canonical")
+    if min(workers, files or 1) < 1:
+        raise ConfigError("--workers and --files must be at least 1")
+    lines = []
+    view = _WithEma(source) if ema_from_model else source
+    if ema_from_model:
+        lines.append("EMA starts at the weights")
+    elif not any(n.startswith(EMA) for n in source.specs):
+        raise ConfigError(f"{source.path} has no EMA; --ema-from model starts it at the weights")
+    meta, remarks = _meta_of(source, config)
+    lines += remarks
+    if f"exp_avg.{next(iter(parameter_order(source)))}" not in source.specs:
+        lines.append("there are no optimizer moments")
+    largest = max(spec.numel for spec in view.specs.values()) * torch.float32.itemsize * _COPIES
+    if to != "deepspeed" and largest > memory:
+        raise ConfigError(f"--memory {memory}: the largest tensor needs {largest} bytes")
+    fitting = max(1, min(workers, memory // largest))
+    total = sum(spec.numel for spec in view.specs.values()) * torch.float32.itemsize
+    lines.append(f"{source.format}: {len(view.specs):,} tensors, {total / 2**20:,.1f} MiB in fp32, to {to}")
+    if to == "canonical":
+
+        def write(target: Path, advance: Advance) -> None:
+            specs = {n: TensorSpec(s.shape) for n, s in view.specs.items()}
+            write_canonical(target, specs, view.read, meta, files=files or 1, workers=fitting, advance=advance)
+
+        return Reshard((*lines, f"{files or 1} tensor files"), len(view.specs), write)
+    if layout is not None:
+        check_zero(source.model, layout)
+        piece = min(_MAX_PIECE, memory // (_COPIES * torch.float32.itemsize * workers))
+        widest = max(s.numel // max(1, s.shape[0]) if s.shape else 1 for s in view.specs.values())
+        if piece < widest:
+            raise ConfigError(f"--memory {memory} does not hold a row of {widest} elements for each worker")
+        lines += _files_of(source, layout)
+
+    def write_deepspeed(target: Path, advance: Advance) -> None:
+        with _appearing(target) as temporary:
+            folder = temporary / f"global_step{meta.step}"
+            folder.mkdir()
+            if layout is not None:
+                write_zero(folder, view, meta, layout, workers=workers, piece_elements=piece, advance=advance)
+            else:
+                write_universal(folder, view, meta, workers=fitting, advance=advance)
+            write_side(folder, view, _side_names(view), meta, advance)
+            _sync_folder(folder)
+            pointer = "latest" if layout is not None else "latest_universal"
+            _write_durably(temporary / pointer, folder.name.encode())
+
+    return Reshard(tuple(lines), len(view.specs), write_deepspeed)
+
+
+class _WithEma:
+    """A source whose EMA are its weights."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self.path, self.format, self.model = source.path, source.format, source.model
+        self.meta, self.facts = source.meta, source.facts
+        weights = [n for n in source.specs if n.startswith(MODEL)]
+        self._origin = {EMA + n.removeprefix(MODEL): n for n in weights}
+        own = {n: s for n, s in source.specs.items() if not n.startswith(EMA)}
+        self.specs = dict(sorted((own | {ema: own[n] for ema, n in self._origin.items()}).items()))
+
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> torch.Tensor:
+        return self._source.read(self._origin.get(name, name), rows)
+
+
+def _meta_of(
+    source: CanonicalReader | ZeroSource | UniversalSource, config: RunConfig | None
+) -> tuple[CheckpointMeta, list[str]]:
+    """Where the run stood, and what to say of how that is known."""
+    if isinstance(source, CanonicalReader):
+        known: CheckpointMeta | None = source.meta
+    else:
+        known = source.side_meta
+    if known is not None:
+        if config is not None:
+            raise ConfigError(f"{source.path} has its configuration; --config is for sources without one")
+        return known, []
+    assert not isinstance(source, CanonicalReader)
+    if config is not None and config.model != source.model:
+        raise ConfigError(f"--config: its model is {config.model}, that of {source.path} is {source.model}")
+    cfg = config or bare_config(source, resolution=None, text_encoder=None)
+    step = source.progress.step
+    ends = [sum(s.steps for s in cfg.stages[: i + 1]) for i in range(len(cfg.stages))]
+    stage = next((s for s, end in zip(cfg.stages, ends, strict=True) if step < end), cfg.stages[-1])
+    meta = CheckpointMeta(
+        step=step,
+        stage=stage.name,
+        samples=source.progress.samples,
+        seed=cfg.run.seed,
+        optimizer_steps=source.progress.optimizer_steps,
+        data_state={"resharded_from": source.path.name, "format": source.format},
+        parameter_digest="",
+        config=json.loads(json.dumps(dataclasses.asdict(cfg))),
+    )
+    said = "that of --config" if config is not None else "one that says what sampling needs"
+    return meta, [f"there is no place in the data; the stored configuration is {said}"]
+
+
+def _side_names(source: Source) -> list[str]:
+    return [n for n in source.specs if n.split(".")[0] not in CARRIED]
+
+
+def _files_of(source: Source, layout: ZeroLayout) -> list[str]:
+    """Files and the sizes of their tensors, for the plan."""
+    shapes = parameter_order(source)
+    local = {n: tp_shape(n, s, layout.tp) for n, s in shapes.items()}
+    parts = partitions(sub_groups(local, dp=layout.dp, stage=layout.stage), dp=layout.dp, stage=layout.stage)
+    moments = 2 if f"exp_avg.{next(iter(shapes))}" in source.specs else 0
+    lines = []
+    for dp in range(layout.dp):
+        size = (sum(parts.used[dp]) + moments * sum(parts.sizes)) * torch.float32.itemsize
+        lines += [f"{layout.optim_file(tp, dp)}: {size:,} bytes of tensors" for tp in range(layout.tp)]
+    return lines
+
+
+class _appearing:
+    """A folder that is written under a temporary name, and takes its own when it is whole."""
+
+    def __init__(self, target: Path) -> None:
+        self._target, self._temporary = target, target.parent / f"{_TEMPORARY}{target.name}"
+
+    def __enter__(self) -> Path:
+        if self._target.exists():
+            raise ConfigError(f"{self._target} exists already; name a new folder")
+        shutil.rmtree(self._temporary, ignore_errors=True)
+        self._temporary.mkdir(parents=True)
+        return self._temporary
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        try:
+            if error is None:
+                _sync_folder(self._temporary)
+                os.rename(self._temporary, self._target)
+                _sync_folder(self._target.parent)
+        except OSError as failed:
+            raise RunError(f"cannot write {self._target}: {failed.strerror or failed}") from failed
+        finally:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise RunError(f"cannot write {self._target}: {error.strerror or error}") from error
