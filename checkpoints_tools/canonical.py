@@ -34,7 +34,6 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.storage import WriteResult
 
 from checkpoints_tools.archive import Archive, StoredTensor
-from checkpoints_tools.dcp_index import IndexedTensor, Piece, read_index
 from checkpoints_tools.infer import model_of
 from checkpoints_tools.source import SETS, Advance, TensorSpec
 from deco_scale.errors import ConfigError, RunError
@@ -51,6 +50,7 @@ from deco_scale.training.checkpoint import (
     reading,
     sums_text,
 )
+from deco_scale.training.dcp_index import IndexedTensor, Piece, read_index
 
 _TEMPORARY = ".saving_"
 _SUMMED_WORDS = 2**20

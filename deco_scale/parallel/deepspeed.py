@@ -263,7 +263,8 @@ class DeepSpeedEngine:
             shape[dim] *= self._layout.tp
         chunks = part.chunk(self._layout.dp)
         place = self._mesh.get_local_rank("dp")
-        local = chunks[place].contiguous() if place < len(chunks) else part.new_empty(0, *part.shape[1:])
+        # A chunk is a view: a copy lets the whole parameter go.
+        local = chunks[place].clone() if place < len(chunks) else part.new_empty(0, *part.shape[1:])
         return DTensor.from_local(
             local,
             self._mesh,

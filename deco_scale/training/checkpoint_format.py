@@ -7,10 +7,8 @@ which is written last. Without ``COMPLETE`` it is never read.
 
 import errno
 import fcntl
-import io
 import json
 import os
-import pickle
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,11 +20,19 @@ import google_crc32c
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 
 from deco_scale.errors import ConfigError
+from deco_scale.training import dcp_index
 
 SCHEMA_VERSION = 2
 META, COMPLETE, METADATA = "meta.json", "COMPLETE", ".metadata"
@@ -131,22 +137,21 @@ def check_fit(path: object, found: Mapping[str, tuple[int, ...]], wanted: Mappin
 
 def stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Names and shapes in a checkpoint, read without running anything that its index could hold."""
-    return {
-        name: tuple(entry.size)
-        for name, entry in read_index(path / METADATA).state_dict_metadata.items()
-        if isinstance(entry, TensorStorageMetadata)
-    }
+    return {name: tensor.shape for name, tensor in dcp_index.read_index(path / METADATA).items()}
 
 
-def read_index(file: Path) -> Metadata:
-    """DCP's index, by an unpickler that knows its classes only; raises :class:`ConfigError` naming the file."""
-    try:
-        found = _SafeUnpickler(io.BytesIO(file.read_bytes())).load()
-        if isinstance(found, Metadata) and isinstance(found.state_dict_metadata, dict):
-            return found
-        raise pickle.UnpicklingError(f"it holds a {type(found).__name__}")
-    except (OSError, pickle.UnpicklingError, AttributeError, EOFError, ValueError) as error:
-        raise ConfigError(f"{file} is damaged or not a checkpoint's: {error}") from error
+def _metadata(file: Path) -> Metadata:
+    """DCP's own form of an index that was read as data."""
+    entries: dict[str, Any] = {}
+    places: dict[MetadataIndex, _StorageInfo] = {}
+    for name, tensor in dcp_index.read_index(file).items():
+        chunks = [ChunkStorageMetadata(torch.Size(p.offsets), torch.Size(p.sizes)) for p in tensor.pieces]
+        properties = TensorProperties(dtype=tensor.dtype)
+        entries[name] = TensorStorageMetadata(properties, torch.Size(tensor.shape), chunks)
+        for piece in tensor.pieces:
+            index = MetadataIndex(name, torch.Size(piece.offsets))
+            places[index] = _StorageInfo(piece.file, piece.start, piece.length)
+    return Metadata(entries, storage_data=places, storage_meta=StorageMeta())
 
 
 class Reader(FileSystemReader):
@@ -157,8 +162,8 @@ class Reader(FileSystemReader):
         self._fetch = fetch
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        metadata = read_index(Path(self.path) / METADATA)
-        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata = _metadata(Path(self.path) / METADATA)
+        assert metadata.storage_meta is not None
         metadata.storage_meta.load_id = self.load_id
         return metadata
 
@@ -191,28 +196,6 @@ def reading(path: Path) -> Iterator[None]:
             if error.errno not in NO_LOCKS:
                 raise ConfigError(f"{path / COMPLETE} cannot be locked: {error.strerror}") from error
         yield
-
-
-class _SafeUnpickler(pickle.Unpickler):
-    """Unpickles DCP's index and nothing else: classes of its metadata, sizes, dtypes, containers."""
-
-    _ALLOWED_MODULES = ("torch.distributed.checkpoint.",)
-    _ALLOWED = {
-        ("torch", "Size"),
-        ("torch", "dtype"),
-        ("torch", "device"),
-        ("torch.serialization", "_get_layout"),
-        ("collections", "OrderedDict"),
-        ("pathlib", "PosixPath"),
-        ("builtins", "set"),
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        known = module.startswith(self._ALLOWED_MODULES) and name[:1].isupper() | (name[:1] == "_")
-        if dtype or known or (module, name) in self._ALLOWED:
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name} does not belong in a checkpoint's index")
 
 
 def _crc32c(path: Path) -> int:

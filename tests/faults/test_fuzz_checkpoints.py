@@ -27,15 +27,16 @@ from safetensors.torch import save_file
 from checkpoints_tools import cli
 from checkpoints_tools.archive import Archive
 from checkpoints_tools.canonical import CanonicalReader
-from checkpoints_tools.dcp_index import read_index
 from checkpoints_tools.formats import open_checkpoint
 from checkpoints_tools.safetensors_out import SETTINGS_SUM, SUMS, as_json
 from checkpoints_tools.verify import problems_of
 from deco_scale.errors import ConfigError
 from deco_scale.models import ModelConfig
+from deco_scale.training.checkpoint import stored_shapes
+from deco_scale.training.dcp_index import read_index
 from tests.unit.test_import_export import META, save, tensors_of
 
-COUNTS = [pytest.param(150, id="some"), pytest.param(2000, id="2000", marks=pytest.mark.long)]
+COUNTS = [pytest.param(60, id="some"), pytest.param(2000, id="2000", marks=pytest.mark.long)]
 SMALL = ModelConfig(kind="c2i_baseline", dim=8, num_heads=2, num_blocks=1, patch_size=2, num_classes=3)
 MEMORY_BYTES = 128 * 2**20
 """Growth of the peak over all mutations. The checkpoints are below 0.2 MiB; the rest is Python and torch."""
@@ -207,6 +208,8 @@ def test_a_hostile_index_runs_nothing(name: str, tmp_path: Path) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(ConfigError, match=r"\.metadata is damaged or not a checkpoint's"):
         CanonicalReader(folder)
+    with pytest.raises(ConfigError, match=r"\.metadata is damaged or not a checkpoint's"):
+        stored_shapes(folder)
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < MEMORY_BYTES
     assert not canary.exists() and victim.exists()
 
