@@ -2,6 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 OUT ?= benchmarks/results
+# Tests that leave the second core idle; two files at a time.
+ONE_PROCESS := tests/unit tests/parity tests/faults/test_bad_input.py tests/faults/test_fuzz.py \
+	tests/faults/test_fuzz_checkpoints.py tests/faults/test_store.py
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt requirements-demo-encoder.txt | cksum | cut -d' ' -f1)
 
@@ -24,7 +27,8 @@ demo: $(STAMP)
 	$(BIN)/python launcher/demo.py
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not gpu and not long" tests
+	$(BIN)/python -m pytest -m "not gpu and not long" -n 2 --dist loadfile $(ONE_PROCESS)
+	$(BIN)/python -m pytest -m "not gpu and not long" $(filter-out $(ONE_PROCESS),$(wildcard tests/distributed tests/end_to_end tests/faults/test_*.py))
 
 test-long: $(STAMP)
 	$(BIN)/python -m pytest -m long tests

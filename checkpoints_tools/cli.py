@@ -1,4 +1,4 @@
-"""The ``deco-ckpt`` command: inspect, verify, diff, import, export, average.
+"""The ``deco-ckpt`` command: inspect, verify, diff, import, export, reshard, average.
 
 Exit codes: 0 done, 1 the check found something or the disk refused, 2 wrong use or an unreadable checkpoint.
 """
@@ -20,9 +20,11 @@ from checkpoints_tools.exporting import Weights, export_checkpoint, plan_export
 from checkpoints_tools.formats import open_checkpoint
 from checkpoints_tools.importing import import_checkpoint, plan_import
 from checkpoints_tools.measures import difference, tensor_facts
+from checkpoints_tools.reshard import add_arguments, plan_reshard
 from checkpoints_tools.show import differences_table, facts_table, printable, size_text, tensors_table
 from checkpoints_tools.source import SETS, Advance, Source, TensorSpec
 from checkpoints_tools.verify import has_checksums, problems_of
+from checkpoints_tools.zero_writer import ZeroLayout
 from deco_scale.config import load_config
 from deco_scale.errors import ConfigError, RunError
 from deco_scale.training.checkpoint import verify
@@ -90,6 +92,10 @@ def _parser() -> argparse.ArgumentParser:
     exporting.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     exporting.add_argument("--max-shard-bytes", type=_positive_int, metavar="N", help="several safetensors files")
     exporting.add_argument("--dry-run", action="store_true", help="say what would be written")
+    resharding = command(
+        "reshard", _reshard, "move between canonical, DeepSpeed's files, and its universal format"
+    )
+    add_arguments(resharding, workers=_cores())
     averaging = command("average", _average, "average canonical checkpoints")
     averaging.add_argument("target", type=Path)
     averaging.add_argument("source", type=Path, nargs="+")
@@ -212,6 +218,28 @@ def _export(args: argparse.Namespace, console: Console) -> int:
         return 0
     with _bar(console, "exporting", len(plan.specs)) as advance:
         export_checkpoint(plan, args.target, max_shard_bytes=args.max_shard_bytes, advance=advance)
+    _say(console, f"wrote {args.target}")
+    return 0
+
+
+def _reshard(args: argparse.Namespace, console: Console) -> int:
+    layout = None
+    if (args.dp, args.tp, args.zero_stage, args.bf16) != (None, None, None, False):
+        if args.dp is None or args.zero_stage is None:
+            raise ConfigError("--to deepspeed needs --dp and --zero-stage")
+        layout = ZeroLayout(args.dp, 1 if args.tp is None else args.tp, args.zero_stage, args.bf16)
+    source = _checked(open_checkpoint(args.source), console)
+    _refuse_existing(args.target)
+    plan = plan_reshard(
+        source, to=args.to, layout=layout, files=args.files, workers=args.workers, memory=args.memory,
+        ema_from_model=args.ema_from is not None, config=load_config(args.config) if args.config else None,
+    )  # fmt: skip
+    for line in plan.lines:
+        _say(console, line)
+    if args.dry_run:
+        return 0
+    with _bar(console, "resharding", plan.count) as advance:
+        plan.write(args.target, advance)
     _say(console, f"wrote {args.target}")
     return 0
 

@@ -14,6 +14,8 @@ from checkpoints_tools.foreign import NamedSource, ReleaseSource
 from checkpoints_tools.infer import model_of
 from checkpoints_tools.source import EMA, MODEL, SETS, Source
 from checkpoints_tools.stores import INDEX_SUFFIX, LightningStore, open_safetensors, read_json
+from checkpoints_tools.universal import UniversalSource, is_universal
+from checkpoints_tools.zero_reader import ZeroSource, is_zero
 from deco_scale.errors import ConfigError
 from deco_scale.training.checkpoint import COMPLETE, METADATA
 
@@ -27,7 +29,7 @@ _ZIP_MAGIC, _SAFETENSORS_BRACE = b"PK\x03\x04", b"{"
 
 
 def open_checkpoint(path: Path, *, stated: Mapping[str, Any] | None = None) -> Source:
-    """Open a canonical folder, a ``.ckpt``, safetensors (file, index or folder) or a diffusers-style folder.
+    """Open a canonical, diffusers-style or DeepSpeed folder, a ``.ckpt``, or safetensors (file, index or folder).
 
     A run's folder stands for its newest complete checkpoint. ``stated`` are model settings that the tensors must
     not contradict. Raises :class:`ConfigError` naming the path and what it was found to be.
@@ -63,13 +65,19 @@ def _open_folder(path: Path, stated: Mapping[str, Any] | None) -> Source:
     complete = sorted(p.parent for p in path.glob(f"checkpoints/step_*/{COMPLETE}"))
     if complete:
         return CanonicalReader(complete[-1])
+    if is_zero(path):
+        return ZeroSource(path)
+    if is_universal(path):
+        return UniversalSource(path)
     indexes = sorted(path.glob(f"*{INDEX_SUFFIX}"))
     files = indexes or sorted(path.glob("*.safetensors"))
     if len(files) == 1:
         return _open_safetensors(files[0], stated)
     if files:
         raise ConfigError(f"{path} has {len(files)} safetensors files; name the one that is meant")
-    raise ConfigError(f"{path} holds no checkpoint that is known (canonical, safetensors, diffusers-style)")
+    raise ConfigError(
+        f"{path} holds no checkpoint that is known (canonical, safetensors, diffusers-style, DeepSpeed)"
+    )
 
 
 def _open_safetensors(path: Path, stated: Mapping[str, Any] | None) -> Source:

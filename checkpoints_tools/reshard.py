@@ -27,10 +27,15 @@ Form = Literal["canonical", "deepspeed", "universal"]
 FORMS = ("canonical", "deepspeed", "universal")
 DEFAULT_MEMORY = 4 * 2**30
 _TEMPORARY = ".saving_"
+_ELEMENT = torch.float32.itemsize
 _COPIES = 3
 """Copies of a tensor that a worker may hold: as read, in fp32, and on its way to the file."""
 _MAX_PIECE = 2**23
 _UNITS = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+
+
+Write = Callable[[Path, Advance], None]
+"""Writes what was planned to a folder."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -39,7 +44,7 @@ class Reshard:
 
     lines: tuple[str, ...]
     count: int
-    write: Callable[[Path, Advance], None]
+    write: Write
 
 
 def add_arguments(parser: ArgumentParser, *, workers: int) -> None:
@@ -53,7 +58,9 @@ def add_arguments(parser: ArgumentParser, *, workers: int) -> None:
     parser.add_argument("--bf16", action="store_true", help="for a run with bf16.enabled (--to deepspeed)")
     parser.add_argument("--ema-from", choices=("model",), help="a source without EMA: start it at the weights")
     parser.add_argument("--config", type=Path, help="run configuration to store, where the source has none")
-    parser.add_argument("--files", type=int, metavar="N", help="number of tensor files (--to canonical), default 1")
+    parser.add_argument(
+        "--files", type=int, metavar="N", help="number of tensor files (--to canonical), default 1"
+    )
     parser.add_argument("--workers", type=int, default=workers, metavar="N", help="tensors at a time")
     parser.add_argument("--memory", type=byte_count, default=DEFAULT_MEMORY, metavar="BYTES", help="default 4GiB")
     parser.add_argument("--dry-run", action="store_true", help="say what would be written")
@@ -81,7 +88,7 @@ def plan_reshard(
 ) -> Reshard:
     """Decide everything without reading tensor data; raises :class:`ConfigError` for what cannot be.
 
-    ``memory`` bounds the tensors in memory: fewer of ``workers`` are used where it does not hold a tensor for each.
+    ``memory`` bounds the tensors in memory: fewer of ``workers`` are used where it does not hold a tensor of each.
     """
     if not isinstance(source, CanonicalReader | ZeroSource | UniversalSource):
         raise ConfigError(f"{source.path} is {source.format}; import it first (deco-ckpt import)")
@@ -91,51 +98,86 @@ def plan_reshard(
         raise ConfigError("--files is for --to canonical")
     if min(workers, files or 1) < 1:
         raise ConfigError("--workers and --files must be at least 1")
-    lines = []
-    view = _WithEma(source) if ema_from_model else source
+    view = _with_ema(source, from_model=ema_from_model)
+    meta, lines = _meta_of(source, config)
     if ema_from_model:
         lines.append("EMA starts at the weights")
-    elif not any(n.startswith(EMA) for n in source.specs):
-        raise ConfigError(f"{source.path} has no EMA; --ema-from model starts it at the weights")
-    meta, remarks = _meta_of(source, config)
-    lines += remarks
     if f"exp_avg.{next(iter(parameter_order(source)))}" not in source.specs:
+        if to == "universal":
+            raise ConfigError(
+                f"{source.path} has no moments, without which DeepSpeed loads no universal checkpoint"
+            )
         lines.append("there are no optimizer moments")
-    largest = max(spec.numel for spec in view.specs.values()) * torch.float32.itemsize * _COPIES
-    if to != "deepspeed" and largest > memory:
-        raise ConfigError(f"--memory {memory}: the largest tensor needs {largest} bytes")
-    fitting = max(1, min(workers, memory // largest))
-    total = sum(spec.numel for spec in view.specs.values()) * torch.float32.itemsize
+    total = sum(spec.numel for spec in view.specs.values()) * _ELEMENT
     lines.append(f"{source.format}: {len(view.specs):,} tensors, {total / 2**20:,.1f} MiB in fp32, to {to}")
-    if to == "canonical":
-
-        def write(target: Path, advance: Advance) -> None:
-            specs = {n: TensorSpec(s.shape) for n, s in view.specs.items()}
-            write_canonical(target, specs, view.read, meta, files=files or 1, workers=fitting, advance=advance)
-
-        return Reshard((*lines, f"{files or 1} tensor files"), len(view.specs), write)
     if layout is not None:
         check_zero(source.model, layout)
-        piece = min(_MAX_PIECE, memory // (_COPIES * torch.float32.itemsize * workers))
-        widest = max(s.numel // max(1, s.shape[0]) if s.shape else 1 for s in view.specs.values())
-        if piece < widest:
-            raise ConfigError(f"--memory {memory} does not hold a row of {widest} elements for each worker")
         lines += _files_of(source, layout)
+        run = _deepspeed_writer(view, meta, layout, workers, memory)
+    else:
+        largest = max(spec.numel for spec in view.specs.values()) * _ELEMENT * _COPIES
+        if largest > memory:
+            raise ConfigError(f"--memory {memory}: the largest tensor needs {largest} bytes")
+        fitting = min(workers, memory // largest)
+        run = _universal_writer(view, meta, fitting)
+        if to == "canonical":
+            lines.append(f"{files or 1} tensor files")
+            run = _canonical_writer(view, meta, files or 1, fitting)
+    return Reshard(tuple(lines), len(view.specs), run)
 
-    def write_deepspeed(target: Path, advance: Advance) -> None:
-        with _appearing(target) as temporary:
+
+def _canonical_writer(view: Source, meta: CheckpointMeta, files: int, workers: int) -> Write:
+    def write(target: Path, advance: Advance) -> None:
+        specs = {n: TensorSpec(s.shape) for n, s in view.specs.items()}
+        write_canonical(target, specs, view.read, meta, files=files, workers=workers, advance=advance)
+
+    return write
+
+
+def _universal_writer(view: Source, meta: CheckpointMeta, workers: int) -> Write:
+    def fill(folder: Path, advance: Advance) -> None:
+        write_universal(folder, view, meta, workers=workers, advance=advance)
+
+    return _tag_writer(view, meta, "latest_universal", fill)
+
+
+def _deepspeed_writer(view: Source, meta: CheckpointMeta, layout: ZeroLayout, workers: int, memory: int) -> Write:
+    piece = min(_MAX_PIECE, memory // (_COPIES * _ELEMENT * workers))
+    widest = max(s.numel // max(1, s.shape[0]) if s.shape else 1 for s in view.specs.values())
+    # The side file is written tensor by tensor.
+    largest = max((view.specs[n].numel for n in _side_names(view)), default=0)
+    if piece < widest or largest * _ELEMENT * _COPIES > memory:
+        needed = _ELEMENT * _COPIES * max(widest * workers, largest)
+        raise ConfigError(f"--memory {memory}: rows of tensors and the largest one of the EMA need {needed} bytes")
+
+    def fill(folder: Path, advance: Advance) -> None:
+        write_zero(folder, view, meta, layout, workers=workers, piece_elements=piece, advance=advance)
+
+    return _tag_writer(view, meta, "latest", fill)
+
+
+def _tag_writer(view: Source, meta: CheckpointMeta, pointer: str, fill: Write) -> Write:
+    """A folder with a tag's folder in it, which ``fill`` fills, and the file that names the tag."""
+
+    def write(target: Path, advance: Advance) -> None:
+        with _Appearing(target) as temporary:
             folder = temporary / f"global_step{meta.step}"
             folder.mkdir()
-            if layout is not None:
-                write_zero(folder, view, meta, layout, workers=workers, piece_elements=piece, advance=advance)
-            else:
-                write_universal(folder, view, meta, workers=fitting, advance=advance)
+            fill(folder, advance)
             write_side(folder, view, _side_names(view), meta, advance)
             _sync_folder(folder)
-            pointer = "latest" if layout is not None else "latest_universal"
             _write_durably(temporary / pointer, folder.name.encode())
 
-    return Reshard(tuple(lines), len(view.specs), write_deepspeed)
+    return write
+
+
+def _with_ema(source: Source, *, from_model: bool) -> Source:
+    has = any(n.startswith(EMA) for n in source.specs)
+    if has and from_model:
+        raise ConfigError(f"{source.path} has an EMA; --ema-from is for sources without one")
+    if not has and not from_model:
+        raise ConfigError(f"{source.path} has no EMA; --ema-from model starts it at the weights")
+    return source if has else _WithEma(source)
 
 
 class _WithEma:
@@ -199,12 +241,12 @@ def _files_of(source: Source, layout: ZeroLayout) -> list[str]:
     moments = 2 if f"exp_avg.{next(iter(shapes))}" in source.specs else 0
     lines = []
     for dp in range(layout.dp):
-        size = (sum(parts.used[dp]) + moments * sum(parts.sizes)) * torch.float32.itemsize
+        size = (sum(parts.used[dp]) + moments * sum(parts.sizes)) * _ELEMENT
         lines += [f"{layout.optim_file(tp, dp)}: {size:,} bytes of tensors" for tp in range(layout.tp)]
     return lines
 
 
-class _appearing:
+class _Appearing:
     """A folder that is written under a temporary name, and takes its own when it is whole."""
 
     def __init__(self, target: Path) -> None:

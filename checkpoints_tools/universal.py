@@ -32,7 +32,7 @@ from checkpoints_tools.zero_files import (
     stored_number,
 )
 from checkpoints_tools.zero_layout import Shape, whole_shape
-from checkpoints_tools.zero_writer import ZeroLayout, _in_threads, adamw_group, model_states, parameter_order
+from checkpoints_tools.zero_writer import ZeroLayout, adamw_group, in_threads, model_states, parameter_order
 from deco_scale.errors import ConfigError
 from deco_scale.parallel.plan import split_dim
 from deco_scale.training.checkpoint import CheckpointMeta, _sync_folder
@@ -49,9 +49,9 @@ def is_universal(path: Path) -> bool:
 class UniversalSource:
     """A universal checkpoint; implements :class:`checkpoints_tools.source.Source`.
 
-    Shapes are compared with those of the model that the names describe, because conversions with tensor parallelism
-    have put parts together along the wrong dimension. Tensors that were stored flat take the shape that the
-    model-states file says. Raises :class:`ConfigError` naming the file.
+    Shapes are compared with those of the model that the names describe, because conversions with tensor
+    parallelism have put parts together along the wrong dimension. Tensors that were stored flat take the shape
+    that the model-states file says. Raises :class:`ConfigError` naming the file.
     """
 
     meta = None
@@ -103,7 +103,9 @@ class UniversalSource:
             raise ConfigError(f"{self.path} has no *_model_states.pt file, which says where the run stood")
         if len(said) > 1:
             (one, a), (other, b) = sorted(said.items())[:2]
-            raise ConfigError(f"{self.path} mixes steps: {a.name} is of step {one[0]}, {b.name} of step {other[0]}")
+            raise ConfigError(
+                f"{self.path} mixes steps: {a.name} is of step {one[0]}, {b.name} of step {other[0]}"
+            )
         return *next(iter(said)), shapes
 
     def _read_parameter(self, folder: Path, shapes: Mapping[str, Shape], steps: dict[int, Path]) -> None:
@@ -154,13 +156,11 @@ def write_universal(
 ) -> None:
     """Write a universal checkpoint into ``folder``, which exists; a worker has one tensor in memory.
 
-    It loads under ZeRO-1, 2 and 3 on any number of ranks. A tensor that ZeRO-1/2 is to cut over tensor parallel
-    ranks says along which dimension.
+    ``source`` has moments, without which DeepSpeed loads no universal checkpoint. What is written loads under
+    ZeRO-1, 2 and 3 on any number of ranks. A tensor that ZeRO-1/2 is to cut over tensor parallel ranks says along
+    which dimension.
     """
     shapes = parameter_order(source)
-    has_moments = f"exp_avg.{next(iter(shapes))}" in source.specs
-    if not has_moments:
-        raise ConfigError(f"{source.path} has no moments, without which DeepSpeed loads no universal checkpoint")
     zero = folder / "zero"
     step = torch.tensor(float(meta.optimizer_steps))
     for name in shapes:
@@ -177,7 +177,7 @@ def write_universal(
         _save(zero / name / f"{stem}.pt", content)
         advance(full)
 
-    _in_threads(save, [f"{kind}.{name}" for kind in CARRIED for name in shapes], workers)
+    in_threads(save, [f"{kind}.{name}" for kind in CARRIED for name in shapes], workers)
     for name in shapes:
         _sync_folder(zero / name)
     group = adamw_group(meta, [0])

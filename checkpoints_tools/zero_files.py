@@ -16,7 +16,7 @@ from torch import Tensor
 from checkpoints_tools.archive import Archive, StoredTensor
 from checkpoints_tools.infer import check_shapes, model_of
 from checkpoints_tools.safetensors_out import write_safetensors
-from checkpoints_tools.source import MODEL, Source, TensorSpec
+from checkpoints_tools.source import MODEL, Advance, Source, TensorSpec
 from checkpoints_tools.stores import SafetensorsStore
 from deco_scale.errors import ConfigError
 from deco_scale.models import ModelConfig
@@ -85,7 +85,7 @@ def stored_number(archive: Archive, value: object, *, name: str, file: Path) -> 
         if value.numel() != 1:
             raise ConfigError(f"{file}: {name} has {value.numel()} elements, not one")
         value = float(archive.stored(value, name).read().double().reshape(()))
-    if not isinstance(value, int | float) or value != int(value) or value < 0:
+    if not isinstance(value, int | float) or not float(value).is_integer() or value < 0:
         raise ConfigError(f"{file}: {name} is {value!r}, which is no count of steps")
     return int(value)
 
@@ -106,6 +106,9 @@ def parameter_shapes(content: Any, file: Path) -> list[dict[str, tuple[int, ...]
         raise ConfigError(f"{file}: {frozen} is frozen; checkpoints with frozen parameters are not supported")
     if not isinstance(groups, list) or not all(isinstance(g, Mapping) for g in groups):
         raise ConfigError(f"{file}: param_shapes is not a list of groups of parameters")
+    sizes = [s for group in groups for s in group.values()]
+    if not all(isinstance(s, tuple) and all(isinstance(n, int) and n >= 0 for n in s) for s in sizes):
+        raise ConfigError(f"{file}: param_shapes has something else than shapes")
     found: list[dict[str, tuple[int, ...]]] = [{n: tuple(s) for n, s in group.items()} for group in groups]
     names = [name for group in found for name in group]
     strangers = [n for n in names if not isinstance(n, str) or not n.startswith(PARAMETERS)]
@@ -129,11 +132,11 @@ def resolve_tag(path: Path, pointer: str) -> Path:
     return path / tag
 
 
-def write_side(folder: Path, source: Source, names: list[str], meta: CheckpointMeta, memory_note: Any) -> None:
+def write_side(folder: Path, source: Source, names: list[str], meta: CheckpointMeta, advance: Advance) -> None:
     """Write the tensors of ``names`` and ``meta`` beside DeepSpeed's files, tensor by tensor."""
     said = {"meta": json.dumps(dataclasses.asdict(meta))}
     specs = {name: TensorSpec(source.specs[name].shape) for name in names}
-    write_safetensors(folder, SIDE, specs, source.read, metadata=said, advance=memory_note)
+    write_safetensors(folder, SIDE, specs, source.read, metadata=said, advance=advance)
 
 
 def read_side(folder: Path, step: int) -> tuple[SafetensorsStore | None, CheckpointMeta | None]:

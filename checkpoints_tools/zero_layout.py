@@ -1,8 +1,8 @@
 """Where DeepSpeed's ZeRO puts each element of each parameter: plain arithmetic, no files.
 
-A group is a list of parameters that share flat buffers. ZeRO-1/2 flatten a group, pad it to a multiple of twice the
-ranks and cut it into equal partitions. ZeRO-3 cuts each parameter into equal partitions, the last ones padded, and
-a rank's flat buffer is its partitions one after another
+A group is a list of parameters that share flat buffers. ZeRO-1/2 flatten a group, pad it to a multiple of twice
+the ranks and cut it into equal partitions. ZeRO-3 cuts each parameter into equal partitions, the last ones padded,
+and a rank's flat buffer is its partitions one after another
 (``deepspeed/runtime/zero/stage_1_and_2.py`` and ``stage3.py`` of DeepSpeed 0.19).
 """
 
@@ -21,7 +21,7 @@ SUB_GROUP_ELEMENTS = 10**9
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """``count`` elements of a flattened parameter, from ``first``, lie at ``start`` of a rank's flat of a group."""
+    """``count`` elements of a flattened parameter, from ``first``: at ``start`` of a rank's flat of a group."""
 
     rank: int
     group: int

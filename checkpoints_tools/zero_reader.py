@@ -33,11 +33,7 @@ _SET_OF_FP32 = "model"
 
 def is_zero(path: Path) -> bool:
     """Whether a folder is, or points by its ``latest`` to, files of DeepSpeed's optimizer partitions."""
-    try:
-        folder = resolve_tag(path, "latest")
-    except ConfigError:
-        return True
-    return any(OPTIM.fullmatch(file.name) for file in folder.glob("*optim_states.pt"))
+    return (path / "latest").is_file() or any(OPTIM.fullmatch(f.name) for f in path.glob("*optim_states.pt"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,27 +48,31 @@ class OptimContent:
 def optim_content(content: Any, file: Path) -> OptimContent:
     """Find masters and optimizer state in the header of an optimizer file; the lists have one entry a group."""
     inner = entry(content, "optimizer_state_dict", file=file)
-    stage = int(entry(inner, "zero_stage", file=file))
-    if stage not in (1, 2, 3):
-        raise ConfigError(f"{file} is of ZeRO stage {stage}; 1, 2 and 3 are supported")
+    stage = entry(inner, "zero_stage", file=file)
+    if not isinstance(stage, int) or stage not in (1, 2, 3):
+        raise ConfigError(f"{file} is of ZeRO stage {stage!r}; 1, 2 and 3 are supported")
     masters = entry(inner, "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups", file=file)
     base = entry(inner, "optimizer_state_dict" if stage == 3 else "base_optimizer_state", file=file)
     if isinstance(base, list):
         states = dict(enumerate(base))
     else:
         states = entry(base, "state", file=file)
-        steps = [group.get("step") for group in base.get("param_groups", [])]
+        listed = entry(base, "param_groups", file=file)
+        if not isinstance(listed, list) or not isinstance(states, Mapping):
+            raise ConfigError(f"{file}: the optimizer's state is not one that PyTorch's optimizers save")
+        steps = [group.get("step") for group in listed if isinstance(group, Mapping)]
         if any(step is not None for step in steps):
             # Fused optimizers count in the group.
             states = {i: {"step": steps[min(i, len(steps) - 1)], **state} for i, state in states.items()}
-    if not isinstance(masters, list) or any(not isinstance(s, Mapping) for s in states.values()):
+    if not isinstance(masters, list) or not all(isinstance(s, Mapping) for s in states.values()):
         raise ConfigError(f"{file}: masters or optimizer state are not lists by group")
-    if any(any(padding for padding in group) for group in inner.get("param_alignment_paddings") or []):
+    paddings = inner.get("param_alignment_paddings")
+    if paddings and not all(isinstance(group, list) and not any(group) for group in paddings):
         raise ConfigError(f"{file} was saved with zero_optimization.parameter_alignment, which is not supported")
     lacking = [i for i in range(len(masters)) if states and i not in states]
     if lacking:
         raise ConfigError(f"{file} has no optimizer state of group {lacking[0]}")
-    return OptimContent(masters, [states.get(i, {}) for i in range(len(masters))], stage)
+    return OptimContent(masters, [states.get(i, {}) for i in range(len(masters))], int(stage))
 
 
 class ZeroSource:
@@ -148,7 +148,7 @@ class ZeroSource:
         """Check all model-states files against each other; the groups' shapes by tp rank."""
         found: dict[int, list[dict[str, Shape]]] = {}
         said: dict[tuple[int, int, int], Path] = {}
-        sizes: dict[tuple[Any, Any], Path] = {}
+        sizes: set[tuple[int, int]] = set()
         ranks: set[tuple[int, int | None]] = set()
         for file in sorted(self.path.glob("*model_states.pt")):
             match = MODEL_STATES.fullmatch(file.name)
@@ -161,15 +161,20 @@ class ZeroSource:
             if found.setdefault(tp, groups) != groups:
                 raise ConfigError(f"{file} lists other parameters than another file of the same mp_rank")
             said[model_progress(content, file)] = file
-            sizes[entry(content, "dp_world_size", file=file), entry(content, "mp_world_size", file=file)] = file
+            stated = [entry(content, key, file=file) for key in ("dp_world_size", "mp_world_size")]
+            if not all(isinstance(size, int) for size in stated):
+                raise ConfigError(f"{file}: dp_world_size and mp_world_size are {stated}")
+            sizes.add((stated[0], stated[1]))
         if len(said) > 1:
             (one, a), (other, b) = sorted(said.items())[:2]
-            raise ConfigError(f"{self.path} mixes steps: {a.name} is of step {one[0]}, {b.name} of step {other[0]}")
-        if not said or set(sizes) != {(self.dp, self.tp)}:
-            stated = sorted(map(str, sizes)) or "no *_model_states.pt file"
+            raise ConfigError(
+                f"{self.path} mixes steps: {a.name} is of step {one[0]}, {b.name} of step {other[0]}"
+            )
+        if not said or sizes != {(self.dp, self.tp)}:
+            found_sizes = sorted(sizes) or "no *_model_states.pt file"
             raise ConfigError(
                 f"{self.path} has optimizer files of {self.dp} data parallel x {self.tp} tensor parallel ranks, "
-                f"but (dp_world_size, mp_world_size) of the model files: {stated}"
+                f"but (dp_world_size, mp_world_size) of the model files: {found_sizes}"
             )
         by_rank = any(dp is not None for _, dp in ranks)
         places = [(tp, dp) for tp in range(self.tp) for dp in (range(self.dp) if by_rank else (None,))]

@@ -119,7 +119,7 @@ def write_zero(
     piece_elements: int = 2**23,
     advance: Advance = lambda name: None,
 ) -> None:
-    """Write the files of all ranks into ``folder``, which exists; each worker holds ``piece_elements`` of a tensor.
+    """Write the files of all ranks into ``folder``, which exists; a worker holds ``piece_elements`` of a tensor.
 
     A weight or moment that ``source`` lacks stays out; EMA is not written here. All files are made durable.
     """
@@ -156,7 +156,7 @@ def write_zero(
 
         kinds = CARRIED if has_moments else CARRIED[:1]
         names = [f"{kind}.{name}" for kind in kinds for name in shapes]
-        _in_threads(fill, names, workers)
+        in_threads(fill, names, workers)
         for blank in optim.values():
             os.fsync(blank.descriptor)
         for descriptor in descriptors.values():
@@ -294,7 +294,7 @@ def _tp_pieces(source: Source, name: str, tp: int, elements: int) -> Iterator[tu
                     yield (first - rank * height) * width, values[first - start : end - start].reshape(-1), rank
 
 
-def _in_threads(work: Callable[[str], None], names: list[str], workers: int) -> None:
+def in_threads(work: Callable[[str], None], names: list[str], workers: int) -> None:
     """``work`` for each name; after an error the rest is not begun, and the error raised."""
     failed = threading.Event()
 

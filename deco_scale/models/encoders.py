@@ -7,6 +7,7 @@ Shape letters: B batch, L text tokens, T text width, C channels, Y X pixels, N p
 """
 
 import hashlib
+import logging
 import os
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -178,9 +179,11 @@ def text_identity(cfg: TextEncoderConfig, width: int) -> dict[str, Any]:
 
 def _quiet() -> None:
     """No progress bar of its own for each file: the run has one console look."""
-    from transformers.utils import logging
+    # transformers imports torchao where it is installed, which warns of each GPU library that does not suit.
+    logging.getLogger("torchao").setLevel(logging.ERROR)
+    from transformers.utils import logging as transformers_logging
 
-    logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
 
 
 def _text_hint(path: str) -> str:

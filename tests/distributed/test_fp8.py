@@ -196,6 +196,7 @@ def _compiled() -> None:
     check_all([("zero3", 1, "none")], compiled=True)
 
 
+@pytest.mark.long
 def test_gradients_are_those_of_one_process(tmp_path: Path) -> None:
     in_group(_all_combinations, 2, tmp_path)
 

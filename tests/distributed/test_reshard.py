@@ -92,10 +92,8 @@ def _through_deepspeed(root: str, cases: list[str]) -> None:
     wanted = CanonicalReader(Path(root) / "canonical")
     for case in cases:
         kind, stage, tp = case.split("_")[0], int(case.split("_")[1]), int(case.split("_")[2])
-        if tp > 1:
-            engine = _ours(stage, tp)
-        else:
-            engine = _plain(stage, bf16=kind == "bf16", universal=kind == "universal")
+        plain = {"bf16": kind == "bf16", "universal": kind == "universal"}
+        engine = _ours(stage, tp) if tp > 1 else _plain(stage, **plain)
         source = "universal" if kind == "universal" else case
         loaded, _ = engine.load_checkpoint(str(Path(root) / source))
         assert loaded is not None and engine.global_steps == META.step
@@ -122,7 +120,8 @@ def _check_computing(engine: Any, wanted: Source, stage: int) -> None:
     ("world", "cases"),
     [
         (2, ["fp32_1_1", "bf16_2_1", "fp32_3_1", "fp32_1_2"]),
-        (4, ["universal_1_1", "universal_3_1", "fp32_3_2"]),
+        (4, ["universal_1_1", "universal_3_1"]),
+        pytest.param(4, ["fp32_2_1", "fp32_3_2"], marks=pytest.mark.long),
     ],
 )
 def test_deepspeed_loads_and_saves_every_bit(world: int, cases: list[str], tmp_path: Path) -> None:
@@ -139,11 +138,11 @@ def test_deepspeed_loads_and_saves_every_bit(world: int, cases: list[str], tmp_p
         again = open_checkpoint(tmp_path / f"{case}_again")
         assert again.progress.step == META.step  # type: ignore[attr-defined]
         check_equal(again, wanted, ema=False)
-        plan_reshard(again, to="canonical", ema_from_model=True).write(tmp_path / f"{case}_back", lambda name: None)
+        plan_reshard(again, to="canonical", ema_from_model=True).write(
+            tmp_path / f"{case}_back", lambda name: None
+        )
         back = CanonicalReader(tmp_path / f"{case}_back")
-        check_equal_without_ema = [n for n in back.specs if not n.startswith("ema.")]
-        assert all(torch.equal(back.read(n), wanted.read(n)) for n in check_equal_without_ema)
-        assert (back.meta.step, back.meta.samples) == (META.step, META.samples)
-        if case.split("_")[2] == "1":
-            # Our optimizer counts its steps outside of its state.
-            assert back.meta.optimizer_steps == META.optimizer_steps
+        carried = [n for n in back.specs if not n.startswith("ema.")]
+        assert all(torch.equal(back.read(n), wanted.read(n)) for n in carried)
+        stood = (back.meta.step, back.meta.samples, back.meta.optimizer_steps)
+        assert stood == (META.step, META.samples, META.optimizer_steps)

@@ -214,6 +214,7 @@ def test_throughput_of_the_real_step(tmp_path: Path, monkeypatch: pytest.MonkeyP
     check_throughput(tmp_path, 1)
 
 
+@pytest.mark.long
 def test_throughput_starts_several_processes(tmp_path: Path) -> None:
     words = ["--world", "2", "parallel.tp=2", "parallel.activation_checkpointing=full"]
     command = [sys.executable, "-m", "benchmarks.throughput", *throughput_words(tmp_path), *words]
@@ -334,6 +335,7 @@ def test_ratios_are_of_runs_of_this_suite() -> None:
     assert len(lines) == 1 and lines[0].startswith("MISSED") and "2.90" in lines[0]
 
 
+@pytest.mark.long
 def test_suite_on_a_cpu(tmp_path: Path) -> None:
     names = ["attention", "tensor_parallel", "tiny"]
     assert gpu_suite.main(["--out", str(tmp_path), "--quick", "--device", "cpu", "--only", *names]) == 0
