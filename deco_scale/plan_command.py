@@ -233,6 +233,6 @@ def workload(cfg: RunConfig) -> tuple[Workload, list[str]]:
     if running:
         notes.append(
             f"encoders in the step: {', '.join(running)}, one after the other with it, linears only; "
-            "text_encoder.ahead would hide part of the text encoder's time, which is not counted"
+            "text_encoder.ahead and image_encoder.ahead would hide part of their time, which is not counted"
         )
     return work, notes

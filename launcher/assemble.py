@@ -28,7 +28,7 @@ from deco_scale.precision.choice import choose_fp8
 from deco_scale.precision.modules import Fp8Plan
 from deco_scale.precision.of_run import plan_precision
 from deco_scale.sampling.pictures import make_pictures, save_grid, velocity_of
-from deco_scale.training.ahead import TextAhead
+from deco_scale.training.ahead import Ahead
 from deco_scale.training.batch import Prepare, padded_states
 from deco_scale.training.checkpoint import Checkpoints
 from deco_scale.training.engine import Engine
@@ -362,8 +362,10 @@ def assemble(
         encode_image=shared_over_tp(image.encode, engine) if image else None,
     )
     ahead = None
-    if cfg.text_encoder is not None and cfg.text_encoder.ahead and prepare.encode_text is not None:
-        ahead = TextAhead(prepare.encode_text, device)
+    text_ahead = encode_text is not None and cfg.text_encoder is not None and cfg.text_encoder.ahead
+    image_ahead = image is not None and cfg.image_encoder is not None and cfg.image_encoder.ahead
+    if text_ahead or image_ahead:
+        ahead = Ahead(lambda part: prepare.encode(part, text=text_ahead, image=image_ahead), device)
     peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     return Loop(
         settings=cfg.run,
@@ -377,7 +379,7 @@ def assemble(
         config=plain,
         after_step=picture_maker(cfg, layout, engine, text, folder / "samples", reporter),
         peak_flops=peak * dist.get_world_size() if peak else None,
-        text_ahead=ahead,
+        ahead=ahead,
     )
 
 

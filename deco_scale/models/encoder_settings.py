@@ -29,6 +29,10 @@ class TextEncoderConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImageEncoderConfig:
-    """DINOv2 for REPA: a ``transformers`` folder, or the original ``.pth`` file of dinov2_vitb14."""
+    """DINOv2 for REPA: a ``transformers`` folder, or the original ``.pth`` file of dinov2_vitb14.
+
+    ``ahead`` encodes the next batch while a step computes, on a stream of its own.
+    """
 
     path: str
+    ahead: bool = False

@@ -1,45 +1,43 @@
-"""Text encoding one batch ahead, beside the step instead of before it."""
+"""Frozen encoders one batch ahead, beside the step instead of before it."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor
 
-from deco_scale.training.batch import Batch, split
+from deco_scale.training.batch import Batch, Encoded, split
 
 
-class TextAhead:
-    """Starts encoding the next batch's captions before a batch is handed out.
+class Ahead:
+    """Starts encoding the next batch before a batch is handed out.
 
-    On a GPU the encoder runs on a stream of its own, so that it fills gaps of the step; elsewhere it only
-    runs earlier. Costs the text states of one more batch of memory.
+    On a GPU the encoders run on a stream of their own, so that they fill gaps of the step; elsewhere they only
+    run earlier. Costs the encoders' results for one more batch of memory. ``encode`` takes a micro-batch.
     """
 
-    def __init__(self, encode: Callable[[Sequence[str]], Tensor], device: torch.device) -> None:
+    def __init__(self, encode: Callable[[Batch], Encoded], device: torch.device) -> None:
         self._encode = encode
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def over(self, batches: Iterator[Batch], *, parts: int, count: int) -> Iterator[tuple[Batch, list[Tensor]]]:
-        """``count`` batches, each with the text states of its ``parts`` micro-batches."""
+    def over(self, batches: Iterator[Batch], *, parts: int, count: int) -> Iterator[tuple[Batch, list[Encoded]]]:
+        """``count`` batches, each with what was made of its ``parts`` micro-batches."""
         upcoming = self._start(next(batches), parts)
         for left in range(count - 1, -1, -1):
-            batch, texts, done = upcoming
+            batch, encoded, done = upcoming
             if left:
                 upcoming = self._start(next(batches), parts)
             if done is not None:
                 here = torch.cuda.current_stream(self._device)
                 here.wait_event(done)
-                for text in texts:
+                for tensor in (t for part in encoded for t in part if t is not None):
                     # The memory belongs to the other stream's allocator; it must not be reused too early.
-                    text.record_stream(here)
-            yield batch, texts
+                    tensor.record_stream(here)
+            yield batch, encoded
 
-    def _start(self, batch: Batch, parts: int) -> tuple[Batch, list[Tensor], torch.cuda.Event | None]:
+    def _start(self, batch: Batch, parts: int) -> tuple[Batch, list[Encoded], torch.cuda.Event | None]:
         # Micro-batch by micro-batch, as without this: another batch size would round differently.
-        captions = [part.captions for part in split(batch, parts)]
         if self._stream is None:
-            return batch, [self._encode(c) for c in captions], None
+            return batch, [self._encode(part) for part in split(batch, parts)], None
         with torch.cuda.stream(self._stream):
-            texts = [self._encode(c) for c in captions]
-            return batch, texts, self._stream.record_event()
+            encoded = [self._encode(part) for part in split(batch, parts)]
+            return batch, encoded, self._stream.record_event()

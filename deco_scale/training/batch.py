@@ -102,6 +102,16 @@ class ObjectiveInputs(NamedTuple):
     features: Tensor | None
 
 
+class Encoded(NamedTuple):
+    """What frozen encoders made of a micro-batch: ``text`` (B, L, T), ``features`` (B, N, F); None if not yet."""
+
+    text: Tensor | None = None
+    features: Tensor | None = None
+
+
+NOT_ENCODED = Encoded()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Prepare:
     """Builds the objective's inputs; encoders are callables and run without gradients.
@@ -118,16 +128,15 @@ class Prepare:
     encode_text: Callable[[Sequence[str]], Tensor] | None = None
     encode_image: Callable[[Tensor], Tensor] | None = None
 
-    def __call__(self, batch: Batch, timestep_shift: float, text: Tensor | None = None) -> ObjectiveInputs:
-        """``text`` (B, L, T): the captions' states, where they are encoded already."""
-        pixels = torch.as_tensor(batch.images).to(self.device, non_blocking=True)
-        image = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1.0
+    def __call__(self, batch: Batch, timestep_shift: float, encoded: Encoded = NOT_ENCODED) -> ObjectiveInputs:
+        """``encoded`` has what is encoded already; the rest is encoded here."""
+        image = self._image(batch)
         _, channels, height, width = image.shape
         draws = draw(self.seed, list(batch.numbers), (channels, height, width), self.device)
         law = self.objective.time_law
         t = base_time(draws.normal if law == "logit_normal" else draws.uniform, law)
-        if text is not None:
-            condition = text
+        if encoded.text is not None:
+            condition = encoded.text
         elif batch.states is not None:
             condition = self._states(batch.states)
         elif self.encode_text is not None:
@@ -135,8 +144,22 @@ class Prepare:
         else:
             condition = self._labels(batch.labels)
         condition = drop_condition(condition, self.null, draws.dropout < self.objective.condition_dropout)
-        features = self.encode_image(image) if self.encode_image is not None else None
+        features = encoded.features
+        if features is None and self.encode_image is not None:
+            features = self.encode_image(image)
         return ObjectiveInputs(image, draws.noise, shift_time(t, timestep_shift), condition, features)
+
+    def encode(self, batch: Batch, *, text: bool, image: bool) -> Encoded:
+        """What the encoders that are asked for make of a micro-batch."""
+        return Encoded(
+            self.encode_text(batch.captions) if text and self.encode_text is not None else None,
+            self.encode_image(self._image(batch)) if image and self.encode_image is not None else None,
+        )
+
+    def _image(self, batch: Batch) -> Tensor:
+        """Images (B, C, Y, X) in [-1, 1]."""
+        pixels = torch.as_tensor(batch.images).to(self.device, non_blocking=True)
+        return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1.0
 
     def _states(self, states: "Sequence[Any] | Tensor") -> Tensor:
         """(B, L, T) in fp32 on the device; they travel in bfloat16."""

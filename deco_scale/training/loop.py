@@ -9,8 +9,8 @@ import psutil
 import torch
 
 from deco_scale.errors import RunError
-from deco_scale.training.ahead import TextAhead
-from deco_scale.training.batch import Batch, Prepare, pinned, split
+from deco_scale.training.ahead import Ahead
+from deco_scale.training.batch import NOT_ENCODED, Batch, Encoded, Prepare, pinned, split
 from deco_scale.training.checkpoint import CheckpointMeta, Checkpoints, Saved
 from deco_scale.training.engine import Engine
 from deco_scale.training.feed import Feed
@@ -73,7 +73,7 @@ class Loop:
     config: dict[str, Any]
     after_step: Callable[[int], None]
     peak_flops: float | None
-    text_ahead: TextAhead | None = None
+    ahead: Ahead | None = None
 
     @property
     def total_steps(self) -> int:
@@ -117,16 +117,16 @@ class Loop:
         meter = Meter(self, stage, progress.step)
         on_gpu, null_shape = self.device.type == "cuda", self.prepare.null.shape
         feed = Feed(iter(data), depth=2, prepare=(lambda batch: pinned(batch, null_shape)) if on_gpu else None)
-        batches: Iterator[tuple[Batch, list[torch.Tensor] | None]] = ((batch, None) for batch in feed)
-        if self.text_ahead is not None:
+        batches: Iterator[tuple[Batch, list[Encoded] | None]] = ((batch, None) for batch in feed)
+        if self.ahead is not None:
             count = end - progress.step
-            batches = iter(self.text_ahead.over(feed, parts=stage.accumulation, count=count))
+            batches = iter(self.ahead.over(feed, parts=stage.accumulation, count=count))
         try:
             while progress.step < end:
                 waited = time.perf_counter()
-                batch, texts = next(batches)
+                batch, encoded = next(batches)
                 meter.waited(time.perf_counter() - waited)
-                result = self.step(stage, batch, texts)
+                result = self.step(stage, batch, encoded)
                 samples = progress.samples + stage.cfg.global_batch
                 progress = Progress(progress.step + 1, samples, stage.cfg.name, data.state(samples))
                 gate.add(result.skipped)
@@ -149,11 +149,13 @@ class Loop:
             feed.close()
         return progress
 
-    def step(self, stage: Stage, batch: Batch, texts: Sequence[torch.Tensor] | None = None) -> StepResult:
-        """One update on this rank's share of a global batch; ``texts`` if encoded already, by micro-batch."""
+    def step(self, stage: Stage, batch: Batch, encoded: Sequence[Encoded] | None = None) -> StepResult:
+        """One update on this rank's share of a global batch; ``encoded``: what is encoded already, by micro-batch."""
         parts = split(batch, stage.accumulation)
         shift = stage.cfg.timestep_shift
-        inputs = (self.prepare(part, shift, texts[i] if texts else None) for i, part in enumerate(parts))
+        inputs = (
+            self.prepare(part, shift, encoded[i] if encoded else NOT_ENCODED) for i, part in enumerate(parts)
+        )
         return train_step(
             self.engine,
             inputs,

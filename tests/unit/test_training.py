@@ -7,7 +7,7 @@ import os
 import pickle
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ from deco_scale.errors import ConfigError, RunError
 from deco_scale.kernels import Kernels
 from deco_scale.planning.flops import training_flops
 from deco_scale.training import checkpoint
-from deco_scale.training.ahead import TextAhead
-from deco_scale.training.batch import Batch
+from deco_scale.training.ahead import Ahead
+from deco_scale.training.batch import Batch, Encoded
 from deco_scale.training.checkpoint import CheckpointMeta, Checkpoints
 from deco_scale.training.engine import Engine
 from deco_scale.training.feed import Feed
@@ -280,7 +280,7 @@ def test_flops_of_the_published_model(side: int, teraflops: float) -> None:
     assert math.isclose(training_flops(model, side, side) / 1e12, teraflops, rel_tol=0.01)
 
 
-def test_text_is_encoded_one_batch_ahead() -> None:
+def test_encoders_are_one_batch_ahead() -> None:
     events: list[str] = []
 
     @dataclasses.dataclass
@@ -291,15 +291,16 @@ def test_text_is_encoded_one_batch_ahead() -> None:
         numbers: tuple[int, ...] = (0, 1)
         states: None = None
 
-    def encode(captions: Sequence[str]) -> torch.Tensor:
-        events.append("encode " + ",".join(captions))
-        return torch.tensor([[float(c)] for c in captions])
+    def encode(part: Batch) -> Encoded:
+        events.append("encode " + ",".join(part.captions))
+        return Encoded(text=torch.tensor([[float(c)] for c in part.captions]))
 
     # Three batches and no more: a fourth would be fetched in vain.
     source: Iterator[Batch] = iter([Captions([f"{i}", f"{i}.5"]) for i in range(3)])
-    for batch, texts in TextAhead(encode, torch.device("cpu")).over(source, parts=2, count=3):
+    for batch, encoded in Ahead(encode, torch.device("cpu")).over(source, parts=2, count=3):
         events.append("step " + batch.captions[0])
-        assert [t.tolist() for t in texts] == [[[float(c)]] for c in batch.captions]
+        texts = [part.text for part in encoded]
+        assert [t.tolist() for t in texts if t is not None] == [[[float(c)]] for c in batch.captions]
     assert events == [
         "encode 0", "encode 0.5", "encode 1", "encode 1.5", "step 0",
         "encode 2", "encode 2.5", "step 1", "step 2",
