@@ -150,12 +150,11 @@ class Loop:
         return progress
 
     def step(self, stage: Stage, batch: Batch, encoded: Sequence[Encoded] | None = None) -> StepResult:
-        """One update on this rank's share of a global batch; ``encoded``: what is encoded already, by micro-batch."""
+        """One update on this rank's share of a global batch; ``encoded`` is what is already, by micro-batch."""
         parts = split(batch, stage.accumulation)
         shift = stage.cfg.timestep_shift
-        inputs = (
-            self.prepare(part, shift, encoded[i] if encoded else NOT_ENCODED) for i, part in enumerate(parts)
-        )
+        known = encoded or [NOT_ENCODED] * stage.accumulation
+        inputs = (self.prepare(part, shift, each) for part, each in zip(parts, known, strict=True))
         return train_step(
             self.engine,
             inputs,
