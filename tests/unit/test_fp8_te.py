@@ -115,10 +115,10 @@ def test_delayed_scaling_is_part_of_a_checkpoint(stand_in: types.ModuleType) -> 
 def test_scaling_that_only_one_side_has_is_passed_over_aloud() -> None:
     model = {"model.denoiser.blocks.0.attn.qkv.weight": (96, 32)}
     scaling = {f"fp8.denoiser.blocks.0.attn.qkv.{kind}": (3,) for kind in ("scale_fwd", "scale_bwd")}
-    assert fp8.unmatched_scaling(model | scaling, model | scaling) == (set(), [])
-    names, lines = fp8.unmatched_scaling(model, model | scaling)
+    assert unmatched_scaling(model | scaling, model | scaling) == (set(), [])
+    names, lines = unmatched_scaling(model, model | scaling)
     assert names == set(scaling) and "1 linears start with fresh scaling" in lines[0]
-    names, lines = fp8.unmatched_scaling(model | scaling, {})
+    names, lines = unmatched_scaling(model | scaling, {})
     assert names == set(scaling) and "of 1 linears is not used" in lines[0]
 
 
