@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from deco_scale.errors import ConfigError
 from deco_scale.precision import fp8
 from deco_scale.precision.choice import Fp8Choice
+from deco_scale.precision.scaling import unmatched_scaling
 from tests.unit.test_fp8 import denoiser, inputs, plan_of
 
 
