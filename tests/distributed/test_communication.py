@@ -130,7 +130,16 @@ def _count_zero(dp: int, tp: int, settings: list[tuple[ZeroStage, Compute]], out
         Path(out).write_text(json.dumps(counts))
 
 
-@pytest.mark.parametrize("mesh", [(1, 2, 1), (1, 1, 2), (1, 2, 2), (2, 2, 1)], ids=lambda m: "x".join(map(str, m)))
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        pytest.param((1, 2, 1), marks=pytest.mark.long),
+        pytest.param((1, 1, 2), marks=pytest.mark.long),
+        (1, 2, 2),
+        (2, 2, 1),
+    ],
+    ids=lambda m: "x".join(map(str, m)),
+)
 def test_bytes_of_a_step_are_those_of_the_plan(mesh: tuple[int, int, int], tmp_path: Path) -> None:
     out = tmp_path / "count.json"
     in_group(_count_fsdp, mesh[0] * mesh[1] * mesh[2], tmp_path, *mesh, str(out))
@@ -141,7 +150,9 @@ def test_bytes_of_a_step_are_those_of_the_plan(mesh: tuple[int, int, int], tmp_p
 
 
 @pytest.mark.parametrize(
-    "mesh", [(2, 1), (1, 2), pytest.param((2, 2), marks=pytest.mark.long)], ids=lambda m: "x".join(map(str, m))
+    "mesh",
+    [pytest.param((2, 1), marks=pytest.mark.long), (1, 2), pytest.param((2, 2), marks=pytest.mark.long)],
+    ids=lambda m: "x".join(map(str, m)),
 )
 def test_bytes_of_a_deepspeed_step_are_those_of_the_plan(mesh: tuple[int, int], tmp_path: Path) -> None:
     out = tmp_path / "count.json"

@@ -116,6 +116,7 @@ def _check_computing(engine: Any, wanted: Source, stage: int) -> None:
             assert torch.equal(parameter.detach(), value), name
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("world", "cases"),
     [
