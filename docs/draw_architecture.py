@@ -17,7 +17,7 @@ BOXES = {
     "denoiser": (3, 2, "models/denoiser\nDiT blocks"),
     "decoder": (4, 2, "models/pixel_decoder\neach patch on its own"),
     "engine": (2, 2, "parallel\nfsdp or deepspeed engine"),
-    "precision": (1, 2, "precision\nfp32 or bf16"),
+    "precision": (1, 2, "precision\nfp32, bf16 or FP8"),
     "step": (1, 1, "training/step, loop\naccumulate, gate, update, EMA"),
     "checkpoint": (2, 1, "training/checkpoint\none canonical format"),
     "report": (0, 1, "training/report\nmetrics, wandb, curves"),
