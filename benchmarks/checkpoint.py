@@ -1,17 +1,17 @@
-"""How long saving holds a step up, asynchronously and synchronously, and how fast it writes, against ``cp``.
+"""How long saving holds a step up, how fast it writes, and how fast checkpoints are resharded, against ``cp``.
 
     python -m benchmarks.checkpoint                       # 1 GiB of state on the disk of the temporary folder
     python -m benchmarks.checkpoint --folder /mnt/disk
 
 One process saves the same state in turn with ``checkpoint.asynchronous`` on and off, and copies the bytes with
-``cp`` and a sync; medians of the rounds count. The first asynchronous save also takes memory for buffers and is
-told apart. While an asynchronous save runs, the process does matrix products as a training step would; how much
+``cp`` and a sync; medians of the rounds count. The first asynchronous save also makes its plan and is told apart.
+While an asynchronous save runs, the process does matrix products as a training step would; how much
 longer they take than alone is told as the work that was lost beside the stall.
 """
 
 import argparse
+import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,7 +24,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks import record
+from benchmarks import record, resharding
+from benchmarks.resharding import copy_seconds
 from deco_scale.training.checkpoint import CheckpointMeta, Checkpoints
 from deco_scale.training.engine import Engine
 from deco_scale.training.settings import CheckpointConfig
@@ -96,22 +97,13 @@ def lost_work(checkpoints: Checkpoints, state: State, step: int) -> float:
     return beside - work_for(piece * pieces)
 
 
-def copy_once(source: Path, target: Path) -> float:
-    """Seconds of ``cp`` of a folder and of a sync of its file system."""
-    began = time.perf_counter()
-    subprocess.run(["cp", "-r", str(source), str(target)], check=True)
-    subprocess.run(["sync", "-f", str(target)], check=True)
-    seconds = time.perf_counter() - began
-    subprocess.run(["rm", "-r", str(target)], check=True)
-    return seconds
-
-
 def measure(folder: Path, num_bytes: int, rounds: int) -> dict[str, Any]:
     state = State(num_bytes)
     makers = {True: folder / "asynchronous", False: folder / "synchronous"}
     ways = {a: Checkpoints(path, CheckpointConfig(keep_last=1, asynchronous=a)) for a, path in makers.items()}
     for checkpoints in ways.values():
         checkpoints.prepare()
+        checkpoints.reserve(cast(Engine, state))
     first_stall, _ = save_once(ways[True], state, 1)
     save_once(ways[False], state, 1)
     stalls, totals, synchronous, copies, lost = [], [], [], [], []
@@ -120,7 +112,7 @@ def measure(folder: Path, num_bytes: int, rounds: int) -> dict[str, Any]:
         stalls.append(stall)
         totals.append(total)
         synchronous.append(save_once(ways[False], state, 3 * number + 2)[1])
-        copies.append(copy_once(makers[False], folder / "copy"))
+        copies.append(copy_seconds(makers[False], folder / "copy"))
         lost.append(lost_work(ways[True], state, 3 * number + 3))
     held, whole = statistics.median(stalls), statistics.median(synchronous)
     return {
@@ -165,8 +157,12 @@ def main() -> int:
         result = {**record.origin(), **measure(Path(scratch), int(args.gib * 2**30), args.rounds)}
         dist.destroy_process_group()
     show(result, console)
-    record.write(result, args.out, "checkpoint", console)
-    return 0 if result["stall_ratio"] <= PROMISE else 1
+    with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
+        workers = len(os.sched_getaffinity(0))
+        resharded = resharding.measure(Path(scratch), int(args.gib * 2**30), args.rounds, workers)
+    fast = resharding.show(resharded, console)
+    record.write({**result, "resharding": resharded}, args.out, "checkpoint", console)
+    return 0 if fast and result["stall_ratio"] <= PROMISE else 1
 
 
 if __name__ == "__main__":

@@ -40,6 +40,11 @@ class StoredTensor:
     def contiguous(self) -> bool:
         return self.stride == _row_major(self.shape)
 
+    def read_into(self, flat: Tensor, first: int = 0) -> None:
+        """Fill a flat tensor of the stored type with elements from ``first`` on; where they are contiguous."""
+        assert self.contiguous and flat.dtype == self.dtype
+        _fill(flat, self.file, self.start + first * self.dtype.itemsize)
+
     def read(self, rows: tuple[int, int] | None = None) -> Tensor:
         """Contiguous copy of all rows, or of some along dimension 0."""
         if self.contiguous:
@@ -47,7 +52,7 @@ class StoredTensor:
             if rows is not None:
                 shape, first = (rows[1] - rows[0], *self.shape[1:]), rows[0] * self.stride[0]
             tensor = torch.empty(shape, dtype=self.dtype)
-            _fill(tensor, self.file, self.start + first * self.dtype.itemsize)
+            self.read_into(tensor.view(-1), first)
             return tensor
         flat = torch.empty(_extent(self.shape, self.stride), dtype=self.dtype)
         _fill(flat, self.file, self.start)

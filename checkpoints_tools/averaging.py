@@ -30,7 +30,7 @@ from torch import Tensor
 from checkpoints_tools.canonical import write_canonical
 from checkpoints_tools.source import EMA, MODEL, REPA, Advance, Source, TensorSpec, pieces
 from deco_scale.errors import ConfigError
-from deco_scale.training.checkpoint import CheckpointMeta
+from deco_scale.training.checkpoint_format import CheckpointMeta
 
 PIECE_ELEMENTS = 8 * 2**20
 """Elements that are summed in float64 at a time."""

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import google_crc32c
+import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
@@ -36,24 +37,28 @@ from torch.distributed.checkpoint.storage import WriteResult
 from checkpoints_tools.archive import Archive, StoredTensor
 from checkpoints_tools.infer import model_of
 from checkpoints_tools.source import SETS, Advance, TensorSpec
+from checkpoints_tools.work import SYNC_THREADS, Budget, held_bytes, in_threads, make_durable, tensor_budget
 from deco_scale.errors import ConfigError, RunError
 from deco_scale.models import ModelConfig
-from deco_scale.training.checkpoint import (
+from deco_scale.training.checkpoint_format import (
     COMPLETE,
+    FLUSH_BYTES,
     META,
     METADATA,
+    WRITE_BYTES,
     CheckpointMeta,
-    _crc32c,
-    _sync_folder,
-    _write_durably,
+    crc32c_of,
     read_meta,
     reading,
+    start_flush,
     sums_text,
+    sync_folder,
+    without_record_sums,
+    write_durably,
 )
 from deco_scale.training.dcp_index import IndexedTensor, Piece, read_index
 
 _TEMPORARY = ".saving_"
-_SUMMED_WORDS = 2**20
 
 
 class CanonicalReader:
@@ -148,9 +153,12 @@ def write_canonical(
     *,
     files: int = 1,
     workers: int = 1,
+    memory: int | None = None,
     advance: Advance = lambda name: None,
 ) -> CheckpointMeta:
     """Write a canonical folder; ``read`` is called for one name after another, by each of ``workers`` threads.
+
+    ``memory`` bounds the bytes of tensors that are held (by default a quarter more than the largest tensor).
 
     ``meta.parameter_digest`` is computed while writing; the completed meta is returned. All tensors are stored in
     fp32. The folder is made under a temporary name, made durable and renamed. Raises :class:`ConfigError` where
@@ -164,12 +172,14 @@ def write_canonical(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         shares = [names for names in _shares(specs, files) if names]
+        budget = Budget(tensor_budget(specs.values(), memory))
 
         def work(number: int) -> _Written:
-            return _write_file(temporary, f"__0_{number}.distcp", shares[number], specs, read, advance)
+            return _write_file(temporary, f"__0_{number}.distcp", shares[number], specs, read, budget, advance)
 
-        with ThreadPoolExecutor(max(1, workers)) as pool:
+        with without_record_sums(), ThreadPoolExecutor(max(1, workers)) as pool:
             written = list(pool.map(work, range(len(shares))))
+        in_threads(make_durable, [temporary / w.file for w in written], SYNC_THREADS)
         meta = dataclasses.replace(
             meta, parameter_digest=digest_of_sums({n: s for w in written for n, s in w.word_sums.items()})
         )
@@ -183,12 +193,9 @@ def write_canonical(
 
 def word_sum(tensor: Tensor) -> int:
     """Sum of the 32-bit words of a tensor's fp32 values, a part of :func:`digest_of_sums`."""
-    words = tensor.float().contiguous().view(-1).view(torch.int32)
-    # Torch widens all that it sums to 64 bits first; the sum wraps around as one of the whole would.
-    total = sum(
-        (part.sum(dtype=torch.int64) for part in words.split(_SUMMED_WORDS)), torch.zeros((), dtype=torch.int64)
-    )
-    return int(total)
+    words = tensor.float().contiguous().view(-1).view(torch.int32).numpy()
+    # The sum wraps around as one of the whole would.
+    return int(words.sum(dtype=np.int64))
 
 
 def digest_of_sums(sums: Mapping[str, int]) -> str:
@@ -203,6 +210,7 @@ def _write_file(
     names: list[str],
     specs: Mapping[str, TensorSpec],
     read: Callable[[str], Tensor],
+    budget: Budget,
     advance: Advance,
 ) -> _Written:
     results: list[WriteResult] = []
@@ -210,26 +218,29 @@ def _write_file(
     with (folder / file).open("wb") as raw:
         out = SummedFile(raw)
         for name in names:
-            tensor = read(name)
-            if tuple(tensor.shape) != specs[name].shape:
-                raise ConfigError(f"{name} has shape {tuple(tensor.shape)}, expected {specs[name].shape}")
-            tensor = tensor.detach().float().contiguous()
-            if tensor.untyped_storage().nbytes() != tensor.nbytes:
-                # torch.save writes a tensor's whole storage.
-                tensor = tensor.clone()
+            with budget.hold(held_bytes(specs[name])):
+                start = out.size
+                words = _append(out, name, specs[name], read)
             if name.startswith("model."):
-                sums[name] = word_sum(tensor)
-            start = out.size
-            torch.save(tensor, out)  # type: ignore[arg-type]
-            index = MetadataIndex(name, [0] * tensor.ndim, 0)
+                sums[name] = words
+            index = MetadataIndex(name, [0] * len(specs[name].shape), 0)
             info = _StorageInfo(file, start, out.size - start)
             results.append(WriteResult(index=index, size_in_bytes=out.size - start, storage_data=info))
-            # Before the next one is read, so that one at a time is in memory.
-            del tensor
             advance(name)
-        raw.flush()
-        os.fsync(raw.fileno())
     return _Written(file, out.size, out.crc, results, sums)
+
+
+def _append(out: "SummedFile", name: str, spec: TensorSpec, read: Callable[[str], Tensor]) -> int:
+    """Read one tensor, append its archive, and return the sum of its words."""
+    tensor = read(name)
+    if tuple(tensor.shape) != spec.shape:
+        raise ConfigError(f"{name} has shape {tuple(tensor.shape)}, expected {spec.shape}")
+    tensor = tensor.detach().float().contiguous()
+    if tensor.untyped_storage().nbytes() != tensor.nbytes:
+        # torch.save writes a tensor's whole storage.
+        tensor = tensor.clone()
+    torch.save(tensor, out)  # type: ignore[arg-type]
+    return word_sum(tensor) if name.startswith("model.") else 0
 
 
 class SummedFile:
@@ -237,19 +248,25 @@ class SummedFile:
 
     def __init__(self, raw: BinaryIO) -> None:
         self._raw, self.size, self._checksum = raw, 0, google_crc32c.Checksum()
+        self._flushed = 0
 
     @property
     def crc(self) -> int:
         return int.from_bytes(self._checksum.digest(), "big")
 
     def write(self, data: Any) -> int:
-        piece = memoryview(data).cast("B")
-        self._raw.write(piece)
-        # The checksum takes bytes only; a piece at a time bounds the copy.
-        for start in range(0, len(piece), 2**20):
-            self._checksum.update(bytes(piece[start : start + 2**20]))
-        self.size += len(piece)
-        return len(piece)
+        whole = memoryview(data).cast("B")
+        for start in range(0, len(whole), WRITE_BYTES):
+            # The checksum takes bytes only; what is written then comes from the cache as well.
+            piece = bytes(whole[start : start + WRITE_BYTES])
+            self._raw.write(piece)
+            self._checksum.update(piece)
+            self.size += len(piece)
+            if self.size - self._flushed >= FLUSH_BYTES:
+                self._raw.flush()
+                start_flush(self._raw.fileno(), self._flushed, self.size - self._flushed)
+                self._flushed = self.size
+        return len(whole)
 
     def flush(self) -> None:
         self._raw.flush()
@@ -269,13 +286,13 @@ def _finish(
     dcp.FileSystemWriter(temporary, sync_files=True).finish(index, [w.results for w in written])
     sums = {w.file: (w.size, w.crc) for w in written}
     text = json.dumps(dataclasses.asdict(meta), indent=1).encode()
-    _write_durably(temporary / META, text)
+    write_durably(temporary / META, text)
     for name in (METADATA, META):
-        sums[name] = ((temporary / name).stat().st_size, _crc32c(temporary / name))
-    _write_durably(temporary / COMPLETE, sums_text(sums))
-    _sync_folder(temporary)
+        sums[name] = ((temporary / name).stat().st_size, crc32c_of(temporary / name))
+    write_durably(temporary / COMPLETE, sums_text(sums))
+    sync_folder(temporary)
     os.rename(temporary, folder)
-    _sync_folder(folder.parent)
+    sync_folder(folder.parent)
 
 
 def _entry(spec: TensorSpec) -> TensorStorageMetadata:

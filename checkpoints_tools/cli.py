@@ -24,10 +24,11 @@ from checkpoints_tools.reshard import add_arguments, plan_reshard
 from checkpoints_tools.show import differences_table, facts_table, printable, size_text, tensors_table
 from checkpoints_tools.source import SETS, Advance, Source, TensorSpec
 from checkpoints_tools.verify import has_checksums, problems_of
+from checkpoints_tools.work import use_large_pages
 from checkpoints_tools.zero_writer import ZeroLayout
 from deco_scale.config import load_config
 from deco_scale.errors import ConfigError, RunError
-from deco_scale.training.checkpoint import verify
+from deco_scale.training.checkpoint_format import verify
 
 LISTED = 20
 """Names that are listed before the rest are counted."""
@@ -44,6 +45,7 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     args = _parser().parse_args(argv)
+    use_large_pages()
     try:
         return int(args.run(args, Console()))
     except ConfigError as error:

@@ -28,7 +28,7 @@ from checkpoints_tools.safetensors_out import (
 )
 from checkpoints_tools.source import EMA, MODEL, REPA, Advance, Source, TensorSpec
 from deco_scale.errors import ConfigError, RunError
-from deco_scale.training.checkpoint import _sync_folder
+from deco_scale.training.checkpoint_format import sync_folder
 
 Format = Literal["release", "safetensors", "diffusers"]
 Weights = Literal["model", "ema", "both"]
@@ -104,10 +104,10 @@ def export_checkpoint(
             write = _write_folder if plan.format == "safetensors" else _write_pipeline
             sums = write(plan, temporary, max_shard_bytes, advance)
             write_summed(temporary / SUMS, as_json(sums))
-            _sync_folder(temporary)
+            sync_folder(temporary)
             temporary.chmod(0o755)
             os.rename(temporary, target)
-        _sync_folder(target.parent)
+        sync_folder(target.parent)
     except OSError as error:
         raise RunError(f"cannot write {target}: {error.strerror or error}") from error
     finally:
@@ -237,5 +237,5 @@ def _write_pipeline(plan: ExportPlan, folder: Path, limit: int | None, advance: 
         advance=advance,
     )
     for name in (TRANSFORMER, "scheduler"):
-        _sync_folder(folder / name)
+        sync_folder(folder / name)
     return sums | {f"{TRANSFORMER}/{name}": entry for name, entry in written.items()}

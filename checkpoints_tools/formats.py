@@ -17,7 +17,7 @@ from checkpoints_tools.stores import INDEX_SUFFIX, LightningStore, open_safetens
 from checkpoints_tools.universal import UniversalSource, is_universal
 from checkpoints_tools.zero_reader import ZeroSource, is_zero
 from deco_scale.errors import ConfigError
-from deco_scale.training.checkpoint import COMPLETE, METADATA
+from deco_scale.training.checkpoint_format import COMPLETE, METADATA
 
 PIPELINE = "model_index.json"
 TRANSFORMER = "transformer"

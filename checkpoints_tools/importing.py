@@ -12,7 +12,7 @@ from checkpoints_tools.source import EMA, MODEL, REPA, Advance, Source, TensorSp
 from deco_scale.config import RunConfig, build_config
 from deco_scale.errors import ConfigError
 from deco_scale.models import ModelConfig
-from deco_scale.training.checkpoint import CheckpointMeta
+from deco_scale.training.checkpoint_format import CheckpointMeta
 
 STAGE = "imported"
 _PUBLISHED_TEXT_DIM, _PUBLISHED_ENCODER = 2048, "Qwen/Qwen3-1.7B"

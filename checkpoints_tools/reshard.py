@@ -15,17 +15,20 @@ from checkpoints_tools.canonical import CanonicalReader, write_canonical
 from checkpoints_tools.importing import bare_config
 from checkpoints_tools.source import EMA, MODEL, Advance, Source, TensorSpec
 from checkpoints_tools.universal import UniversalSource, write_universal
+from checkpoints_tools.work import held_bytes
 from checkpoints_tools.zero_files import CARRIED, write_side
 from checkpoints_tools.zero_layout import partitions, sub_groups, tp_shape
 from checkpoints_tools.zero_reader import ZeroSource
 from checkpoints_tools.zero_writer import ZeroLayout, check_zero, parameter_order, write_zero
 from deco_scale.config import RunConfig
 from deco_scale.errors import ConfigError, RunError
-from deco_scale.training.checkpoint import CheckpointMeta, _sync_folder, _write_durably
+from deco_scale.training.checkpoint_format import CheckpointMeta, sync_folder, write_durably
 
 Form = Literal["canonical", "deepspeed", "universal"]
 FORMS = ("canonical", "deepspeed", "universal")
 DEFAULT_MEMORY = 4 * 2**30
+DEFAULT_FILES = 4
+"""As many can be written at a time."""
 _TEMPORARY = ".saving_"
 _ELEMENT = torch.float32.itemsize
 _COPIES = 3
@@ -59,7 +62,7 @@ def add_arguments(parser: ArgumentParser, *, workers: int) -> None:
     parser.add_argument("--ema-from", choices=("model",), help="a source without EMA: start it at the weights")
     parser.add_argument("--config", type=Path, help="run configuration to store, where the source has none")
     parser.add_argument(
-        "--files", type=int, metavar="N", help="number of tensor files (--to canonical), default 1"
+        "--files", type=int, metavar="N", help=f"number of tensor files (--to canonical), default {DEFAULT_FILES}"
     )
     parser.add_argument("--workers", type=int, default=workers, metavar="N", help="tensors at a time")
     parser.add_argument("--memory", type=byte_count, default=DEFAULT_MEMORY, metavar="BYTES", help="default 4GiB")
@@ -88,7 +91,7 @@ def plan_reshard(
 ) -> Reshard:
     """Decide everything without reading tensor data; raises :class:`ConfigError` for what cannot be.
 
-    ``memory`` bounds the tensors in memory: fewer of ``workers`` are used where it does not hold a tensor of each.
+    ``memory`` bounds the bytes of tensors in memory: ``workers`` wait for each other where it does not hold all.
     """
     if not isinstance(source, CanonicalReader | ZeroSource | UniversalSource):
         raise ConfigError(f"{source.path} is {source.format}; import it first (deco-ckpt import)")
@@ -115,28 +118,29 @@ def plan_reshard(
         lines += _files_of(source, layout)
         run = _deepspeed_writer(view, meta, layout, workers, memory)
     else:
-        largest = max(spec.numel for spec in view.specs.values()) * _ELEMENT * _COPIES
+        largest = max(held_bytes(spec) for spec in view.specs.values())
         if largest > memory:
             raise ConfigError(f"--memory {memory}: the largest tensor needs {largest} bytes")
-        fitting = min(workers, memory // largest)
-        run = _universal_writer(view, meta, fitting)
+        run = _universal_writer(view, meta, workers, memory)
         if to == "canonical":
-            lines.append(f"{files or 1} tensor files")
-            run = _canonical_writer(view, meta, files or 1, fitting)
+            lines.append(f"{files or DEFAULT_FILES} tensor files")
+            run = _canonical_writer(view, meta, files or DEFAULT_FILES, workers, memory)
     return Reshard(tuple(lines), len(view.specs), run)
 
 
-def _canonical_writer(view: Source, meta: CheckpointMeta, files: int, workers: int) -> Write:
+def _canonical_writer(view: Source, meta: CheckpointMeta, files: int, workers: int, memory: int) -> Write:
     def write(target: Path, advance: Advance) -> None:
         specs = {n: TensorSpec(s.shape) for n, s in view.specs.items()}
-        write_canonical(target, specs, view.read, meta, files=files, workers=workers, advance=advance)
+        write_canonical(
+            target, specs, view.read, meta, files=files, workers=workers, memory=memory, advance=advance
+        )
 
     return write
 
 
-def _universal_writer(view: Source, meta: CheckpointMeta, workers: int) -> Write:
+def _universal_writer(view: Source, meta: CheckpointMeta, workers: int, memory: int) -> Write:
     def fill(folder: Path, advance: Advance) -> None:
-        write_universal(folder, view, meta, workers=workers, advance=advance)
+        write_universal(folder, view, meta, workers=workers, memory=memory, advance=advance)
 
     return _tag_writer(view, meta, "latest_universal", fill)
 
@@ -165,8 +169,8 @@ def _tag_writer(view: Source, meta: CheckpointMeta, pointer: str, fill: Write) -
             folder.mkdir()
             fill(folder, advance)
             write_side(folder, view, _side_names(view), meta, advance)
-            _sync_folder(folder)
-            _write_durably(temporary / pointer, folder.name.encode())
+            sync_folder(folder)
+            write_durably(temporary / pointer, folder.name.encode())
 
     return write
 
@@ -262,9 +266,9 @@ class _Appearing:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         try:
             if error is None:
-                _sync_folder(self._temporary)
+                sync_folder(self._temporary)
                 os.rename(self._temporary, self._target)
-                _sync_folder(self._target.parent)
+                sync_folder(self._target.parent)
         except OSError as failed:
             raise RunError(f"cannot write {self._target}: {failed.strerror or failed}") from failed
         finally:

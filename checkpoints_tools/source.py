@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from deco_scale.models import ModelConfig
-from deco_scale.training.checkpoint import CheckpointMeta
+from deco_scale.training.checkpoint_format import CheckpointMeta
 
 MODEL, EMA, REPA = "model.denoiser.", "ema.denoiser.", "model.repa_head."
 SETS = ("model", "ema", "exp_avg", "exp_avg_sq", "fp8")

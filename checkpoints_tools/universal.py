@@ -4,7 +4,6 @@
 model-states file says where the run stood (``deepspeed/checkpoint/ds_to_universal.py`` of DeepSpeed 0.19).
 """
 
-import os
 from collections import OrderedDict
 from collections.abc import Mapping
 from math import prod
@@ -15,7 +14,9 @@ import torch
 from torch import Tensor
 
 from checkpoints_tools.archive import StoredTensor
+from checkpoints_tools.canonical import SummedFile
 from checkpoints_tools.source import Advance, Source, TensorSpec
+from checkpoints_tools.work import SYNC_THREADS, Budget, held_bytes, in_threads, make_durable, tensor_budget
 from checkpoints_tools.zero_files import (
     CARRIED,
     MODEL_STATES,
@@ -32,10 +33,10 @@ from checkpoints_tools.zero_files import (
     stored_number,
 )
 from checkpoints_tools.zero_layout import Shape, whole_shape
-from checkpoints_tools.zero_writer import ZeroLayout, adamw_group, in_threads, model_states, parameter_order
+from checkpoints_tools.zero_writer import ZeroLayout, adamw_group, model_states, parameter_order
 from deco_scale.errors import ConfigError
 from deco_scale.parallel.plan import split_dim
-from deco_scale.training.checkpoint import CheckpointMeta, _sync_folder
+from deco_scale.training.checkpoint_format import CheckpointMeta, without_record_sums
 
 _FILES = {"fp32": "model", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
 _OPTIMIZER = "optimizer_state.pt"
@@ -152,9 +153,10 @@ def write_universal(
     meta: CheckpointMeta,
     *,
     workers: int = 1,
+    memory: int | None = None,
     advance: Advance = lambda name: None,
 ) -> None:
-    """Write a universal checkpoint into ``folder``, which exists; a worker has one tensor in memory.
+    """Write a universal checkpoint into ``folder``, which exists; ``memory`` bounds the tensors that are held.
 
     ``source`` has moments, without which DeepSpeed loads no universal checkpoint. What is written loads under
     ZeRO-1, 2 and 3 on any number of ranks. A tensor that ZeRO-1/2 is to cut over tensor parallel ranks says along
@@ -167,19 +169,25 @@ def write_universal(
         (zero / name).mkdir(parents=True)
         _save(zero / name / "step.pt", step)
 
+    budget = Budget(tensor_budget(source.specs.values(), memory))
+
     def save(full: str) -> None:
         kind, _, name = full.partition(".")
         stem = next(s for s, k in _FILES.items() if k == kind)
-        content: dict[str, Any] = {"param": source.read(full).float().contiguous()}
-        dim = split_dim(name)
-        if dim is not None:
-            content["cat_dim"] = dim
-        _save(zero / name / f"{stem}.pt", content)
+        with budget.hold(held_bytes(source.specs[full])):
+            content: dict[str, Any] = {"param": source.read(full).float().contiguous()}
+            dim = split_dim(name)
+            if dim is not None:
+                content["cat_dim"] = dim
+            _save(zero / name / f"{stem}.pt", content)
+            del content
         advance(full)
 
-    in_threads(save, [f"{kind}.{name}" for kind in CARRIED for name in shapes], workers)
-    for name in shapes:
-        _sync_folder(zero / name)
+    with without_record_sums():
+        in_threads(save, [f"{kind}.{name}" for kind in CARRIED for name in shapes], workers)
+    files = [*zero.glob("*/*.pt"), *(zero / name for name in shapes)]
+    # Waiting for the disk once is several times as fast as after each file.
+    in_threads(make_durable, files, SYNC_THREADS)
     group = adamw_group(meta, [0])
     common = {
         "dynamic_loss_scale": False,
@@ -191,15 +199,15 @@ def write_universal(
         "optimizer_state_dict": {"state": {0: {"step": step}}, "param_groups": [group]},
     }
     _save(zero / _OPTIMIZER, common)
-    _sync_folder(zero)
+    make_durable(zero / _OPTIMIZER)
+    make_durable(zero)
     whole = ZeroLayout(dp=1, tp=1, stage=1)
     content = model_states([OrderedDict(shapes)], meta, whole, {})
     for file in (*whole.model_files(0), *ZeroLayout(dp=1, tp=1, stage=3).model_files(0)):
         _save(folder / file, content)
+        make_durable(folder / file)
 
 
 def _save(file: Path, content: object) -> None:
     with file.open("wb") as raw:
-        torch.save(content, raw)
-        raw.flush()
-        os.fsync(raw.fileno())
+        torch.save(content, SummedFile(raw))  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ from checkpoints_tools.safetensors_out import SETTINGS_SUM, SUMS, as_json, setti
 from checkpoints_tools.source import Advance
 from checkpoints_tools.stores import read_json
 from deco_scale.errors import ConfigError
-from deco_scale.training.checkpoint import COMPLETE, _crc32c, read_meta
+from deco_scale.training.checkpoint_format import COMPLETE, crc32c_of, read_meta
 
 
 def problems_of(path: Path, *, advance: Advance = lambda name: None) -> Iterator[str]:
@@ -115,6 +115,6 @@ def _compare(folder: Path, recorded: Mapping[str, object], where: str, advance: 
             yield f"{folder / where} is damaged: {json.dumps(entry)[:80]} for {name}"
         elif not file.is_file():
             yield f"{file} is missing"
-        elif file.stat().st_size != entry[0] or _crc32c(file) != entry[1]:
+        elif file.stat().st_size != entry[0] or crc32c_of(file) != entry[1]:
             yield f"{file} is damaged: size or checksum differ from {where}"
         advance(name)

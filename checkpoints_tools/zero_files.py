@@ -20,7 +20,7 @@ from checkpoints_tools.source import MODEL, Advance, Source, TensorSpec
 from checkpoints_tools.stores import SafetensorsStore
 from deco_scale.errors import ConfigError
 from deco_scale.models import ModelConfig
-from deco_scale.training.checkpoint import CheckpointMeta
+from deco_scale.training.checkpoint_format import CheckpointMeta
 
 SIDE = "deco_scale"
 """Stem of the safetensors file beside DeepSpeed's own, with EMA, scaling factors and ``meta.json``'s contents."""

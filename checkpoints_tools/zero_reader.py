@@ -118,26 +118,31 @@ class ZeroSource:
             return self._side.read(name, rows)
         kind, _, parameter = name.partition(".")
         dim = split_dim(parameter) if self.tp > 1 else None
-        if dim is None:
-            return self._read_part(kind, parameter, 0, rows)
-        if dim == 1:
-            return torch.cat([self._read_part(kind, parameter, tp, rows) for tp in range(self.tp)], dim=1)
-        height = self._local[0][parameter][0]
-        first, end = rows if rows is not None else (0, height * self.tp)
-        wanted = [(tp, max(first - tp * height, 0), min(end - tp * height, height)) for tp in range(self.tp)]
-        return torch.cat([self._read_part(kind, parameter, tp, (a, b)) for tp, a, b in wanted if a < b])
-
-    def _read_part(self, kind: str, name: str, tp: int, rows: tuple[int, int] | None) -> Tensor:
-        """Rows of a tp rank's part of a parameter."""
-        shape = self._local[tp][name]
+        shape = self.specs[name].shape
         first, end = rows if rows is not None else (0, shape[0] if shape else 1)
-        width = TensorSpec(shape[1:]).numel
-        pieces = [
-            self._flat(kind, tp, extent).read((extent.start, extent.start + extent.count))
-            for extent in overlaps(self._parts[tp].extents[name], first * width, (end - first) * width)
-        ]
-        flat = pieces[0] if len(pieces) == 1 else torch.cat(pieces) if pieces else torch.empty(0)
-        return flat.view((end - first, *shape[1:]) if shape else ())
+        out = torch.empty((end - first, *shape[1:]), dtype=self.specs[name].dtype)
+        if dim is None:
+            self._fill(out, kind, parameter, 0, first)
+        elif dim == 1:
+            for tp, columns in enumerate(out.chunk(self.tp, dim=1)):
+                part = torch.empty(columns.shape, dtype=out.dtype)
+                self._fill(part, kind, parameter, tp, first)
+                columns.copy_(part)
+        else:
+            height = self._local[0][parameter][0]
+            for tp in range(self.tp):
+                start, stop = max(first, tp * height), min(end, (tp + 1) * height)
+                if start < stop:
+                    self._fill(out[start - first : stop - first], kind, parameter, tp, start - tp * height)
+        return out if shape else out.view(())
+
+    def _fill(self, out: Tensor, kind: str, name: str, tp: int, row: int) -> None:
+        """Fill ``out`` with a tp rank's rows of a parameter from ``row`` on."""
+        flat, done = out.view(-1), 0
+        first = row * TensorSpec(out.shape[1:]).numel
+        for extent in overlaps(self._parts[tp].extents[name], first, flat.numel()):
+            self._flat(kind, tp, extent).read_into(flat[done : done + extent.count], extent.start)
+            done += extent.count
 
     def _flat(self, kind: str, tp: int, extent: Extent) -> StoredTensor:
         if kind == _SET_OF_FP32:
@@ -210,7 +215,7 @@ class ZeroSource:
         return next(iter(steps)) if steps else None
 
     def _check_sizes(self) -> None:
-        """Each flat buffer has the elements that the parameters' shapes give it."""
+        """Each flat buffer has the elements that the parameters' shapes give it, and the type of the others."""
         for (tp, dp), masters in self._masters.items():
             parts = self._parts[tp]
             if len(masters) != len(parts.sizes):
@@ -220,8 +225,12 @@ class ZeroSource:
                 )
             for group, master in enumerate(masters):
                 allowed = {parts.sizes[group], parts.used[dp][group]}
-                flats = [master] + [self._states[tp, dp, kind][group] for kind in sorted(self._kinds or ())]
-                for flat in flats:
+                kinds = sorted(self._kinds or ())
+                flats = [master] + [self._states[tp, dp, kind][group] for kind in kinds]
+                firsts = [self._masters[0, 0][0]] + [self._states[0, 0, kind][0] for kind in kinds]
+                for flat, first in zip(flats, firsts, strict=True):
+                    if flat.dtype != first.dtype:
+                        raise ConfigError(f"{flat.file} holds {flat.dtype} where {first.file} holds {first.dtype}")
                     if len(flat.shape) != 1 or flat.shape[0] not in allowed or not flat.contiguous:
                         raise ConfigError(
                             f"{flat.file}: a flat buffer of group {group} has shape {flat.shape}, "

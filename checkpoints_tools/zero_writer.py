@@ -6,10 +6,8 @@ records: ``torch.load`` does not look at them, ``unzip`` complains.
 """
 
 import os
-import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +20,14 @@ from checkpoints_tools.archive import StoredTensor
 from checkpoints_tools.infer import denoiser_shapes
 from checkpoints_tools.safetensors_out import raw_bytes
 from checkpoints_tools.source import Advance, Source, TensorSpec, pieces
+from checkpoints_tools.work import SYNC_THREADS, in_threads
 from checkpoints_tools.zero_files import CARRIED, VERSION, open_archive
 from checkpoints_tools.zero_layout import Partitions, Shape, overlaps, partitions, sub_groups, tp_shape
 from checkpoints_tools.zero_reader import optim_content
 from deco_scale.errors import ConfigError
 from deco_scale.models import ModelConfig
 from deco_scale.parallel.plan import check_tp, split_dim
-from deco_scale.training.checkpoint import CheckpointMeta
+from deco_scale.training.checkpoint_format import WRITE_BYTES, CheckpointMeta, start_flush
 
 _REPA_LAYERS = (0, 2, 4)
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -157,10 +156,9 @@ def write_zero(
         kinds = CARRIED if has_moments else CARRIED[:1]
         names = [f"{kind}.{name}" for kind in kinds for name in shapes]
         in_threads(fill, names, workers)
-        for blank in optim.values():
-            os.fsync(blank.descriptor)
-        for descriptor in descriptors.values():
-            os.fsync(descriptor)
+        in_threads(
+            os.fsync, [*(blank.descriptor for blank in optim.values()), *descriptors.values()], SYNC_THREADS
+        )
 
 
 class _Blank:
@@ -268,10 +266,11 @@ def _descriptor(file: Path, files: ExitStack) -> int:
 def _put(descriptor: int, place: StoredTensor, start: int, values: Tensor) -> None:
     """Write elements of a flattened stored tensor from ``start`` on."""
     data = raw_bytes(values.to(place.dtype).contiguous())
-    at = place.start + start * place.dtype.itemsize
+    at = first = place.start + start * place.dtype.itemsize
     while len(data):
-        done = os.pwrite(descriptor, data, at)
+        done = os.pwrite(descriptor, data[:WRITE_BYTES], at)
         data, at = data[done:], at + done
+    start_flush(descriptor, first, at - first)
 
 
 def _tp_pieces(source: Source, name: str, tp: int, elements: int) -> Iterator[tuple[int, Tensor, int]]:
@@ -292,21 +291,3 @@ def _tp_pieces(source: Source, name: str, tp: int, elements: int) -> Iterator[tu
                 first, end = max(start, rank * height), min(start + len(values), (rank + 1) * height)
                 if first < end:
                     yield (first - rank * height) * width, values[first - start : end - start].reshape(-1), rank
-
-
-def in_threads(work: Callable[[str], None], names: list[str], workers: int) -> None:
-    """``work`` for each name; after an error the rest is not begun, and the error raised."""
-    failed = threading.Event()
-
-    def one(name: str) -> None:
-        if failed.is_set():
-            return
-        try:
-            work(name)
-        except BaseException:
-            failed.set()
-            raise
-
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        for future in [pool.submit(one, name) for name in names]:
-            future.result()

@@ -36,9 +36,9 @@ from deco_scale.training.checkpoint_format import (
     sums_text,
     verify,
 )
-from deco_scale.training.checkpoint_format import _crc32c as _crc32c
-from deco_scale.training.checkpoint_format import _sync_folder as _sync_folder
-from deco_scale.training.checkpoint_format import _write_durably as _write_durably
+from deco_scale.training.checkpoint_format import crc32c_of as crc32c_of
+from deco_scale.training.checkpoint_format import sync_folder as sync_folder
+from deco_scale.training.checkpoint_format import write_durably as write_durably
 from deco_scale.training.digest import parameter_digest, snapshot_digest
 from deco_scale.training.engine import Engine
 from deco_scale.training.exports import PREFIX, export_ema
@@ -113,6 +113,11 @@ class Checkpoints:
             raise ConfigError(f"cannot write to {self._folder}: {error.strerror}") from error
         if self._cfg.url is not None:
             self._place.clean()
+
+    def reserve(self, engine: Engine) -> None:
+        """Take the memory for copies now, so that the first save holds a step up no longer than later ones."""
+        if self._cfg.asynchronous:
+            self._staging.take(engine.state())
 
     def due(self, step: int) -> bool:
         return step % self._cfg.every == 0
@@ -304,10 +309,10 @@ class Checkpoints:
         Returns what to say of checkpoints that should have gone and did not, which is no reason to fail.
         """
         text = json.dumps(dataclasses.asdict(meta), indent=1).encode()
-        _write_durably(temporary / META, text)
+        write_durably(temporary / META, text)
         sums[META] = len(text), google_crc32c.value(text)
         listing = sums_text(dict(sorted(sums.items())))
-        _write_durably(temporary / COMPLETE, listing)
+        write_durably(temporary / COMPLETE, listing)
         marked = {**sums, COMPLETE: (len(listing), google_crc32c.value(listing))}
         self._place.complete(temporary, meta.step, marked)
         try:

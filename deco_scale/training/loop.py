@@ -81,6 +81,7 @@ class Loop:
 
     def run(self, progress: Progress) -> Progress:
         """Train from ``progress`` to the end, or to ``stop_at_step``."""
+        self.checkpoints.reserve(self.engine)
         try:
             return self._run(progress)
         finally:

@@ -17,9 +17,9 @@ from deco_scale.training.checkpoint_format import (
     NO_LOCKS,
     STEP,
     FileSums,
-    _sync_folder,
     check_file,
     read_sums,
+    sync_folder,
 )
 
 SAVING, REPLACED, READING, RETIRED = ".saving_", ".replaced_", ".reading_", ".retired_"
@@ -112,7 +112,7 @@ class FolderTarget:
     def complete(self, folder: Path, step: int, sums: FileSums) -> None:
         final = self.where(step)
         aside = self._root / f"{REPLACED}{final.name}"
-        _sync_folder(folder)
+        sync_folder(folder)
         if final.exists():
             os.rename(final, aside)
         try:
@@ -121,7 +121,7 @@ class FolderTarget:
             if aside.exists():
                 os.rename(aside, final)
             raise
-        _sync_folder(self._root)
+        sync_folder(self._root)
         shutil.rmtree(aside, ignore_errors=True)
 
     def discard(self, step: int) -> None:

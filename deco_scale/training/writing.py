@@ -14,10 +14,14 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 
 from deco_scale.errors import RunError
 from deco_scale.training.background import Team, first_failure
-from deco_scale.training.checkpoint_format import FileSums
+from deco_scale.training.checkpoint_format import (
+    FLUSH_BYTES,
+    WRITE_BYTES,
+    FileSums,
+    start_flush,
+    without_record_sums,
+)
 from deco_scale.training.staging import Snapshot, StagedPlanner
-
-_PIECE_BYTES = 4 * 2**20
 
 
 class SummedFile(io.RawIOBase):
@@ -26,7 +30,7 @@ class SummedFile(io.RawIOBase):
     def __init__(self, path: Path) -> None:
         super().__init__()
         self._path, self._file = path, path.open("wb")
-        self.size, self._checksum = 0, google_crc32c.Checksum()
+        self.size, self._checksum, self._flushed = 0, google_crc32c.Checksum(), 0
         self.problem: OSError | None = None
 
     @property
@@ -40,16 +44,20 @@ class SummedFile(io.RawIOBase):
         """Write all of ``data``; the first error is kept, because torch.save hides it behind its own."""
         whole = memoryview(data).cast("B")
         try:
-            for start in range(0, len(whole), _PIECE_BYTES):
+            for start in range(0, len(whole), WRITE_BYTES):
                 # The checksum takes bytes only; a piece at a time bounds the copy, and the time that the
                 # interpreter is held.
-                piece = bytes(whole[start : start + _PIECE_BYTES])
+                piece = bytes(whole[start : start + WRITE_BYTES])
                 self._file.write(piece)
                 self._checksum.update(piece)
+                self.size += len(piece)
+                if self.size - self._flushed >= FLUSH_BYTES:
+                    self._file.flush()
+                    start_flush(self._file.fileno(), self._flushed, self.size - self._flushed)
+                    self._flushed = self.size
         except OSError as error:
             self.problem = self.problem or OSError(error.errno, error.strerror, str(self._path))
             raise
-        self.size += len(whole)
         return len(whole)
 
     def tell(self) -> int:
@@ -115,13 +123,14 @@ def write_snapshot(snapshot: Snapshot, folder: Path, team: Team) -> FileSums:
     writer = dcp.FileSystemWriter(folder, single_file_per_rank=True, sync_files=True, per_thread_copy_ahead=0)
     writer.fs = files
     try:
-        dcp.save(
-            # The planner has the tensors already.
-            {},
-            storage_writer=writer,
-            planner=StagedPlanner(snapshot),
-            process_group=team.group,
-        )
+        with without_record_sums():
+            dcp.save(
+                # The planner has the tensors already.
+                {},
+                storage_writer=writer,
+                planner=StagedPlanner(snapshot),
+                process_group=team.group,
+            )
     except CheckpointException as error:
         if files.problem is not None:
             raise RunError(f"{files.problem.filename or folder}: {files.problem.strerror}") from error

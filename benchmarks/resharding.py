@@ -1,0 +1,155 @@
+"""How fast checkpoints are resharded against ``cp`` and a sync of the same bytes, and in how much memory.
+
+Part of ``python -m benchmarks.checkpoint``. The state is that of a text-to-image model of XXL's width with fewer
+blocks, so that its tensors are of the real sizes. Each conversion runs as users run it, with the comparison of the
+source's checksums, but within this process: the seconds of imports would hide the rest. Its memory is the peak
+of a process of its own.
+"""
+
+import dataclasses
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from checkpoints_tools.canonical import write_canonical
+from checkpoints_tools.formats import open_checkpoint
+from checkpoints_tools.infer import denoiser_shapes
+from checkpoints_tools.reshard import plan_reshard
+from checkpoints_tools.source import TensorSpec
+from checkpoints_tools.work import held_bytes, use_large_pages
+from checkpoints_tools.zero_writer import ZeroLayout
+from deco_scale.config import load_config
+from deco_scale.training.checkpoint_format import CheckpointMeta, verify
+
+KINDS = ("model", "ema", "exp_avg", "exp_avg_sq")
+PROMISE = 0.5
+"""Least speed of resharding, as a part of the speed of ``cp``."""
+CONFIG = Path(__file__).resolve().parents[1] / "configs" / "t2i_xxl.yaml"
+
+
+def make_checkpoint(folder: Path, num_bytes: int) -> Path:
+    """A canonical checkpoint of random weights of about ``num_bytes``."""
+    cfg = load_config(CONFIG, ["objective.repa_weight=0.0"])
+    blocks = 1
+    while True:
+        model = dataclasses.replace(cfg.model, num_blocks=blocks, num_text_blocks=0)
+        specs = {f"{k}.denoiser.{n}": TensorSpec(s) for k in KINDS for n, s in denoiser_shapes(model).items()}
+        if sum(spec.nbytes for spec in specs.values()) >= num_bytes:
+            break
+        blocks += 1
+    plain = json.loads(json.dumps(dataclasses.asdict(dataclasses.replace(cfg, model=model))))
+    meta = CheckpointMeta(
+        step=1, stage=cfg.stages[0].name, samples=1, seed=0, optimizer_steps=1, data_state={}, parameter_digest="",
+        config=plain,
+    )  # fmt: skip
+
+    def read(name: str) -> Tensor:
+        return torch.randn(specs[name].shape)
+
+    write_canonical(folder, specs, read, meta, files=4, workers=2)
+    return folder
+
+
+def copy_seconds(source: Path, target: Path) -> float:
+    """Seconds of ``cp`` of a folder and of a sync of its file system; the copy is removed."""
+    began = time.perf_counter()
+    subprocess.run(["cp", "-r", str(source), str(target)], check=True)
+    subprocess.run(["sync", "-f", str(target)], check=True)
+    seconds = time.perf_counter() - began
+    shutil.rmtree(target)
+    return seconds
+
+
+def reshard_once(source: Path, target: Path, options: Mapping[str, Any], workers: int) -> float:
+    """Seconds of one conversion, made durable."""
+    began = time.perf_counter()
+    opened = open_checkpoint(source)
+    if opened.meta is not None:
+        verify(opened.path)
+    plan_reshard(opened, workers=workers, **options).write(target, lambda name: None)
+    return time.perf_counter() - began
+
+
+def peak_bytes(source: Path, target: Path, arguments: list[str]) -> int:
+    """Peak resident bytes of ``deco-ckpt reshard`` as a process of its own."""
+    code = (
+        # Not getrusage, whose peak begins with that of the parent.
+        "import re, sys; from checkpoints_tools.cli import main; code = main(sys.argv[1:]); "
+        "print(int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]) * 1024); sys.exit(code)"
+    )
+    command = [sys.executable, "-c", code, "reshard", str(source), str(target), *arguments]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return int(done.stdout.strip().splitlines()[-1])
+
+
+def measure(folder: Path, num_bytes: int, rounds: int, workers: int) -> dict[str, Any]:
+    """Median seconds of each conversion and of ``cp`` in the same rounds."""
+    use_large_pages()
+    layout = ZeroLayout(dp=8, tp=2, stage=3)
+    ways: dict[str, tuple[str, dict[str, Any], list[str]]] = {
+        "canonical to ZeRO-3, 8 x TP 2": (
+            "canonical",
+            {"to": "deepspeed", "layout": layout},
+            ["--to", "deepspeed", "--dp", "8", "--tp", "2", "--zero-stage", "3"],
+        ),
+        "ZeRO-3, 8 x TP 2 to canonical": ("zero", {"to": "canonical"}, ["--to", "canonical"]),
+        "canonical to canonical": ("canonical", {"to": "canonical"}, ["--to", "canonical"]),
+        "canonical to universal": ("canonical", {"to": "universal"}, ["--to", "universal"]),
+        "universal to canonical": ("universal", {"to": "canonical"}, ["--to", "canonical"]),
+    }  # fmt: skip
+    sources = {"canonical": make_checkpoint(folder / "canonical", num_bytes)}
+    sources["zero"], sources["universal"] = folder / "zero", folder / "universal"
+    reshard_once(sources["canonical"], sources["zero"], {"to": "deepspeed", "layout": layout}, workers)
+    reshard_once(sources["canonical"], sources["universal"], {"to": "universal"}, workers)
+    specs = open_checkpoint(sources["canonical"]).specs
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    copies: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, (source, options, _) in ways.items():
+            copies[name].append(copy_seconds(sources[source], folder / "copy"))
+            seconds[name].append(reshard_once(sources[source], folder / "made", options, workers))
+            shutil.rmtree(folder / "made")
+    found = {}
+    for name, (source, _, arguments) in ways.items():
+        idle = peak_bytes(sources[source], folder / "made", [*arguments, "--dry-run"])
+        peak = peak_bytes(sources[source], folder / "made", [*arguments, "--workers", str(workers)])
+        shutil.rmtree(folder / "made")
+        taken, copied = statistics.median(seconds[name]), statistics.median(copies[name])
+        ratio = statistics.median(c / s for c, s in zip(copies[name], seconds[name], strict=True))
+        found[name] = {
+            "seconds": taken, "cp_s": copied, "speed_against_cp": ratio, "peak_bytes": peak, "idle_bytes": idle,
+        }  # fmt: skip
+    return {
+        "bytes": sum(spec.nbytes for spec in specs.values()),
+        "largest_tensor_bytes": max(held_bytes(spec) for spec in specs.values()),
+        "rounds": rounds,
+        "workers": workers,
+        "conversions": found,
+    }
+
+
+def show(result: dict[str, Any], console: Console) -> bool:
+    """Print the table; whether all conversions keep the promise."""
+    title = f"resharding {result['bytes'] / 2**30:.2f} GiB, {result['workers']} workers"
+    table = Table("", "seconds", "cp and sync", "speed against cp", "peak MiB", "beyond start MiB", title=title)
+    for name, one in result["conversions"].items():
+        table.add_row(
+            name, f"{one['seconds']:.2f}", f"{one['cp_s']:.2f}", f"{one['speed_against_cp']:.0%}",
+            f"{one['peak_bytes'] / 2**20:.0f}", f"{(one['peak_bytes'] - one['idle_bytes']) / 2**20:.0f}",
+        )  # fmt: skip
+    console.print(table)
+    console.print(f"largest tensor: {result['largest_tensor_bytes'] / 2**20:.0f} MiB")
+    slow = [name for name, one in result["conversions"].items() if one["speed_against_cp"] < PROMISE]
+    console.print(f"at least {PROMISE:.0%} of cp: {'NOT KEPT by ' + ', '.join(slow) if slow else 'kept'}")
+    return not slow
