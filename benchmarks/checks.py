@@ -26,10 +26,10 @@ from rich.console import Console
 from benchmarks import record, straightforward
 from benchmarks.steps import TrainingSteps
 from deco_scale.config import RunConfig, build_config
+from deco_scale.environment import Environment
 from deco_scale.errors import ConfigError
 from deco_scale.models.attention import KERNELS, kernel_missing
 from deco_scale.models.attention_choice import choose_backend, model_shapes
-from launcher.environment import Environment
 
 SAME = 1e-5
 """Largest relative difference of losses and gradient norms in fp32 between engines and layouts."""

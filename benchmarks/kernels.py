@@ -35,8 +35,8 @@ from benchmarks.kernel_cases import (
 from benchmarks.measure import Ceilings, captured, device_name, measure_ceilings, medians_s
 from benchmarks.straightforward import Promise
 from deco_scale.config import load_config
+from deco_scale.environment import choose_device
 from deco_scale.errors import ConfigError
-from launcher.environment import choose_device
 
 BATCH = {"cuda": 64, "cpu": 2}
 """Micro-batch where none is given: the published one, and one that a CPU finishes."""

@@ -13,14 +13,13 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 from checkpoints_tools.canonical import write_canonical
 from checkpoints_tools.formats import open_checkpoint
@@ -29,7 +28,7 @@ from checkpoints_tools.reshard import plan_reshard
 from checkpoints_tools.source import TensorSpec
 from checkpoints_tools.work import held_bytes, use_large_pages
 from checkpoints_tools.zero_writer import ZeroLayout
-from deco_scale.config import load_config
+from deco_scale.config import RunConfig, load_config
 from deco_scale.training.checkpoint_format import CheckpointMeta, verify
 
 KINDS = ("model", "ema", "exp_avg", "exp_avg_sq")
@@ -39,25 +38,29 @@ CONFIG = Path(__file__).resolve().parents[1] / "configs" / "t2i_xxl.yaml"
 
 
 def make_checkpoint(folder: Path, num_bytes: int) -> Path:
-    """A canonical checkpoint of random weights of about ``num_bytes``."""
+    """A canonical checkpoint of random weights of XXL's width, of ``num_bytes`` at least."""
     cfg = load_config(CONFIG, ["objective.repa_weight=0.0"])
-    blocks = 1
-    while True:
+    for blocks in range(1, cfg.model.num_blocks + 1):
         model = dataclasses.replace(cfg.model, num_blocks=blocks, num_text_blocks=0)
-        specs = {f"{k}.denoiser.{n}": TensorSpec(s) for k in KINDS for n, s in denoiser_shapes(model).items()}
-        if sum(spec.nbytes for spec in specs.values()) >= num_bytes:
+        small = dataclasses.replace(cfg, model=model)
+        if sum(spec.nbytes for spec in state_specs(small, KINDS).values()) >= num_bytes:
             break
-        blocks += 1
-    plain = json.loads(json.dumps(dataclasses.asdict(dataclasses.replace(cfg, model=model))))
+    return write_random(folder, small, KINDS)
+
+
+def state_specs(cfg: RunConfig, kinds: Sequence[str]) -> dict[str, TensorSpec]:
+    """Tensors of a training state, from the model on the meta device."""
+    return {f"{k}.denoiser.{n}": TensorSpec(s) for k in kinds for n, s in denoiser_shapes(cfg.model).items()}
+
+
+def write_random(folder: Path, cfg: RunConfig, kinds: Sequence[str]) -> Path:
+    """A canonical checkpoint of random values, made tensor by tensor."""
+    specs = state_specs(cfg, kinds)
     meta = CheckpointMeta(
         step=1, stage=cfg.stages[0].name, samples=1, seed=0, optimizer_steps=1, data_state={}, parameter_digest="",
-        config=plain,
+        config=json.loads(json.dumps(dataclasses.asdict(cfg))),
     )  # fmt: skip
-
-    def read(name: str) -> Tensor:
-        return torch.randn(specs[name].shape)
-
-    write_canonical(folder, specs, read, meta, files=4, workers=2)
+    write_canonical(folder, specs, lambda name: torch.randn(specs[name].shape), meta, files=4, workers=2)
     return folder
 
 
@@ -81,16 +84,26 @@ def reshard_once(source: Path, target: Path, options: Mapping[str, Any], workers
     return time.perf_counter() - began
 
 
-def peak_bytes(source: Path, target: Path, arguments: list[str]) -> int:
-    """Peak resident bytes of ``deco-ckpt reshard`` as a process of its own."""
+class Ran(NamedTuple):
+    """What one command took."""
+
+    seconds: float
+    peak_bytes: int
+    said: str
+
+
+def run_tool(*arguments: object) -> Ran:
+    """Run ``deco-ckpt`` as a process of its own; raises ``CalledProcessError`` where it fails."""
     code = (
         # Not getrusage, whose peak begins with that of the parent.
         "import re, sys; from checkpoints_tools.cli import main; code = main(sys.argv[1:]); "
         "print(int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]) * 1024); sys.exit(code)"
     )
-    command = [sys.executable, "-c", code, "reshard", str(source), str(target), *arguments]
+    began = time.perf_counter()
+    command = [sys.executable, "-c", code, *map(str, arguments)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return int(done.stdout.strip().splitlines()[-1])
+    *said, peak = done.stdout.strip().splitlines()
+    return Ran(time.perf_counter() - began, int(peak), "\n".join(said))
 
 
 def measure(folder: Path, num_bytes: int, rounds: int, workers: int) -> dict[str, Any]:
@@ -122,8 +135,9 @@ def measure(folder: Path, num_bytes: int, rounds: int, workers: int) -> dict[str
             shutil.rmtree(folder / "made")
     found = {}
     for name, (source, _, arguments) in ways.items():
-        idle = peak_bytes(sources[source], folder / "made", [*arguments, "--dry-run"])
-        peak = peak_bytes(sources[source], folder / "made", [*arguments, "--workers", str(workers)])
+        command = ["reshard", sources[source], folder / "made", *arguments]
+        idle = run_tool(*command, "--dry-run").peak_bytes
+        peak = run_tool(*command, "--workers", workers).peak_bytes
         shutil.rmtree(folder / "made")
         taken, copied = statistics.median(seconds[name]), statistics.median(copies[name])
         ratio = statistics.median(c / s for c, s in zip(copies[name], seconds[name], strict=True))

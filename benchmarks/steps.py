@@ -19,6 +19,7 @@ import torch.distributed as dist
 from benchmarks.parts import Timeline
 from data_pipeline.loader import Loader
 from deco_scale.config import RunConfig
+from deco_scale.environment import Environment, choose_device, start_processes
 from deco_scale.errors import ConfigError
 from deco_scale.kernels import Kernels, choose_kernels
 from deco_scale.models.attention import check_backend
@@ -41,7 +42,6 @@ from launcher.assemble import (
     objective_builder,
     shared_over_tp,
 )
-from launcher.environment import Environment, choose_device, start_processes
 from tests.straightforward import make_straightforward
 
 ENCODER_DIM = 768

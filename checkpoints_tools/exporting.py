@@ -63,6 +63,8 @@ def plan_export(source: Source, *, format: Format, weights: Weights, dtype: torc
     if format == "diffusers" and weights == "both":
         raise ConfigError("a diffusers-style folder holds one denoiser: --weights ema or model")
     settings = _settings(source, weights, dtype)
+    if format == "release" and settings["prediction"] != "velocity":
+        raise ConfigError(f"{source.path} predicts the image; the release would take it for a velocity")
     if format == "release":
         specs, make = _release_tensors(source, kinds, dtype)
     else:
@@ -118,8 +120,11 @@ def _settings(source: Source, weights: Weights, dtype: torch.dtype) -> dict[str,
     meta = source.meta
     config: Mapping[str, Any] = meta.config if meta is not None else {}
     stages = config.get("stages") or [{}]
+    objective = config.get("objective") or {}
     return {
         "model": dataclasses.asdict(source.model),
+        "prediction": objective.get("prediction", "velocity"),
+        "t_eps": objective.get("t_eps", 0.05),
         "sampler": config.get("samples", {}).get("sampler") or sampler_of(source.model),
         "resolution": stages[-1].get("resolution", 16 * source.model.patch_size),
         "text_encoder": config.get("text_encoder"),

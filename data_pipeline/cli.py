@@ -26,6 +26,7 @@ from rich.table import Table
 
 from data_pipeline.bench import Measurement, measure
 from data_pipeline.errors import DataError
+from data_pipeline.folders import class_names, read_class_folders
 from data_pipeline.index import load_index
 from data_pipeline.pack import OccupiedError, pack
 from data_pipeline.scan import TEXT_SUFFIXES, ScanSettings, build_index, save_index
@@ -83,6 +84,9 @@ def _parser() -> argparse.ArgumentParser:
     packing.add_argument("source", help="folder of pictures, parquet or tar files, or s3:// URL of tar shards")
     packing.add_argument("url", help="where the shards go: s3://bucket/prefix or a folder")
     packing.add_argument("--shard-mb", type=_positive, default=256.0, metavar="MB")
+    packing.add_argument(
+        "--class-folders", action="store_true", help="SOURCE/NAME/*.jpg: the class is NAME's place among the names"
+    )
     packing.add_argument("--overwrite", action="store_true", help="replace shards that were packed there before")
     _scan_options(packing)
     indexing = command("index", _index, "index the tar shards below a URL")
@@ -123,7 +127,12 @@ def _scan_options(parser: argparse.ArgumentParser) -> None:
 def _pack(args: argparse.Namespace, console: Console) -> int:
     skipped: list[str] = []
     access, started = _access(args), time.perf_counter()
-    samples = read_source(args.source, skipped, access=access, workers=args.workers)
+    classes: list[str] = []
+    if args.class_folders:
+        classes = class_names(Path(args.source).expanduser(), skipped)
+        samples = read_class_folders(Path(args.source).expanduser(), classes, skipped, workers=args.workers)
+    else:
+        samples = read_source(args.source, skipped, access=access, workers=args.workers)
     columns = (TextColumn("packing"), BarColumn(), TextColumn("{task.completed:,} samples"), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=None)
@@ -132,6 +141,7 @@ def _pack(args: argparse.Namespace, console: Console) -> int:
             open_store(args.url, access),
             shard_bytes=int(args.shard_mb * 1e6),
             skipped=skipped,
+            classes=classes,
             overwrite=args.overwrite,
             progress=lambda count: progress.update(task, completed=count),
         )

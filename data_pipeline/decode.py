@@ -71,8 +71,13 @@ class DecodeError(ValueError):
         return type(self), (self.kind, str(self))
 
 
-def decode(encoded: bytes, size: tuple[int, int], *, mode: DecodeMode, max_pixels: int) -> Pixels:
+def decode(
+    encoded: bytes, size: tuple[int, int], *, mode: DecodeMode, max_pixels: int, enlarge: bool = False
+) -> Pixels:
     """Pixels ``(height, width, 3)`` of the first frame.
+
+    A picture that does not cover the size is refused, or with ``enlarge`` resized to cover it, if that takes no
+    more than ``max_pixels``.
 
     Raises :class:`DecodeError`: ``too_large`` for over ``max_pixels`` (by the header, before decoding),
     ``too_small`` for a picture that does not cover the size, ``undecodable`` for anything else.
@@ -83,7 +88,11 @@ def decode(encoded: bytes, size: tuple[int, int], *, mode: DecodeMode, max_pixel
         if width * height > max_pixels:
             raise DecodeError("too_large", f"{width}x{height} is over {max_pixels} pixels")
         if height < size[0] or width < size[1]:
-            raise DecodeError("too_small", f"{width}x{height} does not cover {size[1]}x{size[0]} pixels")
+            if not enlarge:
+                raise DecodeError("too_small", f"{width}x{height} does not cover {size[1]}x{size[0]} pixels")
+            covering = _plan((width, height), size)[1]
+            if covering[0] * covering[1] > max_pixels:
+                raise DecodeError("too_large", f"{width}x{height} enlarged is over {max_pixels} pixels")
         _refuse_scan_bomb(opened, encoded)
         with _faults():
             if mode == "fast":

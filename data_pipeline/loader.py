@@ -240,7 +240,10 @@ class _SampleLoader:
     def _decode(self, shelf: Shelf, raw: RawSample, epoch: int, sample: int) -> _Loaded:
         cfg, image = self._cfg, bytes(raw.data[raw.place.image])
         target, states = self._text(shelf, raw, epoch, sample)
-        work = functools.partial(decode, image, shelf.size, mode=cfg.decode, max_pixels=cfg.max_pixels)
+        enlarge = cfg.small == "enlarge"
+        work = functools.partial(
+            decode, image, shelf.size, mode=cfg.decode, max_pixels=cfg.max_pixels, enlarge=enlarge
+        )
         pixels = work() if self._processes is None else self._processes.submit(work).result()
         return _Loaded(pixels, target, states)
 
@@ -334,13 +337,14 @@ def _shelves(
     """Per bucket that holds anything, the data sets' samples in it."""
     buckets: list[dict[int, Shelf]] = [{} for _ in sizes]
     for k, source in enumerate(sources):
-        least = resolution if len(sizes) == 1 else 0
+        least = resolution if len(sizes) == 1 and cfg.small == "leave_out" else 0
         index = select(source.index, cfg.filters, target=cfg.target, min_side=least)
         parts = [index] if len(sizes) == 1 else _by_bucket(index, sizes)
         if not any(len(part) for part in parts):
+            large = f"{resolution} pixels on its shorter side, " if cfg.small == "leave_out" else ""
             raise DataError(
-                f"{source.store.url}: none of the {len(source.index)} samples has {resolution} pixels on its "
-                f"shorter side, a {cfg.target}, and passes data.filters"
+                f"{source.store.url}: none of the {len(source.index)} samples has {large}a {cfg.target}, and "
+                "passes data.filters"
             )
         for bucket, part in enumerate(parts):
             if len(part):

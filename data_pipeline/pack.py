@@ -9,7 +9,7 @@ import json
 import re
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +20,8 @@ from data_pipeline.sources import RawSample
 from data_pipeline.store import Store
 
 MANIFEST_KEY = "shards.json"
+CLASSES_KEY = "classes.txt"
+"""Names of the classes, one a line; the first line is class 0."""
 MARK_KEY = "shards.partial"
 """There while packing: says that the shards beside it may be replaced."""
 _MARK = b"deco-data pack is running or was interrupted here; running it again replaces the shards.\n"
@@ -56,10 +58,13 @@ def pack(
     *,
     shard_bytes: int,
     skipped: list[str],
+    classes: Sequence[str] = (),
     overwrite: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> PackReport:
     """Write ``shard-00000.tar``, ... of about ``shard_bytes`` each, one uploaded while the next is packed.
+
+    The names of ``classes``, if any, are written beside them (``classes.txt``, one a line).
 
     Raises :class:`OccupiedError` where shards are, unless an interrupted ``pack`` left them or ``overwrite`` is
     given; shards that ``pack`` does not name are never replaced.
@@ -93,6 +98,8 @@ def pack(
         raise DataError(f"nothing to pack; left out: {report.skipped[:5]}")
     for key in replaced - set(report.shards):
         store.delete(key)
+    if classes:
+        store.write(CLASSES_KEY, "".join(f"{name}\n" for name in classes).encode())
     store.write(MANIFEST_KEY, json.dumps([asdict(shard) for shard in packed], indent=1).encode())
     store.delete(MARK_KEY)
     return report
@@ -116,7 +123,7 @@ def _begin(store: Store, replaced: set[str]) -> None:
     store.write(MARK_KEY, _MARK)
     if replaced:
         # They describe what is about to be replaced.
-        for key in (MANIFEST_KEY, INDEX_KEY):
+        for key in (MANIFEST_KEY, INDEX_KEY, CLASSES_KEY):
             store.delete(key)
 
 

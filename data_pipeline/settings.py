@@ -46,9 +46,12 @@ class DataConfig:
     ``url`` is ``s3://bucket/prefix`` or a local folder with tar shards and their index; ``mixture`` lists
     several with weights in its place. ``target: label`` reads class numbers (``.cls``) in place of captions.
 
-    ``streams``, ``window``, ``filters``, ``mixture`` and ``bucket_aspect`` shape the order and are part of a
-    run's identity: changing them changes which samples a step sees. ``bucket_aspect`` above 1 keeps pictures up to
-    that aspect ratio in buckets of their own shape instead of cropping squares.
+    ``streams``, ``window``, ``filters``, ``mixture``, ``small`` and ``bucket_aspect`` shape the order and are part
+    of a run's identity: changing them changes which samples a step sees. ``bucket_aspect`` above 1 keeps pictures
+    up to that aspect ratio in buckets of their own shape instead of cropping squares.
+
+    ``small`` says what becomes of pictures below a stage's resolution: ``leave_out`` by the index, or ``enlarge``,
+    as is usual for ImageNet.
 
     ``decode`` is ``exact`` (the public release's preprocessing) or ``fast`` (docs/data.md has the difference).
     ``ahead`` samples per rank are fetched and decoded before they are needed; ``workers`` of ``worker_kind``
@@ -68,6 +71,7 @@ class DataConfig:
     window: int = 1024
     filters: Filters = field(default_factory=Filters)
     bucket_aspect: float = 1.0
+    small: Literal["leave_out", "enlarge"] = "leave_out"
     decode: DecodeMode = "exact"
     workers: int = 4
     worker_kind: Literal["thread", "process"] = "thread"
@@ -103,6 +107,8 @@ class DataConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0")
         if self.bucket_aspect < 1:
             raise ValueError(f"bucket_aspect={self.bucket_aspect} must be at least 1")
+        if self.bucket_aspect > 1 and self.small == "enlarge":
+            raise ValueError(f"small=enlarge is for squares, not for bucket_aspect={self.bucket_aspect}")
         for name in ("prefix_probability", "max_bad_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1]")

@@ -3,6 +3,7 @@
 Nothing is unpacked to disk, and no URL is fetched. What cannot be trained on is listed by name.
 """
 
+import functools
 import json
 import math
 import os
@@ -167,24 +168,40 @@ def read_source(
 
 def read_folder(folder: Path, skipped: list[str], *, workers: int = 1) -> Iterator[RawSample]:
     """Pictures below ``folder`` in the order of their names, with what is beside them; read by threads."""
-    pictures = (p for p in _files(folder) if p.suffix.lower().lstrip(".") in IMAGE_SUFFIXES + _OTHER_PICTURES)
-    for found in _in_order(_read_picture, pictures, workers):
+    return read_pictures(_with_texts, pictures_below(folder), skipped, workers=workers)
+
+
+def pictures_below(folder: Path) -> Iterator[Path]:
+    """Files below ``folder`` that are named as pictures, also of formats that are not read."""
+    known = IMAGE_SUFFIXES + _OTHER_PICTURES
+    return (path for path in _files(folder) if path.suffix.lower().lstrip(".") in known)
+
+
+def read_pictures(
+    read: Callable[[Path], RawSample | str], pictures: Iterable[Path], skipped: list[str], *, workers: int
+) -> Iterator[RawSample]:
+    """What ``read`` makes of each, in order and by threads; why one is left out goes to ``skipped``."""
+    for found in _in_order(functools.partial(_attempt, read), pictures, workers):
         if isinstance(found, str):
             skipped.append(found)
         else:
             yield found
 
 
-def _read_picture(path: Path) -> RawSample | str:
+def _with_texts(path: Path) -> RawSample | str:
+    texts = {suffix: _beside(path, suffix) for suffix in TEXT_SUFFIXES}
+    if not any(raw is not None for raw in texts.values()):
+        return f"{path}: no .txt or .json beside it"
+    return _from_members(str(path), path.read_bytes(), texts)
+
+
+def _attempt(read: Callable[[Path], RawSample | str], path: Path) -> RawSample | str:
     if path.suffix.lower().lstrip(".") in _OTHER_PICTURES:
         return f"{path}: {path.suffix} is not among {', '.join(IMAGE_SUFFIXES)}"
     try:
         if path.stat().st_size > MAX_SAMPLE_BYTES:
             return f"{path}: {path.stat().st_size} bytes"
-        texts = {suffix: _beside(path, suffix) for suffix in TEXT_SUFFIXES}
-        if not any(raw is not None for raw in texts.values()):
-            return f"{path}: no .txt or .json beside it"
-        return _from_members(str(path), path.read_bytes(), texts)
+        return read(path)
     except OSError as error:
         return f"{path}: {error.strerror}"
     except DecodeError as error:

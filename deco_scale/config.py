@@ -20,6 +20,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from data_pipeline.settings import DataConfig
 from deco_scale.errors import ConfigError
+from deco_scale.evaluation.settings import EvaluationConfig
 from deco_scale.kernels import KernelSetting
 from deco_scale.models import ModelConfig
 from deco_scale.models.attention import AttentionBackend
@@ -44,17 +45,18 @@ class AttentionConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GridConfig:
-    """Pictures made while training: one per prompt from EMA weights, every so many steps (0: never)."""
+    """Pictures made while training: one per prompt or class from EMA weights, every so many steps (0: never)."""
 
     every: int = 0
     prompts: tuple[str, ...] = ()
+    classes: tuple[int, ...] = ()
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
 
     def __post_init__(self) -> None:
         if self.every < 0:
             raise ValueError(f"every={self.every} must not be negative")
-        if self.every and not self.prompts:
-            raise ValueError("prompts must not be empty where pictures are asked for")
+        if self.every and bool(self.prompts) == bool(self.classes):
+            raise ValueError("prompts (text models) or classes (class models) must say what pictures to make")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,6 +81,7 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     samples: GridConfig = field(default_factory=GridConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
     def __post_init__(self) -> None:
@@ -113,6 +116,11 @@ class RunConfig:
         wanted = "caption" if is_text else "label"
         if self.data.target != wanted:
             raise ValueError(f"data.target={self.data.target}: model.kind {self.model.kind} needs {wanted}")
+        if is_text and self.samples.classes or not is_text and self.samples.prompts:
+            raise ValueError(f"samples: model.kind {self.model.kind} draws {'prompts' if is_text else 'classes'}")
+        beyond = [c for c in self.samples.classes if not 0 <= c < self.model.num_classes]
+        if beyond:
+            raise ValueError(f"samples.classes: {beyond[0]} is not in 0..{self.model.num_classes - 1}")
         if self.data.has_text_states and (not is_text or any(stage.data for stage in self.stages)):
             raise ValueError("data.text_states are for text models, and for stages without data of their own")
         if self.objective.repa_weight > 0 and self.image_encoder is None:

@@ -27,7 +27,6 @@ from deco_scale.planning.flops import peak_flops, training_flops
 from deco_scale.precision.choice import choose_fp8
 from deco_scale.precision.modules import Fp8Plan
 from deco_scale.precision.of_run import plan_precision
-from deco_scale.sampling.pictures import make_pictures, save_grid, velocity_of
 from deco_scale.training.ahead import Ahead
 from deco_scale.training.batch import Prepare, padded_states
 from deco_scale.training.checkpoint import Checkpoints
@@ -36,6 +35,8 @@ from deco_scale.training.loop import Data, Loop, Stage
 from deco_scale.training.processes import agreed
 from deco_scale.training.report import Reporter
 from deco_scale.training.settings import StageConfig
+from launcher.evaluation import evaluator
+from launcher.pictures import picture_maker
 
 
 def derive_stages(cfg: RunConfig, layout: Layout) -> list[Stage]:
@@ -260,52 +261,6 @@ class SyntheticData:
         """Nothing to stop."""
 
 
-def picture_maker(
-    cfg: RunConfig,
-    layout: Layout,
-    engine: Engine,
-    text: TextEncoder | None,
-    folder: Path,
-    reporter: Reporter,
-) -> Callable[[int], None]:
-    """After-step callback that draws the configured prompts with the EMA weights."""
-    if not cfg.samples.every or text is None:
-        return lambda step: None
-    prompts = list(cfg.samples.prompts)
-    # Ranks of a tp group draw the same pictures together.
-    rank, world = layout.dp_rank(dist.get_rank()), layout.dp
-    # Sharded weights need every rank in every forward pass: all draw equally many, some in vain.
-    share = -(-len(prompts) // world)
-    mine = [prompts[(rank * share + i) % len(prompts)] for i in range(share)]
-    conditions, null = text.encode(mine), text.null
-    velocity = velocity_of(engine.predict, cfg.model.patch_size)
-
-    def draw(step: int) -> None:
-        if step % cfg.samples.every:
-            return
-        side = _stage_at(cfg, step).resolution
-        with engine.averaged():
-            pictures = make_pictures(
-                velocity,
-                conditions,
-                null,
-                [0] * share,
-                size=(side, side),
-                cfg=cfg.samples.sampler,
-                batch=share,
-            )
-        gathered: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, pictures)
-        if dist.get_rank() == 0:
-            every = np.concatenate(gathered[:: layout.tp])[: len(prompts)]
-            path = folder / f"step_{step:08d}.png"
-            columns = min(5, len(prompts))
-            save_grid(every, path, columns=columns, labels=prompts, scale=max(1, 96 // side))
-            reporter.picture("samples", path, step)
-
-    return draw
-
-
 def assemble(
     cfg: RunConfig,
     layout: Layout,
@@ -325,7 +280,7 @@ def assemble(
     first = data_opener(cfg, layout, folder, synthetic=dry_run, identity=identity)(cfg.stages[0], 0)
     states_null = first.null_states if isinstance(first, Loader) else None
     first.close()
-    need_text = not precomputed or cfg.samples.every > 0
+    need_text = not precomputed or cfg.samples.every > 0 or cfg.evaluation.every > 0
     text, image = agreed(lambda: load_encoders(cfg, device, need_text=need_text))
     kernels = choose_kernels(cfg.kernels, device)
     attention, choices = choose_attention(cfg, layout, device)
@@ -377,10 +332,21 @@ def assemble(
         reporter=reporter,
         device=device,
         config=plain,
-        after_step=picture_maker(cfg, layout, engine, text, folder / "samples", reporter),
+        after_step=_one_after_another(
+            picture_maker(cfg, layout, engine, text, folder / "samples", reporter, device),
+            evaluator(cfg, layout, engine, text, folder / "evaluation", reporter, device),
+        ),
         peak_flops=peak * dist.get_world_size() if peak else None,
         ahead=ahead,
     )
+
+
+def _one_after_another(*callbacks: Callable[[int], None]) -> Callable[[int], None]:
+    def all_of_them(step: int) -> None:
+        for callback in callbacks:
+            callback(step)
+
+    return all_of_them
 
 
 def _prepare_folder(folder: Path, checkpoints: Checkpoints) -> None:
@@ -398,13 +364,3 @@ def save_config(cfg: RunConfig) -> None:
     """Write the resolved ``config.yaml`` of a run that is about to train; rank 0 only."""
     if dist.get_rank() == 0:
         (Path(cfg.run.dir) / "config.yaml").write_text(dump_config(cfg), encoding="utf-8")
-
-
-def _stage_at(cfg: RunConfig, step: int) -> StageConfig:
-    """The stage that step ``step`` (counted from 1) belongs to."""
-    end = 0
-    for stage in cfg.stages:
-        end += stage.steps
-        if step <= end:
-            return stage
-    return cfg.stages[-1]

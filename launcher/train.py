@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -20,6 +21,12 @@ import torch.distributed as dist
 
 from data_pipeline.errors import DataError
 from deco_scale.config import RunConfig, dump_config, load_config
+from deco_scale.environment import (
+    Environment,
+    choose_device,
+    read_environment,
+    start_processes,
+)
 from deco_scale.errors import ConfigError, RunError
 from deco_scale.kernels import choose_kernels
 from deco_scale.models.attention import check_backend
@@ -28,12 +35,6 @@ from deco_scale.parallel.plan import check_tp
 from deco_scale.training.checkpoint import Checkpoints
 from deco_scale.training.loop import Loop, Progress, memory_bytes, resumed
 from launcher.assemble import assemble, derive_stages, fp8_plan_of, save_config
-from launcher.environment import (
-    Environment,
-    choose_device,
-    read_environment,
-    start_processes,
-)
 from launcher.objects import open_objects
 
 
@@ -80,6 +81,7 @@ def run(cfg: RunConfig, env: Environment, *, resume: str = "auto", dry_run: bool
                     f"{path} was trained with run.seed={meta.seed}, not {cfg.run.seed}: another seed would show "
                     "other samples and noise; set it back, or start anew in another run.dir"
                 )
+            _check_same_output(cfg, meta.config, str(path))
             progress = resumed(meta)
             loop.reporter.say(f"resumed from {path}: step {meta.step}, {meta.samples} samples seen")
         elif cfg.checkpoint.init_from is not None:
@@ -88,6 +90,16 @@ def run(cfg: RunConfig, env: Environment, *, resume: str = "auto", dry_run: bool
         return loop.run(progress)
     finally:
         loop.reporter.close()
+
+
+def _check_same_output(cfg: RunConfig, stored: dict[str, Any], where: str) -> None:
+    """The weights fit whatever the network's output stands for, so nothing else would notice."""
+    then = stored.get("objective", {}).get("prediction", "velocity")
+    if then != cfg.objective.prediction:
+        raise ConfigError(
+            f"{where} was trained with objective.prediction={then}, not {cfg.objective.prediction}: set it back, "
+            "or start anew in another run.dir"
+        )
 
 
 def _dry_run(loop: Loop, device: torch.device) -> Progress:

@@ -2,9 +2,11 @@
 
 Parameters, gradients and averages are hundreds of allocations that nobody wants to move, so the kernel gets a
 table of addresses and cuts every tensor into chunks: one program a chunk. Besides the addresses, which travel to
-the device each step because gradients move (8 bytes each, from page-locked memory), a step is one launch.
-Not yet run on a GPU: chunk size and number of warps are not tuned.
+the device each step because gradients move (8 bytes each, from page-locked memory), and four scalars that small
+operations of torch make, a step is one launch. Not yet run on a GPU: chunk size and number of warps are not tuned.
 """
+# mypy: allow-untyped-defs
+# The arguments of kernels have no Python type.
 
 from functools import lru_cache
 
@@ -24,26 +26,28 @@ _ALIGNMENT = tl.constexpr(16)
 
 
 @triton.jit
-def _update(  # type: ignore[no-untyped-def]
-    parameter_at,
-    grad_at,
-    exp_avg_at,
-    exp_avg_sq_at,
-    average_at,
-    mask,
-    averaged,
-    factor,
-    step_size,
-    correction_sqrt,
-    decay,
-    beta1,
-    rest1,
-    beta2,
-    rest2,
-    eps,
-    ema_rest,
-):
-    """The formula on one block of pointers; ``rest`` is one minus the respective beta or decay."""
+def _elements(address, offsets, WHOLE: tl.constexpr):
+    """Pointers to fp32 elements; where ``WHOLE``, the compiler knows that the address is aligned."""
+    pointer = address.to(tl.pointer_type(tl.float32))
+    if WHOLE:
+        pointer = tl.multiple_of(pointer, _ALIGNMENT)
+    return pointer + offsets
+
+
+@triton.jit
+def _update(addresses, offsets, size, numbers, WHOLE: tl.constexpr):
+    """The formula on the elements ``offsets`` of the five tensors at ``addresses``; an average at 0 is none.
+
+    ``rest`` is one minus the respective beta or decay. Where ``WHOLE``, tensors are aligned and hold all of the
+    offsets: loads and stores are 16 bytes wide.
+    """
+    factor, step_size, correction_sqrt, decay, beta1, rest1, beta2, rest2, eps, ema_rest = numbers
+    parameter_at = _elements(addresses[0], offsets, WHOLE)
+    grad_at = _elements(addresses[1], offsets, WHOLE)
+    exp_avg_at = _elements(addresses[2], offsets, WHOLE)
+    exp_avg_sq_at = _elements(addresses[3], offsets, WHOLE)
+    average_at = _elements(addresses[4], offsets, WHOLE)
+    mask, averaged = None if WHOLE else offsets < size, addresses[4] != 0
     grad = tl.load(grad_at, mask=mask) * factor
     parameter = tl.load(parameter_at, mask=mask)
     parameter -= decay * parameter
@@ -61,7 +65,7 @@ def _update(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _averaged_adamw(  # type: ignore[no-untyped-def]
+def _averaged_adamw(
     addresses,
     sizes,
     chunk_tensors,
@@ -89,50 +93,13 @@ def _averaged_adamw(  # type: ignore[no-untyped-def]
         parameter, grad, exp_avg = tl.load(row), tl.load(row + 1), tl.load(row + 2)
         exp_avg_sq, average = tl.load(row + 3), tl.load(row + 4)
         factor, step_size, correction_sqrt = tl.load(scalars), tl.load(scalars + 2), tl.load(scalars + 3)
-        pointer: tl.constexpr = tl.pointer_type(tl.float32)
+        numbers = (factor, step_size, correction_sqrt, decay, beta1, rest1, beta2, rest2, eps, ema_rest)
         offsets = start + tl.arange(0, CHUNK_SIZE)
         bits = parameter | grad | exp_avg | exp_avg_sq | average
         if (bits % _ALIGNMENT == 0) & (start + CHUNK_SIZE <= size):
-            # Known to be aligned and without a mask, loads and stores are 16 bytes wide.
-            _update(
-                tl.multiple_of(parameter.to(pointer), _ALIGNMENT) + offsets,
-                tl.multiple_of(grad.to(pointer), _ALIGNMENT) + offsets,
-                tl.multiple_of(exp_avg.to(pointer), _ALIGNMENT) + offsets,
-                tl.multiple_of(exp_avg_sq.to(pointer), _ALIGNMENT) + offsets,
-                tl.multiple_of(average.to(pointer), _ALIGNMENT) + offsets,
-                None,
-                average != 0,
-                factor,
-                step_size,
-                correction_sqrt,
-                decay,
-                beta1,
-                rest1,
-                beta2,
-                rest2,
-                eps,
-                ema_rest,
-            )
+            _update((parameter, grad, exp_avg, exp_avg_sq, average), offsets, size, numbers, True)
         else:
-            _update(
-                parameter.to(pointer) + offsets,
-                grad.to(pointer) + offsets,
-                exp_avg.to(pointer) + offsets,
-                exp_avg_sq.to(pointer) + offsets,
-                average.to(pointer) + offsets,
-                offsets < size,
-                average != 0,
-                factor,
-                step_size,
-                correction_sqrt,
-                decay,
-                beta1,
-                rest1,
-                beta2,
-                rest2,
-                eps,
-                ema_rest,
-            )
+            _update((parameter, grad, exp_avg, exp_avg_sq, average), offsets, size, numbers, False)
 
 
 @lru_cache(maxsize=64)

@@ -3,9 +3,9 @@
 The twins are ``flow_loss`` and ``frequency_loss`` of :mod:`deco_scale.objectives`. Both losses are quadratic in
 the error e of the velocity: the sum of e^2, and the sum of w (K e)^2 with K the colour transform and the DCT of
 an 8 x 8 block. So the gradient, 2 (a e + b K' w K e) for upstream gradients a and b, is written in one pass too,
-and nothing is kept but prediction and target. The DCT of a block is a product with a 64 x 64 matrix. Plain fp32
-products of that size would spill registers (seen when compiled for sm_90), so tensor cores take them as three
-products of TF32 parts, which keeps nearly all digits of fp32.
+and nothing is kept but the inputs. The DCT of a block is a product with a 64 x 64 matrix. Plain fp32 products of
+that size would spill registers (seen when compiled for sm_90), so tensor cores take them as three products of TF32
+parts, which keeps nearly all digits of fp32.
 
 Shape letters: M patches, K values of a patch (channel-major), R blocks of a program, J pixels or frequencies of a
 block, G programs.
@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deco_scale.kernels.norms_triton import check_dtypes
+from deco_scale.kernels.norms_triton import check_dtypes, load_fp32
 
 SIDE = 8
 BLOCKS = 16
@@ -43,15 +43,24 @@ def _offsets(blocks, patch_size, R: tl.constexpr, SIDE: tl.constexpr):
 
 @triton.jit
 def _error(prediction_ptr, target_ptr, offsets, mask):
-    prediction = tl.load(prediction_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    return prediction - tl.load(target_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    return load_fp32(prediction_ptr, offsets, mask) - load_fp32(target_ptr, offsets, mask)
 
 
 @triton.jit
-def _colour(colours_ptr, channel, red, green, blue):
-    """Channel of YCbCr, as the matrix's row has it."""
+def _errors(prediction_ptr, target_ptr, offsets, mask, plane):
+    """The errors (R, J) in red, green and blue, which lie ``plane`` values apart."""
+    red = _error(prediction_ptr, target_ptr, offsets, mask)
+    green = _error(prediction_ptr, target_ptr, offsets + plane, mask)
+    blue = _error(prediction_ptr, target_ptr, offsets + 2 * plane, mask)
+    return red, green, blue
+
+
+@triton.jit
+def _coefficients(colours_ptr, channel, red, green, blue, transposed):
+    """The blocks' coefficients (R, J) in a channel of YCbCr: a row's pixels times the transposed transform."""
     row_ptr = colours_ptr + 3 * channel
-    return tl.load(row_ptr) * red + tl.load(row_ptr + 1) * green + tl.load(row_ptr + 2) * blue
+    mixed = tl.load(row_ptr) * red + tl.load(row_ptr + 1) * green + tl.load(row_ptr + 2) * blue
+    return tl.dot(mixed, transposed, input_precision="tf32x3")
 
 
 @triton.jit
@@ -70,17 +79,13 @@ def _forward(
     J: tl.constexpr = SIDE * SIDE
     offsets, mask = _offsets(blocks, patch_size, R, SIDE)
     plane = patch_size * patch_size
-    red = _error(prediction_ptr, target_ptr, offsets, mask)
-    green = _error(prediction_ptr, target_ptr, offsets + plane, mask)
-    blue = _error(prediction_ptr, target_ptr, offsets + 2 * plane, mask)
+    red, green, blue = _errors(prediction_ptr, target_ptr, offsets, mask, plane)
     pixel = tl.arange(0, J)
-    # Pixels in rows: a block's coefficients are its pixels times the transposed transform.
     transposed = tl.load(transform_ptr + pixel[None, :] * J + pixel[:, None])
     flow = red * red + green * green + blue * blue
     frequency = tl.zeros([R, J], tl.float32)
     for channel in tl.static_range(3):
-        mixed = _colour(colours_ptr, channel, red, green, blue)
-        coefficients = tl.dot(mixed, transposed, input_precision="tf32x3")
+        coefficients = _coefficients(colours_ptr, channel, red, green, blue, transposed)
         weight = tl.load(weights_ptr + channel * J + pixel)[None, :]
         frequency += weight * coefficients * coefficients
     program = tl.program_id(0)
@@ -105,19 +110,16 @@ def _backward(
     J: tl.constexpr = SIDE * SIDE
     offsets, mask = _offsets(blocks, patch_size, R, SIDE)
     plane = patch_size * patch_size
-    red = _error(prediction_ptr, target_ptr, offsets, mask)
-    green = _error(prediction_ptr, target_ptr, offsets + plane, mask)
-    blue = _error(prediction_ptr, target_ptr, offsets + 2 * plane, mask)
+    red, green, blue = _errors(prediction_ptr, target_ptr, offsets, mask, plane)
     of_flow, of_frequency = 2.0 * tl.load(upstream_ptr), 2.0 * tl.load(upstream_ptr + 1)
     pixel = tl.arange(0, J)
     transform = tl.load(transform_ptr + pixel[:, None] * J + pixel[None, :])
     transposed = tl.load(transform_ptr + pixel[None, :] * J + pixel[:, None])
     grad_red, grad_green, grad_blue = of_flow * red, of_flow * green, of_flow * blue
     for channel in tl.static_range(3):
-        mixed = _colour(colours_ptr, channel, red, green, blue)
+        coefficients = _coefficients(colours_ptr, channel, red, green, blue, transposed)
         weight = tl.load(weights_ptr + channel * J + pixel)[None, :]
-        coefficients = weight * tl.dot(mixed, transposed, input_precision="tf32x3")
-        back = of_frequency * tl.dot(coefficients, transform, input_precision="tf32x3")
+        back = of_frequency * tl.dot(weight * coefficients, transform, input_precision="tf32x3")
         grad_red += tl.load(colours_ptr + 3 * channel) * back
         grad_green += tl.load(colours_ptr + 3 * channel + 1) * back
         grad_blue += tl.load(colours_ptr + 3 * channel + 2) * back

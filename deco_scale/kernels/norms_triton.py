@@ -26,6 +26,22 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @triton.jit
+def own_part(tokens, dim, TOKENS: tl.constexpr, BLOCK: tl.constexpr):
+    """The program's sample and group, a row's columns and which of them exist, the first token and their end."""
+    sample = tl.program_id(0).to(tl.int64)
+    group = tl.program_id(1)
+    columns = tl.arange(0, BLOCK)
+    first, end = group * TOKENS, tl.minimum((group + 1) * TOKENS, tokens)
+    return sample, group, columns, columns < dim, first, end
+
+
+@triton.jit
+def load_fp32(pointer, offsets, inside):
+    """The values at ``offsets`` from the pointer in fp32, zero where not ``inside``."""
+    return tl.load(pointer + offsets, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def round_norm(x, weight, rstd, rounded: tl.constexpr, CAST_FIRST: tl.constexpr):
     """The norm, rounded to the type ``rounded`` as the twin does; all other arguments and the result are fp32."""
     if CAST_FIRST:
@@ -55,17 +71,13 @@ def _norm_modulate_forward(
     TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    sample = tl.program_id(0).to(tl.int64)
-    group = tl.program_id(1)
-    columns = tl.arange(0, BLOCK)
-    inside = columns < dim
-    weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    sample, _, columns, inside, first, end = own_part(tokens, dim, TOKENS, BLOCK)
+    weight = load_fp32(weight_ptr, columns, inside)
     if MODULATED:
-        shift = tl.load(shift_ptr + sample * shift_stride_b + columns, mask=inside, other=0.0).to(tl.float32)
-        scale = tl.load(scale_ptr + sample * scale_stride_b + columns, mask=inside, other=0.0).to(tl.float32)
-    for token in range(group * TOKENS, tl.minimum((group + 1) * TOKENS, tokens)):
-        x = tl.load(x_ptr + sample * x_stride_b + token * x_stride_n + columns, mask=inside, other=0.0)
-        x = x.to(tl.float32)
+        shift = load_fp32(shift_ptr + sample * shift_stride_b, columns, inside)
+        scale = load_fp32(scale_ptr + sample * scale_stride_b, columns, inside)
+    for token in range(first, end):
+        x = load_fp32(x_ptr + sample * x_stride_b + token * x_stride_n, columns, inside)
         rstd = tl.rsqrt(tl.sum(x * x, axis=0) / dim + eps)
         out = round_norm(x, weight, rstd, x_ptr.dtype.element_ty, CAST_FIRST)
         if MODULATED:
@@ -96,22 +108,18 @@ def _norm_modulate_backward(
     BLOCK: tl.constexpr,
 ):
     """Gradient of x, and the partial sums of ``grad * x * rstd`` and, if modulated, of ``grad``."""
-    sample = tl.program_id(0).to(tl.int64)
-    group = tl.program_id(1)
-    columns = tl.arange(0, BLOCK)
-    inside = columns < dim
-    factor = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    sample, group, columns, inside, first, end = own_part(tokens, dim, TOKENS, BLOCK)
+    factor = load_fp32(weight_ptr, columns, inside)
     if CAST_FIRST:
         factor = factor.to(x_ptr.dtype.element_ty).to(tl.float32)
     if MODULATED:
-        scale = tl.load(scale_ptr + sample * scale_stride_b + columns, mask=inside, other=0.0).to(tl.float32)
+        scale = load_fp32(scale_ptr + sample * scale_stride_b, columns, inside)
         factor = factor * (1.0 + scale)
     product_sum = tl.zeros([BLOCK], tl.float32)
     grad_sum = tl.zeros([BLOCK], tl.float32)
-    for token in range(group * TOKENS, tl.minimum((group + 1) * TOKENS, tokens)):
-        x = tl.load(x_ptr + sample * x_stride_b + token * x_stride_n + columns, mask=inside, other=0.0)
-        grad = tl.load(grad_ptr + sample * grad_stride_b + token * grad_stride_n + columns, mask=inside, other=0.0)
-        x, grad = x.to(tl.float32), grad.to(tl.float32)
+    for token in range(first, end):
+        x = load_fp32(x_ptr + sample * x_stride_b + token * x_stride_n, columns, inside)
+        grad = load_fp32(grad_ptr + sample * grad_stride_b + token * grad_stride_n, columns, inside)
         rstd = tl.rsqrt(tl.sum(x * x, axis=0) / dim + eps)
         unit = x * rstd
         product_sum += grad * unit
@@ -140,6 +148,7 @@ def check_dtypes(**tensors: Tensor | None) -> None:
 
 
 def check_rows(x_BND: Tensor, per_sample: dict[str, Tensor | None]) -> None:
+    """Raise ``ValueError`` unless x is (B, N, D) and the others (B, 1, D), of types that kernels take."""
     if x_BND.ndim != 3:
         raise ValueError(f"x must be (B, N, D), not {tuple(x_BND.shape)}")
     wanted = (x_BND.shape[0], 1, x_BND.shape[2])
@@ -155,6 +164,7 @@ def num_warps(block: int) -> int:
 
 
 def promoted(*tensors: Tensor | None) -> torch.dtype:
+    """The type that an operation of torch on all of these would have."""
     dtype, *others = [t.dtype for t in tensors if t is not None]
     for other in others:
         dtype = torch.promote_types(dtype, other)

@@ -17,7 +17,9 @@ from deco_scale.kernels.norms_triton import (
     FORWARD_TOKENS,
     check_dtypes,
     check_rows,
+    load_fp32,
     num_warps,
+    own_part,
     promoted,
     rows,
 )
@@ -39,15 +41,12 @@ def _gated_residual_forward(
     TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    sample = tl.program_id(0).to(tl.int64)
-    group = tl.program_id(1)
-    columns = tl.arange(0, BLOCK)
-    inside = columns < dim
-    gate = tl.load(gate_ptr + sample * gate_stride_b + columns, mask=inside, other=0.0).to(tl.float32)
-    for token in range(group * TOKENS, tl.minimum((group + 1) * TOKENS, tokens)):
-        x = tl.load(x_ptr + sample * x_stride_b + token * x_stride_n + columns, mask=inside, other=0.0)
-        y = tl.load(y_ptr + sample * y_stride_b + token * y_stride_n + columns, mask=inside, other=0.0)
-        out = x.to(tl.float32) + gate * y.to(tl.float32)
+    sample, _, columns, inside, first, end = own_part(tokens, dim, TOKENS, BLOCK)
+    gate = load_fp32(gate_ptr + sample * gate_stride_b, columns, inside)
+    for token in range(first, end):
+        x = load_fp32(x_ptr + sample * x_stride_b + token * x_stride_n, columns, inside)
+        y = load_fp32(y_ptr + sample * y_stride_b + token * y_stride_n, columns, inside)
+        out = x + gate * y
         offset = (sample * tokens + token) * dim
         tl.store(out_ptr + offset + columns, out.to(out_ptr.dtype.element_ty), mask=inside)
 
@@ -70,17 +69,13 @@ def _gated_residual_backward(
     BLOCK: tl.constexpr,
 ):
     """Gradient of y, and the partial sums of ``grad * y``."""
-    sample = tl.program_id(0).to(tl.int64)
-    group = tl.program_id(1)
-    columns = tl.arange(0, BLOCK)
-    inside = columns < dim
-    gate = tl.load(gate_ptr + sample * gate_stride_b + columns, mask=inside, other=0.0).to(tl.float32)
+    sample, group, columns, inside, first, end = own_part(tokens, dim, TOKENS, BLOCK)
+    gate = load_fp32(gate_ptr + sample * gate_stride_b, columns, inside)
     product_sum = tl.zeros([BLOCK], tl.float32)
-    for token in range(group * TOKENS, tl.minimum((group + 1) * TOKENS, tokens)):
-        grad = tl.load(grad_ptr + sample * grad_stride_b + token * grad_stride_n + columns, mask=inside, other=0.0)
-        y = tl.load(y_ptr + sample * y_stride_b + token * y_stride_n + columns, mask=inside, other=0.0)
-        grad = grad.to(tl.float32)
-        product_sum += grad * y.to(tl.float32)
+    for token in range(first, end):
+        grad = load_fp32(grad_ptr + sample * grad_stride_b + token * grad_stride_n, columns, inside)
+        y = load_fp32(y_ptr + sample * y_stride_b + token * y_stride_n, columns, inside)
+        product_sum += grad * y
         offset = (sample * tokens + token) * dim
         tl.store(grad_y_ptr + offset + columns, (grad * gate).to(grad_y_ptr.dtype.element_ty), mask=inside)
     partial = partial_ptr + (sample * tl.num_programs(1) + group) * dim + columns

@@ -16,11 +16,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deco_scale.kernels.norms_triton import check_dtypes, round_norm, rows
+from deco_scale.kernels.norms_triton import check_dtypes, load_fp32, round_norm, rows
 
 FORWARD_TOKENS = 4
 BACKWARD_TOKENS = 16
 """Tokens of a program; not yet tuned."""
+
+
+@triton.jit
+def _own_part(all_tokens, heads, dim, TOKENS: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr):
+    """The program's first token and its end; heads (HEADS, 1), columns (BLOCK), and where a head has a column."""
+    first = tl.program_id(0) * TOKENS
+    head = tl.arange(0, HEADS)[:, None]
+    column = tl.arange(0, BLOCK)
+    inside = (head < heads) & (column < dim)[None, :]
+    return first, tl.minimum(first + TOKENS, all_tokens), head, column, inside
+
+
+@triton.jit
+def _load_angles(angles_ptr, token, dim, BLOCK: tl.constexpr):
+    """A token's angles (BLOCK / 2), zero beyond its pairs."""
+    pair = tl.arange(0, BLOCK // 2)
+    return tl.load(angles_ptr + token * (dim // 2) + pair, mask=pair < dim // 2, other=0.0)
 
 
 @triton.jit
@@ -52,21 +69,17 @@ def _norm_rotate_forward(
     HEADS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    first = tl.program_id(0) * TOKENS
-    head = tl.arange(0, HEADS)[:, None]
-    column = tl.arange(0, BLOCK)
-    pair = tl.arange(0, BLOCK // 2)
-    inside = (head < heads) & (column < dim)[None, :]
-    weight = tl.load(weight_ptr + column, mask=column < dim, other=0.0).to(tl.float32)[None, :]
+    first, end, head, column, inside = _own_part(all_tokens, heads, dim, TOKENS, HEADS, BLOCK)
+    weight = load_fp32(weight_ptr, column, column < dim)[None, :]
     # Over the tokens of all samples.
-    for index in range(first, tl.minimum(first + TOKENS, all_tokens)):
+    for index in range(first, end):
         sample, token = (index // tokens).to(tl.int64), index % tokens
         offset = sample * x_stride_b + token * x_stride_n + head * x_stride_h + column[None, :]
-        x = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+        x = load_fp32(x_ptr, offset, inside)
         rstd = tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / dim + eps)
         out = round_norm(x, weight, rstd, x_ptr.dtype.element_ty, CAST_FIRST)
         if ROTATED:
-            angles = tl.load(angles_ptr + token * (dim // 2) + pair, mask=pair < dim // 2, other=0.0)
+            angles = _load_angles(angles_ptr, token, dim, BLOCK)
             out = _rotated(out, angles, HEADS, BLOCK)
         out_offset = ((sample * tokens + token) * heads + head) * dim + column[None, :]
         tl.store(out_ptr + out_offset, out.to(out_ptr.dtype.element_ty), mask=inside)
@@ -98,23 +111,19 @@ def _norm_rotate_backward(
     BLOCK: tl.constexpr,
 ):
     """Gradient of x, and the program's sum of ``grad * x * rstd`` (grad turned back) over tokens and heads."""
-    first = tl.program_id(0) * TOKENS
-    head = tl.arange(0, HEADS)[:, None]
-    column = tl.arange(0, BLOCK)
-    pair = tl.arange(0, BLOCK // 2)
-    inside = (head < heads) & (column < dim)[None, :]
-    weight = tl.load(weight_ptr + column, mask=column < dim, other=0.0).to(tl.float32)
+    first, end, head, column, inside = _own_part(all_tokens, heads, dim, TOKENS, HEADS, BLOCK)
+    weight = load_fp32(weight_ptr, column, column < dim)
     if CAST_FIRST:
         weight = weight.to(x_ptr.dtype.element_ty).to(tl.float32)
     product_sum = tl.zeros([HEADS, BLOCK], tl.float32)
-    for index in range(first, tl.minimum(first + TOKENS, all_tokens)):
+    for index in range(first, end):
         sample, token = (index // tokens).to(tl.int64), index % tokens
         offset = sample * x_stride_b + token * x_stride_n + head * x_stride_h + column[None, :]
         grad_offset = sample * grad_stride_b + token * grad_stride_n + head * grad_stride_h + column[None, :]
-        x = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32)
-        grad = tl.load(grad_ptr + grad_offset, mask=inside, other=0.0).to(tl.float32)
+        x = load_fp32(x_ptr, offset, inside)
+        grad = load_fp32(grad_ptr, grad_offset, inside)
         if ROTATED:
-            angles = tl.load(angles_ptr + token * (dim // 2) + pair, mask=pair < dim // 2, other=0.0)
+            angles = _load_angles(angles_ptr, token, dim, BLOCK)
             grad = _rotated(grad, -angles, HEADS, BLOCK)
         rstd = tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / dim + eps)
         unit = x * rstd

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from deco_scale.kernels.choice import Kernels
 from deco_scale.models import Denoiser, patchify, unpatchify
-from deco_scale.objectives.flow import TimeLaw, flow_loss, noised
+from deco_scale.objectives.flow import Prediction, TimeLaw, flow_loss, noised, velocity_from_image
 from deco_scale.objectives.frequency import (
     BLOCK,
     FrequencyMode,
@@ -28,9 +28,16 @@ LOSS_NAMES = ("loss", "loss_flow", "loss_freq", "loss_repa")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ObjectiveConfig:
-    """Losses of DeCo; a weight of 0 leaves a loss out altogether."""
+    """Losses of DeCo; a weight of 0 leaves a loss out altogether.
+
+    ``prediction`` says what the network's output is: the velocity, or the clean image as in JiT (arXiv
+    2511.13720). The losses are of the velocity either way; that of an image is (image - x_t) / max(1 - t,
+    ``t_eps``).
+    """
 
     time_law: TimeLaw = "logit_normal"
+    prediction: Prediction = "velocity"
+    t_eps: float = 0.05
     freq_weight: float = 1.0
     freq_quality: int = 85
     freq_gamma: float = 1.0
@@ -42,6 +49,8 @@ class ObjectiveConfig:
     def __post_init__(self) -> None:
         if self.freq_weight < 0 or self.repa_weight < 0:
             raise ValueError("freq_weight and repa_weight must not be negative")
+        if not 0 < self.t_eps <= 1:
+            raise ValueError(f"t_eps={self.t_eps} must be above 0 and at most 1")
         if not 1 <= self.freq_quality <= 100:
             raise ValueError(f"freq_quality={self.freq_quality} must be 1..100")
         if not 0 <= self.condition_dropout < 1:
@@ -102,7 +111,8 @@ class Objective(nn.Module):
         model = self.denoiser.cfg
         grid = model.grid(*image_BCYX.shape[-2:])
         patches_BNK = patchify(noised(image_BCYX, noise_BCYX, t_B), model.patch_size)
-        target_BNK = self.tokens.own(patchify(image_BCYX.float() - noise_BCYX.float(), model.patch_size))
+        scored_BNK = self.tokens.own(patches_BNK)
+        target_BNK = self._target(image_BCYX, noise_BCYX, scored_BNK, t_B)
         out = self.denoiser(
             patches_BNK,
             t_B,
@@ -110,7 +120,10 @@ class Objective(nn.Module):
             grid=grid,
             hidden_after=self.cfg.repa_layer if self.repa_head is not None else 0,
         )
-        losses = self._pixel_losses(out.prediction_BNK, target_BNK, grid)
+        velocity_BNK = out.prediction_BNK
+        if self.cfg.prediction == "image":
+            velocity_BNK = velocity_from_image(velocity_BNK, scored_BNK, t_B, self.cfg.t_eps)
+        losses = self._pixel_losses(velocity_BNK, target_BNK, grid)
         total = losses["loss_flow"]
         if self.cfg.freq_weight > 0:
             total = total + self.cfg.freq_weight * losses["loss_freq"]
@@ -127,20 +140,26 @@ class Objective(nn.Module):
         return {name: value * share for name, value in losses.items()} if share != 1.0 else losses
 
     def predict(self, patches_BNK: Tensor, t_B: Tensor, condition: Tensor, grid: tuple[int, int]) -> Tensor:
-        """The denoiser alone; here so that engines need to know one module only."""
+        """The denoiser's own output, velocity or image; here so that engines need to know one module only."""
         return self.denoiser(patches_BNK, t_B, condition, grid=grid).prediction_BNK
 
-    def _pixel_losses(
-        self, prediction_BNK: Tensor, target_BNK: Tensor, grid: tuple[int, int]
-    ) -> dict[str, Tensor]:
+    def _target(self, image_BCYX: Tensor, noise_BCYX: Tensor, scored_BNK: Tensor, t_B: Tensor) -> Tensor:
+        """True velocity of the patches that this process scores, clamped as the predicted one is."""
+        patch_size = self.denoiser.cfg.patch_size
+        if self.cfg.prediction == "image":
+            image_BNK = self.tokens.own(patchify(image_BCYX.float(), patch_size))
+            return velocity_from_image(image_BNK, scored_BNK, t_B, self.cfg.t_eps)
+        return self.tokens.own(patchify(image_BCYX.float() - noise_BCYX.float(), patch_size))
+
+    def _pixel_losses(self, velocity_BNK: Tensor, target_BNK: Tensor, grid: tuple[int, int]) -> dict[str, Tensor]:
         """Flow loss, and the frequency loss where it is on.
 
         The Triton kernel computes both at once, of patches that are RGB and hold whole DCT blocks.
         """
         model, cfg = self.denoiser.cfg, self.cfg
         if cfg.freq_weight == 0:
-            return {"loss_flow": flow_loss(prediction_BNK, target_BNK)}
-        device = prediction_BNK.device
+            return {"loss_flow": flow_loss(velocity_BNK, target_BNK)}
+        device = velocity_BNK.device
         weights = frequency_weights(cfg.freq_quality, gamma=cfg.freq_gamma, mode=cfg.freq_mode, device=device)
         # Blocks then lie inside patches: no pixel of another patch is needed, in whatever order they are.
         whole_blocks = model.patch_size % BLOCK == 0
@@ -148,7 +167,7 @@ class Objective(nn.Module):
             from deco_scale.kernels.losses_triton import flow_and_frequency
 
             flow, frequency = flow_and_frequency(
-                prediction_BNK,
+                velocity_BNK,
                 target_BNK,
                 block_transform(device),
                 colour_matrix(device),
@@ -156,13 +175,13 @@ class Objective(nn.Module):
                 model.patch_size,
             )
             return {"loss_flow": flow, "loss_freq": frequency}
-        prediction_BNK = prediction_BNK.float()
-        error_BNK = prediction_BNK - target_BNK
+        velocity_BNK = velocity_BNK.float()
+        error_BNK = velocity_BNK - target_BNK
         if whole_blocks:
             error = error_BNK.flatten(0, 1).unflatten(-1, (model.channels, model.patch_size, -1))
         else:
             error = unpatchify(error_BNK, grid, model.patch_size)
-        return {"loss_flow": flow_loss(prediction_BNK, target_BNK), "loss_freq": frequency_loss(error, weights)}
+        return {"loss_flow": flow_loss(velocity_BNK, target_BNK), "loss_freq": frequency_loss(error, weights)}
 
 
 def drop_condition(condition: Tensor, null: Tensor, dropped_B: Tensor) -> Tensor:

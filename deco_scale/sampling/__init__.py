@@ -1,10 +1,13 @@
 """From noise and a condition to pictures; the model is a callable here."""
 
+from deco_scale.sampling.generator import Generator, Job
 from deco_scale.sampling.guidance import Guidance, VelocityFn, guided_velocity
 from deco_scale.sampling.solvers import SamplerConfig, integrate, sample, time_grid
 
 __all__ = [
+    "Generator",
     "Guidance",
+    "Job",
     "SamplerConfig",
     "VelocityFn",
     "guided_velocity",

@@ -18,13 +18,14 @@ class Guidance:
     """v_null + scale * (v_cond - v_null) for times in the interval, scale 1 outside.
 
     The interval is open below; above it is closed for one-step solvers and open for multistep ones,
-    as in the release. Times are compared in fp32.
+    as in the release. Times are compared in fp32. ``rescale`` is that of :func:`rescaled`.
     """
 
     scale: float
     interval_min: float = 0.0
     interval_max: float = 1.0
     closed_above: bool = True
+    rescale: float = 0.0
 
     def scale_at(self, t: Tensor) -> float:
         """Guidance weight at the 0-dim time ``t``, compared in fp32 as the release does."""
@@ -35,12 +36,37 @@ class Guidance:
 
 
 def guided_velocity(
-    velocity: VelocityFn, x: Tensor, t: Tensor, condition: Tensor, null: Tensor, scale: float
+    velocity: VelocityFn,
+    x: Tensor,
+    t: Tensor,
+    condition: Tensor,
+    null: Tensor,
+    scale: float,
+    *,
+    rescale: float = 0.0,
 ) -> Tensor:
-    """Guided velocity at the 0-dim time ``t``; without guidance only the conditional half is computed."""
+    """Guided velocity at the 0-dim time ``t`` < 1; without guidance only the conditional half is computed."""
     t_B = t.expand(x.shape[0])
     if scale == 1.0:
         return velocity(x, t_B, condition)
     both = velocity(torch.cat([x, x]), torch.cat([t_B, t_B]), torch.cat([null, condition]))
     v_null, v_cond = both.chunk(2)
-    return v_null + scale * (v_cond - v_null)
+    guided = v_null + scale * (v_cond - v_null)
+    return rescaled(guided, v_cond, x, t, rescale) if rescale > 0 else guided
+
+
+def rescaled(guided: Tensor, v_cond: Tensor, x: Tensor, t: Tensor, amount: float) -> Tensor:
+    """Velocity whose predicted image has partly the standard deviation of the one without guidance.
+
+    Lin et al. 2023 (arXiv 2305.08891, section 3.4): image * (amount * std_cond / std_guided + 1 - amount), each
+    deviation over all values of a picture. They scale what their network puts out; here it is the image
+    x + (1 - t) * v that a velocity predicts, since overexposure is of the image, and a velocity's own deviation is
+    in large part that of the noise, which guidance does not change.
+    """
+    remaining = 1.0 - t
+    image, wanted = x + remaining * guided, x + remaining * v_cond
+    std, std_wanted = image.flatten(1).std(1), wanted.flatten(1).std(1)
+    # A picture of one colour has no deviation to match.
+    factor = torch.where(std > 0, std_wanted / std, 1.0)
+    factor = (amount * factor + 1.0 - amount).reshape(-1, *([1] * (x.ndim - 1)))
+    return (factor * image - x) / remaining

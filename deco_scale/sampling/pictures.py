@@ -13,19 +13,26 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from deco_scale.models import patchify, unpatchify
+from deco_scale.objectives.flow import Prediction, velocity_from_image
 from deco_scale.sampling.guidance import VelocityFn
-from deco_scale.sampling.solvers import SamplerConfig, sample
+from deco_scale.sampling.solvers import SamplerConfig, integrate
 
 PredictFn = Callable[[Tensor, Tensor, Tensor, tuple[int, int]], Tensor]
 """``predict(patches, t, condition, grid)``, as an engine or a plain denoiser offers it."""
 
 
-def velocity_of(predict: PredictFn, patch_size: int) -> VelocityFn:
-    """Velocity over images from a prediction over patches."""
+def velocity_of(
+    predict: PredictFn, patch_size: int, *, prediction: Prediction = "velocity", t_eps: float = 0.05
+) -> VelocityFn:
+    """Velocity over images from a network's output over patches, which is the velocity or the clean image.
+
+    ``t_eps`` is that of :func:`deco_scale.objectives.flow.velocity_from_image`, for images.
+    """
 
     def velocity(x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
         grid = (x.shape[-2] // patch_size, x.shape[-1] // patch_size)
-        return unpatchify(predict(patchify(x, patch_size), t, condition, grid).float(), grid, patch_size)
+        output = unpatchify(predict(patchify(x, patch_size), t, condition, grid).float(), grid, patch_size)
+        return output if prediction == "velocity" else velocity_from_image(output, x, t, t_eps)
 
     return velocity
 
@@ -46,13 +53,22 @@ def make_pictures(
     cfg: SamplerConfig,
     batch: int,
     channels: int = 3,
+    on_step: Callable[[], None] | None = None,
 ) -> Any:
-    """Pictures (P, Y, X, 3) uint8; ``conditions`` (P, ...) and one ``null`` condition."""
+    """Pictures (P, Y, X, 3) uint8; ``conditions`` (P, ...), and one ``null`` condition or one for each picture.
+
+    ``on_step`` is called after each step of the solver.
+    """
     parts = []
     for start in range(0, len(seeds), batch):
         condition = conditions[start : start + batch]
-        noise = seeded_noise(seeds[start : start + batch], (channels, *size))
-        x = sample(velocity, noise.to(condition.device), condition, null.expand_as(condition), cfg)
+        away = null[start : start + batch] if null.ndim == conditions.ndim else null.expand_as(condition)
+        noise = seeded_noise(seeds[start : start + batch], (channels, *size)).to(condition.device)
+        x = noise
+        for state in integrate(velocity, noise, condition, away, cfg):
+            x = state
+            if on_step is not None:
+                on_step()
         parts.append(to_uint8(x))
     return np.concatenate(parts)
 

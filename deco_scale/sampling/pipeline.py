@@ -8,7 +8,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors import SafetensorError
@@ -18,6 +18,7 @@ from torch import Tensor
 from deco_scale.models import Denoiser, ModelConfig
 from deco_scale.models.encoder_settings import TextEncoderConfig
 from deco_scale.models.encoders import TextEncoder
+from deco_scale.objectives.flow import Prediction
 from deco_scale.sampling.pictures import make_pictures, velocity_of
 from deco_scale.sampling.solvers import SamplerConfig
 
@@ -42,10 +43,14 @@ class DecoPipeline:
         resolution: int,
         encode: EncodeFn | None,
         device: torch.device,
+        prediction: Prediction = "velocity",
+        t_eps: float = 0.05,
     ) -> None:
         self.denoiser = denoiser.to(device).eval().requires_grad_(False)
         self.sampler, self.resolution = sampler, resolution
         self._encode, self._device = encode, device
+        patch_size = denoiser.cfg.patch_size
+        self._velocity = velocity_of(self._predict, patch_size, prediction=prediction, t_eps=t_eps)
 
     @classmethod
     def from_pretrained(
@@ -73,6 +78,9 @@ class DecoPipeline:
             model = ModelConfig(**settings["model"])
             sampler = SamplerConfig(**scheduler)
             resolution = int(index["resolution"])
+            prediction, t_eps = settings.get("prediction", "velocity"), float(settings.get("t_eps", 0.05))
+            if prediction not in get_args(Prediction) or not 0 < t_eps <= 1:
+                raise ValueError(f"prediction={prediction!r} with t_eps={t_eps}")
         except (KeyError, TypeError, ValueError) as error:
             raise PipelineError(f"{folder}: its settings are damaged: {error}") from error
         with torch.device("meta"):
@@ -88,7 +96,15 @@ class DecoPipeline:
             encode = _encoder(text_encoder, index.get("text_encoder"), model, device)
         elif text_encoder is not None:
             raise PipelineError(f"a {model.kind} model draws classes and takes no text_encoder")
-        return cls(denoiser, sampler, resolution=resolution, encode=encode, device=device)
+        return cls(
+            denoiser,
+            sampler,
+            resolution=resolution,
+            encode=encode,
+            device=device,
+            prediction=prediction,
+            t_eps=t_eps,
+        )
 
     def __call__(
         self,
@@ -117,7 +133,7 @@ class DecoPipeline:
             raise PipelineError(str(error)) from error
         states, null = self._conditions(conditions)
         return make_pictures(
-            velocity_of(self._predict, cfg.patch_size),
+            self._velocity,
             states,
             null,
             seeds,

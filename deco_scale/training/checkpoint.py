@@ -266,7 +266,7 @@ class Checkpoints:
             if checkpoint:
                 said.append(f"checkpoint {self._write(snapshot, meta, team)}")
             if export:
-                said.append(f"EMA export {export_ema(snapshot, meta, self._exports, team)}")
+                said.append(f"EMA export {self._export(snapshot, meta, team)}")
             return ", ".join(said)
 
         if inline:
@@ -276,6 +276,15 @@ class Checkpoints:
             self._stall_s = time.perf_counter() - began
             self._worker.start(job, began=began, inline=False)
         self._untold_stall_s = (self._untold_stall_s or 0.0) + self._stall_s
+
+    def _export(self, snapshot: Snapshot, meta: CheckpointMeta, team: Team) -> Path | str:
+        """Write the EMA to the run's ``exports``, or by way of it to the URL; after an error it stays there."""
+        path = export_ema(snapshot, meta, self._exports, team)
+        if self._cfg.url is None:
+            return path
+        place = self._place
+        assert isinstance(place, ObjectTarget)
+        return team.agree(lambda: place.put_export(path) if team.rank == 0 else path)
 
     def _write(self, snapshot: Snapshot, meta: CheckpointMeta, team: Team) -> str:
         """Bring a snapshot to its place, on all ranks, and say which; on a :class:`RunError` nothing is left."""

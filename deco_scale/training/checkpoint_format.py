@@ -211,8 +211,12 @@ def without_record_sums() -> Iterator[None]:
     """
     from torch.utils.serialization import config
 
-    with config.patch("save.compute_crc32", False):
+    before = config.save.compute_crc32
+    config.save.compute_crc32 = False
+    try:
         yield
+    finally:
+        config.save.compute_crc32 = before
 
 
 def start_flush(descriptor: int, start: int, length: int) -> None:

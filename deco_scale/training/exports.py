@@ -88,8 +88,11 @@ def _finish(file: BinaryIO, temporary: Path, final: Path, meta: CheckpointMeta) 
     file.flush()
     os.fsync(file.fileno())
     file.close()
+    objective = meta.config.get("objective") or {}
     settings = {
         "model": meta.config.get("model"),
+        "prediction": objective.get("prediction", "velocity"),
+        "t_eps": objective.get("t_eps", 0.05),
         "weights": "ema",
         "dtype": "float32",
         "provenance": {"step": meta.step, "stage": meta.stage, "samples": meta.samples},

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 
 from deco_scale.errors import ConfigError, RunError
@@ -29,6 +30,20 @@ def agreed(action: Callable[[], T]) -> T:
             where = f"rank {rank}: " if rank else ""
             raise (ConfigError if found[0] else RunError)(where + found[1])
     return result  # type: ignore[return-value]
+
+
+def together(action: Callable[[], T]) -> T:
+    """:func:`agreed` where there are several processes, the action alone where there is one."""
+    return agreed(action) if dist.is_initialized() else action()
+
+
+def from_first(value: T) -> T:
+    """The first process's value, on every process."""
+    if not dist.is_initialized():
+        return value
+    shared = [value]
+    dist.broadcast_object_list(shared, src=0, device=torch.device("cpu"))
+    return shared[0]
 
 
 def summed_counters(counters: Mapping[str, int]) -> Mapping[str, int]:

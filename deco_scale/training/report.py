@@ -83,6 +83,17 @@ class Reporter:
             numbers = {k: v for k, v in values.items() if isinstance(v, int | float)}
             self._wandb.log(numbers, step=values["step"])
 
+    def evaluation(self, step: int, scores: dict[str, float]) -> None:
+        """Scores of an evaluation, as a line of its own with names that begin with ``eval.``."""
+        if not self._active or not scores:
+            return
+        named = {f"eval.{name}": value for name, value in scores.items()}
+        self._metrics.write(json.dumps({"step": step, **named}) + "\n")
+        self._metrics.flush()
+        self.say(f"step {step} evaluation: " + ", ".join(f"{n} {v:.4f}" for n, v in scores.items()))
+        if self._wandb is not None:
+            self._wandb.log(named, step=step)
+
     def picture(self, name: str, path: Path, step: int) -> None:
         """Tell of a picture that was written."""
         self.say(f"{name}: {path}")
@@ -108,7 +119,7 @@ class Reporter:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Logged steps in order; a step that was done again after a resume counts as it was last done."""
+    """Logged steps in order, evaluations aside; one that was done again after a resume counts as last done."""
     path = folder / METRICS
     by_step: dict[int, dict[str, Any]] = {}
     if path.exists():
@@ -117,7 +128,8 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
                 entry = json.loads(line)
             except ValueError:
                 continue  # a line cut off by a kill; the step is done again
-            by_step[entry["step"]] = entry
+            if "loss" in entry:
+                by_step[entry["step"]] = entry
     return [by_step[step] for step in sorted(by_step)]
 
 

@@ -18,6 +18,7 @@ from deco_scale.training.checkpoint_format import (
     STEP,
     FileSums,
     check_file,
+    crc32c_of,
     read_sums,
     sync_folder,
 )
@@ -165,6 +166,13 @@ class ObjectTarget:
     def complete(self, folder: Path, step: int, sums: FileSums) -> None:
         self.publish(folder, step, [META, COMPLETE], sums)
         shutil.rmtree(folder, ignore_errors=True)
+
+    def put_export(self, folder: Path) -> str:
+        """Move an export's folder to ``exports/`` below the URL, its settings last, and say where it is."""
+        for file in sorted(folder.iterdir(), key=lambda f: f.suffix == ".json"):
+            self._objects.put_file(f"exports/{folder.name}/{file.name}", file, crc32c_of(file))
+        shutil.rmtree(folder, ignore_errors=True)
+        return f"{self._objects.url.rstrip('/')}/exports/{folder.name}"
 
     def discard(self, step: int) -> None:
         self.remove(step)

@@ -34,7 +34,7 @@ def _worker(rank: int, jobs: list[Job], world: int, store: str) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29501", "OMP_NUM_THREADS": "1"}
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     from deco_scale.config import build_config
-    from launcher.environment import Environment
+    from deco_scale.environment import Environment
     from launcher.train import run
 
     with open(os.devnull, "w") as nothing:

@@ -18,6 +18,7 @@ from data_pipeline.store import open_store
 from deco_scale import cli
 from tests.assets import make_pictures_folder, tiny_config
 from tests.conftest import ROOT
+from tests.evaluations import make_clip
 
 
 def test_store_over_s3(s3_environment: S3Server, tmp_path: Path) -> None:
@@ -72,6 +73,12 @@ def test_deepspeed_job_from_s3_to_pictures(
         "every": 6, "prompts": ["a red circle", "a blue square", "white ground"],
         "sampler": {"num_steps": 3, "guidance": 2.0},
     }  # fmt: skip
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\na blue square\n")
+    config["evaluation"] = {
+        "every": 8, "count": 5, "batch": 2, "prompts_file": str(prompts),
+        "clip_folder": str(make_clip(tmp_path / "clip")), "sampler": {"num_steps": 2, "guidance": 2.0},
+    }  # fmt: skip
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(config))
     command = [
@@ -88,7 +95,11 @@ def test_deepspeed_job_from_s3_to_pictures(
     assert done.returncode == 0, done.stdout + done.stderr
     assert "resumed from" in done.stdout and "step 6, 48 samples seen" in done.stdout
 
-    entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    entries = [e for e in lines if "loss" in e]
+    scores = [e for e in lines if "loss" not in e]
+    assert [list(e) for e in scores] == [["step", "eval.clip_score"]] and scores[0]["step"] == 8
+    assert np.isfinite(scores[0]["eval.clip_score"]) and (run / "evaluation" / "step_00000008.png").exists()
     assert [e["step"] for e in entries] == list(range(1, 13))
     assert [e["stage"] for e in entries] == ["small"] * 8 + ["large"] * 4
     wanted = {

@@ -31,13 +31,11 @@ from checkpoints_tools.formats import open_checkpoint
 from checkpoints_tools.safetensors_out import SETTINGS_SUM, SUMS, as_json
 from checkpoints_tools.verify import problems_of
 from deco_scale.errors import ConfigError
-from deco_scale.models import ModelConfig
 from deco_scale.training.checkpoint import stored_shapes
 from deco_scale.training.dcp_index import read_index
-from tests.unit.test_import_export import META, save, tensors_of
+from tests.checkpoints import META, SMALL, save, tensors_of
 
 COUNTS = [pytest.param(60, id="some"), pytest.param(2000, id="2000", marks=pytest.mark.long)]
-SMALL = ModelConfig(kind="c2i_baseline", dim=8, num_heads=2, num_blocks=1, patch_size=2, num_classes=3)
 MEMORY_BYTES = 128 * 2**20
 """Growth of the peak over all mutations. The checkpoints are below 0.2 MiB; the rest is Python and torch."""
 SECONDS = 20.0

@@ -1,4 +1,4 @@
-"""``deco-ckpt import`` and ``export``: bit-exact round trips, inferred settings, refusals, the pipeline folder."""
+"""``deco-ckpt import`` and ``export``: bit-exact round trips, inferred settings, refusals."""
 
 import dataclasses
 import json
@@ -8,45 +8,28 @@ import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from checkpoints_tools import cli, release
-from checkpoints_tools.canonical import CanonicalReader, write_canonical
+from checkpoints_tools.canonical import CanonicalReader
 from checkpoints_tools.exporting import export_checkpoint, plan_export
 from checkpoints_tools.formats import open_checkpoint
 from checkpoints_tools.importing import import_checkpoint, plan_import
-from checkpoints_tools.infer import denoiser_shapes, infer_model, release_shapes, repa_shapes
-from checkpoints_tools.source import EMA, MODEL, REPA, TensorSpec
-from deco_scale.cli import main as deco
+from checkpoints_tools.infer import denoiser_shapes, infer_model, release_shapes
+from checkpoints_tools.source import EMA, MODEL
 from deco_scale.config import build_config
 from deco_scale.errors import ConfigError
-from deco_scale.models import Denoiser, ModelConfig
-from deco_scale.sampling import SamplerConfig
-from deco_scale.sampling.pictures import make_pictures, velocity_of
-from deco_scale.sampling.pipeline import DecoPipeline, PipelineError
-from deco_scale.training.checkpoint import CheckpointMeta, read_meta, read_tensors, verify
-from tests.assets import TEXT_DIM, TEXT_TOKENS
+from deco_scale.models import ModelConfig
+from deco_scale.training.checkpoint import read_meta, read_tensors, verify
+from tests.checkpoints import CLASSES, TEXT, assert_same_bits, release_file, release_state, save, tensors_of
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
 GOLDENS = ["t2i_tiny", "c2i_tiny", "c2i_baseline_tiny"]
-META = CheckpointMeta(
-    step=7, stage="a", samples=70, seed=0, optimizer_steps=7, data_state={}, parameter_digest="", config={}
-)
-TEXT = ModelConfig(
-    kind="t2i_deco", dim=16, num_heads=2, num_blocks=1, num_text_blocks=1, patch_size=4, decoder_width=4,
-    decoder_blocks=1, text_dim=TEXT_DIM, text_tokens=TEXT_TOKENS,
-)  # fmt: skip
-CLASSES = ModelConfig(
-    kind="c2i_deco", dim=16, num_heads=2, num_blocks=1, patch_size=4, decoder_width=4, decoder_blocks=2,
-    num_classes=5,
-)  # fmt: skip
 
 
 @st.composite
@@ -75,39 +58,6 @@ def models(draw: st.DrawFn) -> ModelConfig:
     else:
         sizes["num_classes"] = draw(st.integers(1, 11))
     return ModelConfig(kind=kind, **sizes)
-
-
-def tensors_of(model: ModelConfig, *, seed: int = 0, encoder_dim: int = 5) -> dict[str, Tensor]:
-    """Random weights, another EMA, and a REPA head where ``encoder_dim`` is not 0."""
-    generator = torch.Generator().manual_seed(seed)
-    shapes = {p + n: s for p in (MODEL, EMA) for n, s in denoiser_shapes(model).items()}
-    if encoder_dim:
-        shapes |= {REPA + n: s for n, s in repa_shapes(model.dim, encoder_dim).items()}
-    return {name: torch.randn(shape, generator=generator) for name, shape in sorted(shapes.items())}
-
-
-def save(folder: Path, tensors: dict[str, Tensor], *, meta: CheckpointMeta = META, files: int = 1) -> Path:
-    specs = {n: TensorSpec(tuple(t.shape)) for n, t in tensors.items()}
-    write_canonical(folder, specs, lambda n: tensors[n], meta, files=files)
-    return folder
-
-
-def release_file(path: Path, content: Any) -> Path:
-    torch.save(content, path)
-    return path
-
-
-def release_state(model: ModelConfig = CLASSES) -> dict[str, Tensor]:
-    tensors = tensors_of(model, encoder_dim=0)
-    ours = {n.removeprefix(MODEL): t for n, t in tensors.items() if n.startswith(MODEL)}
-    return {release.DENOISER + n: t.clone() for n, t in release.denoiser_to_release(ours, model).items()}
-
-
-def assert_same_bits(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    assert found.keys() == wanted.keys()
-    for name, tensor in wanted.items():
-        assert found[name].shape == tensor.shape and found[name].dtype == tensor.dtype, name
-        assert torch.equal(found[name].reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)), name
 
 
 @pytest.mark.parametrize("name", GOLDENS)
@@ -320,64 +270,6 @@ def test_a_bare_denoiser_is_what_its_config_says(weights: str | None, tmp_path: 
     prefix = EMA if weights else MODEL
     assert source.model == CLASSES
     assert_same_bits({n: source.read(n) for n in source.specs}, {prefix + n: t for n, t in bare.items()})
-
-
-def test_an_imported_checkpoint_draws_pictures(tmp_path: Path, text_encoder: Path) -> None:
-    path = release_file(tmp_path / "w.ckpt", {"state_dict": release_state(TEXT)})
-    assert cli.main(["import", str(path), str(tmp_path / "step"), "--resolution", "16"]) == 0
-    arguments = ["sample", "--checkpoint", str(tmp_path / "step"), "--text-encoder", str(text_encoder)]
-    assert deco([*arguments, "--prompt", "a red square", "--num-steps", "2", "--out", str(tmp_path / "out")]) == 0
-    assert (tmp_path / "out" / "00000_0000.png").is_file()
-
-
-def _drawn(
-    model: ModelConfig, tensors: dict[str, Tensor], states: Tensor, null: Tensor, cfg: SamplerConfig
-) -> Any:
-    denoiser = Denoiser(model)
-    denoiser.load_state_dict({n.removeprefix(EMA): t for n, t in tensors.items() if n.startswith(EMA)})
-    velocity = velocity_of(lambda p, t, c, g: denoiser(p, t, c, grid=g).prediction_BNK, model.patch_size)
-    return make_pictures(velocity, states, null, [3, 4], size=(8, 8), cfg=cfg, batch=2)
-
-
-def test_the_pipeline_draws_classes(tmp_path: Path) -> None:
-    tensors = tensors_of(CLASSES)
-    source = save(tmp_path / "source", tensors)
-    out = tmp_path / "pipe"
-    assert cli.main(["export", str(source), str(out), "--format", "diffusers", "--max-shard-bytes", "3000"]) == 0
-    kinds = {p.suffix for p in out.rglob("*") if p.is_file()}
-    assert kinds == {".json", ".safetensors"}
-    pipeline = DecoPipeline.from_pretrained(out)
-    assert pipeline.sampler.solver == "euler" and pipeline.sampler.guidance == 3.2
-    cfg = SamplerConfig(solver="euler", num_steps=3, guidance=2.0)
-    found = pipeline([1, 4], seeds=[3, 4], size=(8, 8), sampler=cfg, batch=2)
-    wanted = _drawn(CLASSES, tensors, torch.tensor([1, 4]), torch.tensor(CLASSES.num_classes), cfg)
-    assert np.array_equal(found, wanted)
-    for conditions in (["a cat"], [5], [-1], []):
-        with pytest.raises(PipelineError):
-            pipeline(conditions)
-    with pytest.raises(PipelineError, match="not a multiple"):
-        pipeline([1], size=(9, 8))
-
-
-def test_the_pipeline_draws_prompts(tmp_path: Path, text_encoder: Path) -> None:
-    tensors = tensors_of(TEXT)
-    source = save(tmp_path / "source", tensors)
-    out = tmp_path / "pipe"
-    assert cli.main(["export", str(source), str(out), "--format", "diffusers"]) == 0
-    generator = torch.Generator().manual_seed(0)
-    table = {c: torch.randn(TEXT_TOKENS, TEXT_DIM, generator=generator) for c in ("", "a", "b")}
-    pipeline = DecoPipeline.from_pretrained(out, text_encoder=lambda cs: torch.stack([table[c] for c in cs]))
-    cfg = SamplerConfig(num_steps=3)
-    found = pipeline(["a", "b"], seeds=[3, 4], size=(8, 8), sampler=cfg, batch=2)
-    wanted = _drawn(TEXT, tensors, torch.stack([table["a"], table["b"]]), table[""], cfg)
-    assert np.array_equal(found, wanted)
-    by_path = DecoPipeline.from_pretrained(out, text_encoder=text_encoder, dtype=torch.bfloat16)
-    assert by_path(["a red square"], size=(8, 8), sampler=cfg).shape == (1, 8, 8, 3)
-    with pytest.raises(PipelineError, match="names no text encoder"):
-        DecoPipeline.from_pretrained(out)
-    (out / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(b"no")
-    with pytest.raises(PipelineError, match="diffusion_pytorch_model.safetensors is damaged"):
-        DecoPipeline.from_pretrained(out, text_encoder=text_encoder)
 
 
 def test_export_refuses_what_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

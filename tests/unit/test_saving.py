@@ -1,8 +1,6 @@
-"""Saving beside the training, what is kept, EMA exports, and what a fresh run starts from."""
+"""Saving beside the training, what is kept, told and refused."""
 
 import fcntl
-import json
-import resource
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,45 +8,27 @@ from typing import Any, cast
 
 import pytest
 import torch
-import torch.distributed as dist
-from safetensors.torch import load_file
-from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from data_pipeline.serve import S3Server
 from deco_scale.config import build_config
 from deco_scale.errors import ConfigError, RunError
 from deco_scale.training import checkpoint
-from deco_scale.training.checkpoint import Checkpoints, read_meta, read_tensors, reading, verify
+from deco_scale.training.checkpoint import read_meta, read_tensors, reading, verify
 from deco_scale.training.engine import Engine
 from deco_scale.training.settings import CheckpointConfig, KeepBest
 from launcher.objects import open_objects
-from tests.distributed.harness import in_group
-from tests.faults.crash import PlainEngine, content, join_alone, meta_of
+from tests.faults.crash import PlainEngine, content, meta_of
+from tests.saving import alone, engine_of, make
 
 
 @pytest.fixture
 def group() -> Iterator[None]:
-    join_alone()
-    yield
-    dist.destroy_process_group()
-
-
-def engine_of(step: int) -> Engine:
-    made = PlainEngine(content(step))
-    made.optimizer_steps = step
-    return cast(Engine, made)
+    with alone():
+        yield
 
 
 def steps_of(run: Path) -> list[int]:
     return sorted(int(p.name.removeprefix("step_")) for p in run.iterdir())
-
-
-def make(folder: Path, **settings: Any) -> Checkpoints:
-    made = Checkpoints(folder / "run", CheckpointConfig(**{"every": 1, **settings}), open_objects=open_objects)
-    made.prepare()
-    return made
 
 
 @pytest.mark.usefixtures("group")
@@ -217,72 +197,6 @@ class TestSaving:
         assert checkpoints.find("auto") == "s3://refusing/x/step_00000001"
 
 
-class TestInitialise:
-    """``init_from``: weights of another run, and nothing else of it."""
-
-    @pytest.fixture(autouse=True)
-    def _group(self, group: None) -> None: ...
-
-    def initialise(self, folder: Path, state: dict[str, Tensor], **settings: Any) -> tuple[PlainEngine, list[str]]:
-        source = Checkpoints(folder / "source", CheckpointConfig())
-        source.prepare()
-        path = source.save(engine_of(7), meta_of(7))
-        said: list[str] = []
-        target = PlainEngine(state)
-        target.optimizer_steps = 99
-        make(folder, init_from=str(path), **settings).initialise(cast(Engine, target), said.append)
-        return target, said
-
-    @pytest.mark.parametrize("weights", ["model", "ema"])
-    def test_weights_or_their_average(self, tmp_path: Path, weights: str) -> None:
-        state = {n: t for n, t in content(1).items() if n != "ema.projection.weight"}
-        target, said = self.initialise(tmp_path, state, init_weights=weights)
-        there, found = content(7), target.tensors
-        for name in ("denoiser.blocks.weight", "denoiser.bias"):
-            assert torch.equal(found[f"model.{name}"], there[f"{weights}.{name}"])
-            assert torch.equal(found[f"ema.{name}"], there[f"{weights}.{name}"])
-            assert not found[f"exp_avg.{name}"].any() and not found[f"exp_avg_sq.{name}"].any()
-        # There is no average outside the denoiser.
-        assert torch.equal(found["model.projection.weight"], there["model.projection.weight"])
-        assert target.optimizer_steps == 0 and f"({weights})" in said[0] and "fresh optimizer" in said[0]
-
-    def test_patterns_leave_out_what_they_name_and_no_more(self, tmp_path: Path) -> None:
-        state = content(1)
-        for kind in ("model", "ema", "exp_avg", "exp_avg_sq"):
-            state[f"{kind}.denoiser.bias"] = torch.ones(5)
-            state[f"{kind}.denoiser.new.weight"] = torch.full((3,), 2.0)
-        with pytest.raises(
-            ConfigError, match=r"missing model\.denoiser\.new\.weight; model\.denoiser\.bias has shape"
-        ):
-            self.initialise(tmp_path, state)
-        skip = ("denoiser.b[i]as", "denoiser.new.*", "proj*")
-        target, said = self.initialise(tmp_path, state, init_skip=skip)
-        assert said[1] == (
-            "not taken over by checkpoint.init_skip: denoiser.bias, denoiser.new.weight, projection.weight"
-        )
-        assert (
-            target.tensors["model.denoiser.bias"].tolist()
-            == target.tensors["ema.denoiser.bias"].tolist()
-            == [1] * 5
-        )
-        assert torch.equal(target.tensors["model.projection.weight"], content(1)["model.projection.weight"])
-        with pytest.raises(ConfigError, match=r"init_skip='typo\*' matches no parameter"):
-            self.initialise(tmp_path, state, init_skip=(*skip, "typo*"))
-        del state["model.projection.weight"]
-        with pytest.raises(ConfigError, match=r"unexpected model\.projection\.weight"):
-            self.initialise(tmp_path, state, init_skip=skip[:2])
-
-    def test_a_release_import_has_weights_and_average_only(self, tmp_path: Path) -> None:
-        bare = {n: t for n, t in content(7).items() if not n.startswith("exp_")}
-        path = make(tmp_path).save(cast(Engine, PlainEngine(bare)), meta_of(0))
-        target = PlainEngine(content(1))
-        checkpoints = make(tmp_path, init_from=str(path))
-        checkpoints.initialise(cast(Engine, target), lambda line: None)
-        assert torch.equal(target.tensors["model.denoiser.bias"], bare["model.denoiser.bias"])
-        with pytest.raises(ConfigError, match="missing exp_avg.denoiser.bias"):
-            checkpoints.load(cast(Engine, target), path)
-
-
 def limited(action: Any, device: str, folder: Path) -> None:
     """Run ``action`` with every file of a save being ``device``."""
     from deco_scale.training import writing
@@ -297,107 +211,6 @@ def limited(action: Any, device: str, folder: Path) -> None:
         action()
     finally:
         writing.SummedFile.__init__ = whole  # type: ignore[method-assign]
-
-
-SHARDED = {"a": (7, 6), "b": (5, 8), "c": (3,), "d": (2, 4)}
-
-
-def _sharded(seed: int) -> dict[str, Tensor]:
-    """A state over 2 x 2 ranks: rows, columns, rows of both axes, and copies."""
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
-    places = {"a": (Shard(0), Shard(1)), "b": (Replicate(), Shard(0)), "c": (Shard(0), Replicate())}
-    generator = torch.Generator().manual_seed(seed)
-    state: dict[str, Tensor] = {}
-    for kind in ("model", "ema", "exp_avg", "exp_avg_sq"):
-        for name, shape in SHARDED.items():
-            whole = torch.randn(shape, generator=generator)
-            state[f"{kind}.denoiser.{name}"] = (
-                distribute_tensor(whole, mesh, places[name]) if name in places else whole
-            )
-    return state
-
-
-def _export(root: str) -> None:
-    checkpoints = Checkpoints(Path(root) / "run", CheckpointConfig(ema_every=2, ema_steps=(3,)))
-    if dist.get_rank() == 0:
-        checkpoints.prepare()
-    dist.barrier()
-    assert [checkpoints.export_due(s) for s in (1, 2, 3, 4, 5)] == [False, True, True, True, False]
-    meta = meta_of(2, config={"model": {"dim": 3}})
-    state = _sharded(0)
-    checkpoints.start(cast(Engine, PlainEngine(state)), meta, checkpoint=False, export=True)
-    both = checkpoints.start(cast(Engine, PlainEngine(_sharded(1))), meta_of(3), checkpoint=True, export=True)
-    assert both is not None and both.error is None and "EMA export" in both.said, both
-    saved = checkpoints.finished(wait=True)
-    assert saved is not None and saved.error is None and "checkpoint" in saved.said, saved
-    for step in (2, 3):
-        found = load_file(Path(root) / "exports" / f"ema_step_{step:08d}" / "model.safetensors")
-        wanted = _sharded(step - 2)
-        for name in SHARDED:
-            tensor = wanted[f"ema.denoiser.{name}"]
-            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            assert torch.equal(found[name], whole), name
-        assert found.keys() == SHARDED.keys()
-    # The digest that was taken of the staged parts is that of the live ones.
-    assert read_meta(Path(root) / "run" / "step_00000003").parameter_digest == checkpoint.parameter_digest(
-        _sharded(1)
-    )
-    target = {name: torch.zeros_like(tensor) for name, tensor in _sharded(0).items()}
-    checkpoints.load(cast(Engine, PlainEngine(target)), Path(root) / "run" / "step_00000003")
-    for name, tensor in _sharded(1).items():
-        assert (
-            torch.equal(target[name], tensor)
-            if not isinstance(tensor, DTensor)
-            else torch.equal(cast(DTensor, target[name]).to_local(), tensor.to_local())
-        ), name
-    settings = json.loads((Path(root) / "exports" / "ema_step_00000002" / "config.json").read_text())
-    assert settings["model"] == {"dim": 3} and settings["provenance"]["step"] == 2
-
-
-def test_exports_and_checkpoints_of_sharded_tensors_from_a_thread(tmp_path: Path) -> None:
-    (tmp_path / "files").mkdir()
-    in_group(_export, 4, tmp_path, str(tmp_path / "files"))
-
-
-ROWS, TENSORS = 1024, 24
-"""24 tensors of 4 MiB in each of four sets: 384 MiB in all."""
-
-
-def _big(fill: float) -> dict[str, Tensor]:
-    mesh = init_device_mesh("cpu", (2,))
-    local = torch.full((ROWS // 2, 1024), fill)
-    kinds = ("model", "ema", "exp_avg", "exp_avg_sq")
-    names = [f"{kind}.denoiser.{i}" for kind in kinds for i in range(TENSORS)]
-    return {name: DTensor.from_local(local.clone(), mesh, [Shard(0)], run_check=False) for name in names}
-
-
-def _load_big(root: str, limit: int) -> None:
-    checkpoints = Checkpoints(Path(root) / "run", CheckpointConfig())
-    if dist.get_rank() == 0:
-        checkpoints.prepare()
-    dist.barrier()
-    held = _big(0.0)
-    path = Path(root) / "run" / "step_00000001"
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    checkpoints.load(cast(Engine, PlainEngine(held)), path)
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
-    assert all(bool((cast(DTensor, t).to_local() == 3.0).all()) for t in held.values())
-    assert grown < limit, f"loading took {grown / 2**20:.0f} MiB beyond the rank's own part"
-
-
-def _save_whole(folder: Path) -> None:
-    """One file with whole tensors, as a single process saves them."""
-    kinds = ("model", "ema", "exp_avg", "exp_avg_sq")
-    state = {f"{kind}.denoiser.{i}": torch.full((ROWS, 1024), 3.0) for kind in kinds for i in range(TENSORS)}
-    make(folder).save(cast(Engine, PlainEngine(state)), meta_of(1))
-
-
-@pytest.mark.usefixtures("group")
-def test_loading_takes_no_more_than_a_rank_s_part(tmp_path: Path) -> None:
-    (tmp_path / "files").mkdir()
-    _save_whole(tmp_path / "files")
-    # Half is 192 MiB, which is there before; the bound is for one stored tensor and pieces being checked.
-    in_group(_load_big, 2, tmp_path, str(tmp_path / "files"), 80 * 2**20)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,73 @@
+"""``deco embed``: the captions' text states, computed once before training."""
+
+import argparse
+import dataclasses
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import Progress, TaskID
+
+from data_pipeline.embed import embed
+from data_pipeline.index import load_index
+from data_pipeline.loader import access_of, states_identity
+from data_pipeline.store import open_store
+from deco_scale.config import load_config
+from deco_scale.errors import ConfigError
+from deco_scale.models.encoders import EncoderError, TextEncoder, text_identity
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Writes the states of every caption of data.url (or of each data set of data.mixture) to its text_states. "
+        "Run it under torchrun to share the shards between GPUs; run it again to go on after a break."
+    )
+    parser.add_argument("--config", required=True)
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value")
+    parser.add_argument(
+        "--batch", type=int, help="texts encoded at a time (default: the first stage's micro_batch)"
+    )
+
+
+class _Shown:
+    """A progress bar as a function of (shard, done, total)."""
+
+    def __init__(self, progress: Progress, task: TaskID) -> None:
+        self._progress, self._task = progress, task
+
+    def __call__(self, key: str, done: int, total: int) -> None:
+        self._progress.update(self._task, completed=done, total=total, description=f"embedding {key}")
+
+
+def run(args: argparse.Namespace, console: Console) -> int:
+    cfg = load_config(args.config, args.overrides)
+    if cfg.text_encoder is None or not cfg.data.has_text_states:
+        raise ConfigError(
+            "deco embed needs text_encoder, and data.text_states (or mixture[].text_states) to write to"
+        )
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else None
+    settings = dataclasses.replace(cfg.text_encoder, cache_captions=0)
+    try:
+        encoder = TextEncoder.load(settings, device or torch.device("cpu"))
+        identity = states_identity(cfg.data, text_identity(settings, encoder.width))
+    except EncoderError as error:
+        raise ConfigError(str(error)) from error
+
+    def encode(texts: Sequence[str]) -> list[Any]:
+        states = encoder.encode_ragged(texts)
+        return [s.bfloat16().view(torch.int16).cpu().numpy().view(np.uint16) for s in states]
+
+    batch = args.batch or cfg.stages[0].micro_batch
+    with Progress(console=console, transient=True, disable=rank > 0) as progress:
+        for source in cfg.data.sources:
+            data, target = (open_store(url, access_of(cfg.data)) for url in (source.url, source.text_states))
+            index = load_index(data)
+            shown = _Shown(progress, progress.add_task(source.url, total=len(index.shards)))
+            embed(data, index, target, encode, identity, rank=rank, world=world, batch=batch, progress=shown)
+            if rank == 0:
+                console.print(f"text states of {len(index)} samples in {source.text_states}", soft_wrap=True)
+    return 0

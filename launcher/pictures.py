@@ -1,0 +1,87 @@
+"""Pictures by the model in training, with the same generator that draws after it."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from deco_scale.config import RunConfig
+from deco_scale.models.encoders import TextEncoder
+from deco_scale.parallel.layout import Layout
+from deco_scale.sampling import Generator, Job
+from deco_scale.sampling.pictures import save_grid, velocity_of
+from deco_scale.training.engine import Engine
+from deco_scale.training.report import Reporter
+from deco_scale.training.settings import StageConfig
+
+
+def engine_generator(
+    cfg: RunConfig, engine: Engine, text: TextEncoder | None, device: torch.device, *, step: int = 0
+) -> Generator:
+    """A generator over an engine's model; with sharded weights all ranks draw equally many pictures together.
+
+    It draws with the weights of the moment: within ``engine.averaged()`` those are the EMA's.
+    """
+    velocity = velocity_of(
+        engine.predict, cfg.model.patch_size, prediction=cfg.objective.prediction, t_eps=cfg.objective.t_eps
+    )
+    return Generator(
+        velocity,
+        cfg.model,
+        encode=text.encode if text is not None else None,
+        null=text.null if text is not None else torch.tensor(cfg.model.num_classes),
+        device=device,
+        step=step,
+    )
+
+
+def picture_maker(
+    cfg: RunConfig,
+    layout: Layout,
+    engine: Engine,
+    text: TextEncoder | None,
+    folder: Path,
+    reporter: Reporter,
+    device: torch.device,
+) -> Callable[[int], None]:
+    """After-step callback that draws the configured prompts or classes with the EMA weights."""
+    if not cfg.samples.every:
+        return lambda step: None
+    conditions: list[str | int] = [*cfg.samples.prompts, *cfg.samples.classes]
+    # Ranks of a tp group draw the same pictures together.
+    rank, world = layout.dp_rank(dist.get_rank()), layout.dp
+    # Sharded weights need every rank in every forward pass: all draw equally many, some in vain.
+    share = -(-len(conditions) // world)
+    mine = [Job(conditions[(rank * share + i) % len(conditions)]) for i in range(share)]
+
+    def draw(step: int) -> None:
+        if step % cfg.samples.every:
+            return
+        side = stage_at(cfg, step).resolution
+        generator = engine_generator(cfg, engine, text, device, step=step)
+        with engine.averaged():
+            drawn = generator.pictures(mine, size=(side, side), sampler=cfg.samples.sampler, batch=share)
+            pictures = np.stack([pixels for _, pixels in drawn])
+        gathered: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, pictures)
+        if dist.get_rank() == 0:
+            every = np.concatenate(gathered[:: layout.tp])[: len(conditions)]
+            path = folder / f"step_{step:08d}.png"
+            columns, labels = min(5, len(conditions)), [str(c) for c in conditions]
+            save_grid(every, path, columns=columns, labels=labels, scale=max(1, 96 // side))
+            reporter.picture("samples", path, step)
+
+    return draw
+
+
+def stage_at(cfg: RunConfig, step: int) -> StageConfig:
+    """The stage that step ``step`` (counted from 1) belongs to."""
+    end = 0
+    for stage in cfg.stages:
+        end += stage.steps
+        if step <= end:
+            return stage
+    return cfg.stages[-1]

@@ -1,0 +1,38 @@
+"""Checkpoints of known content, saved and read by this process alone."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch.distributed as dist
+
+from deco_scale.training.checkpoint import Checkpoints
+from deco_scale.training.engine import Engine
+from deco_scale.training.settings import CheckpointConfig
+from launcher.objects import open_objects
+from tests.faults.crash import PlainEngine, content, join_alone
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """A gloo group of this process alone."""
+    join_alone()
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def engine_of(step: int) -> Engine:
+    """With the known content of a step."""
+    made = PlainEngine(content(step))
+    made.optimizer_steps = step
+    return cast(Engine, made)
+
+
+def make(folder: Path, **settings: Any) -> Checkpoints:
+    """Prepared in ``folder / "run"``, with a save at every step unless ``settings`` say otherwise."""
+    made = Checkpoints(folder / "run", CheckpointConfig(**{"every": 1, **settings}), open_objects=open_objects)
+    made.prepare()
+    return made
