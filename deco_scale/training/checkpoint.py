@@ -284,7 +284,8 @@ class Checkpoints:
             return path
         place = self._place
         assert isinstance(place, ObjectTarget)
-        return team.agree(lambda: place.put_export(path) if team.rank == 0 else path)
+        team.agree(lambda: place.put_export(path) if team.rank == 0 else None)
+        return place.where_export(path.name)
 
     def _write(self, snapshot: Snapshot, meta: CheckpointMeta, team: Team) -> str:
         """Bring a snapshot to its place, on all ranks, and say which; on a :class:`RunError` nothing is left."""

@@ -167,12 +167,14 @@ class ObjectTarget:
         self.publish(folder, step, [META, COMPLETE], sums)
         shutil.rmtree(folder, ignore_errors=True)
 
-    def put_export(self, folder: Path) -> str:
-        """Move an export's folder to ``exports/`` below the URL, its settings last, and say where it is."""
+    def where_export(self, name: str) -> str:
+        return f"{self._objects.url.rstrip('/')}/exports/{name}"
+
+    def put_export(self, folder: Path) -> None:
+        """Move an export's folder to :meth:`where_export`, its settings last."""
         for file in sorted(folder.iterdir(), key=lambda f: f.suffix == ".json"):
             self._objects.put_file(f"exports/{folder.name}/{file.name}", file, crc32c_of(file))
         shutil.rmtree(folder, ignore_errors=True)
-        return f"{self._objects.url.rstrip('/')}/exports/{folder.name}"
 
     def discard(self, step: int) -> None:
         self.remove(step)

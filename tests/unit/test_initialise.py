@@ -12,6 +12,7 @@ from deco_scale.errors import ConfigError
 from deco_scale.training.checkpoint import Checkpoints
 from deco_scale.training.engine import Engine
 from deco_scale.training.settings import CheckpointConfig
+from tests.checkpoints import CLASSES, run, save, tensors_of
 from tests.faults.crash import PlainEngine, content, meta_of
 from tests.saving import alone, engine_of, make
 
@@ -82,3 +83,20 @@ class TestInitialise:
         assert torch.equal(target.tensors["model.denoiser.bias"], bare["model.denoiser.bias"])
         with pytest.raises(ConfigError, match="missing exp_avg.denoiser.bias"):
             checkpoints.load(cast(Engine, target), path)
+
+    def test_a_public_release_file_by_way_of_an_import(self, tmp_path: Path) -> None:
+        """Weights only, as a release file or another fine-tuning has them: no moments, no place in the data."""
+        theirs = tensors_of(CLASSES, encoder_dim=0)
+        exported = tmp_path / "theirs.ckpt"
+        assert run("export", save(tmp_path / "c", theirs), exported, "--format", "release") == 0
+        assert run("import", exported, tmp_path / "imported") == 0
+        kinds = ("model.", "ema.", "exp_avg.", "exp_avg_sq.")
+        names = [n.removeprefix("model.") for n in theirs if n.startswith("model.")]
+        state = {k + n: torch.ones_like(theirs["model." + n]) for k in kinds for n in names}
+        target = PlainEngine(state)
+        start = make(tmp_path, init_from=str(tmp_path / "imported"), init_weights="ema")
+        start.initialise(cast(Engine, target), lambda line: None)
+        for name in names:
+            assert torch.equal(target.tensors["model." + name], theirs["ema." + name]), name
+            assert torch.equal(target.tensors["ema." + name], theirs["ema." + name]), name
+            assert not target.tensors["exp_avg." + name].any()
