@@ -232,7 +232,8 @@ class DeepSpeedEngine:
         for kind in ("ema", *MOMENTS, "model"):
             with self._in_masters(kind, keep=True):
                 for name, parameter in self._parameters.items():
-                    value = state.get(f"{kind}.{name}")
+                    # Let go of as soon as it is taken over.
+                    value = state.pop(f"{kind}.{name}", None)
                     if value is not None:
                         assert isinstance(value, DTensor)
                         whole = value.redistribute(placements=[value.placements[0], Replicate()])

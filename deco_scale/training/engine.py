@@ -57,7 +57,7 @@ class Engine(Protocol):
         """Sharded state tensors; may be live. All ranks call it together."""
 
     def load(self, state: dict[str, Tensor], optimizer_steps: int) -> None:
-        """Take over tensors that :meth:`state` returned and someone filled. All ranks together."""
+        """Take over tensors that :meth:`state` returned and someone filled; may empty it. All ranks together."""
 
     def averaged(self) -> AbstractContextManager[None]:
         """Within the context the model computes with the EMA weights. All ranks together."""

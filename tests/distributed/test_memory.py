@@ -2,13 +2,20 @@
 
 import gc
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from checkpoints_tools.canonical import write_canonical
+from checkpoints_tools.infer import denoiser_shapes
+from checkpoints_tools.source import TensorSpec
+from deco_scale.models import Denoiser, ModelConfig
 from deco_scale.planning.state import held_of_state
+from deco_scale.training.checkpoint import CheckpointMeta, Checkpoints
+from deco_scale.training.settings import CheckpointConfig
 from tests.distributed.harness import in_group
 
 WORLDS = (1, 2, 4)
@@ -28,7 +35,6 @@ def allocated_bytes() -> int:
 
 
 def _measure(engine_name: str, out: str) -> None:
-    from deco_scale.models import Denoiser, ModelConfig
     from deco_scale.objectives import Objective, ObjectiveConfig
     from deco_scale.parallel.deepspeed import DeepSpeedEngine
     from deco_scale.parallel.fsdp import FsdpEngine
@@ -86,3 +92,54 @@ def test_state_falls_as_one_over_ranks(engine: str, tmp_path: Path) -> None:
     assert used[1] / found[1]["whole"] == pytest.approx(4 if engine == "fsdp" else 6, rel=0.1)
     for world in WORLDS[1:]:
         assert used[1] / used[world] == pytest.approx(world, rel=0.1)
+
+
+LOADED = ModelConfig(
+    kind="t2i_deco", dim=512, num_heads=8, num_blocks=8, num_text_blocks=1, patch_size=16, decoder_width=16,
+    decoder_blocks=1, text_dim=64, text_tokens=8,
+)  # fmt: skip
+
+
+def _peak() -> int:
+    """Bytes of the largest resident set of this process so far."""
+    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024  # type: ignore[index]
+
+
+def _load_under_deepspeed(folder: str, out: str) -> None:
+    from deco_scale.objectives import Objective, ObjectiveConfig
+    from deco_scale.parallel.deepspeed import DeepSpeedEngine
+    from deco_scale.parallel.layout import Layout
+    from deco_scale.precision import PrecisionConfig
+    from deco_scale.training.settings import OptimizerConfig
+
+    world = dist.get_world_size()
+    engine = DeepSpeedEngine(
+        lambda: Objective(Denoiser(LOADED), ObjectiveConfig(repa_weight=0.0), encoder_dim=0),
+        layout=Layout(1, world), stage=3, micro_batch=1, device=torch.device("cpu"), optimizer=OptimizerConfig(),
+        precision=PrecisionConfig(compute="fp32"), compile_blocks=False, recompute="none", seed=0,
+        overrides={"zero_optimization": {"stage3_param_persistence_threshold": 0}},
+    )  # fmt: skip
+    before = _peak()
+    Checkpoints(Path(out) / f"run{dist.get_rank()}", CheckpointConfig()).load(engine, Path(folder))
+    grown = [0] * world
+    dist.all_gather_object(grown, _peak() - before)
+    if dist.get_rank() == 0:
+        (Path(out) / "grown.json").write_text(json.dumps(grown))
+
+
+@pytest.mark.long
+def test_loading_under_deepspeed_takes_one_shard(tmp_path: Path) -> None:
+    shapes = {f"{k}.denoiser.{n}": s for k in ("model", "ema", "exp_avg", "exp_avg_sq")
+              for n, s in denoiser_shapes(LOADED).items()}  # fmt: skip
+    meta = CheckpointMeta(
+        step=1, stage="a", samples=1, seed=0, optimizer_steps=1, data_state={}, parameter_digest="", config={}
+    )
+    specs = {name: TensorSpec(shape) for name, shape in shapes.items()}
+    write_canonical(tmp_path / "whole", specs, lambda name: torch.rand(shapes[name]), meta, files=2)
+    in_group(_load_under_deepspeed, 2, tmp_path, str(tmp_path / "whole"), str(tmp_path))
+    whole = sum(spec.nbytes for spec in specs.values())
+    grown = json.loads((tmp_path / "grown.json").read_text())
+    print(f"state {whole / 2**20:.0f} MiB, peaks of two ranks grew by {[g // 2**20 for g in grown]} MiB")
+    # What was read of the rank's own half, a copy of its masters, its moments (training's own, first touched by
+    # loading), and what a few whole parameters and the pieces being checked take.
+    assert max(grown) < whole / 2 + whole / 8 + whole / 4 + 128 * 2**20
