@@ -5,7 +5,8 @@ OUT ?= benchmarks/results
 # Tests that leave the second core idle; two files at a time.
 ONE_PROCESS := tests/unit tests/parity tests/faults/test_bad_input.py tests/faults/test_fuzz.py \
 	tests/faults/test_fuzz_checkpoints.py tests/faults/test_store.py tests/faults/test_crash_safety.py \
-	tests/faults/test_epoch.py tests/end_to_end/test_fp8_noise.py
+	tests/faults/test_epoch.py tests/end_to_end/test_fp8_noise.py tests/end_to_end/test_demo_page.py \
+	tests/end_to_end/test_class_training.py
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt requirements-demo-encoder.txt | cksum | cut -d' ' -f1)
 

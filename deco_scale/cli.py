@@ -20,6 +20,8 @@ COMMANDS = {
     "spectrum": ("deco_scale.spectrum_command", "energy per frequency of tokens and velocities"),
     "demo": ("deco_scale.demo_command", "a page that draws pictures, in a browser"),
     "plan": ("deco_scale.plan_command", "layout, memory, time and cost on N GPUs"),
+    "watch": ("deco_scale.watch_command", "a run's progress, faults and goodput in the terminal"),
+    "report": ("deco_scale.report_command", "a run as one self-contained HTML file"),
     "embed": ("deco_scale.embed_command", "compute the captions' text states before training"),
 }
 """Module and help of each subcommand; a module has ``add_arguments(parser)`` and ``run(args, console)``."""

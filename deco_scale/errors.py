@@ -11,3 +11,7 @@ class RunError(RuntimeError):
     """The run failed for a reason that has a name. Exit code 1."""
 
     exit_code = 1
+
+
+class Stopped(Exception):
+    """A signal ended the run, after a checkpoint."""

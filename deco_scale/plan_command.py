@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from deco_scale import simulate_command
 from deco_scale.config import RunConfig, load_config
 from deco_scale.errors import ConfigError
 from deco_scale.parallel.deepspeed import ZERO3_PERSISTENT
@@ -38,11 +39,12 @@ RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "With --gpu: memory, step time, days and cost of every layout on --gpus GPUs, and the one to take. "
-        "With --layout: each parameter's split and what a step sends, under the configuration's own layout."
+        "With --layout: each parameter's split and what a step sends, under the configuration's own layout. "
+        "With --simulate: goodput, the best interval between saves, days and cost where GPUs fail."
     )
     parser.add_argument("--config", required=True)
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
-    parser.add_argument("--gpus", type=int, default=1, help="number of ranks")
+    parser.add_argument("--gpus", type=int, help="number of ranks; default 1")
     parser.add_argument("--gpu", help=f"predict on this GPU: {', '.join(sorted(GPUS))}")
     parser.add_argument("--price", type=float, help="of one GPU-hour, for the cost of the recipe")
     parser.add_argument("--network-gbps", type=float, help="Gbit/s of a GPU's share of the network")
@@ -50,10 +52,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of measured result files")
     parser.add_argument("--layout", action="store_true", help="each parameter's split")
     parser.add_argument("--precision", action="store_true", help="what each module computes in, on --gpu")
+    simulate_command.add_arguments(parser)
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
     """One table after another, as asked for."""
+    if args.simulate:
+        cfg = load_config(args.config, args.overrides)
+        fastest = _fastest(cfg, args) if args.gpu is not None else None
+        return simulate_command.run(cfg, args, console, fastest=fastest)
+    args.gpus = 1 if args.gpus is None else args.gpus
     wanted: list[Callable[[RunConfig, argparse.Namespace, Console], None]] = []
     if args.layout:
         wanted.append(show_layout)
@@ -62,7 +70,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     elif args.gpu is not None:
         wanted.append(show_forecast)
     if not wanted:
-        raise ConfigError(f"deco plan needs --gpu ({', '.join(sorted(GPUS))}), --layout or --precision")
+        raise ConfigError(f"deco plan needs --gpu ({', '.join(sorted(GPUS))}), --layout --precision or --simulate")
     if args.gpus < 1:
         raise ConfigError(f"--gpus {args.gpus} must be at least 1")
     cfg = load_config(args.config, args.overrides)
@@ -169,6 +177,18 @@ def show_forecast(cfg: RunConfig, args: argparse.Namespace, console: Console) ->
     print_traffic(chosen, resolve_layout(best.parallel, args.gpus), console, device)
     print_assumptions(device, notes, console)
     print_errors(measured, skipped, args.results, console)
+
+
+def _fastest(cfg: RunConfig, args: argparse.Namespace) -> Callable[[int], Plan]:
+    """The fastest plan that fits, by the number of GPUs."""
+    measured, _ = read_results(args.results)
+    device, (work, _) = _device(cfg, args, measured), workload(cfg)
+
+    def at(gpus: int) -> Plan:
+        layouts = possible_layouts(cfg.model, gpus, allowed=lambda parallel: _accepted(cfg, parallel))
+        return recommend(all_plans(work, cfg.stages, layouts, device, gpus=gpus), device)
+
+    return at
 
 
 def _device(cfg: RunConfig, args: argparse.Namespace, measured: list[Measured]) -> Device:

@@ -35,6 +35,7 @@ from deco_scale.training.loop import Data, Loop, Stage
 from deco_scale.training.processes import agreed
 from deco_scale.training.report import Reporter
 from deco_scale.training.settings import StageConfig
+from deco_scale.training.stopping import StopRequest
 from launcher.evaluation import evaluator
 from launcher.pictures import picture_maker
 
@@ -269,6 +270,7 @@ def assemble(
     stages: list[Stage],
     checkpoints: Checkpoints,
     dry_run: bool = False,
+    stop: StopRequest | None = None,
 ) -> Loop:
     """Build everything, all ranks together; errors that have a name are shared by all ranks."""
     folder = Path(cfg.run.dir)
@@ -338,6 +340,7 @@ def assemble(
         ),
         peak_flops=peak * dist.get_world_size() if peak else None,
         ahead=ahead,
+        stop=stop,
     )
 
 

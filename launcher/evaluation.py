@@ -1,5 +1,6 @@
 """Evaluation while training: EMA weights, all ranks, scores to ``metrics.jsonl`` and wandb, a sheet to look at."""
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ def evaluator(
     def evaluate(step: int) -> None:
         if step % settings.every:
             return
+        began = time.perf_counter()
         side = stage_at(cfg, step).resolution
         generator = engine_generator(cfg, engine, text, device, step=step)
 
@@ -68,6 +70,7 @@ def evaluator(
             )
 
         report = agreed(judge)
+        reporter.event("evaluation", step=step, seconds=time.perf_counter() - began)
         reporter.evaluation(step, report.scalars)
         if report.sheet is not None:
             reporter.picture("evaluation", report.sheet, step)

@@ -1,5 +1,6 @@
 """Pictures by the model in training, with the same generator that draws after it."""
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,7 @@ def picture_maker(
     def draw(step: int) -> None:
         if step % cfg.samples.every:
             return
+        began = time.perf_counter()
         side = stage_at(cfg, step).resolution
         generator = engine_generator(cfg, engine, text, device, step=step)
         with engine.averaged():
@@ -72,6 +74,7 @@ def picture_maker(
             path = folder / f"step_{step:08d}.png"
             columns, labels = min(5, len(conditions)), [str(c) for c in conditions]
             save_grid(every, path, columns=columns, labels=labels, scale=max(1, 96 // side))
+            reporter.event("evaluation", step=step, seconds=time.perf_counter() - began)
             reporter.picture("samples", path, step)
 
     return draw

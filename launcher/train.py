@@ -2,10 +2,12 @@
 
     deepspeed launcher/train.py --config configs/t2i_xxl.yaml [key.path=value ...]
 
-Exit codes: 0 done, 1 the run failed, 2 wrong use or configuration.
+Exit codes: 0 done, 1 the run failed, 2 wrong use or configuration, 75 stopped by SIGTERM or SIGUSR1 after a
+checkpoint, to be started again.
 """
 
 import argparse
+import dataclasses
 import os
 import socket
 import sys
@@ -27,13 +29,15 @@ from deco_scale.environment import (
     read_environment,
     start_processes,
 )
-from deco_scale.errors import ConfigError, RunError
+from deco_scale.errors import ConfigError, RunError, Stopped
 from deco_scale.kernels import choose_kernels
 from deco_scale.models.attention import check_backend
 from deco_scale.parallel.layout import resolve_layout
 from deco_scale.parallel.plan import check_tp
 from deco_scale.training.checkpoint import Checkpoints
 from deco_scale.training.loop import Loop, Progress, memory_bytes, resumed
+from deco_scale.training.stopping import StopRequest
+from deco_scale.watching.events import REQUEUE
 from launcher.assemble import assemble, derive_stages, fp8_plan_of, save_config
 from launcher.objects import open_objects
 
@@ -50,8 +54,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def run(cfg: RunConfig, env: Environment, *, resume: str = "auto", dry_run: bool = False) -> Progress:
-    """Train as configured; joins the process group unless there is one."""
+def run(
+    cfg: RunConfig,
+    env: Environment,
+    *,
+    resume: str = "auto",
+    dry_run: bool = False,
+    stop: StopRequest | None = None,
+) -> Progress:
+    """Train as configured; joins the process group unless there is one. Raises :class:`Stopped` after a signal."""
     layout = resolve_layout(cfg.parallel, env.world_size)
     check_tp(cfg.model, layout.tp)
     stages = derive_stages(cfg, layout)
@@ -68,28 +79,49 @@ def run(cfg: RunConfig, env: Environment, *, resume: str = "auto", dry_run: bool
         checkpoints.resolve(resume)
     torch.set_float32_matmul_precision("high" if cfg.precision.compute != "fp32" else "highest")
     start_processes(env, device)
-    loop = assemble(cfg, layout, device, stages=stages, checkpoints=checkpoints, dry_run=dry_run)
-    try:
-        if dry_run:
+    loop = assemble(cfg, layout, device, stages=stages, checkpoints=checkpoints, dry_run=dry_run, stop=stop)
+    if dry_run:
+        try:
             return _dry_run(loop, device)
-        progress = Progress()
-        path = loop.checkpoints.find(resume)
-        if path is not None:
-            meta = loop.checkpoints.load(loop.engine, path, say=loop.reporter.say)
-            if meta.seed != cfg.run.seed:
-                raise ConfigError(
-                    f"{path} was trained with run.seed={meta.seed}, not {cfg.run.seed}: another seed would show "
-                    "other samples and noise; set it back, or start anew in another run.dir"
-                )
-            _check_same_output(cfg, meta.config, str(path))
-            progress = resumed(meta)
-            loop.reporter.say(f"resumed from {path}: step {meta.step}, {meta.samples} samples seen")
-        elif cfg.checkpoint.init_from is not None:
-            loop.checkpoints.initialise(loop.engine, loop.reporter.say)
-        save_config(cfg)
-        return loop.run(progress)
+        finally:
+            loop.reporter.close()
+    hosts: list[str] = [""] * env.world_size
+    dist.all_gather_object(hosts, socket.gethostname())
+    loop.reporter.begin(world_size=env.world_size, layout=dataclasses.asdict(layout), hosts=sorted(set(hosts)))
+    reason, code = "unknown error", 1
+    try:
+        progress = _train(cfg, loop, resume)
+        if loop.stopped is not None:
+            reason, code = f"stopped by {loop.stopped}", REQUEUE
+            raise Stopped(reason)
+        reason, code = "done", 0
+        return progress
+    except (ConfigError, RunError, DataError) as error:
+        reason, code = str(error), getattr(error, "exit_code", 1)
+        raise
     finally:
+        loop.reporter.event("end", reason=reason, exit_code=code)
         loop.reporter.close()
+
+
+def _train(cfg: RunConfig, loop: Loop, resume: str) -> Progress:
+    """Resume, start from weights, or start anew; then train."""
+    progress = Progress()
+    path = loop.checkpoints.find(resume)
+    if path is not None:
+        meta = loop.checkpoints.load(loop.engine, path, say=loop.reporter.say)
+        if meta.seed != cfg.run.seed:
+            raise ConfigError(
+                f"{path} was trained with run.seed={meta.seed}, not {cfg.run.seed}: another seed would show "
+                "other samples and noise; set it back, or start anew in another run.dir"
+            )
+        _check_same_output(cfg, meta.config, str(path))
+        progress = resumed(meta)
+        loop.reporter.say(f"resumed from {path}: step {meta.step}, {meta.samples} samples seen")
+    elif cfg.checkpoint.init_from is not None:
+        loop.checkpoints.initialise(loop.engine, loop.reporter.say)
+    save_config(cfg)
+    return loop.run(progress)
 
 
 def _check_same_output(cfg: RunConfig, stored: dict[str, Any], where: str) -> None:
@@ -131,13 +163,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             if env.rank == 0:
                 print(dump_config(cfg), end="")
             return 0
-        run(cfg, env, resume=args.resume, dry_run=args.dry_run)
+        stop = StopRequest()
+        stop.install()
+        run(cfg, env, resume=args.resume, dry_run=args.dry_run, stop=stop)
     except (ConfigError, RunError, DataError) as error:
         # Errors that all ranks share are told once per node; a rank that is alone with one says so.
         if env.local_rank == 0 or isinstance(error, DataError):
             where = f" [rank {env.rank} on {socket.gethostname()}]" if env.rank else ""
             print(f"error{where}: {error}", file=sys.stderr, flush=True)
         return getattr(error, "exit_code", 1)
+    except Stopped:
+        return REQUEUE
     except KeyboardInterrupt:
         return 130
     return 0
@@ -147,7 +183,7 @@ if __name__ == "__main__":
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()
-    if code == 0 and dist.is_initialized():
+    if code in (0, REQUEUE) and dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
     # Other ranks may wait in a collective that will never come; do not wait for them at exit.

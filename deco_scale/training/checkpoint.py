@@ -77,11 +77,13 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Saved:
-    """The end of a save: a line for the log, the error if it failed, and how long the step was held up."""
+    """The end of a save: a line for the log, the error if it failed, how long it took and held the step up."""
 
     said: str
     error: str | None
+    step: int
     stall_s: float
+    total_s: float
 
 
 class Checkpoints:
@@ -98,7 +100,7 @@ class Checkpoints:
         self._team: Team | None = None
         self._held: set[int] = set()
         self._metrics: dict[str, float] = {}
-        self._stall_s = 0.0
+        self._stall_s, self._saving_step = 0.0, 0
         self._untold_stall_s: float | None = None
 
     def prepare(self) -> None:
@@ -174,7 +176,13 @@ class Checkpoints:
         if outcome is None:
             return None
         times = f"in {outcome.total_s:.1f} s (checkpoint_stall_s {self._stall_s:.2f})"
-        return Saved(said=f"{outcome.said} {times}", error=outcome.error, stall_s=self._stall_s)
+        return Saved(
+            said=f"{outcome.said} {times}",
+            error=outcome.error,
+            step=self._saving_step,
+            stall_s=self._stall_s,
+            total_s=outcome.total_s,
+        )
 
     def take_stall(self) -> float | None:
         """Seconds for which saves have held the training up since the last call, None without a save."""
@@ -257,6 +265,7 @@ class Checkpoints:
         if self._team is None or (not inline and self._team.group is None):
             self._team = Team(apart=not inline)
         team = self._team
+        self._saving_step = meta.step
         meta = dataclasses.replace(meta, optimizer_steps=engine.optimizer_steps, metrics=self._metrics)
         wanted = (lambda name: True) if checkpoint else (lambda name: name.startswith(PREFIX))
         snapshot = self._staging.take(engine.state(), wanted)

@@ -18,6 +18,7 @@ from deco_scale.training.processes import summed_counters
 from deco_scale.training.report import Reporter
 from deco_scale.training.settings import RunSettings, StageConfig
 from deco_scale.training.step import StepResult, train_step
+from deco_scale.training.stopping import StopRequest
 
 
 class Data(Protocol):
@@ -74,10 +75,16 @@ class Loop:
     after_step: Callable[[int], None]
     peak_flops: float | None
     ahead: Ahead | None = None
+    stop: StopRequest | None = None
 
     @property
     def total_steps(self) -> int:
         return sum(stage.cfg.steps for stage in self.stages)
+
+    @property
+    def stopped(self) -> str | None:
+        """Name of the signal that ended the run early."""
+        return self.stop.met if self.stop is not None else None
 
     def run(self, progress: Progress) -> Progress:
         """Train from ``progress`` to the end, or to ``stop_at_step``."""
@@ -104,6 +111,9 @@ class Loop:
                 f"{stage.cfg.global_batch} (accumulation {stage.accumulation})"
             )
             progress = self._run_stage(stage, progress, min(end, limit))
+            if self.stopped is not None:
+                self.reporter.say(f"stopped by {self.stopped} after step {progress.step}")
+                break
         return progress
 
     def _run_stage(self, stage: Stage, progress: Progress, end: int) -> Progress:
@@ -123,8 +133,9 @@ class Loop:
             count = end - progress.step
             batches = iter(self.ahead.over(feed, parts=stage.accumulation, count=count))
         try:
-            while progress.step < end:
-                waited = time.perf_counter()
+            first = progress.step + 1
+            while progress.step < end and self.stopped is None:
+                started = waited = time.perf_counter()
                 batch, encoded = next(batches)
                 meter.waited(time.perf_counter() - waited)
                 result = self.step(stage, batch, encoded)
@@ -132,6 +143,10 @@ class Loop:
                 progress = Progress(progress.step + 1, samples, stage.cfg.name, data.state(samples))
                 gate.add(result.skipped)
                 step = progress.step
+                if step == first:
+                    self.reporter.event("first_step", step=step, seconds=time.perf_counter() - started)
+                if self.stop is not None and self.stop.agreed():
+                    self.reporter.event("stop_signal", signal=self.stop.met)
                 if step % self.settings.log_every == 0 or step == end:
                     counted = summed_counters(data.counters)
                     metrics = meter.read(result, progress, gate.total(), counted)
@@ -167,7 +182,9 @@ class Loop:
     def _save(self, stage: Stage, progress: Progress, *, end: int) -> None:
         """Tell of a save that has ended, and begin one where it is time; the last of a run must succeed."""
         step = progress.step
-        whole, export = self.checkpoints.due(step) or step == end, self.checkpoints.export_due(step)
+        last = step == self._limit or self.stopped is not None
+        whole = self.checkpoints.due(step) or step == end or last
+        export = self.checkpoints.export_due(step)
         if not whole and not export:
             self._tell(self.checkpoints.finished())
             return
@@ -182,12 +199,17 @@ class Loop:
             config=self.config,
         )
         self._tell(self.checkpoints.start(self.engine, meta, checkpoint=whole, export=export))
-        if step == self._limit:
+        if last:
             self._tell(self.checkpoints.finished(wait=True), must_succeed=True)
 
     def _tell(self, saved: Saved | None, *, must_succeed: bool = False) -> None:
         if saved is None:
             return
+        times = {"step": saved.step, "stall_s": saved.stall_s, "total_s": saved.total_s}
+        if saved.error is None:
+            self.reporter.event("checkpoint", **times)
+        else:
+            self.reporter.event("checkpoint_failed", **times, reason=saved.error)
         if saved.error is None:
             self.reporter.say(saved.said)
         elif must_succeed:
@@ -274,6 +296,7 @@ class Meter:
         images_per_s = stage.cfg.global_batch / step_s
         achieved = stage.image_flops * images_per_s
         metrics = {
+            "time": time.time(),
             "step": progress.step,
             "stage": stage.cfg.name,
             "samples": progress.samples,

@@ -10,6 +10,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from deco_scale.training.settings import WandbConfig
+from deco_scale.watching.accounting import CLASSES
+from deco_scale.watching.events import EVENTS, Event, append_event
+from deco_scale.watching.folder import RunFolder
+from deco_scale.watching.follow import JsonLines
 
 METRICS, LOG, CURVES = "metrics.jsonl", "log.txt", "curves.png"
 
@@ -56,6 +60,18 @@ class Reporter:
             self._console.print(line, highlight=False, markup=False, soft_wrap=True)
             self._log.write(line + "\n")
             self._log.flush()
+
+    def begin(self, **fields: Any) -> None:
+        """The start of an attempt, numbered after those that the run's folder knows."""
+        if self._active:
+            events = JsonLines(self._folder / EVENTS).read()
+            attempt = 1 + sum(e.get("kind") == "start" for e in events)
+            self.event("start", attempt=attempt, **fields)
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """One line of ``events.jsonl``; see :mod:`deco_scale.watching.events` for the kinds."""
+        if self._active:
+            append_event(self._folder, Event(time.time(), kind, fields))
 
     def metrics(self, values: dict[str, Any]) -> None:
         """One logged step."""
@@ -108,6 +124,7 @@ class Reporter:
             return
         if self._progress is not None:
             self._progress.stop()
+        self._goodput()
         entries = read_metrics(self._folder)
         if entries:
             draw_curves(entries, self._folder / CURVES)
@@ -116,6 +133,20 @@ class Reporter:
             self._wandb.finish()
         self._log.close()
         self._metrics.close()
+
+    def _goodput(self) -> None:
+        """Say where the run's time has gone, all attempts together; the last line of ``metrics.jsonl``."""
+        run = RunFolder(self._folder)
+        run.refresh()
+        found = run.accounting(time.time())
+        if found is None:
+            return
+        self._metrics.write(json.dumps(found.named()) + "\n")
+        parts = [f"{name} {found.seconds(name):.0f} s" for name in CLASSES if found.seconds(name) >= 0.5]
+        self.say(
+            f"of {found.wall_s:.0f} s in {len(found.attempts)} attempt(s): {', '.join(parts)}; "
+            f"effective training time {found.effective:.1%}"
+        )
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -1,7 +1,6 @@
 """Runs of the real launcher code in spawned process groups, one spawn for all runs of a world size."""
 
 import dataclasses
-import json
 import os
 import sys
 from collections.abc import Callable
@@ -11,6 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+from deco_scale.training.report import read_metrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,9 +65,7 @@ def _enter(rank: int, target: Callable[..., None], world: int, store: str, args:
 
 def trace(run: Path) -> dict[int, tuple[float, float]]:
     """Loss and gradient norm by step."""
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    entries = [json.loads(line) for line in lines]
-    return {e["step"]: (e["loss"], e["grad_norm"]) for e in entries}
+    return {e["step"]: (e["loss"], e["grad_norm"]) for e in read_metrics(run)}
 
 
 def worst_difference(found: dict[int, tuple[float, float]], wanted: dict[int, tuple[float, float]]) -> float:

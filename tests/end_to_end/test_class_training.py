@@ -11,6 +11,7 @@ from PIL import Image
 
 from data_pipeline import cli as data_cli
 from deco_scale import cli
+from deco_scale.training.report import read_metrics
 from tests.conftest import ROOT
 from tests.distributed.harness import Job, run_jobs, trace, worst_difference
 
@@ -81,8 +82,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def losses(run: Path) -> np.ndarray[Any, Any]:
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    return np.array([json.loads(line)["loss_flow"] for line in lines])
+    return np.array([entry["loss_flow"] for entry in read_metrics(run)])
 
 
 def test_loss_falls_and_a_break_leaves_no_trace(runs: Path) -> None:

@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from data_pipeline.errors import StoreError
 from data_pipeline.serve import S3Server
 from data_pipeline.store import open_store
 from deco_scale import cli
+from deco_scale.training.report import read_metrics
 from tests.assets import make_pictures_folder, tiny_config
 from tests.conftest import ROOT
 from tests.evaluations import make_clip
@@ -97,7 +100,8 @@ def test_deepspeed_job_from_s3_to_pictures(
 
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     entries = [e for e in lines if "loss" in e]
-    scores = [e for e in lines if "loss" not in e]
+    scores = [e for e in lines if "eval.clip_score" in e]
+    assert len([e for e in lines if "goodput.effective" in e]) == 2 and "effective training time" in done.stdout
     assert [list(e) for e in scores] == [["step", "eval.clip_score"]] and scores[0]["step"] == 8
     assert np.isfinite(scores[0]["eval.clip_score"]) and (run / "evaluation" / "step_00000008.png").exists()
     assert [e["step"] for e in entries] == list(range(1, 13))
@@ -157,9 +161,22 @@ def test_other_launchers(launcher: str, tmp_path: Path, shards: Path, text_encod
         slurm = {"SLURM_PROCID": rank, "SLURM_NTASKS": "2", "SLURM_LOCALID": rank}
         slurm |= {"SLURM_JOB_NODELIST": "127.0.0.1", "MASTER_PORT": "29544"}
         processes.append(
-            subprocess.Popen([*command, "run.stop_at_step=2"], env={**environment, **slurm}, text=True,
+            subprocess.Popen([*command, "stages.small.steps=100000"], env={**environment, **slurm}, text=True,
                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         )  # fmt: skip
+    # What a scheduler sends to one of them before the time is up.
+    metrics, run = tmp_path / "run" / "metrics.jsonl", tmp_path / "run"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 2) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    processes[1].send_signal(signal.SIGUSR1)
     outputs = [p.communicate(timeout=120)[0] for p in processes]
-    assert [p.returncode for p in processes] == [0, 0], outputs
-    assert (tmp_path / "run" / "checkpoints" / "step_00000002" / "COMPLETE").exists()
+    assert [p.returncode for p in processes] == [75, 75], outputs
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    kinds = [e["kind"] for e in events]
+    assert kinds[:2] == ["start", "first_step"] and kinds[-3:] == ["stop_signal", "checkpoint", "end"]
+    assert events[0]["world_size"] == 2 and events[-1]["exit_code"] == 75
+    last = read_metrics(run)[-1]["step"]
+    assert events[-2]["step"] == last and (run / "checkpoints" / f"step_{last:08d}" / "COMPLETE").exists()
+    assert cli.main(["watch", str(run), "--once"]) == 0 and cli.main(["report", str(run)]) == 0
+    assert "stopped by SIGUSR1" in (run / "report.html").read_text()

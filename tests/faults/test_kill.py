@@ -48,7 +48,7 @@ def steps_done(run: Path) -> int:
     if not path.exists():
         return 0
     complete = [line for line in path.read_text().splitlines() if line.endswith("}")]
-    return max((json.loads(line)["step"] for line in complete), default=0)
+    return max((json.loads(line).get("step", 0) for line in complete), default=0)
 
 
 def kill_after(process: subprocess.Popen[str], run: Path, step: int, delay_s: float) -> None:

@@ -1,0 +1,85 @@
+"""``deco watch``: a run's folder in the terminal, as it grows."""
+
+import argparse
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.live import Live
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from deco_scale.errors import ConfigError
+from deco_scale.watching.folder import RunFolder
+from deco_scale.watching.summary import ASCII_BARS, BARS, Row, rows
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Shows loss, speed, faults, the last checkpoint, the time to go and where the time went. It only reads; "
+        "Ctrl-C ends the view, not the run."
+    )
+    parser.add_argument("run", type=Path, help="run.dir of the configuration")
+    parser.add_argument("--once", action="store_true", help="show it once and end")
+    parser.add_argument("--every", type=float, default=2.0, help="seconds between two looks")
+
+
+def run(args: argparse.Namespace, console: Console) -> int:
+    """Show the run until interrupted, or once."""
+    if not args.every >= 0.1:
+        raise ConfigError(f"--every {args.every} must be at least 0.1 seconds")
+    if args.run.exists() and not args.run.is_dir():
+        raise ConfigError(f"{args.run} is not a folder; give the run.dir of a configuration")
+    if args.once and not args.run.exists():
+        raise ConfigError(f"{args.run}: no such folder; give the run.dir of a configuration")
+    folder = RunFolder(args.run)
+    if args.once:
+        _print(_look(folder, console), console)
+    elif console.is_terminal:
+        _live(folder, console, args.every)
+    else:
+        _lines(folder, console, args.every)
+    return 0
+
+
+def _look(folder: RunFolder, console: Console) -> list[Row]:
+    folder.refresh()
+    bars = BARS if console.is_terminal and console.encoding.lower().startswith("utf") else ASCII_BARS
+    return rows(folder, now=time.time(), bars=bars)
+
+
+def _panel(shown: list[Row]) -> Panel:
+    table = Table.grid(padding=(0, 2))
+    for label, value in shown:
+        style = "bold red" if label == "problem" or (label == "faults" and value != "none") else ""
+        table.add_row(Text(label, style="dim"), Text(value, style=style))
+    return Panel(table, title="deco watch", title_align="left")
+
+
+def _print(shown: list[Row], console: Console) -> None:
+    """A panel on a terminal, one line a row elsewhere."""
+    if console.is_terminal:
+        console.print(_panel(shown))
+        return
+    for label, value in shown:
+        console.print(f"{label}: {value}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _live(folder: RunFolder, console: Console, every: float) -> None:
+    with Live(_panel(_look(folder, console)), console=console, auto_refresh=False) as live:
+        while True:
+            time.sleep(every)
+            live.update(_panel(_look(folder, console)), refresh=True)
+
+
+def _lines(folder: RunFolder, console: Console, every: float) -> None:
+    """Without a terminal all rows each time that a file has grown."""
+    seen = None
+    while True:
+        shown = _look(folder, console)
+        size = (len(folder.metrics), len(folder.events), folder.quarantined)
+        if size != seen:
+            _print(shown, console)
+            seen = size
+        time.sleep(every)

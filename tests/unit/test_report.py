@@ -1,0 +1,270 @@
+"""``deco report``: one file that loads nothing, says what the run's files say, and keeps secrets."""
+
+import base64
+import html
+import io
+import json
+import random
+import re
+import string
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from deco_scale import cli
+from deco_scale.watching.accounting import account
+from deco_scale.watching.chart import Curve, line_chart, share_bar, thinned
+from deco_scale.watching.events import Event, append_event, is_number
+from deco_scale.watching.folder import RunFolder
+from deco_scale.watching.page import MAX_PICTURES, MAX_SIDE, STYLE, gpu_hours, page
+from deco_scale.watching.redact import REMOVED, redacted, scrub
+from deco_scale.watching.summary import rows
+
+BEGAN = 1_700_000_000.0
+MARKUP = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&"
+_random = random.Random(5)
+_LETTERS = string.ascii_letters + string.digits
+
+
+def _letters(count: int) -> str:
+    return "aB3" + "".join(_random.choice(_LETTERS) for _ in range(count - 3))
+
+
+SECRETS = {
+    "aws_id": "AKIA" + "Q7RZ" * 4,
+    "aws_key": _letters(40),
+    "hub": "hf_" + _letters(34),
+    "wandb": "".join(_random.choice("0123456789abcdef") for _ in range(40)),
+    "jwt": f"eyJ{_letters(20)}.{_letters(30)}.{_letters(20)}",
+    "signature": _letters(64),
+    "password": "correct-horse-battery",
+    "hook": _letters(24),
+    "environment": "plain-but-known-value",
+}
+
+
+class Elements(HTMLParser):
+    """All elements with their attributes, and the text of the style sheets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str]]] = []
+        self.open: list[str] = []
+        self.styles = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, {name: value or "" for name, value in attrs}))
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, {name: value or "" for name, value in attrs}))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] == "style":
+            self.styles += data
+
+
+def write_run(folder: Path, *, pictures: int = 3) -> None:
+    signed = f"https://bucket.example/shard.tar?X-Amz-Signature={SECRETS['signature']}&X-Amz-Credential=abc"
+    config = {
+        "run": {"dir": str(folder), "note": MARKUP},
+        "data": {"url": f"s3://user:{SECRETS['password']}@bucket/prefix", "other": signed},
+        "alerts": {"webhook": f"https://hooks.example/services/T0/B0/{SECRETS['hook']}"},
+        "keys": {"api_key": SECRETS["hub"], "list": [f"id {SECRETS['aws_id']}", SECRETS["aws_key"]]},
+        "model": {"text_tokens": 16, "dim": 192},
+        "stages": [{"name": MARKUP, "steps": 40}, {"name": "second", "steps": 10}],
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    fields = {"world_size": 8, "layout": {"tp": 2, MARKUP: 1}, "hosts": [f"node{MARKUP}"], "attempt": 1}
+    failed = {"step": 20, "stall_s": 1, "total_s": 2, "reason": f"PUT {signed} said {SECRETS['jwt']} {MARKUP}"}
+    said = f"env {SECRETS['environment']} Authorization: Bearer {SECRETS['hub']} wandb {SECRETS['wandb']}"
+    for event in (
+        Event(BEGAN, "start", fields),
+        Event(BEGAN + 10, "first_step", {"step": 1, "seconds": 4}),
+        Event(BEGAN + 30, "checkpoint_failed", failed),
+        Event(BEGAN + 31, "end", {"reason": said, "exit_code": 1}),
+        Event(BEGAN + 40, "start", {**fields, "attempt": 2, "world_size": 4}),
+        Event(BEGAN + 50, "first_step", {"step": 1, "seconds": 4}),
+        Event(BEGAN + 76, "end", {"reason": "done", "exit_code": 0}),
+    ):
+        append_event(folder, event)
+    with (folder / "metrics.jsonl").open("w") as file:
+        for began in (10, 50):
+            for step in range(2, 21):
+                values = {"loss": 1 / step, "grad_norm": 1.0, "images_per_s": 10.0, "lr": 1e-4, "step_s": 1.0}
+                line = {"time": BEGAN + began + step, "step": step, "stage": MARKUP, "data_wait_s": 0.1, **values}
+                file.write(json.dumps(line) + "\n")
+    (folder / "samples").mkdir()
+    for i in range(pictures):
+        pixels = np.full((600, 1000, 3), i, dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "samples" / f"step_{i + 1:08d}.png")
+    (folder / "samples" / "step_00000999.png").write_bytes(b"no picture")
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SOME_API_KEY", SECRETS["environment"])
+        write_run(folder, pictures=20)
+        assert cli.main(["report", str(folder), "--usd-per-gpu-hour", "3"]) == 0
+    return (folder / "report.html").read_text(encoding="utf-8")
+
+
+def test_no_secret_is_in_the_page(report: str) -> None:
+    for name, secret in SECRETS.items():
+        assert secret not in report, name
+    assert REMOVED in report
+    # What only sounds like a secret stays.
+    assert "text_tokens: 16" in report
+
+
+def test_nothing_is_loaded_from_outside_and_no_script_runs(report: str) -> None:
+    made = Elements()
+    made.feed(report)
+    made.close()
+    # Every element was closed, so no markup of the run's files has become part of the page.
+    assert made.open == []
+    tags = {tag for tag, _ in made.found}
+    assert not tags & {"script", "link", "iframe", "object", "embed", "form", "a", "base", "video", "audio", "use"}
+    for tag, attributes in made.found:
+        assert not any(name.startswith("on") or name in ("style", "srcset", "href") for name in attributes), tag
+        if "src" in attributes:
+            assert tag == "img" and attributes["src"].startswith("data:image/jpeg;base64,")
+    assert "url(" not in made.styles and "@import" not in made.styles and made.styles == STYLE
+    policies = [a["content"] for t, a in made.found if t == "meta" and a.get("http-equiv")]
+    assert len(policies) == 1 and policies[0].startswith("default-src 'none'; img-src data:; style-src 'sha256-")
+    assert "unsafe" not in policies[0]
+    assert MARKUP not in report and html.escape("<script>alert(1)</script>") in report
+
+
+def test_pictures_are_few_small_and_spread_over_time(report: str) -> None:
+    found = re.findall(r"data:image/jpeg;base64,([A-Za-z0-9+/=]+)", report)
+    steps = [int(step) for step in re.findall(r"<figcaption>step (\d+)", report)]
+    assert len(steps) == MAX_PICTURES and steps == sorted(steps) and steps[0] == 1 and steps[-1] == 999
+    # One is no picture, and is said to be none.
+    assert len(found) == MAX_PICTURES - 1 and "cannot be read" in report
+    for data in found:
+        with Image.open(io.BytesIO(base64.b64decode(data))) as picture:
+            assert max(picture.size) <= MAX_SIDE
+
+
+def test_goodput_costs_and_attempts_are_told(report: str) -> None:
+    assert "Effective training time: " in report and "2 attempts" in report
+    # 8 ranks for 30 s and 4 for 30 s; with 10 s of 8 ranks and 6 s of 4 down, at 3 a GPU-hour.
+    assert "0.100 GPU-hours" in report and "0.30 USD" in report
+    assert "0.129 GPU-hours" in report
+    for title in ("loss, logarithmic", "gradient norm", "images/s", "learning rate by stage"):
+        assert title in report
+
+
+def test_an_empty_folder_gives_a_page_and_wrong_use_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out" / "page.html"
+    assert cli.main(["report", str(tmp_path), "--out", str(out)]) == 0
+    made = Elements()
+    made.feed(out.read_text())
+    assert made.open == [] and "has not begun" in out.read_text()
+    assert cli.main(["report", str(tmp_path / "none")]) == 2
+    assert cli.main(["report", str(tmp_path), "--usd-per-gpu-hour", "nan"]) == 2
+    assert cli.main(["report", str(tmp_path), "--out", str(out.parent)]) == 1
+    assert [path.name for path in out.parent.iterdir()] == ["page.html"]
+    assert "no such folder" in capsys.readouterr().err
+
+
+_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+_NAMES = ["step", "time", "stage", "loss", "grad_norm", "lr", "images_per_s", "mfu", "step_s", "data_wait_s"]
+_LINES = st.fixed_dictionaries(
+    {}, optional={n: _VALUES for n in [*_NAMES, "rank_step_s", "memory_bytes", "skipped"]}
+)
+
+
+@given(st.lists(_LINES, max_size=6), st.lists(_VALUES, max_size=3), st.lists(_VALUES, max_size=3), _VALUES)
+@settings(max_examples=25, deadline=None)
+def test_a_page_is_made_of_whatever_stands_in_the_files(
+    lines: list[object], hosts: list[object], stages: list[object], layout: object
+) -> None:
+    run = RunFolder(Path("nowhere"))
+    run.metrics = [line for line in lines if isinstance(line, dict) and is_number(line.get("step"))]
+    fields = {"world_size": 2, "layout": {"x": layout}, "hosts": hosts, "attempt": 1}
+    run.events = [Event(BEGAN, "start", fields), Event(BEGAN + 1, "first_step", {"step": 1, "seconds": 1})]
+    run.config = {"stages": [{"name": 1, "steps": 5}, *stages], "x": layout}
+    made = Elements()
+    made.feed(page(run, now=BEGAN + 10, usd_per_gpu_hour=None))
+    assert made.open == []
+    assert rows(run, now=BEGAN + 10)
+
+
+def test_hours_follow_the_ranks_of_each_attempt() -> None:
+    def start(time: float, world: int) -> Event:
+        return Event(BEGAN + time, "start", {"world_size": world, "layout": {}, "hosts": [], "attempt": 1})
+
+    found = account([start(0, 8), start(3600, 4)], [], now=BEGAN + 3600 + 600)
+    assert found is not None
+    # The first attempt gave no sign of life, the second may still live.
+    assert gpu_hours(found) == pytest.approx((4 / 6, 8 + 4 / 6))
+
+
+@pytest.mark.parametrize(
+    "name", ["token", "hf_token", "AWS_SECRET_ACCESS_KEY", "Password", "api-key", "webhook_url"]
+)
+def test_values_under_telling_names_go_and_numbers_stay(name: str) -> None:
+    assert redacted({name: "x", "inner": [{name: ["y"]}]}) == {name: REMOVED, "inner": [{name: REMOVED}]}
+    assert redacted({name: 5, "steps": 5, "flag": True, "none": None}) == {
+        name: 5, "steps": 5, "flag": True, "none": None,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "loss 0.5 at step 100 on node-7.cluster.local",
+        "s3://bucket/prefix/shard-000123.tar",
+        "/data/runs/t2i_xxl/checkpoints/step_00012000",
+        "text_tokens: 16, max_tokens=300",
+    ],
+)
+def test_ordinary_text_stays(text: str) -> None:
+    assert scrub(text, {}) == text
+
+
+@given(st.text(max_size=200))
+def test_scrubbing_twice_changes_no_more(text: str) -> None:
+    once = scrub(text, {})
+    assert scrub(once, {}) == once
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=3000))
+def test_thinning_keeps_order_and_extremes(values: list[float]) -> None:
+    points = [(float(i), value) for i, value in enumerate(values)]
+    kept = thinned(points, 100)
+    assert len(kept) <= 102 and kept == sorted(kept) and set(kept) <= set(points)
+    assert max(y for _, y in kept) == max(values) and min(y for _, y in kept) == min(values)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 10**9), st.floats(allow_nan=True, allow_infinity=True)), max_size=20),
+    st.booleans(),
+)
+@settings(max_examples=40, deadline=None)
+def test_charts_are_well_formed_whatever_is_logged(points: list[tuple[int, float]], log: bool) -> None:
+    curves = [Curve(MARKUP, sorted((float(x), y) for x, y in points)), Curve("b", [(0.0, 1.0)])]
+    for text in (line_chart(MARKUP, curves, log=log, marks=[1.0]), share_bar([(MARKUP, 0.25), ("b", 0.75)])):
+        chart = Elements()
+        chart.feed(text)
+        assert chart.open == [] and "nan" not in text and MARKUP not in text
