@@ -24,7 +24,9 @@ BOXES = {
     "sampling": (3, 1, "sampling\nguidance, solvers, pictures"),
     "tools": (4, 1, "checkpoints_tools\nthe release's names"),
     "launcher": (1, 0, "launcher/train.py\nwires all of it"),
-    "cli": (3, 0, "deco_scale/cli.py\ndeco sample"),
+    "evaluation": (4, 0, "evaluation, page\nFID, GenEval, spectrum, demo"),
+    "watching": (0, 2, "watching\ndeco watch, deco report"),
+    "cli": (3, 0, "deco_scale/cli.py\ndeco sample, evaluate, demo"),
     "config": (0, 0, "config.py + configs/\nstrict YAML"),
 }
 ARROWS = [
@@ -32,6 +34,7 @@ ARROWS = [
     ("objective", "denoiser"), ("denoiser", "decoder"), ("engine", "denoiser"), ("precision", "engine"),
     ("step", "engine"), ("step", "checkpoint"), ("step", "report"), ("checkpoint", "sampling"),
     ("tools", "sampling"), ("launcher", "step"), ("config", "launcher"), ("cli", "sampling"),
+    ("sampling", "evaluation"), ("report", "watching"),
 ]  # fmt: skip
 WIDTH, HEIGHT, STEP_X, STEP_Y = 2.5, 0.62, 2.9, 1.05
 
