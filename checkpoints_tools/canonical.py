@@ -37,7 +37,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from checkpoints_tools.archive import Archive, StoredTensor
 from checkpoints_tools.infer import model_of
 from checkpoints_tools.source import SETS, Advance, TensorSpec
-from checkpoints_tools.work import SYNC_THREADS, Budget, held_bytes, in_threads, make_durable, tensor_budget
+from checkpoints_tools.work import SYNC_THREADS, Budget, held_bytes, in_threads, tensor_budget
 from deco_scale.errors import ConfigError, RunError
 from deco_scale.models import ModelConfig
 from deco_scale.training.checkpoint_format import (
@@ -48,11 +48,11 @@ from deco_scale.training.checkpoint_format import (
     WRITE_BYTES,
     CheckpointMeta,
     crc32c_of,
+    make_durable,
     read_meta,
     reading,
     start_flush,
     sums_text,
-    sync_folder,
     without_record_sums,
     write_durably,
 )
@@ -290,9 +290,9 @@ def _finish(
     for name in (METADATA, META):
         sums[name] = ((temporary / name).stat().st_size, crc32c_of(temporary / name))
     write_durably(temporary / COMPLETE, sums_text(sums))
-    sync_folder(temporary)
+    make_durable(temporary)
     os.rename(temporary, folder)
-    sync_folder(folder.parent)
+    make_durable(folder.parent)
 
 
 def _entry(spec: TensorSpec) -> TensorStorageMetadata:

@@ -28,7 +28,7 @@ from checkpoints_tools.safetensors_out import (
 )
 from checkpoints_tools.source import EMA, MODEL, REPA, Advance, Source, TensorSpec
 from deco_scale.errors import ConfigError, RunError
-from deco_scale.training.checkpoint_format import sync_folder
+from deco_scale.training.checkpoint_format import make_durable
 
 Format = Literal["release", "safetensors", "diffusers"]
 Weights = Literal["model", "ema", "both"]
@@ -106,10 +106,10 @@ def export_checkpoint(
             write = _write_folder if plan.format == "safetensors" else _write_pipeline
             sums = write(plan, temporary, max_shard_bytes, advance)
             write_summed(temporary / SUMS, as_json(sums))
-            sync_folder(temporary)
+            make_durable(temporary)
             temporary.chmod(0o755)
             os.rename(temporary, target)
-        sync_folder(target.parent)
+        make_durable(target.parent)
     except OSError as error:
         raise RunError(f"cannot write {target}: {error.strerror or error}") from error
     finally:
@@ -242,5 +242,5 @@ def _write_pipeline(plan: ExportPlan, folder: Path, limit: int | None, advance: 
         advance=advance,
     )
     for name in (TRANSFORMER, "scheduler"):
-        sync_folder(folder / name)
+        make_durable(folder / name)
     return sums | {f"{TRANSFORMER}/{name}": entry for name, entry in written.items()}

@@ -22,7 +22,7 @@ from checkpoints_tools.zero_reader import ZeroSource
 from checkpoints_tools.zero_writer import ZeroLayout, check_zero, parameter_order, write_zero
 from deco_scale.config import RunConfig
 from deco_scale.errors import ConfigError, RunError
-from deco_scale.training.checkpoint_format import CheckpointMeta, sync_folder, write_durably
+from deco_scale.training.checkpoint_format import CheckpointMeta, make_durable, write_durably
 
 Form = Literal["canonical", "deepspeed", "universal"]
 FORMS = ("canonical", "deepspeed", "universal")
@@ -169,7 +169,7 @@ def _tag_writer(view: Source, meta: CheckpointMeta, pointer: str, fill: Write) -
             folder.mkdir()
             fill(folder, advance)
             write_side(folder, view, _side_names(view), meta, advance)
-            sync_folder(folder)
+            make_durable(folder)
             write_durably(temporary / pointer, folder.name.encode())
 
     return write
@@ -266,9 +266,9 @@ class _Appearing:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         try:
             if error is None:
-                sync_folder(self._temporary)
+                make_durable(self._temporary)
                 os.rename(self._temporary, self._target)
-                sync_folder(self._target.parent)
+                make_durable(self._target.parent)
         except OSError as failed:
             raise RunError(f"cannot write {self._target}: {failed.strerror or failed}") from failed
         finally:

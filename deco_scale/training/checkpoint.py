@@ -35,10 +35,8 @@ from deco_scale.training.checkpoint_format import (
     stored_shapes,
     sums_text,
     verify,
+    write_durably,
 )
-from deco_scale.training.checkpoint_format import crc32c_of as crc32c_of
-from deco_scale.training.checkpoint_format import sync_folder as sync_folder
-from deco_scale.training.checkpoint_format import write_durably as write_durably
 from deco_scale.training.digest import parameter_digest, snapshot_digest
 from deco_scale.training.engine import Engine
 from deco_scale.training.exports import PREFIX, export_ema

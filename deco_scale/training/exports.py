@@ -16,7 +16,7 @@ from torch import Tensor
 
 from deco_scale.errors import RunError
 from deco_scale.training.background import Team
-from deco_scale.training.checkpoint_format import CheckpointMeta, sync_folder, write_durably
+from deco_scale.training.checkpoint_format import CheckpointMeta, make_durable, write_durably
 from deco_scale.training.engine import AVERAGED
 from deco_scale.training.staging import Snapshot
 from deco_scale.training.storage import SAVING
@@ -98,11 +98,11 @@ def _finish(file: BinaryIO, temporary: Path, final: Path, meta: CheckpointMeta) 
         "provenance": {"step": meta.step, "stage": meta.stage, "samples": meta.samples},
     }
     write_durably(temporary / SETTINGS, json.dumps(settings, indent=1).encode())
-    sync_folder(temporary)
+    make_durable(temporary)
     if final.exists():
         shutil.rmtree(final)
     os.rename(temporary, final)
-    sync_folder(final.parent)
+    make_durable(final.parent)
 
 
 def _layout(snapshot: Snapshot, team: Team) -> tuple[dict[str, tuple[int, ...]], dict[str, list[_Piece]]]:

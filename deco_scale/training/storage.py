@@ -19,8 +19,8 @@ from deco_scale.training.checkpoint_format import (
     FileSums,
     check_file,
     crc32c_of,
+    make_durable,
     read_sums,
-    sync_folder,
 )
 
 SAVING, REPLACED, READING, RETIRED = ".saving_", ".replaced_", ".reading_", ".retired_"
@@ -113,7 +113,7 @@ class FolderTarget:
     def complete(self, folder: Path, step: int, sums: FileSums) -> None:
         final = self.where(step)
         aside = self._root / f"{REPLACED}{final.name}"
-        sync_folder(folder)
+        make_durable(folder)
         if final.exists():
             os.rename(final, aside)
         try:
@@ -122,7 +122,7 @@ class FolderTarget:
             if aside.exists():
                 os.rename(aside, final)
             raise
-        sync_folder(self._root)
+        make_durable(self._root)
         shutil.rmtree(aside, ignore_errors=True)
 
     def discard(self, step: int) -> None:
