@@ -76,7 +76,7 @@ def _measure(engine_name: str, out: str) -> None:
     del engine
 
 
-@pytest.mark.parametrize("engine", ["fsdp", "zero3"])
+@pytest.mark.parametrize("engine", ["fsdp", pytest.param("zero3", marks=pytest.mark.long)])
 def test_state_falls_as_one_over_ranks(engine: str, tmp_path: Path) -> None:
     found = {}
     for world in WORLDS:

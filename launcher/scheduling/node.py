@@ -1,0 +1,154 @@
+"""The processes of one node: started together, signals handed on, ended together, the trainers' exit code.
+
+    python -m launcher.scheduling.node --nodes 4 --processes 8 --node-rank-from VARIABLE [--preflight]
+        -- --config FILE [key.path=value ...]
+
+``torchrun`` does the like, but its own exit code is 1 for any failure and it ends trainers that were asked to
+save after half a minute. MASTER_ADDR and MASTER_PORT come from the environment; preflight takes the port after.
+``--probe`` exits 0 while every process of the node runs, 1 where one is stopped, dead or not started.
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+PATIENCE_S = 60.0
+"""How long the other processes of a node may take to end after one has failed."""
+_POLL_S = 0.1
+_NOT_RUNNING = frozenset("TZX")
+
+
+class Node:
+    """``processes`` children at a time; ``pids`` is the file that ``--probe`` reads."""
+
+    def __init__(
+        self, *, nodes: int, processes: int, rank: int, pids: Path, patience_s: float = PATIENCE_S
+    ) -> None:
+        self._nodes, self._processes, self._rank = nodes, processes, rank
+        self._pids, self._patience_s = pids, patience_s
+        self._children: list[subprocess.Popen[bytes]] = []
+        self._received: int | None = None
+        self._told = False
+
+    def run(self, command: Sequence[str], *, port: int) -> int:
+        """Exit code of the first process that failed, 128 + n for one that signal n killed; 0 if none failed."""
+        if self._received is not None:
+            return 128 + self._received
+        self._children = [self._start(command, local, port) for local in range(self._processes)]
+        self._pids.write_text(json.dumps([child.pid for child in self._children]), encoding="ascii")
+        # A signal that came while processes started is handed on now that all have.
+        if self._received is not None and not self._told:
+            self._hand_on(self._received)
+        try:
+            return self._wait()
+        finally:
+            self._end()
+
+    def receive(self, number: int, frame: FrameType | None = None) -> None:
+        """Signal handler: every child gets what this process got."""
+        self._received = number
+        if self._children:
+            self._hand_on(number)
+
+    def _hand_on(self, number: int) -> None:
+        self._told = True
+        for child in self._children:
+            child.send_signal(number)
+
+    def _start(self, command: Sequence[str], local: int, port: int) -> "subprocess.Popen[bytes]":
+        place = {
+            "RANK": self._rank * self._processes + local,
+            "WORLD_SIZE": self._nodes * self._processes,
+            "LOCAL_RANK": local,
+            "LOCAL_WORLD_SIZE": self._processes,
+            "MASTER_PORT": port,
+        }
+        environment = {**os.environ, **{name: str(value) for name, value in place.items()}}
+        # A session of its own: its workers end with it.
+        return subprocess.Popen(list(command), env=environment, start_new_session=True)
+
+    def _wait(self) -> int:
+        first: int | None = None
+        deadline = 0.0
+        while True:
+            codes = [child.poll() for child in self._children]
+            failed = next((code for code in codes if code), None)
+            if first is None and failed is not None:
+                first, deadline = failed, time.monotonic() + self._patience_s
+            if None not in codes or (first is not None and time.monotonic() > deadline):
+                return 0 if first is None else (128 - first if first < 0 else first)
+            time.sleep(_POLL_S)
+
+    def _end(self) -> None:
+        """Kill what is left, children of children too, and leave no zombie."""
+        for child in self._children:
+            with suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+        self._children = []
+
+
+def probe(pids: Path) -> int:
+    """0 while every process in ``pids`` runs, else 1."""
+    try:
+        found = json.loads(pids.read_text(encoding="ascii"))
+        # The state follows the command, which is in parentheses and may hold any character.
+        states = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] for pid in found]
+    except (OSError, ValueError):
+        return 1
+    return 1 if any(state in _NOT_RUNNING for state in states) else 0
+
+
+def main(argv: Sequence[str] | None = None, variables: Mapping[str, str] = os.environ) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--node-rank-from", default="NODE_RANK", metavar="VARIABLE")
+    parser.add_argument("--preflight", action="store_true", help="launcher/preflight.py first")
+    parser.add_argument("--probe", action="store_true")
+    parser.add_argument("--pids", type=Path, default=Path(tempfile.gettempdir()) / "deco_scale_node.json")
+    parser.add_argument("--entry", type=Path, default=ROOT, help="folder with launcher/train.py")
+    parser.add_argument("arguments", nargs="*", help="of the trainer, after --")
+    args = parser.parse_args(argv)
+    if args.probe:
+        return probe(args.pids)
+    try:
+        rank, port = int(variables[args.node_rank_from]), int(variables["MASTER_PORT"])
+    except (KeyError, ValueError) as error:
+        print(
+            f"error: {args.node_rank_from} and MASTER_PORT must be numbers in the environment: {error}",
+            file=sys.stderr,
+        )
+        return 2
+    if not 0 <= rank < args.nodes or args.processes < 1:
+        print(f"error: node {rank} of {args.nodes} with {args.processes} processes", file=sys.stderr)
+        return 2
+    node = Node(nodes=args.nodes, processes=args.processes, rank=rank, pids=args.pids)
+    handlers: dict[int, Any] = {}
+    for caught in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        handlers[caught] = signal.signal(caught, node.receive)
+    try:
+        for program, at in ((("preflight", port + 1),) if args.preflight else ()) + (("train", port),):
+            words = [sys.executable, str(args.entry / "launcher" / f"{program}.py"), *args.arguments]
+            code = node.run(words, port=at)
+            if code:
+                return code
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,200 @@
+"""Write a job for a cluster, show it, and submit it only with --submit.
+
+    python launcher/submit.py slurm --config configs/t2i_xxl.yaml --nodes 4 [key.path=value ...]
+    python launcher/submit.py k8s   --config FILE --nodes 4 --image IMAGE --volume CLAIM:/runs run.dir=/runs/xxl
+    python launcher/submit.py hosts --config FILE --nodes 2 --hosts node0,node1 --out hostfile
+
+The job goes to standard output (or --out), what it would do to standard error. Exit codes: 0 done, 1 the
+cluster refused, 2 wrong use or configuration.
+"""
+
+import argparse
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from rich.console import Console
+
+from deco_scale.config import RunConfig
+from deco_scale.errors import ConfigError, RunError
+from launcher.scheduling.hosts import host_commands, render_hostfile, shell_line
+from launcher.scheduling.job import Job, check_overrides, fit, read_variables
+from launcher.scheduling.kubernetes import KubernetesOptions, render_kubernetes
+from launcher.scheduling.slurm import SlurmOptions, render_slurm
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    targets = parser.add_subparsers(dest="target", required=True)
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--config", required=True, type=Path, help="YAML file, see configs/")
+    common.add_argument("overrides", nargs="*", metavar="key.path=value")
+    common.add_argument("--nodes", required=True, type=int)
+    common.add_argument("--gpus-per-node", type=int, default=8, help="also processes per node, where device=cpu")
+    common.add_argument("--name", help="of the job; default: the name of the configuration")
+    common.add_argument("--env", action="append", default=[], metavar="NAME|NAME=value")
+    common.add_argument("--python", help="interpreter on the nodes")
+    common.add_argument("--entry", help="folder of this repository on the nodes")
+    common.add_argument("--no-preflight", action="store_true", help="do not check the nodes first")
+    common.add_argument("--grace-s", type=int, default=120, help="seconds from the wish to stop to the end")
+    common.add_argument(
+        "--max-restarts", type=int, default=10, help="after crashes; being told to stop does not count"
+    )
+    common.add_argument("--out", type=Path, help="write the job to this file")
+    common.add_argument("--submit", action="store_true", help="submit it; otherwise it is only shown")
+    _slurm_arguments(targets.add_parser("slurm", parents=[common], help="a script for sbatch"))
+    _kubernetes_arguments(targets.add_parser("k8s", parents=[common], help="a JobSet or PyTorchJob"))
+    hosts = targets.add_parser("hosts", parents=[common], help="a hostfile for deepspeed")
+    hosts.add_argument("--hosts", required=True, metavar="A,B,...")
+    args, rest = parser.parse_known_args(argv)
+    # argparse takes one run of positional arguments; overrides may stand between options as well.
+    wrong = [word for word in rest if word.startswith("-") or "=" not in word]
+    if wrong:
+        parser.error(f"unrecognized arguments: {' '.join(wrong)}")
+    args.overrides = [*args.overrides, *rest]
+    return args
+
+
+def _slurm_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--time", default="24:00:00", help="limit, as sbatch takes it")
+    parser.add_argument("--partition")
+    parser.add_argument("--account")
+    parser.add_argument("--cpus-per-task", type=int)
+    parser.add_argument("--requeue", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--log-dir", default=".", help="folder of the job's output")
+
+
+def _kubernetes_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--image", required=True)
+    parser.add_argument("--kind", choices=["JobSet", "PyTorchJob"], default="JobSet")
+    parser.add_argument("--namespace")
+    parser.add_argument("--secret", help="Secret that holds each --env NAME without a value")
+    parser.add_argument("--volume", action="append", default=[], metavar="CLAIM:/path")
+    parser.add_argument("--shm", default="16Gi", help="size limit of /dev/shm")
+    parser.add_argument("--cpus", help="cores that a pod requests")
+    parser.add_argument("--memory", help="memory limit of a pod")
+
+
+def make_job(args: argparse.Namespace, cfg: RunConfig) -> Job:
+    """The job that the arguments describe; on Kubernetes paths are those inside the image."""
+    inside = args.target == "k8s"
+    literals, references = read_variables(args.env)
+    return Job(
+        name=args.name or args.config.stem.replace("_", "-"),
+        config=str(args.config.resolve()),
+        overrides=check_overrides(args.overrides),
+        nodes=args.nodes,
+        processes=args.gpus_per_node,
+        gpus=cfg.device != "cpu",
+        entry=args.entry or ("/workspace/deco-scale" if inside else str(ROOT)),
+        python=args.python or ("python" if inside else sys.executable),
+        preflight=not args.no_preflight,
+        literals=literals,
+        references=references,
+        grace_s=args.grace_s,
+        max_restarts=args.max_restarts,
+    )
+
+
+def prepare(args: argparse.Namespace) -> tuple[str, list[str], Callable[[], int]]:
+    """The job's text, lines about it, and what ``--submit`` does. Raises :class:`ConfigError`."""
+    if args.nodes < 1 or args.gpus_per_node < 1:
+        raise ConfigError(f"--nodes {args.nodes} and --gpus-per-node {args.gpus_per_node} must both be at least 1")
+    check_overrides(args.overrides)
+    cfg, _, lines = fit(args.config, args.overrides, ranks=args.nodes * args.gpus_per_node)
+    job = make_job(args, cfg)
+    if args.target == "slurm":
+        options = SlurmOptions(
+            time=args.time,
+            partition=args.partition,
+            account=args.account,
+            cpus=args.cpus_per_task,
+            requeue=args.requeue,
+            log_dir=args.log_dir,
+        )
+        text = render_slurm(job, options)
+        return text, lines, lambda: pipe(["sbatch"], text)
+    if args.target == "k8s":
+        text = render_kubernetes(job, _kubernetes_options(args), cfg, args.config.read_text(encoding="utf-8"))
+        return text, lines, lambda: pipe(["kubectl", "create", "-f", "-"], text)
+    text = render_hostfile(job, args.hosts.split(","))
+    if args.submit and args.out is None:
+        raise ConfigError("hosts --submit needs --out: the file that deepspeed reads the hosts from")
+    commands = host_commands(job, (args.out or Path("hostfile")).resolve())
+    return text, [*lines, shell_line(commands)], lambda: run_all(commands)
+
+
+def _kubernetes_options(args: argparse.Namespace) -> KubernetesOptions:
+    claims = []
+    for volume in args.volume:
+        claim, separator, path = volume.partition(":")
+        if not separator:
+            raise ConfigError(f"--volume {volume!r} must look like CLAIM:/path")
+        claims.append((claim, path))
+    return KubernetesOptions(
+        image=args.image,
+        kind=args.kind,
+        namespace=args.namespace,
+        secret=args.secret,
+        claims=tuple(claims),
+        shared_memory=args.shm,
+        cpus=args.cpus,
+        memory=args.memory,
+    )
+
+
+def pipe(command: list[str], text: str) -> int:
+    """Give ``text`` to a cluster's own client; raises :class:`RunError` where it is missing or refuses."""
+    if shutil.which(command[0]) is None:
+        raise RunError(
+            f"{command[0]} is not installed here; submit from where it is, or give it the file of --out"
+        )
+    code = subprocess.run(command, input=text, text=True, check=False).returncode
+    if code:
+        raise RunError(f"{' '.join(command)} ended with {code}; nothing was submitted")
+    return 0
+
+
+def run_all(commands: Sequence[Sequence[str]]) -> int:
+    """Run commands one after the other up to the first that fails, whose exit code is returned."""
+    for command in commands:
+        if shutil.which(command[0]) is None:
+            raise RunError(f"{command[0]} is not installed here")
+        code = subprocess.run(list(command), check=False).returncode
+        if code:
+            return code
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+    try:
+        text, lines, submit = prepare(args)
+        if args.out is None:
+            print(text, end="", flush=True)
+        else:
+            try:
+                args.out.write_text(text, encoding="utf-8")
+            except OSError as error:
+                raise ConfigError(f"--out {args.out}: {error.strerror}") from error
+            console.print(f"written: {args.out}")
+        for line in lines:
+            console.print(line)
+        if not args.submit:
+            console.print("not submitted: give --submit")
+            return 0
+        return submit()
+    except (ConfigError, RunError) as error:
+        print(f"submit: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
