@@ -112,7 +112,8 @@ def test_twenty_kills_at_random_moments(tmp_path: Path, shards: Path, text_encod
     assert found.keys() == wanted.keys() and worst_difference(found, wanted) < TOLERANCE
 
 
-@pytest.mark.parametrize("engine", [pytest.param("fsdp", marks=pytest.mark.long), "deepspeed"])
+@pytest.mark.long
+@pytest.mark.parametrize("engine", ["fsdp", "deepspeed"])
 def test_same_layout_is_bit_equal_after_a_kill(
     engine: str, tmp_path: Path, shards: Path, text_encoder: Path
 ) -> None:
