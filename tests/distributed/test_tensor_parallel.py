@@ -135,10 +135,10 @@ NAMES = (
     "t2i_zero2_2x2",
 )  # fmt: skip
 LONG_NAMES = (
-    "t2i_one_to_1x2", "t2i_1x2_to_zero3", "t2i_1x2_to_1x4", "t2i_zero3_2x2_full", "t2i_1x2_full", "t2i_2x1_selective", "t2i_2x1x2", "c2i_deco_2x2", "t2i_1x4_to_one",
-    "t2i_zero1_1x2", "t2i_zero2_1x2", "t2i_zero2_1x2_selective", "c2i_deco_zero2_1x2", "c2i_baseline_zero1_1x2",
-    "t2i_zero1_1x2_to_2x1", "t2i_zero3_1x2_full", "t2i_zero1_2x2", "t2i_zero3_2x2", "c2i_deco_zero3_2x2",
-    "t2i_zero3_1x2_to_zero3_2x2",
+    "t2i_one_to_1x2", "t2i_1x2_to_zero3", "t2i_1x2_to_1x4", "t2i_zero3_2x2_full", "t2i_1x2_full",
+    "t2i_2x1_selective", "t2i_2x1x2", "c2i_deco_2x2", "t2i_1x4_to_one", "t2i_zero1_1x2", "t2i_zero2_1x2",
+    "t2i_zero2_1x2_selective", "c2i_deco_zero2_1x2", "c2i_baseline_zero1_1x2", "t2i_zero1_1x2_to_2x1",
+    "t2i_zero3_1x2_full", "t2i_zero1_2x2", "t2i_zero3_2x2", "c2i_deco_zero3_2x2", "t2i_zero3_1x2_to_zero3_2x2",
 )  # fmt: skip
 
 
