@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 OUT ?= benchmarks/results
-# Tests that leave the second core idle; two files at a time, the longest first.
-ONE_PROCESS := tests/end_to_end/test_demo_page.py tests/end_to_end/test_class_training.py \
+# Tests that leave much of the second core idle; two files at a time, the longest first.
+SIDE_BY_SIDE := tests/distributed/test_sampling.py tests/distributed/test_communication.py \
+	tests/distributed/test_memory.py tests/end_to_end/test_demo_page.py tests/end_to_end/test_class_training.py \
 	tests/end_to_end/test_fp8_noise.py tests/faults/test_crash_safety.py tests/faults/test_epoch.py \
 	tests/faults/test_fuzz_checkpoints.py tests/unit tests/parity tests/faults/test_bad_input.py \
 	tests/faults/test_fuzz.py tests/faults/test_store.py
@@ -29,8 +30,8 @@ demo: $(STAMP)
 	$(BIN)/python launcher/demo.py
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not gpu and not long" -n 2 --dist loadfile --no-loadscope-reorder --durations 12 $(ONE_PROCESS)
-	$(BIN)/python -m pytest -m "not gpu and not long" --durations 12 $(filter-out $(ONE_PROCESS),$(wildcard tests/distributed tests/end_to_end/test_*.py tests/faults/test_*.py))
+	$(BIN)/python -m pytest -m "not gpu and not long" -n 2 --dist loadfile --no-loadscope-reorder --durations 12 $(SIDE_BY_SIDE)
+	$(BIN)/python -m pytest -m "not gpu and not long" --durations 12 $(filter-out $(SIDE_BY_SIDE),$(wildcard tests/distributed/test_*.py tests/end_to_end/test_*.py tests/faults/test_*.py))
 
 test-long: $(STAMP)
 	$(BIN)/python -m pytest -m long tests
