@@ -39,7 +39,7 @@ def test_published_number_of_parameters(name: str) -> None:
     assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[name]
 
 
-@pytest.mark.parametrize("name", [*PARAMETERS, *TINY])
+@pytest.mark.parametrize("name", [*PARAMETERS, *sorted(TINY)])
 def test_every_configuration_can_be_planned(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     gpus = "1" if name in TINY else "8"
     assert cli.main(["plan", "--config", f"{ROOT}/configs/{name}.yaml", "--gpus", gpus, "--gpu", "h100"]) == 0
