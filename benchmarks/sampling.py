@@ -115,7 +115,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     seconds = medians_s(ways, repeats=args.rounds, device=device, warmup=0)
     return {
         **origin(),
-        "config": str(args.config),
+        "config": Path(args.config).name,
         "text_encoder": Path(args.text_encoder).resolve().parent.name,
         "threads": torch.get_num_threads(),
         "pictures": len(jobs),
