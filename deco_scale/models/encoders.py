@@ -71,12 +71,17 @@ class TextEncoder:
         local_only = folder.is_dir() or not cfg.allow_download
         try:
             tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local_only)
-            model = AutoModel.from_pretrained(
-                source, local_files_only=local_only, use_safetensors=True, dtype=torch.float32
+            model, loading = AutoModel.from_pretrained(
+                source,
+                local_files_only=local_only,
+                use_safetensors=True,
+                dtype=torch.float32,
+                output_loading_info=True,
             )
         except (OSError, ValueError, KeyError) as error:
             first = str(error).strip().splitlines()[0]
             raise EncoderError(f"{_text_hint(cfg.path)} ({first})") from error
+        _check_complete(source, loading)
         tokenizer.padding_side = "right"
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
@@ -186,6 +191,16 @@ def _quiet() -> None:
     transformers_logging.disable_progress_bar()
 
 
+def _check_complete(source: str, loading: Any) -> None:
+    """Raise :class:`EncoderError` for weights that the files lack; ``transformers`` would draw them at random.
+
+    A pooler has no part in the token states that are used.
+    """
+    missing = sorted(key for key in loading["missing_keys"] if not key.startswith("pooler."))
+    if missing:
+        raise EncoderError(f"{source} lacks {len(missing)} weights of its model, such as {missing[0]}")
+
+
 def _text_hint(path: str) -> str:
     return (
         f"text encoder {path!r} is not here: fetch its config, tokenizer and *.safetensors "
@@ -218,9 +233,14 @@ class ImageEncoder:
         _quiet()
         try:
             if path.is_dir():
-                model = Dinov2Model.from_pretrained(
-                    path, local_files_only=True, use_safetensors=True, dtype=torch.float32
+                model, loading = cast(Any, Dinov2Model).from_pretrained(
+                    path,
+                    local_files_only=True,
+                    use_safetensors=True,
+                    dtype=torch.float32,
+                    output_loading_info=True,
                 )
+                _check_complete(str(path), loading)
             else:
                 model = _from_original(path)
         except (OSError, KeyError, RuntimeError) as error:

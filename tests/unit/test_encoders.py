@@ -1,9 +1,11 @@
 """Frozen encoders: real formats, no network, nothing silently missing."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from deco_scale.models.encoder_settings import ImageEncoderConfig, TextEncoderConfig
 from deco_scale.models.encoders import (
@@ -103,3 +105,20 @@ def test_dinov2_converts_from_the_original_file(tmp_path: Path) -> None:
 def test_missing_image_encoder_says_what_to_fetch() -> None:
     with pytest.raises(EncoderError, match="dinov2_vitb14_pretrain.pth"):
         ImageEncoder.load(ImageEncoderConfig(path="/nowhere/dino.pth"), CPU)
+
+
+@pytest.mark.parametrize("kind", ["text", "image"])
+def test_weights_that_files_lack_are_not_drawn_at_random(
+    kind: str, tmp_path: Path, text_encoder: Path, image_encoder: Path
+) -> None:
+    source = text_encoder if kind == "text" else image_encoder
+    folder = tmp_path / "cut"
+    shutil.copytree(source, folder)
+    state = load_file(folder / "model.safetensors")
+    lost = next(name for name in sorted(state) if "layer" in name)
+    save_file({n: v for n, v in state.items() if n != lost}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(EncoderError, match="lacks 1 weights"):
+        if kind == "text":
+            load_text(folder)
+        else:
+            ImageEncoder.load(ImageEncoderConfig(path=str(folder)), torch.device("cpu"))
