@@ -31,11 +31,14 @@ from deco_scale.precision import PrecisionConfig
 from deco_scale.sampling import SamplerConfig
 from deco_scale.training.settings import (
     CheckpointConfig,
+    FaultsConfig,
     OptimizerConfig,
     RunSettings,
     StageConfig,
     WandbConfig,
 )
+from deco_scale.watchdog.settings import WatchdogConfig
+from deco_scale.watching.settings import MonitorConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,6 +86,9 @@ class RunConfig:
     samples: GridConfig = field(default_factory=GridConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    faults: FaultsConfig = field(default_factory=FaultsConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
 
     def __post_init__(self) -> None:
         if not self.stages:

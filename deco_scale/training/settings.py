@@ -113,6 +113,41 @@ class CheckpointConfig:
             raise ValueError("init_weights and init_skip need init_from")
 
 
+FaultPolicy = Literal["skip", "rollback", "stop"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FaultsConfig:
+    """What happens when a step goes wrong, and how that is noticed.
+
+    A step is bad where loss or gradient norm is not finite; ``run.max_bad_steps`` of them in a row end the run in
+    any case. A step is a spike where its loss is more than ``spike_deviations`` standard deviations above the mean
+    of about the last ``spike_window`` good steps, after that many since the start.
+
+    ``skip`` leaves the update out. ``rollback`` goes back to the newest checkpoint at least ``rollback_steps``
+    before the step, and goes on with the data after it; more than ``max_rollbacks`` of them end the run. ``stop``
+    ends the run. Every ``check_replicas_every`` steps (0: never) ranks compare what they hold alike, bit by bit.
+    A rank is a straggler where its own work takes ``straggler_factor`` times the median rank's.
+    """
+
+    non_finite: FaultPolicy = "skip"
+    spike: Literal["ignore", "skip", "rollback", "stop"] = "ignore"
+    spike_deviations: float = 6.0
+    spike_window: int = 100
+    rollback_steps: int = 1
+    max_rollbacks: int = 3
+    check_replicas_every: int = 100
+    straggler_factor: float = 1.3
+
+    def __post_init__(self) -> None:
+        if self.spike_deviations <= 0 or self.spike_window < 2:
+            raise ValueError("spike_deviations must be positive and spike_window at least 2")
+        if self.rollback_steps < 1 or self.max_rollbacks < 1 or self.check_replicas_every < 0:
+            raise ValueError("rollback_steps and max_rollbacks must be at least 1, check_replicas_every not negative")
+        if self.straggler_factor <= 1:
+            raise ValueError(f"straggler_factor={self.straggler_factor} must be above 1")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WandbConfig:
     """Experiment tracking; ``auto`` is online where WANDB_API_KEY is set and offline elsewhere."""

@@ -30,7 +30,8 @@ CLASSES = ("start", "compile", "step", "data_wait", "checkpoint_stall", "evaluat
 SILENT_S = 900.0
 """Seconds without a line after which an attempt without an end is taken for dead."""
 
-_PROGRESS = ("first_step", "checkpoint", "checkpoint_failed", "evaluation", "skip", "rollback", "stop_signal")
+_SAVES = ("checkpoint", "checkpoint_failed", "export")
+_PROGRESS = (*_SAVES, "first_step", "evaluation", "skip", "spike", "rollback", "straggler", "stop_signal")
 _SECOND = 1_000_000
 
 
@@ -309,7 +310,7 @@ def _overlays(launch: _Launch) -> list[_Span]:
     """First steps, stalls and evaluations within the attempt's life, one after the other."""
     found = []
     for mark in launch.marks:
-        if mark.kind in ("checkpoint", "checkpoint_failed"):
+        if mark.kind in _SAVES:
             begin = mark.at - round(mark.number("total_s") * _SECOND)
             end, name = min(begin + round(mark.number("stall_s") * _SECOND), mark.at), "checkpoint_stall"
         elif mark.kind in ("evaluation", "first_step"):

@@ -9,12 +9,16 @@ allowed, and lines of an unknown kind are kept and shown. An attempt is one laun
     checkpoint         step, stall_s, total_s: a save has ended, total_s after it began; training was held up for
                        its first stall_s, which include a wait for it at the end of the run
     checkpoint_failed  step, stall_s, total_s, reason
+    export             step, stall_s, total_s: the same for weights that were exported and are no checkpoint
     evaluation         step, seconds: pictures or scores that training waited for have ended
     skip               step: an update that was left out
+    spike              step, loss: a loss far above those before it
     rollback           step, to_step: the weights of to_step are back, and the count of steps with them
+    corruption         rank, host: what this rank should hold alike with others differs from most
+    straggler          rank, host, factor: its own work takes so many times the median rank's
     stop_signal        signal (its name): the run saves and ends at the next step
     hang               rank, host: no progress within the watchdog's time
-    lost_rank          rank: a process is gone
+    lost_rank          rank: a process or its node is gone
     end                reason, exit_code: the attempt ends by itself; an attempt that is killed has none
 
 Lines of ``metrics.jsonl`` carry ``time`` as well, and may carry ``rank_step_s`` (seconds a step, by rank).
@@ -29,7 +33,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 EVENTS = "events.jsonl"
-FAULTS = ("checkpoint_failed", "skip", "rollback", "hang", "lost_rank")
+FAULTS = ("checkpoint_failed", "skip", "spike", "rollback", "corruption", "hang", "lost_rank")
 """Kinds that count as faults; an ``end`` with an exit code that is neither 0 nor :data:`REQUEUE` is one, too."""
 REQUEUE = 75
 """Exit code of a run that was stopped, saved, and wants to go on (EX_TEMPFAIL)."""
@@ -40,9 +44,13 @@ FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
     "first_step": {"step": (int,), "seconds": _NUMBER},
     "checkpoint": {"step": (int,), "stall_s": _NUMBER, "total_s": _NUMBER},
     "checkpoint_failed": {"step": (int,), "stall_s": _NUMBER, "total_s": _NUMBER, "reason": (str,)},
+    "export": {"step": (int,), "stall_s": _NUMBER, "total_s": _NUMBER},
     "evaluation": {"step": (int,), "seconds": _NUMBER},
     "skip": {"step": (int,)},
+    "spike": {"step": (int,), "loss": _NUMBER},
     "rollback": {"step": (int,), "to_step": (int,)},
+    "corruption": {"rank": (int,), "host": (str,)},
+    "straggler": {"rank": (int,), "host": (str,), "factor": _NUMBER},
     "stop_signal": {"signal": (str,)},
     "hang": {"rank": (int,), "host": (str,)},
     "lost_rank": {"rank": (int,)},
