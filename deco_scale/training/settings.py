@@ -143,7 +143,9 @@ class FaultsConfig:
         if self.spike_deviations <= 0 or self.spike_window < 2:
             raise ValueError("spike_deviations must be positive and spike_window at least 2")
         if self.rollback_steps < 1 or self.max_rollbacks < 1 or self.check_replicas_every < 0:
-            raise ValueError("rollback_steps and max_rollbacks must be at least 1, check_replicas_every not negative")
+            raise ValueError(
+                "rollback_steps and max_rollbacks must be at least 1, check_replicas_every not negative"
+            )
         if self.straggler_factor <= 1:
             raise ValueError(f"straggler_factor={self.straggler_factor} must be above 1")
 
