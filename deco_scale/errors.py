@@ -7,6 +7,10 @@ class ConfigError(ValueError):
     exit_code = 2
 
 
+class Damaged(ConfigError):
+    """A file is not what was written: incomplete, or its checksum is another."""
+
+
 class RunError(RuntimeError):
     """The run failed for a reason that has a name. Exit code 1."""
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,9 @@ from deco_scale.training.ahead import Ahead
 from deco_scale.training.batch import Prepare, padded_states
 from deco_scale.training.checkpoint import Checkpoints
 from deco_scale.training.engine import Engine
-from deco_scale.training.loop import Data, Loop, Stage
-from deco_scale.training.processes import agreed
+from deco_scale.training.loop import Data, Loop, NoPulse, Pulse, Stage
+from deco_scale.training.meter import OwnWork
+from deco_scale.training.processes import agreed, gathered
 from deco_scale.training.report import Reporter
 from deco_scale.training.settings import StageConfig
 from deco_scale.training.stopping import StopRequest
@@ -271,6 +273,7 @@ def assemble(
     checkpoints: Checkpoints,
     dry_run: bool = False,
     stop: StopRequest | None = None,
+    pulse: Pulse | None = None,
 ) -> Loop:
     """Build everything, all ranks together; errors that have a name are shared by all ranks."""
     folder = Path(cfg.run.dir)
@@ -341,6 +344,10 @@ def assemble(
         peak_flops=peak * dist.get_world_size() if peak else None,
         ahead=ahead,
         stop=stop,
+        faults=cfg.faults,
+        pulse=pulse or NoPulse(),
+        hosts=gathered(socket.gethostname()),
+        own_work=OwnWork(engine.blocks, device, whole_blocks=cfg.compile),
     )
 
 

@@ -35,7 +35,8 @@ from deco_scale.models.attention import check_backend
 from deco_scale.parallel.layout import resolve_layout
 from deco_scale.parallel.plan import check_tp
 from deco_scale.training.checkpoint import Checkpoints
-from deco_scale.training.loop import Loop, Progress, memory_bytes, resumed
+from deco_scale.training.loop import Loop, Progress, resumed
+from deco_scale.training.meter import memory_bytes
 from deco_scale.training.stopping import StopRequest
 from deco_scale.watching.events import REQUEUE
 from launcher.assemble import assemble, derive_stages, fp8_plan_of, save_config
@@ -85,9 +86,8 @@ def run(
             return _dry_run(loop, device)
         finally:
             loop.reporter.close()
-    hosts: list[str] = [""] * env.world_size
-    dist.all_gather_object(hosts, socket.gethostname())
-    loop.reporter.begin(world_size=env.world_size, layout=dataclasses.asdict(layout), hosts=sorted(set(hosts)))
+    hosts = sorted(set(loop.hosts))
+    loop.reporter.begin(world_size=env.world_size, layout=dataclasses.asdict(layout), hosts=hosts)
     reason, code = "unknown error", 1
     try:
         progress = _train(cfg, loop, resume)
@@ -107,9 +107,9 @@ def run(
 def _train(cfg: RunConfig, loop: Loop, resume: str) -> Progress:
     """Resume, start from weights, or start anew; then train."""
     progress = Progress()
-    path = loop.checkpoints.find(resume)
-    if path is not None:
-        meta = loop.checkpoints.load(loop.engine, path, say=loop.reporter.say)
+    found = loop.checkpoints.resume(loop.engine, resume, say=loop.reporter.say)
+    if found is not None:
+        meta, path = found
         if meta.seed != cfg.run.seed:
             raise ConfigError(
                 f"{path} was trained with run.seed={meta.seed}, not {cfg.run.seed}: another seed would show "

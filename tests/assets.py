@@ -127,6 +127,9 @@ def tiny_config(run: Path, shards: str | Path, encoder: Path, image_encoder: Pat
         "optimizer": {"ema_decay": 0.9},
         "checkpoint": {"every": 4, "keep_last": 2},
         "wandb": {"mode": "disabled"},
+        # What ranks hold alike is compared after every step.
+        "faults": {"check_replicas_every": 1},
+        "watchdog": {"timeout_s": 0.0},
         "stages": [
             {"name": "small", "resolution": 16, "steps": 8, "micro_batch": 2, **stage},
             {"name": "large", "resolution": 32, "steps": 4, "micro_batch": 1, **stage},

@@ -5,7 +5,7 @@ partitions. State is read and written parameter by parameter: the wanted set is 
 and DeepSpeed's accessors assemble or scatter one parameter at a time.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal, cast
 
@@ -27,7 +27,7 @@ from deco_scale.parallel.tensor import tp_part, tp_placement
 from deco_scale.precision import PrecisionConfig, autocast, fp8
 from deco_scale.precision.modules import Fp8Plan
 from deco_scale.training.batch import ObjectiveInputs
-from deco_scale.training.engine import AVERAGED, TokenGroup, Update
+from deco_scale.training.engine import AVERAGED, Replicas, TokenGroup, Update
 from deco_scale.training.optimizer import MOMENTS, AveragedAdamW, poisoned
 from deco_scale.training.settings import OptimizerConfig
 
@@ -205,9 +205,9 @@ class DeepSpeedEngine:
         # A tp rank has its part of a loss; the mean over all ranks wants tp times that.
         return {name: value.detach() * self._layout.tp for name, value in losses.items()}
 
-    def update(self, *, lr: float, betas: tuple[float, float]) -> Update:
+    def update(self, *, lr: float, betas: tuple[float, float], unwanted: Tensor | None = None) -> Update:
         # DeepSpeed clips and checks itself, but for ZeRO-0, where every rank holds all gradients.
-        self._client.begin(lr=lr, betas=betas, measure_norm=self._stage == 0)
+        self._client.begin(lr=lr, betas=betas, measure_norm=self._stage == 0, unwanted=unwanted)
         self._engine.step()
         if self._stage == 0:
             assert self._client.norm is not None and self._client.skipped is not None
@@ -216,8 +216,28 @@ class DeepSpeedEngine:
             optimizer = self._engine.optimizer
             norm = torch.as_tensor(optimizer._global_grad_norm, dtype=torch.float32).to(self._device)
             skipped = torch.full((), float(optimizer.overflow), device=self._device)
+            if unwanted is not None:
+                skipped = torch.maximum(skipped, unwanted)
         self._client.end(skipped)
         return Update(norm, skipped)
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        return self._engine.module.denoiser.transformer_blocks
+
+    def replicas(self) -> Sequence[Replicas]:
+        found = []
+        # ZeRO-3 keeps small parameters whole between steps, but only parts of them are state.
+        weights = {n: getattr(p, "ds_tensor", p).data for n, p in self._parameters.items()}
+        if self._stage < 3 and self._layout.dp > 1:
+            state = {f"model.{name}": weight for name, weight in weights.items()}
+            for kind in ("ema", *MOMENTS) if self._stage == 0 else ():
+                state |= {f"{kind}.{name}": value for name, value in self._client.tensors(kind).items()}
+            found.append(Replicas(self._mesh.get_group("dp"), state))
+        if self._layout.tp > 1:
+            alike = {f"model.{name}": weight for name, weight in weights.items() if split_dim(name) is None}
+            found.append(Replicas(self._mesh.get_group("tp"), alike))
+        return found
 
     def state(self) -> dict[str, Tensor]:
         state: dict[str, Tensor] = {}

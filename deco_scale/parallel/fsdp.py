@@ -3,13 +3,13 @@
 Every parameter, gradient, moment and average is sharded over ``dp_shard``, linears of blocks over ``tp`` too.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     FSDPModule,
@@ -29,7 +29,7 @@ from deco_scale.parallel.tensor import apply_tensor_parallel, tp_part
 from deco_scale.precision import PrecisionConfig, autocast, fp8
 from deco_scale.precision.modules import Fp8Plan
 from deco_scale.training.batch import ObjectiveInputs
-from deco_scale.training.engine import AVERAGED, TokenGroup, Update
+from deco_scale.training.engine import AVERAGED, Replicas, TokenGroup, Update
 from deco_scale.training.optimizer import MOMENTS, AveragedAdamW, poisoned
 from deco_scale.training.settings import OptimizerConfig
 
@@ -128,20 +128,36 @@ class FsdpEngine:
         return {name: value.detach() * self._layout.tp for name, value in losses.items()}
 
     @torch.no_grad()
-    def update(self, *, lr: float, betas: tuple[float, float]) -> Update:
+    def update(self, *, lr: float, betas: tuple[float, float], unwanted: Tensor | None = None) -> Update:
         grads: dict[str, Tensor] = {}
         for name, parameter in self._parameters.items():
             if parameter.grad is not None:
                 grads[name] = self._shards[name].grad = cast(DTensor, parameter.grad).to_local()
                 parameter.grad = None
         norm = self._norm(grads)
-        self._optimizer.begin(lr=lr, betas=betas, norm=norm)
+        self._optimizer.begin(lr=lr, betas=betas, norm=norm, unwanted=unwanted)
         self._optimizer.step()
         for local in self._shards.values():
             local.grad = None
         assert self._optimizer.skipped is not None
         self._optimizer.end(self._optimizer.skipped)
         return Update(norm, self._optimizer.skipped)
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        return self._objective.denoiser.transformer_blocks
+
+    def replicas(self) -> Sequence[Replicas]:
+        state = {f"model.{name}": local for name, local in self._shards.items()}
+        for kind in ("ema", *MOMENTS):
+            state |= {f"{kind}.{name}": local for name, local in self._optimizer.tensors(kind).items()}
+        found = []
+        if self._layout.dp_replicate > 1:
+            found.append(Replicas(self._mesh.get_group("dp_replicate"), state))
+        if self._layout.tp > 1:
+            alike = {key: local for key, local in state.items() if key.partition(".")[2] not in self._cut_by_tp}
+            found.append(Replicas(self._mesh.get_group("tp"), alike))
+        return found
 
     def _norm(self, grads: Mapping[str, Tensor]) -> Tensor:
         """Norm (0-dim) of the whole gradient from local parts; what tp ranks hold alike counts once.

@@ -10,15 +10,15 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import google_crc32c
 import torch.distributed as dist
 
-from deco_scale.errors import ConfigError, RunError
+from deco_scale.errors import ConfigError, Damaged, RunError
 from deco_scale.training import loading
 from deco_scale.training.background import Team, Worker
 from deco_scale.training.checkpoint_format import (
@@ -73,12 +73,19 @@ __all__ = [
 ]
 
 
+T = TypeVar("T")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Saved:
-    """The end of a save: a line for the log, the error if it failed, how long it took and held the step up."""
+    """The end of a save: a line for the log, the error if it failed, how long it took and held the step up.
+
+    ``checkpoint`` is False where weights alone were exported.
+    """
 
     said: str
     error: str | None
+    checkpoint: bool
     step: int
     stall_s: float
     total_s: float
@@ -98,7 +105,7 @@ class Checkpoints:
         self._team: Team | None = None
         self._held: set[int] = set()
         self._metrics: dict[str, float] = {}
-        self._stall_s, self._saving_step = 0.0, 0
+        self._stall_s, self._saving_step, self._saving_whole = 0.0, 0, True
         self._untold_stall_s: float | None = None
 
     def prepare(self) -> None:
@@ -177,6 +184,7 @@ class Checkpoints:
         return Saved(
             said=f"{outcome.said} {times}",
             error=outcome.error,
+            checkpoint=self._saving_whole,
             step=self._saving_step,
             stall_s=self._stall_s,
             total_s=outcome.total_s,
@@ -187,13 +195,18 @@ class Checkpoints:
         stall_s, self._untold_stall_s = self._untold_stall_s, None
         return stall_s
 
-    def latest(self) -> Path | str | None:
-        """The newest complete checkpoint, folder or URL, or None."""
+    def complete(self) -> list[tuple[int, Path | str]]:
+        """Steps and places (folders or URLs) of all complete checkpoints, the newest first."""
         found: list[tuple[int, Path | str]] = [(s, self._local.where(s)) for s in self._local.steps()]
         if self._cfg.url is not None:
             found += [(s, self._place.where(s)) for s in self._place.steps()]
         # Of the same step the one that was put to the URL.
-        return max(found, key=lambda entry: (entry[0], isinstance(entry[1], str)))[1] if found else None
+        return sorted(found, key=lambda entry: (entry[0], isinstance(entry[1], str)), reverse=True)
+
+    def latest(self) -> Path | str | None:
+        """The newest complete checkpoint, folder or URL, or None."""
+        found = self.complete()
+        return found[0][1] if found else None
 
     def resolve(self, resume: str) -> Path | str | None:
         """What ``auto`` (newest complete), ``none``, or the name of a complete folder or URL stands for."""
@@ -210,11 +223,65 @@ class Checkpoints:
             raise ConfigError(f"--resume {resume}: not a complete checkpoint (no {COMPLETE} file)")
         return path
 
-    def find(self, resume: str) -> Path | str | None:
-        """:meth:`resolve` on rank 0, for all ranks together."""
-        found = [agreed(lambda: self.resolve(resume) if dist.get_rank() == 0 else None)]
+    def resume(
+        self, engine: Engine, resume: str, *, say: Callable[[str], None] = lambda line: None
+    ) -> tuple[CheckpointMeta, Path | str] | None:
+        """Load what ``resume`` names; with ``auto`` the newest that is undamaged. None if there is nothing.
+
+        Damaged ones are told of and left where they are. Raises :class:`ConfigError` where one is named or none
+        is left: a run never starts anew because its checkpoints cannot be read.
+        """
+        if resume != "auto":
+            named = self._from_first(lambda: self.resolve(resume))
+            return None if named is None else (self.load(engine, named, say=say), named)
+        found = self._from_first(lambda: [where for _, where in self.complete()])
+        return self._load_first(engine, found, say) if found else None
+
+    def go_back(
+        self, engine: Engine, *, at_most: int, say: Callable[[str], None] = lambda line: None
+    ) -> CheckpointMeta:
+        """Load the newest undamaged checkpoint of step ``at_most`` or before, and remove those after it.
+
+        Raises :class:`RunError` where there is none.
+        """
+        everything = self._from_first(self.complete)
+        old_enough = [where for step, where in everything if step <= at_most]
+        if not old_enough:
+            raise RunError(
+                f"no checkpoint of step {at_most} or before to roll back to; save more often (checkpoint.every), "
+                "keep more (checkpoint.keep_last), or lower faults.rollback_steps"
+            )
+        meta, _ = self._load_first(engine, old_enough, say)
+        newer = sorted({step for step, _ in everything if step > meta.step})
+        agreed(lambda: self._remove(newer) if dist.get_rank() == 0 else None)
+        if newer:
+            say(f"checkpoints of steps {', '.join(map(str, newer))} are removed: they hold what was rolled back")
+        return meta
+
+    def _load_first(
+        self, engine: Engine, places: Sequence[Path | str], say: Callable[[str], None]
+    ) -> tuple[CheckpointMeta, Path | str]:
+        damaged: list[str] = []
+        for where in places:
+            try:
+                return self.load(engine, where, say=say), where
+            except Damaged as error:
+                damaged.append(str(error))
+                say(f"WARNING: {error}: not used; the checkpoint before it is tried")
+        raise ConfigError(f"all {len(places)} complete checkpoints are damaged: {'; '.join(damaged)}")
+
+    def _from_first(self, action: Callable[[], T]) -> T:
+        """``action`` on rank 0, its result for all ranks."""
+        found: list[Any] = [agreed(lambda: action() if dist.get_rank() == 0 else None)]
         dist.broadcast_object_list(found, src=0)
         return found[0]
+
+    def _remove(self, steps: Sequence[int]) -> None:
+        for step in steps:
+            if step in self._local.steps():
+                self._local.remove(step)
+            if self._cfg.url is not None and step in self._place.steps():
+                self._place.remove(step)
 
     def load(
         self, engine: Engine, where: Path | str, *, say: Callable[[str], None] = lambda line: None
@@ -263,7 +330,7 @@ class Checkpoints:
         if self._team is None or (not inline and self._team.group is None):
             self._team = Team(apart=not inline)
         team = self._team
-        self._saving_step = meta.step
+        self._saving_step, self._saving_whole = meta.step, checkpoint
         meta = dataclasses.replace(meta, optimizer_steps=engine.optimizer_steps, metrics=self._metrics)
         wanted = (lambda name: True) if checkpoint else (lambda name: name.startswith(PREFIX))
         snapshot = self._staging.take(engine.state(), wanted)

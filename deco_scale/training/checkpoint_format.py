@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 
-from deco_scale.errors import ConfigError
+from deco_scale.errors import ConfigError, Damaged
 from deco_scale.training import dcp_index
 
 SCHEMA_VERSION = 2
@@ -72,7 +72,7 @@ class CheckpointMeta:
 
 
 def read_meta(path: Path) -> CheckpointMeta:
-    """``meta.json`` of a complete checkpoint; raises :class:`ConfigError` naming the file."""
+    """``meta.json`` of a complete checkpoint; raises :class:`ConfigError` (:class:`Damaged`) naming the file."""
     if not (path / COMPLETE).is_file():
         raise ConfigError(f"{path} is not a complete checkpoint (no {COMPLETE} file)")
     try:
@@ -86,7 +86,7 @@ def read_meta(path: Path) -> CheckpointMeta:
     except (OSError, ValueError, TypeError) as error:
         if isinstance(error, ConfigError):
             raise
-        raise ConfigError(f"{path / META} is damaged: {error}") from error
+        raise Damaged(f"{path / META} is damaged: {error}") from error
 
 
 def sums_text(sums: Mapping[str, tuple[int, int]]) -> bytes:
@@ -95,14 +95,14 @@ def sums_text(sums: Mapping[str, tuple[int, int]]) -> bytes:
 
 
 def read_sums(path: Path) -> FileSums:
-    """Content of ``COMPLETE``; raises :class:`ConfigError` naming it where it is damaged."""
+    """Content of ``COMPLETE``; raises :class:`Damaged` naming it."""
     try:
         text = (path / COMPLETE).read_bytes()
         found = {str(n): (int(e[0]), int(e[1])) for n, e in json.loads(text).items()}
     except (OSError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
-        raise ConfigError(f"{path / COMPLETE} is damaged: {error}") from error
+        raise Damaged(f"{path / COMPLETE} is damaged: {error}") from error
     if sums_text(found) != text or any("/" in name for name in found):
-        raise ConfigError(f"{path / COMPLETE} is damaged: it is not as it was written")
+        raise Damaged(f"{path / COMPLETE} is damaged: it is not as it was written")
     return found
 
 
@@ -118,10 +118,10 @@ def check_file(file: Path, size: int, crc: int) -> None:
         if file.stat().st_size == size and crc32c_of(file) == crc:
             return
     except FileNotFoundError:
-        raise ConfigError(f"{file} is missing, {COMPLETE} names it") from None
+        raise Damaged(f"{file} is missing, {COMPLETE} names it") from None
     except OSError as error:
         raise ConfigError(f"{file} cannot be read: {error.strerror}") from error
-    raise ConfigError(f"{file} is damaged: size or checksum differ from {COMPLETE}")
+    raise Damaged(f"{file} is damaged: size or checksum differ from {COMPLETE}")
 
 
 def check_fit(path: object, found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> None:

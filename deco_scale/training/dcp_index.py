@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from deco_scale.errors import ConfigError
+from deco_scale.errors import ConfigError, Damaged
 
 MAX_INDEX_BYTES = 256 * 2**20
 """Larger indexes are refused; a piece of a tensor takes about 200 bytes of it."""
@@ -74,7 +74,7 @@ def read_index(path: Path) -> dict[str, IndexedTensor]:
         return _tensors(_ShellUnpickler(io.BytesIO(raw)).load())
     except (MemoryError, RecursionError, Exception) as error:
         # Arbitrary bytes drive the unpickler: any exception means a damaged index.
-        raise ConfigError(f"{path} is damaged or not a checkpoint's: {type(error).__name__}: {error}") from error
+        raise Damaged(f"{path} is damaged or not a checkpoint's: {type(error).__name__}: {error}") from error
 
 
 class _Shell:

@@ -1,9 +1,10 @@
 """What the training loop asks of an engine; ``parallel`` has the two that exist."""
 
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from deco_scale.training.batch import ObjectiveInputs
@@ -32,6 +33,13 @@ class TokenGroup(Protocol):
     def size(self) -> int: ...
 
 
+class Replicas(NamedTuple):
+    """Tensors of this rank that are the same, bit by bit, on all ranks of ``group``."""
+
+    group: ProcessGroup
+    tensors: Mapping[str, Tensor]
+
+
 class Engine(Protocol):
     """A sharded objective with its optimizer and EMA.
 
@@ -50,8 +58,18 @@ class Engine(Protocol):
     def forward_backward(self, inputs: ObjectiveInputs, *, scale: float, last: bool) -> dict[str, Tensor]:
         """Losses of one micro-batch (detached, this rank's); accumulates ``scale`` times the gradient."""
 
-    def update(self, *, lr: float, betas: tuple[float, float]) -> Update:
-        """Clip, check, step, average; skipped on every rank when loss or gradient is not finite."""
+    def update(self, *, lr: float, betas: tuple[float, float], unwanted: Tensor | None = None) -> Update:
+        """Clip, check, step, average; skipped on every rank when loss or gradient is not finite.
+
+        It is skipped, too, where ``unwanted`` (0-dim, the same on all ranks) is 1.0.
+        """
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """Transformer blocks as they compute here."""
+
+    def replicas(self) -> Sequence[Replicas]:
+        """Live tensors that other ranks hold, too; every rank lists the same groups' kinds in the same order."""
 
     def state(self) -> dict[str, Tensor]:
         """Sharded state tensors; may be live. All ranks call it together."""

@@ -142,7 +142,7 @@ def _read(state: Mapping[str, Tensor], source: Opened) -> None:
     except CheckpointException as error:
         rank, failure = first_failure(error)
         where = f"rank {rank}: " if rank else ""
-        kind = ConfigError if isinstance(failure, ConfigError) else RunError
+        kind = type(failure) if isinstance(failure, ConfigError) else RunError
         known = isinstance(failure, ConfigError | RunError)
         what = str(failure) if known else f"{source.name} could not be read: {type(failure).__name__}: {failure}"
         raise kind(where + what) from error

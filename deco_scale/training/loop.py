@@ -3,9 +3,8 @@
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
-import psutil
 import torch
 
 from deco_scale.errors import RunError
@@ -14,9 +13,12 @@ from deco_scale.training.batch import NOT_ENCODED, Batch, Encoded, Prepare, pinn
 from deco_scale.training.checkpoint import CheckpointMeta, Checkpoints, Saved
 from deco_scale.training.engine import Engine
 from deco_scale.training.feed import Feed
-from deco_scale.training.processes import summed_counters
+from deco_scale.training.judge import Judge, RollBack
+from deco_scale.training.meter import Meter, OwnWork, Stragglers, memory_bytes, rank_times
+from deco_scale.training.processes import gathered, total
+from deco_scale.training.replicas import Corruption, ReplicaCheck
 from deco_scale.training.report import Reporter
-from deco_scale.training.settings import RunSettings, StageConfig
+from deco_scale.training.settings import FaultsConfig, RunSettings, StageConfig
 from deco_scale.training.step import StepResult, train_step
 from deco_scale.training.stopping import StopRequest
 
@@ -34,6 +36,20 @@ class Data(Protocol):
     def __iter__(self) -> Iterator[Batch]: ...
 
     def close(self) -> None: ...
+
+
+class Pulse(Protocol):
+    """Who wants to know that this rank goes on; see :mod:`deco_scale.watchdog`."""
+
+    def beat(self, step: int, phase: Literal["start", "step", "slow"]) -> None:
+        """The rank begins ``phase`` of ``step``: start-up, a step, or what may take long."""
+
+
+class NoPulse:
+    """Nobody wants to know."""
+
+    def beat(self, step: int, phase: Literal["start", "step", "slow"]) -> None:
+        """Nothing to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +76,8 @@ class Loop:
     """Everything a run needs, put together by the launcher.
 
     ``open_data`` gives the samples of a stage from a number of samples on; ``after_step`` is called with
-    the step just done (all ranks), for pictures and the like; ``peak_flops`` is the sum over ranks.
+    the step just done (all ranks), for pictures and the like; ``peak_flops`` is the sum over ranks; ``hosts`` are
+    the ranks' nodes.
     """
 
     settings: RunSettings
@@ -76,6 +93,10 @@ class Loop:
     peak_flops: float | None
     ahead: Ahead | None = None
     stop: StopRequest | None = None
+    faults: FaultsConfig = FaultsConfig()
+    pulse: Pulse = field(default_factory=NoPulse)
+    hosts: Sequence[str] = ("localhost",)
+    own_work: OwnWork | None = None
 
     @property
     def total_steps(self) -> int:
@@ -93,6 +114,7 @@ class Loop:
             return self._run(progress)
         finally:
             # Also after an error: a save on its way to the disk is worth the wait.
+            self.pulse.beat(progress.step, "slow")
             self._tell(self.checkpoints.finished(wait=True))
 
     @property
@@ -101,6 +123,35 @@ class Loop:
         return min(self.settings.stop_at_step or self.total_steps, self.total_steps)
 
     def _run(self, progress: Progress) -> Progress:
+        rolled_back = 0
+        while True:
+            try:
+                return self._run_stages(progress)
+            except RollBack as wanted:
+                rolled_back += 1
+                if rolled_back > self.faults.max_rollbacks:
+                    raise RunError(
+                        f"{wanted}; the run was rolled back {self.faults.max_rollbacks} times already "
+                        "(faults.max_rollbacks): lower the learning rate, or look at the data"
+                    ) from None
+                progress = self._go_back(wanted)
+
+    def _go_back(self, wanted: RollBack) -> Progress:
+        """Load the checkpoint that the policy asks for; the data go on after what was trained on."""
+        self.pulse.beat(wanted.at_step, "slow")
+        self._tell(self.checkpoints.finished(wait=True))
+        at_most = wanted.step - self.faults.rollback_steps
+        meta = self.checkpoints.go_back(self.engine, at_most=at_most, say=self.reporter.say)
+        self.reporter.event("rollback", step=wanted.at_step, to_step=meta.step)
+        skipped = wanted.samples - meta.samples
+        self.reporter.say(
+            f"WARNING: {wanted}: rolled back from step {wanted.at_step} to {meta.step}; "
+            f"{skipped} samples are skipped"
+        )
+        # Of no stage, since its data no longer stand where its count of steps says.
+        return Progress(meta.step, wanted.samples)
+
+    def _run_stages(self, progress: Progress) -> Progress:
         limit, end = self._limit, 0
         for stage in self.stages:
             end += stage.cfg.steps
@@ -117,6 +168,7 @@ class Loop:
         return progress
 
     def _run_stage(self, stage: Stage, progress: Progress, end: int) -> Progress:
+        self.pulse.beat(progress.step, "start")
         data = self.open_data(stage.cfg, progress.samples)
         state = data.state(progress.samples)
         if progress.stage == stage.cfg.name and progress.data_state != state:
@@ -124,8 +176,9 @@ class Loop:
                 f"WARNING: the data are not those of the checkpoint ({state}, was {progress.data_state}): "
                 "from here on other samples are seen than without the break"
             )
-        gate = BadSteps(self.settings.max_bad_steps, self.device)
-        meter = Meter(self, stage, progress.step)
+        judge = Judge(self.faults, max_bad_steps=self.settings.max_bad_steps, device=self.device)
+        replicas = ReplicaCheck(self.faults.check_replicas_every, self.hosts)
+        log = StepLog(self, stage, progress.step)
         on_gpu, null_shape = self.device.type == "cuda", self.prepare.null.shape
         feed = Feed(iter(data), depth=2, prepare=(lambda batch: pinned(batch, null_shape)) if on_gpu else None)
         batches: Iterator[tuple[Batch, list[Encoded] | None]] = ((batch, None) for batch in feed)
@@ -135,37 +188,58 @@ class Loop:
         try:
             first = progress.step + 1
             while progress.step < end and self.stopped is None:
-                started = waited = time.perf_counter()
+                step = progress.step + 1
+                logs = step % self.settings.log_every == 0 or step == end
+                self.pulse.beat(step, "start" if step == first else "step")
+                started = time.perf_counter()
                 batch, encoded = next(batches)
-                meter.waited(time.perf_counter() - waited)
-                result = self.step(stage, batch, encoded)
+                log.waited(time.perf_counter() - started)
+                if logs:
+                    log.watch_step()
+                result = self.step(stage, batch, encoded, judge)
                 samples = progress.samples + stage.cfg.global_batch
-                progress = Progress(progress.step + 1, samples, stage.cfg.name, data.state(samples))
-                gate.add(result.skipped)
-                step = progress.step
+                progress = Progress(step, samples, stage.cfg.name, data.state(samples))
+                judge.add(step, loss=result.losses["loss"], skipped=result.skipped)
                 if step == first:
                     self.reporter.event("first_step", step=step, seconds=time.perf_counter() - started)
                 if self.stop is not None and self.stop.agreed():
                     self.reporter.event("stop_signal", signal=self.stop.met)
-                if step % self.settings.log_every == 0 or step == end:
-                    counted = summed_counters(data.counters)
-                    metrics = meter.read(result, progress, gate.total(), counted)
+                found = judge.read(everything=logs or self.stopped is not None)
+                for one in found:
+                    self.reporter.event(one.kind, step=one.step, **one.details)
+                if logs:
+                    metrics = log.read(result, progress, judge.skipped, data.counters)
                     self.reporter.metrics(metrics)
                     self.checkpoints.observe(metrics)
-                    gate.check(step)
-                else:
-                    gate.glance(step)
+                judge.act(found, progress.step, progress.samples)
+                self._check(replicas, step)
                 began = time.perf_counter()
+                self.pulse.beat(step, "slow")
                 self.after_step(step)
                 self._save(stage, progress, end=end)
-                meter.other(time.perf_counter() - began)
+                log.other(time.perf_counter() - began)
         finally:
             # The workers first: their end wakes a feed that waits for them.
             data.close()
             feed.close()
         return progress
 
-    def step(self, stage: Stage, batch: Batch, encoded: Sequence[Encoded] | None = None) -> StepResult:
+    def _check(self, replicas: ReplicaCheck, step: int) -> None:
+        try:
+            replicas.check(self.engine, step)
+        except Corruption as error:
+            for odd in error.odd:
+                host = self.hosts[odd.rank]
+                self.reporter.event("corruption", rank=odd.rank, host=host, tensors=odd.count, first=odd.first)
+            raise
+
+    def step(
+        self,
+        stage: Stage,
+        batch: Batch,
+        encoded: Sequence[Encoded] | None = None,
+        judge: Judge | None = None,
+    ) -> StepResult:
         """One update on this rank's share of a global batch; ``encoded`` is what is already, by micro-batch."""
         parts = split(batch, stage.accumulation)
         shift = stage.cfg.timestep_shift
@@ -177,6 +251,7 @@ class Loop:
             num_micro_batches=stage.accumulation,
             lr=stage.cfg.lr,
             betas=stage.cfg.betas,
+            unwanted=judge.unwanted if judge is not None else None,
         )
 
     def _save(self, stage: Stage, progress: Progress, *, end: int) -> None:
@@ -207,92 +282,45 @@ class Loop:
             return
         times = {"step": saved.step, "stall_s": saved.stall_s, "total_s": saved.total_s}
         if saved.error is None:
-            self.reporter.event("checkpoint", **times)
-        else:
-            self.reporter.event("checkpoint_failed", **times, reason=saved.error)
-        if saved.error is None:
+            self.reporter.event("checkpoint" if saved.checkpoint else "export", **times)
             self.reporter.say(saved.said)
-        elif must_succeed:
-            raise RunError(saved.error)
-        else:
-            # Training is worth more than one checkpoint: the previous one is untouched.
-            self.reporter.say(f"WARNING: {saved.error}; training goes on")
-
-
-class BadSteps:
-    """Counts skipped steps on the device and ends the run after too many in a row.
-
-    Steps that log wait for the device and check. In between, every ``limit``-th step starts a copy of the count
-    to the host and looks at the copy before, which has long arrived: a run that does not log ends less than
-    three times ``limit`` steps after its last good one, at the same step on every rank.
-    """
-
-    def __init__(self, limit: int, device: torch.device) -> None:
-        self._limit = limit
-        self._in_a_row = torch.zeros((), device=device)
-        self._total = torch.zeros((), device=device)
-        self._on_gpu = device.type == "cuda"
-        self._copied: tuple[torch.Tensor, torch.cuda.Event | None] | None = None
-
-    def add(self, skipped: torch.Tensor) -> None:
-        self._in_a_row = (self._in_a_row + 1) * skipped
-        self._total = self._total + skipped
-
-    def total(self) -> int:
-        return int(self._total.item())
-
-    def glance(self, step: int) -> None:
-        """Check the count of ``limit`` steps ago, without waiting for the steps in flight."""
-        if step % self._limit:
             return
-        before, event = self._copied or (None, None)
-        held = torch.zeros((), pin_memory=self._on_gpu)
-        held.copy_(self._in_a_row, non_blocking=True)
-        self._copied = held, torch.cuda.current_stream().record_event() if self._on_gpu else None
-        if before is not None:
-            if event is not None:
-                event.synchronize()
-            self._judge(step, int(before.numpy()))
-
-    def check(self, step: int) -> None:
-        """Check the count of this step; waits for the device."""
-        self._copied = None
-        self._judge(step, int(self._in_a_row.item()))
-
-    def _judge(self, step: int, count: int) -> None:
-        if count >= self._limit:
-            raise RunError(
-                f"step {step}: loss or gradient not finite in {count} steps in a row "
-                f"(run.max_bad_steps={self._limit}); weights are as before them. Lower the learning "
-                "rate, or look at the data of these steps"
-            )
+        self.reporter.event("checkpoint_failed", **times, reason=saved.error)
+        if must_succeed:
+            raise RunError(saved.error)
+        # Training is worth more than one checkpoint: the previous one is untouched.
+        self.reporter.say(f"WARNING: {saved.error}; training goes on")
 
 
-class Meter:
-    """Times between two logged steps."""
+class StepLog:
+    """What a logged step says: times since the last one, losses, ranks' own times, counters of the data."""
 
     def __init__(self, loop: Loop, stage: Stage, step: int) -> None:
         self._loop, self._stage = loop, stage
-        self._began, self._from_step, self._wait_s = time.perf_counter(), step, 0.0
+        self._meter = Meter(step)
+        self._stragglers = Stragglers(loop.faults.straggler_factor)
+        self.waited, self.other = self._meter.waited, self._meter.other
 
-    def waited(self, seconds: float) -> None:
-        """Time spent on waiting for data, part of the step."""
-        self._wait_s += seconds
-
-    def other(self, seconds: float) -> None:
-        """Time spent on pictures and checkpoints, no part of the step."""
-        self._began += seconds
+    def watch_step(self) -> None:
+        """The step that begins now will be logged: measure this rank's own work in it."""
+        if self._loop.own_work is not None:
+            self._loop.own_work.start()
 
     def read(
         self, result: StepResult, progress: Progress, skipped: int, counters: Mapping[str, int]
     ) -> dict[str, Any]:
-        """Metrics since the last call; waits for the device. ``counters`` are of the stage so far, all ranks."""
+        """Metrics since the last call; waits for the device. All ranks together; ``counters`` are this rank's."""
+        stage, loop = self._stage, self._loop
         losses = {name: value.item() for name, value in result.losses.items()}
         grad_norm = result.grad_norm.item()
-        now = time.perf_counter()
-        steps = progress.step - self._from_step
-        step_s = (now - self._began) / steps
-        stage, loop = self._stage, self._loop
+        step_s, wait_s = self._meter.read(progress.step)
+        own_s = wait_s + (loop.own_work.stop() if loop.own_work is not None else 0.0)
+        ranks = gathered((dict(counters), own_s))
+        seconds = [each for _, each in ranks]
+        for rank, factor in self._stragglers.find(seconds, step_s).items():
+            host = loop.hosts[rank]
+            loop.reporter.event("straggler", rank=rank, host=host, factor=factor, step=progress.step)
+            loop.reporter.say(f"WARNING: rank {rank} on {host} is slow: {factor:.1f} times the median's own work")
         images_per_s = stage.cfg.global_batch / step_s
         achieved = stage.image_flops * images_per_s
         metrics = {
@@ -306,23 +334,16 @@ class Meter:
             "images_per_s": images_per_s,
             "mfu": achieved / loop.peak_flops if loop.peak_flops else None,
             "step_s": step_s,
-            "data_wait_s": self._wait_s / steps,
+            "data_wait_s": wait_s,
+            **rank_times(seconds),
             "memory_bytes": memory_bytes(loop.device),
             "skipped": skipped,
-            **{f"data.{name}": count for name, count in sorted(counters.items())},
+            **{f"data.{name}": count for name, count in sorted(total(each for each, _ in ranks).items())},
         }
         stall_s = loop.checkpoints.take_stall()
         if stall_s is not None:
             metrics["checkpoint_stall_s"] = stall_s
-        self._began, self._from_step, self._wait_s = now, progress.step, 0.0
         return metrics
-
-
-def memory_bytes(device: torch.device) -> int:
-    """Peak bytes on the GPU, or this process's resident set on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return int(psutil.Process().memory_info().rss)
 
 
 def resumed(meta: CheckpointMeta) -> Progress:

@@ -45,10 +45,11 @@ class AveragedAdamW(torch.optim.Optimizer):
         self._count = torch.zeros(())
         self._lr, self._betas = 0.0, (0.0, 0.0)
         self._measures = False
+        self._unwanted: Tensor | None = None
         self.norm: Tensor | None = None
         """Of the whole gradient before clipping, in the update at hand."""
         self.skipped: Tensor | None = None
-        """1.0 where the update at hand leaves everything alone; None if the caller checks the gradients."""
+        """1.0 where the update at hand leaves everything alone; None if only the caller knows."""
 
     def track(self, tensors: Mapping[str, Tensor], *, averaged: Collection[str]) -> None:
         """Start moments at zero, and averages of the named ones at the present values.
@@ -64,20 +65,29 @@ class AveragedAdamW(torch.optim.Optimizer):
             self._count = torch.zeros((), device=tensor.device)
 
     def begin(
-        self, *, lr: float, betas: tuple[float, float], norm: Tensor | None = None, measure_norm: bool = False
+        self,
+        *,
+        lr: float,
+        betas: tuple[float, float],
+        norm: Tensor | None = None,
+        measure_norm: bool = False,
+        unwanted: Tensor | None = None,
     ) -> None:
         """Settle the numbers of the next update.
 
         ``norm`` (0-dim) is that of the whole gradient: it is clipped by, and skips the update where not finite.
         With ``measure_norm`` the gradients in hand are whole and :meth:`step` takes their norm. With neither,
-        the caller has clipped and checked.
+        the caller has clipped and checked. Where ``unwanted`` (0-dim) is 1.0, everything is left alone as well.
         """
-        self._lr, self._betas, self._measures = lr, betas, measure_norm
+        self._lr, self._betas, self._measures, self._unwanted = lr, betas, measure_norm, unwanted
         self._gate(norm)
 
     def _gate(self, norm: Tensor | None) -> None:
         self.norm = norm
-        self.skipped = None if norm is None else (~torch.isfinite(norm)).float()
+        self.skipped = self._unwanted
+        if norm is not None:
+            bad = (~torch.isfinite(norm)).float()
+            self.skipped = bad if self._unwanted is None else torch.maximum(bad, self._unwanted)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]

@@ -1,13 +1,13 @@
 """What ranks tell each other outside the step: errors that all must share, and who speaks."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
-from deco_scale.errors import ConfigError, RunError
+from deco_scale.errors import ConfigError, Damaged, RunError
 
 T = TypeVar("T")
 
@@ -17,18 +17,19 @@ def agreed(action: Callable[[], T]) -> T:
 
     Only errors that have a name are shared; anything else is a bug and ends the process as it is.
     """
-    outcome: tuple[bool, str] | None = None
+    outcome: tuple[type[ConfigError | RunError], str] | None = None
     result: T | None = None
     try:
         result = action()
     except (ConfigError, RunError) as error:
-        outcome = (isinstance(error, ConfigError), str(error))
-    outcomes: list[tuple[bool, str] | None] = [None] * dist.get_world_size()
+        kinds: tuple[type[ConfigError | RunError], ...] = (Damaged, ConfigError)
+        outcome = next((kind for kind in kinds if isinstance(error, kind)), RunError), str(error)
+    outcomes: list[tuple[type[ConfigError | RunError], str] | None] = [None] * dist.get_world_size()
     dist.all_gather_object(outcomes, outcome)
     for rank, found in enumerate(outcomes):
         if found is not None:
             where = f"rank {rank}: " if rank else ""
-            raise (ConfigError if found[0] else RunError)(where + found[1])
+            raise found[0](where + found[1])
     return result  # type: ignore[return-value]
 
 
@@ -46,11 +47,16 @@ def from_first(value: T) -> T:
     return shared[0]
 
 
-def summed_counters(counters: Mapping[str, int]) -> Mapping[str, int]:
-    """Counters of all ranks added up, name by name."""
-    gathered: list[Mapping[str, int]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(gathered, dict(counters))
-    total: Counter[str] = Counter()
-    for each in gathered:
-        total.update(each)
-    return total
+def gathered(value: T) -> list[T]:
+    """Every rank's value, by rank."""
+    found: list[T] = [value] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def total(counters: Iterable[Mapping[str, int]]) -> Mapping[str, int]:
+    """Counters added up, name by name."""
+    summed: Counter[str] = Counter()
+    for each in counters:
+        summed.update(each)
+    return summed

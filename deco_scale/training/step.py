@@ -1,6 +1,6 @@
 """The one training step: micro-batches in, one update, named scalars out."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -28,16 +28,22 @@ def train_step(
     num_micro_batches: int,
     lr: float,
     betas: tuple[float, float],
+    unwanted: Callable[[Tensor], Tensor | None] | None = None,
 ) -> StepResult:
-    """Accumulate gradients over the micro-batches and update once."""
+    """Accumulate gradients over the micro-batches and update once.
+
+    ``unwanted`` is shown the loss of the global batch and says (0-dim, 1.0) whether to leave the update out.
+    """
     totals: dict[str, Tensor] = {}
     for index, inputs in enumerate(micro_batches):
         last = index == num_micro_batches - 1
-        losses = engine.forward_backward(inputs, scale=1.0 / num_micro_batches, last=last)
-        for name, value in losses.items():
+        parts = engine.forward_backward(inputs, scale=1.0 / num_micro_batches, last=last)
+        for name, value in parts.items():
             totals[name] = totals.get(name, 0.0) + value / num_micro_batches
-    update = engine.update(lr=lr, betas=betas)
-    return StepResult(_mean_over_ranks(totals), update.grad_norm, update.skipped)
+    losses = _mean_over_ranks(totals)
+    skip = unwanted(losses["loss"]) if unwanted is not None else None
+    update = engine.update(lr=lr, betas=betas, unwanted=skip)
+    return StepResult(losses, update.grad_norm, update.skipped)
 
 
 def _mean_over_ranks(losses: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
-from deco_scale.errors import ConfigError, RunError
+from deco_scale.errors import ConfigError, Damaged, RunError
 from deco_scale.training.checkpoint_format import (
     COMPLETE,
     META,
@@ -222,7 +222,7 @@ class Fetcher:
         file = self.folder / name
         size, crc = (self._sizes[name], None) if self._sums is None else self._sums.get(name, (-1, None))
         if size < 0 or self._sizes.get(name) != size:
-            raise ConfigError(
+            raise Damaged(
                 f"{self._objects.url}/{self._name}/{name} is missing, or of another size than {COMPLETE} says"
             )
         try:
@@ -243,7 +243,7 @@ class Fetcher:
             try:
                 check_file(partial, size, crc)
             except ConfigError as error:
-                raise ConfigError(f"{self._objects.url}/{self._name}/{name}: {error}") from error
+                raise type(error)(f"{self._objects.url}/{self._name}/{name}: {error}") from error
         os.rename(partial, self.folder / name)
 
 

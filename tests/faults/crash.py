@@ -73,9 +73,9 @@ def work(
     checkpoints = Checkpoints(folder / "run", CheckpointConfig(**settings), open_objects=open_objects)
     checkpoints.prepare()
     engine, step = PlainEngine(content(0, scale)), 0
-    found = checkpoints.find("auto")
+    found = checkpoints.resume(engine, "auto")  # type: ignore[arg-type]
     if found is not None:
-        step = checkpoints.load(engine, found).step  # type: ignore[arg-type]
+        step = found[0].step
         wanted = content(step, scale)
         equal = all(torch.equal(engine.tensors[n], t) for n, t in wanted.items())
         assert engine.optimizer_steps == step

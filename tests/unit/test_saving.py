@@ -162,7 +162,7 @@ class TestSaving:
             checkpoints.start(engine_of(step), meta_of(step))
         checkpoints.finished(wait=True)
         assert list((tmp_path / "run").iterdir()) == []
-        where = checkpoints.find("auto")
+        where = checkpoints.latest()
         assert where == "s3://saving/a/b/step_00000003"
         engine = engine_of(0)
         assert checkpoints.load(engine, where).step == 3
@@ -194,7 +194,7 @@ class TestSaving:
         saved = other.finished(wait=True)
         assert saved is not None and saved.error is not None and "absent" in saved.error
         assert "no such bucket" in saved.error and list((tmp_path / "run").iterdir()) == []
-        assert checkpoints.find("auto") == "s3://refusing/x/step_00000001"
+        assert checkpoints.latest() == "s3://refusing/x/step_00000001"
 
 
 def limited(action: Any, device: str, folder: Path) -> None:

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from deco_scale.config import load_config
-from deco_scale.errors import ConfigError, RunError
+from deco_scale.errors import ConfigError
 from deco_scale.kernels import Kernels
 from deco_scale.planning.flops import training_flops
 from deco_scale.training import checkpoint
@@ -26,7 +26,6 @@ from deco_scale.training.batch import Batch, Encoded
 from deco_scale.training.checkpoint import CheckpointMeta, Checkpoints
 from deco_scale.training.engine import Engine
 from deco_scale.training.feed import Feed
-from deco_scale.training.loop import BadSteps
 from deco_scale.training.optimizer import AveragedAdamW, poisoned
 from deco_scale.training.randomness import draw, mix
 from deco_scale.training.report import Reporter, read_metrics
@@ -129,17 +128,6 @@ def test_optimizer_steps_group_by_group_count_as_one_update() -> None:
             optimizer.end(torch.zeros(()))
     assert whole.steps == grouped.steps == 3
     assert torch.equal(together, apart)
-
-
-def test_too_many_bad_steps_in_a_row_end_the_run() -> None:
-    gate = BadSteps(3, CPU)
-    for bad in (1.0, 1.0, 0.0, 1.0, 1.0):
-        gate.add(torch.tensor(bad))
-        gate.check(1)
-    gate.add(torch.tensor(1.0))
-    with pytest.raises(RunError, match="3 steps in a row"):
-        gate.check(7)
-    assert gate.total() == 5
 
 
 @pytest.fixture(scope="module")
