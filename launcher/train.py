@@ -12,7 +12,7 @@ import os
 import socket
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +37,15 @@ from deco_scale.parallel.plan import check_tp
 from deco_scale.training.checkpoint import Checkpoints
 from deco_scale.training.loop import Loop, Progress, resumed
 from deco_scale.training.meter import memory_bytes
+from deco_scale.training.processes import from_first
 from deco_scale.training.stopping import StopRequest
+from deco_scale.watchdog.watchdog import NoWatchdog, Watchdog
 from deco_scale.watching.events import REQUEUE
 from launcher.assemble import assemble, derive_stages, fp8_plan_of, save_config
 from launcher.objects import open_objects
+
+VERDICT_S = 15.0
+"""How long a rank with an error that has no name waits to hear whether another one was lost."""
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -62,8 +67,12 @@ def run(
     resume: str = "auto",
     dry_run: bool = False,
     stop: StopRequest | None = None,
+    watch: Callable[[], Watchdog] = NoWatchdog,
 ) -> Progress:
-    """Train as configured; joins the process group unless there is one. Raises :class:`Stopped` after a signal."""
+    """Train as configured; joins the process group unless there is one. Raises :class:`Stopped` after a signal.
+
+    ``watch`` starts the watchdog, on all ranks once they have joined.
+    """
     layout = resolve_layout(cfg.parallel, env.world_size)
     check_tp(cfg.model, layout.tp)
     stages = derive_stages(cfg, layout)
@@ -80,7 +89,16 @@ def run(
         checkpoints.resolve(resume)
     torch.set_float32_matmul_precision("high" if cfg.precision.compute != "fp32" else "highest")
     start_processes(env, device)
-    loop = assemble(cfg, layout, device, stages=stages, checkpoints=checkpoints, dry_run=dry_run, stop=stop)
+    loop = assemble(
+        cfg,
+        layout,
+        device,
+        stages=stages,
+        checkpoints=checkpoints,
+        dry_run=dry_run,
+        stop=stop,
+        pulse=watch(),
+    )
     if dry_run:
         try:
             return _dry_run(loop, device)
@@ -156,6 +174,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     args = parse(argv)
     env = Environment(0, 1, 0)
+    watchdog: Watchdog = NoWatchdog()
+
+    def watch() -> Watchdog:
+        nonlocal watchdog
+        watchdog = Watchdog.start(
+            cfg.watchdog,
+            rank=env.rank,
+            world_size=env.world_size,
+            run_dir=Path(cfg.run.dir),
+            share=from_first,
+            webhook_env=cfg.monitor.webhook_env,
+        )
+        return watchdog
+
+    reason, code = "done", 0
     try:
         env = read_environment(os.environ)
         cfg = load_config(args.config, args.overrides)
@@ -165,26 +198,34 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         stop = StopRequest()
         stop.install()
-        run(cfg, env, resume=args.resume, dry_run=args.dry_run, stop=stop)
+        run(cfg, env, resume=args.resume, dry_run=args.dry_run, stop=stop, watch=watch)
     except (ConfigError, RunError, DataError) as error:
+        reason, code = str(error), getattr(error, "exit_code", 1)
         # Errors that all ranks share are told once per node; a rank that is alone with one says so.
         if env.local_rank == 0 or isinstance(error, DataError):
             where = f" [rank {env.rank} on {socket.gethostname()}]" if env.rank else ""
             print(f"error{where}: {error}", file=sys.stderr, flush=True)
-        return getattr(error, "exit_code", 1)
-    except Stopped:
-        return REQUEUE
+    except Stopped as stopped:
+        reason, code = str(stopped), REQUEUE
     except KeyboardInterrupt:
-        return 130
-    return 0
+        reason, code = "interrupted", 130
+    except Exception as error:
+        # A bug, or what remains of a collective when another rank is lost: the watchdog knows which.
+        sys.excepthook(type(error), error, error.__traceback__)
+        watchdog.ended(f"{type(error).__name__}: {error}", 1)
+        watchdog.wait_for_verdict(VERDICT_S)
+        code = 1
+    if code in (0, REQUEUE) and dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+    watchdog.ended(reason, code)
+    watchdog.close()
+    return code
 
 
 if __name__ == "__main__":
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()
-    if code in (0, REQUEUE) and dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
     # Other ranks may wait in a collective that will never come; do not wait for them at exit.
     os._exit(code)
