@@ -1,0 +1,224 @@
+"""The watchdog with real processes: what befalls a rank is told once, ends the job, and leaves nothing behind."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.conftest import ROOT
+
+TIMEOUT_S = 1.0
+SOON_S = 5.0
+"""How long after the watchdog's time a fault may be told, and everything be gone."""
+
+
+class Job:
+    """``actions`` of :mod:`tests.faults.watched`, one a rank, started together."""
+
+    def __init__(self, folder: Path, *actions: str, slow_timeout_s: float = 20.0) -> None:
+        self.run = folder / "run"
+        self.run.mkdir(parents=True)
+        self.stderr = folder / "stderr.txt"
+        self.ranks = []
+        for rank, action in enumerate(actions):
+            words = [rank, len(actions), self.run, TIMEOUT_S, slow_timeout_s, action]
+            with self.stderr.open("ab") as stderr:
+                command = [sys.executable, "-m", "tests.faults.watched", *map(str, words)]
+                environment = {**os.environ, "PYTHONPATH": str(ROOT), "MASTER_ADDR": "127.0.0.1"}
+                self.ranks.append(subprocess.Popen(command, stderr=stderr, env=environment, cwd=ROOT))
+        self.companions: list[psutil.Process] = []
+        self.ports: list[int] = []
+
+    def ready(self) -> "Job":
+        """Wait until all ranks train; notes what must be gone at the end."""
+        deadline = time.monotonic() + 30
+        while not all((self.run.parent / f"ready_{rank}").exists() for rank in range(len(self.ranks))):
+            assert time.monotonic() < deadline, self.stderr.read_text()
+            time.sleep(0.01)
+        for rank in self.ranks:
+            children = psutil.Process(rank.pid).children()
+            self.companions += [p for p in children if "deco_scale.watchdog.companion" in p.cmdline()]
+        assert len(self.companions) == len(self.ranks)
+        connections = self.companions[0].net_connections("inet")
+        self.ports = [c.laddr.port for c in connections if c.status == psutil.CONN_LISTEN]
+        assert len(self.ports) == (1 if len(self.ranks) > 1 else 0)
+        return self
+
+    def codes(self, seconds: float) -> list[int]:
+        """Exit codes of the ranks, which end within this time; then nothing of the job is left."""
+        deadline = time.monotonic() + seconds
+        found = [rank.wait(max(0.01, deadline - time.monotonic())) for rank in self.ranks]
+        for companion in self.companions:
+            companion.wait(max(0.01, deadline - time.monotonic() + 1.0))
+            assert not companion.is_running()
+        for port in self.ports:
+            with pytest.raises(ConnectionRefusedError):
+                socket.create_connection(("127.0.0.1", port), timeout=1)
+        return found
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        path = self.run / "events.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def stacks(self, rank: int) -> str:
+        (found,) = self.run.glob(f"stacks/*/rank_{rank:05d}_*.txt")
+        return found.read_text()
+
+    def end(self) -> None:
+        for process in [*self.companions, *(psutil.Process(r.pid) for r in self.ranks if r.poll() is None)]:
+            if process.is_running():
+                process.kill()
+        for rank in self.ranks:
+            rank.wait()
+
+
+@pytest.fixture
+def jobs(tmp_path: Path) -> Iterator[Any]:
+    started: list[Job] = []
+
+    def start(*actions: str, **options: Any) -> Job:
+        started.append(Job(tmp_path / f"job_{len(started)}", *actions, **options))
+        return started[-1]
+
+    yield start
+    for job in started:
+        job.end()
+
+
+def told_once(job: Job, kind: str, rank: int) -> dict[str, Any]:
+    """The only event, which names this rank; stderr and the log say the same."""
+    (event,) = job.events
+    assert (event["kind"], event["rank"], event["host"]) == (kind, rank, socket.gethostname())
+    for text in (job.stderr.read_text(), (job.run / "log.txt").read_text()):
+        assert text.count("watchdog:") == 1 and f"rank {rank} on {socket.gethostname()}" in text
+    return event
+
+
+def test_a_stopped_rank_is_told_with_its_stack(jobs: Any) -> None:
+    job = jobs("endless", "endless", "endless").ready()
+    job.ranks[1].send_signal(signal.SIGSTOP)
+    began = time.time()
+    assert job.codes(TIMEOUT_S + SOON_S) == [-signal.SIGKILL] * 3
+    event = told_once(job, "hang", 1)
+    assert event["time"] - began < TIMEOUT_S + SOON_S
+    assert "stopped (state T)" in event["how"] and "main (watched.py:" in event["stack"]
+    for rank in range(3):
+        text = job.stacks(rank)
+        assert f"rank: {rank}\n" in text and "watched.py" in text and "in main" in text
+    assert "state: T" in job.stacks(1) and "phase: step" in job.stacks(1)
+
+
+@pytest.mark.parametrize(
+    "action, function", [("hang", "waits_for_ever"), ("lock", "sleeps_in_the_lock"), ("exit", "waits_for_ever")]
+)
+def test_a_hung_rank_is_told_with_its_stack(jobs: Any, action: str, function: str) -> None:
+    """In Python, in a C call that holds the interpreter's lock, and after its word that it ends."""
+    job = jobs("endless", action).ready()
+    assert job.codes(TIMEOUT_S + SOON_S + 1) == [-signal.SIGKILL] * 2
+    assert told_once(job, "hang", 1)["stack"].startswith(function)
+    assert f"in {function}\n" in job.stacks(1)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_ends_the_others(jobs: Any, victim: int) -> None:
+    """Its own children too."""
+    job = jobs(*("children" if rank == victim else "peer" for rank in range(2))).ready()
+    time.sleep(2.5)
+    children = psutil.Process(job.ranks[victim].pid).children(recursive=True)
+    children = [child for child in children if child not in job.companions]
+    assert len(children) == 2
+    job.ranks[victim].kill()
+    (job.run.parent / "broken").touch()
+    assert job.codes(SOON_S) == [-signal.SIGKILL] * 2
+    assert "gone without a word" in told_once(job, "lost_rank", victim)["how"]
+    assert "no stacks: the process is gone" in job.stacks(victim) and "wait_for_verdict" in job.stacks(1 - victim)
+    assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_lost_companion_ends_the_job(jobs: Any, victim: int, number: signal.Signals) -> None:
+    """Its node may be lost as well: who is unwatched must not go on."""
+    if number == signal.SIGSTOP and victim == 1:
+        pytest.skip("the other way is slower and the same")
+    job = jobs("endless", "endless", "endless").ready()
+    job.companions[victim].send_signal(number)
+    codes = job.codes(SOON_S + 5.0)
+    # The lost one's own trainer exits by itself or is killed by a neighbour.
+    assert all(code == -signal.SIGKILL or (rank == victim and code == 1) for rank, code in enumerate(codes))
+    (event,) = job.events
+    assert (event["kind"], event["rank"]) == ("lost_rank", victim) and "companion" in event["how"]
+
+
+def test_an_error_ends_the_others_with_its_code(jobs: Any) -> None:
+    job = jobs("endless", "peer", "error").ready()
+    assert job.codes(SOON_S + 3.0) == [2, 2, 2]
+    (event,) = job.events
+    assert (event["kind"], event["exit_code"]) == ("end", 2)
+    assert "rank 2" in event["reason"] and "the cat bit through the cable" in event["reason"]
+    assert not list(job.run.glob("stacks/*/rank*"))
+
+
+def test_normal_ends_are_no_faults(jobs: Any) -> None:
+    """Done, stopped and saved, a slow phase, one rank alone, and rank 0 before the others."""
+    started = [jobs("", "", ""), jobs("stop", "stop"), jobs("", "slow"), jobs(""), jobs("", "late")]
+    for job in started:
+        job.ready()
+    for job, code in zip(started, (0, 75, 0, 0, 0), strict=True):
+        assert set(job.codes(8.0)) == {code}
+        assert not job.events and not job.stderr.read_text() and not list(job.run.iterdir())
+
+
+def test_one_rank_alone_is_watched(jobs: Any) -> None:
+    job = jobs("hang").ready()
+    assert job.codes(TIMEOUT_S + SOON_S) == [-signal.SIGKILL]
+    told_once(job, "hang", 0)
+
+
+def test_a_slow_phase_has_an_end(jobs: Any) -> None:
+    job = jobs("endless", "slower", slow_timeout_s=TIMEOUT_S).ready()
+    assert job.codes(TIMEOUT_S + SOON_S) == [-signal.SIGKILL] * 2
+    assert "in slow work" in told_once(job, "hang", 1)["how"]
+
+
+def test_an_unwritable_folder_does_not_hold_up_the_end(jobs: Any) -> None:
+    job = jobs("endless", "hang").ready()
+    job.run.rename(job.run.with_name("elsewhere"))
+    job.run.write_text("no folder")
+    assert job.codes(TIMEOUT_S + SOON_S) == [-signal.SIGKILL] * 2
+    text = job.stderr.read_text()
+    assert "rank 1" in text and "could not be written" in text and "in waits_for_ever" in text
+
+
+def test_strangers_cannot_end_the_job(jobs: Any) -> None:
+    job = jobs("endless", "endless").ready()
+    (port,) = job.ports
+    wrong = json.dumps({"token": "0" * 64, "member": {"rank": 1}}).encode() + b"\n"
+    sent = [b"\0" * 70_000, b"{" * 2000 + b"\n", wrong, b"[]\n", b"", b"null\n"]
+    held = [socket.create_connection(("127.0.0.1", port)) for _ in range(100)]
+    for data in sent * 3:
+        with socket.create_connection(("127.0.0.1", port)) as stranger:
+            stranger.settimeout(3)
+            try:
+                stranger.sendall(data)
+                if data:
+                    assert stranger.recv(100) == b""
+            except ConnectionError:
+                pass
+    time.sleep(1.0)
+    assert [rank.poll() for rank in job.ranks] == [None, None] and not job.events
+    job.ranks[1].kill()
+    assert job.codes(SOON_S) == [-signal.SIGKILL] * 2
+    told_once(job, "lost_rank", 1)
+    for stranger in held:
+        stranger.close()
