@@ -27,6 +27,7 @@ from deco_scale.models.attention_packages import (
     package_missing,
     transformer_engine,
 )
+from deco_scale.models.graphs import constant_in_graphs
 
 AttentionBackend = Literal["auto", "flash", "te", "cudnn", "sdpa", "math"]
 AttentionKernel = Literal["flash4", "flash3", "flash2", "flash_torch", "te", "cudnn", "sdpa", "math"]
@@ -136,7 +137,7 @@ def _backend_missing(
     return reasons
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _flash_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
     return _newest_flash(device, dtype, head_dim)
 

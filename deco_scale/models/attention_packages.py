@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deco_scale.models.graphs import constant_in_graphs, outside_graphs
+
 HALF_PRECISION = (torch.float16, torch.bfloat16)
 _EIGHTS = range(8, 257, 8)
 _BLACKWELL_WIDTHS = (*range(8, 129, 8), 256)
@@ -132,24 +134,24 @@ def _flash2(q_BNHK: Tensor, k_BMHK: Tensor, v_BMHK: Tensor) -> Tensor:
     return _first(flash_attn_func(q_BNHK, k_BMHK, v_BMHK))
 
 
-@torch.compiler.disable
+@outside_graphs
 def _flash4(q_BNHK: Tensor, k_BMHK: Tensor, v_BMHK: Tensor) -> Tensor:
     from flash_attn.cute import flash_attn_func
 
     return _first(flash_attn_func(q_BNHK, k_BMHK, v_BMHK))
 
 
-@torch.compiler.disable
+@outside_graphs
 def _flash3_untraced(q_BNHK: Tensor, k_BMHK: Tensor, v_BMHK: Tensor) -> Tensor:
     return _flash3(q_BNHK, k_BMHK, v_BMHK)
 
 
-@torch.compiler.disable
+@outside_graphs
 def _flash2_untraced(q_BNHK: Tensor, k_BMHK: Tensor, v_BMHK: Tensor) -> Tensor:
     return _flash2(q_BNHK, k_BMHK, v_BMHK)
 
 
-@torch.compiler.disable
+@outside_graphs
 def _transformer_engine(q_BNHK: Tensor, k_BMHK: Tensor, v_BMHK: Tensor) -> Tensor:
     num_heads, head_dim = q_BNHK.shape[-2:]
     core = _core_attention(num_heads, head_dim, q_BNHK.shape[1] != k_BMHK.shape[1])
@@ -177,7 +179,7 @@ def _first(result: Any) -> Tensor:
     return out
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _traceable(name: str) -> bool:
     """Whether the package's operator is registered with PyTorch; imports the package."""
     package = PACKAGES[name]

@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from deco_scale.models.graphs import outside_graphs
 from deco_scale.training.engine import TokenGroup
 
 
@@ -47,12 +48,12 @@ class TokenShard:
         """Share of ``count`` tokens that this rank has; the shares of a group sum to one."""
         return part_sizes(count, self.size)[self.rank] / count
 
-    @torch.compiler.disable
+    @outside_graphs
     def gather(self, x_BnD: Tensor, count: int) -> Tensor:
         """All tokens ``(B, N, D)`` on every rank; backward sums each token's gradient to its owner."""
         return _Gather.apply(x_BnD, count, self)  # type: ignore[no-any-return]
 
-    @torch.compiler.disable
+    @outside_graphs
     def scatter_sum(self, x_BND: Tensor) -> Tensor:
         """Sum of the ranks' partial results, each rank its own tokens; backward gathers."""
         return _ScatterSum.apply(x_BND, self)  # type: ignore[no-any-return]
