@@ -10,11 +10,13 @@ import torch
 import torch.distributed as dist
 
 from deco_scale.config import RunConfig
+from deco_scale.errors import RunError
 from deco_scale.models.encoders import TextEncoder
 from deco_scale.parallel.layout import Layout
 from deco_scale.sampling import Generator, Job
 from deco_scale.sampling.pictures import save_grid, velocity_of
 from deco_scale.training.engine import Engine
+from deco_scale.training.processes import agreed
 from deco_scale.training.report import Reporter
 from deco_scale.training.settings import StageConfig
 
@@ -69,11 +71,20 @@ def picture_maker(
             pictures = np.stack([pixels for _, pixels in drawn])
         gathered: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(gathered, pictures)
-        if dist.get_rank() == 0:
+        path = folder / f"step_{step:08d}.png"
+
+        def write() -> None:
+            if dist.get_rank() != 0:
+                return
             every = np.concatenate(gathered[:: layout.tp])[: len(conditions)]
-            path = folder / f"step_{step:08d}.png"
             columns, labels = min(5, len(conditions)), [str(c) for c in conditions]
-            save_grid(every, path, columns=columns, labels=labels, scale=max(1, 96 // side))
+            try:
+                save_grid(every, path, columns=columns, labels=labels, scale=max(1, 96 // side))
+            except OSError as error:
+                raise RunError(f"{path}: {error.strerror}") from error
+
+        agreed(write)
+        if dist.get_rank() == 0:
             reporter.event("evaluation", step=step, seconds=time.perf_counter() - began)
             reporter.picture("samples", path, step)
 

@@ -176,25 +176,39 @@ def evaluate_share(
     """Score and keep what :func:`draw_share` drew; every share calls this, with its own ``rank``.
 
     Writes ``step_XXXXXXXX.png`` and, where ``cfg.npz`` is set, ``step_XXXXXXXX.npz`` to ``folder``, which then
-    must lie on a disk that all ranks see. Raises :class:`RunError` on the rank whose disk refuses.
+    must lie on a disk that all ranks see. Raises :class:`RunError` on all ranks alike where a share's disk refuses
+    its pictures, and on rank 0 where the files of all cannot be written.
     """
     scalars = scorer.scalars(share, total)
     first = [p for part in gather([p for p in share if p.number < cfg.grid]) for p in part]
     if cfg.npz:
-        keep_share(share, folder, step)
-        # Nobody joins files that are not written yet.
-        gather(None)
+        # Nobody joins files that are not written yet, and nobody waits for a share that has given up.
+        problems = [problem for problem in gather(_keep_or_say(share, folder, step)) if problem is not None]
+        if problems:
+            raise RunError(problems[0])
     if rank != 0:
         return Report(scalars, None, None)
     return Report(scalars, save_sheet(first, folder, step), keep_all(cfg.count, folder, step) if cfg.npz else None)
 
 
 def keep_share(share: Sequence[Drawn], folder: Path, step: int) -> None:
-    """Write a share's pictures for :func:`keep_all`, which joins them; ``folder`` is one that all ranks see."""
+    """Write a share's pictures for :func:`keep_all`, which joins them; ``folder`` is one that all ranks see.
+
+    Raises :class:`RunError` where the disk refuses.
+    """
     for picture in share:
         buffer = io.BytesIO()
         np.save(buffer, picture.pixels, allow_pickle=False)
         write_whole(_kept(folder, step, picture.number), buffer.getvalue(), scratch=folder)
+
+
+def _keep_or_say(share: Sequence[Drawn], folder: Path, step: int) -> str | None:
+    """:func:`keep_share`, and its error in words where it has one."""
+    try:
+        keep_share(share, folder, step)
+    except RunError as error:
+        return str(error)
+    return None
 
 
 def keep_all(count: int, folder: Path, step: int) -> Path:
@@ -219,10 +233,17 @@ def _kept(folder: Path, step: int, number: int) -> Path:
 
 
 def save_sheet(first: Sequence[Drawn], folder: Path, step: int) -> Path:
-    """``step_XXXXXXXX.png`` of these pictures in the order of their numbers, with their conditions below."""
+    """``step_XXXXXXXX.png`` of these pictures in the order of their numbers, with their conditions below.
+
+    Raises :class:`RunError` where the disk refuses.
+    """
     ordered = sorted(first, key=lambda picture: picture.number)
     path = folder / f"step_{step:08d}.png"
     pictures = np.stack([picture.pixels for picture in ordered])
     labels = [str(picture.job.condition) for picture in ordered]
-    save_grid(pictures, path, columns=min(8, len(ordered)), labels=labels, scale=max(1, 96 // pictures.shape[2]))
+    scale = max(1, 96 // pictures.shape[2])
+    try:
+        save_grid(pictures, path, columns=min(8, len(ordered)), labels=labels, scale=scale)
+    except OSError as error:
+        raise RunError(f"{path}: {error.strerror}") from error
     return path

@@ -140,6 +140,34 @@ def test_pictures_that_another_disk_has_are_named(tmp_path: Path) -> None:
         during.keep_all(4, tmp_path, 3)
 
 
+@pytest.mark.parametrize("refused", [0, 2])
+def test_all_shares_raise_what_one_disk_refuses(refused: int, tmp_path: Path) -> None:
+    """Each rank has a disk of its own here; that of one is a file, where no folder can be."""
+    (tmp_path / f"disk_{refused}").write_text("not a folder")
+    cfg = EvaluationConfig(count=7, batch=2, grid=1, npz=True)
+    jobs = during.evaluation_jobs(cfg, num_classes=4)
+    scorer = during.Scorer(cfg, torch.device("cpu"))
+
+    def share(rank: int, gather: Callable[[Any], list[Any]]) -> str:
+        folder = tmp_path / f"disk_{rank}"
+        drawn = during.draw_share(drawing(), jobs, rank=rank, world=3)
+        with pytest.raises(RunError) as raised:
+            during.evaluate_share(
+                cfg, drawn, scorer, rank=rank, folder=folder, step=3, total=lambda sums: sums, gather=gather
+            )
+        return str(raised.value)
+
+    found = in_threads(3, share)
+    assert len(set(found)) == 1 and str(tmp_path / f"disk_{refused}") in found[0]
+
+
+def test_a_sheet_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    drawn = during.draw_share(drawing(), [Job(0)], rank=0, world=1)
+    with pytest.raises(RunError, match="step_00000003.png: Not a directory"):
+        during.save_sheet(drawn, tmp_path / "file" / "below", 3)
+
+
 def test_judges_that_are_not_there_are_named(tmp_path: Path) -> None:
     device = torch.device("cpu")
     (tmp_path / "clip").mkdir()
