@@ -1,6 +1,7 @@
-"""Runs of the real launcher code in spawned process groups, one spawn for all runs of a world size."""
+"""Runs of the real launcher code in process groups, one start of processes for all runs of a world size."""
 
 import dataclasses
+import multiprocessing
 import os
 import sys
 from collections.abc import Callable
@@ -26,11 +27,11 @@ class Job:
 def run_jobs(jobs: list[Job], world: int, scratch: Path) -> None:
     """Run ``jobs`` one after the other on ``world`` processes that share one process group."""
     store = scratch / f"store_{world}_{len(list(scratch.iterdir()))}"
-    mp.start_processes(_worker, args=(jobs, world, str(store)), nprocs=world, start_method="spawn")
+    _start(_worker, world, jobs, world, str(store))
 
 
-def _worker(rank: int, jobs: list[Job], world: int, store: str) -> None:
-    torch.set_num_threads(1)
+def _worker(rank: int, variables: dict[str, str], jobs: list[Job], world: int, store: str) -> None:
+    _prepare(variables)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29501", "OMP_NUM_THREADS": "1"}
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
@@ -51,16 +52,39 @@ def _worker(rank: int, jobs: list[Job], world: int, store: str) -> None:
 def in_group(target: Callable[..., None], world: int, scratch: Path, *args: Any) -> None:
     """Call ``target(*args)`` on ``world`` processes of a gloo group."""
     store = scratch / f"store_{target.__name__}_{world}_{len(list(scratch.iterdir()))}"
-    mp.start_processes(_enter, (target, world, str(store), args), nprocs=world, start_method="spawn")
+    _start(_enter, world, target, world, str(store), args)
 
 
-def _enter(rank: int, target: Callable[..., None], world: int, store: str, args: Any) -> None:
-    torch.set_num_threads(1)
+def _enter(
+    rank: int, variables: dict[str, str], target: Callable[..., None], world: int, store: str, args: Any
+) -> None:
+    _prepare(variables)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29502"}
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     target(*args)
     dist.destroy_process_group()
+
+
+def fork_server() -> None:
+    """Name what the server of this session's forked processes imports, see preloaded.py; no effect once it runs.
+
+    Its variables are those of its start; :func:`_prepare` gives a process those of the test.
+    """
+    multiprocessing.set_forkserver_preload(["tests.distributed.preloaded"])
+
+
+def _start(enter: Callable[..., None], world: int, *args: Any) -> None:
+    # A process that has asked for a GPU cannot be forked from.
+    method = "spawn" if torch.cuda.is_available() else "forkserver"
+    fork_server()
+    mp.start_processes(enter, args=(dict(os.environ), *args), nprocs=world, start_method=method)
+
+
+def _prepare(variables: dict[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(variables)
+    torch.set_num_threads(1)
 
 
 def trace(run: Path) -> dict[int, tuple[float, float]]:

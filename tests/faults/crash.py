@@ -17,6 +17,7 @@ from torch import Tensor
 from deco_scale.training.checkpoint import CheckpointMeta, Checkpoints
 from deco_scale.training.settings import CheckpointConfig
 from launcher.objects import open_objects
+from tests.distributed.harness import fork_server
 
 SHAPES = {"denoiser.blocks.weight": (600, 1000), "denoiser.bias": (37,), "projection.weight": (50, 60)}
 KINDS = ("model", "ema", "exp_avg", "exp_avg_sq")
@@ -140,6 +141,5 @@ class Process:
 
 
 def context() -> ForkServerContext:
-    made = multiprocessing.get_context("forkserver")
-    made.set_forkserver_preload(["tests.faults.crash"])
-    return made
+    fork_server()
+    return multiprocessing.get_context("forkserver")
