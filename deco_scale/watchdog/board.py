@@ -17,8 +17,9 @@ PHASES: tuple[Phase, ...] = ("start", "step", "slow")
 _BEAT = struct.Struct("@QqQ")  # beats so far, step, index of the phase
 _AWAKE = struct.Struct("@Q")  # how often the companion looked
 _CLOSING = struct.Struct("@Q")
+_UNSURE = struct.Struct("@Q")
 _ENDED = struct.Struct("@QqQ")  # whether, exit code, bytes of the reason
-_AT_BEAT, _AT_AWAKE, _AT_CLOSING, _AT_ENDED, _AT_REASON = 0, 64, 128, 192, 256
+_AT_BEAT, _AT_AWAKE, _AT_CLOSING, _AT_UNSURE, _AT_ENDED, _AT_REASON = 0, 64, 128, 192, 256, 320
 _SIZE = 16 * 1024
 
 
@@ -33,10 +34,11 @@ class Beat:
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """The trainer's word that it ends, with this exit code."""
+    """The trainer's word that it ends, with this exit code; ``unsure``: another rank may be the cause."""
 
     reason: str
     code: int
+    unsure: bool = False
 
 
 class Board:
@@ -81,7 +83,12 @@ class Board:
         said, code, length = _ENDED.unpack_from(self._page, _AT_ENDED)
         if not said:
             return None
-        return End(self._page[_AT_REASON : _AT_REASON + length].decode(errors="replace"), code)
+        reason = self._page[_AT_REASON : _AT_REASON + length].decode(errors="replace")
+        return End(reason, code, bool(_UNSURE.unpack_from(self._page, _AT_UNSURE)[0]))
+
+    def doubt(self) -> None:
+        """The trainer waits to hear whether another rank is the cause of its end."""
+        _UNSURE.pack_into(self._page, _AT_UNSURE, 1)
 
     def ask_to_leave(self) -> None:
         """The trainer waits for the companion's end."""

@@ -21,7 +21,7 @@ from deco_scale.watchdog.decision import NO_FAULT, STOPPED, Report
 from deco_scale.watchdog.hub import Hub
 from deco_scale.watchdog.link import Link
 from deco_scale.watchdog.orders import Member, Order
-from deco_scale.watchdog.record import Record, alert, say
+from deco_scale.watchdog.record import ALERT_S, Record, alert, say
 from deco_scale.watchdog.settings import WatchdogConfig
 from deco_scale.watchdog.trainer_process import Identity, TrainerProcess, innermost, kill
 
@@ -109,6 +109,7 @@ class Companion:
             gone=gone,
             code=None if ended is None else ended.code,
             reason="" if ended is None else ended.reason[:_REASON],
+            unsure=ended is not None and ended.unsure,
         )
 
     def _may_leave(self, link: Hub | Link, report: Report) -> bool:
@@ -142,9 +143,10 @@ class Companion:
             say(f"rank {self._me.rank}: process {self._me.trainer.pid} does not end (state {state})")
         for orphan in order.orphans:
             kill(orphan)
+        sending = alert(self._webhook_env, line) if line else None
         link.close(self.now(), linger_s=4.0)
-        if line:
-            alert(self._webhook_env, line)
+        if sending is not None:
+            sending.join(ALERT_S)
 
     def _dump(self, order: Order, report: Report) -> str:
         """Write the trainer's stacks; gives the innermost frames."""

@@ -7,9 +7,11 @@ can bring about those below it on other ranks:
 2. its process is stopped
 3. its companion is lost, and most often its node with it
 4. it makes no progress; of several, the one furthest behind
-5. it said that it ends with an error
+5. it said that it ends with an error of its own
+6. it said that it ends with an error that may come from another rank
 
-After the first sign nothing is decided for :data:`SETTLE_S`, so that the cause can arrive behind its effects. A
+After the first sign nothing is decided for :data:`SETTLE_S`, so that the cause can arrive behind its effects, and
+for :data:`GRACE_S` if there are only errors of the last kind: a process with much memory takes long to be gone. A
 rank that waits in a step for another one that is in a slow phase is not overdue.
 """
 
@@ -26,6 +28,8 @@ LEAST_SILENCE_S = 5.0
 """A companion may be silent for this long, however short the watchdog's time is."""
 NO_FAULT = (0, 75)
 """Exit codes of a run that is done, or was stopped and saved."""
+UNSURE = 6
+"""The last place in the order of causes."""
 STOPPED = "Tt"
 """States of a process that does not run: by a signal, or by a debugger."""
 
@@ -39,7 +43,7 @@ class Report:
 
     ``phase`` is the trainer's, or ``end`` once it has said that it ends with ``code``; ``silent_s`` counts from
     its last sign of progress; ``state`` is the letter of /proc, held for ``stopped_s`` if it is one of
-    :data:`STOPPED`; ``gone``: the process has ended.
+    :data:`STOPPED`; ``gone``: the process has ended. ``unsure``: another rank may be the cause of its end.
     """
 
     rank: int
@@ -51,6 +55,7 @@ class Report:
     gone: bool = False
     code: int | None = None
     reason: str = ""
+    unsure: bool = False
 
     def __post_init__(self) -> None:
         if self.phase not in _PHASES:
@@ -74,6 +79,7 @@ class Report:
             gone=bool(raw.get("gone")),
             code=None if code is None else int(code),
             reason=str(raw.get("reason", "")),
+            unsure=bool(raw.get("unsure")),
         )
 
 
@@ -169,11 +175,19 @@ class Decision:
             self._first = now if self._first is None else self._first
             if now - self._first < SETTLE_S:
                 return None
-            self._cause = min(signs + self._stopped(), key=lambda sign: sign[0])[1]
-        if self._cause.kind == "error" and (self.over or now - (self._first or 0) < GRACE_S):
+            order, cause = min(signs + self._stopped(), key=lambda sign: sign[0])
+            if order[0] == UNSURE and self._may_end(now):
+                return None
+            self._cause = cause
+        if self._cause.kind == "error" and (self.over or self._may_end(now)):
             return None
         self._given = True
         return self._cause
+
+    def _may_end(self, now: float) -> bool:
+        """Whether some rank has time left to end by itself after another's error."""
+        some = any(seen.present and seen.report.code is None for seen in self._ranks.values())
+        return some and now - (self._first or 0) < GRACE_S
 
     def _excuse(self, now: float) -> None:
         """Who is in a step may wait for those that are in a slow phase, no step ahead, and still in time."""
@@ -201,7 +215,8 @@ class Decision:
             report = seen.report
             if report.code is not None and report.code not in NO_FAULT:
                 how = f"ended with an error (exit code {report.code}): {report.reason}"
-                found.append(((5, seen.failed_at, rank), Verdict("error", rank, how, report.code)))
+                order = (UNSURE if report.unsure else 5, seen.failed_at, rank)
+                found.append((order, Verdict("error", rank, how, report.code)))
             elif report.gone and report.code is None:
                 how = f"is gone without a word (killed, or out of memory?) {place(report)}"
                 found.append(((1, seen.gone_at, rank), Verdict("lost", rank, how)))
@@ -213,8 +228,8 @@ class Decision:
                 how = f"is lost: nothing was heard of its companion for {now - seen.heard:.1f} s"
                 found.append(((3, 1, rank), Verdict("lost", rank, how)))
             elif self._overdue(seen) and now - report.silent_s <= self._first_failure() - SETTLE_S:
-                order = (4, report.step, -report.silent_s, rank)
-                found.append((order, Verdict("hang", rank, _hang(report))))
+                behind = (4, report.step, -report.silent_s, rank)
+                found.append((behind, Verdict("hang", rank, _hang(report))))
         return found
 
     def _first_failure(self) -> float:

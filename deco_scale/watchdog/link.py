@@ -5,7 +5,7 @@ import socket
 import time
 from dataclasses import asdict
 
-from deco_scale.watchdog.decision import LEAST_SILENCE_S, STOPPED, Decision, Report
+from deco_scale.watchdog.decision import LEAST_SILENCE_S, Decision, Report
 from deco_scale.watchdog.lines import LineSocket, Waiting
 from deco_scale.watchdog.orders import Member, Order
 from deco_scale.watchdog.settings import WatchdogConfig
@@ -92,12 +92,7 @@ class Link(Waiting):
     def _report(self, report: Report) -> None:
         """Now and then, and at once if something has changed that may matter."""
         last, mono = self._last, time.monotonic()
-        changed = last is None or (last.phase, last.state in STOPPED, last.gone, last.code) != (
-            report.phase,
-            report.state in STOPPED,
-            report.gone,
-            report.code,
-        )
+        changed = last is None or _matters(last) != _matters(report)
         if self._line is None or not (changed or mono - self._reported > min(1.0, self._cfg.timeout_s / 4)):
             return
         self._last, self._reported = report, mono
@@ -125,3 +120,8 @@ class Link(Waiting):
             time.sleep(0.02)
         self._line.close()
         self._line = None
+
+
+def _matters(report: Report) -> tuple[str, bool, bool, int | None, bool]:
+    """What is told at once."""
+    return report.phase, report.stopped, report.gone, report.code, report.unsure

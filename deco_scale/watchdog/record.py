@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deco_scale.watchdog.orders import Order
+from deco_scale.watching import alerts
 from deco_scale.watching.events import Event, append_event
-from deco_scale.watching import redact
+from deco_scale.watching.redact import scrub
 
 LOG = "log.txt"
 WRITE_S = 2.0
@@ -33,11 +34,6 @@ def within(seconds: float, work: Callable[[], None]) -> str | None:
     if not done.wait(seconds):
         return f"not done within {seconds:g} s"
     return failed[0] if failed else None
-
-
-def scrub(text: str) -> str:
-    """Without secrets. The working folder is none, though its variable's name looks like one's."""
-    return redact.scrub(text, {name: value for name, value in os.environ.items() if name != "PWD"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,16 +117,16 @@ def say(text: str) -> None:
     within(0.5, write)
 
 
-def alert(webhook_env: str | None, text: str) -> None:
-    """Post it to the webhook that the variable names."""
+def alert(webhook_env: str | None, text: str) -> threading.Thread | None:
+    """Post it to the webhook that the variable names, in a thread, which takes :data:`ALERT_S` at most."""
     if webhook_env is None:
-        return
+        return None
 
     def send() -> None:
-        from deco_scale.watching import alerts  # type: ignore[attr-defined]
+        problem = alerts.send(webhook_env, text, timeout_s=ALERT_S)
+        if problem is not None:
+            say(f"no alert was sent: {problem}")
 
-        alerts.send(webhook_env, text)
-
-    problem = within(ALERT_S, send)
-    if problem is not None:
-        say(f"no alert was sent: {problem}")
+    thread = threading.Thread(target=send, daemon=True)
+    thread.start()
+    return thread

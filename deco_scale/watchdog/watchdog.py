@@ -114,7 +114,8 @@ class Watchdog:
         self._said_end = True
 
     def wait_for_verdict(self, seconds: float) -> None:
-        """After an error without a name, which may come from a peer that is lost: time to be ended with it."""
+        """After :meth:`ended` with an error that may come from a peer that is lost: time to be ended with it."""
+        self._board.doubt()
         time.sleep(seconds)
 
     def close(self) -> None:
@@ -221,12 +222,12 @@ class Watchdog:
         looks, looked = self._board.looks, time.monotonic()
         while True:
             message = self._answer(1.0)
-            if self._closed or (message is None and self._said_end):
+            if message is not None and "exit" in message:
+                os._exit(int(message["exit"]))
+            if self._closed:
                 return
             if message is None:
                 self._leave("the companion is gone")
-            elif "exit" in message:
-                os._exit(int(message["exit"]))
             if self._board.looks != looks:
                 looks, looked = self._board.looks, time.monotonic()
             elif time.monotonic() - looked > max(_ASLEEP_S, self._cfg.timeout_s):

@@ -70,6 +70,7 @@ def main(rank: int, world_size: int, run_dir: Path, timeout_s: float, slow_timeo
         dog.beat(step, "step")
         time.sleep(STEP_S)
         if action == "peer" and broken.exists():
+            dog.ended("ConnectionError: closed by peer", 1)
             dog.wait_for_verdict(20)
         if step != 5:
             continue

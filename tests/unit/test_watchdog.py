@@ -1,0 +1,351 @@
+"""The watchdog's parts without processes: the decision in all orders of arrival, messages, the shared page."""
+
+import itertools
+import json
+import os
+import socket
+import threading
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deco_scale.watchdog.board import Beat, Board, End
+from deco_scale.watchdog.decision import GRACE_S, SETTLE_S, Decision, Report, Verdict
+from deco_scale.watchdog.lines import MAX_LINE, LineSocket
+from deco_scale.watchdog.orders import Member, Order
+from deco_scale.watchdog.settings import WatchdogConfig
+from deco_scale.watchdog.trainer_process import Identity, innermost
+
+CFG = WatchdogConfig(timeout_s=300.0, slow_timeout_s=3600.0)
+RANKS = 4
+START = 1000.0
+
+SIGNS: dict[str, dict[str, Any]] = {
+    "gone": {"gone": True},
+    "stopped": {"state": "T", "stopped_s": 301.0, "silent_s": 301.0},
+    "lost": {},
+    "behind": {"silent_s": 300.5, "step": 16},
+    "hang": {"silent_s": 301.0},
+    "error": {"code": 2, "reason": "no such file"},
+    "unsure": {"code": 1, "reason": "closed by peer", "unsure": True},
+}
+"""What can be wrong with a rank, the likelier cause first."""
+
+
+class Clockwork:
+    """A job whose ranks report every tenth of a second what they are set to."""
+
+    def __init__(self) -> None:
+        self.now = START
+        self.decision = Decision(range(RANKS), CFG, now=self.now)
+        self.ranks: dict[int, dict[str, Any]] = {rank: {"phase": "step", "step": 17} for rank in range(RANKS)}
+        self.silent: set[int] = set()
+
+    def set(self, rank: int, sign: str) -> None:
+        self.ranks[rank].update(SIGNS[sign])
+        if "code" in SIGNS[sign]:
+            self.ranks[rank]["phase"] = "end"
+        if sign == "lost":
+            self.silent.add(rank)
+            self.decision.lose(self.now, rank, "is lost")
+
+    def run(self, seconds: float) -> Verdict | None:
+        """The first verdict within this time."""
+        end = self.now + seconds
+        while self.now < end:
+            self.now += 0.1
+            for rank, fields in self.ranks.items():
+                if rank not in self.silent:
+                    self.decision.hear(self.now, Report(rank=rank, **fields))
+            found = self.decision.check(self.now)
+            if found is not None:
+                return found
+        return None
+
+
+@pytest.mark.parametrize("strong, weak", itertools.combinations(SIGNS, 2))
+@pytest.mark.parametrize("effect_first", [False, True])
+@pytest.mark.parametrize("cause, other", [(1, 2), (2, 1)])
+def test_the_likelier_cause_counts(strong: str, weak: str, effect_first: bool, cause: int, other: int) -> None:
+    job = Clockwork()
+    order = [(other, weak), (cause, strong)] if effect_first else [(cause, strong), (other, weak)]
+    for rank, sign in order:
+        job.set(rank, sign)
+        early = job.run(0.4)
+        assert early is None
+    verdict = job.run(SETTLE_S + GRACE_S)
+    assert verdict is not None and verdict.rank == cause
+    kinds = {"gone": "lost", "lost": "lost", "error": "error", "unsure": "error"}
+    assert verdict.kind == kinds.get(strong, "hang")
+    assert job.run(20) is None
+
+
+@given(st.permutations([(rank, sign) for rank, sign in enumerate(["gone", "stopped", "behind", "unsure"])]))
+def test_in_any_order_within_a_second(order: list[tuple[int, str]]) -> None:
+    job = Clockwork()
+    for rank, sign in order:
+        job.set(rank, sign)
+        assert job.run(0.2) is None
+    assert job.run(2).kind == "lost"
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, RANKS - 1), st.sampled_from([*SIGNS, "left"]), st.floats(0, 3)), max_size=6)
+)
+def test_at_most_one_verdict_and_it_has_a_ground(happenings: list[tuple[int, str, float]]) -> None:
+    job = Clockwork()
+    verdicts = []
+    for rank, sign, seconds in happenings:
+        if sign == "left":
+            job.silent.add(rank)
+            job.decision.leave(rank)
+        else:
+            job.set(rank, sign)
+        verdicts.append(job.run(seconds))
+    verdicts.append(job.run(30))
+    given_ = [verdict for verdict in verdicts if verdict is not None]
+    assert len(given_) <= 1
+    for verdict in given_:
+        assert verdict.rank in {rank for rank, sign, _ in happenings if sign != "left"}
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(0, RANKS - 1), st.sampled_from([None, 0, 75]), st.booleans()), max_size=12))
+def test_ends_in_order_are_no_fault(happenings: list[tuple[int, int | None, bool]]) -> None:
+    """Ranks work, say that they are done or saved, go, and their companions leave or are cut off."""
+    job = Clockwork()
+    for rank, code, gone in happenings:
+        if rank in job.silent:
+            continue
+        job.ranks[rank].update(silent_s=299.0)
+        if code is not None:
+            job.ranks[rank].update(code=code, phase="end", gone=gone)
+        assert job.run(0.3) is None
+        if code is not None and gone:
+            job.silent.add(rank)
+            job.decision.lose(job.now, rank, "is lost")
+    assert job.run(10) is None
+
+
+def test_a_hang_that_ends_in_time_is_withdrawn() -> None:
+    job = Clockwork()
+    job.set(1, "hang")
+    assert job.run(0.8) is None
+    job.ranks[1]["silent_s"] = 0.1
+    assert job.run(5) is None
+    job.set(1, "hang")
+    began = job.now
+    assert job.run(5).rank == 1 and job.now - began >= SETTLE_S
+
+
+def test_waiting_for_a_slow_rank_is_no_hang() -> None:
+    """Rank 0 writes pictures at step 17; the others wait for it in step 18, and have their time again after it."""
+    job = Clockwork()
+    job.ranks[0].update(phase="slow", silent_s=3000.0)
+    for rank in (1, 2, 3):
+        job.ranks[rank].update(step=18, silent_s=2900.0)
+    assert job.run(10) is None
+    job.ranks[0].update(phase="step", step=18, silent_s=0.0)
+    assert job.run(290) is None
+    assert job.run(20).rank in (1, 2, 3)
+
+
+def test_a_slow_rank_ahead_excuses_nobody() -> None:
+    job = Clockwork()
+    job.ranks[0].update(phase="slow", step=18, silent_s=100.0)
+    job.set(1, "hang")
+    assert job.run(5).rank == 1
+
+
+@pytest.mark.parametrize("phase", ["start", "slow"])
+def test_slow_work_has_its_own_time(phase: str) -> None:
+    job = Clockwork()
+    job.ranks[2].update(phase=phase, silent_s=3599.0)
+    assert job.run(3) is None
+    job.ranks[2].update(silent_s=3601.0)
+    assert job.run(3) is not None
+    stopped = Clockwork()
+    stopped.ranks[2].update(phase=phase, silent_s=400.0, stopped_s=301.0, state="T")
+    assert "stopped (state T)" in stopped.run(3).how
+
+
+def test_a_rank_that_does_not_go_after_its_word() -> None:
+    job = Clockwork()
+    job.ranks[3].update(phase="end", code=0, silent_s=301.0)
+    verdict = job.run(3)
+    assert (verdict.kind, verdict.rank) == ("hang", 3)
+    others = Clockwork()
+    others.ranks[0].update(phase="end", code=75, gone=True)
+    others.set(2, "hang")
+    assert others.run(3).rank == 2
+
+
+def test_a_silent_companion_is_lost() -> None:
+    job = Clockwork()
+    job.silent.add(2)
+    assert job.run(299) is None
+    verdict = job.run(5)
+    assert (verdict.kind, verdict.rank) == ("lost", 2)
+
+
+def test_after_an_error_the_others_have_time_to_end() -> None:
+    job = Clockwork()
+    job.set(1, "error")
+    assert job.run(GRACE_S - 0.2) is None
+    verdict = job.run(0.5)
+    assert (verdict.kind, verdict.rank, verdict.code) == ("error", 1, 2)
+    alone = Clockwork()
+    alone.set(1, "error")
+    assert alone.run(2) is None
+    for fields in alone.ranks.values():
+        fields.update(phase="end", code=1, gone=True)
+    assert alone.run(20) is None and alone.decision.over
+    # Nobody is left to wait for once all have said their end.
+    every = Clockwork()
+    for rank in range(RANKS):
+        every.set(rank, "unsure")
+    assert every.run(2).kind == "error"
+
+
+def test_a_late_loss_is_the_cause_of_doubtful_errors_only() -> None:
+    """A process with much memory is gone seconds after its connections; an abort after an error is its effect."""
+    doubtful = Clockwork()
+    doubtful.set(1, "unsure")
+    assert doubtful.run(3) is None
+    doubtful.set(2, "gone")
+    assert doubtful.run(3).rank == 2
+    named = Clockwork()
+    named.set(1, "error")
+    assert named.run(3) is None
+    named.set(2, "gone")
+    assert named.run(3).rank == 1
+
+
+def test_who_fell_silent_with_an_error_waits_for_it() -> None:
+    job = Clockwork()
+    job.set(1, "error")
+    for step in range(60):
+        for rank in (0, 2, 3):
+            job.ranks[rank]["silent_s"] = 299.5 + step / 10
+        verdict = job.run(0.1)
+        if verdict is not None:
+            break
+    assert verdict.rank in (0, 2, 3)  # silent for long before
+    short = Clockwork()
+    short.decision = Decision(range(RANKS), WatchdogConfig(timeout_s=1.0), now=short.now)
+    short.set(1, "error")
+    for step in range(80):
+        for rank in (0, 2, 3):
+            short.ranks[rank]["silent_s"] = step / 10
+        verdict = short.run(0.1)
+        if verdict is not None:
+            break
+    assert (verdict.kind, verdict.rank) == ("error", 1)
+
+
+@given(st.integers(0, 2**40), st.sampled_from(["start", "step", "slow"]), st.text(), st.integers(-(2**31), 2**31))
+def test_the_page_carries_what_is_said(step: int, phase: Any, reason: str, code: int) -> None:
+    trainer = Board.create()
+    companion = Board(os.dup(trainer.descriptor))
+    try:
+        assert companion.last_beat() == Beat(0, 0, "start") and companion.ended() is None
+        trainer.beat(step, phase)
+        trainer.beat(step, phase)
+        assert companion.last_beat() == Beat(2, step, phase) and not companion.leaving
+        trainer.end(reason, code)
+        trainer.end("too late", 7)
+        shown = reason.encode(errors="replace").decode(errors="replace")
+        assert companion.ended() == End(shown, code, False)
+        trainer.doubt()
+        trainer.ask_to_leave()
+        assert companion.ended().unsure and companion.leaving
+        companion.look()
+        assert trainer.looks == 1
+    finally:
+        os.close(trainer.descriptor)
+        os.close(companion.descriptor)
+
+
+def test_a_long_reason_is_cut() -> None:
+    board = Board.create()
+    board.end("\N{SNOWMAN}" * 100_000, 1)
+    assert 1000 < len(board.ended().reason) < 20_000
+    os.close(board.descriptor)
+
+
+def pair() -> tuple[LineSocket, socket.socket]:
+    server = socket.create_server(("127.0.0.1", 0))
+    other = socket.create_connection(server.getsockname())
+    mine, _ = server.accept()
+    server.close()
+    other.settimeout(2)
+    return LineSocket(mine), other
+
+
+@pytest.mark.parametrize(
+    "data", [b"x" * (MAX_LINE + 1), b"[1]\n", b"\xff\n", b"{" * 60_000 + b"\n", b"\n", b"1" * 9000 + b"\n"]
+)
+def test_what_is_no_message_closes_the_connection(data: bytes) -> None:
+    line, other = pair()
+    sender = threading.Thread(target=other.sendall, args=(b'{"first": 1}\n' + data,))
+    sender.start()
+    sender.join()
+    found: list[Any] = []
+    for _ in range(200):
+        found += line.receive()
+        if line.closed:
+            break
+    assert line.closed and found == [{"first": 1}]
+    line.close()
+    other.close()
+
+
+def test_a_reader_that_does_not_read_holds_up_nobody() -> None:
+    line, other = pair()
+    for _ in range(1000):
+        line.send({"text": "x" * 60_000})
+        if line.closed:
+            break
+    assert line.closed
+    line.close()
+    other.close()
+
+
+@settings(deadline=None)
+@given(
+    st.dictionaries(
+        st.text(), st.one_of(st.none(), st.integers(), st.text(), st.floats(), st.lists(st.integers()))
+    )
+)
+def test_reports_and_orders_of_any_form_are_refused_in_one_way(raw: dict[str, Any]) -> None:
+    for parse in (lambda: Report.parse(1, raw), lambda: Order.parse(raw), lambda: Member.parse(raw)):
+        with pytest.raises((KeyError, TypeError, ValueError, OverflowError)):
+            parse()
+
+
+def test_reports_and_orders_survive_the_way() -> None:
+    report = Report(
+        rank=3, phase="slow", step=9, silent_s=1.5, state="D", stopped_s=0.0, code=75, reason="x" * 2000
+    )
+    assert Report.parse(3, json.loads(json.dumps(asdict(report)))) == report
+    me = Identity.of(os.getpid())
+    member = Member(3, "node", me, me)
+    assert Member.parse(json.loads(json.dumps(member.message()))) == member and me.here
+    worst = Order.of(Verdict("lost", 3, "\N{GRINNING FACE}" * 9000), member, report, [member] * 500)
+    line = json.dumps({"order": worst.message()})
+    assert len(line) < MAX_LINE
+    assert Order.parse(json.loads(line)["order"]).orphans == worst.orphans
+
+
+def test_the_main_thread_is_shown() -> None:
+    dump = (
+        'Current thread 0x01 (most recent call first):\n  File "/a/poll.py", line 3 in waits\n\n'
+        'Thread 0x02 (most recent call first):\n  File "/b/c.py", line 5 in inner\n'
+        '  File "/b/d.py", line 7 in <module>\n'
+    )
+    assert innermost(dump) == "inner (c.py:5) < <module> (d.py:7)"
+    assert innermost("no stacks") == ""
