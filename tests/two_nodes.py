@@ -1,4 +1,4 @@
-"""Two "nodes" on one machine: two network namespaces joined by a virtual cable, one training job over both.
+"""Two "nodes" on one machine: two network namespaces on a virtual switch, one training job over both.
 
     sudo python tests/two_nodes.py
 
@@ -8,12 +8,9 @@ plainly and exits 3 where it has not. Exits 1 where a trace differs.
 """
 
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
@@ -23,39 +20,14 @@ sys.path.insert(0, str(ROOT))
 
 from tests.assets import make_shards, make_text_encoder, tiny_config  # noqa: E402
 from tests.distributed.harness import trace, worst_difference  # noqa: E402
+from tests.namespaces import INTERFACE, Nodes, why_not  # noqa: E402
 
-NODES = {"deco-node0": ("deco-veth0", "192.0.2.1"), "deco-node1": ("deco-veth1", "192.0.2.2")}
-"""Addresses of TEST-NET-1, which belong to nobody."""
 NOT_PERMITTED = 3
 TOLERANCE = 1e-5
 TIMEOUT_S = 300
 
 
-def ip(*arguments: str) -> None:
-    subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
-
-
-@contextmanager
-def two_nodes() -> Iterator[None]:
-    """Two namespaces that see each other and nothing else."""
-    try:
-        for name in NODES:
-            ip("netns", "add", name)
-        (veth0, _), (veth1, _) = NODES.values()
-        ip("link", "add", veth0, "type", "veth", "peer", "name", veth1)
-        for name, (veth, address) in NODES.items():
-            ip("link", "set", veth, "netns", name)
-            ip("-n", name, "addr", "add", f"{address}/24", "dev", veth)
-            ip("-n", name, "link", "set", veth, "up")
-            ip("-n", name, "link", "set", "lo", "up")
-        yield
-    finally:
-        for name in NODES:
-            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
-
-
-def command(launcher: str, node: int, config: Path, hostfile: Path, engine: str) -> list[str]:
-    master = NODES["deco-node0"][1]
+def command(launcher: str, node: int, master: str, config: Path, hostfile: Path, engine: str) -> list[str]:
     binary = str(Path(sys.executable).with_name(launcher))
     train = [str(ROOT / "launcher" / "train.py"), "--config", str(config), f"parallel.engine={engine}"]
     if launcher == "torchrun":
@@ -65,18 +37,18 @@ def command(launcher: str, node: int, config: Path, hostfile: Path, engine: str)
     return [binary, *place, "--master_addr", master, "--master_port", "29701", *train]
 
 
-def train_on_both(launcher: str, config: Path, hostfile: Path, engine: str) -> None:
+def train_on_both(nodes: Nodes, launcher: str, config: Path, hostfile: Path, engine: str) -> None:
     """Start one launcher in each namespace and wait for both."""
     started = []
-    for number, (name, (veth, _)) in enumerate(NODES.items()):
+    for number in range(2):
         environment = {
             **os.environ,
             "PYTHONPATH": str(ROOT),
             "OMP_NUM_THREADS": "1",
-            "GLOO_SOCKET_IFNAME": veth,
-            "TP_SOCKET_IFNAME": veth,
+            "GLOO_SOCKET_IFNAME": INTERFACE,
+            "TP_SOCKET_IFNAME": INTERFACE,
         }
-        inside = ["ip", "netns", "exec", name, *command(launcher, number, config, hostfile, engine)]
+        inside = nodes.inside(number, command(launcher, number, nodes.addresses[0], config, hostfile, engine))
         started.append(
             subprocess.Popen(inside, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         )
@@ -87,20 +59,16 @@ def train_on_both(launcher: str, config: Path, hostfile: Path, engine: str) -> N
 
 
 def main() -> int:
-    if shutil.which("ip") is None:
-        print("not run: iproute2 (the command ip) is not installed")
+    refused = why_not()
+    if refused is not None:
+        print(f"not run: {refused}")
         return NOT_PERMITTED
-    probe = subprocess.run(["ip", "netns", "add", "deco-probe"], capture_output=True, text=True, check=False)
-    if probe.returncode:
-        print(f"not run: network namespaces are not permitted here ({probe.stderr.strip()})")
-        return NOT_PERMITTED
-    ip("netns", "del", "deco-probe")
     failed = 0
-    with tempfile.TemporaryDirectory() as scratch, two_nodes():
+    with tempfile.TemporaryDirectory() as scratch, Nodes(2) as nodes:
         folder = Path(scratch)
         shards, encoder = make_shards(folder / "data"), make_text_encoder(folder / "encoder")
         hostfile = folder / "hostfile"
-        hostfile.write_text("".join(f"{address} slots=1\n" for _, address in NODES.values()))
+        hostfile.write_text("".join(f"{address} slots=1\n" for address in nodes.addresses))
 
         def write(name: str) -> Path:
             path = folder / f"{name}.yaml"
@@ -110,7 +78,7 @@ def main() -> int:
         alone = [sys.executable, str(ROOT / "launcher" / "train.py"), "--config", str(write("one"))]
         subprocess.run(alone, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, capture_output=True)
         for launcher, engine in (("torchrun", "fsdp"), ("deepspeed", "deepspeed")):
-            train_on_both(launcher, write(launcher), hostfile, engine)
+            train_on_both(nodes, launcher, write(launcher), hostfile, engine)
             found = trace(folder / launcher)
             worst = worst_difference(found, trace(folder / "one"))
             good = len(found) == 12 and worst < TOLERANCE

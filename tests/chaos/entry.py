@@ -1,0 +1,84 @@
+"""What the chaos test starts in place of ``launcher/train.py``: the same program, watched and poisoned.
+
+It runs launcher/train.py as ``python launcher/train.py`` does, after two changes to what it puts together. Each
+step that is done adds a line to ``samples_rank_K.jsonl`` in the folder CHAOS_SAMPLES: attempt, step, the numbers
+of the samples and a checksum of each one's picture and caption. At the steps of CHAOS_NAN (a JSON object of step:
+rank) that rank's part of the gradient becomes NaN before the update.
+"""
+
+import dataclasses
+import json
+import os
+import runpy
+import sys
+import zlib
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+
+class Recorded:
+    """The inputs' preparation, noting which samples it was given since the last step."""
+
+    def __init__(self, prepare: Any) -> None:
+        self._prepare = prepare
+        self.numbers: list[int] = []
+        self.sums: list[int] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._prepare, name)
+
+    def __call__(self, batch: Any, *more: Any, **named: Any) -> Any:
+        self.numbers += [int(number) for number in batch.numbers]
+        pictures = [zlib.crc32(bytes(memoryview(picture).cast("B"))) for picture in batch.images]
+        self.sums += [zlib.crc32(c.encode(), s) for c, s in zip(batch.captions, pictures, strict=True)]
+        return self._prepare(batch, *more, **named)
+
+    def take(self) -> dict[str, list[int]]:
+        taken = {"numbers": self.numbers, "sums": self.sums}
+        self.numbers, self.sums = [], []
+        return taken
+
+
+def watched(loop: Any) -> Any:
+    """The loop with its steps recorded and its gradients poisoned as the environment says."""
+    rank = int(os.environ["RANK"])
+    folder = Path(os.environ["CHAOS_SAMPLES"])
+    file = os.open(folder / f"samples_rank_{rank}.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    poisoned = {int(step) for step, victim in json.loads(os.environ["CHAOS_NAN"]).items() if victim == rank}
+    recorded, after_step, update = Recorded(loop.prepare), loop.after_step, loop.engine.update
+    batch = loop.stages[0].cfg.global_batch
+
+    def note(step: int) -> None:
+        line = {"attempt": int(os.environ["CHAOS_ATTEMPT"]), "step": step, **recorded.take()}
+        os.write(file, json.dumps(line).encode() + b"\n")
+        after_step(step)
+
+    def poison(*arguments: Any, **named: Any) -> Any:
+        # All stages have the same global batch; the first sample's number tells the step.
+        if recorded.numbers[0] // batch + 1 in poisoned:
+            for parameter in loop.engine._parameters.values():
+                if parameter.grad is not None:
+                    parameter.grad.to_local().fill_(float("nan"))
+        return update(*arguments, **named)
+
+    loop.engine.update = poison
+    return dataclasses.replace(loop, prepare=recorded, after_step=note)
+
+
+def main() -> None:
+    import launcher.assemble
+
+    assemble = launcher.assemble.assemble
+
+    def assembled(*arguments: Any, **named: Any) -> Any:
+        return watched(assemble(*arguments, **named))
+
+    launcher.assemble.assemble = assembled
+    runpy.run_path(str(ROOT / "launcher" / "train.py"), run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""What a run writes, seen as it is written: every line with the moment at which it came."""
+
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from deco_scale.watching.follow import JsonLines
+
+POLL_S = 0.02
+NO_PROGRESS = ("start", "end", "hang", "lost_rank", "corruption")
+
+
+class Watch:
+    """Follows ``metrics.jsonl`` and ``events.jsonl`` of a run in a thread; lists only grow."""
+
+    def __init__(self, run: Path) -> None:
+        self._files = [("metrics", JsonLines(run / "metrics.jsonl")), ("event", JsonLines(run / "events.jsonl"))]
+        self.lines: list[tuple[float, str, dict[str, Any]]] = []
+        """When it came (monotonic), "metrics" or the event's kind, and what it says."""
+        self.done = 0
+        """The highest step that was logged."""
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+
+    def __enter__(self) -> "Watch":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._read()
+
+    def events(self, kind: str, *, since: float = 0.0) -> list[tuple[float, dict[str, Any]]]:
+        return [(at, entry) for at, name, entry in self.lines if name == kind and at >= since]
+
+    def down_s(self) -> float:
+        """Seconds from the last line that shows progress before each start but the first, to that start."""
+        total, last = 0.0, None
+        for at, kind, _ in self.lines:
+            if kind == "start":
+                total += at - last if last is not None else 0.0
+            if kind == "start" or kind not in NO_PROGRESS:
+                last = at
+        return total
+
+    def up_s(self) -> float:
+        """Seconds from the end of each attempt's first step to its last line that shows progress."""
+        total, first, last = 0.0, None, 0.0
+        for at, kind, _ in [*self.lines, (0.0, "start", {})]:
+            if kind == "start":
+                total += last - first if first is not None else 0.0
+                first = None
+            elif kind not in NO_PROGRESS:
+                first, last = (at if first is None else first), at
+        return total
+
+    def _run(self) -> None:
+        while not self._stop.wait(POLL_S):
+            self._read()
+
+    def _read(self) -> None:
+        for name, file in self._files:
+            for entry in file.read():
+                if name == "event":
+                    self.lines.append((time.monotonic(), entry["kind"], entry))
+                elif "loss" in entry:
+                    self.lines.append((time.monotonic(), "metrics", entry))
+                    self.done = max(self.done, entry["step"])
