@@ -2,10 +2,12 @@
 
     python -m tests.faults.watched RANK WORLD_SIZE RUN_DIR TIMEOUT_S SLOW_TIMEOUT_S ACTION
 
-A ``peer`` takes the file ``broken`` beside the run for a broken connection.
+Training is done once the file ``enough`` stands beside the run; a ``peer`` takes the file ``broken`` for a broken
+connection.
 """
 
 import ctypes
+import itertools
 import json
 import os
 import signal
@@ -19,8 +21,6 @@ from deco_scale.errors import RunError
 from deco_scale.watchdog.settings import WatchdogConfig
 from deco_scale.watchdog.watchdog import Watchdog
 
-STEPS = 20
-ENDLESS = 100_000
 STEP_S = 0.05
 
 
@@ -63,15 +63,16 @@ def main(rank: int, world_size: int, run_dir: Path, timeout_s: float, slow_timeo
         print(error, file=sys.stderr, flush=True)
         return 1
     (run_dir.parent / f"ready_{rank}").touch()
-    broken = run_dir.parent / "broken"
-    steps = STEPS if action in ("", "stop", "slow", "late") else ENDLESS
+    broken, enough = run_dir.parent / "broken", run_dir.parent / "enough"
     code, reason = 0, "done"
-    for step in range(1, steps):
+    for step in itertools.count(1):
         dog.beat(step, "step")
         time.sleep(STEP_S)
         if action == "peer" and broken.exists():
             dog.ended("ConnectionError: closed by peer", 1)
             dog.wait_for_verdict(20)
+        if enough.exists() and step > 5:
+            break
         if step != 5:
             continue
         if action == "slow":
@@ -101,6 +102,9 @@ def main(rank: int, world_size: int, run_dir: Path, timeout_s: float, slow_timeo
 
 
 if __name__ == "__main__":
+    # Some launchers leave signals blocked or ignored.
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])
     words = sys.argv[1:]
     code = main(int(words[0]), int(words[1]), Path(words[2]), float(words[3]), float(words[4]), words[5])
     sys.stderr.flush()
