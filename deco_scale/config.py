@@ -10,7 +10,7 @@ import json
 import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -38,6 +38,7 @@ from deco_scale.training.settings import (
     WandbConfig,
 )
 from deco_scale.watchdog.settings import WatchdogConfig
+from deco_scale.watching.redact import REMOVED, looks_secret, redacted, scrub, telling
 from deco_scale.watching.settings import MonitorConfig
 
 
@@ -159,18 +160,33 @@ _Loader.add_implicit_resolver(
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read ``path``, apply ``key.path=value`` overrides, check everything. Raises :class:`ConfigError`."""
+    """Read ``path``, apply ``key.path=value`` overrides, check everything. Raises :class:`ConfigError`.
+
+    Values that look like secrets are refused: the configuration is written to files, pages and wandb. No error
+    repeats one.
+    """
+    shown = scrub(str(path))
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"config file {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"config file {path} is not UTF-8 text") from error
-    raw = _parse_yaml(text, f"config file {path}")
+        raise ConfigError(f"config file {shown}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"config file {shown} is not UTF-8 text") from None
+    raw = _parse_yaml(text, f"config file {shown}")
     if not isinstance(raw, dict):
-        raise ConfigError(f"config file {path} must be a mapping of sections")
+        raise ConfigError(f"config file {shown} must be a mapping of sections")
     for override in overrides:
         _apply_override(raw, override)
+    found = list(dict.fromkeys(_secret_keys(raw)))
+    if found:
+        raise ConfigError(
+            "\n".join(
+                f"{shown}: {scrub(key)} looks like a secret, and a configuration is written in plain text; leave "
+                "it out: the AWS variables or AWS_PROFILE, WANDB_API_KEY, HF_TOKEN and the variable that "
+                "monitor.webhook_env names are read from the environment"
+                for key in found
+            )
+        )
     return build_config(raw, source=str(path))
 
 
@@ -179,12 +195,28 @@ def build_config(raw: dict[str, Any], *, source: str) -> RunConfig:
     try:
         encoded = json.dumps(raw, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"{source}: numbers must be finite, not nan or inf ({error})") from error
+        raise ConfigError(scrub(f"{source}: numbers must be finite, not nan or inf ({error})")) from None
     try:
         return TypeAdapter(RunConfig).validate_json(encoded)
     except ValidationError as error:
         problems = [_explain(e) for e in error.errors(include_url=False)]
-        raise ConfigError("\n".join(f"{source}: {problem}" for problem in problems)) from None
+        raise ConfigError("\n".join(scrub(f"{source}: {problem}") for problem in problems)) from None
+
+
+def _secret_keys(value: Any, key: str = "", *, named: bool = False) -> Iterator[str]:
+    """Dotted keys of texts that look like secrets, by the name of any key above them or by themselves."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            below = f"{key}.{name}" if key else str(name)
+            if looks_secret("", str(name)):
+                yield f"a key of {key or 'the configuration'}"
+            else:
+                yield from _secret_keys(item, below, named=named or telling(str(name)))
+    elif isinstance(value, list):
+        for position, item in enumerate(value):
+            yield from _secret_keys(item, f"{key}.{position}", named=named)
+    elif isinstance(value, str) and value and (named or looks_secret("", value)):
+        yield key
 
 
 def dump_config(cfg: RunConfig) -> str:
@@ -194,21 +226,36 @@ def dump_config(cfg: RunConfig) -> str:
 
 
 def _parse_yaml(text: str, where: str) -> Any:
+    """``where`` is shown as it is."""
     try:
         return yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        # Its own text quotes the line, cut off at a width: half a secret is not known for one.
+        mark = error.problem_mark or error.context_mark
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
+        said = " ".join(scrub(part) for part in (error.context, error.problem) if part)
+        raise ConfigError(f"{where} is not valid YAML: {' '.join(said.split())}{place}") from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{where} is not valid YAML: {' '.join(scrub(str(error)).split())}") from None
+
+
+def _shown(override: str) -> str:
+    """An override as an error may quote it."""
+    key, separator, text = override.partition("=")
+    if looks_secret(key, text):
+        text = REMOVED
+    return repr(scrub(f"{key}{separator}{text}"))
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
-        raise ConfigError(f"override {override!r} must look like key.path=value")
+        raise ConfigError(f"override {_shown(override)} must look like key.path=value")
     *parents, last = key.split(".")
     node: Any = raw
     for depth, part in enumerate(parents):
         node = _step_into(node, part, ".".join(parents[: depth + 1]), override)
-    value = _parse_yaml(text, f"override {override!r}")
+    value = _parse_yaml(text, f"override {_shown(override)}")
     if isinstance(node, list):
         node[_list_index(node, last, override)] = value
     else:
@@ -221,7 +268,7 @@ def _step_into(node: Any, part: str, where: str, override: str) -> Any:
     if node.get(part) is None:
         node[part] = {}
     if not isinstance(node[part], dict | list):
-        raise ConfigError(f"override {override!r}: {where} is a value, not a section")
+        raise ConfigError(f"override {_shown(override)}: {scrub(where)} is a value, not a section")
     return node[part]
 
 
@@ -233,7 +280,7 @@ def _list_index(node: list[Any], part: str, override: str) -> int:
     if part.isdigit() and int(part) < len(node):
         return int(part)
     allowed = [n for n in names if n] or list(range(len(node)))
-    raise ConfigError(f"override {override!r}: no entry {part!r}; possible: {allowed}")
+    raise ConfigError(scrub(f"override {_shown(override)}: no entry {part!r}; possible: {allowed}"))
 
 
 def _explain(error: Any) -> str:
@@ -250,7 +297,8 @@ def _explain(error: Any) -> str:
     message = error["msg"].removeprefix("Value error, ")
     if kind == "value_error":
         return f"{key}: {message}" if error["loc"] else message
-    return f"{key}={value!r} is not allowed: {message[0].lower()}{message[1:]}"
+    shown = REMOVED if isinstance(value, str) and any(telling(part) for part in location) else redacted(value)
+    return f"{key}={shown!r} is not allowed: {message[0].lower()}{message[1:]}"
 
 
 def _known_keys(location: Sequence[str | int]) -> list[str]:

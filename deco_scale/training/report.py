@@ -1,25 +1,38 @@
-"""What a person sees of a run: a progress line, plain lines, ``metrics.jsonl``, wandb, curves as a PNG."""
+"""What is seen of a run: a progress line, plain lines, ``metrics.jsonl``, wandb, Prometheus, alerts, curves.
+
+Everything that is written or shown here has been scrubbed of secrets.
+"""
 
 import json
-import os
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from deco_scale.errors import RunError
 from deco_scale.training.settings import WandbConfig
+from deco_scale.training.tracking import Tracking
 from deco_scale.watching.accounting import CLASSES
+from deco_scale.watching.alerts import Alerts
 from deco_scale.watching.events import EVENTS, Event, append_event
 from deco_scale.watching.folder import RunFolder
 from deco_scale.watching.follow import JsonLines
+from deco_scale.watching.prometheus import Metrics
+from deco_scale.watching.redact import redacted, scrub
+from deco_scale.watching.settings import MonitorConfig
 
 METRICS, LOG, CURVES = "metrics.jsonl", "log.txt", "curves.png"
 
 
 class Reporter:
-    """Writes on rank 0 and is silent elsewhere."""
+    """Writes on rank 0 and is silent elsewhere.
+
+    wandb, Prometheus and alerts that do not work are told of and do not stop training; :func:`alerts.check
+    <deco_scale.watching.alerts.check>` finds a wrong ``monitor`` before.
+    """
 
     def __init__(
         self,
@@ -29,17 +42,23 @@ class Reporter:
         total_steps: int,
         wandb: WandbConfig,
         config: dict[str, Any],
+        monitor: MonitorConfig | None = None,
         console: Console | None = None,
     ) -> None:
         self._folder, self._active, self._total = folder, active, total_steps
         self._console = console or Console()
+        self._step: int | None = None
         self._progress: Progress | None = None
         self._task: Any = None
-        self._wandb: Any = None
+        self._tracking: Tracking | None = None
+        self._metrics_server: Metrics | None = None
+        self._alerts: Alerts | None = None
+        self._open = ExitStack()
         if not active:
             return
-        self._log = (folder / LOG).open("a", encoding="utf-8")
-        self._metrics = (folder / METRICS).open("a", encoding="utf-8")
+        self._log = self._open.enter_context((folder / LOG).open("a", encoding="utf-8"))
+        self._metrics = self._open.enter_context((folder / METRICS).open("a", encoding="utf-8"))
+        self._start_monitor(monitor or MonitorConfig())
         if self._console.is_terminal:
             self._progress = Progress(
                 TextColumn("step {task.completed}/{task.total}"),
@@ -51,12 +70,30 @@ class Reporter:
             self._progress.start()
             self._task = self._progress.add_task("", total=total_steps, shown="")
         if wandb.mode != "disabled":
-            self._wandb = _start_wandb(folder, wandb, config)
+            self._tracking = Tracking(folder, wandb, redacted(config), self.say)
+            self._open.callback(self._tracking.close)
+        if self._progress is not None:
+            self._open.callback(self._progress.stop)
+
+    def _start_monitor(self, cfg: MonitorConfig) -> None:
+        if cfg.webhook_env is not None:
+            self._alerts = Alerts(cfg.webhook_env, run=self._folder.resolve().name)
+            self._open.callback(self._close_alerts, self._alerts)
+        if cfg.prometheus_port is None:
+            return
+        host, port = cfg.prometheus_host, cfg.prometheus_port
+        try:
+            self._metrics_server = Metrics(host=host, port=port, total_steps=self._total)
+        except RunError as error:
+            self.say(f"WARNING: {error}; training goes on without them")
+            return
+        self._open.callback(self._metrics_server.close)
+        self.say(f"Prometheus metrics: http://{host}:{port}/metrics")
 
     def say(self, message: str) -> None:
         """One plain line, on the console and in ``log.txt``."""
         if self._active:
-            line = f"{time.strftime('%H:%M:%S')} {message}"
+            line = f"{time.strftime('%H:%M:%S')} {scrub(message)}"
             self._console.print(line, highlight=False, markup=False, soft_wrap=True)
             self._log.write(line + "\n")
             self._log.flush()
@@ -70,15 +107,23 @@ class Reporter:
 
     def event(self, kind: str, **fields: Any) -> None:
         """One line of ``events.jsonl``; see :mod:`deco_scale.watching.events` for the kinds."""
-        if self._active:
-            append_event(self._folder, Event(time.time(), kind, fields))
+        if not self._active:
+            return
+        event = Event(time.time(), kind, redacted(fields))
+        # First what needs no disk: a full one is worth an alert.
+        if self._alerts is not None:
+            self._alerts.event(event, self._step)
+            self._tell_trouble(self._alerts)
+        if self._metrics_server is not None:
+            self._metrics_server.event(event)
+        append_event(self._folder, event)
 
     def metrics(self, values: dict[str, Any]) -> None:
         """One logged step."""
         if not self._active:
             return
-        self._metrics.write(json.dumps(values) + "\n")
-        self._metrics.flush()
+        self._step = values["step"]
+        values = self._write(values)
         remaining = (self._total - values["step"]) * values["step_s"]
         parts = " ".join(
             f"{name.removeprefix('loss_')} {values[name]:.4f}"
@@ -95,44 +140,56 @@ class Reporter:
             self._log.flush()
         else:
             self.say(f"step {values['step']}/{self._total} {shown} | ETA {_duration(remaining)}")
-        if self._wandb is not None:
-            numbers = {k: v for k, v in values.items() if isinstance(v, int | float)}
-            self._wandb.log(numbers, step=values["step"])
+        if self._tracking is not None:
+            self._tracking.log(values["step"], {k: v for k, v in values.items() if isinstance(v, int | float)})
+        if self._alerts is not None:
+            self._tell_trouble(self._alerts)
 
     def evaluation(self, step: int, scores: dict[str, float]) -> None:
         """Scores of an evaluation, as a line of its own with names that begin with ``eval.``."""
         if not self._active or not scores:
             return
         named = {f"eval.{name}": value for name, value in scores.items()}
-        self._metrics.write(json.dumps({"step": step, **named}) + "\n")
-        self._metrics.flush()
+        self._write({"step": step, **named})
         self.say(f"step {step} evaluation: " + ", ".join(f"{n} {v:.4f}" for n, v in scores.items()))
-        if self._wandb is not None:
-            self._wandb.log(named, step=step)
+        if self._tracking is not None:
+            self._tracking.log(step, named)
 
     def picture(self, name: str, path: Path, step: int) -> None:
         """Tell of a picture that was written."""
         self.say(f"{name}: {path}")
-        if self._active and self._wandb is not None:
-            import wandb
-
-            self._wandb.log({name: wandb.Image(str(path))}, step=step)
+        if self._tracking is not None:
+            self._tracking.picture(step, name, path)
 
     def close(self) -> None:
         """Draw the curves and end what runs."""
         if not self._active:
             return
-        if self._progress is not None:
-            self._progress.stop()
-        self._goodput()
-        entries = read_metrics(self._folder)
-        if entries:
-            draw_curves(entries, self._folder / CURVES)
-            self.say(f"loss curves: {self._folder / CURVES}")
-        if self._wandb is not None:
-            self._wandb.finish()
-        self._log.close()
-        self._metrics.close()
+        with self._open:
+            self._goodput()
+            entries = read_metrics(self._folder)
+            if entries:
+                draw_curves(entries, self._folder / CURVES)
+                self.say(f"loss curves: {self._folder / CURVES}")
+
+    def _write(self, values: dict[str, Any]) -> dict[str, Any]:
+        """A line of ``metrics.jsonl``; returns what it says."""
+        line: dict[str, Any] = redacted(values)
+        self._metrics.write(json.dumps(line) + "\n")
+        self._metrics.flush()
+        if self._metrics_server is not None:
+            self._metrics_server.metrics(line)
+        return line
+
+    def _tell_trouble(self, alerts: Alerts) -> None:
+        for line in alerts.trouble():
+            self.say(line)
+
+    def _close_alerts(self, alerts: Alerts) -> None:
+        unsent = alerts.close()
+        self._tell_trouble(alerts)
+        if unsent is not None:
+            self.say(unsent)
 
     def _goodput(self) -> None:
         """Say where the run's time has gone, all attempts together; the last line of ``metrics.jsonl``."""
@@ -141,7 +198,7 @@ class Reporter:
         found = run.accounting(time.time())
         if found is None:
             return
-        self._metrics.write(json.dumps(found.named()) + "\n")
+        self._write(dict(found.named()))
         parts = [f"{name} {found.seconds(name):.0f} s" for name in CLASSES if found.seconds(name) >= 0.5]
         self.say(
             f"of {found.wall_s:.0f} s in {len(found.attempts)} attempt(s): {', '.join(parts)}; "
@@ -181,16 +238,6 @@ def draw_curves(entries: list[dict[str, Any]], path: Path) -> None:
     speed.plot(steps, [e["images_per_s"] for e in entries], linewidth=1)
     speed.set(title="images/s", xlabel="step", ylim=(0, None))
     figure.savefig(path, dpi=110)
-
-
-def _start_wandb(folder: Path, cfg: WandbConfig, config: dict[str, Any]) -> Any:
-    import wandb
-
-    mode = cfg.mode
-    if mode == "auto":
-        mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"
-    os.environ.setdefault("WANDB_SILENT", "true")
-    return wandb.init(project=cfg.project, name=cfg.name, dir=folder, mode=mode, config=config, resume="allow")
 
 
 def _duration(seconds: float) -> str:
