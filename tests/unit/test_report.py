@@ -7,8 +7,12 @@ import json
 import random
 import re
 import string
+import struct
+import time
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,8 +20,12 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from wandb.proto.wandb_internal_pb2 import Record
 
 from deco_scale import cli
+from deco_scale.training.report import Reporter
+from deco_scale.training.settings import WandbConfig
+from deco_scale.training.tracking import run_id
 from deco_scale.watching.accounting import account
 from deco_scale.watching.chart import Curve, line_chart, share_bar, thinned
 from deco_scale.watching.events import Event, append_event, is_number
@@ -218,6 +226,70 @@ def test_hours_follow_the_ranks_of_each_attempt() -> None:
     assert found is not None
     # The first attempt gave no sign of life, the second may still live.
     assert gpu_hours(found) == pytest.approx((4 / 6, 8 + 4 / 6))
+
+
+def _records(path: Path) -> Iterator[Any]:
+    """What a wandb file says: LevelDB's log format, whose pieces are put together, after 7 bytes of its own."""
+    data, at, whole = path.read_bytes(), 7, b""
+    while at + 7 <= len(data):
+        length, kind = struct.unpack_from("<HB", data, at + 4)
+        whole += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):
+            record = Record()
+            record.ParseFromString(whole)
+            yield record
+            whole = b""
+        at += -at % 32768 if -at % 32768 < 7 else 0
+
+
+def test_both_attempts_are_one_run_in_wandb(tmp_path: Path) -> None:
+    config = {"data": {"url": f"s3://user:{SECRETS['password']}@bucket/x"}, "model": {"dim": 192}}
+    base = {"loss_flow": 1.0, "grad_norm": 1.0, "images_per_s": 1.0, "data_wait_s": 0.0, "step_s": 1.0}
+    for steps in ((1, 2, 3), (2, 3, 4)):
+        reporter = Reporter(tmp_path, active=True, total_steps=4, wandb=WandbConfig(mode="offline"), config=config)
+        for step in steps:
+            reporter.metrics({"step": step, "loss": 1.0 / step, **base})
+        reporter.evaluation(steps[-1], {"fid": 5.0})
+        reporter.close()
+        time.sleep(1.1)  # wandb names folders by the second
+    files = sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+    found = [list(_records(path)) for path in files]
+    assert [{r.run.run_id for r in each if r.HasField("run")} for each in found] == [
+        {(tmp_path / "wandb_id").read_text().strip()}
+    ] * 2
+    for each, steps in zip(found, ((1, 2, 3), (2, 3, 4)), strict=True):
+        history = [{i.key or ".".join(i.nested_key): i.value_json for i in r.history.item}
+                   for r in each if r.HasField("history")]  # fmt: skip
+        # Steps that are done again are logged again, as values of their own.
+        assert [int(h["step"]) for h in history] == [*steps, steps[-1]]
+        assert history[-1]["eval.fid"] == "5.0" or json.loads(history[-1]["eval.fid"]) == 5
+        metrics = [r.metric for r in each if r.HasField("metric")]
+        assert any(m.step_metric == "step" for m in metrics)
+    assert not [p for p in tmp_path.rglob("*") if p.is_file() and SECRETS["password"].encode() in p.read_bytes()]
+    said = (tmp_path / "log.txt").read_text()
+    assert "WARNING" not in said, said
+
+
+def test_wandb_that_cannot_start_does_not_stop_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", SECRETS["wandb"])
+    monkeypatch.setenv("WANDB_BASE_URL", f"no-url-{SECRETS['environment']}")
+    reporter = Reporter(tmp_path, active=True, total_steps=4, wandb=WandbConfig(mode="online"), config={})
+    base = {"loss_flow": 1.0, "grad_norm": 1.0, "images_per_s": 1.0, "data_wait_s": 0.0, "step_s": 1.0}
+    reporter.metrics({"step": 1, "loss": 1.0, **base})
+    reporter.close()
+    said = (tmp_path / "log.txt").read_text()
+    assert said.count("WARNING: no wandb from here on") == 1 and "step 1/4" in said
+    assert SECRETS["wandb"] not in said
+
+
+def test_a_broken_wandb_id_is_made_anew(tmp_path: Path) -> None:
+    made = run_id(tmp_path)
+    assert run_id(tmp_path) == made
+    for broken in (b"", b"\xff\xfe", b"../../x"):
+        (tmp_path / "wandb_id").write_bytes(broken)
+        assert run_id(tmp_path) == run_id(tmp_path) != made
+    assert [path.name for path in tmp_path.iterdir()] == ["wandb_id"]
 
 
 @pytest.mark.parametrize(
