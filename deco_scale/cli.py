@@ -13,6 +13,7 @@ from rich.console import Console
 
 from data_pipeline.errors import DataError
 from deco_scale.errors import ConfigError, RunError
+from deco_scale.watching.redact import scrub
 
 COMMANDS = {
     "sample": ("deco_scale.sample_command", "pictures from a checkpoint's EMA weights"),
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ConfigError, RunError, DataError) as error:
         # Under a launcher, wrong use is the same on all ranks and told once per node.
         if os.environ.get("LOCAL_RANK", "0") == "0" or not isinstance(error, ConfigError):
-            print(f"deco: {error}", file=sys.stderr)
+            print(scrub(f"deco: {error}"), file=sys.stderr)
         return getattr(error, "exit_code", 1)
     except KeyboardInterrupt:
         return 130

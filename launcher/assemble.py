@@ -298,6 +298,7 @@ def assemble(
         active=rank == 0,
         total_steps=sum(stage.cfg.steps for stage in stages),
         wandb=cfg.wandb,
+        monitor=cfg.monitor,
         config=plain,
     )
     for choice in choices:

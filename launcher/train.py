@@ -14,7 +14,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -40,7 +40,9 @@ from deco_scale.training.meter import memory_bytes
 from deco_scale.training.processes import from_first
 from deco_scale.training.stopping import StopRequest
 from deco_scale.watchdog.watchdog import NoWatchdog, Watchdog
+from deco_scale.watching import alerts, redact
 from deco_scale.watching.events import REQUEUE
+from deco_scale.watching.redact import scrub
 from launcher.assemble import assemble, derive_stages, fp8_plan_of, save_config
 from launcher.objects import open_objects
 
@@ -48,8 +50,15 @@ VERDICT_S = 15.0
 """How long a rank with an error that has no name waits to hear whether another one was lost."""
 
 
+class Parser(argparse.ArgumentParser):
+    """Repeats no secret of a wrong command line."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(scrub(message))
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="YAML file, see configs/")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     parser.add_argument("--resume", default="auto", metavar="auto|none|PATH")
@@ -196,6 +205,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if env.rank == 0:
                 print(dump_config(cfg), end="")
             return 0
+        alerts.check(cfg.monitor)
         stop = StopRequest()
         stop.install()
         run(cfg, env, resume=args.resume, dry_run=args.dry_run, stop=stop, watch=watch)
@@ -204,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Errors that all ranks share are told once per node; a rank that is alone with one says so.
         if env.local_rank == 0 or isinstance(error, DataError):
             where = f" [rank {env.rank} on {socket.gethostname()}]" if env.rank else ""
-            print(f"error{where}: {error}", file=sys.stderr, flush=True)
+            print(scrub(f"error{where}: {error}"), file=sys.stderr, flush=True)
     except Stopped as stopped:
         reason, code = str(stopped), REQUEUE
     except KeyboardInterrupt:
@@ -224,6 +234,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    redact.install()
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()
