@@ -5,6 +5,7 @@ import json
 import os
 import socket
 import threading
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -14,7 +15,9 @@ from hypothesis import strategies as st
 
 from deco_scale.watchdog.board import Beat, Board, End
 from deco_scale.watchdog.decision import GRACE_S, SETTLE_S, Decision, Report, Verdict
+from deco_scale.watchdog.hub import Hub
 from deco_scale.watchdog.lines import MAX_LINE, LineSocket
+from deco_scale.watchdog.link import Link
 from deco_scale.watchdog.orders import Member, Order
 from deco_scale.watchdog.settings import WatchdogConfig
 from deco_scale.watchdog.trainer_process import Identity, innermost
@@ -236,7 +239,7 @@ def test_who_fell_silent_with_an_error_waits_for_it() -> None:
             break
     assert verdict.rank in (0, 2, 3)  # silent for long before
     short = Clockwork()
-    short.decision = Decision(range(RANKS), WatchdogConfig(timeout_s=1.0), now=short.now)
+    short.decision = Decision(range(RANKS), WatchdogConfig(timeout_s=0.7), now=short.now)
     short.set(1, "error")
     for step in range(80):
         for rank in (0, 2, 3):
@@ -313,6 +316,62 @@ def test_a_reader_that_does_not_read_holds_up_nobody() -> None:
     assert line.closed
     line.close()
     other.close()
+
+
+def test_only_the_token_lets_a_rank_in_and_only_once() -> None:
+    me = Identity.of(os.getpid())
+    members = [Member(rank, "node", me, me) for rank in range(3)]
+    hub = Hub(CFG, members[0], world_size=2, token="right", local=True, now=0.0)
+    entered = False
+    for token, member, welcome in (
+        ("wrong", members[1], False),
+        ("", members[1], False),
+        ("right", members[0], False),
+        ("right", members[2], False),
+        ("right", members[1], True),
+        ("right", members[1], False),
+    ):
+        with socket.create_connection(("127.0.0.1", hub.port)) as other:
+            other.sendall(json.dumps({"token": token, "member": member.message()}).encode() + b"\n")
+            other.settimeout(0.01)
+            said = None
+            for _ in range(100):
+                hub.wait(0.01, 0.0)
+                with suppress(TimeoutError, ConnectionError):
+                    said = other.recv(100)
+                    break
+            assert said is not None and (said == b'{"welcome": true}\n') == welcome
+            entered = entered or welcome
+            assert hub.missing == ([] if entered else [1])
+    hub.close(0.0)
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", hub.port))
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+def test_a_link_decides_alone_once_the_hub_is_lost_or_has_left(leaves: bool) -> None:
+    me = Identity.of(os.getpid())
+    members = [Member(rank, f"node{rank}", me, me) for rank in range(2)]
+    hub = Hub(CFG, members[0], world_size=2, token="right", local=True, now=0.0)
+    link = Link(CFG, members[1], members[0], now=0.0)
+    joined = threading.Thread(target=link.connect, args=("127.0.0.1", hub.port, "right", 5.0))
+    joined.start()
+    while hub.missing:
+        hub.wait(0.01, 0.0)
+    joined.join()
+    if leaves:
+        hub.close(0.0)
+    else:
+        for peer in list(hub._peers.values()):
+            peer.line.close()
+    orders = []
+    for tick in range(400):
+        link.wait(0.002, tick)
+        report = Report(rank=1, phase="step", step=3, silent_s=301.0 if tick > 300 else 0.0)
+        orders += filter(None, [link.tick(float(tick), report)])
+    (order,) = orders
+    assert order.tell and (order.kind, order.rank) == (("hang", 1) if leaves else ("lost", 0))
+    assert order.host == f"node{order.rank}" and bool(order.orphans) != leaves
 
 
 @settings(deadline=None)
