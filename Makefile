@@ -2,12 +2,13 @@
 PYTHON ?= python3
 VENV := .venv
 OUT ?= benchmarks/results
-# Tests that leave much of the second core idle; two files at a time, the longest first.
-SIDE_BY_SIDE := tests/distributed/test_sampling.py tests/distributed/test_communication.py \
-	tests/distributed/test_memory.py tests/end_to_end/test_demo_page.py tests/end_to_end/test_class_training.py \
-	tests/end_to_end/test_fp8_noise.py tests/faults/test_crash_safety.py tests/faults/test_epoch.py \
-	tests/faults/test_fuzz_checkpoints.py tests/unit tests/parity tests/faults/test_bad_input.py \
-	tests/faults/test_fuzz.py tests/faults/test_store.py
+# Two files at a time, the longest first; then those that measure time or kill processes at chosen moments.
+LONGEST := $(addprefix tests/distributed/test_,traces.py tensor_parallel.py round_trip.py sampling.py communication.py)
+ALONE := tests/end_to_end/test_job.py tests/faults/test_kill.py tests/faults/test_watchdog.py
+WITH_PROCESSES := $(wildcard $(addsuffix /test_*.py,$(addprefix tests/,distributed end_to_end faults chaos)))
+SIDE_BY_SIDE := $(LONGEST) $(filter-out $(LONGEST) $(ALONE),$(WITH_PROCESSES)) tests/unit tests/parity
+# Hundreds of processes start: each would compile the sources again.
+unexport PYTHONDONTWRITEBYTECODE
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt requirements-demo-encoder.txt | cksum | cut -d' ' -f1)
 
@@ -31,7 +32,7 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -m "not gpu and not long" -n 2 --dist loadfile --no-loadscope-reorder --durations 12 $(SIDE_BY_SIDE)
-	$(BIN)/python -m pytest -m "not gpu and not long" --durations 12 $(filter-out $(SIDE_BY_SIDE),$(wildcard tests/distributed/test_*.py tests/end_to_end/test_*.py tests/faults/test_*.py))
+	$(BIN)/python -m pytest -m "not gpu and not long" --durations 12 $(ALONE)
 
 test-long: $(STAMP)
 	$(BIN)/python -m pytest -m long tests
