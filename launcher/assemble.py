@@ -327,6 +327,16 @@ def assemble(
     image_ahead = image is not None and cfg.image_encoder is not None and cfg.image_encoder.ahead
     if text_ahead or image_ahead:
         ahead = Ahead(lambda part: prepare.encode(part, text=text_ahead, image=image_ahead), device)
+    make_pictures = picture_maker(cfg, layout, engine, text, folder / "samples", reporter, device)
+    evaluate = evaluator(cfg, layout, engine, text, folder / "evaluation", reporter, device)
+    pulse = pulse or NoPulse()
+
+    def after_step(step: int) -> None:
+        if any(every and step % every == 0 for every in (cfg.samples.every, cfg.evaluation.every)):
+            pulse.beat(step, "slow")
+        make_pictures(step)
+        evaluate(step)
+
     peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     return Loop(
         settings=cfg.run,
@@ -338,26 +348,15 @@ def assemble(
         reporter=reporter,
         device=device,
         config=plain,
-        after_step=_one_after_another(
-            picture_maker(cfg, layout, engine, text, folder / "samples", reporter, device),
-            evaluator(cfg, layout, engine, text, folder / "evaluation", reporter, device),
-        ),
+        after_step=after_step,
         peak_flops=peak * dist.get_world_size() if peak else None,
         ahead=ahead,
         stop=stop,
         faults=cfg.faults,
-        pulse=pulse or NoPulse(),
+        pulse=pulse,
         hosts=gathered(socket.gethostname()),
         own_work=OwnWork(engine.blocks, device, whole_blocks=cfg.compile),
     )
-
-
-def _one_after_another(*callbacks: Callable[[int], None]) -> Callable[[int], None]:
-    def all_of_them(step: int) -> None:
-        for callback in callbacks:
-            callback(step)
-
-    return all_of_them
 
 
 def _prepare_folder(folder: Path, checkpoints: Checkpoints) -> None:

@@ -11,8 +11,10 @@ import dataclasses
 import os
 import socket
 import sys
+import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -41,7 +43,7 @@ from deco_scale.training.processes import from_first
 from deco_scale.training.stopping import StopRequest
 from deco_scale.watchdog.watchdog import NoWatchdog, Watchdog
 from deco_scale.watching import alerts, redact
-from deco_scale.watching.events import REQUEUE
+from deco_scale.watching.events import REQUEUE, Event, append_event
 from deco_scale.watching.redact import scrub
 from launcher.assemble import assemble, derive_stages, fp8_plan_of, save_config
 from launcher.objects import open_objects
@@ -115,7 +117,7 @@ def run(
             loop.reporter.close()
     hosts = sorted(set(loop.hosts))
     loop.reporter.begin(world_size=env.world_size, layout=dataclasses.asdict(layout), hosts=hosts)
-    reason, code = "unknown error", 1
+    reason, code = "", 1
     try:
         progress = _train(cfg, loop, resume)
         if loop.stopped is not None:
@@ -127,7 +129,8 @@ def run(
         reason, code = str(error), getattr(error, "exit_code", 1)
         raise
     finally:
-        loop.reporter.event("end", reason=reason, exit_code=code)
+        if reason:
+            loop.reporter.event("end", reason=reason, exit_code=code)
         loop.reporter.close()
 
 
@@ -177,12 +180,19 @@ def _dry_run(loop: Loop, device: torch.device) -> Progress:
     return Progress()
 
 
+def _note_end(reason: str, code: int, folder: Path) -> None:
+    """The event of an end without a name; one that came from a lost rank has the watchdog's event."""
+    with suppress(OSError):
+        append_event(folder, Event(time.time(), "end", {"reason": scrub(reason), "exit_code": code}))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     # DeepSpeed and DCP call PyTorch functions that 2.13 renamed; nothing a user can act on.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     args = parse(argv)
     env = Environment(0, 1, 0)
+    folder: Path | None = None
     watchdog: Watchdog = NoWatchdog()
 
     def watch() -> Watchdog:
@@ -206,28 +216,32 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(dump_config(cfg), end="")
             return 0
         alerts.check(cfg.monitor)
+        folder = Path(cfg.run.dir)
         stop = StopRequest()
         stop.install()
-        run(cfg, env, resume=args.resume, dry_run=args.dry_run, stop=stop, watch=watch)
+        try:
+            run(cfg, env, resume=args.resume, dry_run=args.dry_run, stop=stop, watch=watch)
+        except Stopped as stopped:
+            reason, code = str(stopped), REQUEUE
+        if dist.is_initialized():
+            dist.barrier()
+            dist.destroy_process_group()
     except (ConfigError, RunError, DataError) as error:
         reason, code = str(error), getattr(error, "exit_code", 1)
         # Errors that all ranks share are told once per node; a rank that is alone with one says so.
         if env.local_rank == 0 or isinstance(error, DataError):
             where = f" [rank {env.rank} on {socket.gethostname()}]" if env.rank else ""
             print(scrub(f"error{where}: {error}"), file=sys.stderr, flush=True)
-    except Stopped as stopped:
-        reason, code = str(stopped), REQUEUE
     except KeyboardInterrupt:
         reason, code = "interrupted", 130
     except Exception as error:
         # A bug, or what remains of a collective when another rank is lost: the watchdog knows which.
         sys.excepthook(type(error), error, error.__traceback__)
-        watchdog.ended(f"{type(error).__name__}: {error}", 1)
+        reason, code = f"{type(error).__name__}: {error}", 1
+        watchdog.ended(reason, code)
         watchdog.wait_for_verdict(VERDICT_S)
-        code = 1
-    if code in (0, REQUEUE) and dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
+        if env.rank == 0 and folder is not None:
+            _note_end(reason, code, folder)
     watchdog.ended(reason, code)
     watchdog.close()
     return code

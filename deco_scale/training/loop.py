@@ -114,7 +114,6 @@ class Loop:
             return self._run(progress)
         finally:
             # Also after an error: a save on its way to the disk is worth the wait.
-            self.pulse.beat(progress.step, "slow")
             self._tell(self.checkpoints.finished(wait=True))
 
     @property
@@ -214,11 +213,11 @@ class Loop:
                 judge.act(found, progress.step, progress.samples)
                 self._check(replicas, step)
                 began = time.perf_counter()
-                self.pulse.beat(step, "slow")
                 self.after_step(step)
                 self._save(stage, progress, end=end)
                 log.other(time.perf_counter() - began)
         finally:
+            self.pulse.beat(progress.step, "slow")
             # The workers first: their end wakes a feed that waits for them.
             data.close()
             feed.close()
@@ -263,6 +262,7 @@ class Loop:
         if not whole and not export:
             self._tell(self.checkpoints.finished())
             return
+        self.pulse.beat(step, "slow")
         meta = CheckpointMeta(
             step=step,
             stage=stage.cfg.name,
