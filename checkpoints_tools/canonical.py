@@ -17,9 +17,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import google_crc32c
 import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
@@ -42,16 +41,14 @@ from deco_scale.errors import ConfigError, RunError
 from deco_scale.models import ModelConfig
 from deco_scale.training.checkpoint_format import (
     COMPLETE,
-    FLUSH_BYTES,
     META,
     METADATA,
-    WRITE_BYTES,
     CheckpointMeta,
+    SummedFile,
     crc32c_of,
     make_durable,
     read_meta,
     reading,
-    start_flush,
     sums_text,
     without_record_sums,
     write_durably,
@@ -230,7 +227,7 @@ def _write_file(
     return _Written(file, out.size, out.crc, results, sums)
 
 
-def _append(out: "SummedFile", name: str, spec: TensorSpec, read: Callable[[str], Tensor]) -> int:
+def _append(out: SummedFile, name: str, spec: TensorSpec, read: Callable[[str], Tensor]) -> int:
     """Read one tensor, append its archive, and return the sum of its words."""
     tensor = read(name)
     if tuple(tensor.shape) != spec.shape:
@@ -241,35 +238,6 @@ def _append(out: "SummedFile", name: str, spec: TensorSpec, read: Callable[[str]
         tensor = tensor.clone()
     torch.save(tensor, out)  # type: ignore[arg-type]
     return word_sum(tensor) if name.startswith("model.") else 0
-
-
-class SummedFile:
-    """A file that is only appended to, and knows size and CRC32C of what was written."""
-
-    def __init__(self, raw: BinaryIO) -> None:
-        self._raw, self.size, self._checksum = raw, 0, google_crc32c.Checksum()
-        self._flushed = 0
-
-    @property
-    def crc(self) -> int:
-        return int.from_bytes(self._checksum.digest(), "big")
-
-    def write(self, data: Any) -> int:
-        whole = memoryview(data).cast("B")
-        for start in range(0, len(whole), WRITE_BYTES):
-            # The checksum takes bytes only; what is written then comes from the cache as well.
-            piece = bytes(whole[start : start + WRITE_BYTES])
-            self._raw.write(piece)
-            self._checksum.update(piece)
-            self.size += len(piece)
-            if self.size - self._flushed >= FLUSH_BYTES:
-                self._raw.flush()
-                start_flush(self._raw.fileno(), self._flushed, self.size - self._flushed)
-                self._flushed = self.size
-        return len(whole)
-
-    def flush(self) -> None:
-        self._raw.flush()
 
 
 def _finish(

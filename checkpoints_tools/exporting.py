@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from checkpoints_tools import release
-from checkpoints_tools.canonical import SummedFile
 from checkpoints_tools.formats import DIFFUSERS_WEIGHTS, PIPELINE, TRANSFORMER
 from checkpoints_tools.importing import sampler_of
 from checkpoints_tools.infer import meta_state
@@ -28,7 +27,7 @@ from checkpoints_tools.safetensors_out import (
 )
 from checkpoints_tools.source import EMA, MODEL, REPA, Advance, Source, TensorSpec
 from deco_scale.errors import ConfigError, RunError
-from deco_scale.training.checkpoint_format import make_durable
+from deco_scale.training.checkpoint_format import SummedFile, make_durable
 
 Format = Literal["release", "safetensors", "diffusers"]
 Weights = Literal["model", "ema", "both"]

@@ -14,10 +14,10 @@ import google_crc32c
 import torch
 from torch import Tensor
 
-from checkpoints_tools.canonical import SummedFile
 from checkpoints_tools.source import Advance, TensorSpec
 from checkpoints_tools.stores import INDEX_SUFFIX
 from deco_scale.errors import ConfigError
+from deco_scale.training.checkpoint_format import SummedFile
 
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 _ALIGNMENT = 8

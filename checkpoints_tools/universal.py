@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from checkpoints_tools.archive import StoredTensor
-from checkpoints_tools.canonical import SummedFile
 from checkpoints_tools.source import Advance, Source, TensorSpec
 from checkpoints_tools.work import SYNC_THREADS, Budget, held_bytes, in_threads, tensor_budget
 from checkpoints_tools.zero_files import (
@@ -36,7 +35,7 @@ from checkpoints_tools.zero_layout import Shape, whole_shape
 from checkpoints_tools.zero_writer import ZeroLayout, adamw_group, model_states, parameter_order
 from deco_scale.errors import ConfigError
 from deco_scale.parallel.plan import split_dim
-from deco_scale.training.checkpoint_format import CheckpointMeta, make_durable, without_record_sums
+from deco_scale.training.checkpoint_format import CheckpointMeta, SummedFile, make_durable, without_record_sums
 
 _FILES = {"fp32": "model", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
 _OPTIMIZER = "optimizer_state.pt"

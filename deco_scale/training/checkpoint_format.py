@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import google_crc32c
 import torch
@@ -224,6 +224,37 @@ def start_flush(descriptor: int, start: int, length: int) -> None:
     if length > 0:
         # Linux begins to write dirty pages that are said to be needed no more.
         os.posix_fadvise(descriptor, start, length, os.POSIX_FADV_DONTNEED)
+
+
+class SummedFile:
+    """An open file that is only appended to, with the size and CRC32C of what was written."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        self._raw, self._checksum, self._flushed = raw, google_crc32c.Checksum(), 0
+        self.size = 0
+
+    @property
+    def crc(self) -> int:
+        return int.from_bytes(self._checksum.digest(), "big")
+
+    def write(self, data: Any) -> int:
+        """Write all of ``data``, and let the disk begin after every ``FLUSH_BYTES``; returns its bytes."""
+        whole = memoryview(data).cast("B")
+        for start in range(0, len(whole), WRITE_BYTES):
+            # The checksum takes bytes only. A piece at a time bounds the copy, and the time that the
+            # interpreter is held; what is written then comes from the cache as well.
+            piece = bytes(whole[start : start + WRITE_BYTES])
+            self._raw.write(piece)
+            self._checksum.update(piece)
+            self.size += len(piece)
+            if self.size - self._flushed >= FLUSH_BYTES:
+                self._raw.flush()
+                start_flush(self._raw.fileno(), self._flushed, self.size - self._flushed)
+                self._flushed = self.size
+        return len(whole)
+
+    def flush(self) -> None:
+        self._raw.flush()
 
 
 def crc32c_of(path: Path) -> int:

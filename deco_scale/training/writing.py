@@ -7,61 +7,42 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem
 
 from deco_scale.errors import RunError
 from deco_scale.training.background import Team, first_failure
-from deco_scale.training.checkpoint_format import (
-    FLUSH_BYTES,
-    WRITE_BYTES,
-    FileSums,
-    start_flush,
-    without_record_sums,
-)
+from deco_scale.training.checkpoint_format import FileSums, SummedFile, without_record_sums
 from deco_scale.training.staging import Snapshot, StagedPlanner
 
 
-class SummedFile(io.RawIOBase):
-    """A new file that is only appended to, and knows size and CRC32C of what was written."""
+class DcpFile(io.RawIOBase):
+    """A new file for DCP that is only appended to, with :attr:`sums` (size, CRC32C) of what was written."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
         self._path, self._file = path, path.open("wb")
-        self.size, self._checksum, self._flushed = 0, google_crc32c.Checksum(), 0
+        self._summed = SummedFile(self._file)
         self.problem: OSError | None = None
 
     @property
-    def crc(self) -> int:
-        return int.from_bytes(self._checksum.digest(), "big")
+    def sums(self) -> tuple[int, int]:
+        return self._summed.size, self._summed.crc
 
     def writable(self) -> bool:
         return True
 
     def write(self, data: Any) -> int:
         """Write all of ``data``; the first error is kept, because torch.save hides it behind its own."""
-        whole = memoryview(data).cast("B")
         try:
-            for start in range(0, len(whole), WRITE_BYTES):
-                # The checksum takes bytes only; a piece at a time bounds the copy, and the time that the
-                # interpreter is held.
-                piece = bytes(whole[start : start + WRITE_BYTES])
-                self._file.write(piece)
-                self._checksum.update(piece)
-                self.size += len(piece)
-                if self.size - self._flushed >= FLUSH_BYTES:
-                    self._file.flush()
-                    start_flush(self._file.fileno(), self._flushed, self.size - self._flushed)
-                    self._flushed = self.size
+            return self._summed.write(data)
         except OSError as error:
             self.problem = self.problem or OSError(error.errno, error.strerror, str(self._path))
             raise
-        return len(whole)
 
     def tell(self) -> int:
-        return self.size
+        return self._summed.size
 
     def fileno(self) -> int:
         # DCP asks for it to make the file durable, and does not flush its index before.
@@ -91,9 +72,9 @@ class SummedFolder(FileSystem):
     @contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:  # type: ignore[override]
         assert mode == "wb", mode
-        file: SummedFile | None = None
+        file: DcpFile | None = None
         try:
-            file = SummedFile(Path(path))
+            file = DcpFile(Path(path))
             yield file
             file.close()
         except OSError as error:
@@ -106,7 +87,7 @@ class SummedFolder(FileSystem):
             if file is not None and not file.closed:
                 with suppress(OSError):
                     file.close()
-        self.sums[Path(path).name] = file.size, file.crc
+        self.sums[Path(path).name] = file.sums
 
     def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
         super().rename(path, new_path)

@@ -201,16 +201,16 @@ def limited(action: Any, device: str, folder: Path) -> None:
     """Run ``action`` with every file of a save being ``device``."""
     from deco_scale.training import writing
 
-    whole = writing.SummedFile.__init__
+    whole = writing.DcpFile.__init__
 
     def redirected(self: Any, path: Path) -> None:
         whole(self, Path(device))
 
-    writing.SummedFile.__init__ = redirected  # type: ignore[method-assign]
+    writing.DcpFile.__init__ = redirected  # type: ignore[method-assign]
     try:
         action()
     finally:
-        writing.SummedFile.__init__ = whole  # type: ignore[method-assign]
+        writing.DcpFile.__init__ = whole  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize(
