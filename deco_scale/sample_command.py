@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, get_args
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from deco_scale.errors import ConfigError
 from deco_scale.generators import Compute, load_generator, read_checkpoint, sampling_compute
 from deco_scale.parallel.plan import check_tp
 from deco_scale.picture_folder import PictureFolder, Record
+from deco_scale.prompts import read_prompts
 from deco_scale.sampling import SamplerConfig
 from deco_scale.sampling.generator import Generator, Job, check_jobs, check_size
 from deco_scale.sampling.pictures import save_grid
@@ -32,8 +33,6 @@ from deco_scale.training.processes import from_first, together
 SHEET_PICTURES = 400
 """Up to so many pictures are shown on one sheet as well."""
 _MAX_SEED = 2**63 - 1
-
-T = TypeVar("T")
 
 
 class _Picture(NamedTuple):
@@ -261,7 +260,7 @@ def _pictures(args: argparse.Namespace, cfg: RunConfig, settings: Record) -> lis
     else:
         if cfg.model.kind != "t2i_deco":
             raise ConfigError(f"--prompt: a {cfg.model.kind} model draws classes; give --classes")
-        conditions = list(enumerate(args.prompt or _read_prompts(args.prompts)))
+        conditions = list(enumerate(args.prompt or read_prompts(args.prompts)))
     count = len(conditions) * args.per_prompt
     if not 0 <= args.first_seed <= _MAX_SEED - count:
         raise ConfigError(f"--first-seed {args.first_seed} must not be negative, nor too large for 64 bits")
@@ -280,17 +279,6 @@ def _pictures(args: argparse.Namespace, cfg: RunConfig, settings: Record) -> lis
             }
             pictures.append(_Picture(job, record))
     return pictures
-
-
-def _read_prompts(path: Path) -> list[str]:
-    try:
-        prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--prompts {path}: {error}") from error
-    prompts = [p for p in prompts if p]
-    if not prompts:
-        raise ConfigError(f"--prompts {path}: no prompt in it")
-    return prompts
 
 
 def _show(args: argparse.Namespace, pictures: Sequence[_Picture], size: tuple[int, int], console: Console) -> None:

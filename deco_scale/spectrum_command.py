@@ -38,6 +38,7 @@ from deco_scale.generators import load_denoiser, read_checkpoint, sampling_compu
 from deco_scale.models import Denoiser
 from deco_scale.models.encoders import EncoderError, TextEncoder
 from deco_scale.precision import PrecisionConfig, autocast
+from deco_scale.prompts import read_prompts
 from deco_scale.sampling import SamplerConfig, VelocityFn, time_grid
 from deco_scale.sampling.pictures import seeded_noise, velocity_of
 
@@ -178,7 +179,7 @@ def _inputs(args: argparse.Namespace, cfg: RunConfig, size: int) -> Inputs:
         return _read_folder(args, cfg, size)
     if not is_text:
         return Inputs(None, [i % cfg.model.num_classes for i in range(args.pictures)])
-    prompts = _read_prompts(args.prompts) if args.prompts else list(cfg.samples.prompts)
+    prompts = read_prompts(args.prompts) if args.prompts else list(cfg.samples.prompts)
     if not prompts:
         raise ConfigError("the run has no samples.prompts: give --prompts FILE, --data or --folder")
     return Inputs(None, [prompts[i % len(prompts)] for i in range(args.pictures)])
@@ -268,14 +269,6 @@ def _size(args: argparse.Namespace, cfg: RunConfig) -> int:
             f"the patch, {cfg.model.patch_size}"
         )
     return int(side)
-
-
-def _read_prompts(path: Path) -> list[str]:
-    try:
-        prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--prompts {path}: {error}") from error
-    return [prompt for prompt in prompts if prompt]
 
 
 def _tell(label: str, spectrum: Spectrum, console: Console) -> None:

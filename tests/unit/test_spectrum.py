@@ -236,6 +236,8 @@ def test_wrong_use_says_what_to_do(
     checkpoints: dict[str, Path], shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     one = ["--checkpoint", str(checkpoints["c2i_tiny"])]
+    (tmp_path / "empty.txt").write_text(" \n\n")
+    no_prompt = ["--checkpoint", str(checkpoints["t2i_tiny"]), "--prompts", str(tmp_path / "empty.txt")]
     for arguments, message in (
         ([*one, "--size", "64"], "needs at least 128 pixels"),
         ([*one, *one], "labels must differ"),
@@ -244,6 +246,7 @@ def test_wrong_use_says_what_to_do(
         ([*one, "--folder", str(tmp_path), "--times", "1.5"], r"lie in [0, 1)"),
         ([*one, "--num-steps", "0"], "num_steps=0"),
         (["--checkpoint", str(checkpoints["t2i_tiny"])], "give --prompts FILE"),
+        (no_prompt, "empty.txt: no prompt in it"),
         (["--checkpoint", str(tmp_path)], "neither a complete checkpoint"),
     ):
         assert deco(["spectrum", "--out", str(tmp_path / "out"), *arguments]) == 2, arguments
