@@ -1,68 +1,44 @@
-"""The demo page: its checks, a real browser, and fifty hostile inputs through its own HTTP interface.
+"""The demo page: a real browser, and fifty hostile inputs through its own HTTP interface.
 
 With DECO_PAGE_SCREENSHOT=1 the browser also writes docs/images/demo_page.png, from the trained model in runs/demo
 (``make demo`` makes it); it says so where there is none.
 """
 
 import dataclasses
-import http.client
 import io
 import json
 import math
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
-import psutil
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
-from torch import Tensor
 
 from checkpoints_tools.canonical import write_canonical
 from checkpoints_tools.source import TensorSpec
 from deco_scale.cli import main as deco
 from deco_scale.config import build_config
 from deco_scale.errors import RunError
-from deco_scale.models import Denoiser, ModelConfig
-from deco_scale.page.checks import FIELDS, MAX_SEED, SOLVERS, CheckError, Limits, check_order
-from deco_scale.page.guard import is_loopback
-from deco_scale.page.studio import KEPT_ORDERS, Studio
-from deco_scale.sampling import SamplerConfig
-from deco_scale.sampling.generator import Generator
+from deco_scale.models import Denoiser
 from deco_scale.training.checkpoint import CheckpointMeta
 from tests.assets import tiny_config
 from tests.conftest import ROOT
+from tests.page import GOOD, Page, call, draws, request, serve
 
-GOOD: dict[str, Any] = {
-    "subject": "a red square", "negative": "", "seed": 3, "random": False, "steps": 3, "guidance": 2.0,
-    "solver": "adams", "width": 32, "height": 16, "count": 2,
-}  # fmt: skip
-LIMITS = Limits(max_side=64, max_pictures=4, max_steps=20)
 QUEUE = 3
 BROWSER_ARGUMENTS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync",
 ]  # fmt: skip
-
-
-class Page(NamedTuple):
-    """A running page: its process, its address, and the folder where it keeps its pictures."""
-
-    process: psutil.Popen
-    host: str
-    temporary: Path
 
 
 @pytest.fixture(scope="module")
@@ -82,29 +58,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, text_encoder: Path) -> 
     return folder / "step"
 
 
-def serve(checkpoint: Path, temporary: Path, *arguments: str) -> Page:
-    """``deco demo`` on a free port; returns when it listens."""
-    temporary.mkdir()
-    command = [sys.executable, "-m", "deco_scale.cli", "demo", "--checkpoint", str(checkpoint), "--port", "0"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(temporary), "PYTHONUNBUFFERED": "1"}
-    process = psutil.Popen(
-        [*command, *arguments],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if line.startswith("page at http://"):
-            # Unread output would fill the pipe in the end.
-            threading.Thread(target=process.stdout.read, daemon=True).start()
-            return Page(process, urlsplit(line.split()[2].rstrip(",")).netloc, temporary)
-    raise AssertionError("".join(lines))
-
-
 @pytest.fixture(scope="module")
 def page(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
     limits = ["--max-side", "64", "--max-pictures", "4", "--max-steps", "20", "--queue", str(QUEUE)]
@@ -113,153 +66,6 @@ def page(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     if running.process.poll() is None:
         running.process.kill()
     running.process.wait()
-
-
-def request(page: Page, method: str, path: str, body: bytes | None = None, host: str = "") -> tuple[int, bytes]:
-    """Status and body of one request, whose path is sent as it is."""
-    connection = http.client.HTTPConnection(page.host, timeout=60)
-    try:
-        connection.putrequest(method, path, skip_host=True)
-        connection.putheader("Host", host or page.host)
-        if body is not None:
-            connection.putheader("Content-Type", "application/json")
-            connection.putheader("Content-Length", str(len(body)))
-        connection.endheaders()
-        # A large body may be answered before all of it was read.
-        with suppress(BrokenPipeError, ConnectionResetError):
-            connection.sock.sendall(body or b"")
-        answer = connection.getresponse()
-        return answer.status, answer.read()
-    finally:
-        connection.close()
-
-
-def call(page: Page, data: Any, **more: Any) -> tuple[int, str, list[Any]]:
-    """Status, message and outputs of an order sent as the page's own interface takes it."""
-    body = data if isinstance(data, bytes) else json.dumps({"data": data, **more}).encode()
-    status, answer = request(page, "POST", "/gradio_api/call/generate", body)
-    if status != 200:
-        return status, answer.decode(errors="replace"), []
-    event = json.loads(answer)["event_id"]
-    status, answer = request(page, "GET", f"/gradio_api/call/generate/{event}")
-    lines = answer.decode().splitlines()
-    outcome = json.loads(next(line for line in reversed(lines) if line.startswith("data: "))[6:])
-    if "event: complete" not in lines:
-        return 500, json.dumps(outcome), []
-    return status, outcome[0], outcome
-
-
-def draws(page: Page, **changes: Any) -> list[str]:
-    """Paths of the files of an order that must be drawn."""
-    status, message, outputs = call(page, [*(GOOD | changes).values()])
-    assert status == 200 and message.endswith("drawn."), message
-    return [f"/gradio_api/file={file['path']}" for file in outputs[2]]
-
-
-JSON_VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20) | st.sampled_from(SOLVERS),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
-    max_leaves=4,
-)
-
-
-@settings(max_examples=400, deadline=None)
-@given(
-    changed=st.dictionaries(st.sampled_from(FIELDS), JSON_VALUES, max_size=3),
-    numbers=st.dictionaries(st.sampled_from(["steps", "width", "height", "count"]), st.integers(-9, 90)),
-    num_classes=st.sampled_from([0, 10]),
-)
-def test_any_values_are_an_order_within_the_limits_or_a_plain_error(
-    changed: dict[str, Any], numbers: dict[str, int], num_classes: int
-) -> None:
-    raw = GOOD | ({"subject": 4} if num_classes else {}) | changed | numbers
-    try:
-        order = check_order(raw, LIMITS, patch_size=16, num_classes=num_classes)
-    except CheckError as error:
-        assert len(str(error)) < 200 and str(error).endswith(".")
-        return
-    assert order.height in (16, 32, 48, 64) and order.width in (16, 32, 48, 64)
-    assert 1 <= order.count <= 4 and 1 <= order.num_steps <= 20 and 0 <= order.guidance <= 30
-    assert order.seed is None or 0 <= order.seed <= MAX_SEED - order.count
-    assert order.solver in SOLVERS and isinstance(order.condition, int if num_classes else str)
-    assert type(order.count) is int and type(order.guidance) is float
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"width": 40}, "Width: 40 is not a multiple of the model's patch, 16 pixels."),
-        ({"height": 80}, "Height: 80 is out of range; allowed are 16 to 64."),
-        ({"steps": 2.5}, "Steps: 2.5 is not a whole number."),
-        ({"steps": True}, "Steps: True is not a number."),
-        ({"guidance": math.nan}, "Guidance: nan is not a finite number."),
-        ({"count": None}, "Pictures: nothing is not a number."),
-        ({"seed": MAX_SEED}, "Seed: 2147483647 is out of range; allowed are 0 to 2.14748e+09."),
-        ({"subject": " \n"}, "Prompt: it is empty, say what to draw."),
-        ({"subject": "a" * 1001}, "Prompt: 1001 characters are too many; at most 1000 are allowed."),
-        ({"subject": "\ud800"}, "Prompt: it holds half of a character (a lone surrogate)."),
-        ({"negative": ["a"]}, "Negative prompt: a list is not text."),
-        ({"solver": "Euler"}, "Solver: 'Euler' is none of euler, heun, adams."),
-    ],
-)
-def test_messages_name_the_field_and_what_is_allowed(change: dict[str, Any], message: str) -> None:
-    with pytest.raises(CheckError) as error:
-        check_order(GOOD | change, LIMITS, patch_size=16, num_classes=0)
-    assert str(error.value) == message
-
-
-def class_studio(folder: Path, max_seconds: float = 60.0) -> Studio:
-    """A class model that draws towards a colour of its class."""
-    model = ModelConfig(kind="c2i_baseline", dim=8, num_heads=1, num_blocks=1, patch_size=4, num_classes=5)
-
-    def velocity(x: Tensor, t_B: Tensor, condition: Tensor) -> Tensor:
-        return (condition / 5)[:, None, None, None] - x
-
-    generator = Generator(
-        velocity, model, encode=None, null=torch.tensor(5), device=torch.device("cpu"), digest="abc"
-    )
-    limits = Limits(max_side=8, max_pictures=2, max_steps=5)
-    return Studio(generator, SamplerConfig(), folder, limits=limits, batch=2, max_seconds=max_seconds)
-
-
-def test_a_class_model_draws_again_what_its_settings_say_and_old_pictures_go(tmp_path: Path) -> None:
-    studio = class_studio(tmp_path / "pictures")
-    order = GOOD | {"subject": 4, "width": 8, "height": 4, "random": True, "seed": None}
-    steps: list[tuple[int, int]] = []
-    drawn = studio.draw(order, lambda done, total: steps.append((done, total)))
-    assert steps == [(1, 3), (2, 3), (3, 3)] and len(drawn) == 2
-    first = drawn[0].settings
-    assert (
-        first["class"] == 4
-        and first["checkpoint_digest"] == "abc"
-        and drawn[1].settings["seed"] == first["seed"] + 1
-    )
-    with Image.open(drawn[0].path) as picture:
-        assert picture.size == (8, 4) and json.loads(picture.text["deco"]) == first
-        pixels = np.asarray(picture)
-    again = studio.draw(order | {"random": False, "seed": first["seed"], "count": 1}, lambda done, total: None)
-    with Image.open(again[0].path) as picture:
-        np.testing.assert_array_equal(np.asarray(picture), pixels)
-    with pytest.raises(CheckError, match="this model draws classes"):
-        studio.draw(order | {"negative": "red"}, lambda done, total: None)
-    for _ in range(KEPT_ORDERS + 3):
-        newest = studio.draw(order, lambda done, total: None)
-    files = [path for path in (tmp_path / "pictures").rglob("*") if path.is_file()]
-    assert len(files) == 2 * KEPT_ORDERS and newest[0].path in files and not drawn[0].path.exists()
-
-
-def test_an_order_that_takes_too_long_ends(tmp_path: Path) -> None:
-    studio = class_studio(tmp_path / "pictures", max_seconds=0.0)
-    with pytest.raises(CheckError, match="longer than 0 seconds"):
-        studio.draw(GOOD | {"subject": 1, "width": 8, "height": 8}, lambda done, total: None)
-    assert not list((tmp_path / "pictures").iterdir())
-
-
-def test_what_is_loopback() -> None:
-    for host in ("127.0.0.1", "127.9.9.9", "localhost", "::1", "[::1]"):
-        assert is_loopback(host)
-    for host in ("0.0.0.0", "::", "192.168.0.1", "example.org", "localhost.example.org", ""):
-        assert not is_loopback(host)
 
 
 def test_wrong_use(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
