@@ -45,12 +45,15 @@ class Scene(Protocol):
 class Kind:
     """A kind of fault. ``ends``: whether the attempt must end by it (None: it may).
 
-    ``strike`` does it and returns facts for the log.
+    ``strike`` does it and returns facts for the log; ``ready`` says whether it can. ``loses``: a rank, which must
+    be reported.
     """
 
     name: str
     ends: bool | None
     strike: Callable[[Scene], dict[str, Any]]
+    ready: Callable[[Scene], bool] = lambda scene: True
+    loses: bool = False
 
 
 def complete_steps(checkpoints: Path) -> list[int]:
@@ -70,6 +73,10 @@ def is_good(checkpoints: Path, step: int) -> bool:
     except ConfigError:
         return False
     return True
+
+
+def good_steps(checkpoints: Path) -> list[int]:
+    return [step for step in complete_steps(checkpoints) if is_good(checkpoints, step)]
 
 
 def saving(checkpoints: Path) -> bool:
@@ -156,11 +163,9 @@ def _fill(file: int) -> None:
 
 def _corrupt(scene: Scene) -> dict[str, Any]:
     """Kill a rank, and turn a bit of the newest checkpoint before the job starts again."""
-    while len([s for s in complete_steps(scene.checkpoints) if is_good(scene.checkpoints, s)]) < 2:
-        scene.tick()
     facts = _kill(scene)
     code = scene.await_end()
-    newest = max(s for s in complete_steps(scene.checkpoints) if is_good(scene.checkpoints, s))
+    newest = max(good_steps(scene.checkpoints))
     files = folder_of(scene.checkpoints, newest).glob("*.distcp")
     victim = scene.random.choice(sorted(files))
     data = bytearray(victim.read_bytes())
@@ -179,14 +184,20 @@ def _pass(scene: Scene, seconds: float) -> None:
 KINDS = {
     kind.name: kind
     for kind in (
-        Kind(name="SIGKILL of a rank", ends=True, strike=_kill),
-        Kind(name="SIGSTOP of a rank", ends=True, strike=_stop),
+        Kind(name="SIGKILL of a rank", ends=True, strike=_kill, loses=True),
+        Kind(name="SIGSTOP of a rank", ends=True, strike=_stop, loses=True),
         Kind(name="SIGTERM of the job", ends=True, strike=_terminate),
         Kind(name="S3 server killed", ends=None, strike=_s3_outage),
         Kind(name="network cut", ends=True, strike=_cut),
         Kind(name="network cut for a moment", ends=None, strike=_blip),
         Kind(name="disk full during a save", ends=False, strike=_disk_full),
-        Kind(name="newest checkpoint damaged", ends=True, strike=_corrupt),
+        Kind(
+            name="newest checkpoint damaged",
+            ends=True,
+            strike=_corrupt,
+            ready=lambda scene: len(good_steps(scene.checkpoints)) > 1,
+            loses=True,
+        ),
     )
 }
 """By name; a NaN in a gradient is planted by :mod:`tests.chaos.entry`."""
