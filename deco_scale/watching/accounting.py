@@ -39,7 +39,7 @@ _SECOND = 1_000_000
 class Attempt:
     """One launch: Unix seconds of its start and of its last sign of life, and how it ended.
 
-    ``from_step`` and ``to_step`` are None where no step was done; ``reason`` is None where it did not say.
+    ``from_step`` and ``to_step`` are None where no step was done; ``reason`` is what it or the watchdog said.
     """
 
     number: int
@@ -232,10 +232,20 @@ def _attempt(launch: _Launch, *, last: bool) -> Attempt:
         last_sign=launch.end / _SECOND,
         from_step=steps[0] - 1 if steps else None,
         to_step=steps[-1] if steps else None,
-        reason=ended.number("reason") if ended else None,
+        reason=ended.number("reason") if ended else _fault(launch),
         exit_code=ended.number("exit_code") if ended else None,
         running=last and ended is None and launch.end == launch.until,
     )
+
+
+def _fault(launch: _Launch) -> str | None:
+    """Why an attempt without an end is over, if the watchdog has said it."""
+    for mark in reversed(launch.marks):
+        if mark.event is not None and mark.kind in ("hang", "lost_rank"):
+            what = "hung" if mark.kind == "hang" else "was lost"
+            host = mark.event.fields.get("host")
+            return f"rank {mark.number('rank')}{f' on {host}' if host else ''} {what}"
+    return None
 
 
 def _spans(launch: _Launch) -> Iterator[_Span]:
@@ -332,8 +342,9 @@ def _overlays(launch: _Launch) -> list[_Span]:
 
 def _add(totals: dict[str, int], span: _Span) -> None:
     length = span.end - span.begin
-    lost = round(length * span.lost)
-    waited = round((length - lost) * span.waited)
+    # The product is a float, which for absurd lengths rounds beyond them.
+    lost = min(round(length * span.lost), length)
+    waited = min(round((length - lost) * span.waited), length - lost)
     totals["lost"] += lost
     totals["data_wait"] += waited
     totals[span.name] += length - lost - waited
