@@ -162,30 +162,32 @@ def _seconds(args: argparse.Namespace, folder: RunFolder | None) -> dict[str, So
         if given is not None:
             found[name] = given, "as given"
         elif name in measured:
-            found[name] = measured[name], f"median of {args.from_run}"
+            found[name] = measured[name], f"mean of {args.from_run}"
         else:
             found[name] = published, f"assumed: {why}"
     return found
 
 
 def measured_seconds(folder: RunFolder) -> dict[str, float]:
-    """Medians of a run's saves, their stalls, and its restarts, as far as it had any.
+    """Means of a run's saves, their stalls, and its restarts, as far as it had any; the model adds them up.
 
-    A restart is counted from the last sign of life of an attempt to the end of the first step of the next.
+    A restart is counted from the last sign of life of an attempt to the end of the next first step, whichever
+    attempt did it: to find the fault and to fail at the start is part of it.
     """
     saves = [event for event in folder.events if event.kind == "checkpoint"]
     found = {}
     if saves:
-        found["checkpoint_s"] = statistics.median(event.fields["total_s"] for event in saves)
-        found["stall_s"] = statistics.median(event.fields["stall_s"] for event in saves)
+        found["checkpoint_s"] = statistics.fmean(event.fields["total_s"] for event in saves)
+        found["stall_s"] = statistics.fmean(event.fields["stall_s"] for event in saves)
     accounting = folder.accounting(max(event.time for event in folder.events))
+    trained = [a for a in (accounting.attempts if accounting else ()) if a.to_step is not None]
     restarts = []
-    for before, after in itertools.pairwise(accounting.attempts if accounting else ()):
+    for before, after in itertools.pairwise(trained):
         first = [e.time for e in folder.events if e.kind == "first_step" and e.time >= after.began]
         if before.exit_code != 0 and first:
             restarts.append(first[0] - before.last_sign)
     if restarts:
-        found["restart_s"] = statistics.median(restarts)
+        found["restart_s"] = statistics.fmean(restarts)
     return found
 
 

@@ -83,7 +83,8 @@ class Node:
         deadline = 0.0
         while True:
             codes = [child.poll() for child in self._children]
-            failed = next((code for code in codes if code), None)
+            # Of several at a time one that a signal killed, whose code is negative: the others may be its effects.
+            failed = min((code for code in codes if code), default=None)
             if first is None and failed is not None:
                 first, deadline = failed, time.monotonic() + self._patience_s
             if None not in codes or (first is not None and time.monotonic() > deadline):

@@ -346,5 +346,5 @@ def test_what_a_run_measured_goes_into_its_simulation(tmp_path: Path, capsys: py
     (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
     assert _plan("--gpus", "8", "--mtbf-hours", "1000", "--from-run", str(tmp_path)) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    for part in ("checkpoint_s=7: median", "stall_s=2: median", "restart_s=30: median"):
+    for part in ("checkpoint_s=7: mean", "stall_s=2: mean", "restart_s=30: mean"):
         assert part in shown, part
