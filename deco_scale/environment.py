@@ -66,6 +66,7 @@ def start_processes(env: Environment, device: torch.device) -> None:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))
     if dist.is_initialized():
         return
+    _check_restarts(os.environ)
     os.environ.setdefault("MASTER_ADDR", _slurm_head() or "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", str(_free_port() if env.world_size == 1 else 29500))
     os.environ["RANK"], os.environ["WORLD_SIZE"] = str(env.rank), str(env.world_size)
@@ -75,6 +76,17 @@ def start_processes(env: Environment, device: torch.device) -> None:
         dist.init_process_group(f"cpu:gloo,cuda:{backend}" if device.type == "cuda" else backend, timeout=TIMEOUT)
     except (RuntimeError, ValueError, dist.DistError) as error:
         raise RunError(f"the processes did not find each other: {error}") from error
+
+
+def _check_restarts(variables: Mapping[str, str]) -> None:
+    """torchrun's restarts must not share one store: gloo would meet the addresses of processes that are gone."""
+    shared = variables.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if shared and int(variables.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
+        raise ConfigError(
+            "torchrun --max-restarts keeps one store for all attempts, in which PyTorch finds the addresses of the "
+            "attempt before: no restart would succeed. Start torchrun with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in "
+            "its environment, on every node"
+        )
 
 
 def _slurm_head() -> str | None:

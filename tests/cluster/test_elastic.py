@@ -33,6 +33,8 @@ def agent(config: Path, port: int, log: Path) -> "subprocess.Popen[bytes]":
         str(ROOT / "launcher" / "train.py"), "--config", str(config),
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    # Without it the trainers refuse to start: a restart would find the addresses of the attempt before.
+    environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     with log.open("wb") as output:
         return subprocess.Popen(
             command, env=environment, start_new_session=True, stdout=output, stderr=subprocess.STDOUT
