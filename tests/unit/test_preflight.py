@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from data_pipeline.serve import S3Server
 from data_pipeline.store import open_store
 from deco_scale.config import build_config
-from deco_scale.environment import Environment
-from deco_scale.errors import RunError
+from deco_scale.environment import Environment, start_processes
+from deco_scale.errors import ConfigError, RunError
 from deco_scale.models import Denoiser
 from launcher import preflight
 from launcher.preflight import Limits, Senses, check_all, join
@@ -31,7 +31,7 @@ from tests.assets import tiny_config
 from tests.distributed.harness import in_group
 
 PLACES = [Place(0, 0, "node0"), Place(1, 0, "node1")]
-HALF_A_MINUTE = 30.0
+HALF_A_MINUTE = 30.5
 CPU = torch.device("cpu")
 
 
@@ -264,3 +264,12 @@ def test_a_wrong_product_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", wrong)
     assert not products_are_exact(CPU, side=32)
+
+
+def test_torchrun_with_restarts_and_one_store_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch keeps what earlier attempts wrote into it."""
+    environment = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_MAX_RESTARTS": "3"}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
+        start_processes(Environment(0, 1, 0), torch.device("cpu"))
