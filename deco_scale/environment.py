@@ -83,9 +83,9 @@ def _check_restarts(variables: Mapping[str, str]) -> None:
     shared = variables.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if shared and int(variables.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
         raise ConfigError(
-            "torchrun --max-restarts keeps one store for all attempts, in which PyTorch finds the addresses of the "
-            "attempt before: no restart would succeed. Start torchrun with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in "
-            "its environment, on every node"
+            "torchrun --max-restarts keeps one store for all attempts, in which PyTorch finds the addresses of "
+            "the attempt before: no restart would succeed. Start torchrun with "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment, on every node"
         )
 
 
