@@ -13,11 +13,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from deco_scale.errors import RunError
+from deco_scale.training.lines import Lines
 from deco_scale.training.settings import WandbConfig
 from deco_scale.training.tracking import Tracking
 from deco_scale.watching.accounting import CLASSES
 from deco_scale.watching.alerts import Alerts
-from deco_scale.watching.events import EVENTS, Event, append_event
+from deco_scale.watching.events import EVENTS, Event
 from deco_scale.watching.folder import RunFolder
 from deco_scale.watching.follow import JsonLines
 from deco_scale.watching.prometheus import Metrics
@@ -56,8 +57,7 @@ class Reporter:
         self._open = ExitStack()
         if not active:
             return
-        self._log = self._open.enter_context((folder / LOG).open("a", encoding="utf-8"))
-        self._metrics = self._open.enter_context((folder / METRICS).open("a", encoding="utf-8"))
+        self._log, self._metrics, self._events = (self._lines(folder / n) for n in (LOG, METRICS, EVENTS))
         self._start_monitor(monitor or MonitorConfig())
         if self._console.is_terminal:
             self._progress = Progress(
@@ -74,6 +74,15 @@ class Reporter:
             self._open.callback(self._tracking.close)
         if self._progress is not None:
             self._open.callback(self._progress.stop)
+
+    def _lines(self, path: Path) -> Lines:
+        lines = Lines(path, self._show)
+        self._open.callback(lines.close)
+        return lines
+
+    def _show(self, line: str) -> None:
+        """On the console only."""
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def _start_monitor(self, cfg: MonitorConfig) -> None:
         if cfg.webhook_env is not None:
@@ -94,9 +103,8 @@ class Reporter:
         """One plain line, on the console and in ``log.txt``."""
         if self._active:
             line = f"{time.strftime('%H:%M:%S')} {scrub(message)}"
-            self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+            self._show(line)
             self._log.write(line + "\n")
-            self._log.flush()
 
     def begin(self, **fields: Any) -> None:
         """The start of an attempt, numbered after those that the run's folder knows."""
@@ -116,7 +124,7 @@ class Reporter:
             self._tell_trouble(self._alerts)
         if self._metrics_server is not None:
             self._metrics_server.event(event)
-        append_event(self._folder, event)
+        self._events.write(event.line())
 
     def metrics(self, values: dict[str, Any]) -> None:
         """One logged step."""
@@ -137,7 +145,6 @@ class Reporter:
         if self._progress is not None:
             self._progress.update(self._task, completed=values["step"], shown=shown)
             self._log.write(f"step {values['step']} {shown}\n")
-            self._log.flush()
         else:
             self.say(f"step {values['step']}/{self._total} {shown} | ETA {_duration(remaining)}")
         if self._tracking is not None:
@@ -169,14 +176,20 @@ class Reporter:
             self._goodput()
             entries = read_metrics(self._folder)
             if entries:
-                draw_curves(entries, self._folder / CURVES)
-                self.say(f"loss curves: {self._folder / CURVES}")
+                self._draw(entries)
+
+    def _draw(self, entries: list[dict[str, Any]]) -> None:
+        try:
+            draw_curves(entries, self._folder / CURVES)
+        except OSError as error:
+            self.say(f"WARNING: no loss curves: {error.filename or CURVES}: {error.strerror}")
+        else:
+            self.say(f"loss curves: {self._folder / CURVES}")
 
     def _write(self, values: dict[str, Any]) -> dict[str, Any]:
         """A line of ``metrics.jsonl``; returns what it says."""
         line: dict[str, Any] = redacted(values)
         self._metrics.write(json.dumps(line) + "\n")
-        self._metrics.flush()
         if self._metrics_server is not None:
             self._metrics_server.metrics(line)
         return line

@@ -4,6 +4,7 @@ import base64
 import html
 import io
 import json
+import os
 import random
 import re
 import string
@@ -23,6 +24,7 @@ from PIL import Image
 from wandb.proto.wandb_internal_pb2 import Record
 
 from deco_scale import cli
+from deco_scale.training.lines import KEPT_BYTES, Lines
 from deco_scale.training.report import Reporter
 from deco_scale.training.settings import WandbConfig
 from deco_scale.training.tracking import run_id
@@ -340,3 +342,37 @@ def test_charts_are_well_formed_whatever_is_logged(points: list[tuple[int, float
         chart = Elements()
         chart.feed(text)
         assert chart.open == [] and "nan" not in text and MARKUP not in text
+
+
+def test_a_full_disk_stops_no_training_and_loses_no_line(tmp_path: Path) -> None:
+    """/dev/full takes nothing; when there is room, all lines arrive in order."""
+    said: list[str] = []
+    path = tmp_path / "log.txt"
+    lines = Lines(path, said.append)
+    full, usable = os.open("/dev/full", os.O_WRONLY), os.dup(lines._file)
+    lines.write("one\n")
+    os.dup2(full, lines._file)
+    for word in ("two", "three"):
+        lines.write(f"{word}\n")
+    assert len(said) == 1 and "No space left" in said[0] and path.read_text() == "one\n"
+    os.dup2(usable, lines._file)
+    lines.write("four\n")
+    assert path.read_text() == "one\ntwo\nthree\nfour\n"
+    os.dup2(full, lines._file)
+    for number in range(6000):
+        lines.write(f"{number:01000}\n")
+    os.dup2(usable, lines._file)
+    lines.close()
+    rest = path.read_text().splitlines()[4:]
+    kept = [int(line) for line in rest if line]
+    # Whole lines, the newest, without a gap.
+    assert kept == list(range(kept[0], 6000)) and KEPT_BYTES // 2 <= 1001 * len(kept) + 1001 <= KEPT_BYTES + 1001
+    os.dup2(full, usable)
+    assert len(said) == 2
+    other = Lines(tmp_path / "other.txt", said.append)
+    os.dup2(full, other._file)
+    other.write("lost\n")
+    other.close()
+    assert "5 bytes are lost" in said[-1]
+    os.close(full)
+    os.close(usable)
