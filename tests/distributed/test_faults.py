@@ -14,6 +14,7 @@ import torch.distributed as dist
 from deco_scale.config import build_config
 from deco_scale.environment import Environment
 from deco_scale.errors import RunError
+from deco_scale.training.checkpoint_format import read_meta, read_tensors
 from deco_scale.watching.folder import RunFolder
 from tests.assets import tiny_config
 from tests.distributed.harness import in_group
@@ -24,6 +25,13 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp": {"engine": "fsdp", "tp": 2},
     "zero1": {"engine": "deepspeed", "zero_stage": 1},
     "zero0": {"engine": "deepspeed", "zero_stage": 0},
+}
+SKIPPING: dict[str, dict[str, Any]] = {
+    "skip_fsdp": {"engine": "fsdp"},
+    "skip_zero0": {"engine": "deepspeed", "zero_stage": 0},
+    "skip_zero1": {"engine": "deepspeed", "zero_stage": 1},
+    # The last of all runs: it changes functions of PyTorch for the whole process.
+    "skip_zero3": {"engine": "deepspeed", "zero_stage": 3},
 }
 
 
@@ -126,6 +134,10 @@ def in_two(folder: str, shards: str, encoder: str) -> None:
     for name, parallel in LAYOUTS.items():
         with after_update(flip):
             said[name] = train(config(name, parallel=parallel), rank)
+    for name, parallel in SKIPPING.items():
+        told.set(step6=100.0)
+        changes = {"faults": {**faults, "spike": "skip"}, "checkpoint": {"every": 1, "keep_last": 2}}
+        said[name] = train(config(name, parallel=parallel, run={"stop_at_step": 6}, **changes), rank)
     (root / f"said_{rank}.json").write_text(json.dumps(said))
 
 
@@ -211,6 +223,17 @@ def test_a_roll_back_goes_on_from_an_older_checkpoint_with_newer_data(runs: Path
     folder.refresh()
     found = folder.accounting(folder.events[-1].time)
     assert found is not None and found.seconds("lost") > 0
+
+
+@pytest.mark.parametrize("name", SKIPPING)
+def test_an_update_that_is_left_out_changes_no_bit(runs: Path, name: str) -> None:
+    assert said(runs, name) == ""
+    assert [fields["step"] for _, fields in events(runs, name, "spike")] == [6]
+    folders = [runs / name / "checkpoints" / f"step_{step:08d}" for step in (5, 6)]
+    before, after = (read_tensors(folder, "") for folder in folders)
+    assert before.keys() == after.keys() and any(key.startswith("exp_avg_sq.") for key in after)
+    assert all(torch.equal(before[key], after[key]) for key in after)
+    assert [read_meta(folder).optimizer_steps for folder in folders] == [5, 5]
 
 
 def read_samples(folder: Path) -> dict[int, int]:
