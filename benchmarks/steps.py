@@ -60,9 +60,9 @@ class TimedEngine:
         self._timeline.mark("other")
         return losses
 
-    def update(self, *, lr: float, betas: tuple[float, float]) -> Update:
+    def update(self, *, lr: float, betas: tuple[float, float], unwanted: torch.Tensor | None = None) -> Update:
         self._timeline.mark("optimizer")
-        update = self._engine.update(lr=lr, betas=betas)
+        update = self._engine.update(lr=lr, betas=betas, unwanted=unwanted)
         self._timeline.mark("other")
         return update
 

@@ -189,6 +189,12 @@ def _post(url: str, body: bytes, timeout_s: float) -> str:
         error.close()
         return f"the server answered {error.code}"
     except urllib.error.URLError as error:
-        return f"the server was not reached: {type(error.reason).__name__}"
+        return _unreached(error.reason, timeout_s)
     except (OSError, http.client.HTTPException, ValueError) as error:
-        return f"the server was not reached: {type(error).__name__}"
+        return _unreached(error, timeout_s)
+
+
+def _unreached(reason: object, timeout_s: float) -> str:
+    if isinstance(reason, TimeoutError):
+        return f"no answer within {timeout_s:g} s"
+    return f"the server was not reached: {type(reason).__name__}"
