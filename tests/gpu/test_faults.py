@@ -1,0 +1,63 @@
+"""What finds faults, on a GPU: digests, judgements and own times are those of a CPU. Not yet run on a GPU."""
+
+import pytest
+import torch
+
+from deco_scale.training.judge import Judge
+from deco_scale.training.meter import OwnWork
+from deco_scale.training.replicas import bit_digest
+from deco_scale.training.settings import FaultsConfig
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no GPU on this machine"),
+]
+
+
+def test_digests_are_those_of_a_cpu_and_every_bit_counts() -> None:
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(shape, generator=generator) for shape in ((33, 5), (1,), (0,), (4097,))]
+    tensors += [t.bfloat16() for t in tensors]
+    on_gpu = [t.cuda() for t in tensors]
+    assert torch.equal(bit_digest(on_gpu).cpu(), bit_digest(tensors))
+    changed = on_gpu[3].clone()
+    for place in (0, 1000, 4096):
+        for bit in range(31):
+            changed.view(torch.int32)[place] ^= 1 << bit
+            assert bit_digest([changed]) != bit_digest([on_gpu[3]])
+            changed.view(torch.int32)[place] ^= 1 << bit
+    assert bit_digest([changed]) == bit_digest([on_gpu[3]])
+
+
+def test_a_spike_is_judged_and_read_as_on_a_cpu() -> None:
+    losses = [2.0, 2.1, 1.9, 2.0, 2.05, 9.0, 2.0, float("nan"), 2.0, 2.0]
+    found = []
+    for device in (torch.device("cpu"), torch.device("cuda")):
+        cfg = FaultsConfig(spike="skip", spike_window=4)
+        judge = Judge(cfg, max_bad_steps=9, device=device)
+        kinds = []
+        for step, loss in enumerate(losses, start=1):
+            value = torch.tensor(loss, device=device)
+            unwanted = judge.unwanted(value)
+            assert unwanted is not None
+            judge.add(step, loss=value, skipped=torch.maximum(unwanted, (~torch.isfinite(value)).float()))
+            kinds += [(one.step, one.kind, step) for one in judge.read()]
+        kinds += [(one.step, one.kind, 0) for one in judge.read(everything=True)]
+        found.append(kinds)
+    assert found[0] == found[1] == [(6, "spike", 8), (8, "skip", 10)]
+
+
+def test_own_work_is_the_linears_time_on_the_device() -> None:
+    block = torch.nn.Sequential(torch.nn.Linear(4096, 4096), torch.nn.ReLU(), torch.nn.Linear(4096, 4096)).cuda()
+    own = OwnWork([block], torch.device("cuda"), whole_blocks=False)
+    x = torch.randn(8192, 4096, device="cuda")
+    block(x)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    own.start()
+    begin.record()
+    block(x)
+    end.record()
+    seconds = own.stop()
+    end.synchronize()
+    assert 0 < seconds <= begin.elapsed_time(end) / 1000
+    assert own.stop() == 0.0
