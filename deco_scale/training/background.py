@@ -61,6 +61,21 @@ class Outcome:
     total_s: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class Saved:
+    """The end of a save: a line for the log, the error if it failed, how long it took and held the step up.
+
+    ``checkpoint`` is False where weights alone were exported.
+    """
+
+    said: str
+    error: str | None
+    checkpoint: bool
+    step: int
+    stall_s: float
+    total_s: float
+
+
 class Worker:
     """One thread, one job at a time; jobs that fail with a :class:`RunError` end with it in their outcome.
 

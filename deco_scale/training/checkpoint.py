@@ -13,14 +13,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import google_crc32c
 import torch.distributed as dist
 
 from deco_scale.errors import ConfigError, Damaged, RunError
 from deco_scale.training import loading
-from deco_scale.training.background import Team, Worker
+from deco_scale.training.background import Saved, Team, Worker
 from deco_scale.training.checkpoint_format import (
     COMPLETE,
     META,
@@ -40,7 +40,7 @@ from deco_scale.training.checkpoint_format import (
 from deco_scale.training.digest import parameter_digest, snapshot_digest
 from deco_scale.training.engine import Engine
 from deco_scale.training.exports import PREFIX, export_ema
-from deco_scale.training.processes import agreed
+from deco_scale.training.processes import agreed, by_first
 from deco_scale.training.retention import kept
 from deco_scale.training.settings import CheckpointConfig
 from deco_scale.training.staging import Snapshot, Staging
@@ -71,24 +71,6 @@ __all__ = [
     "stored_shapes",
     "verify",
 ]
-
-
-T = TypeVar("T")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Saved:
-    """The end of a save: a line for the log, the error if it failed, how long it took and held the step up.
-
-    ``checkpoint`` is False where weights alone were exported.
-    """
-
-    said: str
-    error: str | None
-    checkpoint: bool
-    step: int
-    stall_s: float
-    total_s: float
 
 
 class Checkpoints:
@@ -232,9 +214,9 @@ class Checkpoints:
         is left: a run never starts anew because its checkpoints cannot be read.
         """
         if resume != "auto":
-            named = self._from_first(lambda: self.resolve(resume))
+            named = by_first(lambda: self.resolve(resume))
             return None if named is None else (self.load(engine, named, say=say), named)
-        found = self._from_first(lambda: [where for _, where in self.complete()])
+        found = by_first(lambda: [where for _, where in self.complete()])
         return self._load_first(engine, found, say) if found else None
 
     def go_back(
@@ -244,7 +226,7 @@ class Checkpoints:
 
         Raises :class:`RunError` where there is none.
         """
-        everything = self._from_first(self.complete)
+        everything = by_first(self.complete)
         old_enough = [where for step, where in everything if step <= at_most]
         if not old_enough:
             raise RunError(
@@ -269,12 +251,6 @@ class Checkpoints:
                 damaged.append(str(error))
                 say(f"WARNING: {error}: not used; the checkpoint before it is tried")
         raise ConfigError(f"all {len(places)} complete checkpoints are damaged: {'; '.join(damaged)}")
-
-    def _from_first(self, action: Callable[[], T]) -> T:
-        """``action`` on rank 0, its result for all ranks."""
-        found: list[Any] = [agreed(lambda: action() if dist.get_rank() == 0 else None)]
-        dist.broadcast_object_list(found, src=0)
-        return found[0]
 
     def _remove(self, steps: Sequence[int]) -> None:
         for step in steps:
