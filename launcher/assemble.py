@@ -34,7 +34,7 @@ from deco_scale.training.checkpoint import Checkpoints
 from deco_scale.training.engine import Engine
 from deco_scale.training.loop import Data, Loop, NoPulse, Pulse, Stage
 from deco_scale.training.meter import OwnWork
-from deco_scale.training.processes import agreed, gathered
+from deco_scale.training.processes import agreed, by_first, gathered
 from deco_scale.training.report import Reporter
 from deco_scale.training.settings import StageConfig
 from deco_scale.training.stopping import StopRequest
@@ -90,8 +90,6 @@ def choose_attention(
     dtype = torch.float32 if cfg.precision.compute == "fp32" else torch.bfloat16
 
     def measure() -> list[BackendChoice]:
-        if dist.get_rank() != 0:
-            return []
         try:
             shapes = dict.fromkeys(
                 shape
@@ -104,9 +102,8 @@ def choose_attention(
         except ValueError as error:
             raise ConfigError(str(error)) from error
 
-    found: list[list[BackendChoice]] = [agreed(measure)]
-    dist.broadcast_object_list(found, src=0, device=torch.device("cpu"))
-    return table_of(found[0]), found[0]
+    found = by_first(measure)
+    return table_of(found), found
 
 
 def objective_builder(

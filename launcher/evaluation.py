@@ -15,7 +15,7 @@ from deco_scale.models.encoders import TextEncoder
 from deco_scale.parallel.layout import Layout
 from deco_scale.sampling import Job
 from deco_scale.training.engine import Engine
-from deco_scale.training.processes import agreed
+from deco_scale.training.processes import agreed, gathered
 from deco_scale.training.report import Reporter
 from launcher.pictures import engine_generator, stage_at
 
@@ -66,7 +66,7 @@ def evaluator(
                 folder=folder,
                 step=step,
                 total=_total,
-                gather=_gathered,
+                gather=gathered,
             )
 
         report = agreed(judge)
@@ -83,9 +83,3 @@ def evaluator(
 def _total(values: Tensor) -> Tensor:
     dist.all_reduce(values)
     return values
-
-
-def _gathered(value: Any) -> Sequence[Any]:
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, value)
-    return found

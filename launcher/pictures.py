@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ from deco_scale.parallel.layout import Layout
 from deco_scale.sampling import Generator, Job
 from deco_scale.sampling.pictures import save_grid, velocity_of
 from deco_scale.training.engine import Engine
-from deco_scale.training.processes import agreed
+from deco_scale.training.processes import agreed, gathered
 from deco_scale.training.report import Reporter
 from deco_scale.training.settings import StageConfig
 
@@ -69,14 +68,13 @@ def picture_maker(
         with engine.averaged():
             drawn = generator.pictures(mine, size=(side, side), sampler=cfg.samples.sampler, batch=share)
             pictures = np.stack([pixels for _, pixels in drawn])
-        gathered: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, pictures)
+        parts = gathered(pictures)
         path = folder / f"step_{step:08d}.png"
 
         def write() -> None:
             if dist.get_rank() != 0:
                 return
-            every = np.concatenate(gathered[:: layout.tp])[: len(conditions)]
+            every = np.concatenate(parts[:: layout.tp])[: len(conditions)]
             columns, labels = min(5, len(conditions)), [str(c) for c in conditions]
             try:
                 save_grid(every, path, columns=columns, labels=labels, scale=max(1, 96 // side))

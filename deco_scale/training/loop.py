@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -21,6 +21,7 @@ from deco_scale.training.report import Reporter
 from deco_scale.training.settings import FaultsConfig, RunSettings, StageConfig
 from deco_scale.training.step import StepResult, train_step
 from deco_scale.training.stopping import StopRequest
+from deco_scale.watchdog.board import Phase
 
 
 class Data(Protocol):
@@ -41,14 +42,14 @@ class Data(Protocol):
 class Pulse(Protocol):
     """Who wants to know that this rank goes on; see :mod:`deco_scale.watchdog`."""
 
-    def beat(self, step: int, phase: Literal["start", "step", "slow"]) -> None:
+    def beat(self, step: int, phase: Phase) -> None:
         """The rank begins ``phase`` of ``step``: start-up, a step, or what may take long."""
 
 
 class NoPulse:
     """Nobody wants to know."""
 
-    def beat(self, step: int, phase: Literal["start", "step", "slow"]) -> None:
+    def beat(self, step: int, phase: Phase) -> None:
         """Nothing to do."""
 
 

@@ -49,9 +49,7 @@ def from_first(value: T) -> T:
 
 def by_first(action: Callable[[], T]) -> T:
     """``action`` on rank 0 alone, its result for all ranks, or its error."""
-    found: list[T | None] = [agreed(lambda: action() if dist.get_rank() == 0 else None)]
-    dist.broadcast_object_list(found, src=0, device=torch.device("cpu"))
-    return found[0]  # type: ignore[return-value]
+    return from_first(agreed(lambda: action() if dist.get_rank() == 0 else None))  # type: ignore[return-value]
 
 
 def gathered(value: T) -> list[T]:

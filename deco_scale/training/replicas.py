@@ -13,6 +13,7 @@ from torch import Tensor
 
 from deco_scale.errors import RunError
 from deco_scale.training.engine import Engine
+from deco_scale.training.processes import gathered
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +65,7 @@ def find_odd(engine: Engine) -> list[Odd]:
     dist.all_reduce(flag, dist.ReduceOp.MAX)
     if not float(flag):
         return []
-    gathered: list[list[Odd]] = [[]] * dist.get_world_size()
-    dist.all_gather_object(gathered, mine)
-    by_rank = {odd.rank: odd for part in gathered for odd in part}
+    by_rank = {odd.rank: odd for part in gathered(mine) for odd in part}
     return [by_rank[rank] for rank in sorted(by_rank)]
 
 

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from tests.chaos import checks
-from tests.chaos.run import LONG, NAN, SHORT, Scenario, chaos
+from tests.chaos.run import NAN, chaos
+from tests.chaos.scenario import LONG, SHORT, Scenario
 
 
 def survives(scenario: Scenario, seed: int, folder: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import pytest
 from deco_scale.training.checkpoint_format import COMPLETE, sums_text
 from tests.chaos.checks import compare_samples, compare_traces, lost_checkpoints
 from tests.chaos.faults import KINDS, folder_of
-from tests.chaos.run import LONG, SHORT, Scenario, make_nans, make_plan
+from tests.chaos.scenario import LONG, SHORT, Scenario, make_nans, make_plan
 from tests.chaos.watch import Watch
 
 STEPS, BATCH, NAN_STEP = 6, 4, 2
