@@ -6,6 +6,7 @@ would multiply. An error that was refused for good carries no cause, because bot
 """
 
 import contextlib
+import hashlib
 import os
 import re
 import threading
@@ -70,6 +71,22 @@ _HINTS = {
 
 
 _MISSING = ("404", "NoSuchKey")
+
+
+def part_bytes(size: int) -> int:
+    """Bytes of each part (but the last) of an upload of ``size`` bytes."""
+    return max(PART_BYTES, -(-size // MAX_PARTS))
+
+
+def expected_etag(path: Path, size: int) -> str:
+    """What S3 answers for unencrypted objects: MD5, of the parts' MD5s where the upload had parts."""
+    parts = []
+    with path.open("rb") as file:
+        while piece := file.read(part_bytes(size)):
+            parts.append(hashlib.md5(piece, usedforsecurity=False).digest())
+    if size <= PART_BYTES:
+        return (parts[0] if parts else hashlib.md5(b"", usedforsecurity=False).digest()).hex()
+    return f"{hashlib.md5(b''.join(parts), usedforsecurity=False).hexdigest()}-{len(parts)}"
 
 
 class _Fault(Exception):
@@ -234,16 +251,16 @@ class S3Store:
             return
         target = {"Key": self._prefix + key}
         target["UploadId"] = self._call(key, "create_multipart_upload", **target)["UploadId"]
-        part_bytes = max(PART_BYTES, -(-size // MAX_PARTS))
+        step = part_bytes(size)
 
         def send(number: int) -> dict[str, Any]:
-            body = part(number * part_bytes, min(part_bytes, size - number * part_bytes))
+            body = part(number * step, min(step, size - number * step))
             answer = self._call(key, "upload_part", **target, PartNumber=number + 1, Body=body)
             return {"PartNumber": number + 1, "ETag": answer["ETag"]}
 
         try:
             with ThreadPoolExecutor(WRITERS, thread_name_prefix="upload") as pool:
-                parts = list(pool.map(send, range(-(-size // part_bytes))))
+                parts = list(pool.map(send, range(-(-size // step))))
             self._complete(key, size, parts, target)
         except BaseException:
             with contextlib.suppress(StoreError, _Fault), self._errors(key):

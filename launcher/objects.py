@@ -1,6 +1,5 @@
 """Checkpoints in an object store: the data pipeline's store, with every upload verified."""
 
-import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -9,7 +8,6 @@ from urllib.parse import urlparse
 import google_crc32c
 
 from data_pipeline.errors import DataError, StoreError
-from data_pipeline.s3 import MAX_PARTS, PART_BYTES
 from data_pipeline.store import open_store
 from deco_scale.errors import ConfigError, RunError
 from deco_scale.training.storage import ObjectStore
@@ -68,12 +66,15 @@ class Objects:
 
     def _put(self, key: str, path: Path, crc32c: int) -> None:
         """Upload, then compare size and ETag; where the ETag is no MD5 of the bytes, read them back."""
+        # Importing it imports boto3, which a trainer needs only once it has opened a store.
+        from data_pipeline.s3 import expected_etag
+
         size = path.stat().st_size
         self._store.write_file(key, path)
         found = self._store.info(key)
         if found is None or found.size != size:
             raise StoreError(f"{self.url}/{key}: {found.size if found else 0} of {size} bytes were stored")
-        if found.etag != _etag(path, size) and self._stored_crc(key, size) != crc32c:
+        if found.etag != expected_etag(path, size) and self._stored_crc(key, size) != crc32c:
             raise StoreError(f"{self.url}/{key}: the stored bytes differ from those that were sent")
 
     def _stored_crc(self, key: str, size: int) -> int:
@@ -81,18 +82,6 @@ class Objects:
         for start in range(0, size, _PIECE_BYTES):
             checksum.update(self._store.read(key, start, min(_PIECE_BYTES, size - start)))
         return int.from_bytes(checksum.digest(), "big")
-
-
-def _etag(path: Path, size: int) -> str:
-    """What S3 answers for unencrypted objects: MD5, of the parts' MD5s where the upload had parts."""
-    part_bytes = max(PART_BYTES, -(-size // MAX_PARTS))
-    parts = []
-    with path.open("rb") as file:
-        while piece := file.read(part_bytes):
-            parts.append(hashlib.md5(piece, usedforsecurity=False).digest())
-    if size <= PART_BYTES:
-        return (parts[0] if parts else hashlib.md5(b"", usedforsecurity=False).digest()).hex()
-    return f"{hashlib.md5(b''.join(parts), usedforsecurity=False).hexdigest()}-{len(parts)}"
 
 
 def _named(action: Callable[[], T]) -> T:

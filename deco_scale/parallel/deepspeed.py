@@ -5,6 +5,7 @@ partitions. State is read and written parameter by parameter: the wanted set is 
 and DeepSpeed's accessors assemble or scatter one parameter at a time.
 """
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal, cast
@@ -40,6 +41,7 @@ _MEGATRON_LINEARS = ("deco_scale.parallel.megatron.ColumnLinear", "deco_scale.pa
 
 def deepspeed_json(
     *,
+    device: torch.device,
     stage: ZeroStage,
     tp: int,
     micro_batch: int,
@@ -63,7 +65,7 @@ def deepspeed_json(
         "zero_optimization": {
             "stage": stage,
             "contiguous_gradients": True,
-            "overlap_comm": stage == 2 and torch.cuda.is_available(),
+            "overlap_comm": stage == 2 and device.type == "cuda",
             "stage3_param_persistence_threshold": ZERO3_PERSISTENT,
             # Release every weight after use: memory that does not depend on the model's size.
             "stage3_max_reuse_distance": 0,
@@ -116,10 +118,11 @@ class DeepSpeedEngine:
         kernels: Kernels = "torch",
     ) -> None:
         fp8.check_plan(precision, fp8_plan)
-        deepspeed = import_deepspeed()
+        deepspeed = import_deepspeed(device)
         self._fp8_plan = fp8_plan
         self._device, self._precision, self._stage, self._layout = device, precision, stage, layout
         config = deepspeed_json(
+            device=device,
             stage=stage,
             tp=layout.tp,
             micro_batch=micro_batch,
@@ -367,18 +370,33 @@ class DeepSpeedEngine:
                 persistent[0].all_gather(persistent)
 
 
-def import_deepspeed() -> Any:
-    """DeepSpeed, without the shared-memory op that it would compile for minutes on a CPU."""
+def import_deepspeed(device: torch.device) -> Any:
+    """DeepSpeed with ``device``'s accelerator, without the shared-memory op that a CPU would compile for minutes.
+
+    DeepSpeed settles on one accelerator per process when it is imported, and takes a GPU wherever there is one.
+    Raises :class:`ConfigError` where it is missing, or has settled on another accelerator.
+    """
+    by_user = "DS_ACCELERATOR" in os.environ
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
     try:
         import deepspeed
     except ImportError as error:
         raise ConfigError(
             "parallel.engine=deepspeed needs DeepSpeed: pip install 'deco-scale[deepspeed]'"
         ) from error
-    if not torch.cuda.is_available():
+    finally:
+        if not by_user:
+            del os.environ["DS_ACCELERATOR"]
+    accelerator = deepspeed.accelerator.get_accelerator().device_name()
+    if accelerator != device.type:
+        raise ConfigError(
+            f"device={device.type}, but DeepSpeed has settled on {accelerator} in this process: set "
+            f"DS_ACCELERATOR={device.type} in its environment, or use parallel.engine=fsdp"
+        )
+    if accelerator == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not deepspeed.comm.is_initialized():
-        deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+        deepspeed.init_distributed("nccl" if accelerator == "cuda" else "gloo", verbose=False)
     return deepspeed
 
 

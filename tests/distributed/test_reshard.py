@@ -55,7 +55,7 @@ def _plain(stage: int, *, bf16: bool = False, universal: bool = False) -> Any:
     from deco_scale.objectives import Objective, ObjectiveConfig
     from deco_scale.parallel.deepspeed import import_deepspeed
 
-    deepspeed = import_deepspeed()
+    deepspeed = import_deepspeed(torch.device("cpu"))
     deepspeed.utils.groups.mpu = None
     objective = Objective(Denoiser(MODEL), ObjectiveConfig(repa_layer=1), encoder_dim=ENCODER_DIM)
     config = {
