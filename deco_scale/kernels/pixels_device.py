@@ -231,7 +231,7 @@ def forward_kernel(
     for index in tl.static_range(BLOCKS):
         matrices = matrices + (_block_matrices(weights + index * MATRICES * W * W, W, V, DOT),)
     for tile in range(tl.program_id(0), tl.cdiv(rows, T), tl.num_programs(0)):
-        start = tl.to_tensor(tile).to(tl.int64) * T
+        start = tl.cast(tile, tl.int64) * T
         patch, offsets_T, number_T = _tile(start, P, C, T)
         valid_T = start + tl.arange(0, T) < rows
         x_TV = _embed(patches + patch, offsets_T, valid_T, number_T, constant, weights, P, C, W, V, EMBED)
@@ -267,7 +267,7 @@ def backward_kernel(
     vectors, vector_sums = weights + BLOCKS * MATRICES * W * W, sums + BLOCKS * MATRICES * W * W
     own_TV = tl.arange(0, T)[:, None] * V + tl.arange(0, V)[None, :]
     for tile in range(tl.program_id(0), tl.cdiv(rows, T), tl.num_programs(0)):
-        start = tl.to_tensor(tile).to(tl.int64) * T
+        start = tl.cast(tile, tl.int64) * T
         patch, offsets_T, number_T = _tile(start, P, C, T)
         valid_T = start + tl.arange(0, T) < rows
         x_TV = _embed(patches + patch, offsets_T, valid_T, number_T, constant, weights, P, C, W, V, EMBED)
