@@ -266,8 +266,8 @@ class ImageEncoder:
 _DINO_NAMES = {
     "norm1.weight": "norm1.weight",
     "norm1.bias": "norm1.bias",
-    "attn.proj.weight": "attention.o_proj.weight",
-    "attn.proj.bias": "attention.o_proj.bias",
+    "attn.proj.weight": "attention.output.dense.weight",
+    "attn.proj.bias": "attention.output.dense.bias",
     "ls1.gamma": "layer_scale1.lambda1",
     "norm2.weight": "norm2.weight",
     "norm2.bias": "norm2.bias",
@@ -286,12 +286,17 @@ _DINO_ROOT = {
     "norm.weight": "layernorm.weight",
     "norm.bias": "layernorm.bias",
 }
+_DINO_QKV = ("query", "key", "value")
 _HEAD_DIM = 64
 """Head width of every published DINOv2."""
 
 
 def dinov2_from_original(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Map the original repository's names to ``transformers``'; an unknown name raises ``KeyError``."""
+    """Map the original repository's names to those of the published ``facebook/dinov2-*`` files.
+
+    ``transformers`` calls the weights differently from version to version, and reads the published names in all of
+    them. A fused projection is split into three. An unknown name raises ``KeyError``.
+    """
     converted: dict[str, Tensor] = {}
     for name, tensor in state.items():
         if name in _DINO_ROOT:
@@ -303,8 +308,8 @@ def dinov2_from_original(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         prefix = f"encoder.layer.{int(layer)}."
         if rest in ("attn.qkv.weight", "attn.qkv.bias"):
             kind = rest.rsplit(".", 1)[1]
-            for part, piece in zip("qkv", tensor.chunk(3), strict=True):
-                converted[f"{prefix}attention.{part}_proj.{kind}"] = piece
+            for part, piece in zip(_DINO_QKV, tensor.chunk(3), strict=True):
+                converted[f"{prefix}attention.attention.{part}.{kind}"] = piece
         else:
             converted[prefix + _DINO_NAMES[rest]] = tensor
     return converted
@@ -324,6 +329,12 @@ def _from_original(path: Path) -> Any:
         image_size=DINO_PATCH * round(positions**0.5),
         patch_size=DINO_PATCH,
     )
-    model = Dinov2Model(config)
-    model.load_state_dict(dinov2_from_original(state), strict=True)
+    model, loading = cast(Any, Dinov2Model).from_pretrained(
+        None,
+        config=config,
+        state_dict=dinov2_from_original(state),
+        dtype=torch.float32,
+        output_loading_info=True,
+    )
+    _check_complete(str(path), loading)
     return model

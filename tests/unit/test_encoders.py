@@ -71,7 +71,8 @@ def test_dinov2_converts_from_the_original_file(tmp_path: Path) -> None:
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     model.save_pretrained(tmp_path / "folder", safe_serialization=True)
-    ours = model.state_dict()
+    # The files keep the published names whatever the installed version calls the weights.
+    ours = load_file(tmp_path / "folder" / "model.safetensors")
     original = {
         "cls_token": ours["embeddings.cls_token"],
         "mask_token": ours["embeddings.mask_token"],
@@ -84,9 +85,9 @@ def test_dinov2_converts_from_the_original_file(tmp_path: Path) -> None:
     for i in range(2):
         layer = f"encoder.layer.{i}."
         for kind in ("weight", "bias"):
-            parts = [ours[f"{layer}attention.{p}_proj.{kind}"] for p in "qkv"]
+            parts = [ours[f"{layer}attention.attention.{p}.{kind}"] for p in ("query", "key", "value")]
             original[f"blocks.{i}.attn.qkv.{kind}"] = torch.cat(parts)
-            original[f"blocks.{i}.attn.proj.{kind}"] = ours[f"{layer}attention.o_proj.{kind}"]
+            original[f"blocks.{i}.attn.proj.{kind}"] = ours[f"{layer}attention.output.dense.{kind}"]
             for name in ("norm1", "norm2", "mlp.fc1", "mlp.fc2"):
                 original[f"blocks.{i}.{name}.{kind}"] = ours[f"{layer}{name}.{kind}"]
         for number in "12":
@@ -100,6 +101,10 @@ def test_dinov2_converts_from_the_original_file(tmp_path: Path) -> None:
     assert torch.equal(*found)
     with pytest.raises(KeyError, match="unknown DINOv2 tensor head.weight.x"):
         dinov2_from_original({"head.weight.x": torch.zeros(1)})
+    del original["blocks.1.attn.proj.weight"]
+    torch.save(original, tmp_path / "dinov2.pth")
+    with pytest.raises(EncoderError, match=r"dinov2.pth lacks 1 weights of its model, such as encoder.layer.1"):
+        ImageEncoder.load(ImageEncoderConfig(path=str(tmp_path / "dinov2.pth")), CPU)
 
 
 def test_missing_image_encoder_says_what_to_fetch() -> None:
