@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -26,6 +25,7 @@ import psutil
 
 from launcher.scheduling.slurm import PATIENCE_S
 from tests.namespaces import INTERFACE, Nodes, listening_ports
+from tests.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 MARK = "CHAOS_JOB"
@@ -68,7 +68,7 @@ class Cluster:
         entry = folder / "entry" / "launcher" / "train.py"
         entry.parent.mkdir(parents=True)
         entry.symlink_to(ROOT / "tests" / "chaos" / "entry.py")
-        self._port = PORT if network is not None else _free_port()
+        self._port = PORT if network is not None else free_port()
         self._command = [
             sys.executable, "-m", "launcher.scheduling.node", "--nodes", str(nodes), "--processes", str(processes),
             "--entry", str(folder / "entry"), "--pids", "{pids}", "--", "--config", str(config),
@@ -207,12 +207,6 @@ def _command_of(pid: int) -> str:
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")[:200]
     return ""
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Relay:

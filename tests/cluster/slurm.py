@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from tests.ports import free_port
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue")
 START_S = 60
 
@@ -127,14 +129,13 @@ class Slurm:
             time.sleep(0.3)
 
     def _configuration(self) -> str:
-        ports = _free_ports(2)
         settings = {
             "ClusterName": "test",
             "SlurmctldHost": f"{self.host}(127.0.0.1)",
             "SlurmUser": "root",
             "SlurmdUser": "root",
-            "SlurmctldPort": ports[0],
-            "SlurmdPort": ports[1],
+            "SlurmctldPort": free_port(),
+            "SlurmdPort": free_port(),
             "AuthType": "auth/munge",
             "AuthInfo": f"socket={self._socket}",
             "CredType": "cred/munge",
@@ -158,17 +159,6 @@ class Slurm:
         lines.append(f"NodeName={self.host} NodeAddr=127.0.0.1 CPUs=2 RealMemory=512 State=UNKNOWN")
         lines.append("PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP")
         return "\n".join(lines) + "\n"
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()
 
 
 @contextmanager

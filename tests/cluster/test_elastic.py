@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from tests.assets import tiny_config
 from tests.conftest import ROOT
 from tests.distributed.harness import trace, worst_difference
 from tests.faults.test_kill import finish, start, steps_done
+from tests.ports import free_port
 
 TOLERANCE = 1e-5
 """Relative, fp32: another number of ranks only changes the order of sums."""
@@ -53,9 +53,7 @@ def test_a_job_goes_on_with_fewer_nodes(tmp_path: Path, shards: Path, text_encod
         configs[name] = tmp_path / f"{name}.yaml"
         configs[name].write_text(yaml.safe_dump(config))
     finish(start(configs["whole"], 1))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     first = agent(configs["elastic"], port, tmp_path / "first.log")
     # The first to come holds the meeting point.
     time.sleep(3)

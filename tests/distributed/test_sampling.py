@@ -24,6 +24,7 @@ from tests.assets import tiny_config
 from tests.checkpoints import META, save
 from tests.conftest import ROOT
 from tests.distributed.harness import in_group
+from tests.ports import free_port
 
 PROMPTS = ["a red circle", "the blue square on white ground", "a small photo"]
 PER_PROMPT = 5
@@ -138,7 +139,7 @@ def test_launchers_share_the_pictures(drawn: Path, launcher: tuple[str, ...]) ->
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
     arguments = command(drawn, launcher[0], "--batch", "4")
-    port = ["--master_port", "29571"]
+    port = ["--master_port", str(free_port())]
     done = subprocess.run(
         [program, *port, *launcher[1:], "deco_scale.cli", *arguments],
         env=environment, cwd=ROOT, text=True, capture_output=True, timeout=300,

@@ -4,7 +4,6 @@ import base64
 import dataclasses
 import os
 import secrets
-import socket
 import subprocess
 import sys
 import threading
@@ -25,6 +24,7 @@ from deco_scale import cli
 from launcher import train
 from tests.assets import make_pictures_folder, tiny_config
 from tests.conftest import ROOT
+from tests.ports import free_port
 
 PLANTED = {
     "AWS_SECRET_ACCESS_KEY": "Pl4nted/AwsSecret+" + secrets.token_hex(11),
@@ -171,9 +171,7 @@ def test_nothing_that_a_run_writes_or_says_holds_a_secret(
     config = tiny_config(tmp_path, shards, text_encoder)
     config["stages"] = [{**config["stages"][0], "steps": 3}]
     config["data"]["deadline_s"] = 2.0
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     over_s3 = {**config, "data": {**config["data"], "url": "s3://secrets/train"}}
     monitor = {"webhook_env": "DECO_ALERTS", "prometheus_port": port}
     good = {**over_s3, "wandb": {"mode": "offline"}, "monitor": monitor}

@@ -13,6 +13,7 @@ import yaml
 from data_pipeline.serve import S3Server
 from tests.assets import tiny_config
 from tests.conftest import ROOT
+from tests.ports import free_port
 
 
 def launch(
@@ -106,7 +107,7 @@ def test_every_rank_ends_with_the_same_code(config: Path) -> None:
     """Two ranks, started by hand so that each exit code is seen."""
 
     def ends(*arguments: str) -> tuple[list[int], str]:
-        shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29611"}
+        shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         processes = []
         for rank in (0, 1):
             environment = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}

@@ -25,6 +25,7 @@ from deco_scale.watching.events import Event
 from deco_scale.watching.prometheus import Metrics
 from deco_scale.watching.redact import REMOVED
 from deco_scale.watching.settings import MonitorConfig
+from tests.ports import free_port
 
 PATH = "/x/b8TqPlantedPath"
 STEP = {
@@ -85,12 +86,6 @@ def hook(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hook]:
     with serving() as server:
         monkeypatch.setenv("THE_HOOK", server.url)
         yield server
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def test_a_line_arrives_without_secrets(hook: Hook, monkeypatch: pytest.MonkeyPatch) -> None:

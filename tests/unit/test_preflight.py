@@ -29,6 +29,7 @@ from launcher.preflight_report import Group, Place, problems_of, same_everywhere
 from launcher.preflight_storage import check_data, check_storage, checkpoint_bytes, most_checkpoints
 from tests.assets import tiny_config
 from tests.distributed.harness import in_group
+from tests.ports import free_port
 
 PLACES = [Place(0, 0, "node0"), Place(1, 0, "node1")]
 HALF_A_MINUTE = 30.5
@@ -201,10 +202,7 @@ def test_checkpoints_in_an_object_store_are_tried(
 
 
 def test_ranks_that_do_not_come_are_named() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     with pytest.raises(RunError, match="2 of 3 ranks did not come within 0 s: 1, 2; there are 1 on node0"):
         join(Environment(0, 3, 0), variables, timeout_s=0.3, host="node0")
     assert not dist.is_initialized()
