@@ -1,0 +1,39 @@
+"""Fixtures of the unit tests."""
+
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import numpy
+import pytest
+from packaging.version import Version
+
+
+def interpreter_needs_index() -> bool:
+    """Whether Triton's interpreter is older than NumPy: 3.6 converts an array of one element with ``int``.
+
+    NumPy 2.5 refuses that; Triton 3.7 squeezes the array first. Every loop of a kernel with a run-time bound fails.
+    """
+    try:
+        return Version(version("triton")) < Version("3.7") and Version(numpy.__version__) >= Version("2.5")
+    except PackageNotFoundError:
+        return False
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interpreter_of_triton_3_6() -> Iterator[None]:
+    """Lets the interpreter of Triton 3.6 count in loops under NumPy 2.5, as that of 3.7 does by itself."""
+    if not interpreter_needs_index():
+        yield
+        return
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patch_with_index(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_with_index)
+        yield
