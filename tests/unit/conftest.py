@@ -12,7 +12,7 @@ from packaging.version import Version
 def interpreter_needs_index() -> bool:
     """Whether Triton's interpreter is older than NumPy: 3.6 converts an array of one element with ``int``.
 
-    NumPy 2.5 refuses that; Triton 3.7 squeezes the array first. Every loop of a kernel with a run-time bound fails.
+    NumPy 2.5 refuses that, so every loop with a run-time bound fails; Triton 3.7 squeezes the array first.
     """
     try:
         return Version(version("triton")) < Version("3.7") and Version(numpy.__version__) >= Version("2.5")
