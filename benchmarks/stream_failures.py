@@ -1,0 +1,29 @@
+"""A pytest plugin (``-p benchmarks.stream_failures``): each failure is printed when it happens, not at the end.
+
+A group of tests that is killed at its time limit would take its tracebacks with it.
+"""
+
+from typing import Any
+
+import pytest
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    reporter: Any = config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is not None:
+        config.pluginmanager.register(_FailurePrinter(reporter), "print_failures_at_once")
+
+
+class _FailurePrinter:
+    """Prints to where pytest's own progress goes."""
+
+    def __init__(self, reporter: Any) -> None:
+        self._reporter = reporter
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Name and traceback of a test that failed just now."""
+        if report.failed:
+            self._reporter.ensure_newline()
+            self._reporter.write_line(f"{report.when} of {report.nodeid} failed:")
+            self._reporter.write_line(report.longreprtext)
