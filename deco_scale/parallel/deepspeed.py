@@ -382,7 +382,7 @@ def import_deepspeed(device: torch.device) -> Any:
         import deepspeed
     except ImportError as error:
         raise ConfigError(
-            "parallel.engine=deepspeed needs DeepSpeed: pip install 'deco-scale[deepspeed]'"
+            f"parallel.engine=deepspeed needs DeepSpeed: pip install 'deco-scale[deepspeed]' ({error})"
         ) from error
     finally:
         if not by_user:
@@ -407,6 +407,6 @@ def import_megatron() -> Any:
     except ImportError as error:
         raise ConfigError(
             "parallel.engine=deepspeed with parallel.tp > 1 needs megatron-core: "
-            "pip install 'deco-scale[deepspeed]'"
+            f"pip install 'deco-scale[deepspeed]' ({error})"
         ) from error
     return megatron
