@@ -15,6 +15,8 @@ from pathlib import Path
 from benchmarks import record
 from benchmarks.jobs import CheckFailed, Found, Job, Where, pytest_job
 
+BUDGET_S = 165.0
+"""Of the whole call."""
 SIDE_BY_SIDE_S = 60.0
 """Limit of everything that runs side by side: none of it may disturb the times that are measured afterwards."""
 TESTS = ("tests/unit/test_triton_*.py", "tests/gpu/test_*.py")
@@ -26,11 +28,11 @@ CPU_LIMIT = 4.0
 """How much longer everything may take on a CPU, where two cores may have to do."""
 
 
-def second_jobs(device: str, quick: bool, out: Path) -> list[Job]:
-    """All jobs of the call in order; ``out`` is where the runner puts their results."""
+def jobs(device: str) -> list[Job]:
+    """All jobs of the call in order; whoever runs them decides whether sizes are small."""
     factor = 1.0 if device == "cuda" else CPU_LIMIT
     together = SIDE_BY_SIDE_S * factor
-    tests = [_tests(path, together, selected=quick or device == "cpu") for path in test_modules()]
+    tests = [_tests(path, together, selected=device == "cpu") for path in modules_of_tests()]
     checks = [
         Job(
             name,
@@ -51,10 +53,22 @@ def second_jobs(device: str, quick: bool, out: Path) -> list[Job]:
         options={"names": names},
         estimate_s=55,
     )
-    return [*tests, *checks, waiting, *_timed(factor)]
+    gate = Job("gpu", 20, function="benchmarks.gpu_second:gpu", estimate_s=3, gate=True)
+    return [gate, *tests, *checks, waiting, *_timed(factor)]
 
 
-def test_modules() -> list[Path]:
+def gpu(where: Where) -> Found:
+    """Name and free memory of the GPU; without one, nothing after this runs."""
+    if where.device == "cpu":
+        return Found("a CPU, tiny models: this shows that the jobs run, and nothing about speed")
+    import torch
+
+    free, total = torch.cuda.mem_get_info()
+    numbers = {"name": torch.cuda.get_device_name(), "free_bytes": free, "total_bytes": total}
+    return Found(f"{numbers['name']}, {free / 2**30:.0f} of {total / 2**30:.0f} GiB free", numbers)
+
+
+def modules_of_tests() -> list[Path]:
     """Every module of tests that a GPU should run, by its path in the project."""
     found = [path for pattern in TESTS for path in sorted(record.ROOT.glob(pattern))]
     return [path.relative_to(record.ROOT) for path in found]

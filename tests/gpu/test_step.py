@@ -1,12 +1,11 @@
 """The step and the sampler on one GPU: no waiting for the device, and CUDA graphs. Not yet run on a GPU."""
 
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any, cast
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from deco_scale.kernels import Kernels
@@ -23,11 +22,23 @@ pytestmark = [
 ]
 
 
-def _steps(rank: int, store: str, is_text: bool, kernels: Kernels) -> None:
+@pytest.fixture(scope="module")
+def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[torch.device]:
+    """The GPU, in a process group of one rank over NCCL."""
     device = torch.device("cuda", 0)
     torch.cuda.set_device(device)
+    store = tmp_path_factory.mktemp("group") / "store"
     dist.init_process_group("nccl", init_method=f"file://{store}", rank=0, world_size=1, device_id=device)
-    run = SmallRun(device, model=MODEL if is_text else CLASSES, kernels=kernels)
+    yield device
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+@pytest.mark.parametrize("is_text", [True, False], ids=["text", "classes"])
+def test_a_step_that_does_not_log_never_waits_for_the_device(
+    is_text: bool, kernels: Kernels, group: torch.device
+) -> None:
+    run = SmallRun(group, model=MODEL if is_text else CLASSES, kernels=kernels)
     batches = [run.batch(number) for number in range(1, 6)]
     # Kernels are compiled and constants made in the first steps.
     for number in (1, 2):
@@ -43,16 +54,6 @@ def _steps(rank: int, store: str, is_text: bool, kernels: Kernels) -> None:
         torch.cuda.set_sync_debug_mode("default")
     assert all(bool(torch.isfinite(result.losses["loss"])) for result in results)
     assert run.engine.optimizer_steps == 5
-    dist.destroy_process_group()
-
-
-@pytest.mark.parametrize("kernels", ["torch", "triton"])
-@pytest.mark.parametrize("is_text", [True, False], ids=["text", "classes"])
-def test_a_step_that_does_not_log_never_waits_for_the_device(
-    is_text: bool, kernels: Kernels, tmp_path: Path
-) -> None:
-    args = (str(tmp_path / "store"), is_text, kernels)
-    mp.start_processes(_steps, args=args, nprocs=1, start_method="spawn")
 
 
 def test_pictures_from_graphs_are_those_of_the_eager_model() -> None:
