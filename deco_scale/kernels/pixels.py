@@ -110,7 +110,8 @@ def _render_in_chunks(
     modulation_weight = torch.cat([b.modulation_weight for b in blocks])
     # The scale's offset of one goes into the bias.
     offset = head_bias.new_zeros(3, width)
-    offset[1] = 1.0
+    # By a number: assigning it would go through a tensor of the host.
+    offset[1].fill_(1.0)
     modulation_bias = torch.cat([b.modulation_bias + offset.flatten() for b in blocks])
 
     def render(pixels_MPC: Tensor, condition_MPW: Tensor) -> Tensor:

@@ -103,11 +103,12 @@ def block_dct(image_MCYX: Tensor) -> Tensor:
 
 
 def frequency_loss(error_MCYX: Tensor, weights_3UV: Tensor) -> Tensor:
-    """Weighted mean of the squared DCT coefficients of an RGB error, in fp32.
+    """Weighted mean of the squared DCT coefficients of an RGB error, in fp32 whatever autocast says.
 
     Colour transform and DCT are linear, so the error of the velocities is transformed once instead
     of both velocities (equal in exact arithmetic).
     """
-    ycbcr = torch.einsum("dc,mcyx->mdyx", colour_matrix(error_MCYX.device), error_MCYX.float())
-    squared = block_dct(ycbcr).square()
+    with torch.autocast(error_MCYX.device.type, enabled=False):
+        ycbcr = torch.einsum("dc,mcyx->mdyx", colour_matrix(error_MCYX.device), error_MCYX.float())
+        squared = block_dct(ycbcr).square()
     return (weights_3UV[None, :, None, None] * squared).mean()
