@@ -11,11 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import ModelParallelConfig, parallel_state
-from megatron.core.tensor_parallel import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    set_tensor_model_parallel_attributes,
-)
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor, nn
 
 from deco_scale.objectives import Objective
@@ -118,7 +114,13 @@ def mark_parameters(objective: Objective, shard: TokenShard) -> None:
         if dim is None:
             parameter.register_hook(lambda grad: _summed(grad, shard.group))
         else:
-            set_tensor_model_parallel_attributes(parameter, True, dim=dim, stride=1)
+            # As Megatron's own function, which insists on being the first: its linears may have set them already.
+            for attribute, value in (
+                ("tensor_model_parallel", True),
+                ("partition_dim", dim),
+                ("partition_stride", 1),
+            ):
+                setattr(parameter, attribute, value)
 
 
 def _summed(grad: Tensor, group: dist.ProcessGroup) -> Tensor:
