@@ -1,229 +1,157 @@
-"""Everything that needs a GPU, in under nine minutes on one H100 and without a network. No GPU has run it yet.
+"""What is to be measured and checked on one GPU, without a network, in two calls. No GPU has run it yet.
 
-    python -m benchmarks.gpu_suite --out DIR [--quick] [--device cpu]
+    python -m benchmarks.gpu_suite --out DIR --first      speed: matrix products, the XXL step, FP8, encoders
+    python -m benchmarks.gpu_suite --out DIR --second     correctness, and what is worth a second look
+    python -m benchmarks.gpu_suite --out DIR              both, one after the other
 
-Each check is a process group of its own with a time limit, killed as a whole when it is over. A check passes,
-fails, or is not available, with the reason. A table at the end, a JSON file and a log for each check in DIR; exit
-code 1 where one failed. With ``--device cpu`` (always tiny models) the same machinery runs without a GPU.
+Each job is a process group with a time limit, killed as a whole when it is over; what it had measured by then is
+kept. A job passes, fails, is not available or has not run, with the reason. DIR has a log and a JSON file for
+each job and one JSON file for the call, rewritten after every job. Exit code 1 where a job failed or did not run.
+With ``--device cpu`` (always tiny models) the same machinery runs without a GPU. ``--only NAME ...`` runs some.
 """
 
 import argparse
-import contextlib
 import dataclasses
-import json
-import math
+import importlib
 import os
-import signal
-import subprocess
 import sys
-import time
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks import record
-from benchmarks.measure import device_name
+from benchmarks.job_processes import end_of_process
+from benchmarks.jobs import Job, Outcome, failed, run_jobs
 
-BUDGET_S = 540.0
-"""What the whole suite may take; a check that has no time left fails."""
-XXL = "configs/t2i_xxl.yaml"
+CALLS = {"first": "benchmarks.gpu_first", "second": "benchmarks.gpu_second"}
+"""Modules with ``jobs(device)`` and ``BUDGET_S``; they import nothing that takes seconds."""
 SPEED_UP = 3.0
 """Promised images/s against the straightforward eager model."""
+FP8_GAIN = 1.15
+"""Promised images/s of FP8 against bf16."""
+MFU = 0.45
+"""Promised share of the datasheet's bf16 FLOP/s."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """A check as a command; ``result`` is the throughput file it writes, or None where it writes its outcome."""
-
-    name: str
-    command: tuple[str, ...]
-    limit_s: float
-    result: str | None = None
-    promised_mfu: float | None = None
+def compile_caches(base: Path) -> dict[str, str]:
+    """Environment of all jobs: what one has compiled the others find. Outside of DIR, which is packed and sent."""
+    return {
+        name: os.environ.get(name, str(base / folder))
+        for name, folder in (("TORCHINDUCTOR_CACHE_DIR", "inductor"), ("TRITON_CACHE_DIR", "triton"))
+    }
 
 
-def correctness_jobs(device: str, quick: bool, out: Path) -> list[Job]:
-    """The checks of benchmarks/checks.py with their limits in seconds."""
-    limits = {"kernels": 120, "attention": 45, "fp8": 75, "engines": 60, "tensor_parallel": 60, "twins": 45}
-    options = ("--device", device, "--out", str(out), *(("--quick",) if quick else ()))
-    return [Job(n, ("-m", "benchmarks.checks", n, *options), limit) for n, limit in limits.items()]
+def chosen(jobs: Sequence[Job], only: Sequence[str] | None) -> list[Job]:
+    """The jobs named, in their order, and the one that all depend on. Raises ``ValueError`` for unknown names."""
+    unknown = set(only or ()) - {job.name for job in jobs}
+    if unknown:
+        raise ValueError(f"no job {sorted(unknown)}; possible: {[job.name for job in jobs]}")
+    return [job for job in jobs if not only or job.name in only or job.gate]
 
 
-def speed_jobs(quick: bool, out: Path) -> list[Job]:
-    """The training step of the XXL model on one GPU, in its variants, encoders precomputed."""
-    # (stage, micro-batch, name, settings, promised MFU); quick leaves out all but the two ends.
-    ours, plain = ("kernels=triton", "compile=true"), ("kernels=torch", "compile=false")
-    variants: list[tuple[str, int, str, tuple[str, ...], float | None]] = [
-        ("pretrain_256", 32, "straightforward", plain, None),
-        ("pretrain_256", 32, "ours", ours, None),
-        ("pretrain_256", 64, "bf16_triton_compile", ours, 0.45),
-        ("pretrain_256", 64, "bf16_triton", ("kernels=triton", "compile=false"), None),
-        ("pretrain_256", 64, "bf16_torch_compile", ("kernels=torch", "compile=true"), None),
-        ("pretrain_256", 64, "bf16_torch", plain, None),
-        ("pretrain_256", 64, "fp8_triton_compile", (*ours, "precision.compute=fp8"), None),
-        ("pretrain_512", 16, "bf16_triton_compile", ours, 0.45),
-        ("pretrain_512", 16, "fp8_triton_compile", (*ours, "precision.compute=fp8"), None),
-    ]
-    jobs = []
-    for stage, micro_batch, name, settings, mfu in variants[:2] if quick else variants:
-        full = f"xxl_{stage.removeprefix('pretrain_')}_{name}"
-        command = [
-            "-m", "benchmarks.throughput", "--config", XXL, "--stage", stage, "--micro-batch", str(micro_batch),
-            "--accumulation", "1", "--device", "cuda", "--steps", "3", "--repeats", "3", "--out", str(out),
-            "--name", full, "parallel.engine=fsdp", *settings,
-        ]  # fmt: skip
-        command += ["--straightforward", "--no-parts"] if name == "straightforward" else []
-        jobs.append(Job(full, tuple(command), 90, result=full, promised_mfu=mfu))
-    return jobs
+def print_plan(call: str, jobs: Sequence[Job], budget_s: float, console: Console) -> None:
+    """Limits, and how long jobs are thought to take: estimates by arithmetic, not measurements."""
+    table = Table("job", "limit s", "estimated s", "", title=f"{call} call, {budget_s:.0f} s at most")
+    for job in jobs:
+        estimate = "" if job.estimate_s is None else f"{job.estimate_s:.0f}"
+        table.add_row(job.name, f"{job.limit_s:.0f}", estimate, "in the background" if job.background else "")
+    waited = [job for job in jobs if not job.background]
+    estimates = sum(job.estimate_s or job.limit_s for job in waited)
+    table.add_row("sum", f"{sum(job.limit_s for job in waited):.0f}", f"{estimates:.0f}", "one after another")
+    console.print(table)
 
 
-def cpu_speed_jobs(out: Path) -> list[Job]:
-    """One tiny run of the same command, so that its way is covered without a GPU."""
-    command = (
-        "-m", "benchmarks.throughput", "--config", "configs/t2i_tiny.yaml", "--device", "cpu", "--out", str(out),
-        "--name", "tiny", "--micro-batch", "2", "--accumulation", "1", "--repeats", "1", "--warmup", "1",
-        "--gemm-side", "64", "--copy-bytes", "65536", "parallel.engine=fsdp", "model.num_blocks=1", "model.dim=32",
-    )  # fmt: skip
-    return [Job("tiny", command, 60, result="tiny")]
+def promises(outcomes: Mapping[str, Outcome]) -> list[str]:
+    """What was promised of speed and what this call found, where it has both figures; it fails nothing."""
 
+    def figure(job: str, variant: str, name: str) -> float | None:
+        return outcomes.get(job, {}).get("parts", {}).get(variant, {}).get(name)  # type: ignore[no-any-return]
 
-def run_job(job: Job, out: Path, limit_s: float) -> dict[str, Any]:
-    """Start ``job`` as the head of a group of its own, end the group at the limit, and read what it wrote."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "TOKENIZERS_PARALLELISM": "false"}
-    began = time.monotonic()
-    with (out / f"{job.name}.log").open("w") as log:
-        process = subprocess.Popen(
-            [sys.executable, *job.command],
-            cwd=record.ROOT,
-            env=environment,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            code: int | None = process.wait(limit_s)
-        except subprocess.TimeoutExpired:
-            code = None
-        finally:
-            # Also what outlives the head: ranks and workers it started.
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    outcome = read_outcome(job, out, code, limit_s)
-    return {**outcome, "seconds": time.monotonic() - began}
+    def verdict(found: float, promised: float) -> str:
+        return "met   " if found >= promised else "MISSED"
 
-
-def read_outcome(job: Job, out: Path, code: int | None, limit_s: float) -> dict[str, Any]:
-    """Status, line and numbers of a job that ended with ``code`` (None: killed at its limit)."""
-    log = f"see {job.name}.log"
-    if code is None:
-        return {"status": "fail", "line": f"took more than {limit_s:.0f} s; {log}", "numbers": {}}
-    if job.result is None:
-        path = out / f"{job.name}.json"
-        if code or not path.exists():
-            return {"status": "fail", "line": f"ended with {code}; {log}", "numbers": {}}
-        return json.loads(path.read_text())  # type: ignore[no-any-return]
-    if code:
-        last = (out / f"{job.name}.log").read_text().strip().splitlines()[-1:] or [""]
-        # Exit code 2: the configuration asks for what this machine lacks, and the message says what.
-        status = "not available" if code == 2 else "fail"
-        return {"status": status, "line": f"{last[0]}; {log}", "numbers": {}}
-    numbers = json.loads(max(out.glob(f"{job.result}_*.json")).read_text())
-    if not math.isfinite(numbers["loss"]):
-        return {"status": "fail", "line": f"the loss is {numbers['loss']}; {log}", "numbers": numbers}
-    return {"status": "pass", "line": speed_line(job, numbers), "numbers": numbers}
-
-
-def speed_line(job: Job, numbers: dict[str, Any]) -> str:
-    """Images/s, MFU, memory, and whether a promised MFU was met: speed is stated, and fails nothing."""
-    mfu = numbers["mfu_of_datasheet"]
-    shares = f"MFU {numbers['mfu_of_gemm']:.1%} of the GEMM"
-    if mfu is not None:
-        shares += f", {mfu:.1%} of the datasheet"
-    line = f"{numbers['images_per_s']:.1f} images/s, {shares}, {numbers['peak_memory_bytes'] / 2**30:.1f} GiB"
-    if job.promised_mfu is not None and mfu is not None:
-        line += f"; {job.promised_mfu:.0%} {'met' if mfu >= job.promised_mfu else 'MISSED'}"
-    return line
-
-
-def ratios(outcomes: dict[str, dict[str, Any]]) -> list[str]:
-    """Promised ratios between runs of this suite, where both are there."""
-    wanted = [
-        ("xxl_256_ours", "xxl_256_straightforward", SPEED_UP, "ours against the straightforward eager model"),
-        ("xxl_256_fp8_triton_compile", "xxl_256_bf16_triton_compile", 1.15, "FP8 against bf16 at 256"),
-        ("xxl_512_fp8_triton_compile", "xxl_512_bf16_triton_compile", 1.15, "FP8 against bf16 at 512"),
-    ]
     lines = []
-    for one, other, promised, what in wanted:
-        rates = [outcomes.get(name, {}).get("numbers", {}).get("images_per_s") for name in (one, other)]
+    for job, variant, what in (
+        ("xxl_256", "compiled_accumulation_4", "256 px, accumulation 4, no engine"),
+        ("xxl_256_fsdp", "compiled_accumulation_4", "256 px, accumulation 4, FSDP2"),
+        ("xxl_512", "compiled", "512 px, no engine"),
+    ):
+        share = figure(job, variant, "mfu_of_datasheet")
+        if share is not None:
+            lines.append(f"{verdict(share, MFU)} MFU at {what}: {share:.1%} of the datasheet ({MFU:.0%} promised)")
+    for one, other, promised, what in (
+        (
+            ("xxl_256", "compiled"),
+            ("xxl_256", "straightforward"),
+            SPEED_UP,
+            "compiled against straightforward eager",
+        ),
+        (("fp8_te", "compiled"), ("xxl_256", "compiled"), FP8_GAIN, "FP8 by Transformer Engine against bf16"),
+        (("fp8_torchao", "compiled"), ("xxl_256", "compiled"), FP8_GAIN, "FP8 by torchao against bf16"),
+    ):
+        rates = [figure(*place, "images_per_s") for place in (one, other)]
         if rates[0] and rates[1]:
+            sizes = [figure(*place, "micro_batch") for place in (one, other)]
+            batches = "" if sizes[0] == sizes[1] else f", micro-batch {sizes[0]} against {sizes[1]}"
             found = rates[0] / rates[1]
-            lines.append(
-                f"{'met' if found >= promised else 'MISSED':6} {what}: {found:.2f} times ({promised} promised)"
-            )
+            lines.append(f"{verdict(found, promised)} {what}: {found:.2f} times ({promised} promised{batches})")
     return lines
 
 
-def run_suite(jobs: list[Job], out: Path, console: Console) -> dict[str, dict[str, Any]]:
-    """All jobs within the budget, a line each as they end."""
-    began, outcomes = time.monotonic(), {}
-    for job in jobs:
-        left = BUDGET_S - (time.monotonic() - began)
-        if left < 5:
-            line = f"not run: the {BUDGET_S:.0f} s of the suite are used up"
-            outcome: dict[str, Any] = {"status": "fail", "line": line, "numbers": {}, "seconds": 0.0}
-        else:
-            outcome = run_job(job, out, min(job.limit_s, left))
-        outcomes[job.name] = outcome
-        console.print(f"{job.name}: {outcome['status']} ({outcome['seconds']:.0f} s)", highlight=False)
-    return outcomes
+def run_call(call: str, args: argparse.Namespace, console: Console) -> bool:
+    """Run one call; whether a job failed or did not run."""
+    module: Any = importlib.import_module(CALLS[call])
+    jobs = chosen(module.jobs(args.device), args.only)
+    caches = compile_caches(Path(tempfile.gettempdir()) / f"deco_compiled_{os.getuid()}")
+    jobs = [dataclasses.replace(job, environment={**caches, **job.environment}) for job in jobs]
+    print_plan(call, jobs, module.BUDGET_S, console)
+    origin = record.origin()
+    with end_of_process(module.BUDGET_S):
+        outcomes = run_jobs(
+            jobs,
+            args.out,
+            module.BUDGET_S,
+            console,
+            device=args.device,
+            quick=args.quick or args.device == "cpu",
+            file=f"gpu_suite_{call}_{origin['date']}.json",
+            header={**origin, "kind": f"gpu_suite_{call}"},
+        )
+    for text in promises(outcomes):
+        console.print(text, highlight=False, soft_wrap=True)
+    return failed(outcomes)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for logs and JSON files")
-    parser.add_argument("--quick", action="store_true", help="tiny models, and two of the XXL runs")
+    parser.add_argument("--first", action="store_true", help="the first call alone")
+    parser.add_argument("--second", action="store_true", help="the second call alone")
+    parser.add_argument("--quick", action="store_true", help="tiny models")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="some of the checks")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="some of the jobs of one call")
     args = parser.parse_args(argv)
-    args.out.mkdir(parents=True, exist_ok=True)
-    out, cpu, console = args.out.resolve(), args.device == "cpu", Console()
-    jobs = correctness_jobs(args.device, args.quick or cpu, out)
-    jobs += cpu_speed_jobs(out) if cpu else speed_jobs(args.quick, out)
-    if args.only:
-        unknown = set(args.only) - {job.name for job in jobs}
-        if unknown:
-            parser.error(f"no check {sorted(unknown)}; possible: {[job.name for job in jobs]}")
-        jobs = [job for job in jobs if job.name in args.only]
-    if not cpu and not torch.cuda.is_available():
-        why = "PyTorch sees no GPU on this machine"
-        nothing: dict[str, Any] = {"status": "not available", "line": why, "numbers": {}, "seconds": 0.0}
-        outcomes = {job.name: dict(nothing) for job in jobs}
-    else:
-        outcomes = run_suite(jobs, out, console)
-    table = Table("check", "result", "s", "what")
-    for name, outcome in outcomes.items():
-        table.add_row(name, outcome["status"], f"{outcome['seconds']:.0f}", outcome["line"])
-    console.print(table)
-    for line in ratios(outcomes):
-        console.print(line, highlight=False)
-    device = "none" if not cpu and not torch.cuda.is_available() else device_name(torch.device(args.device))
-    result = {
-        **record.origin(),
-        "kind": "gpu_suite",
-        "torch": torch.__version__,
-        "device": device,
-        "checks": outcomes,
-    }
-    record.write(result, out, "gpu_suite", console)
-    return 1 if any(outcome["status"] == "fail" for outcome in outcomes.values()) else 0
+    calls = [call for call in CALLS if getattr(args, call)] or list(CALLS)
+    if args.only and len(calls) > 1:
+        parser.error("--only goes with --first or --second")
+    # A log file is no terminal, and 80 columns would break every line of the table.
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    try:
+        found = [run_call(call, args, console) for call in calls]
+    except ValueError as error:
+        parser.error(str(error))
+    return 1 if any(found) else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Nothing that was left behind may hold up the end.
+    os._exit(code)

@@ -76,8 +76,9 @@ class Job:
 
     ``command`` is what follows the Python interpreter. ``options`` are keyword arguments of the function, as JSON
     can hold them. ``environment`` is set for the job alone. ``background`` starts it and goes on with the next;
-    ``gate`` makes everything after it not available where it is. A command that ends with one of
-    ``missing_codes`` is not available rather than failed.
+    ``gate`` makes everything after it not available where it is. With ``may_take_what_is_left`` the limit grows
+    by the time that the jobs after it do not need for theirs. A command that ends with one of ``missing_codes``
+    is not available rather than failed.
     """
 
     name: str
@@ -90,6 +91,7 @@ class Job:
     estimate_s: float | None = None
     background: bool = False
     gate: bool = False
+    may_take_what_is_left: bool = False
     missing_codes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -183,13 +185,16 @@ def run_jobs(
     quick: bool = False,
     fork: bool = True,
     preload: Sequence[str] = job_processes.PRELOAD,
+    file: str = "suite.json",
+    header: Mapping[str, Any] | None = None,
 ) -> dict[str, Outcome]:
     """Run all jobs in order, within ``budget_s``, and return their outcomes by name.
 
     An outcome has ``status`` (``pass``, ``fail``, ``not available``, ``not run``), ``line``, ``numbers``,
     ``parts`` and ``seconds``. At the budget this process ends with exit code 1, whatever still hangs. ``fork``
-    forks function jobs from a process that has torch and the product loaded already. Raises ``ValueError`` for
-    two jobs of one name.
+    forks function jobs from a process that has torch and the product loaded already. ``file`` in ``out`` is
+    rewritten after each job: ``header``, then ``checks`` with all jobs. Raises ``ValueError`` for two jobs of one
+    name.
     """
     names = [job.name for job in jobs]
     if len(set(names)) < len(names):
@@ -197,7 +202,8 @@ def run_jobs(
     out = out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     with job_processes.end_of_process(budget_s), Starter(console, fork=fork, preload=preload) as starter:
-        suite = _Suite(list(jobs), out, time.monotonic() + budget_s, console, device, quick, starter)
+        whole = out / file, {**(header or {}), "device": device, "quick": quick}
+        suite = _Suite(list(jobs), out, time.monotonic() + budget_s, console, whole, starter)
         suite.run()
     return suite.outcomes
 
@@ -216,12 +222,12 @@ class _Suite:
         out: Path,
         deadline: float,
         console: Console,
-        device: str,
-        quick: bool,
+        whole: tuple[Path, dict[str, Any]],
         starter: Starter,
     ) -> None:
         self._jobs, self._out, self._deadline, self._console = jobs, out, deadline, console
-        self._device, self._quick, self._starter = device, quick, starter
+        self._starter = starter
+        self._file, self._header = whole
         self.outcomes: dict[str, Outcome] = {}
         self._background: list[tuple[Job, Running]] = []
 
@@ -267,13 +273,19 @@ class _Suite:
             request = {
                 "function": job.function,
                 "options": dict(job.options),
-                "device": self._device,
-                "quick": self._quick,
+                "device": self._header["device"],
+                "quick": self._header["quick"],
                 "out": str(folder),
             }
             running = self._starter.function(request, log, job.environment, run_function)
-        running.limit_s = min(job.limit_s, self._left_s())
+        running.limit_s = min(self._limit_s(job), self._left_s())
         return running
+
+    def _limit_s(self, job: Job) -> float:
+        if not job.may_take_what_is_left:
+            return job.limit_s
+        later = self._jobs[self._jobs.index(job) + 1 :]
+        return max(job.limit_s, self._left_s() - sum(other.limit_s for other in later if not other.background))
 
     def _await(self, job: Job, running: Running) -> None:
         while not running.over(0.1):
@@ -329,7 +341,7 @@ class _Suite:
         """The suite's file lists all jobs at any time; what has no outcome yet is said to have not run."""
         waiting = _outcome("not run", "the suite ended before it did")
         checks = {job.name: self.outcomes.get(job.name, waiting) for job in self._jobs}
-        write_json(self._out / "suite.json", {"device": self._device, "quick": self._quick, "checks": checks})
+        write_json(self._file, {**self._header, "checks": checks})
 
 
 def _outcome(status: str, line: str) -> Outcome:

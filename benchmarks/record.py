@@ -1,7 +1,8 @@
-"""What every result file says of its origin, and writing it, with a picture where there are bars to show."""
+"""What every result file says of its origin, and writing it, with a plot where there are bars to show."""
 
 import datetime
 import json
+import os
 import platform
 import subprocess
 from collections.abc import Mapping
@@ -15,10 +16,10 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def origin() -> dict[str, Any]:
-    """Date, commit (``+`` where the tree differs from it), machine and Python."""
+    """Date, commit, machine and Python."""
     return {
         "date": datetime.date.today().isoformat(),
-        "commit": _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain", "-uno") else ""),
+        "commit": commit(),
         "machine": platform.machine(),
         "python": platform.python_version(),
     }
@@ -59,6 +60,26 @@ def draw_bars(groups: Mapping[str, Mapping[str, float]], path: Path, *, title: s
     pyplot.close(figure)
 
 
-def _git(*arguments: str) -> str:
-    found = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
-    return found.stdout.strip() or ("unknown" if arguments[0] == "rev-parse" else "")
+def commit() -> str:
+    """The commit of this tree, with ``+`` where the tree differs from it.
+
+    Where git cannot tell (it is not installed, the tree has no ``.git`` or belongs to another user) it is the
+    environment variable ``DECO_COMMIT``, else ``unknown``.
+    """
+    # Without a .git of its own the tree may lie inside of another repository, whose commit is not ours.
+    if _git("rev-parse", "--show-prefix") == "":
+        found = _git("rev-parse", "--short", "HEAD")
+        if found:
+            return found + ("+" if _git("status", "--porcelain", "-uno") else "")
+    return os.environ.get("DECO_COMMIT") or "unknown"
+
+
+def _git(*arguments: str) -> str | None:
+    """What git prints, or None where it is missing, hangs or fails."""
+    try:
+        found = subprocess.run(
+            ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False, timeout=20
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() if found.returncode == 0 else None

@@ -1,6 +1,6 @@
 """The real training step of a configuration, on data that cost nothing: what throughput and the GPU suite run.
 
-Engine, step, randomness and losses are those of a run. Pictures are random; encoders are replaced by random states
+Engine, step, randomness and losses are those of a run. Images are random; encoders are replaced by random states
 that are there beforehand, unless they are asked for.
 """
 
@@ -17,12 +17,14 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.parts import Timeline
+from benchmarks.plain_engine import PlainEngine
 from data_pipeline.loader import Loader
 from deco_scale.config import RunConfig
 from deco_scale.environment import Environment, choose_device, start_processes
 from deco_scale.errors import ConfigError
 from deco_scale.kernels import Kernels, choose_kernels
-from deco_scale.models.attention import check_backend
+from deco_scale.models.attention import AttentionSetting, check_backend
+from deco_scale.models.attention_choice import BackendChoice
 from deco_scale.objectives import Objective
 from deco_scale.parallel.layout import Layout, resolve_layout
 from deco_scale.parallel.plan import check_tp
@@ -71,8 +73,10 @@ class TrainingSteps:
     """Steps of the first stage of ``cfg`` in this process's place among the others; joins the process group.
 
     ``encoders`` loads the frozen encoders; ``data`` reads real samples through the loader and the feed;
-    ``straightforward`` takes the model written op by op. Raises :class:`ConfigError` where the configuration does
-    not fit the processes or the device.
+    ``straightforward`` takes the model written op by op. ``plain`` takes no engine but the objective on this
+    device (benchmarks/plain_engine.py), whose weights and optimizer ``reuse`` may hand over from earlier steps of
+    the same model: what ``cfg`` then says of the model, kernels and attention is not looked at. Raises
+    :class:`ConfigError` where the configuration does not fit the processes or the device.
     """
 
     def __init__(
@@ -83,6 +87,8 @@ class TrainingSteps:
         encoders: bool = False,
         data: bool = False,
         straightforward: bool = False,
+        plain: bool = False,
+        reuse: PlainEngine | None = None,
     ) -> None:
         self._straightforward = straightforward
         self.cfg, self.layout = cfg, resolve_layout(cfg.parallel, env.world_size)
@@ -93,12 +99,11 @@ class TrainingSteps:
         torch.set_float32_matmul_precision("high" if cfg.precision.compute != "fp32" else "highest")
         start_processes(env, self.device)
         self.objectives: list[Objective] = []
+        self.attention: list[BackendChoice] = []
         text, image = load_encoders(cfg, self.device, need_text=True) if encoders else (None, None)
         repa = cfg.objective.repa_weight > 0
         width = image.width if image is not None else (ENCODER_DIM if repa else 0)
-        self.attention, _ = choose_attention(cfg, self.layout, self.device)
-        plan = fp8_plan_of(self.cfg, self.layout, self.device)
-        self.engine = build_engine(self.cfg, self.layout, self.device, self._remembering(width), plan)
+        self.engine = reuse or self._build(width, plain)
         encode_image = _constant_features(self.cfg, self.stage, width, self.device) if repa else None
         if image is not None:
             encode_image = shared_over_tp(image.encode, self.engine)
@@ -124,9 +129,18 @@ class TrainingSteps:
         self._feed = Feed(batches, depth=2, prepare=ready) if data else None
         self._batches: Iterator[Batch] = self._feed or _in_memory(batches, ready)
 
-    def _remembering(self, encoder_dim: int) -> Callable[[], Objective]:
+    def _build(self, encoder_dim: int, plain: bool) -> Any:
+        """The configured engine, or none around the objective."""
+        attention, self.attention = choose_attention(self.cfg, self.layout, self.device)
+        plan = fp8_plan_of(self.cfg, self.layout, self.device)
+        build = self._remembering(encoder_dim, attention)
+        if plain:
+            return PlainEngine(build, self.cfg, device=self.device, kernels=self.kernels, fp8_plan=plan)
+        return build_engine(self.cfg, self.layout, self.device, build, plan)
+
+    def _remembering(self, encoder_dim: int, attention: AttentionSetting) -> Callable[[], Objective]:
         """The builder of the objective, keeping what it built: the engine holds the last one."""
-        build = objective_builder(self.cfg, encoder_dim, self.kernels, self.attention)
+        build = objective_builder(self.cfg, encoder_dim, self.kernels, attention)
 
         def remember() -> Objective:
             objective = make_straightforward(build()) if self._straightforward else build()

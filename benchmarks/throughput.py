@@ -17,6 +17,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -92,34 +93,48 @@ def configured(args: argparse.Namespace, world: int) -> RunConfig:
     return dataclasses.replace(cfg, stages=(stage,), device=args.device or cfg.device)
 
 
-def measure(steps: TrainingSteps, args: argparse.Namespace) -> dict[str, Any]:
-    """What this process measured: seconds, bytes, ceilings, and the parts of its steps."""
+def time_steps(steps: TrainingSteps, *, warmup: int, repeats: int, steps_each: int = 1) -> dict[str, Any]:
+    """Seconds of a step (median of ``repeats``, each of ``steps_each`` steps), the loss and the peak bytes.
+
+    ``first_step_s`` is the first of the ``warmup`` steps: what compiles does so there.
+    """
     device = steps.device
     batch, _ = steps.next_batch()
-    for _ in range(args.warmup):
+    began, first_step_s = time.perf_counter(), None
+    for _ in range(warmup):
         steps.step(batch)
+        if first_step_s is None:
+            synchronise(device)
+            first_step_s = time.perf_counter() - began
     synchronise(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     clock, series, waits = Stopwatch(device), [], []
-    for _ in range(args.repeats):
+    for _ in range(repeats):
         dist.barrier()
         synchronise(device)
-        began, waited = clock.mark(), 0.0
-        for _ in range(args.steps):
+        mark, waited = clock.mark(), 0.0
+        for _ in range(steps_each):
             batch, wait_s = steps.next_batch()
             waited += wait_s
             result = steps.step(batch)
-        series.append(clock.seconds(began, clock.mark()) / args.steps)
-        waits.append(waited / args.steps)
-    found: dict[str, Any] = {
+        series.append(clock.seconds(mark, clock.mark()) / steps_each)
+        waits.append(waited / steps_each)
+    return {
         "step_s": statistics.median(series),
         "step_s_all": series,
+        "first_step_s": first_step_s,
         "data_wait_s": statistics.median(waits),
         "loss": result.losses["loss"].item(),
         "peak_memory_bytes": peak_memory_bytes(device),
-        "parts": {},
     }
+
+
+def measure(steps: TrainingSteps, args: argparse.Namespace) -> dict[str, Any]:
+    """What this process measured: seconds, bytes, ceilings, and the parts of its steps."""
+    device = steps.device
+    found = time_steps(steps, warmup=args.warmup, repeats=args.repeats, steps_each=args.steps)
+    found["parts"] = {}
     if not args.no_parts:
         timeline = Timeline(device)
         watch(steps.objectives[-1], timeline)

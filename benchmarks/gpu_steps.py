@@ -1,0 +1,281 @@
+"""The XXL training step in its variants: several in one process, each figure on disk the moment it exists.
+
+Engine, step and losses are the product's (benchmarks/steps.py); encoders are replaced by random states. No GPU
+has run these jobs yet.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import gc
+import gzip
+import math
+import shutil
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.jobs import CheckFailed, Found, NotAvailable, Where
+from benchmarks.measure import Ceilings, device_name, measure_ceilings, synchronise
+from benchmarks.plain_engine import PlainEngine
+from benchmarks.record import ROOT
+from benchmarks.steps import TrainingSteps
+from benchmarks.throughput import time_steps
+from deco_scale.config import RunConfig, load_config
+from deco_scale.environment import Environment
+from deco_scale.errors import ConfigError
+from deco_scale.objectives import Objective
+from deco_scale.planning.flops import peak_flops
+from tests.straightforward import TWINS
+
+XXL = ROOT / "configs" / "t2i_xxl.yaml"
+TINY = (
+    "model.dim=64", "model.num_heads=4", "model.num_blocks=2", "model.num_text_blocks=1", "model.decoder_width=8",
+    "model.decoder_blocks=1", "model.text_dim=32", "model.text_tokens=16", "text_encoder.max_tokens=16",
+    "objective.repa_layer=1",
+)  # fmt: skip
+"""Sizes where quick: they show that the machinery works, and nothing about speed."""
+TINY_SIDE = {256: 32, 512: 64}
+TRACE_BYTES = 12 * 2**20
+"""A larger trace is not kept: files come back from the GPU machine one by one, of at most 16 MiB."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One way to take the step; ``engine`` is ``none`` (plain objective) or ``fsdp``."""
+
+    name: str
+    micro_batch: int
+    accumulation: int = 1
+    compile: bool = True
+    straightforward: bool = False
+
+
+def overrides_of(where: Where) -> tuple[str, ...]:
+    """What makes the XXL configuration tiny, where sizes are."""
+    return TINY if where.quick else ()
+
+
+def config(where: Where, *, resolution: int, variant: Variant, precision: Mapping[str, Any]) -> RunConfig:
+    """The XXL recipe cut to one stage of the variant's sizes; tiny where quick."""
+    overrides = [
+        *overrides_of(where),
+        "parallel.engine=fsdp",
+        f"compile={str(variant.compile).lower()}",
+        f"kernels={'triton' if where.device == 'cuda' else 'torch'}",
+        *(f"precision.{name}={str(value).lower()}" for name, value in precision.items()),
+    ]
+    cfg = load_config(XXL, overrides)
+    stage = next(stage for stage in cfg.stages if stage.resolution == resolution)
+    micro_batch = 2 if where.quick else variant.micro_batch
+    stage = dataclasses.replace(
+        stage,
+        resolution=TINY_SIDE[resolution] if where.quick else resolution,
+        micro_batch=micro_batch,
+        global_batch=micro_batch * variant.accumulation,
+    )
+    return dataclasses.replace(cfg, stages=(stage,), device=where.device)
+
+
+def steps(
+    where: Where,
+    *,
+    resolution: int,
+    variants: Sequence[Mapping[str, Any]],
+    engine: str = "none",
+    precision: Mapping[str, Any] | None = None,
+    trace: bool = False,
+) -> Found:
+    """Measure ``variants`` (fields of :class:`Variant`) on one build of the model; ``trace`` profiles the fastest.
+
+    Raises :class:`NotAvailable` where the machine lacks what the configuration asks for, and
+    :class:`CheckFailed` where a variant failed or its loss is not finite; the others are measured all the same.
+    """
+    plain = engine == "none"
+    if not plain and len(variants) > 1:
+        raise ValueError(f"engine {engine!r} holds one variant's model, {len(variants)} were asked for")
+    ceilings = measured_ceilings(where)
+    lines: list[str] = []
+    failed: list[str] = []
+    fastest: tuple[float, TrainingSteps] | None = None
+    held: PlainEngine | None = None
+    for fields in variants:
+        variant = Variant(**fields)
+        cfg = config(where, resolution=resolution, variant=variant, precision=precision or {})
+        try:
+            with compiler(where.device):
+                made = TrainingSteps(cfg, Environment(0, 1, 0), plain=plain, reuse=held)
+                held = made.engine if plain else None
+                numbers = measure_variant(made, variant, ceilings, plain=plain)
+        except ConfigError as error:
+            raise NotAvailable(str(error)) from error
+        except Exception as error:
+            # Out of memory, or a kernel that does not compile: the next variant may fare better.
+            traceback.print_exc()
+            numbers = {"failed": f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"}
+        where.write(variant.name, numbers)
+        if "failed" in numbers:
+            failed.append(f"{variant.name} failed ({numbers['failed']})")
+            _free(held)
+            continue
+        lines.append(line(variant.name, numbers))
+        print(lines[-1], flush=True)
+        if not math.isfinite(numbers["loss"]):
+            failed.append(f"the loss of {variant.name} is {numbers['loss']}")
+        if variant.compile and (fastest is None or numbers["images_per_s"] > fastest[0]):
+            fastest = numbers["images_per_s"], made
+    if trace and fastest is not None:
+        where.write("trace", profiled(fastest[1], where.out))
+    if failed:
+        raise CheckFailed("; ".join(failed + lines))
+    return Found("; ".join(lines), {"ceilings": dataclasses.asdict(ceilings)})
+
+
+def measure_variant(made: TrainingSteps, variant: Variant, ceilings: Ceilings, *, plain: bool) -> dict[str, Any]:
+    """Time the steps as the variant wants them, and give figures with their units in their names."""
+    objective: Objective | None = made.engine.objective if plain else None
+    if objective is not None:
+        made.engine.compile(variant.compile)
+    with straightforward(objective) if variant.straightforward else contextlib.nullcontext():
+        found = time_steps(made, warmup=2, repeats=3, steps_each=2 if variant.accumulation == 1 else 1)
+    device, stage = made.device, made.stage
+    tflops = stage.image_flops * made.samples / found["step_s"] / 1e12
+    peak = peak_flops(device_name(device)) if device.type == "cuda" else None
+    return {
+        **found,
+        "images_per_s": made.samples / found["step_s"],
+        "tflops_per_s": tflops,
+        "mfu_of_gemm": tflops / ceilings.gemm_tflops_per_s,
+        "mfu_of_datasheet": tflops * 1e12 / peak if peak else None,
+        "engine": "none" if plain else made.cfg.parallel.engine,
+        "kernels": made.kernels,
+        "compute": made.cfg.precision.compute,
+        "resolution": stage.cfg.resolution,
+        **dataclasses.asdict(variant),
+        "micro_batch": stage.cfg.micro_batch,
+        "attention": [choice.line() for choice in made.attention],
+        "device": device_name(device),
+        "torch": torch.__version__,
+    }
+
+
+@contextlib.contextmanager
+def compiler(device: str) -> Iterator[None]:
+    """On a CPU, graphs are traced and run as they are: generating and compiling C++ for them takes minutes."""
+    before = nn.Module.compile
+    if device == "cpu":
+        nn.Module.compile = functools.partialmethod(before, backend="aot_eager")  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        nn.Module.compile = before  # type: ignore[method-assign]
+
+
+def line(name: str, numbers: Mapping[str, Any]) -> str:
+    """Images/s, milliseconds of a step, both MFU and memory in one line."""
+    share = numbers["mfu_of_datasheet"]
+    datasheet = "" if share is None else f"{share:.1%} of the datasheet, "
+    return (
+        f"{name} {numbers['images_per_s']:.1f} images/s, {1e3 * numbers['step_s']:.0f} ms, MFU {datasheet}"
+        f"{numbers['mfu_of_gemm']:.1%} of the GEMM, {numbers['peak_memory_bytes'] / 2**30:.1f} GiB"
+    )
+
+
+@contextlib.contextmanager
+def straightforward(objective: Objective | None) -> Iterator[None]:
+    """The objective's modules written op by op within the context, with the same parameters; then as before."""
+    if objective is None:
+        raise ValueError("the straightforward model is measured without an engine")
+    before = [(module, module.__class__) for module in objective.modules()]
+    for module, kind in before:
+        module.__class__ = TWINS.get(kind, kind)
+    try:
+        yield
+    finally:
+        for module, kind in before:
+            module.__class__ = kind
+
+
+def measured_ceilings(where: Where) -> Ceilings:
+    """What the GEMM job of this suite found, or measured here where it has not."""
+    found = where.parts_of("gemm").get("ceilings")
+    if found is not None:
+        return Ceilings(found["gemm_tflops_per_s"], found["copy_gb_per_s"])
+    sizes = {"side": 256, "size": 1 << 20} if where.quick else {}
+    return measure_ceilings(torch.device(where.device), torch.bfloat16, **sizes, repeats=5)
+
+
+def profiled(made: TrainingSteps, folder: Path) -> dict[str, Any]:
+    """One step under torch's profiler: its ten largest kernels, and the trace beside them where it is small."""
+    activities = [ProfilerActivity.CPU]
+    if made.device.type == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+    batch, _ = made.next_batch()
+    made.step(batch)
+    synchronise(made.device)
+    with profile(activities=activities) as trace:
+        made.step(batch)
+        synchronise(made.device)
+    gpu = made.device.type == "cuda"
+    events = [e for e in trace.key_averages() if not gpu or e.device_type == torch.autograd.DeviceType.CUDA]
+
+    def own_us(event: Any) -> float:
+        return float(event.self_device_time_total if gpu else event.self_cpu_time_total)
+
+    total_us = sum(own_us(event) for event in events)
+    kernels = [
+        {"name": e.key[:160], "ms": own_us(e) / 1e3, "calls": e.count, "share": own_us(e) / total_us}
+        for e in sorted(events, key=own_us, reverse=True)[:10]
+        if total_us
+    ]
+    for kernel in kernels:
+        print(f"{kernel['ms']:9.3f} ms {kernel['share']:6.1%} {kernel['calls']:5} x {kernel['name'][:110]}")
+    plain = folder / "trace.json"
+    trace.export_chrome_trace(str(plain))
+    packed = folder / "trace.json.gz"
+    with plain.open("rb") as source, gzip.open(packed, "wb", compresslevel=6) as target:
+        shutil.copyfileobj(source, target)
+    plain.unlink()
+    size = packed.stat().st_size
+    if size > TRACE_BYTES:
+        packed.unlink()
+    return {
+        "kernels": kernels,
+        "total_ms": total_us / 1e3,
+        "trace_bytes": size,
+        "trace": packed.name if size <= TRACE_BYTES else f"left out: {size} bytes",
+    }
+
+
+def warm_up(where: Where, *, resolution: int, micro_batch: int, precision: Mapping[str, Any]) -> Found:
+    """Compile what the steps will compile: one step of a model with one text block and one image block.
+
+    Its graphs and kernels are those of the whole model and go to the caches on disk that jobs share.
+    """
+    variant = Variant("warm_up", micro_batch)
+    cfg = config(where, resolution=resolution, variant=variant, precision=precision)
+    model = dataclasses.replace(cfg.model, num_blocks=1, num_text_blocks=1)
+    objective = dataclasses.replace(cfg.objective, repa_layer=1)
+    cfg = dataclasses.replace(cfg, model=model, objective=objective)
+    try:
+        with compiler(where.device):
+            found = time_steps(TrainingSteps(cfg, Environment(0, 1, 0), plain=True), warmup=0, repeats=1)
+    except ConfigError as error:
+        raise NotAvailable(str(error)) from error
+    if not math.isfinite(found["loss"]):
+        raise CheckFailed(f"the loss is {found['loss']}")
+    return Found(f"one block of each kind compiled in {found['step_s']:.0f} s", found)
+
+
+def _free(held: PlainEngine | None) -> None:
+    """Give back what a step that broke off had allocated."""
+    if held is not None:
+        held.objective.zero_grad()
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()

@@ -1,0 +1,90 @@
+"""An engine without sharding: the objective as it is on one device, with the optimizer of the engines.
+
+For measuring what a step costs without what FSDP or ZeRO add to it on one GPU and not on eight. The model is
+initialised on its device, which takes seconds where the engines' start, the same for any number of ranks, takes
+minutes of a CPU.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from deco_scale.config import RunConfig
+from deco_scale.errors import ConfigError
+from deco_scale.kernels import Kernels
+from deco_scale.objectives import Objective
+from deco_scale.precision import autocast, fp8
+from deco_scale.precision.modules import Fp8Plan
+from deco_scale.training.batch import ObjectiveInputs
+from deco_scale.training.engine import AVERAGED, TokenGroup, Update
+from deco_scale.training.optimizer import AveragedAdamW, poisoned
+
+
+class PlainEngine:
+    """What :func:`deco_scale.training.step.train_step` asks of an engine, on one device; it saves nothing.
+
+    Raises :class:`ConfigError` for activation checkpointing and FP8 plans that the configuration does not go with.
+    """
+
+    def __init__(
+        self,
+        build: Callable[[], Objective],
+        cfg: RunConfig,
+        *,
+        device: torch.device,
+        kernels: Kernels,
+        fp8_plan: Fp8Plan | None,
+    ) -> None:
+        if cfg.parallel.activation_checkpointing != "none":
+            raise ConfigError("without an engine there is no activation checkpointing")
+        fp8.check_plan(cfg.precision, fp8_plan)
+        self._device, self._precision, self._fp8_plan = device, cfg.precision, fp8_plan
+        with torch.device(device), torch.no_grad():
+            torch.manual_seed(cfg.run.seed)
+            self.objective = build()
+            for module in reversed(list(self.objective.modules())):
+                reset = getattr(module, "reset_parameters", None)
+                if reset is not None:
+                    reset()
+        if fp8_plan is not None:
+            fp8.apply_fp8(self.objective.denoiser, fp8_plan)
+        self.compile(cfg.compile)
+        parameters = dict(self.objective.named_parameters())
+        self._optimizer = AveragedAdamW(parameters.values(), cfg.optimizer, kernels=kernels)
+        self._optimizer.track(parameters, averaged={name for name in parameters if name.startswith(AVERAGED)})
+
+    def compile(self, wanted: bool) -> None:
+        """Compile the units that the engines compile, from their next call on, or run them as they are."""
+        denoiser = self.objective.denoiser
+        units = [*denoiser.transformer_blocks, *([denoiser.decoder] if denoiser.decoder is not None else [])]
+        for unit in units:
+            # What nn.Module.compile sets; there is no public way back.
+            if not wanted:
+                unit._compiled_call_impl = None
+            elif unit._compiled_call_impl is None:
+                unit.compile()
+
+    @property
+    def tokens(self) -> TokenGroup | None:
+        return None
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        return self.objective.denoiser.transformer_blocks
+
+    def forward_backward(self, inputs: ObjectiveInputs, *, scale: float, last: bool) -> dict[str, Tensor]:
+        with autocast(self._precision, self._device), fp8.fp8_context(self._fp8_plan):
+            losses = self.objective(*inputs)
+        poisoned(losses["loss"] * scale).backward()
+        return {name: value.detach() for name, value in losses.items()}
+
+    @torch.no_grad()
+    def update(self, *, lr: float, betas: tuple[float, float], unwanted: Tensor | None = None) -> Update:
+        norm = nn.utils.get_total_norm([p.grad for p in self.objective.parameters() if p.grad is not None])
+        self._optimizer.begin(lr=lr, betas=betas, norm=norm, unwanted=unwanted)
+        self._optimizer.step()
+        self.objective.zero_grad()
+        assert self._optimizer.skipped is not None
+        self._optimizer.end(self._optimizer.skipped)
+        return Update(norm, self._optimizer.skipped)
