@@ -224,23 +224,24 @@ def forward_kernel(
     patches, condition, constant, weights, out, rows, eps, P: tl.constexpr, C: tl.constexpr, W: tl.constexpr,
     V: tl.constexpr, T: tl.constexpr, BLOCKS: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """Each program takes every n-th tile of T pixels; pixels, conditions and outputs cross memory once."""
+    """Each program takes every n-th tile of T pixels; pixels, conditions and outputs cross memory once.
+
+    The loop over blocks is one of the run: code, registers and shared memory do not grow with their number.
+    """
     EMBED: tl.constexpr = BLOCKS * (MATRICES * W + VECTORS) * W
     HEAD: tl.constexpr = EMBED + C * W
-    matrices = ()
-    for index in tl.static_range(BLOCKS):
-        matrices = matrices + (_block_matrices(weights + index * MATRICES * W * W, W, V, DOT),)
+    vectors = weights + BLOCKS * MATRICES * W * W
     for tile in range(tl.program_id(0), tl.cdiv(rows, T), tl.num_programs(0)):
         start = tl.cast(tile, tl.int64) * T
         patch, offsets_T, number_T = _tile(start, P, C, T)
         valid_T = start + tl.arange(0, T) < rows
         x_TV = _embed(patches + patch, offsets_T, valid_T, number_T, constant, weights, P, C, W, V, EMBED)
-        raw_TV, _, _ = _load_tile(condition, start, rows, W, V, T)
+        raw_TV = _load_tile(condition, start, rows, W, V, T)[0]
         condition_TV = _rounded(_silu(raw_TV), DOT)
-        for index in tl.static_range(BLOCKS):
-            vectors = weights + (BLOCKS * MATRICES * W + index * VECTORS) * W
-            x_TV, _ = _block(x_TV, condition_TV, matrices[index], vectors, eps, W, V, DOT)
-        normal, _ = _normalize(x_TV, eps, W, V)
+        for index in range(BLOCKS):
+            matrices = _block_matrices(weights + index * (MATRICES * W * W), W, V, DOT)
+            x_TV = _block(x_TV, condition_TV, matrices, vectors + index * (VECTORS * W), eps, W, V, DOT)[0]
+        normal = _normalize(x_TV, eps, W, V)[0]
         for channel in tl.static_range(C):
             head = _vector(weights, HEAD + channel * W, W, V)
             value_T = tl.sum(normal * head[None, :], 1) + tl.load(weights + HEAD + C * W + channel).to(tl.float32)

@@ -6,14 +6,16 @@ activation checkpointing, with a shape rule and a derivative. Only inputs are ke
 Shape letters: M patches, P pixels of a patch, C channels, K = C * P values of a patch, W decoder width, L weights.
 """
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from deco_scale.kernels.pixels import BlockWeights, Folded
 from deco_scale.kernels.pixels_device import backward_kernel, forward_kernel
@@ -21,9 +23,12 @@ from deco_scale.kernels.pixels_device import backward_kernel, forward_kernel
 DOT_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 INTERPRETER_PROGRAMS = 3
 """On a CPU, where programs run one after the other: enough that sums of several are added up."""
-FORWARD_TILE = {16: 128, 32: 128, 64: 64}
-BACKWARD_TILE = {16: 128, 32: 128, 64: 64}
-"""Pixels of a tile by padded width, for products of 16-bit operands. Not yet tuned on a GPU."""
+NUM_WARPS = 8
+NUM_STAGES = 1
+"""Loads ahead of their use would cost registers, of which there are none to spare."""
+FORWARD_TILE = 128
+BACKWARD_TILE = {16: 128, 32: 128, 64: 32}
+"""Pixels of a tile (backward: by padded width), for products of 16-bit operands. Not yet tuned on a GPU."""
 FORWARD_TILE_FP32, BACKWARD_TILE_FP32 = 32, 16
 """Full fp32 has no tensor cores: a product is unrolled into registers, which larger tiles overflow."""
 MAX_WIDTH = 64
@@ -43,8 +48,8 @@ def render_patches(
 
     Matrix products take autocast's type where it is on, else the inputs'; the output has that type. Sums, norms,
     the residual stream and the gradients between products are fp32. Raises ``ValueError`` for other types than
-    fp32, bf16 and fp16, for inputs of different types without autocast, for a width above 64, and for tensors on
-    a device that Triton does not compute on.
+    fp32, bf16 and fp16, for inputs of different types without autocast, for a width above 64, where the GPU has
+    too little shared memory, and for tensors on a device that Triton does not compute on.
     """
     device, width = patches_MK.device, condition_MPW.shape[-1]
     autocast = torch.is_autocast_enabled(device.type)
@@ -54,8 +59,6 @@ def render_patches(
         raise ValueError(f"pixel decoder kernel got types {sorted(map(str, given))}, computing in {dtype}")
     if width > MAX_WIDTH:
         raise ValueError(f"decoder width {width} is above {MAX_WIDTH}, the widest of the Triton kernel; use torch")
-    if device.type != "cuda" and isinstance(forward_kernel, triton.runtime.JITFunction):
-        raise ValueError(f"Triton computes on a GPU, the pixels are on {device}; use kernels=torch")
     matrices = [w for b in blocks for w in (b.modulation_weight, b.first_weight, b.last_weight)]
     vectors = [
         v for b in blocks for v in (b.norm_weight, b.norm_bias, b.first_bias, b.last_bias, b.modulation_bias)
@@ -76,16 +79,21 @@ def _render(
     eps: float,
     dtype: torch.dtype,
 ) -> Tensor:
+    device = patches_MK.device
+    if device.type == "cpu" and isinstance(forward_kernel, triton.runtime.JITFunction):
+        raise ValueError(f"Triton computes on a GPU, the pixels are on {device}; use kernels=torch")
     out_MK = torch.empty_like(patches_MK, dtype=dtype)
     constants = _constants(patches_MK, condition_MPW, num_blocks, dtype)
-    tile = FORWARD_TILE_FP32 if dtype == torch.float32 else FORWARD_TILE[constants["V"]]
+    tile = FORWARD_TILE_FP32 if dtype == torch.float32 else FORWARD_TILE
     rows = condition_MPW.shape[0] * condition_MPW.shape[1]
     if rows:
         # Two to a multiprocessor: one loads while the other computes. Not yet run on a GPU.
-        programs = min(math.ceil(rows / tile), 2 * _processors(patches_MK.device))
-        forward_kernel[(programs,)](
-            patches_MK, condition_MPW, constant_PW, weights_L, out_MK, rows, eps, **constants, T=tile, num_warps=4
-        )  # fmt: skip
+        programs = min(math.ceil(rows / tile), 2 * _processors(device))
+        with _refuse_too_large(constants["W"], dtype):
+            forward_kernel[(programs,)](
+                patches_MK, condition_MPW, constant_PW, weights_L, out_MK, rows, eps, **constants, T=tile,
+                num_warps=NUM_WARPS, num_stages=NUM_STAGES,
+            )  # fmt: skip
     return out_MK
 
 
@@ -103,8 +111,7 @@ def _render_backward(
     """Gradients of patches (empty unless ``with_patches``), condition, constant and weights."""
     (_, num_pixels, width), device = condition_MPW.shape, patches_MK.device
     constants = _constants(patches_MK, condition_MPW, num_blocks, grad_MK.dtype)
-    is_fp32 = grad_MK.dtype == torch.float32
-    tile = BACKWARD_TILE_FP32 if is_fp32 else BACKWARD_TILE[constants["V"]]
+    tile = BACKWARD_TILE_FP32 if grad_MK.dtype == torch.float32 else BACKWARD_TILE[constants["V"]]
     rows = condition_MPW.shape[0] * num_pixels
     programs = _backward_programs(rows, tile, num_pixels, device)
     grad_patches = torch.empty_like(patches_MK) if with_patches else patches_MK.new_empty(0)
@@ -112,12 +119,12 @@ def _render_backward(
     inputs = torch.empty(programs, num_blocks, tile, constants["V"], dtype=torch.float32, device=device)
     constant_sums = torch.zeros(programs * tile, width, dtype=torch.float32, device=device)
     weight_sums = torch.zeros(programs, weights_L.numel(), dtype=torch.float32, device=device)
-    backward_kernel[(programs,)](
-        patches_MK, condition_MPW, constant_PW, weights_L, grad_MK.contiguous(), grad_patches, grad_condition,
-        inputs, constant_sums, weight_sums, rows, eps, **constants, T=tile, WITH_PATCHES=with_patches,
-        # Loads ahead of their use would cost registers, of which there are none to spare.
-        num_warps=4 if is_fp32 else 8, num_stages=1,
-    )  # fmt: skip
+    with _refuse_too_large(width, grad_MK.dtype):
+        backward_kernel[(programs,)](
+            patches_MK, condition_MPW, constant_PW, weights_L, grad_MK.contiguous(), grad_patches, grad_condition,
+            inputs, constant_sums, weight_sums, rows, eps, **constants, T=tile, WITH_PATCHES=with_patches,
+            num_warps=NUM_WARPS, num_stages=NUM_STAGES,
+        )  # fmt: skip
     grad_constant = constant_sums.view(-1, num_pixels, width).sum(0).to(constant_PW.dtype)
     return grad_patches, grad_condition, grad_constant, weight_sums.sum(0).to(weights_L.dtype)
 
@@ -177,6 +184,19 @@ def _constants(patches_MK: Tensor, condition_MPW: Tensor, num_blocks: int, dtype
         "BLOCKS": num_blocks,
         "DOT": DOT_TYPES[dtype],
     }
+
+
+@contextlib.contextmanager
+def _refuse_too_large(width: int, dtype: torch.dtype) -> Iterator[None]:
+    """Triton knows what a kernel needs when it has compiled it; tiles here fit 227 KiB (H100) in any case."""
+    try:
+        yield
+    except OutOfResources as error:
+        raise ValueError(
+            f"the Triton decoder of width {width} in {dtype} does not fit this GPU: {error.name}, "
+            f"{error.required} needed, {error.limit} there; use bf16, a width of at most {width // 2}, or "
+            "kernels=torch"
+        ) from error
 
 
 def _processors(device: torch.device) -> int:
