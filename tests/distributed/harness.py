@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.distributed.tensor import DTensor, Replicate
 
 from deco_scale.training.report import read_metrics
 
@@ -85,6 +86,17 @@ def _prepare(variables: dict[str, str]) -> None:
     os.environ.clear()
     os.environ.update(variables)
     torch.set_num_threads(1)
+
+
+def full_tensor(tensor: DTensor) -> torch.Tensor:
+    """``tensor.full_tensor()``, also over a mesh with tp before dp, which PyTorch 2.11 cannot gather at once."""
+    if tensor.device_mesh.mesh_dim_names != ("tp", "dp"):
+        return tensor.full_tensor()
+    for dim in reversed(range(tensor.device_mesh.ndim)):
+        placements = list(tensor.placements)
+        placements[dim] = Replicate()
+        tensor = tensor.redistribute(placements=placements)
+    return tensor.to_local()
 
 
 def trace(run: Path) -> dict[int, tuple[float, float]]:

@@ -23,7 +23,7 @@ from deco_scale.precision.modules import BatchShape, Fp8Plan, plan_fp8
 from deco_scale.training.batch import ObjectiveInputs
 from deco_scale.training.engine import Engine
 from deco_scale.training.settings import OptimizerConfig
-from tests.distributed.harness import in_group
+from tests.distributed.harness import full_tensor, in_group
 
 CPU = torch.device("cpu")
 MODEL = ModelConfig(
@@ -102,7 +102,7 @@ def of_engine(engine: Engine) -> Gradients:
     for name in values:
         moment = moments[f"exp_avg.{name}"]
         assert isinstance(moment, DTensor)
-        found[name] = moment.full_tensor()
+        found[name] = full_tensor(moment)
     return found
 
 
