@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_configure(config: pytest.Config) -> None:
-    reporter: Any = config.pluginmanager.get_plugin("terminalreporter")
-    if reporter is not None:
-        config.pluginmanager.register(_FailurePrinter(reporter), "print_failures_at_once")
+    """Last, since pytest makes its own reporter in the same hook."""
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    assert reporter is not None, "pytest runs without its terminal reporter"
+    config.pluginmanager.register(_FailurePrinter(reporter), "print_failures_at_once")
 
 
 class _FailurePrinter:
@@ -24,6 +26,5 @@ class _FailurePrinter:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Name and traceback of a test that failed just now."""
         if report.failed:
-            self._reporter.ensure_newline()
-            self._reporter.write_line(f"{report.when} of {report.nodeid} failed:")
+            self._reporter.write_line(f"\n{report.when} of {report.nodeid} failed:")
             self._reporter.write_line(report.longreprtext)

@@ -32,8 +32,8 @@ def here(kernel: str) -> torch.device:
 
 
 def results(kernel: str, given: list[Tensor]) -> list[Tensor]:
-    leaves = [x.clone().requires_grad_() for x in given[:3]]
-    out = attention(*leaves, kernel)  # type: ignore[arg-type]
+    q, k, v = leaves = [x.clone().requires_grad_() for x in given[:3]]
+    out = attention(q, k, v, kernel)  # type: ignore[arg-type]
     return [out.detach(), *torch.autograd.grad(out, leaves, given[3])]
 
 
@@ -96,12 +96,12 @@ def test_choice_is_one_of_the_measured() -> None:
 def test_flash_by_name() -> None:
     """Where a flash kernel runs, the name does; where none does, the refusal is the one of the check."""
     device = here("sdpa")
-    given = [torch.randn(1, 128, 2, 64, device=device, dtype=BF16) for _ in range(3)]
+    q, k, v = (torch.randn(1, 128, 2, 64, device=device, dtype=BF16) for _ in range(3))
     try:
         check_backend("flash", device, head_dim=64)
     except ValueError as refused:
         with pytest.raises(ValueError) as error:
-            attention(*given, "flash")
+            attention(q, k, v, "flash")
         assert str(error.value) == str(refused)
     else:
-        assert attention(*given, "flash").shape == (1, 128, 2, 64)
+        assert attention(q, k, v, "flash").shape == (1, 128, 2, 64)
