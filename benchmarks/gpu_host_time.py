@@ -127,7 +127,7 @@ def _measure(run: TrainingSteps, batch: Batch, *, repeats: int) -> dict[str, Any
 
 
 def _device_work(run: TrainingSteps, batch: Batch, step_s: float) -> dict[str, float]:
-    """Kernels of a step, the seconds in which at least one ran, and the share of a step in which none did."""
+    """Kernels and copies of a step, the seconds in which any ran, and the share of a step in which none did."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         run.step(batch)
         synchronise(run.device)
@@ -137,9 +137,13 @@ def _device_work(run: TrainingSteps, batch: Batch, step_s: float) -> dict[str, f
         if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
     ]
     if not spans:
-        raise CheckFailed("the profiler saw no kernel; times of steps are in the parts")
+        raise CheckFailed("the profiler saw nothing on the device; times of steps are in the parts")
     busy_s = covered(spans) / 1e6
-    return {"kernels": len(spans), "device_busy_s": busy_s, "launch_bound_share": max(0.0, 1 - busy_s / step_s)}
+    return {
+        "device_operations": len(spans),
+        "device_busy_s": busy_s,
+        "launch_bound_share": max(0.0, 1 - busy_s / step_s),
+    }
 
 
 def covered(spans: Iterable[tuple[float, float]]) -> float:
