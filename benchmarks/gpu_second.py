@@ -4,8 +4,8 @@ First what has to be right, side by side: every module of GPU tests, FP8, engine
 model against its formulas. Then, one at a time on an idle GPU, what has to be fast. No GPU has run it yet.
 
 Estimates in seconds (H100, not measured): 3 for the start and 55 for all that runs side by side, where compiling
-kernels takes the most; decoder 12, attention 10, host time 20 under FSDP2 and 26 under ZeRO-3 (8 of each to build the
-XXL model on the host), sampling 12, saving 12: 150 in all. The order is that of worth, should it not fit.
+kernels takes the most; decoder 12, attention 10, host time 20 under FSDP2 and 26 under ZeRO-3 (8 of each to build
+the XXL model on the host), sampling 12, saving 12: 150 in all. The order is that of worth, should it not fit.
 """
 
 import time
