@@ -17,26 +17,22 @@ def jobs(device: str) -> list[Job]:
     torchao = TORCHAO | ({"fp8_emulate": True} if device == "cpu" else {})
     found = [Job("machine", 20, function="benchmarks.gpu_machine:machine", estimate_s=4, gate=True)]
     if device == "cuda":
-        # While products and eager steps run, spare cores compile what the compiled steps will need.
-        found += [
-            _warm_up("warm_256", 256, 64, BF16),
-            _warm_up("warm_torchao", 256, 64, torchao),
-            _warm_up("warm_512", 512, 16, BF16),
-        ]
+        found.append(_warm_up())
     found += [
-        Job("gemm", 15, function="benchmarks.gpu_gemm:gemm", estimate_s=6),
+        Job("gemm", 12, function="benchmarks.gpu_gemm:gemm", estimate_s=6),
         _steps(
-            "xxl_256", 65, 45, BF16,
+            "xxl_256", 70, 55, BF16,
             variants=[
                 {"name": "straightforward", "micro_batch": 32, "compile": False, "straightforward": True},
                 {"name": "eager", "micro_batch": 64, "compile": False},
                 {"name": "compiled", "micro_batch": 64},
                 {"name": "compiled_accumulation_4", "micro_batch": 64, "accumulation": 4},
+                {"name": "compiled_static", "micro_batch": 64, "static_shapes": True},
             ],
-            trace=True,
+            trace="compiled_accumulation_4",
         ),
         _steps(
-            "xxl_256_fsdp", 35, 30, BF16, engine="fsdp",
+            "xxl_256_fsdp", 32, 30, BF16, engine="fsdp",
             variants=[{"name": "compiled_accumulation_4", "micro_batch": 64, "accumulation": 4}],
         ),
         _steps("xxl_512", 30, 20, BF16, resolution=512, variants=[{"name": "compiled", "micro_batch": 16}]),
@@ -56,7 +52,7 @@ def _steps(
     variants: list[dict[str, object]],
     resolution: int = 256,
     engine: str = "none",
-    trace: bool = False,
+    trace: str | None = None,
 ) -> Job:
     options = {
         "resolution": resolution,
@@ -75,13 +71,13 @@ def _steps(
     )
 
 
-def _warm_up(name: str, resolution: int, micro_batch: int, precision: dict[str, object]) -> Job:
-    options = {"resolution": resolution, "micro_batch": micro_batch, "precision": precision}
-    return Job(
-        name,
-        60,
-        function="benchmarks.gpu_steps:warm_up",
-        options=options,
-        estimate_s=25,
-        background=True,
-    )
+def _warm_up() -> Job:
+    """While products and eager steps run, spare cores compile what the compiled steps will need, soonest first."""
+    cases = [
+        {"resolution": 256, "variant": {"name": "bf16_256", "micro_batch": 64}},
+        {"resolution": 256, "variant": {"name": "bf16_256_static", "micro_batch": 64, "static_shapes": True}},
+        {"resolution": 512, "variant": {"name": "bf16_512", "micro_batch": 16}},
+        {"resolution": 256, "variant": {"name": "torchao_256", "micro_batch": 64}, "precision": TORCHAO},
+    ]
+    function = "benchmarks.gpu_steps:warm_up"
+    return Job("warm_up", 100, function=function, options={"cases": cases}, estimate_s=60, background=True)

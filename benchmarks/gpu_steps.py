@@ -11,9 +11,9 @@ import gc
 import gzip
 import math
 import shutil
+import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,12 +47,13 @@ TRACE_BYTES = 12 * 2**20
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """One way to take the step; ``engine`` is ``none`` (plain objective) or ``fsdp``."""
+    """One way to take the step; ``static_shapes`` is about compiling, see :class:`PlainEngine`."""
 
     name: str
     micro_batch: int
     accumulation: int = 1
     compile: bool = True
+    static_shapes: bool = False
     straightforward: bool = False
 
 
@@ -89,9 +90,9 @@ def steps(
     variants: Sequence[Mapping[str, Any]],
     engine: str = "none",
     precision: Mapping[str, Any] | None = None,
-    trace: bool = False,
+    trace: str | None = None,
 ) -> Found:
-    """Measure ``variants`` (fields of :class:`Variant`) on one build of the model; ``trace`` profiles the fastest.
+    """Measure ``variants`` (fields of :class:`Variant`) on one build of the model; ``trace`` names one to profile.
 
     Raises :class:`NotAvailable` where the machine lacks what the configuration asks for, and
     :class:`CheckFailed` where a variant failed or its loss is not finite; the others are measured all the same.
@@ -102,7 +103,6 @@ def steps(
     ceilings = measured_ceilings(where)
     lines: list[str] = []
     failed: list[str] = []
-    fastest: tuple[float, TrainingSteps] | None = None
     held: PlainEngine | None = None
     for fields in variants:
         variant = Variant(**fields)
@@ -117,7 +117,7 @@ def steps(
         except Exception as error:
             # Out of memory, or a kernel that does not compile: the next variant may fare better.
             traceback.print_exc()
-            numbers = {"failed": f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"}
+            numbers = {"failed": _first_line(error)}
         where.write(variant.name, numbers)
         if "failed" in numbers:
             failed.append(f"{variant.name} failed ({numbers['failed']})")
@@ -127,10 +127,12 @@ def steps(
         print(lines[-1], flush=True)
         if not math.isfinite(numbers["loss"]):
             failed.append(f"the loss of {variant.name} is {numbers['loss']}")
-        if variant.compile and (fastest is None or numbers["images_per_s"] > fastest[0]):
-            fastest = numbers["images_per_s"], made
-    if trace and fastest is not None:
-        where.write("trace", profiled(fastest[1], where.out))
+        if variant.name == trace:
+            try:
+                profiled(made, variant.name, where)
+            except Exception as error:
+                traceback.print_exc()
+                failed.append(f"no trace ({_first_line(error)})")
     if failed:
         raise CheckFailed("; ".join(failed + lines))
     return Found("; ".join(lines), {"ceilings": dataclasses.asdict(ceilings)})
@@ -138,9 +140,10 @@ def steps(
 
 def measure_variant(made: TrainingSteps, variant: Variant, ceilings: Ceilings, *, plain: bool) -> dict[str, Any]:
     """Time the steps as the variant wants them, and give figures with their units in their names."""
-    objective: Objective | None = made.engine.objective if plain else None
-    if objective is not None:
-        made.engine.compile(variant.compile)
+    objective: Objective | None = None
+    if plain:
+        objective = made.engine.objective
+        made.engine.compile(variant.compile, static_shapes=variant.static_shapes)
     with straightforward(objective) if variant.straightforward else contextlib.nullcontext():
         found = time_steps(made, warmup=2, repeats=3, steps_each=2 if variant.accumulation == 1 else 1)
     device, stage = made.device, made.stage
@@ -210,66 +213,91 @@ def measured_ceilings(where: Where) -> Ceilings:
     return measure_ceilings(torch.device(where.device), torch.bfloat16, **sizes, repeats=5)
 
 
-def profiled(made: TrainingSteps, folder: Path) -> dict[str, Any]:
-    """One step under torch's profiler: its ten largest kernels, and the trace beside them where it is small."""
-    activities = [ProfilerActivity.CPU]
-    if made.device.type == "cuda":
-        activities.append(ProfilerActivity.CUDA)
+def profiled(made: TrainingSteps, name: str, where: Where) -> None:
+    """One step under torch's profiler: part ``trace`` with the ten largest kernels, and the trace where small."""
+    gpu = made.device.type == "cuda"
     batch, _ = made.next_batch()
     made.step(batch)
     synchronise(made.device)
-    with profile(activities=activities) as trace:
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]
+    with profile(activities=activities, acc_events=True) as trace:
         made.step(batch)
         synchronise(made.device)
-    gpu = made.device.type == "cuda"
-    events = [e for e in trace.key_averages() if not gpu or e.device_type == torch.autograd.DeviceType.CUDA]
-
-    def own_us(event: Any) -> float:
-        return float(event.self_device_time_total if gpu else event.self_cpu_time_total)
-
-    total_us = sum(own_us(event) for event in events)
-    kernels = [
-        {"name": e.key[:160], "ms": own_us(e) / 1e3, "calls": e.count, "share": own_us(e) / total_us}
-        for e in sorted(events, key=own_us, reverse=True)[:10]
-        if total_us
-    ]
-    for kernel in kernels:
+    numbers: dict[str, Any] = {"variant": name, **largest(trace.key_averages(), gpu=gpu)}
+    for kernel in numbers["kernels"]:
         print(f"{kernel['ms']:9.3f} ms {kernel['share']:6.1%} {kernel['calls']:5} x {kernel['name'][:110]}")
-    plain = folder / "trace.json"
+    where.write("trace", numbers)
+    plain, packed = where.out / "trace.json", where.out / "trace.json.gz"
     trace.export_chrome_trace(str(plain))
-    packed = folder / "trace.json.gz"
     with plain.open("rb") as source, gzip.open(packed, "wb", compresslevel=6) as target:
         shutil.copyfileobj(source, target)
     plain.unlink()
     size = packed.stat().st_size
     if size > TRACE_BYTES:
         packed.unlink()
-    return {
-        "kernels": kernels,
-        "total_ms": total_us / 1e3,
-        "trace_bytes": size,
-        "trace": packed.name if size <= TRACE_BYTES else f"left out: {size} bytes",
-    }
+    kept = packed.name if size <= TRACE_BYTES else f"left out, larger than {TRACE_BYTES} bytes"
+    where.write("trace", {**numbers, "trace": kept, "trace_bytes": size})
 
 
-def warm_up(where: Where, *, resolution: int, micro_batch: int, precision: Mapping[str, Any]) -> Found:
-    """Compile what the steps will compile: one step of a model with one text block and one image block.
+def largest(events: Sequence[Any], *, gpu: bool, count: int = 10) -> dict[str, Any]:
+    """The ``count`` kernels (on a CPU: operators) with the most time of their own, and the time of all."""
 
-    Its graphs and kernels are those of the whole model and go to the caches on disk that jobs share.
+    def own_us(event: Any) -> float:
+        return float(event.self_device_time_total if gpu else event.self_cpu_time_total)
+
+    def counts(event: Any) -> bool:
+        # Annotations span kernels, which would count twice.
+        on_gpu = event.device_type == torch.autograd.DeviceType.CUDA
+        return not gpu or (on_gpu and not getattr(event, "is_user_annotation", False))
+
+    ranked = sorted(filter(counts, events), key=own_us, reverse=True)
+    total_us = sum(map(own_us, ranked))
+    if not total_us:
+        raise CheckFailed("the profiler saw no kernel")
+    kernels = [
+        {"name": e.key[:160], "ms": own_us(e) / 1e3, "calls": e.count, "share": own_us(e) / total_us}
+        for e in ranked[:count]
+    ]
+    return {"kernels": kernels, "total_ms": total_us / 1e3}
+
+
+def warm_up(where: Where, *, cases: Sequence[Mapping[str, Any]]) -> Found:
+    """Compile what later steps will: one step each of a model with two text blocks and two image blocks.
+
+    A case has ``resolution``, ``precision`` and ``variant`` (fields of :class:`Variant`). Graphs and kernels are
+    those of the whole model, and go to the caches on disk that jobs share. Two blocks of a kind, since the first
+    one's input may be of another type. One case after the other: a model of four blocks takes 10 GiB or more.
     """
-    variant = Variant("warm_up", micro_batch)
-    cfg = config(where, resolution=resolution, variant=variant, precision=precision)
-    model = dataclasses.replace(cfg.model, num_blocks=1, num_text_blocks=1)
-    objective = dataclasses.replace(cfg.objective, repa_layer=1)
-    cfg = dataclasses.replace(cfg, model=model, objective=objective)
-    try:
-        with compiler(where.device):
-            found = time_steps(TrainingSteps(cfg, Environment(0, 1, 0), plain=True), warmup=0, repeats=1)
-    except ConfigError as error:
-        raise NotAvailable(str(error)) from error
-    if not math.isfinite(found["loss"]):
-        raise CheckFailed(f"the loss is {found['loss']}")
-    return Found(f"one block of each kind compiled in {found['step_s']:.0f} s", found)
+    times = []
+    for fields in cases:
+        variant = Variant(**fields["variant"])
+        cfg = config(
+            where, resolution=fields["resolution"], variant=variant, precision=fields.get("precision", {})
+        )
+        model = dataclasses.replace(cfg.model, num_blocks=2, num_text_blocks=2)
+        objective = dataclasses.replace(cfg.objective, repa_layer=1)
+        cfg = dataclasses.replace(cfg, model=model, objective=objective)
+        began = time.perf_counter()
+        try:
+            with compiler(where.device):
+                made = TrainingSteps(cfg, Environment(0, 1, 0), plain=True)
+                made.engine.compile(True, static_shapes=variant.static_shapes)
+                loss = time_steps(made, warmup=0, repeats=1)["loss"]
+        except ConfigError as error:
+            print(f"{variant.name}: {error}")
+            continue
+        taken = time.perf_counter() - began
+        where.write(variant.name, {"seconds": taken, "loss": loss})
+        times.append(f"{variant.name} {taken:.0f} s")
+        del made
+        _free(None)
+    if not times:
+        raise NotAvailable("nothing of it can be compiled here")
+    return Found(f"compiled two blocks of each kind: {', '.join(times)}")
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
 
 
 def _free(held: PlainEngine | None) -> None:

@@ -300,15 +300,20 @@ class _Suite:
                 self._finish(job, running)
 
     def _finish(self, job: Job, running: Running) -> None:
-        """End what is left of a job's processes and settle it; one that could not be forked starts again."""
-        code = running.end()
-        if running.forked and code == job_processes.UNFORKABLE:
-            self._starter.stop_forking("CUDA was initialised before the fork")
+        """End what is left of a job's processes and settle it; what forking stands in the way of starts again."""
+        outcome = self._read(job, running, running.end())
+        why = None
+        if running.forked and outcome["code"] == job_processes.UNFORKABLE:
+            why = "CUDA was initialised before the fork"
+        elif running.forked and job.gate and outcome["status"] != "pass":
+            why = f"{job.name} did not pass in a forked one ({outcome['line']})"
+        if why is not None:
+            self._starter.stop_forking(why)
             again = self._start(job)
             while not again.over(0.1):
                 pass
-            running, code = again, again.end()
-        self._settle(job, self._read(job, running, code))
+            outcome = self._read(job, again, again.end())
+        self._settle(job, outcome)
 
     def _read(self, job: Job, running: Running, code: int | None) -> Outcome:
         """What came of a job that ended with ``code`` (None: killed at its limit)."""
@@ -328,7 +333,7 @@ class _Suite:
             outcome = _outcome("fail", f"ended with {_code(code)}{measured}; see {log.name}")
         else:
             outcome = json.loads((folder / "found.json").read_text())
-        return {**outcome, "parts": parts, "seconds": running.seconds}
+        return {**outcome, "parts": parts, "seconds": running.seconds, "code": code}
 
     def _settle(self, job: Job, outcome: Outcome) -> None:
         """Put the outcome on disk, then the whole suite's, then print the table so far."""

@@ -8,6 +8,7 @@ minutes of a CPU.
 from collections.abc import Callable, Sequence
 
 import torch
+import torch._dynamo
 from torch import Tensor, nn
 
 from deco_scale.config import RunConfig
@@ -49,21 +50,29 @@ class PlainEngine:
                     reset()
         if fp8_plan is not None:
             fp8.apply_fp8(self.objective.denoiser, fp8_plan)
+        self._compiled: dict[str, bool] | None = None
         self.compile(cfg.compile)
         parameters = dict(self.objective.named_parameters())
         self._optimizer = AveragedAdamW(parameters.values(), cfg.optimizer, kernels=kernels)
         self._optimizer.track(parameters, averaged={name for name in parameters if name.startswith(AVERAGED)})
 
-    def compile(self, wanted: bool) -> None:
-        """Compile the units that the engines compile, from their next call on, or run them as they are."""
+    def compile(self, wanted: bool, *, static_shapes: bool = False) -> None:
+        """Compile the units that the engines compile, from their next call on, or run them as they are.
+
+        ``static_shapes`` compiles anew for each shape; else, as the engines do it, a size that changed from one
+        call to the next (text blocks have other tokens than image blocks) becomes a symbol in the graph.
+        """
+        if wanted and self._compiled == {"static_shapes": static_shapes}:
+            return
+        self._compiled = {"static_shapes": static_shapes} if wanted else None
+        torch._dynamo.reset()
         denoiser = self.objective.denoiser
         units = [*denoiser.transformer_blocks, *([denoiser.decoder] if denoiser.decoder is not None else [])]
         for unit in units:
             # What nn.Module.compile sets; there is no public way back.
-            if not wanted:
-                unit._compiled_call_impl = None
-            elif unit._compiled_call_impl is None:
-                unit.compile()
+            unit._compiled_call_impl = None
+            if wanted:
+                unit.compile(dynamic=False if static_shapes else None)
 
     @property
     def tokens(self) -> TokenGroup | None:
