@@ -60,7 +60,9 @@ def host_time(where: Where, *, engine: str) -> Found:
     sizes = TINY_MICRO_BATCHES if where.quick else MICRO_BATCHES
     began = time.perf_counter()
     run = TrainingSteps(_config(where, engine, max(sizes)), Environment(0, 1, 0))
-    where.write("build", {"seconds": time.perf_counter() - began, "attention": str(run.attention)})
+    where.write(
+        "build", {"seconds": time.perf_counter() - began, "attention": [choice.line() for choice in run.attention]}
+    )
     numbers: dict[str, Any] = {}
     try:
         batch, _ = run.next_batch()
