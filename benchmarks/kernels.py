@@ -1,11 +1,16 @@
 """Each kernel against the roofline of this device, against its twin eager and its twin compiled.
 
     python -m benchmarks.kernels [--config FILE] [--batch N] [--resolution N] [--only WORD] [--out DIR]
+    python -m benchmarks.kernels --compile-only [--out benchmarks/results]
 
 Forward and backward together; shapes are those of a micro-batch of the configuration. The roofline is the larger
 of the least bytes over the copy bandwidth and the FLOPs over the GEMM, both measured in the same run. On a CPU
 only twins are timed, never Triton's interpreter. On a GPU the actions are CUDA graphs, so that launches do not
 count (not yet run on a GPU). A variant that fails is named with its reason, and the exit code is 1.
+
+``--compile-only`` needs no GPU: the Triton kernels of the released models are compiled for sm_90 (see
+:mod:`benchmarks.kernel_compile`), and registers, spills and shared memory are shown; ``--out`` puts them into
+``kernels_sm90.json`` there, in place of those of the same version of Triton.
 """
 
 import argparse
@@ -56,6 +61,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-graphs", action="store_true", help="on a GPU: time the launches too")
     parser.add_argument("--gemm-side", type=int, help="side of the GEMM that serves as ceiling")
     parser.add_argument("--copy-bytes", type=int, help="bytes of the copy that serves as ceiling")
+    parser.add_argument("--compile-only", action="store_true", help="registers, spills and shared memory on sm_90")
     parser.add_argument("--out", type=Path, help="folder for a JSON file and a PNG")
     return parser.parse_args(argv)
 
@@ -178,6 +184,11 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args, console = parse(argv), Console()
+    if args.compile_only:
+        # Triton is imported where it is needed.
+        from benchmarks.kernel_compile import main as compile_only
+
+        return compile_only(args.out, console)
     try:
         result = run(args, console)
     except (ConfigError, ValueError) as error:

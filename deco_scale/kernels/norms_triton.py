@@ -22,6 +22,11 @@ FORWARD_TOKENS = 4
 BACKWARD_TOKENS = 16
 """Tokens of a program. Backward's partial sums take 2 / 16 of the bytes of one fp32 activation; not yet tuned."""
 
+MAX_ROW = 16384
+"""Values of a row, padded to a power of two: twice as many spill 4.6 KB a thread (Triton 3.9 for sm_90)."""
+MAX_TOKENS = 65535 * FORWARD_TOKENS
+"""Of a sample: groups of tokens are the second dimension of a CUDA grid."""
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -148,13 +153,19 @@ def check_dtypes(**tensors: Tensor | None) -> None:
 
 
 def check_rows(x_BND: Tensor, per_sample: dict[str, Tensor | None]) -> None:
-    """Raise ``ValueError`` unless x is (B, N, D) and the others (B, 1, D), of types that kernels take."""
+    """Raise ``ValueError`` unless x is (B, N, D) and the others (B, 1, D), as kernels take them."""
     if x_BND.ndim != 3:
         raise ValueError(f"x must be (B, N, D), not {tuple(x_BND.shape)}")
     wanted = (x_BND.shape[0], 1, x_BND.shape[2])
     for name, tensor in per_sample.items():
         if tensor is not None and tuple(tensor.shape) != wanted:
             raise ValueError(f"{name} must be {wanted} for x {tuple(x_BND.shape)}, not {tuple(tensor.shape)}")
+    _, tokens, dim = x_BND.shape
+    if dim > MAX_ROW or tokens > MAX_TOKENS:
+        raise ValueError(
+            f"the Triton kernels take up to {MAX_TOKENS} tokens of width {MAX_ROW}, not {tokens} of {dim}; "
+            "use kernels=torch"
+        )
     check_dtypes(x=x_BND, **per_sample)
 
 

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deco_scale.kernels.norms_triton import check_dtypes, load_fp32, round_norm, rows
+from deco_scale.kernels.norms_triton import MAX_ROW, check_dtypes, load_fp32, round_norm, rows
 
 FORWARD_TOKENS = 4
 BACKWARD_TOKENS = 16
@@ -141,6 +141,12 @@ def _check(x_BNHK: Tensor, weight_K: Tensor, angles_NE: Tensor | None) -> None:
         raise ValueError(
             f"x must be (B, N, H, K) with even K and weight (K); they are {tuple(x_BNHK.shape)} "
             f"and {tuple(weight_K.shape)}"
+        )
+    padded = [triton.next_power_of_2(size) for size in x_BNHK.shape[2:]]
+    if padded[0] * padded[1] > MAX_ROW:
+        raise ValueError(
+            f"the Triton kernels take heads of up to {MAX_ROW} values together, each count padded to a power of "
+            f"two, not {tuple(x_BNHK.shape[2:])}; use kernels=torch"
         )
     check_dtypes(x=x_BNHK, weight=weight_K)
     if angles_NE is not None:

@@ -199,6 +199,16 @@ def test_what_does_not_fit_is_refused() -> None:
         gated_residual(x, part, random(2, 4, 8), kernels="triton")
 
 
+def test_rows_that_would_overflow_registers_or_the_grid_are_refused() -> None:
+    settings = {"eps": EPS, "cast_first": False, "kernels": "triton"}
+    with pytest.raises(ValueError, match="16384, not 1 of 16385; use kernels=torch"):
+        rms_norm(random(1, 1, 16385), random(16385), **settings)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="262140 tokens"):
+        gated_residual(random(1, 262141, 1), random(1, 1, 1), random(1, 262141, 1), kernels="triton")
+    with pytest.raises(ValueError, match=r"not \(129, 128\); use kernels=torch"):
+        rms_norm(random(1, 1, 129, 128), random(128), **settings)  # type: ignore[arg-type]
+
+
 def test_operators_are_registered_soundly() -> None:
     """Schema, fake tensors, autograd and AOT dispatch, by torch's own checker."""
     x, part, weight = random(2, 5, 8), random(2, 1, 8), random(8)

@@ -7,6 +7,7 @@ forward and 16 backward, in bf16 of 128. Not yet run on a GPU.
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ SIZES = [
     (3, 16, 2, 1, 5),  # 9 pixels share no factor with a tile: nine programs, some without a tile
     (8, 32, 3, 3, 1),  # a patch of several tiles; more tiles than programs, so a program adds up several
     (5, 40, 2, 4, 2),  # odd everywhere, padded columns and rows
-    (4, 64, 1, 3, 1),  # the widest
+    (4, 64, 2, 3, 1),  # the widest
 ]
 
 
@@ -234,6 +235,28 @@ def test_whole_denoiser_is_the_same() -> None:
 def test_what_the_kernel_cannot_take_is_refused(change: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         render_pixels(*arguments(**change), eps=1e-6, kernels="triton")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kernel", ["forward_kernel", "backward_kernel"])
+def test_a_gpu_with_too_little_shared_memory_is_refused(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton finds that out when it launches; here a stand-in of a kernel does."""
+    from triton.runtime.errors import OutOfResources
+
+    from deco_scale.kernels import pixels_triton
+
+    class TooLarge:
+        def __getitem__(self, grid: object) -> Callable[..., None]:
+            return self.launch
+
+        def launch(self, *args: object, **kwargs: object) -> None:
+            raise OutOfResources(110592, 101376, "shared memory")
+
+    monkeypatch.setattr(pixels_triton, kernel, TooLarge())
+    message = (
+        "width 64 in torch.float32 .* shared memory, 110592 needed, 101376 there; use bf16, .* 32, or kernels"
+    )
+    with pytest.raises(ValueError, match=message):
+        render_pixels(*arguments(patches=1, width=64), eps=1e-6, kernels="triton").sum().backward()
 
 
 @pytest.mark.parametrize("kernels", ["torch", "triton"])
