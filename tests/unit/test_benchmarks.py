@@ -16,7 +16,7 @@ import yaml
 from rich.console import Console
 from torch import Tensor, nn
 
-from benchmarks import gpu_suite, kernels, measure, straightforward, throughput
+from benchmarks import kernels, measure, straightforward, throughput
 from benchmarks.parts import PARTS, Timeline, watch
 from deco_scale.models import Denoiser, ModelConfig
 from deco_scale.objectives import Objective, ObjectiveConfig
@@ -278,66 +278,3 @@ def test_least_bytes_of_the_decoder() -> None:
     pixels = 2 * 9 * 16 * 16
     # Three channels four times (pixels twice, output, its gradient), eight of the condition three times, fp32.
     assert case.min_bytes == pixels * 4 * (3 * 4 + 8 * 3)
-
-
-def job(name: str, code: str, limit_s: float = 20.0) -> gpu_suite.Job:
-    return gpu_suite.Job(name, ("-c", code), limit_s)
-
-
-def test_suite_tells_pass_fail_and_not_available_apart(tmp_path: Path) -> None:
-    def writes(status: str) -> str:
-        outcome = json.dumps({"status": status, "line": "said", "numbers": {}})
-        return f"open(r'{tmp_path}/{status}.json', 'w').write('''{outcome}''')"
-
-    started = tmp_path / "child"
-    endless = (
-        "import subprocess, sys, time; "
-        f"child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']); "
-        f"open(r'{started}', 'w').write(str(child.pid)); time.sleep(600)"
-    )
-    jobs = [job(s, writes(s)) for s in ("pass", "fail", "not available")]
-    jobs += [job("breaks", "raise SystemExit(3)"), job("endless", endless, limit_s=5)]
-    found = gpu_suite.run_suite(jobs, tmp_path, Console(quiet=True))
-    statuses = {name: outcome["status"] for name, outcome in found.items()}
-    assert statuses == {
-        "pass": "pass", "fail": "fail", "not available": "not available", "breaks": "fail", "endless": "fail",
-    }  # fmt: skip
-    assert "ended with 3" in found["breaks"]["line"] and "more than 5 s" in found["endless"]["line"]
-    # What a check started ends with it; a zombie until its new parent looks is not running either.
-    status = Path(f"/proc/{started.read_text()}/stat")
-    deadline = time.monotonic() + 5
-    while status.exists() and status.read_text().split()[2] != "Z":
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-def test_suite_without_time_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_suite, "BUDGET_S", 1.0)
-    found = gpu_suite.run_suite([job("late", "")], tmp_path, Console(quiet=True))
-    assert found["late"]["status"] == "fail" and "used up" in found["late"]["line"]
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_without_a_gpu_nothing_is_claimed(tmp_path: Path) -> None:
-    assert gpu_suite.main(["--out", str(tmp_path)]) == 0
-    result = json.loads(next(tmp_path.glob("gpu_suite_*.json")).read_text())
-    assert {c["status"] for c in result["checks"].values()} == {"not available"}
-    assert {"kernels", "attention", "fp8", "engines", "tensor_parallel", "twins"} < set(result["checks"])
-    assert sum(name.startswith("xxl_") for name in result["checks"]) == 9
-
-
-def test_ratios_are_of_runs_of_this_suite() -> None:
-    def at(rate: float) -> dict[str, Any]:
-        return {"numbers": {"images_per_s": rate}}
-
-    assert gpu_suite.ratios({"xxl_256_ours": at(3.0)}) == []
-    lines = gpu_suite.ratios({"xxl_256_ours": at(29.0), "xxl_256_straightforward": at(10.0)})
-    assert len(lines) == 1 and lines[0].startswith("MISSED") and "2.90" in lines[0]
-
-
-@pytest.mark.long
-def test_suite_on_a_cpu(tmp_path: Path) -> None:
-    names = ["attention", "tensor_parallel", "tiny"]
-    assert gpu_suite.main(["--out", str(tmp_path), "--quick", "--device", "cpu", "--only", *names]) == 0
-    result = json.loads(next(tmp_path.glob("gpu_suite_*.json")).read_text())
-    assert {name: check["status"] for name, check in result["checks"].items()} == dict.fromkeys(names, "pass")
