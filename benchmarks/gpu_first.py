@@ -15,13 +15,16 @@ TE = {"compute": "fp8", "fp8_backend": "te"}
 def jobs(device: str) -> list[Job]:
     """Jobs in their order; on a CPU torchao's FP8 is emulated. Quick or not is decided by whoever runs them."""
     torchao = TORCHAO | ({"fp8_emulate": True} if device == "cpu" else {})
-    found = [Job("machine", 20, function="benchmarks.gpu_machine:machine", estimate_s=4, gate=True)]
+    found = [Job("machine", 15, function="benchmarks.gpu_machine:machine", estimate_s=4, gate=True)]
+    # Every job would start with this race otherwise, and load what it needs.
+    race = {"sizes": [[256, 64], [512, 16]]}
+    found.append(Job("attention", 25, function="benchmarks.gpu_steps:attention", options=race, estimate_s=12))
     if device == "cuda":
         found.append(_warm_up())
     found += [
         Job("gemm", 12, function="benchmarks.gpu_gemm:gemm", estimate_s=6),
         _steps(
-            "xxl_256", 70, 55, BF16,
+            "xxl_256", 60, 55, BF16,
             variants=[
                 {"name": "straightforward", "micro_batch": 32, "compile": False, "straightforward": True},
                 {"name": "eager", "micro_batch": 64, "compile": False},
@@ -32,11 +35,11 @@ def jobs(device: str) -> list[Job]:
             trace="compiled_accumulation_4",
         ),
         _steps(
-            "xxl_256_fsdp", 32, 30, BF16, engine="fsdp",
+            "xxl_256_fsdp", 30, 28, BF16, engine="fsdp",
             variants=[{"name": "compiled_accumulation_4", "micro_batch": 64, "accumulation": 4}],
         ),
-        _steps("xxl_512", 30, 20, BF16, resolution=512, variants=[{"name": "compiled", "micro_batch": 16}]),
-        _steps("fp8_torchao", 30, 25, torchao, variants=[{"name": "compiled", "micro_batch": 64}]),
+        _steps("xxl_512", 25, 16, BF16, resolution=512, variants=[{"name": "compiled", "micro_batch": 16}]),
+        _steps("fp8_torchao", 28, 20, torchao, variants=[{"name": "compiled", "micro_batch": 64}]),
         _steps("fp8_te", 30, 25, TE, variants=[{"name": "compiled", "micro_batch": 64}]),
     ]  # fmt: skip
     encoders = "benchmarks.gpu_encoders:encoders"

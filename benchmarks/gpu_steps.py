@@ -29,6 +29,7 @@ from benchmarks.throughput import time_steps
 from deco_scale.config import RunConfig, load_config
 from deco_scale.environment import Environment
 from deco_scale.errors import ConfigError
+from deco_scale.models.attention_choice import AttentionShape, BackendChoice, choose_backend, model_shapes
 from deco_scale.objectives import Objective
 from deco_scale.planning.flops import peak_flops
 from tests.straightforward import TWINS
@@ -40,6 +41,7 @@ TINY = (
     "objective.repa_layer=1",
 )  # fmt: skip
 """Sizes where quick: they show that the machinery works, and nothing about speed."""
+ALONE = Environment(0, 1, 0)
 TINY_SIDE = {256: 32, 512: 64}
 TRACE_BYTES = 12 * 2**20
 """A larger trace is not kept: files come back from the GPU machine one by one, of at most 16 MiB."""
@@ -100,7 +102,7 @@ def steps(
     plain = engine == "none"
     if not plain and len(variants) > 1:
         raise ValueError(f"engine {engine!r} holds one variant's model, {len(variants)} were asked for")
-    ceilings = measured_ceilings(where)
+    ceilings, raced = measured_ceilings(where), raced_attention(where)
     lines: list[str] = []
     failed: list[str] = []
     held: PlainEngine | None = None
@@ -109,7 +111,7 @@ def steps(
         cfg = config(where, resolution=resolution, variant=variant, precision=precision or {})
         try:
             with compiler(where.device):
-                made = TrainingSteps(cfg, Environment(0, 1, 0), plain=plain, reuse=held)
+                made = TrainingSteps(cfg, ALONE, plain=plain, reuse=held, attention=raced)
                 held = made.engine if plain else None
                 numbers = measure_variant(made, variant, ceilings, plain=plain)
         except ConfigError as error:
@@ -213,6 +215,38 @@ def measured_ceilings(where: Where) -> Ceilings:
     return measure_ceilings(torch.device(where.device), torch.bfloat16, **sizes, repeats=5)
 
 
+def attention(where: Where, *, sizes: Sequence[tuple[int, int]]) -> Found:
+    """The race of attention kernels that a run starts with, for (resolution, micro-batch); later jobs reuse it."""
+    choices = []
+    for resolution, micro_batch in sizes:
+        variant = Variant("attention", micro_batch)
+        cfg = config(where, resolution=resolution, variant=variant, precision={"compute": "bf16"})
+        stage = cfg.stages[0]
+        for shape in model_shapes(cfg.model, resolution=stage.resolution, batch=stage.micro_batch):
+            choices.append(choose_backend(shape, device=torch.device(where.device), dtype=torch.bfloat16))
+            print(choices[-1].line(), flush=True)
+            where.write("choices", {"choices": [dataclasses.asdict(choice) for choice in choices]})
+    fastest = [
+        f"{c.shape.queries} x {c.shape.keys}: {', '.join(f'{n} {ms:.3g} ms' for n, ms in c.times_ms) or c.kernel}"
+        for c in choices
+    ]
+    return Found("; ".join(fastest))
+
+
+def raced_attention(where: Where) -> list[BackendChoice]:
+    """What the attention job of this suite chose; empty where it did not, and a job then measures by itself."""
+    found = where.parts_of("attention").get("choices", {"choices": []})
+    return [
+        BackendChoice(
+            AttentionShape(**choice["shape"]),
+            choice["kernel"],
+            tuple((name, ms) for name, ms in choice["times_ms"]),
+            tuple((name, why) for name, why in choice["left_out"]),
+        )
+        for choice in found["choices"]
+    ]
+
+
 def profiled(made: TrainingSteps, name: str, where: Where) -> None:
     """One step under torch's profiler: part ``trace`` with the ten largest kernels, and the trace where small."""
     gpu = made.device.type == "cuda"
@@ -268,7 +302,7 @@ def warm_up(where: Where, *, cases: Sequence[Mapping[str, Any]]) -> Found:
     those of the whole model, and go to the caches on disk that jobs share. Two blocks of a kind, since the first
     one's input may be of another type. One case after the other: a model of four blocks takes 10 GiB or more.
     """
-    times = []
+    times, raced = [], raced_attention(where)
     for fields in cases:
         variant = Variant(**fields["variant"])
         cfg = config(
@@ -280,7 +314,7 @@ def warm_up(where: Where, *, cases: Sequence[Mapping[str, Any]]) -> Found:
         began = time.perf_counter()
         try:
             with compiler(where.device):
-                made = TrainingSteps(cfg, Environment(0, 1, 0), plain=True)
+                made = TrainingSteps(cfg, ALONE, plain=True, attention=raced)
                 made.engine.compile(True, static_shapes=variant.static_shapes)
                 loss = time_steps(made, warmup=0, repeats=1)["loss"]
         except ConfigError as error:

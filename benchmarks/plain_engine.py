@@ -41,15 +41,22 @@ class PlainEngine:
             raise ConfigError("without an engine there is no activation checkpointing")
         fp8.check_plan(cfg.precision, fp8_plan)
         self._device, self._precision, self._fp8_plan = device, cfg.precision, fp8_plan
-        with torch.device(device), torch.no_grad():
-            torch.manual_seed(cfg.run.seed)
+        with torch.device("meta"):
             self.objective = build()
-            for module in reversed(list(self.objective.modules())):
+        if fp8_plan is not None:
+            fp8.apply_fp8(self.objective.denoiser, fp8_plan)
+        self.objective.to_empty(device=device)
+        torch.manual_seed(cfg.run.seed)
+        with torch.device(device), torch.no_grad():
+            template = build()
+            for module in reversed(list(template.modules())):
                 reset = getattr(module, "reset_parameters", None)
                 if reset is not None:
                     reset()
-        if fp8_plan is not None:
-            fp8.apply_fp8(self.objective.denoiser, fp8_plan)
+            values = dict(template.named_parameters())
+            for name, parameter in self.objective.named_parameters():
+                parameter.copy_(values[name])
+        del template, values
         self._compiled: dict[str, bool] | None = None
         self.compile(cfg.compile)
         parameters = dict(self.objective.named_parameters())

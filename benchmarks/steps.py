@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from deco_scale.environment import Environment, choose_device, start_processes
 from deco_scale.errors import ConfigError
 from deco_scale.kernels import Kernels, choose_kernels
 from deco_scale.models.attention import AttentionSetting, check_backend
-from deco_scale.models.attention_choice import BackendChoice
+from deco_scale.models.attention_choice import BackendChoice, table_of
 from deco_scale.objectives import Objective
 from deco_scale.parallel.layout import Layout, resolve_layout
 from deco_scale.parallel.plan import check_tp
@@ -75,8 +75,9 @@ class TrainingSteps:
     ``encoders`` loads the frozen encoders; ``data`` reads real samples through the loader and the feed;
     ``straightforward`` takes the model written op by op. ``plain`` takes no engine but the objective on this
     device (benchmarks/plain_engine.py), whose weights and optimizer ``reuse`` may hand over from earlier steps of
-    the same model: what ``cfg`` then says of the model, kernels and attention is not looked at. Raises
-    :class:`ConfigError` where the configuration does not fit the processes or the device.
+    the same model: what ``cfg`` then says of the model, kernels and attention is not looked at. ``attention`` is
+    what was chosen before, so that nothing is measured again. Raises :class:`ConfigError` where the configuration
+    does not fit the processes or the device.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class TrainingSteps:
         straightforward: bool = False,
         plain: bool = False,
         reuse: PlainEngine | None = None,
+        attention: Sequence[BackendChoice] = (),
     ) -> None:
         self._straightforward = straightforward
         self.cfg, self.layout = cfg, resolve_layout(cfg.parallel, env.world_size)
@@ -99,7 +101,7 @@ class TrainingSteps:
         torch.set_float32_matmul_precision("high" if cfg.precision.compute != "fp32" else "highest")
         start_processes(env, self.device)
         self.objectives: list[Objective] = []
-        self.attention: list[BackendChoice] = []
+        self.attention = list(attention)
         text, image = load_encoders(cfg, self.device, need_text=True) if encoders else (None, None)
         repa = cfg.objective.repa_weight > 0
         width = image.width if image is not None else (ENCODER_DIM if repa else 0)
@@ -131,7 +133,11 @@ class TrainingSteps:
 
     def _build(self, encoder_dim: int, plain: bool) -> Any:
         """The configured engine, or none around the objective."""
-        attention, self.attention = choose_attention(self.cfg, self.layout, self.device)
+        attention: AttentionSetting
+        if self.attention:
+            attention = table_of(self.attention)
+        else:
+            attention, self.attention = choose_attention(self.cfg, self.layout, self.device)
         plan = fp8_plan_of(self.cfg, self.layout, self.device)
         build = self._remembering(encoder_dim, attention)
         if plain:

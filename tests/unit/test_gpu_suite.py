@@ -532,6 +532,15 @@ def test_the_gemm_jobs_ceilings_serve_later_jobs(tmp_path: Path) -> None:
     assert (found.gemm_tflops_per_s, found.copy_gb_per_s) == (700.0, 2600.0)
 
 
+def test_attention_is_raced_once(tmp_path: Path) -> None:
+    assert gpu_steps.raced_attention(Where("cpu", True, tmp_path / "steps")) == []
+    gpu_steps.attention(Where("cpu", True, tmp_path / "attention"), sizes=[(256, 64), (512, 16)])
+    found = gpu_steps.raced_attention(Where("cpu", True, tmp_path / "steps"))
+    # Tiny: 4 and 16 patches with 16 text tokens, and text alone.
+    assert [(c.shape.queries, c.shape.keys) for c in found] == [(4, 20), (16, 16), (16, 32), (16, 16)]
+    assert {choice.kernel for choice in found} == {"sdpa"}
+
+
 def test_annotations_do_not_count_as_kernels() -> None:
     class Event:
         def __init__(self, key: str, us: float, gpu: bool, annotation: bool) -> None:
