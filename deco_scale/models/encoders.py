@@ -47,6 +47,8 @@ class TextEncoder:
         round_states: bool = False,
     ) -> None:
         self._model = model.to(device).eval().requires_grad_(False)
+        # For generating text: keys and values of every layer, copied and kept until the call ends.
+        self._model.config.use_cache = False
         self._tokenizer = tokenizer
         self._max_tokens = max_tokens
         self._device = device

@@ -22,6 +22,7 @@ from deco_scale.training.judge import Judge
 from deco_scale.training.loop import Loop, Stage
 from deco_scale.training.settings import FaultsConfig, OptimizerConfig, RunSettings, StageConfig
 from deco_scale.training.step import StepResult
+from tests.device_check import reads_host
 
 MODEL = ModelConfig(
     kind="t2i_deco", dim=32, num_heads=4, num_blocks=2, num_text_blocks=1, patch_size=8, decoder_width=8,
@@ -94,24 +95,15 @@ class Synchronising(TorchDispatchMode):
     from pageable memory, which are the same operation as harmless ones; tests/gpu/test_step.py is for those.
     """
 
-    NAMES = (
-        "aten::_local_scalar_dense", "aten::equal", "aten::nonzero", "aten::masked_select", "aten::_unique2",
-        "aten::is_nonzero", "aten::repeat_interleave",
-    )  # fmt: skip
-
     def __init__(self) -> None:
         super().__init__()
         self.found: list[str] = []
         self.seen = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func._schema.name
         self.seen += 1
-        by_mask = name in ("aten::index", "aten::index_put_") and any(
-            i is not None and i.dtype == torch.bool for i in args[1]
-        )
-        if name in self.NAMES or by_mask:
-            self.found.append(name)
+        if reads_host(func, args):
+            self.found.append(func._schema.name)
         return func(*args, **(kwargs or {}))
 
 
