@@ -13,11 +13,11 @@ torch adds the programs' sums in a fixed order: the result does not depend on ho
 blocks unrolled and the accumulators carried through the loop over tiles, the compiler spilled 4 to 5 KB a thread
 (at its default of three stages). Here the sums pass through the cache, 60 KiB in and out for a tile.
 
-The loops over blocks are loops of the run, so that code, registers and shared memory do not grow with the number of
-blocks. Forward then reads 60 KiB of weights for each tile, from the cache; with the matrices of all blocks kept
-from tile to tile it spilled 144 B a thread, and at width 64 in fp32 took 286 KiB of shared memory, more than there
-is. In bf16 at width 32 forward spills nothing, backward 304 to 472 B a thread (sm_90, Triton 3.9 to 3.6;
-benchmarks/results/kernels_sm90.json). Not yet run on a GPU.
+The loops over blocks are loops of the run, so that code, registers and shared memory do not grow with their
+number. Forward then reads 60 KiB of weights for each tile, from the cache; with the matrices of all blocks kept
+from tile to tile it spilled 144 B a thread, and at width 64 in fp32 took 286 KiB of shared memory (Triton 3.6),
+more than there is. In bf16 at width 32 forward spills nothing, backward 304 to 472 B a thread (sm_90, Triton 3.9
+to 3.6; benchmarks/results/kernels_sm90.json). Not yet run on a GPU.
 """
 
 import triton
