@@ -65,8 +65,8 @@ def outside_saved(work: Workload, *, resolution: int, tp: int) -> dict[str, floa
     rows, cols = model.grid(resolution, resolution)
     tokens, values = rows * cols, model.channels * resolution**2
     patches = values * (FP32 if a == FP32 else a)
-    # Prediction and target in fp32, and the coefficients, which a bf16 autocast multiplies in bf16.
-    losses = values * (2 * FP32 + a) / tp
+    # Prediction, target and coefficients, in fp32 whatever computes.
+    losses = values * 3 * FP32 / tp
     if work.repa_dim:
         losses += tokens * (5 * a * model.dim + 2 * FP32 * work.repa_dim) / tp
     # Picture and noise stay as the step's arguments.

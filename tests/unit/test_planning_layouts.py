@@ -1,5 +1,6 @@
 """The planner over layouts, batches and links: what it takes, and how memory and time go with them."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,9 @@ def test_bigger_batches_never_take_less(mode: ActivationCheckpointing, fused: bo
     memory = [
         sum(memory_by_part(work, parallel, layout, images=n, kind="cuda", **options).values()) for n in sizes
     ]
-    assert seconds == sorted(seconds) and memory == sorted(memory)
+    # Where the host is the limit all take the same time, but for the last digit of a sum of parts.
+    assert all(later >= earlier * (1 - 1e-12) for earlier, later in itertools.pairwise(seconds))
+    assert memory == sorted(memory)
     # Enough for the host not to be the limit: time grows with the batch.
     assert seconds[-1] > 3 * seconds[-2]
 
