@@ -1,26 +1,20 @@
-"""FP8 linears put in the place of plain ones, by name and from outside; weights keep their names, shapes and fp32.
+"""FP8 linears in the place of plain ones, put there by name; weights keep their names, shapes and fp32."""
 
-Without gradients (pictures drawn between steps) these linears compute in bf16 like the others: a sampler's
-batches have shapes that FP8 may not take.
-"""
-
-import functools
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from deco_scale.errors import ConfigError
 from deco_scale.precision import PrecisionConfig
+from deco_scale.precision.linears import Fp8Forward
 from deco_scale.precision.modules import Fp8Linear, Fp8Plan
 from deco_scale.precision.scaling import STATE_PREFIX
 
-TORCHAO_LINEAR = "torchao.float8.float8_linear.Float8Linear"
-TE_LINEAR = "transformer_engine.pytorch.Linear"
+TORCHAO_LINEAR = "deco_scale.precision.linear_torchao.TorchaoLinear"
+TE_LINEAR = "deco_scale.precision.linear_te.TeLinear"
 
 
 def check_plan(cfg: PrecisionConfig, plan: Fp8Plan | None) -> None:
@@ -45,14 +39,9 @@ def apply_fp8(denoiser: nn.Module, plan: Fp8Plan, *, bias_share: int = 1, releas
         new.weight = old.weight
         if linear.has_bias:
             new.bias = old.bias
-        compute: Callable[[Tensor], Tensor] = new.forward
-        if plan.choice.backend == "te":
-            # Compiled blocks break here and go on behind it.
-            compute = torch.compiler.disable(compute)
-        elif release_weights:
-            compute = functools.partial(_without_kept_weight, new, compute)
-        share = bias_share if linear.split == "row" and linear.has_bias else 1
-        new.forward = functools.partial(_forward, new, compute, linear.has_bias, share)  # type: ignore[method-assign]
+        new.has_bias = linear.has_bias
+        new.bias_share = bias_share if linear.split == "row" and linear.has_bias else 1
+        new.release_weight = release_weights and plan.choice.backend == "torchao"
         parent, _, name = linear.name.rpartition(".")
         setattr(denoiser.get_submodule(parent), name, new)
 
@@ -114,51 +103,18 @@ def load_scaling_state(denoiser: nn.Module, plan: Fp8Plan | None, state: Mapping
             set_scaling(denoiser.get_submodule(linear.name), whole)
 
 
-def _torchao_linear(linear: Fp8Linear, plan: Fp8Plan) -> nn.Module:
+def _torchao_linear(linear: Fp8Linear, plan: Fp8Plan) -> Fp8Forward:
     try:
-        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+        from deco_scale.precision.linear_torchao import torchao_linear
     except ImportError as error:
         raise ConfigError(f"precision.fp8_backend=torchao needs torchao: pip install torchao ({error})") from error
-    # The weights' all-gather stays in bf16: FSDP then shards plain tensors, as everywhere else.
-    config = Float8LinearConfig(emulate=plan.choice.emulate, enable_fsdp_float8_all_gather=False)
-    plain = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
-    return convert_to_float8_training(plain, config=config)
+    return torchao_linear(linear.in_features, linear.out_features, emulate=plan.choice.emulate)
 
 
-def _te_linear(linear: Fp8Linear, plan: Fp8Plan) -> nn.Module:
-    from deco_scale.precision.te import te_linear
+def _te_linear(linear: Fp8Linear, plan: Fp8Plan) -> Fp8Forward:
+    from deco_scale.precision.te import import_te
+
+    import_te()
+    from deco_scale.precision.linear_te import te_linear
 
     return te_linear(linear.in_features, linear.out_features, bias=linear.has_bias)
-
-
-def _forward(
-    module: nn.Module, compute: Callable[[Tensor], Tensor], has_bias: bool, share: int, x: Tensor
-) -> Tensor:
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        # torchao asks for CUDA's autocast only, on any device.
-        x = x.to(torch.get_autocast_dtype(device))
-    if share > 1:
-        # Found before the parameter of this name.
-        module.__dict__["bias"] = module._parameters["bias"] / share  # type: ignore[operator]
-    try:
-        if torch.is_grad_enabled():
-            return compute(x)
-        return F.linear(x, module.weight, module.bias if has_bias else None)  # type: ignore[arg-type]
-    finally:
-        if share > 1:
-            del module.__dict__["bias"]
-
-
-def _without_kept_weight(module: nn.Module, compute: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Save a mark in the place of a view of the weight, whose storage would stay with it."""
-
-    def pack(tensor: Tensor) -> Tensor | None:
-        return None if tensor._is_view() and tensor._base is module.weight else tensor
-
-    def unpack(packed: Tensor | None) -> Tensor:
-        # torchao saves the transposed weight.
-        return module.weight.detach().t() if packed is None else packed  # type: ignore[operator,union-attr]
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        return compute(x)

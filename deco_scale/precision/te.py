@@ -1,9 +1,8 @@
-"""What only Transformer Engine needs: its linear, its context, and the state of delayed scaling.
+"""What only Transformer Engine needs: its context, and the state of delayed scaling.
 
-Written to the API of Transformer Engine 2.x (documentation of 2.20). Not yet run on a GPU.
+Written to the API and source of Transformer Engine 2.20. Not yet run on a GPU.
 """
 
-import pickle
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -31,14 +30,6 @@ def import_te() -> Any:
     return te
 
 
-def te_linear(in_features: int, out_features: int, *, bias: bool) -> nn.Module:
-    """``te.Linear`` without storage, whose parameters are called ``weight`` and ``bias`` as in ``nn.Linear``."""
-    linear: nn.Module = import_te().Linear(
-        in_features, out_features, bias=bias, params_dtype=torch.float32, device="meta"
-    )
-    return linear
-
-
 def te_context(recipe: Recipe) -> AbstractContextManager[object]:
     """Linears of Transformer Engine compute in FP8 inside of it."""
     te = import_te()
@@ -62,33 +53,33 @@ def te_recipe(recipe: Recipe) -> Any:
 
 
 def get_scaling(linear: nn.Module) -> dict[str, Tensor]:
-    """Delayed scaling of a linear by :data:`KINDS`; before its first pass that of a fresh start.
+    """Delayed scaling of a linear by :data:`KINDS`, fp32 copies on the CPU; before its first pass a fresh start's.
 
-    Reads the linear's extra state, which Transformer Engine pickles; the bytes come from this process.
+    Reads ``fp8_meta``, where Transformer Engine keeps it: its extra state is a pickle, which 2.20 refuses to load.
     """
-    packed = linear.get_extra_state()
-    if packed is None or packed.numel() == 0:
-        fresh: dict[str, Tensor] = {}
-        for way, size in _SIZES.items():
-            fresh |= {f"scale_{way}": torch.ones(size), f"amax_history_{way}": torch.zeros(HISTORY, size)}
-        return {kind: fresh[kind] for kind in KINDS}
-    state = pickle.loads(packed.cpu().numpy().tobytes())  # noqa: S301 - made by this process
-    return {kind: state[kind].float().cpu() for kind in KINDS}
+    found: dict[str, Tensor] = {}
+    for way, size in _SIZES.items():
+        live = linear.fp8_meta.get(f"scaling_{way}")  # type: ignore[operator,union-attr]
+        scale, history = (
+            (torch.ones(size), torch.zeros(HISTORY, size)) if live is None else (live.scale, live.amax_history)
+        )
+        found |= {f"scale_{way}": scale, f"amax_history_{way}": history}
+    return {kind: found[kind].detach().to("cpu", torch.float32, copy=True) for kind in KINDS}
 
 
 def set_scaling(linear: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Hand scales and histories to a linear through its extra state; nothing unpickled comes from a file."""
-    recipe = te_recipe("delayed")
-    formats = recipe.fp8_format.value
-    extra = {
-        "fp8_checkpoint": True,
-        "num_gemms": 1,
-        "fp8_max_fwd": formats.max_fwd,
-        "fp8_max_bwd": formats.max_bwd,
-    }
-    state = {
-        "recipe": recipe,
-        **{kind: tensors[kind].float().cpu() for kind in KINDS},
-        "extra_fp8_variables": extra,
-    }
-    linear.set_extra_state(torch.frombuffer(bytearray(pickle.dumps(state)), dtype=torch.uint8))
+    """Give a linear its scales and histories back, before its first pass or after.
+
+    They are copied into the tensors that Transformer Engine has or makes here, never put in their place: its
+    quantizers and the buffers that it reduces over ranks hold views of them.
+    """
+    meta: dict[str, Any] = linear.fp8_meta  # type: ignore[assignment]
+    if "scaling_fwd" not in meta:
+        meta["num_gemms"] = 1
+        linear.init_fp8_meta_tensors(te_recipe("delayed"))  # type: ignore[operator]
+    # Scales of a pass before, kept for its recomputing, are not those of what is loaded.
+    meta.pop("global_fp8_buffer_pos_fwd_recompute", None)
+    with torch.no_grad():
+        for way in _SIZES:
+            meta[f"scaling_{way}"].scale.copy_(tensors[f"scale_{way}"])
+            meta[f"scaling_{way}"].amax_history.copy_(tensors[f"amax_history_{way}"])

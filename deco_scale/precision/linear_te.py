@@ -1,0 +1,22 @@
+"""Transformer Engine's linear with :class:`Fp8Forward` around it; importing this module imports the package."""
+
+import torch
+from torch import Tensor
+from transformer_engine.pytorch import Linear
+
+from deco_scale.models.graphs import outside_graphs
+from deco_scale.precision.linears import Fp8Forward
+
+
+class TeLinear(Fp8Forward, Linear):  # type: ignore[misc]
+    """Computes in FP8 inside of Transformer Engine's context."""
+
+    @outside_graphs
+    def _product(self, x: Tensor) -> Tensor:
+        # Compiled blocks break here and go on behind it.
+        return super()._product(x)
+
+
+def te_linear(in_features: int, out_features: int, *, bias: bool) -> TeLinear:
+    """A linear without storage, whose parameters are called ``weight`` and ``bias`` as in ``nn.Linear``."""
+    return TeLinear(in_features, out_features, bias=bias, params_dtype=torch.float32, device="meta")

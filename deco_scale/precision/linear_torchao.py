@@ -1,0 +1,23 @@
+"""torchao's FP8 linear with :class:`Fp8Forward` around it; importing this module imports torchao."""
+
+from torch import nn
+from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+from torchao.float8.float8_linear import Float8Linear
+
+from deco_scale.precision.linears import Fp8Forward
+
+
+class TorchaoLinear(Fp8Forward, Float8Linear):  # type: ignore[misc]
+    """Scales each tensor by its own largest value."""
+
+
+def torchao_linear(in_features: int, out_features: int, *, emulate: bool) -> TorchaoLinear:
+    """A linear without storage and without bias; ``emulate`` multiplies in fp32 what was rounded to FP8."""
+    # The weights' all-gather stays in bf16: FSDP then shards plain tensors, as everywhere else.
+    config = Float8LinearConfig(emulate=emulate, enable_fsdp_float8_all_gather=False)
+    plain = nn.Linear(in_features, out_features, bias=False, device="meta")
+    # torchao's public function, not the class's constructor: it also repairs what inductor would compile wrongly.
+    linear = convert_to_float8_training(plain, config=config)
+    assert type(linear) is Float8Linear
+    linear.__class__ = TorchaoLinear
+    return linear
