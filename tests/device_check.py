@@ -108,8 +108,8 @@ class DeviceCheck(TorchDispatchMode):
     that the host holds, and a graph captured from it keeps that value for ever. Numbers of Python are none.
 
     Tensors of the host hold values while those of the device have none, so that planned work on the host (a
-    sampler's times, packing of a batch) runs as ever. What is fetched from the device is zero. Without a GPU
-    nothing can be page-locked: it is noted which tensors would be.
+    sampler's times, packing of a batch) runs as ever. What is fetched from the device is zero. Nothing is
+    page-locked, which takes a GPU: it is noted which tensors would be.
     """
 
     def __init__(self, device: str, *, allowed: Allowed | None = None) -> None:
@@ -187,7 +187,7 @@ class DeviceCheck(TorchDispatchMode):
     def is_pinned(self, tensor: Tensor) -> bool:
         if self.device != "cuda":
             return True
-        return tensor.untyped_storage().data_ptr() in self._pinned or tensor.is_pinned()
+        return tensor.untyped_storage().data_ptr() in self._pinned
 
     def _on_host(self, func: Any, args: Any, kwargs: Any) -> Any:
         name = func._schema.name

@@ -28,6 +28,8 @@ def fake_cuda() -> Iterator[None]:
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with _device_guard(), _own_constants(), pytest.MonkeyPatch.context() as patch:
+        # Page-locked memory is asked for in a call of its own, which DeviceCheck sees.
+        patch.setattr(torch, "tensor", _tensor)
         if not torch.cuda.is_available():
             _stand_ins(patch, "cuda")
         with mode:
@@ -93,14 +95,12 @@ def _stand_ins(patch: pytest.MonkeyPatch, device: str) -> None:
     - ``torch.autocast("cuda")`` switches itself off without a GPU: switched on by hand, with PyTorch's own rules;
     - attention: PyTorch chooses its kernel by the GPU; here flash, or cuDNN where it alone is allowed, and the
       memory-efficient one with a mask;
-    - page-locked memory: asked for in a second call, which DeviceCheck answers;
     - generators of random numbers: one of the CPU, since nothing is drawn;
     - the current stream: records nothing.
     """
     from deco_scale.kernels import pixels, pixels_triton
 
     patch.setattr(torch, "autocast", _autocast_by_hand)
-    patch.setattr(torch, "tensor", _tensor)
     patch.setattr(torch.nn.functional, "scaled_dot_product_attention", _attention)
     patch.setattr(torch, "Generator", _Generator)
     patch.setattr(torch.cuda, "current_stream", lambda device=None: _Stream())
