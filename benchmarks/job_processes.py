@@ -21,7 +21,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PRELOAD = ("benchmarks.preload",)
 """Modules that the fork server loads: torch and the product, and nothing that touches a GPU."""
 MARK = "DECO_SUITE_JOB"
-"""Environment variable that tells which processes belong to a job, also those in sessions of their own."""
+"""Environment variable that tells which processes belong to a job, also those in sessions of their own.
+
+Marks of a suite that is itself a job begin with that job's mark, so that its jobs end with it."""
 UNFORKABLE = 97
 """Exit code of a forked job whose parent had initialised CUDA: it cannot use the GPU."""
 _GONE_S = 5.0
@@ -78,7 +80,7 @@ class Running:
 
 
 def _members(session: int, mark: str) -> list[int]:
-    """Processes of that session, or with the job's mark in the environment that they were started with."""
+    """Processes of that session, or whose mark, in the environment of their start, begins with ``mark``."""
     found, wanted = [], f"{MARK}={mark}".encode()
     for entry in os.listdir("/proc"):
         if not entry.isdigit() or int(entry) == os.getpid():
@@ -87,7 +89,7 @@ def _members(session: int, mark: str) -> list[int]:
         with contextlib.suppress(OSError, ValueError, IndexError):
             stat = Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()
             environment = Path(f"/proc/{entry}/environ").read_bytes().split(b"\0")
-            if int(stat[3]) == session or wanted in environment:
+            if int(stat[3]) == session or any(variable.startswith(wanted) for variable in environment):
                 found.append(int(entry))
     return found
 
@@ -122,7 +124,7 @@ class Starter:
 
     def command(self, words: Sequence[str], log: Path, environment: Mapping[str, str]) -> Running:
         """``python WORDS`` in the project's root, output appended to ``log`` as it comes."""
-        mark = uuid.uuid4().hex
+        mark = _new_mark()
         with log.open("ab") as out:
             process = subprocess.Popen(
                 [sys.executable, *words],
@@ -140,7 +142,7 @@ class Starter:
     ) -> Running:
         """``target(request)`` in a process of its own."""
         if self.fork:
-            mark = uuid.uuid4().hex
+            mark = _new_mark()
             arguments = (target, dict(request), str(log), _environment(environment, mark))
             process: Any = self._context.Process(target=_forked, args=arguments)
             why = self._try_to_start(process)
@@ -172,6 +174,10 @@ class Starter:
         return None
 
 
+def _new_mark() -> str:
+    return f"{os.environ.get(MARK, '')}/{uuid.uuid4().hex}"
+
+
 def _environment(more: Mapping[str, str], mark: str) -> dict[str, str]:
     """What a job's environment has beside this process's."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
@@ -192,7 +198,7 @@ def _environment(more: Mapping[str, str], mark: str) -> dict[str, str]:
 def _server_environment() -> Iterator[None]:
     """The fork server is started by the first fork and takes the environment of that moment."""
     before = dict(os.environ)
-    os.environ.update(_environment({}, "server"))
+    os.environ.update(_environment({}, f"{os.environ.get(MARK, '')}/server"))
     try:
         yield
     finally:

@@ -104,6 +104,16 @@ def test_a_killed_job_keeps_its_parts_and_its_log_and_leaves_nothing_running(tmp
     wait_until(lambda: not any(running(pid) for pid in pids))
 
 
+@pytest.mark.parametrize("fork", [False, True])
+def test_a_suite_that_is_a_job_ends_with_its_jobs(tmp_path: Path, fork: bool) -> None:
+    job = 'Job("hangs", 100, function="tests.unit.suite_jobs:hangs")'
+    code = f"run_jobs([{job}], Path({str(tmp_path / 'inner')!r}), 100, Console(), fork={fork}, preload=())"
+    found = run([Job("outer", 10, command=("-c", f"{IMPORTS}\n{code}"))], tmp_path)
+    assert "took more than 10 s" in found["outer"]["line"]
+    pids = [int(pid) for pid in (tmp_path / "inner/hangs/pids").read_text().split()]
+    wait_until(lambda: not any(running(pid) for pid in pids))
+
+
 def test_processes_of_a_job_are_found_by_its_mark() -> None:
     environment = {**os.environ, "DECO_SUITE_JOB": "of-this-test"}
     child = subprocess.Popen([sys.executable, "-c", "input()"], env=environment, stdin=subprocess.PIPE)
