@@ -9,6 +9,9 @@ from typing import Any, TypeVar
 
 import torch
 
+RECOMPILE_LIMIT = 64
+"""Graphs of one function. Counted on a CPU over stages, buckets and sampling, FSDP2's blocks need 15."""
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -22,3 +25,15 @@ def constant_in_graphs(function: F) -> F:
     """Ask ``function`` once while tracing, as ``torch.compiler.assume_constant_result`` does."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+def limit_recompiles() -> None:
+    """Fail where a function would get more than :data:`RECOMPILE_LIMIT` graphs, in this thread from here on.
+
+    By default PyTorch compiles 8 and runs the rest eagerly with one warning. All blocks of a model share one
+    ``forward``, whose kinds of block, with and without gradients, at two stages' shapes, make more than 8.
+    """
+    import torch._dynamo
+
+    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+    torch._dynamo.config.fail_on_recompile_limit_hit = True

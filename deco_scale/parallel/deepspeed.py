@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from deco_scale.errors import ConfigError
 from deco_scale.kernels import Kernels
+from deco_scale.models.graphs import limit_recompiles
 from deco_scale.objectives import Objective
 from deco_scale.parallel.initial import initial_tensors
 from deco_scale.parallel.layout import ActivationCheckpointing, Layout
@@ -167,6 +168,7 @@ class DeepSpeedEngine:
             # It computes with its linears' weights without calling them, so all are gathered at once.
             deepspeed.utils.set_z3_leaf_modules(objective, [type(objective.denoiser.decoder)])
         if compile_blocks:
+            limit_recompiles()
             for block in objective.denoiser.transformer_blocks:
                 block.compile()
         self._client = AveragedAdamW(objective.parameters(), optimizer, kernels=kernels)

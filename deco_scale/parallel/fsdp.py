@@ -20,6 +20,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 from deco_scale.kernels import Kernels
+from deco_scale.models.graphs import limit_recompiles
 from deco_scale.objectives import Objective
 from deco_scale.parallel.initial import initial_tensors
 from deco_scale.parallel.layout import ActivationCheckpointing, Layout
@@ -83,6 +84,8 @@ class FsdpEngine:
         )
         if fp8_plan is not None:
             fp8.apply_fp8(self._objective.denoiser, fp8_plan)
+        if compile_blocks:
+            limit_recompiles()
         self._tokens: TokenShard | None = None
         if layout.tp > 1:
             self._tokens = apply_tensor_parallel(self._objective, mesh["tp"], compile_blocks=compile_blocks)

@@ -26,18 +26,20 @@ class Fp8Forward(nn.Module):
         if torch.is_autocast_enabled(device):
             # torchao asks for CUDA's autocast only, on any device.
             x = x.to(torch.get_autocast_dtype(device))
-        if self.bias_share > 1:
-            # Found before the parameter of this name.
-            self.__dict__["bias"] = self._parameters["bias"] / self.bias_share  # type: ignore[operator]
+        return self._with_bias_share(x) if self.bias_share > 1 else self._linear(x)
+
+    def _with_bias_share(self, x: Tensor) -> Tensor:
+        # Found before the parameter of this name.
+        self.__dict__["bias"] = self._parameters["bias"] / self.bias_share  # type: ignore[operator]
         try:
-            if not torch.is_grad_enabled():
-                return F.linear(x, self.weight, self.bias if self.has_bias else None)  # type: ignore[arg-type]
-            if self.release_weight:
-                return self._without_kept_weight(x)
-            return self._product(x)
+            return self._linear(x)
         finally:
-            if self.bias_share > 1:
-                del self.__dict__["bias"]
+            del self.__dict__["bias"]
+
+    def _linear(self, x: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return F.linear(x, self.weight, self.bias if self.has_bias else None)  # type: ignore[arg-type]
+        return self._without_kept_weight(x) if self.release_weight else self._product(x)
 
     def _product(self, x: Tensor) -> Tensor:
         """The backend's linear."""
