@@ -82,7 +82,8 @@ def _raise(name: str) -> None:
 
 def imports(where: Where) -> Found:
     """Every module of the project can be imported here."""
-    wrong, names = [], sorted(set(modules()))
+    wrong, without, names = [], [], sorted(set(modules()))
+    missing = {name.replace("-", "_") for name in set(OPTIONAL) - set(installed_versions())}
     for name in names:
         if name.endswith("__main__"):
             continue
@@ -90,10 +91,14 @@ def imports(where: Where) -> Found:
             importlib.import_module(name)
         except Exception as error:
             # Whatever an import raises, it would raise on the GPU machine.
-            wrong.append(f"{name}: {type(error).__name__}: {error}")
+            if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in missing:
+                without.append(name)
+            else:
+                wrong.append(f"{name}: {type(error).__name__}: {error}")
     if wrong:
         raise CheckFailed("; ".join(wrong))
-    return Found(f"{len(names)} modules")
+    left_out = f"; not {', '.join(without)}, without {', '.join(sorted(missing))}" if without else ""
+    return Found(f"{len(names) - len(without)} modules{left_out}")
 
 
 def jobs(out: Path) -> list[Job]:
