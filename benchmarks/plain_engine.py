@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from deco_scale.config import RunConfig
 from deco_scale.errors import ConfigError
 from deco_scale.kernels import Kernels
+from deco_scale.models.graphs import limit_recompiles
 from deco_scale.objectives import Objective
 from deco_scale.precision import autocast, fp8
 from deco_scale.precision.modules import Fp8Plan
@@ -73,6 +74,8 @@ class PlainEngine:
             return
         self._compiled = {"static_shapes": static_shapes} if wanted else None
         torch._dynamo.reset()
+        if wanted:
+            limit_recompiles()
         denoiser = self.objective.denoiser
         units = [*denoiser.transformer_blocks, *([denoiser.decoder] if denoiser.decoder is not None else [])]
         for unit in units:
