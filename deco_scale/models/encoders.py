@@ -49,6 +49,7 @@ class TextEncoder:
         self._model = model.to(device).eval().requires_grad_(False)
         # For generating text: keys and values of every layer, copied and kept until the call ends.
         self._model.config.use_cache = False
+        self._causal = _is_causal(self._model)
         self._tokenizer = tokenizer
         self._max_tokens = max_tokens
         self._device = device
@@ -142,18 +143,43 @@ class TextEncoder:
             return_tensors="pt",
         )
         ids, mask = (self._sent(tokens[name]) for name in ("input_ids", "attention_mask"))
-        states = self._model(input_ids=ids, attention_mask=mask).last_hidden_state
+        states = self._model(input_ids=ids, attention_mask=self._attention_mask(mask)).last_hidden_state
         if self._round_states:
             states = states.bfloat16()
         # fp32 out, whatever the encoder computes in: autocast narrows it again where the model wants that.
         states = states.float()
         return (states * mask[..., None] if self._zero_padding else states), mask
 
+    def _attention_mask(self, mask_BL: Tensor) -> Tensor:
+        """Which token attends to which, ``(B, 1, L, L)``; ``(B, L)`` as it is where that is not known.
+
+        From the latter ``transformers`` makes the same, after reading on the host whether any token is padding: a
+        training step would wait for the device there.
+        """
+        if self._causal is None:
+            return mask_BL
+        length = mask_BL.shape[1]
+        allowed = mask_BL.bool()[:, None, None, :].expand(-1, 1, length, length)
+        return allowed.tril() if self._causal else allowed
+
     def _sent(self, tokens: Tensor) -> Tensor:
         # From page-locked memory a copy does not hold up the host.
         if self._device.type == "cuda":
             tokens = tokens.pin_memory()
         return tokens.to(self._device, non_blocking=True)
+
+
+def _is_causal(model: Any) -> bool | None:
+    """Whether tokens attend to earlier ones only; None for attention of several kinds or by other functions."""
+    kinds = {module.is_causal for module in model.modules() if hasattr(module, "is_causal")}
+    layers = set(getattr(model.config, "layer_types", None) or ()) - {"full_attention"}
+    if len(kinds) == 1 and not layers and model.config._attn_implementation == "sdpa":
+        return bool(kinds.pop())
+    logging.getLogger(__name__).warning(
+        "text encoder %s: its attention mask is made by transformers, which waits for the device at every call",
+        type(model).__name__,
+    )
+    return None
 
 
 def text_identity(cfg: TextEncoderConfig, width: int) -> dict[str, Any]:

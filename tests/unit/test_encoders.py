@@ -48,6 +48,44 @@ def test_cache_changes_nothing(text_encoder: Path) -> None:
         torch.testing.assert_close(plain.encode(captions), cached.encode(captions))
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_our_attention_mask_is_that_of_transformers(causal: bool, text_encoder: Path) -> None:
+    from transformers import BertConfig, BertModel, Qwen3Config, Qwen3Model
+
+    sizes = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes["intermediate_size"] = 48
+    torch.manual_seed(0)
+    grouped = {"num_key_value_heads": 1, "head_dim": 16}
+    model = Qwen3Model(Qwen3Config(**sizes, **grouped)) if causal else BertModel(BertConfig(**sizes))
+    # Of three texts the last is empty: every token is padding.
+    mask = torch.tensor([[1] * 6, [1, 1, 0, 0, 0, 0], [0] * 6])
+    ids = torch.randint(0, 99, mask.shape)
+
+    def tokens(texts: list[str], **options: object) -> dict[str, torch.Tensor]:
+        rows = [int(text or 2) for text in texts]
+        return {"input_ids": ids[rows], "attention_mask": mask[rows]}
+
+    encoder = TextEncoder(model, tokens, max_tokens=6, device=CPU)
+    with torch.no_grad():
+        expected = model(input_ids=ids, attention_mask=mask).last_hidden_state
+    assert encoder._causal is causal and expected.isfinite().all()
+    assert torch.equal(encoder.encode(["0", "1", "2"]), expected)
+
+
+def test_attention_of_another_kind_is_left_to_transformers(caplog: pytest.LogCaptureFixture) -> None:
+    from transformers import BertConfig, BertModel
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    model = BertModel._from_config(BertConfig(vocab_size=99, **sizes), attn_implementation="eager")
+    ids, mask = torch.ones(1, 6, dtype=torch.int64), torch.tensor([[1, 1, 1, 0, 0, 0]])
+    encoder = TextEncoder(
+        model, lambda texts, **options: {"input_ids": ids, "attention_mask": mask}, max_tokens=6, device=CPU
+    )
+    assert "BertModel: its attention mask is made by transformers" in caplog.text
+    with torch.no_grad():
+        assert torch.equal(encoder.encode(["x"]), model(input_ids=ids, attention_mask=mask).last_hidden_state)
+
+
 @pytest.mark.parametrize("path", ["/nowhere/encoder", "Qwen/Qwen3-1.7B", "./missing"])
 def test_missing_text_encoder_says_what_to_fetch(path: str) -> None:
     with pytest.raises(EncoderError, match="text_encoder.path") as caught:
