@@ -29,7 +29,6 @@ from torch import Tensor
 from torch._library.custom_ops import OPDEFS
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 from triton.backends.compiler import GPUTarget
 from triton.compiler.errors import CompilationError
 from triton.runtime import driver
@@ -74,6 +73,32 @@ class Compiled:
     shared_bytes: int
 
 
+@dataclasses.dataclass(frozen=True)
+class TensorLayout:
+    """All of a tensor but its values."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, x: Tensor) -> "TensorLayout":
+        return cls(tuple(x.shape), tuple(x.stride()), int(x.storage_offset()), x.dtype)
+
+    def on_meta(self) -> Tensor:
+        reach = [(size - 1) * stride for size, stride in zip(self.shape, self.stride, strict=True)]
+        length = self.offset + sum(reach) + 1
+        # Its address, which Triton asks for, is the offset in bytes.
+        return torch.empty(length, dtype=self.dtype, device="meta").as_strided(
+            self.shape, self.stride, self.offset
+        )
+
+
+Call = tuple[str, tuple[Any, ...]]
+"""Name of an operator, and its arguments with a :class:`TensorLayout` for each tensor."""
+
+
 class OfflineDriver:
     """As much of a driver as compiling takes."""
 
@@ -92,20 +117,14 @@ class Recorder(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[tuple[str, tuple[Any, ...]]] = []
+        self.calls: list[Call] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "deco_scale":
             assert not kwargs
-            self.calls.append((func._schema.name, tree_map_only(Tensor, on_meta, args)))
+            noted = [TensorLayout.of(a) if isinstance(a, Tensor) else a for a in args]
+            self.calls.append((func._schema.name, tuple(noted)))
         return func(*args, **(kwargs or {}))
-
-
-def on_meta(x: Tensor) -> Tensor:
-    """A tensor without values, alike in shape, strides, type and place in its storage."""
-    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) if x.numel() else -1
-    storage = torch.empty(x.storage_offset() + last + 1, dtype=x.dtype, device="meta")
-    return storage.as_strided(x.shape, x.stride(), x.storage_offset())
 
 
 @contextlib.contextmanager
@@ -168,16 +187,16 @@ def compile_kernels(configs: Sequence[RunConfig], say: Callable[[str], None]) ->
     for mode in MODES:
         calls += [call for call in step_calls(widest, first.stages[0], mode) if "render_pixels" in call[0]]
     with compiling() as found:
-        for name, args in {str(call): call for call in calls}.values():
+        for name, args in dict.fromkeys(calls):
             say(name)
             # The implementation by itself: dispatched, meta tensors would go to the rule for shapes.
-            OPDEFS[name]._init_fn(*args)
+            OPDEFS[name]._init_fn(*(a.on_meta() if isinstance(a, TensorLayout) else a for a in args))
         say("AdamW")
         optimizer_step()
     return found
 
 
-def step_calls(cfg: RunConfig, stage: StageConfig, mode: str) -> list[tuple[str, tuple[Any, ...]]]:
+def step_calls(cfg: RunConfig, stage: StageConfig, mode: str) -> list[Call]:
     """Operators that a forward and a backward pass call."""
     model = dataclasses.replace(cfg.model, num_blocks=1, num_text_blocks=min(1, cfg.model.num_text_blocks))
     # REPA has no kernel and would need more blocks.
