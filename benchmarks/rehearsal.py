@@ -28,14 +28,14 @@ from rich.console import Console
 from benchmarks import record
 from benchmarks.jobs import CheckFailed, Found, Job, Outcome, Where, failed, pytest_job, run_jobs, write_json
 
-BUDGET_S = 1200.0
+BUDGET_S = 3600.0
+"""So that a busy machine does not fail it; alone on 2 cores it takes less than 20 minutes."""
 CONSTRAINTS = record.ROOT / "constraints-gpu.txt"
 PYTHON = "3.12"
 """Of the GPU machine."""
 PACKAGES = ("deco_scale", "data_pipeline", "checkpoints_tools", "launcher", "benchmarks")
 OPTIONAL = ("transformer-engine",)
 """Comes as carried wheels or not at all."""
-SUITE_LIMIT_S = 300.0
 
 
 def expected_versions() -> dict[str, str]:
@@ -104,25 +104,39 @@ def imports(where: Where) -> Found:
 def jobs(out: Path) -> list[Job]:
     """All jobs in order, what fails soonest first."""
     bare = {"DECO_COMMIT": record.commit(), **without_git_and_boto3(out)}
-    fake = "tests/unit/test_fake_cuda.py"
+    alone = {
+        "kernels_sm90": ("tests/unit/test_kernels_sm90.py",),
+        "fake_cuda": ("tests/unit/test_fake_cuda.py", "tests/unit/test_fake_cuda_sampling.py"),
+    }
     suite = [
         Job(
             f"suite_{call}",
-            SUITE_LIMIT_S,
+            900,
             command=("-m", "benchmarks.gpu_suite", "--out", str(out / call), f"--{call}", "--device", "cpu"),
             environment=bare,
         )
         for call in ("first", "second")
     ]
-    side_by_side = ("-m", "not gpu and not long", "-n", "2", "--dist", "loadfile")
+    selected = ("-m", "not gpu and not long")
+    others = [f"--ignore={path}" for paths in alone.values() for path in paths]
     return [
         Job("versions", 60, function="benchmarks.rehearsal:versions"),
-        Job("imports", 120, function="benchmarks.rehearsal:imports"),
-        Job("kernels_sm90", 240, command=("-m", "benchmarks.kernels", "--compile-only", "--out", str(out))),
-        pytest_job("fake_cuda", 240, fake),
+        Job("imports", 300, function="benchmarks.rehearsal:imports"),
+        *(pytest_job(name, 900, *paths, *selected) for name, paths in alone.items()),
         *suite,
-        pytest_job("megatron", 400, "tests/distributed/test_tensor_parallel.py", "-m", "not gpu and not long"),
-        pytest_job("unit_and_parity", 900, "tests/unit", "tests/parity", f"--ignore={fake}", *side_by_side),
+        pytest_job("megatron", 1200, "tests/distributed/test_tensor_parallel.py", *selected),
+        pytest_job(
+            "unit_and_parity",
+            2400,
+            "tests/unit",
+            "tests/parity",
+            *others,
+            *selected,
+            "-n",
+            "2",
+            "--dist",
+            "loadfile",
+        ),
     ]
 
 
