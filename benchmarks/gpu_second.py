@@ -24,19 +24,15 @@ SHARING = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "2", "GLOO_S
 """For processes that share the CPUs of one machine, which may have no network."""
 PARITY = {"fp8": 35, "engines": 30, "tensor_parallel": 30, "twins": 20}
 """Checks that run beside the tests, and their estimates."""
-CPU_LIMIT = 4.0
-"""How much longer everything may take on a CPU, where two cores may have to do."""
 
 
 def jobs(device: str) -> list[Job]:
     """All jobs of the call in order; whoever runs them decides whether sizes are small."""
-    factor = 1.0 if device == "cuda" else CPU_LIMIT
-    together = SIDE_BY_SIDE_S * factor
-    tests = [_tests(path, together, selected=device == "cpu") for path in modules_of_tests()]
+    tests = [_tests(path, SIDE_BY_SIDE_S, selected=device == "cpu") for path in modules_of_tests()]
     checks = [
         Job(
             name,
-            together,
+            SIDE_BY_SIDE_S,
             function=f"benchmarks.gpu_parity:{name}",
             background=True,
             environment=SHARING,
@@ -48,13 +44,13 @@ def jobs(device: str) -> list[Job]:
     # A little longer than what it waits for.
     waiting = Job(
         "tests_ended",
-        together + 5,
+        SIDE_BY_SIDE_S + 5,
         function="benchmarks.gpu_second:wait_for",
         options={"names": names},
         estimate_s=50,
     )
     gate = Job("gpu", 25, function="benchmarks.gpu_second:gpu", estimate_s=8, gate=True)
-    return [gate, *tests, *checks, waiting, *_timed(factor)]
+    return [gate, *tests, *checks, waiting, *_timed()]
 
 
 def gpu(where: Where) -> Found:
@@ -86,7 +82,7 @@ def _tests(path: Path, limit_s: float, *, selected: bool) -> Job:
     )
 
 
-def _timed(factor: float) -> list[Job]:
+def _timed() -> list[Job]:
     """What is timed, with limit and estimate in seconds; the GPU belongs to one at a time."""
     rows = [
         ("decoder", 25, 12, "benchmarks.gpu_rates:decoder", {}),
@@ -97,7 +93,7 @@ def _timed(factor: float) -> list[Job]:
         ("saving", 30, 12, "benchmarks.gpu_rates:saving", {}),
     ]
     return [
-        Job(name, limit * factor, function=function, options=options, estimate_s=estimate)
+        Job(name, limit, function=function, options=options, estimate_s=estimate)
         for name, limit, estimate, function, options in rows
     ]
 

@@ -22,6 +22,15 @@ from data_pipeline.serve import S3Server  # noqa: E402
 from tests import assets  # noqa: E402
 
 
+@pytest.fixture(scope="module", autouse=True)
+def nothing_is_left_for_the_next_module() -> Iterator[None]:
+    """A process group is an error; the precision of products, which a training step sets, is put back."""
+    precision = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(precision)
+    assert not torch.distributed.is_initialized(), "a test has left its process group behind"
+
+
 @pytest.fixture(scope="session")
 def text_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return assets.make_text_encoder(tmp_path_factory.mktemp("text_encoder"))

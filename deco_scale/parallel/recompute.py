@@ -38,8 +38,18 @@ def apply_recompute(
     if mode == "none":
         return
     for block in blocks:
-        forward: Callable[..., Any] = block.forward
         extra: dict[str, Any] = {"use_reentrant": False}
         if mode == "selective":
             extra["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _policy)
-        block.forward = functools.partial(function, forward, **extra)  # type: ignore[method-assign]
+        block.forward = _checkpointed(block.forward, function, extra)  # type: ignore[method-assign]
+
+
+def _checkpointed(
+    forward: Callable[..., Any], function: Callable[..., Any], extra: dict[str, Any]
+) -> Callable[..., Any]:
+    """A function, not ``functools.partial``: ``torch.compile`` skips that, and blocks would run eagerly."""
+
+    def recomputed(*args: Any) -> Any:
+        return function(forward, *args, **extra)
+
+    return recomputed

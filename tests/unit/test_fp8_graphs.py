@@ -13,6 +13,8 @@ from torch._dynamo.utils import counters
 
 from deco_scale.models import Denoiser, ModelConfig
 from deco_scale.models.graphs import RECOMPILE_LIMIT, limit_recompiles
+from deco_scale.parallel.layout import ActivationCheckpointing
+from deco_scale.parallel.recompute import apply_recompute
 from deco_scale.precision import PrecisionConfig, autocast, fp8
 from deco_scale.precision.choice import Fp8Choice
 from deco_scale.precision.modules import BatchShape, Fp8Plan, plan_fp8
@@ -60,7 +62,9 @@ def fresh_tracer() -> Iterator[None]:
 class Run:
     """A denoiser whose blocks are compiled one by one, as the engines do it."""
 
-    def __init__(self, kind: str, text_blocks: int, blocks: int) -> None:
+    def __init__(
+        self, kind: str, text_blocks: int, blocks: int, *, recompute: ActivationCheckpointing = "none"
+    ) -> None:
         cfg = ModelConfig(
             kind="t2i_deco", dim=16, num_heads=2, num_blocks=blocks, num_text_blocks=text_blocks, patch_size=4,
             decoder_width=8, decoder_blocks=1, text_dim=16, text_tokens=8,
@@ -73,10 +77,11 @@ class Run:
             shapes = [BatchShape(batch=4, image_tokens=16, text_tokens=8)]
             settings = PrecisionConfig(compute="fp8")
             self.plan = plan_fp8(
-                cfg, settings, choice, tp=1, batches=shapes, recompute="none", compile_blocks=True
+                cfg, settings, choice, tp=1, batches=shapes, recompute=recompute, compile_blocks=True
             )
             assert len(self.plan.linears) == 5 * text_blocks + 6 * blocks
             fp8.apply_fp8(self.model, self.plan)
+        apply_recompute(self.model.transformer_blocks, recompute, function=fp8.recompute_function(self.plan))
         for block in self.model.transformer_blocks:
             block.compile(backend=self.graphs)
 
@@ -104,6 +109,16 @@ def test_blocks_of_a_kind_share_one_graph(kind: str) -> None:
     # A third has no graph of its own.
     run(8, 6)
     assert (run.graphs.made, run.graphs.calls) == (5, 4 * 20)
+
+
+@pytest.mark.parametrize("recompute", ["full", "selective"])
+def test_recomputed_blocks_are_compiled_too(recompute: ActivationCheckpointing) -> None:
+    few, many = (Run("bf16", *numbers, recompute=recompute) for numbers in ((2, 2), (4, 16)))
+    for run in (few, many):
+        torch._dynamo.reset()
+        run(4, 4)
+    assert few.graphs.made == many.graphs.made > 0
+    assert many.graphs.calls >= 20
 
 
 @pytest.mark.usefixtures("stand_in")
