@@ -5,7 +5,7 @@ partitions. State is read and written parameter by parameter: the wanted set is 
 and DeepSpeed's accessors assemble or scatter one parameter at a time.
 """
 
-import os
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal, cast
@@ -20,6 +20,7 @@ from deco_scale.errors import ConfigError
 from deco_scale.kernels import Kernels
 from deco_scale.models.graphs import limit_recompiles
 from deco_scale.objectives import Objective
+from deco_scale.parallel.deepspeed_imports import import_deepspeed, import_megatron
 from deco_scale.parallel.initial import initial_tensors
 from deco_scale.parallel.layout import ActivationCheckpointing, Layout
 from deco_scale.parallel.plan import split_dim
@@ -168,7 +169,14 @@ class DeepSpeedEngine:
             # It computes with its linears' weights without calling them, so all are gathered at once.
             deepspeed.utils.set_z3_leaf_modules(objective, [type(objective.denoiser.decoder)])
         if compile_blocks:
-            limit_recompiles()
+            if stage < 3:
+                limit_recompiles()
+            else:
+                # Its hooks are traced too and make graphs for each module: to reach a limit is no error.
+                logging.getLogger(__name__).warning(
+                    "compile=true under ZeRO-3: much of the blocks runs uncompiled between DeepSpeed's hooks; "
+                    "parallel.engine=fsdp compiles all of it"
+                )
             for block in objective.denoiser.transformer_blocks:
                 block.compile()
         self._client = AveragedAdamW(objective.parameters(), optimizer, kernels=kernels)
@@ -370,45 +378,3 @@ class DeepSpeedEngine:
                 # Small parameters stay gathered between steps; gather them anew.
                 persistent[0].partition(persistent)
                 persistent[0].all_gather(persistent)
-
-
-def import_deepspeed(device: torch.device) -> Any:
-    """DeepSpeed with ``device``'s accelerator, without the shared-memory op that a CPU would compile for minutes.
-
-    DeepSpeed settles on one accelerator per process when it is imported, and takes a GPU wherever there is one.
-    Raises :class:`ConfigError` where it is missing, or has settled on another accelerator.
-    """
-    by_user = "DS_ACCELERATOR" in os.environ
-    os.environ.setdefault("DS_ACCELERATOR", device.type)
-    try:
-        import deepspeed
-    except ImportError as error:
-        raise ConfigError(
-            f"parallel.engine=deepspeed needs DeepSpeed: pip install 'deco-scale[deepspeed]' ({error})"
-        ) from error
-    finally:
-        if not by_user:
-            del os.environ["DS_ACCELERATOR"]
-    accelerator = deepspeed.accelerator.get_accelerator().device_name()
-    if accelerator != device.type:
-        raise ConfigError(
-            f"device={device.type}, but DeepSpeed has settled on {accelerator} in this process: set "
-            f"DS_ACCELERATOR={device.type} in its environment, or use parallel.engine=fsdp"
-        )
-    if accelerator == "cpu":
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if not deepspeed.comm.is_initialized():
-        deepspeed.init_distributed("nccl" if accelerator == "cuda" else "gloo", verbose=False)
-    return deepspeed
-
-
-def import_megatron() -> Any:
-    """Our Megatron module, which needs megatron-core."""
-    try:
-        from deco_scale.parallel import megatron
-    except ImportError as error:
-        raise ConfigError(
-            "parallel.engine=deepspeed with parallel.tp > 1 needs megatron-core: "
-            f"pip install 'deco-scale[deepspeed]' ({error})"
-        ) from error
-    return megatron

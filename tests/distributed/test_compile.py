@@ -1,12 +1,19 @@
 """Per-block compile leaves the trace as it is, under both engines."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
+from deco_scale.models import graphs
+from deco_scale.parallel.layout import Layout
+from deco_scale.precision import PrecisionConfig
+from deco_scale.training.settings import OptimizerConfig
 from tests.assets import tiny_config
-from tests.distributed.harness import Job, run_jobs, trace, worst_difference
+from tests.distributed.harness import Job, in_group, run_jobs, trace, worst_difference
 
 TOLERANCE = 1e-5
 """Relative, fp32: fused kernels change the order of operations only."""
@@ -34,3 +41,24 @@ def test_compiled_blocks_follow_the_eager_trace(
     found = trace(tmp_path / "compiled")
     assert len(found) == 12
     assert worst_difference(found, trace(tmp_path / "eager")) < TOLERANCE
+
+
+def _zero3_past_the_limit() -> None:
+    from deco_scale.parallel.deepspeed import DeepSpeedEngine
+    from tests.distributed.test_communication import _build, _step
+
+    graphs.RECOMPILE_LIMIT = 1
+    # Traced and run as it is.
+    nn.Module.compile = functools.partialmethod(nn.Module.compile, backend="eager")  # type: ignore[assignment]
+    engine = DeepSpeedEngine(
+        _build, layout=Layout(1, 1, 1), stage=3, micro_batch=2, device=torch.device("cpu"),
+        optimizer=OptimizerConfig(), precision=PrecisionConfig(compute="fp32"), compile_blocks=True,
+        recompute="none", seed=0, overrides={"zero_optimization": {"stage3_param_persistence_threshold": 0}},
+    )  # fmt: skip
+    _step(engine)
+    assert engine.optimizer_steps == 1
+
+
+def test_zero3_goes_on_past_the_limit_of_graphs(tmp_path: Path) -> None:
+    """DeepSpeed's hooks are traced with the blocks and make graphs for each module: 16 blocks need over 64."""
+    in_group(_zero3_past_the_limit, 1, tmp_path)

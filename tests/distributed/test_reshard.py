@@ -53,7 +53,7 @@ def _plain(stage: int, *, bf16: bool = False, universal: bool = False) -> Any:
     """An engine of somebody else's script: our model, PyTorch's optimizer, DeepSpeed's settings."""
     from deco_scale.models import Denoiser
     from deco_scale.objectives import Objective, ObjectiveConfig
-    from deco_scale.parallel.deepspeed import import_deepspeed
+    from deco_scale.parallel.deepspeed_imports import import_deepspeed
 
     deepspeed = import_deepspeed(torch.device("cpu"))
     deepspeed.utils.groups.mpu = None
