@@ -109,6 +109,8 @@ def steps(
     for fields in variants:
         variant = Variant(**fields)
         cfg = config(where, resolution=resolution, variant=variant, precision=precision or {})
+        # What the variant before has cached in other sizes; the warm-up computes on the same GPU.
+        _free(held)
         try:
             with compiler(where.device):
                 made = TrainingSteps(cfg, ALONE, plain=plain, reuse=held, attention=raced)
@@ -123,7 +125,6 @@ def steps(
         where.write(variant.name, numbers)
         if "failed" in numbers:
             failed.append(f"{variant.name} failed ({numbers['failed']})")
-            _free(held)
             continue
         lines.append(line(variant.name, numbers))
         print(lines[-1], flush=True)
@@ -301,8 +302,9 @@ def warm_up(where: Where, *, cases: Sequence[Mapping[str, Any]]) -> Found:
     A case has ``resolution``, ``precision`` and ``variant`` (fields of :class:`Variant`). Graphs and kernels are
     those of the whole model, and go to the caches on disk that jobs share. Two blocks of a kind, since the first
     one's input may be of another type. One case after the other: a model of four blocks takes 10 GiB or more.
+    Raises :class:`CheckFailed` where a case failed, after all others.
     """
-    times, raced = [], raced_attention(where)
+    times, failed, raced = [], [], raced_attention(where)
     for fields in cases:
         variant = Variant(**fields["variant"])
         cfg = config(
@@ -311,6 +313,8 @@ def warm_up(where: Where, *, cases: Sequence[Mapping[str, Any]]) -> Found:
         model = dataclasses.replace(cfg.model, num_blocks=2, num_text_blocks=2)
         objective = dataclasses.replace(cfg.objective, repa_layer=1)
         cfg = dataclasses.replace(cfg, model=model, objective=objective)
+        made = None
+        _free(None)
         began = time.perf_counter()
         try:
             with compiler(where.device):
@@ -320,11 +324,16 @@ def warm_up(where: Where, *, cases: Sequence[Mapping[str, Any]]) -> Found:
         except ConfigError as error:
             print(f"{variant.name}: {error}")
             continue
+        except Exception as error:
+            # The steps beside it may have taken the memory: the next case may fare better.
+            traceback.print_exc()
+            failed.append(f"{variant.name} failed ({_first_line(error)})")
+            continue
         taken = time.perf_counter() - began
         where.write(variant.name, {"seconds": taken, "loss": loss})
         times.append(f"{variant.name} {taken:.0f} s")
-        del made
-        _free(None)
+    if failed:
+        raise CheckFailed("; ".join(failed + times))
     if not times:
         raise NotAvailable("nothing of it can be compiled here")
     return Found(f"compiled two blocks of each kind: {', '.join(times)}")
@@ -335,7 +344,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _free(held: PlainEngine | None) -> None:
-    """Give back what a step that broke off had allocated."""
+    """Give back what earlier steps had allocated, one that broke off included."""
     if held is not None:
         held.objective.zero_grad()
     gc.collect()

@@ -264,6 +264,24 @@ def test_a_variant_that_fails_leaves_the_others(
         gpu_steps.steps(where, resolution=256, variants=sizes, engine="fsdp")
 
 
+def test_a_case_of_the_warm_up_that_fails_leaves_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
+) -> None:
+    real = gpu_steps.time_steps
+
+    def time_steps(made: Any, **options: int) -> dict[str, Any]:
+        if made.stage.accumulation == 2:
+            raise torch.OutOfMemoryError("out of memory")
+        return real(made, **options)
+
+    monkeypatch.setattr(gpu_steps, "time_steps", time_steps)
+    where = Where("cpu", True, tmp_path / "warm_up")
+    variants = [{"name": f"by_{n}", "micro_batch": 2, "accumulation": n} for n in (1, 2, 3)]
+    with pytest.raises(CheckFailed, match=r"^by_2 failed \(OutOfMemoryError: out of memory\); by_1 .* by_3 "):
+        gpu_steps.warm_up(where, cases=[{"resolution": 256, "variant": variant} for variant in variants])
+    assert list(where.parts_of("warm_up")) == ["by_1", "by_3"]
+
+
 def test_the_gemm_jobs_ceilings_serve_later_jobs(tmp_path: Path) -> None:
     Where("cpu", True, tmp_path / "gemm").write("ceilings", {"gemm_tflops_per_s": 700.0, "copy_gb_per_s": 2600.0})
     found = gpu_steps.measured_ceilings(Where("cpu", True, tmp_path / "steps"))
