@@ -192,9 +192,10 @@ def _refuse_too_large(width: int, dtype: torch.dtype) -> Iterator[None]:
     try:
         yield
     except OutOfResources as error:
+        narrower = "bf16, " if dtype == torch.float32 else ""
         raise ValueError(
             f"the Triton decoder of width {width} in {dtype} does not fit this GPU: {error.name}, "
-            f"{error.required} needed, {error.limit} there; use bf16, a width of at most {width // 2}, or "
+            f"{error.required} needed, {error.limit} there; use {narrower}a width of at most {width // 2}, or "
             "kernels=torch"
         ) from error
 
