@@ -13,6 +13,7 @@ With ``--device cpu`` (always tiny models) the same machinery runs without a GPU
 import argparse
 import dataclasses
 import importlib
+import json
 import os
 import sys
 import tempfile
@@ -55,6 +56,13 @@ def chosen(jobs: Sequence[Job], only: Sequence[str] | None) -> list[Job]:
     if unknown:
         raise ValueError(f"no job {sorted(unknown)}; possible: {[job.name for job in jobs]}")
     return [job for job in jobs if not only or job.name in only or job.gate]
+
+
+def kept_checks(file: Path, header: Mapping[str, Any]) -> dict[str, Outcome]:
+    """Outcomes in an earlier ``file`` of the same commit, device and sizes: ``--only`` replaces some of them."""
+    earlier = json.loads(file.read_text()) if file.exists() else {}
+    same = all(earlier.get(name) == header[name] for name in ("commit", "device", "quick"))
+    return earlier.get("checks", {}) if same else {}
 
 
 def print_plan(call: str, jobs: Sequence[Job], budget_s: float, console: Console) -> None:
@@ -119,6 +127,10 @@ def run_call(call: str, args: argparse.Namespace, console: Console) -> bool:
         jobs = [dataclasses.replace(job, limit_s=job.limit_s * CPU_FACTOR) for job in jobs]
     print_plan(call, jobs, budget_s, console)
     origin, quick = record.origin(), args.quick or args.device == "cpu"
+    header = {**origin, "kind": f"gpu_suite_{call}", "device": args.device, "quick": quick}
+    file = f"gpu_suite_{call}_{origin['date']}.json"
+    if args.only:
+        header["checks"] = kept_checks(args.out / file, header)
     with end_of_process(budget_s):
         outcomes = run_jobs(
             jobs,
@@ -127,8 +139,8 @@ def run_call(call: str, args: argparse.Namespace, console: Console) -> bool:
             console,
             device=args.device,
             quick=quick,
-            file=f"gpu_suite_{call}_{origin['date']}.json",
-            header={**origin, "kind": f"gpu_suite_{call}"},
+            file=file,
+            header=header,
         )
     if quick:
         console.print("Tiny models: this shows that the jobs run, and nothing about speed.")

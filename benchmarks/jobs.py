@@ -193,8 +193,8 @@ def run_jobs(
     An outcome has ``status`` (``pass``, ``fail``, ``not available``, ``not run``), ``line``, ``numbers``,
     ``parts`` and ``seconds``. At the budget this process ends with exit code 1, whatever still hangs. ``fork``
     forks function jobs from a process that has torch and the product loaded already. ``file`` in ``out`` is
-    rewritten after each job: ``header``, then ``checks`` with all jobs. Raises ``ValueError`` for two jobs of one
-    name.
+    rewritten after each job: ``header``, then ``checks`` with all jobs, after those that ``header`` has. Raises
+    ``ValueError`` for two jobs of one name.
     """
     names = [job.name for job in jobs]
     if len(set(names)) < len(names):
@@ -346,7 +346,7 @@ class _Suite:
         """The suite's file lists all jobs at any time; what has no outcome yet is said to have not run."""
         waiting = _outcome("not run", "the suite ended before it did")
         checks = {job.name: self.outcomes.get(job.name, waiting) for job in self._jobs}
-        write_json(self._file, {**self._header, "checks": checks})
+        write_json(self._file, {**self._header, "checks": self._header.get("checks", {}) | checks})
 
 
 def _outcome(status: str, line: str) -> Outcome:

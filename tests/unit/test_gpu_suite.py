@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import gpu_first, gpu_steps, gpu_suite, record
 from benchmarks.gpu_gemm import products
-from benchmarks.jobs import CheckFailed, Where
+from benchmarks.jobs import CheckFailed, Job, Where
 from deco_scale.config import load_config
 from tests.saving import alone
 
@@ -151,6 +151,27 @@ def test_some_jobs_are_chosen_by_name(tmp_path: Path, capsys: pytest.CaptureFixt
             gpu_suite.main(["--out", str(tmp_path), "--device", "cpu", *words])
         assert ended.value.code == 2
     assert "no job ['nothing']" in capsys.readouterr().err
+
+
+def test_running_some_jobs_again_keeps_the_others_outcomes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = [Job(name, 60, command=("-c", f"print({name!r})")) for name in ("one", "two")]
+    monkeypatch.setattr(gpu_first, "jobs", lambda device: jobs)
+
+    def lines(*words: str) -> dict[str, str]:
+        gpu_suite.main(["--out", str(tmp_path), "--first", "--device", "cpu", *words])
+        (file,) = tmp_path.glob("gpu_suite_first_*.json")
+        return {name: check["line"] for name, check in json.loads(file.read_text())["checks"].items()}
+
+    monkeypatch.setenv("DECO_COMMIT", "abc")
+    monkeypatch.setattr(record, "_git", lambda *arguments: None)
+    assert lines() == {"one": "one", "two": "two"}
+    jobs[1] = Job("two", 60, command=("-c", "print('again')"))
+    assert lines("--only", "two") == {"one": "one", "two": "again"}
+    # Figures of another commit are not put beside these.
+    monkeypatch.setenv("DECO_COMMIT", "def")
+    assert lines("--only", "two") == {"two": "again"}
 
 
 def test_promises_are_stated_where_both_figures_are_there() -> None:
