@@ -17,6 +17,7 @@ import json
 import os
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from benchmarks import record
@@ -114,6 +116,19 @@ def promises(outcomes: Mapping[str, Outcome]) -> list[str]:
     return lines
 
 
+def print_kernels(outcomes: Mapping[str, Outcome], console: Console) -> None:
+    """The kernels that took most of a profiled step; nothing where none was profiled."""
+    for name, outcome in outcomes.items():
+        trace = outcome["parts"].get("trace")
+        if trace:
+            title = f"{name}, {trace['variant']}: largest of {trace['total_ms']:.4g} ms"
+            table = Table("kernel", "ms", "calls", "share", title=title)
+            for kernel in trace["kernels"]:
+                row = (f"{kernel['ms']:.3g}", str(kernel["calls"]), f"{kernel['share']:.1%}")
+                table.add_row(escape(kernel["name"][:90]), *row)
+            console.print(table)
+
+
 def run_call(call: str, args: argparse.Namespace, console: Console) -> bool:
     """Run one call; whether a job failed or did not run."""
     module: Any = importlib.import_module(CALLS[call])
@@ -144,8 +159,12 @@ def run_call(call: str, args: argparse.Namespace, console: Console) -> bool:
         )
     if quick:
         console.print("Tiny models: this shows that the jobs run, and nothing about speed.")
+    print_kernels(outcomes, console)
     for text in [] if quick else promises(outcomes):
         console.print(text, highlight=False, soft_wrap=True)
+    counts = Counter(outcome["status"] for outcome in outcomes.values())
+    ends = ", ".join(f"{count} {status}" for status, count in counts.items())
+    console.print(f"{call} call: {ends}; results in {args.out / file}", highlight=False, soft_wrap=True)
     return failed(outcomes)
 
 

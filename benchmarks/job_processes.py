@@ -189,6 +189,8 @@ def _environment(more: Mapping[str, str], mark: str) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "WANDB_MODE": "offline",
         "TOKENIZERS_PARALLELISM": "false",
+        # Jobs end without cleaning up, so that nothing holds up their end; the server would list what they held.
+        "PYTHONWARNINGS": ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), "ignore:resource_tracker"])),
         **more,
         MARK: mark,
     }
@@ -232,6 +234,9 @@ def _forked(target: Callable[..., None], request: dict[str, Any], log: str, envi
     if torch is not None and (torch.cuda.is_initialized() or torch.cuda._is_in_bad_fork()):
         print("CUDA was initialised before the fork")
         os._exit(UNFORKABLE)
+    if torch is not None and "OMP_NUM_THREADS" in environment:
+        # Torch has read the variable already, in the server.
+        torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
     target(request)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from benchmarks import gpu_first, gpu_steps, gpu_suite, record
 from benchmarks.gpu_gemm import products
@@ -172,6 +173,17 @@ def test_running_some_jobs_again_keeps_the_others_outcomes(
     # Figures of another commit are not put beside these.
     monkeypatch.setenv("DECO_COMMIT", "def")
     assert lines("--only", "two") == {"two": "again"}
+
+
+def test_the_largest_kernels_of_a_profiled_step_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    kernels = [{"name": f"kernel[{n}]", "ms": 9.0 - n, "calls": 2, "share": 0.1} for n in range(3)]
+    trace = {"variant": "compiled", "total_ms": 90.0, "kernels": kernels}
+    gpu_suite.print_kernels({"gemm": {"parts": {}}, "xxl_256": {"parts": {"trace": trace}}}, Console(width=100))
+    printed = capsys.readouterr().out
+    assert "xxl_256, compiled: largest of 90 ms" in printed
+    assert [printed.index(kernel["name"]) for kernel in kernels] == sorted(
+        printed.index(k["name"]) for k in kernels
+    )
 
 
 def test_promises_are_stated_where_both_figures_are_there() -> None:

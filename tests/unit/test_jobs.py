@@ -62,6 +62,16 @@ def test_functions_pass_fail_and_are_not_available(tmp_path: Path, fork: bool) -
     assert ("forked" in (tmp_path / "passes.log").read_text()) == fork
 
 
+@pytest.mark.parametrize("fork", [False, True])
+def test_a_job_has_the_threads_of_its_environment(
+    tmp_path: Path, fork: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it is forked from a process that has loaded torch with more."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    job = function("threads", environment={"OMP_NUM_THREADS": "1"})
+    assert run([job], tmp_path, fork=fork, preload=("torch",))["threads"]["numbers"] == {"threads": 1}
+
+
 def test_commands_pass_fail_and_are_not_available(tmp_path: Path) -> None:
     jobs = [
         Job("passes", 60, command=("-c", "print('first'); print('last')")),
