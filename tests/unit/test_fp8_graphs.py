@@ -135,6 +135,7 @@ def test_blocks_with_transformer_engine_share_their_graphs() -> None:
     assert len(linears) == 5 * 4 + 6 * 16 and all(linear.seen == [True, True] for linear in linears)
 
 
+@pytest.mark.long
 def test_sampling_after_two_stages_stays_compiled() -> None:
     """PyTorch's own limit is 8 graphs of a function, and one warning; blocks share one ``forward``."""
     run = Run("bf16", 2, 2)
