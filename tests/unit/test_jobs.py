@@ -6,7 +6,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,15 @@ from benchmarks.jobs import tests_so_far as counted
 
 ROOT = record.ROOT
 IMPORTS = "from pathlib import Path; from rich.console import Console; from benchmarks.jobs import *"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_fork_server() -> Iterator[None]:
+    """A server that other tests have started has loaded what they want; with CUDA's libraries, jobs refuse it."""
+    server = forkserver._forkserver  # type: ignore[attr-defined]
+    server._stop()
+    yield
+    server._stop()
 
 
 def run(jobs: list[Job], out: Path, budget_s: float = 120.0, **options: Any) -> dict[str, Outcome]:
