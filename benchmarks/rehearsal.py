@@ -167,7 +167,7 @@ def summary(outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
     checks = {name: {key: outcome[key] for key in kept} for name, outcome in outcomes.items()}
     for check in checks.values():
         check["seconds"] = round(check["seconds"])
-        check["line"] = re.sub(r" in [\d.]+s( \([\d:]+\))?", "", str(check["line"]))
+        check["line"] = re.sub(r" in [\d.]+s( \([\d:]+\))?|; results in .*", "", str(check["line"]))
     return {
         **record.origin(),
         "kind": "rehearsal",

@@ -42,7 +42,13 @@ def test_neither_git_nor_boto3_is_there_and_the_rest_is(tmp_path: Path) -> None:
     assert done.stdout.strip() == "boto3"
 
 
-def test_a_summary_has_no_times_of_tests_and_no_logs() -> None:
-    outcome = {"status": "pass", "line": "12 passed in 83.21s (0:01:23)", "seconds": 84.2, "parts": {"a": {}}}
-    summary = rehearsal.summary({"unit": outcome})
-    assert summary["checks"] == {"unit": {"status": "pass", "line": "12 passed", "seconds": 84}}
+@pytest.mark.parametrize(
+    ("line", "kept"),
+    [
+        ("12 passed in 83.21s (0:01:23)", "12 passed"),
+        ("first call: 8 pass; results in /somewhere/first.json", "first call: 8 pass"),
+    ],
+)
+def test_a_summary_has_no_times_of_tests_no_logs_and_no_folders(line: str, kept: str) -> None:
+    summary = rehearsal.summary({"unit": {"status": "pass", "line": line, "seconds": 84.2, "parts": {"a": {}}}})
+    assert summary["checks"] == {"unit": {"status": "pass", "line": kept, "seconds": 84}}
