@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy
 import pytest
+import torch
 from packaging.version import Version
 
 
@@ -37,3 +38,13 @@ def interpreter_of_triton_3_6() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_with_index)
         yield
+
+
+@pytest.fixture
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """For sizes that have nothing for a second thread, here and in processes that are started."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    yield
+    torch.set_num_threads(threads)

@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +32,7 @@ MODELS = {
 MICRO = {"micro_batch": 2, "lr": 1e-3}
 CEILINGS = ["--gemm-side", "64", "--copy-bytes", "65536"]
 
-
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """These sizes have nothing for a second thread, here and in processes that are started."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def made(kind: str) -> tuple[Objective, tuple[Tensor, ...]]:

@@ -219,13 +219,10 @@ def test_promises_are_stated_where_both_figures_are_there() -> None:
 
 
 @pytest.fixture
-def one_thread() -> Iterator[None]:
-    """One thread, and a process group that goes with the test."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def group(one_thread: None) -> Iterator[None]:
+    """A process group that goes with the test."""
     with alone():
         yield
-    torch.set_num_threads(threads)
 
 
 def test_products_are_the_linears_of_the_model() -> None:
@@ -240,7 +237,7 @@ def test_products_are_the_linears_of_the_model() -> None:
     assert shapes["cond_proj"] == (16384, 1536, 8192, 1)
 
 
-def test_steps_without_an_engine_train_as_with_one(tmp_path: Path, one_thread: None) -> None:
+def test_steps_without_an_engine_train_as_with_one(tmp_path: Path, group: None) -> None:
     where = Where("cpu", True, tmp_path)
     variant = gpu_steps.Variant("eager", 2, accumulation=2, compile=False)
     cfg = gpu_steps.config(where, resolution=256, variant=variant, precision={"compute": "fp32"})
@@ -256,7 +253,7 @@ def test_steps_without_an_engine_train_as_with_one(tmp_path: Path, one_thread: N
         assert one == pytest.approx(other, rel=1e-5)
 
 
-def test_straightforward_modules_are_put_back(tmp_path: Path, one_thread: None) -> None:
+def test_straightforward_modules_are_put_back(tmp_path: Path, group: None) -> None:
     where = Where("cpu", True, tmp_path)
     variant = gpu_steps.Variant("eager", 2, compile=False)
     cfg = gpu_steps.config(where, resolution=256, variant=variant, precision={"compute": "fp32"})
@@ -273,7 +270,7 @@ def test_straightforward_modules_are_put_back(tmp_path: Path, one_thread: None) 
 
 
 def test_a_variant_that_fails_leaves_the_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, group: None
 ) -> None:
     real = gpu_steps.time_steps
 
@@ -299,7 +296,7 @@ def test_a_variant_that_fails_leaves_the_others(
 
 
 def test_a_case_of_the_warm_up_that_fails_leaves_the_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, group: None
 ) -> None:
     real = gpu_steps.time_steps
 
