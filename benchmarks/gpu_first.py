@@ -7,6 +7,8 @@ from benchmarks.jobs import Job
 
 BUDGET_S = 250.0
 """Of the whole call: the command on the GPU machine is ended after 260 s."""
+WARM_UP_S = 36.0
+"""Limit of compiling ahead; what it has compiled by then is in the caches."""
 BF16 = {"compute": "bf16"}
 TORCHAO = {"compute": "fp8", "fp8_backend": "torchao"}
 TE = {"compute": "fp8", "fp8_backend": "te"}
@@ -15,35 +17,37 @@ TE = {"compute": "fp8", "fp8_backend": "te"}
 def jobs(device: str) -> list[Job]:
     """Jobs in their order; on a CPU torchao's FP8 is emulated. Quick or not is decided by whoever runs them."""
     torchao = TORCHAO | ({"fp8_emulate": True} if device == "cpu" else {})
-    found = [Job("machine", 15, function="benchmarks.gpu_machine:machine", estimate_s=4, gate=True)]
-    # Every job would start with this race otherwise, and load what it needs.
     race = {"sizes": [[256, 64], [512, 16]]}
-    found.append(Job("attention", 25, function="benchmarks.gpu_steps:attention", options=race, estimate_s=12))
+    found = [
+        Job("machine", 20, function="benchmarks.gpu_machine:machine", estimate_s=4, gate=True),
+        # Every job would start with this race otherwise, and load what it needs.
+        Job("attention", 22, function="benchmarks.gpu_steps:attention", options=race, estimate_s=12),
+        Job("gemm", 10, function="benchmarks.gpu_gemm:gemm", estimate_s=6),
+    ]
     if device == "cuda":
-        found.append(_warm_up())
+        found += _warm_up()
     found += [
-        Job("gemm", 12, function="benchmarks.gpu_gemm:gemm", estimate_s=6),
         _steps(
-            "xxl_256", 60, 55, BF16,
+            "xxl_256", 48, 45, BF16,
             variants=[
                 {"name": "straightforward", "micro_batch": 32, "compile": False, "straightforward": True},
                 {"name": "eager", "micro_batch": 64, "compile": False},
                 {"name": "compiled", "micro_batch": 64},
                 {"name": "compiled_accumulation_4", "micro_batch": 64, "accumulation": 4},
-                {"name": "compiled_static", "micro_batch": 64, "static_shapes": True},
             ],
-            trace="compiled_accumulation_4",
+            trace=True,
         ),
         _steps(
             "xxl_256_fsdp", 30, 28, BF16, engine="fsdp",
             variants=[{"name": "compiled_accumulation_4", "micro_batch": 64, "accumulation": 4}],
         ),
-        _steps("xxl_512", 25, 16, BF16, resolution=512, variants=[{"name": "compiled", "micro_batch": 16}]),
-        _steps("fp8_torchao", 28, 20, torchao, variants=[{"name": "compiled", "micro_batch": 64}]),
-        _steps("fp8_te", 30, 25, TE, variants=[{"name": "compiled", "micro_batch": 64}]),
+        _steps("xxl_512", 18, 14, BF16, resolution=512, variants=[{"name": "compiled", "micro_batch": 16}]),
+        _steps("fp8_torchao", 20, 18, torchao, variants=[{"name": "compiled", "micro_batch": 64}]),
+        _steps("fp8_te", 22, 20, TE, variants=[{"name": "compiled", "micro_batch": 64}]),
     ]  # fmt: skip
     encoders = "benchmarks.gpu_encoders:encoders"
-    return [*found, Job("encoders", 25, function=encoders, estimate_s=20, may_take_what_is_left=True)]
+    last = Job("encoders", 20, function=encoders, estimate_s=20, alone=True, may_take_what_is_left=True)
+    return [*found, last]
 
 
 def _steps(
@@ -55,7 +59,7 @@ def _steps(
     variants: list[dict[str, object]],
     resolution: int = 256,
     engine: str = "none",
-    trace: str | None = None,
+    trace: bool = False,
 ) -> Job:
     options = {
         "resolution": resolution,
@@ -70,17 +74,31 @@ def _steps(
         function="benchmarks.gpu_steps:steps",
         options=options,
         estimate_s=estimate_s,
+        alone=True,
         may_take_what_is_left=True,
     )
 
 
-def _warm_up() -> Job:
-    """While products and eager steps run, spare cores compile what the compiled steps will need, soonest first."""
+def _warm_up() -> list[Job]:
+    """All graphs of the call are compiled side by side, on cores that would idle, before anything is timed."""
     cases = [
-        {"resolution": 256, "variant": {"name": "bf16_256", "micro_batch": 64}},
-        {"resolution": 256, "variant": {"name": "bf16_256_static", "micro_batch": 64, "static_shapes": True}},
-        {"resolution": 512, "variant": {"name": "bf16_512", "micro_batch": 16}},
-        {"resolution": 256, "variant": {"name": "torchao_256", "micro_batch": 64}, "precision": TORCHAO},
+        ("bf16_256", 256, BF16, 64),
+        ("bf16_512", 512, BF16, 16),
+        ("torchao_256", 256, TORCHAO, 64),
+        ("te_256", 256, TE, 64),
     ]
-    function = "benchmarks.gpu_steps:warm_up"
-    return Job("warm_up", 100, function=function, options={"cases": cases}, estimate_s=60, background=True)
+    return [
+        Job(
+            f"warm_up_{name}",
+            WARM_UP_S,
+            function="benchmarks.gpu_steps:warm_up",
+            options={
+                "resolution": resolution,
+                "precision": precision,
+                "variant": {"name": name, "micro_batch": micro_batch},
+            },
+            estimate_s=30,
+            background=True,
+        )
+        for name, resolution, precision, micro_batch in cases
+    ]

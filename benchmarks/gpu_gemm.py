@@ -17,6 +17,7 @@ from benchmarks.jobs import Found, Where
 from benchmarks.measure import Stopwatch, device_name, measure_ceilings, synchronise
 from deco_scale.config import load_config
 from deco_scale.models import ModelConfig
+from deco_scale.models.attention_choice import keep_busy
 
 MICRO_BATCH = 64
 RESOLUTION = 256
@@ -24,13 +25,17 @@ RESOLUTION = 256
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """A linear: ``rows`` (M) by ``in_features`` (K) to ``out_features`` (N), ``count`` times a micro-batch."""
+    """A linear: ``rows`` (M) by ``in_features`` (K) to ``out_features`` (N), ``count`` times a micro-batch.
+
+    No step computes the dX of one whose input is ``data``.
+    """
 
     name: str
     rows: int
     in_features: int
     out_features: int
     count: int
+    data: bool = False
 
     @property
     def flops(self) -> float:
@@ -57,8 +62,8 @@ def products(model: ModelConfig, *, micro_batch: int, resolution: int) -> list[P
     return [
         *found,
         Product("context_kv", text, dim, 2 * dim, model.num_blocks),
-        Product("text_embed", text, model.text_dim, dim, 1),
-        Product("patch_embed", image, model.patch_values, dim, 1),
+        Product("text_embed", text, model.text_dim, dim, 1, data=True),
+        Product("patch_embed", image, model.patch_values, dim, 1, data=True),
         Product("cond_proj", image, dim, model.patch_size**2 * model.decoder_width, 1),
         Product("image gate+up", image, dim, 2 * hidden, 0),
     ]
@@ -75,8 +80,8 @@ def gemm(where: Where) -> Found:
         model, micro_batch=2 if where.quick else MICRO_BATCH, resolution=64 if where.quick else RESOLUTION
     )
     table = Table("product", "M", "K", "N", "a step", "forward TFLOP/s", "dX", "dW")
-    flops = seconds = 0.0
     kinds = {"forward": 0.0, "dX": 0.0, "dW": 0.0}
+    flops = dict(kinds)
     for product in every:
         times = _times_s(product, device, repeats=3 if where.quick else 7)
         rates = {kind: product.flops / taken / 1e12 for kind, taken in times.items()}
@@ -84,17 +89,18 @@ def gemm(where: Where) -> Found:
             product.name.replace(" ", "_").replace(",", ""),
             {**dataclasses.asdict(product), **{f"{kind}_tflops_per_s": rate for kind, rate in rates.items()}},
         )
-        flops += 3 * product.count * product.flops
-        seconds += product.count * sum(times.values())
-        for kind in kinds:
-            kinds[kind] += product.count * times[kind]
+        for kind, taken in times.items():
+            kinds[kind] += product.count * taken
+            flops[kind] += product.count * product.flops
         sizes_of = map(str, (product.rows, product.in_features, product.out_features, product.count))
-        table.add_row(product.name, *sizes_of, *(f"{rate:.4g}" for rate in rates.values()))
+        found = (f"{rates[kind]:.4g}" if kind in rates else "-" for kind in kinds)
+        table.add_row(product.name, *sizes_of, *found)
     Console(width=120).print(table)
+    seconds = sum(kinds.values())
     numbers = {
         "step_gemm_s": seconds,
-        "step_gemm_tflops_per_s": flops / seconds / 1e12,
-        **{f"{kind}_tflops_per_s": flops / 3 / taken / 1e12 for kind, taken in kinds.items()},
+        "step_gemm_tflops_per_s": sum(flops.values()) / seconds / 1e12,
+        **{f"{kind}_tflops_per_s": flops[kind] / taken / 1e12 for kind, taken in kinds.items()},
         **dataclasses.asdict(ceilings),
     }
     return Found(
@@ -107,7 +113,7 @@ def gemm(where: Where) -> Found:
 
 
 def _times_s(product: Product, device: torch.device, *, repeats: int, calls: int = 4) -> dict[str, float]:
-    """Median seconds of each of the three products; the operands are larger than a GPU's cache."""
+    """Median seconds of each product of a step. Weights come from the GPU's cache, as the ``calls`` share them."""
     x = torch.randn(product.rows, product.in_features, device=device, dtype=torch.bfloat16)
     weight = torch.randn(product.out_features, product.in_features, device=device, dtype=torch.bfloat16)
     grad = torch.randn(product.rows, product.out_features, device=device, dtype=torch.bfloat16)
@@ -116,12 +122,15 @@ def _times_s(product: Product, device: torch.device, *, repeats: int, calls: int
         "dX": lambda: grad @ weight,
         "dW": lambda: grad.t() @ x,
     }
+    if product.data:
+        del actions["dX"]
     clock, found = Stopwatch(device), {}
     for kind, action in actions.items():
         action()
         series = []
         for _ in range(repeats):
             synchronise(device)
+            keep_busy(device)
             began = clock.mark()
             for _ in range(calls):
                 action()

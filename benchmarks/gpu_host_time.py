@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import record
+from benchmarks.gpu_steps import attention_overrides, raced_attention
 from benchmarks.jobs import CheckFailed, Found, Where
 from benchmarks.measure import synchronise
 from benchmarks.steps import TrainingSteps
@@ -59,7 +60,8 @@ def host_time(where: Where, *, engine: str) -> Found:
     """Wall time and host time of a step by micro-batch, and the share in which the device had nothing to do."""
     sizes = TINY_MICRO_BATCHES if where.quick else MICRO_BATCHES
     began = time.perf_counter()
-    run = TrainingSteps(_config(where, engine, max(sizes)), Environment(0, 1, 0))
+    cfg = _config(where, engine, max(sizes))
+    run = TrainingSteps(cfg, Environment(0, 1, 0), attention=raced_attention(where))
     where.write(
         "build", {"seconds": time.perf_counter() - began, "attention": [choice.line() for choice in run.attention]}
     )
@@ -85,7 +87,12 @@ def host_time(where: Where, *, engine: str) -> Found:
 def _config(where: Where, engine: str, micro_batch: int) -> RunConfig:
     """One stage of the XXL recipe (of the tiny one, where sizes are small) with this micro-batch and engine."""
     name = "t2i_tiny.yaml" if where.quick else "t2i_xxl.yaml"
-    settings = [*ENGINES[engine], f"device={where.device}", f"run.dir={where.out / 'run'}"]
+    settings = [
+        *ENGINES[engine],
+        *attention_overrides(where),
+        f"device={where.device}",
+        f"run.dir={where.out / 'run'}",
+    ]
     cfg = load_config(record.ROOT / "configs" / name, settings)
     stage = dataclasses.replace(cfg.stages[0], micro_batch=micro_batch, global_batch=micro_batch)
     return dataclasses.replace(cfg, stages=(stage,))

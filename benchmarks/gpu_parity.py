@@ -1,4 +1,4 @@
-"""Checks of numbers on a GPU: attention, FP8, engines, tensor parallelism and the model against its formulas.
+"""Checks of numbers on a GPU: FP8, engines, tensor parallelism and the model against its formulas.
 
 Each is a function job of ``benchmarks/gpu_second.py``. On a CPU, and with ``quick``, models are tiny: that shows
 that a check works and what it would find. No GPU has run them yet.
@@ -24,8 +24,6 @@ from benchmarks.steps import TrainingSteps
 from deco_scale.config import RunConfig, build_config
 from deco_scale.environment import Environment
 from deco_scale.errors import ConfigError
-from deco_scale.models.attention import KERNELS, kernel_missing
-from deco_scale.models.attention_choice import RACED, choose_backend, model_shapes
 
 SAME = 1e-5
 """Largest relative difference of losses and gradient norms in fp32 between engines and layouts."""
@@ -81,11 +79,16 @@ def trace(cfg: RunConfig, steps: int, env: Environment | None = None) -> Trace:
 
 
 def worst(actual: Trace, expected: Trace) -> float:
-    """Largest relative difference; a value that is not finite is a failure."""
+    """Largest relative difference, printed by step; a value that is not finite is a failure."""
     pairs = [pair for steps in zip(actual, expected, strict=True) for pair in zip(*steps, strict=True)]
     if not all(math.isfinite(value) for pair in pairs for value in pair):
         raise CheckFailed(f"losses or gradient norms are not finite: {actual}, expected {expected}")
-    return max(abs(a - b) / abs(b) for a, b in pairs)
+    differences = [abs(a - b) / abs(b) for a, b in pairs]
+    # Where only later steps differ, the gradients agree and Adam enlarges their rounding.
+    print(
+        "by step, loss and gradient norm:", " ".join(f"{difference:.1e}" for difference in differences), flush=True
+    )
+    return max(differences)
 
 
 def require_same(differences: Mapping[str, float]) -> Found:
@@ -94,36 +97,6 @@ def require_same(differences: Mapping[str, float]) -> Found:
     if not all(value <= SAME for value in differences.values()):
         raise CheckFailed(f"relative differences above {SAME:g}: {line}")
     return Found(f"largest relative difference: {line}", dict(differences))
-
-
-def attention(where: Where) -> Found:
-    """Every attention kernel that can run here against the formula, forward and backward, with its times."""
-    device = torch.device(where.device)
-    dtype = torch.bfloat16 if where.device == "cuda" else torch.float32
-    cfg = small_config(where).model
-    if not where.quick:
-        cfg = dataclasses.replace(cfg, dim=1536, num_heads=24, text_tokens=128)
-    # The formula itself is the reference, and on a CPU a candidate too.
-    names = (*RACED, "math") if where.device == "cpu" else RACED
-    reasons = {name: kernel_missing(name, device, dtype, cfg.head_dim) for name in names}  # type: ignore[arg-type]
-    candidates = {name: KERNELS[name] for name, reason in reasons.items() if reason is None}
-    where.write("missing", {name: reason for name, reason in reasons.items() if reason is not None})
-    wrong, fastest, numbers = [], [], {}
-    for resolution, batch in ((32, 2),) if where.quick else ((256, 64), (512, 16)):
-        for shape in model_shapes(cfg, resolution=resolution, batch=batch):
-            name = f"{resolution}px_{shape.queries}x{shape.keys}"
-            try:
-                choice = choose_backend(shape, device=device, dtype=dtype, candidates=candidates)
-            except ValueError as error:
-                wrong.append(str(error))
-                continue
-            numbers[name] = {"batch": batch, "ms": dict(choice.times_ms), "left_out": dict(choice.left_out)}
-            where.write(name, numbers[name])
-            wrong += [f"{name}: {kernel} {reason}" for kernel, reason in choice.left_out]
-            fastest.append(f"{name} {choice.kernel} {choice.times_ms[0][1]:.3f} ms")
-    if wrong:
-        raise CheckFailed("; ".join(wrong))
-    return Found(f"{', '.join(candidates)} agree with the formula; fastest {', '.join(fastest)}", numbers)
 
 
 def fp8(where: Where) -> Found:

@@ -8,17 +8,17 @@ kernels takes the most; decoder 12, attention 10, host time 20 under FSDP2 and 2
 the XXL model on the host), sampling 12, saving 12: 150 in all. The order is that of worth, should it not fit.
 """
 
-import time
-from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import record
-from benchmarks.jobs import CheckFailed, Found, Job, Where, pytest_job
+from benchmarks.jobs import Found, Job, Where, pytest_job
 
 BUDGET_S = 160.0
 """Of the whole call: the command on the GPU machine is ended after 165 s."""
 SIDE_BY_SIDE_S = 55.0
 """Limit of everything that runs side by side: none of it may disturb the times that are measured afterwards."""
+SPLIT = {"tests/gpu/test_engines.py": "zero3"}
+"""Modules whose tests take too long in turn: those with the word in their names are a job of their own."""
 TESTS = ("tests/unit/test_triton_*.py", "tests/gpu/test_*.py")
 SHARING = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "2", "GLOO_SOCKET_IFNAME": "lo"}
 """For processes that share the CPUs of one machine, which may have no network."""
@@ -28,7 +28,13 @@ PARITY = {"fp8": 35, "engines": 30, "tensor_parallel": 30, "twins": 20}
 
 def jobs(device: str) -> list[Job]:
     """All jobs of the call in order; whoever runs them decides whether sizes are small."""
-    tests = [_tests(path, SIDE_BY_SIDE_S, selected=device == "cpu") for path in modules_of_tests()]
+    tests = []
+    for path in modules_of_tests():
+        word = SPLIT.get(str(path))
+        if word is None:
+            tests.append(_tests(path, selected=device == "cpu"))
+        else:
+            tests += [_tests(path, named=word), _tests(path, named=f"not {word}")]
     checks = [
         Job(
             name,
@@ -40,17 +46,8 @@ def jobs(device: str) -> list[Job]:
         )
         for name, estimate in PARITY.items()
     ]
-    names = [job.name for job in (*tests, *checks)]
-    # A little longer than what it waits for.
-    waiting = Job(
-        "tests_ended",
-        SIDE_BY_SIDE_S + 5,
-        function="benchmarks.gpu_second:wait_for",
-        options={"names": names},
-        estimate_s=50,
-    )
     gate = Job("gpu", 25, function="benchmarks.gpu_second:gpu", estimate_s=8, gate=True)
-    return [gate, *tests, *checks, waiting, *_timed()]
+    return [gate, *tests, *checks, *_timed()]
 
 
 def gpu(where: Where) -> Found:
@@ -70,15 +67,20 @@ def modules_of_tests() -> list[Path]:
     return [path.relative_to(record.ROOT) for path in found]
 
 
-def _tests(path: Path, limit_s: float, *, selected: bool) -> Job:
-    """A module of tests; ``selected`` leaves those of arguments that are refused, which no kernel runs for."""
+def _tests(path: Path, *, selected: bool = False, named: str = "") -> Job:
+    """A module of tests, or those of it that ``named`` selects (``-k``).
+
+    ``selected`` leaves those of arguments that are refused, which no kernel runs for.
+    """
     words = ["-p", "benchmarks.stream_failures", str(path)]
     if selected and path.parts[1] == "unit":
         words += ["-k", "refused"]
+    if named:
+        words += ["-k", named]
     folder = "gpu_" if path.parts[1] == "gpu" else ""
-    name = f"tests_{folder}{path.stem.removeprefix('test_')}"
+    name = f"tests_{folder}{path.stem.removeprefix('test_')}{'_' if named else ''}{named.replace(' ', '_')}"
     return pytest_job(
-        name, limit_s, *words, background=True, environment=SHARING, estimate_s=40, missing_codes=(5,)
+        name, SIDE_BY_SIDE_S, *words, background=True, environment=SHARING, estimate_s=50, missing_codes=(5,)
     )
 
 
@@ -86,28 +88,13 @@ def _timed() -> list[Job]:
     """What is timed, with limit and estimate in seconds; the GPU belongs to one at a time."""
     rows = [
         ("decoder", 25, 12, "benchmarks.gpu_rates:decoder", {}),
-        ("attention", 25, 10, "benchmarks.gpu_parity:attention", {}),
+        ("attention", 25, 10, "benchmarks.gpu_steps:attention", {"sizes": [[256, 64], [512, 16]]}),
         ("host_time_fsdp", 40, 20, "benchmarks.gpu_host_time:host_time", {"engine": "fsdp"}),
         ("host_time_zero3", 45, 26, "benchmarks.gpu_host_time:host_time", {"engine": "zero3"}),
         ("sampling", 30, 12, "benchmarks.gpu_rates:sampling", {}),
         ("saving", 30, 12, "benchmarks.gpu_rates:saving", {}),
     ]
     return [
-        Job(name, limit, function=function, options=options, estimate_s=estimate)
+        Job(name, limit, function=function, options=options, estimate_s=estimate, alone=True)
         for name, limit, estimate, function, options in rows
     ]
-
-
-def wait_for(where: Where, *, names: Sequence[str]) -> Found:
-    """Return when the named jobs of this suite have their outcomes, so that nothing runs beside what is timed.
-
-    A job that was not started (``--only``) is not waited for: it has no log.
-    """
-    began, suite = time.monotonic(), where.out.parent
-    while True:
-        missing = [n for n in names if (suite / f"{n}.log").exists() and not (suite / f"{n}.json").exists()]
-        if not missing:
-            return Found(f"{len(names)} jobs have ended after {time.monotonic() - began:.0f} s")
-        if time.monotonic() - began > 3600:
-            raise CheckFailed(f"still running after an hour: {', '.join(missing)}")
-        time.sleep(0.2)

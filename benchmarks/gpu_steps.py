@@ -29,7 +29,8 @@ from benchmarks.throughput import time_steps
 from deco_scale.config import RunConfig, load_config
 from deco_scale.environment import Environment
 from deco_scale.errors import ConfigError
-from deco_scale.models.attention_choice import AttentionShape, BackendChoice, choose_backend, model_shapes
+from deco_scale.models.attention import KERNELS, kernel_missing
+from deco_scale.models.attention_choice import RACED, AttentionShape, BackendChoice, choose_backend, model_shapes
 from deco_scale.objectives import Objective
 from deco_scale.planning.flops import peak_flops
 from tests.straightforward import TWINS
@@ -49,13 +50,12 @@ TRACE_BYTES = 12 * 2**20
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """One way to take the step; ``static_shapes`` is about compiling, see :class:`PlainEngine`."""
+    """One way to take the step."""
 
     name: str
     micro_batch: int
     accumulation: int = 1
     compile: bool = True
-    static_shapes: bool = False
     straightforward: bool = False
 
 
@@ -68,6 +68,7 @@ def config(where: Where, *, resolution: int, variant: Variant, precision: Mappin
     """The XXL recipe cut to one stage of the variant's sizes; tiny where quick."""
     overrides = [
         *overrides_of(where),
+        *attention_overrides(where),
         "parallel.engine=fsdp",
         f"compile={str(variant.compile).lower()}",
         f"kernels={'triton' if where.device == 'cuda' else 'torch'}",
@@ -92,12 +93,13 @@ def steps(
     variants: Sequence[Mapping[str, Any]],
     engine: str = "none",
     precision: Mapping[str, Any] | None = None,
-    trace: str | None = None,
+    trace: bool = False,
 ) -> Found:
-    """Measure ``variants`` (fields of :class:`Variant`) on one build of the model; ``trace`` names one to profile.
+    """Measure ``variants`` (fields of :class:`Variant`) on one build of the model; ``trace`` profiles the fastest.
 
     Raises :class:`NotAvailable` where the machine lacks what the configuration asks for, and
-    :class:`CheckFailed` where a variant failed or its loss is not finite; the others are measured all the same.
+    :class:`CheckFailed` where a variant failed or its loss is not finite; the others are measured all the same,
+    unless the GPU answers no more.
     """
     plain = engine == "none"
     if not plain and len(variants) > 1:
@@ -106,15 +108,23 @@ def steps(
     lines: list[str] = []
     failed: list[str] = []
     held: PlainEngine | None = None
+    rates: dict[Variant, float] = {}
+    last: TrainingSteps | None = None
+
+    def make(variant: Variant) -> TrainingSteps:
+        nonlocal held
+        cfg = config(where, resolution=resolution, variant=variant, precision=precision or {})
+        # What the variant before has cached in other sizes.
+        _free(held)
+        made = TrainingSteps(cfg, ALONE, plain=plain, reuse=held, attention=raced)
+        held = made.engine if plain else None
+        return made
+
     for fields in variants:
         variant = Variant(**fields)
-        cfg = config(where, resolution=resolution, variant=variant, precision=precision or {})
-        # What the variant before has cached in other sizes; the warm-up computes on the same GPU.
-        _free(held)
         try:
             with compiler(where.device):
-                made = TrainingSteps(cfg, ALONE, plain=plain, reuse=held, attention=raced)
-                held = made.engine if plain else None
+                made = make(variant)
                 numbers = measure_variant(made, variant, ceilings, plain=plain)
         except ConfigError as error:
             raise NotAvailable(str(error)) from error
@@ -125,17 +135,28 @@ def steps(
         where.write(variant.name, numbers)
         if "failed" in numbers:
             failed.append(f"{variant.name} failed ({numbers['failed']})")
+            if lost := _gpu_lost(where):
+                failed.append(f"nothing after {variant.name} ran: the GPU answers no more ({lost})")
+                trace = False
+                break
             continue
+        if not variant.straightforward:
+            rates[variant], last = numbers["images_per_s"], made
         lines.append(line(variant.name, numbers))
         print(lines[-1], flush=True)
         if not math.isfinite(numbers["loss"]):
             failed.append(f"the loss of {variant.name} is {numbers['loss']}")
-        if variant.name == trace:
-            try:
-                profiled(made, variant.name, where)
-            except Exception as error:
-                traceback.print_exc()
-                failed.append(f"no trace ({_first_line(error)})")
+    if trace and last is not None:
+        fastest = max(rates, key=rates.__getitem__)
+        try:
+            with compiler(where.device):
+                made = last if fastest == [*rates][-1] else make(fastest)
+                if plain:
+                    made.engine.compile(fastest.compile)
+                profiled(made, fastest.name, where)
+        except Exception as error:
+            traceback.print_exc()
+            failed.append(f"no trace ({_first_line(error)})")
     if failed:
         raise CheckFailed("; ".join(failed + lines))
     return Found("; ".join(lines), {"ceilings": dataclasses.asdict(ceilings)})
@@ -146,7 +167,7 @@ def measure_variant(made: TrainingSteps, variant: Variant, ceilings: Ceilings, *
     objective: Objective | None = None
     if plain:
         objective = made.engine.objective
-        made.engine.compile(variant.compile, static_shapes=variant.static_shapes)
+        made.engine.compile(variant.compile)
     with straightforward(objective) if variant.straightforward else contextlib.nullcontext():
         found = time_steps(made, warmup=2, repeats=3, steps_each=2 if variant.accumulation == 1 else 1)
     device, stage = made.device, made.stage
@@ -217,35 +238,62 @@ def measured_ceilings(where: Where) -> Ceilings:
 
 
 def attention(where: Where, *, sizes: Sequence[tuple[int, int]]) -> Found:
-    """The race of attention kernels that a run starts with, for (resolution, micro-batch); later jobs reuse it."""
-    choices = []
+    """Every attention kernel that can run here against the formula, and its time, for (resolution, micro-batch).
+
+    Later jobs take the fastest of each shape. PyTorch's own kernels come first and each figure is on disk at once,
+    since a package may end the process. Raises :class:`CheckFailed` where a kernel is wrong or raises.
+    """
+    device, dtype = torch.device(where.device), torch.bfloat16 if where.device == "cuda" else torch.float32
+    model = load_config(XXL, overrides_of(where)).model
+    reasons = {name: kernel_missing(name, device, dtype, model.head_dim) for name in reversed(RACED)}  # type: ignore[arg-type]
+    where.write("missing", {name: reason for name, reason in reasons.items() if reason is not None})
+    choices: list[BackendChoice] = []
+    wrong: list[str] = []
     for resolution, micro_batch in sizes:
-        variant = Variant("attention", micro_batch)
-        cfg = config(where, resolution=resolution, variant=variant, precision={"compute": "bf16"})
-        stage = cfg.stages[0]
-        for shape in model_shapes(cfg.model, resolution=stage.resolution, batch=stage.micro_batch):
-            choices.append(choose_backend(shape, device=torch.device(where.device), dtype=torch.bfloat16))
-            print(choices[-1].line(), flush=True)
-            where.write("choices", {"choices": [dataclasses.asdict(choice) for choice in choices]})
-    fastest = [
-        f"{c.shape.queries} x {c.shape.keys}: {', '.join(f'{n} {ms:.3g} ms' for n, ms in c.times_ms) or c.kernel}"
+        side, batch = (TINY_SIDE[resolution], 2) if where.quick else (resolution, micro_batch)
+        for shape in model_shapes(model, resolution=side, batch=batch):
+            times: dict[str, float] = {}
+            for name in (name for name, reason in reasons.items() if reason is None):
+                candidate = {name: KERNELS[name]}
+                try:
+                    choice = choose_backend(shape, device=device, dtype=dtype, candidates=candidate)
+                except ValueError as error:
+                    wrong.append(str(error))
+                    continue
+                times |= dict(choice.times_ms)
+                ranked = tuple(sorted(times.items(), key=lambda item: item[1]))
+                so_far = [*choices, BackendChoice(shape, ranked[0][0], ranked)]
+                where.write("choices", {"choices": [dataclasses.asdict(choice) for choice in so_far]})
+            if times:
+                choices = so_far
+                print(choices[-1].line(), flush=True)
+    lines = [
+        f"{c.shape.queries} x {c.shape.keys}: {', '.join(f'{name} {ms:.3g} ms' for name, ms in c.times_ms)}"
         for c in choices
     ]
-    return Found("; ".join(fastest))
+    if wrong or not choices:
+        raise CheckFailed("; ".join([*wrong, *lines]) or "no attention kernel can run here")
+    return Found("; ".join(lines))
 
 
 def raced_attention(where: Where) -> list[BackendChoice]:
-    """What the attention job of this suite chose; empty where it did not, and a job then measures by itself."""
+    """What the attention job of this suite chose; empty where it did not, see :func:`attention_overrides`."""
     found = where.parts_of("attention").get("choices", {"choices": []})
     return [
-        BackendChoice(
-            AttentionShape(**choice["shape"]),
-            choice["kernel"],
-            tuple((name, ms) for name, ms in choice["times_ms"]),
-            tuple((name, why) for name, why in choice["left_out"]),
-        )
+        BackendChoice(AttentionShape(**choice["shape"]), choice["kernel"], tuple(map(tuple, choice["times_ms"])))
         for choice in found["choices"]
     ]
+
+
+def attention_overrides(where: Where) -> list[str]:
+    """Settings of attention: the configuration's, or ``sdpa`` where the race of this suite broke off.
+
+    Each later job would run into the same otherwise. Where no race was run a job races by itself.
+    """
+    if raced_attention(where) or not (where.out.parent / "attention.log").exists():
+        return []
+    print("the race of attention kernels left no choice, see attention.log: this job takes sdpa", flush=True)
+    return ["attention.backend=sdpa"]
 
 
 def profiled(made: TrainingSteps, name: str, where: Where) -> None:
@@ -296,51 +344,40 @@ def largest(events: Sequence[Any], *, gpu: bool, count: int = 10) -> dict[str, A
     return {"kernels": kernels, "total_ms": total_us / 1e3}
 
 
-def warm_up(where: Where, *, cases: Sequence[Mapping[str, Any]]) -> Found:
-    """Compile what later steps will: one step each of a model with two text blocks and two image blocks.
+def warm_up(where: Where, *, resolution: int, precision: Mapping[str, Any], variant: Mapping[str, Any]) -> Found:
+    """Compile what a later job will: one step of a model with two text blocks and two image blocks.
 
-    A case has ``resolution``, ``precision`` and ``variant`` (fields of :class:`Variant`). Graphs and kernels are
-    those of the whole model, and go to the caches on disk that jobs share. Two blocks of a kind, since the first
-    one's input may be of another type. One case after the other: a model of four blocks takes 10 GiB or more.
-    Raises :class:`CheckFailed` where a case failed, after all others.
+    Graphs and kernels are those of the whole model, and go to the caches on disk that jobs share. Two blocks of a
+    kind, since the first one's input may be of another type.
     """
-    times, failed, raced = [], [], raced_attention(where)
-    for fields in cases:
-        variant = Variant(**fields["variant"])
-        cfg = config(
-            where, resolution=fields["resolution"], variant=variant, precision=fields.get("precision", {})
-        )
-        model = dataclasses.replace(cfg.model, num_blocks=2, num_text_blocks=2)
-        objective = dataclasses.replace(cfg.objective, repa_layer=1)
-        cfg = dataclasses.replace(cfg, model=model, objective=objective)
-        made = None
-        _free(None)
-        began = time.perf_counter()
-        try:
-            with compiler(where.device):
-                made = TrainingSteps(cfg, ALONE, plain=True, attention=raced)
-                made.engine.compile(True, static_shapes=variant.static_shapes)
-                loss = time_steps(made, warmup=0, repeats=1)["loss"]
-        except ConfigError as error:
-            print(f"{variant.name}: {error}")
-            continue
-        except Exception as error:
-            # The steps beside it may have taken the memory: the next case may fare better.
-            traceback.print_exc()
-            failed.append(f"{variant.name} failed ({_first_line(error)})")
-            continue
-        taken = time.perf_counter() - began
-        where.write(variant.name, {"seconds": taken, "loss": loss})
-        times.append(f"{variant.name} {taken:.0f} s")
-    if failed:
-        raise CheckFailed("; ".join(failed + times))
-    if not times:
-        raise NotAvailable("nothing of it can be compiled here")
-    return Found(f"compiled two blocks of each kind: {', '.join(times)}")
+    compiled = Variant(**variant)
+    cfg = config(where, resolution=resolution, variant=compiled, precision=precision)
+    model = dataclasses.replace(cfg.model, num_blocks=2, num_text_blocks=2)
+    objective = dataclasses.replace(cfg.objective, repa_layer=1)
+    cfg = dataclasses.replace(cfg, model=model, objective=objective)
+    began = time.perf_counter()
+    try:
+        with compiler(where.device):
+            made = TrainingSteps(cfg, ALONE, plain=True, attention=raced_attention(where))
+            made.engine.compile(True)
+            loss = time_steps(made, warmup=0, repeats=1)["loss"]
+    except ConfigError as error:
+        raise NotAvailable(str(error)) from error
+    taken = time.perf_counter() - began
+    return Found(f"{taken:.0f} s to compile two blocks of each kind", {"seconds": taken, "loss": loss})
 
 
 def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+
+
+def _gpu_lost(where: Where) -> str | None:
+    """Why the GPU computes nothing more in this process, as after a kernel that read beside its memory."""
+    try:
+        synchronise(torch.device(where.device))
+    except Exception as error:
+        return _first_line(error)
+    return None
 
 
 def _free(held: PlainEngine | None) -> None:

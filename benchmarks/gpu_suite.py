@@ -15,10 +15,11 @@ import dataclasses
 import importlib
 import json
 import os
+import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +74,19 @@ def print_plan(call: str, jobs: Sequence[Job], budget_s: float, console: Console
     for job in jobs:
         estimate = "" if job.estimate_s is None else f"{job.estimate_s:.0f}"
         table.add_row(job.name, f"{job.limit_s:.0f}", estimate, "in the background" if job.background else "")
-    waited = [job for job in jobs if not job.background]
-    estimates = sum(job.estimate_s or job.limit_s for job in waited)
-    table.add_row("sum", f"{sum(job.limit_s for job in waited):.0f}", f"{estimates:.0f}", "one after another")
+    limits, estimates = sums_s(jobs)
+    table.add_row("sum", f"{limits:.0f}", f"{estimates:.0f}", "the longest in the background and the others")
     console.print(table)
+
+
+def sums_s(jobs: Sequence[Job]) -> tuple[float, float]:
+    """Limits and estimates of what is waited for: all in turn, and of those in the background the longest."""
+
+    def whole(of: Callable[[Job], float]) -> float:
+        beside = [of(job) for job in jobs if job.background]
+        return sum(of(job) for job in jobs if not job.background) + max(beside, default=0.0)
+
+    return whole(lambda job: job.limit_s), whole(lambda job: job.estimate_s or job.limit_s)
 
 
 def promises(outcomes: Mapping[str, Outcome]) -> list[str]:
@@ -169,7 +179,9 @@ def run_call(call: str, args: argparse.Namespace, console: Console) -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for logs and JSON files")
     parser.add_argument("--first", action="store_true", help="the first call alone")
     parser.add_argument("--second", action="store_true", help="the second call alone")
@@ -182,11 +194,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--only goes with --first or --second")
     # A log file is no terminal, and 80 columns would break every line of the table.
     console = Console(width=None if sys.stdout.isatty() else 160)
+    if len(calls) > 1:
+        # Each in a process of its own: one that is ended at its budget leaves the other.
+        given = [word for word in (sys.argv[1:] if argv is None else argv) if word not in ("--first", "--second")]
+        start = [sys.executable, str(Path(__file__).resolve()), *given]
+        codes = [subprocess.run([*start, f"--{call}"], check=False).returncode for call in calls]
+        return max(map(abs, codes))
     try:
-        found = [run_call(call, args, console) for call in calls]
+        return 1 if run_call(calls[0], args, console) else 0
     except ValueError as error:
         parser.error(str(error))
-    return 1 if any(found) else 0
 
 
 if __name__ == "__main__":

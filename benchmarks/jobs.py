@@ -76,6 +76,7 @@ class Job:
 
     ``command`` is what follows the Python interpreter. ``options`` are keyword arguments of the function, as JSON
     can hold them. ``environment`` is set for the job alone. ``background`` starts it and goes on with the next;
+    ``alone`` starts it when no background job runs any more, which is how everything that is timed starts.
     ``gate`` makes everything after it not available where it is. With ``may_take_what_is_left`` the limit grows
     by the time that the jobs after it do not need for theirs. A command that ends with one of ``missing_codes``
     is not available rather than failed.
@@ -90,6 +91,7 @@ class Job:
     environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
     estimate_s: float | None = None
     background: bool = False
+    alone: bool = False
     gate: bool = False
     may_take_what_is_left: bool = False
     missing_codes: tuple[int, ...] = ()
@@ -235,10 +237,12 @@ class _Suite:
         self._write()
         missing: str | None = None
         for job in self._jobs:
-            left = self._left_s()
             if missing is not None:
                 self._settle(job, _outcome("not available", missing))
                 continue
+            if job.alone:
+                self._await_background()
+            left = self._left_s()
             if left < LEAST_S:
                 self._settle(job, _outcome("not run", f"{max(left, 0):.0f} s of the budget are left"))
                 continue
@@ -253,6 +257,9 @@ class _Suite:
             self._await(job, running)
             if job.gate and self.outcomes[job.name]["status"] == "not available":
                 missing = self.outcomes[job.name]["line"]
+        self._await_background()
+
+    def _await_background(self) -> None:
         while self._background:
             self._collect()
             time.sleep(0.05)

@@ -38,13 +38,17 @@ EAGER, COMPILED, TRITON, BY_OP, BY_OP_COMPILED = "eager", "compiled", "triton", 
 
 @dataclasses.dataclass
 class Case:
-    """A computation: ``variants`` are actions by name, ``missing`` says why others are not there."""
+    """A computation: ``variants`` are actions by name, ``missing`` says why others are not there.
+
+    Not ``capturable``: it cannot become a CUDA graph.
+    """
 
     name: str
     variants: dict[str, Callable[[], object]]
     min_bytes: float = 0.0
     flops: float = 0.0
     missing: dict[str, str] = dataclasses.field(default_factory=dict)
+    capturable: bool = True
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -231,7 +235,8 @@ def optimizer(setting: Setting) -> Case:
         actions[TRITON] = made("triton")
     # Five read, four written: parameter, two moments, average.
     missing = {COMPILED: "the twin is PyTorch's fused kernel", **without_triton(setting)}
-    return Case("AdamW + EMA", actions, min_bytes=9 * 4 * count, missing=missing)
+    # The kernel's addresses come from page-locked memory of the call, which a replay would read after its end.
+    return Case("AdamW + EMA", actions, min_bytes=9 * 4 * count, missing=missing, capturable=False)
 
 
 def attention_backends(setting: Setting) -> Case:

@@ -76,13 +76,14 @@ def measure(case: Case, setting: Setting, args: argparse.Namespace) -> dict[str,
             continue
         try:
             action()
-            ready[name] = action if args.no_graphs else captured(action, setting.device)
+            graph = case.capturable and not args.no_graphs
+            ready[name] = captured(action, setting.device) if graph else action
         except Exception as error:
             # A compiler or a package may raise anything; the table says it and the exit code does.
             failed[name] = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
-    seconds = medians_s(ready, repeats=args.repeats, device=setting.device) if ready else {}
+    options = {"repeats": args.repeats, "device": setting.device, "launches": args.no_graphs}
     return {
-        "seconds": seconds,
+        "seconds": medians_s(ready, **options) if ready else {},
         "min_bytes": case.min_bytes,
         "flops": case.flops,
         "missing": missing,
@@ -133,7 +134,7 @@ def decoder_promises(found: dict[str, Any], ceilings: Ceilings) -> list[Promise]
 
 
 def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """All cases, one after the other."""
+    """All cases, one after the other; with ``--out`` what there is so far is on disk after each."""
     cfg = load_config(args.config, args.overrides)
     device = choose_device(args.device, 0)
     compute = args.compute or ("bf16" if device.type == "cuda" else "fp32")
@@ -153,19 +154,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         console.print("no GPU: Triton kernels are not timed, only their twins")
     cases: dict[str, Any] = {}
     promises: list[Promise] = []
-    for case in all_cases(setting):
-        if args.only not in case.name:
-            continue
-        found = cases[case.name] = measure(case, setting, args)
-        show(case.name, found, ceilings, console)
-        if case.name == "pixel decoder":
-            promises = decoder_promises(found, ceilings)
-    for promise in promises:
-        word = "met" if promise.met else "MISSED"
-        console.print(
-            f"{word:6} {promise.what}: {promise.found:.3g} (at least {promise.wanted:g})", highlight=False
-        )
-    return {
+    result = {
         **record.origin(),
         "kind": "kernels",
         "torch": torch.__version__,
@@ -178,8 +167,24 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         "compute": compute,
         **dataclasses.asdict(ceilings),
         "cases": cases,
-        "promises": [{**dataclasses.asdict(p), "met": p.met} for p in promises],
+        "promises": [],
     }
+    for case in all_cases(setting):
+        if args.only not in case.name:
+            continue
+        found = cases[case.name] = measure(case, setting, args)
+        show(case.name, found, ceilings, console)
+        if case.name == "pixel decoder":
+            promises = decoder_promises(found, ceilings)
+            result["promises"] = [{**dataclasses.asdict(p), "met": p.met} for p in promises]
+        if args.out:
+            record.write(result, args.out, "kernels", Console(quiet=True))
+    for promise in promises:
+        word = "met" if promise.met else "MISSED"
+        console.print(
+            f"{word:6} {promise.what}: {promise.found:.3g} (at least {promise.wanted:g})", highlight=False
+        )
+    return result
 
 
 def main(argv: Sequence[str] | None = None) -> int:

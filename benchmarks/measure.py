@@ -4,9 +4,11 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
+from deco_scale.models.attention_choice import keep_busy
 from deco_scale.precision import PrecisionConfig
 
 GEMM_SIDE = {"cuda": 8192, "cpu": 1536}
@@ -48,10 +50,16 @@ def synchronise(device: torch.device) -> None:
 
 
 def medians_s(
-    actions: Mapping[str, Callable[[], object]], *, repeats: int, device: torch.device, warmup: int = 2
+    actions: Mapping[str, Callable[[], object]],
+    *,
+    repeats: int,
+    device: torch.device,
+    warmup: int = 2,
+    launches: bool = True,
 ) -> dict[str, float]:
     """Median seconds of each action; one call of each in turn, so that a slow moment hits all of them.
 
+    Without ``launches`` a GPU is kept busy before each call, so that the time is the kernels' alone.
     Raises ``ValueError`` for fewer than one repetition.
     """
     if repeats < 1:
@@ -61,6 +69,8 @@ def medians_s(
     for number in range(repeats + warmup):
         for name, action in actions.items():
             synchronise(device)
+            if not launches:
+                keep_busy(device)
             began = watch.mark()
             action()
             seconds = watch.seconds(began, watch.mark())
@@ -69,9 +79,9 @@ def medians_s(
     return {name: statistics.median(found) for name, found in times.items()}
 
 
-def median_s(action: Callable[[], object], *, repeats: int, device: torch.device, warmup: int = 2) -> float:
-    """Median seconds of one action."""
-    return medians_s({"": action}, repeats=repeats, device=device, warmup=warmup)[""]
+def median_s(action: Callable[[], object], **options: Any) -> float:
+    """Median seconds of one action, with the options of :func:`medians_s`."""
+    return medians_s({"": action}, **options)[""]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,10 +104,11 @@ def measure_ceilings(
     side, size = side or GEMM_SIDE[device.type], size or COPY_BYTES[device.type]
     left, right = torch.randn(2, side, side, device=device).to(dtype).unbind()
     out = torch.empty_like(left)
-    gemm = median_s(lambda: torch.mm(left, right, out=out), repeats=repeats, device=device)
+    options: dict[str, Any] = {"repeats": repeats, "device": device, "launches": False}
+    gemm = median_s(lambda: torch.mm(left, right, out=out), **options)
     source = torch.zeros(size, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
-    copy = median_s(lambda: target.copy_(source), repeats=repeats, device=device)
+    copy = median_s(lambda: target.copy_(source), **options)
     return Ceilings(2 * side**3 / gemm / 1e12, 2 * size / copy / 1e9)
 
 

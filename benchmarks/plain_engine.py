@@ -58,21 +58,17 @@ class PlainEngine:
             for name, parameter in self.objective.named_parameters():
                 parameter.copy_(values[name])
         del template, values
-        self._compiled: dict[str, bool] | None = None
+        self._compiled = False
         self.compile(cfg.compile)
         parameters = dict(self.objective.named_parameters())
         self._optimizer = AveragedAdamW(parameters.values(), cfg.optimizer, kernels=kernels)
         self._optimizer.track(parameters, averaged={name for name in parameters if name.startswith(AVERAGED)})
 
-    def compile(self, wanted: bool, *, static_shapes: bool = False) -> None:
-        """Compile the units that the engines compile, from their next call on, or run them as they are.
-
-        ``static_shapes`` compiles anew for each shape; else, as the engines do it, a size that changed from one
-        call to the next (text blocks have other tokens than image blocks) becomes a symbol in the graph.
-        """
-        if wanted and self._compiled == {"static_shapes": static_shapes}:
+    def compile(self, wanted: bool) -> None:
+        """Compile the units that the engines compile, from their next call on, or run them as they are."""
+        if wanted and self._compiled:
             return
-        self._compiled = {"static_shapes": static_shapes} if wanted else None
+        self._compiled = wanted
         torch._dynamo.reset()
         if wanted:
             limit_recompiles()
@@ -82,7 +78,7 @@ class PlainEngine:
             # What nn.Module.compile sets; there is no public way back.
             unit._compiled_call_impl = None
             if wanted:
-                unit.compile(dynamic=False if static_shapes else None)
+                unit.compile()
 
     @property
     def tokens(self) -> TokenGroup | None:

@@ -111,7 +111,8 @@ def time_steps(steps: TrainingSteps, *, warmup: int, repeats: int, steps_each: i
         torch.cuda.reset_peak_memory_stats(device)
     clock, series, waits = Stopwatch(device), [], []
     for _ in range(repeats):
-        dist.barrier()
+        if dist.get_world_size() > 1:
+            dist.barrier()
         synchronise(device)
         mark, waited = clock.mark(), 0.0
         for _ in range(steps_each):

@@ -1,8 +1,9 @@
 """The fastest attention kernel for a shape, found by measuring forward and backward at the start of a run.
 
 Each candidate is first compared with the formula in float64; one that is wrong or raises is left out with its
-reason. Not yet run on a GPU. On a CPU nothing is measured: ``auto`` is ``sdpa``, so that traces do not depend on
-timing. Shape letters: B batch, N queries, M keys, H heads, K head width.
+reason. Times are the kernels' alone, without what the host takes to launch them. Not yet run on a GPU. On a CPU
+nothing is measured: ``auto`` is ``sdpa``, so that traces do not depend on timing.
+Shape letters: B batch, N queries, M keys, H heads, K head width.
 """
 
 import functools
@@ -20,6 +21,8 @@ from deco_scale.models.denoiser import ModelConfig
 Timer = Callable[[Callable[[], object], torch.device], float]
 RACED = ("flash4", "flash3", "flash2", "flash_torch", "te", "cudnn", "sdpa")
 """Kernels that ``auto`` measures on a GPU; ``math`` is the reference and keeps too much memory to race."""
+
+_BUSY_CYCLES = 4_000_000
 
 
 @dataclass(frozen=True)
@@ -146,14 +149,26 @@ def error_bound(dtype: torch.dtype) -> float:
     return 64 * torch.finfo(dtype).eps
 
 
+def keep_busy(device: torch.device) -> None:
+    """Have a GPU wait for about 2 ms, in which the host launches what comes next; elsewhere nothing.
+
+    An interval of CUDA events that begins on an idle GPU contains the host's time wherever that is longer, and
+    small shapes would all seem as fast as Python is.
+    """
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda._sleep(_BUSY_CYCLES)
+
+
 def median_ms(run: Callable[[], object], device: torch.device, *, warmup: int = 3, repeats: int = 10) -> float:
-    """Median milliseconds of ``run``; by CUDA events on a GPU, by the clock elsewhere."""
+    """Median milliseconds of ``run``; by CUDA events on a GPU kept busy, by the clock elsewhere."""
     for _ in range(warmup):
         run()
     times = []
     for _ in range(repeats):
         if device.type == "cuda":
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            keep_busy(device)
             start.record()
             run()
             end.record()

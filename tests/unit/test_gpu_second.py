@@ -7,7 +7,6 @@ import inspect
 import json
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,9 +19,9 @@ from rich.console import Console
 from torch import Tensor
 
 from benchmarks import gpu_host_time, gpu_parity, gpu_rates, gpu_second, record, straightforward
+from benchmarks.gpu_suite import sums_s
 from benchmarks.jobs import CheckFailed, Job, NotAvailable, Where, run_jobs
 from deco_scale.errors import ConfigError
-from deco_scale.models.attention import KERNELS
 from deco_scale.models.pixel_decoder import PixelDecoder
 from deco_scale.training.step import StepResult
 from tests.saving import alone
@@ -64,40 +63,33 @@ class TestJobs:
         tests = record.ROOT / "tests"
         modules = {*(tests / "gpu").glob("test_*.py"), *(tests / "unit").glob("test_triton_*.py")}
         assert len(modules) >= 9
-        assert {record.ROOT / job.command[-1] for job in jobs} == modules
-        assert all("-x" not in job.command and "-k" not in job.command for job in jobs)
+        path_of = {job.name: next(word for word in job.command if word.endswith(".py")) for job in jobs}
+        assert {record.ROOT / path for path in path_of.values()} == modules
+        assert all("-x" not in job.command for job in jobs)
+        # What one job leaves out, the other takes.
+        named = {job.name: job.command[-1] for job in jobs if "-k" in job.command}
+        assert named == {"tests_gpu_engines_zero3": "zero3", "tests_gpu_engines_not_zero3": "not zero3"}
+        assert {path_of[name] for name in named} == {"tests/gpu/test_engines.py"}
 
     @pytest.mark.parametrize("device", ["cpu", "cuda"])
     def test_what_is_timed_runs_alone_after_all_that_is_not(self, device: str) -> None:
         jobs = gpu_second.jobs(device)
         names = [job.name for job in jobs]
-        beside = [job.name for job in jobs if job.background]
-        waiting = names.index("tests_ended")
-        assert names[1:waiting] == beside and jobs[0].gate
-        assert jobs[waiting].options["names"] == beside
-        assert jobs[waiting].limit_s > max(job.limit_s for job in jobs if job.background)
+        beside = sum(job.background for job in jobs)
+        assert jobs[0].gate and all(job.background for job in jobs[1 : beside + 1])
+        assert all(job.alone for job in jobs[beside + 1 :])
         assert len(set(names)) == len(names)
 
     def test_estimates_fit_the_call(self) -> None:
-        waited = [job for job in gpu_second.jobs("cuda") if not job.background]
+        _, estimates = sums_s(gpu_second.jobs("cuda"))
         # Some seconds are the runner's own.
-        assert sum(job.estimate_s or job.limit_s for job in waited) + 8 <= gpu_second.BUDGET_S
+        assert estimates + 8 <= gpu_second.BUDGET_S
 
     def test_every_function_exists_and_takes_its_options(self, where: Where) -> None:
         for job in gpu_second.jobs("cuda"):
             if job.function is not None:
                 module, _, name = job.function.partition(":")
                 inspect.signature(getattr(importlib.import_module(module), name)).bind(where, **job.options)
-
-    def test_waiting_ends_with_the_last_of_the_jobs(self, where: Where) -> None:
-        suite = where.out.parent
-        for name in ("one", "two"):
-            (suite / f"{name}.log").touch()
-        (suite / "one.json").touch()
-        threading.Timer(0.5, (suite / "two.json").touch).start()
-        began = time.monotonic()
-        gpu_second.wait_for(where, names=["one", "two", "never started"])
-        assert time.monotonic() - began >= 0.4
 
     def test_without_a_gpu_the_gate_stops_what_needs_one(self, tmp_path: Path) -> None:
         if torch.cuda.is_available():
@@ -148,18 +140,6 @@ def test_traces_that_differ_or_are_not_finite_fail() -> None:
         gpu_parity.require_same({"a": 2e-5, "b": 0.0})
     with pytest.raises(CheckFailed):
         gpu_parity.require_same({"a": float("nan")})
-
-
-def test_attention_kernels_are_the_formula(where: Where, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = gpu_parity.attention(where)
-    assert found.numbers.keys() == {"32px_4x20", "32px_16x16"} and "sdpa, math agree" in found.line
-    assert parts(where)["32px_4x20"]["ms"].keys() == {"sdpa", "math"}
-    right = KERNELS["sdpa"]
-    monkeypatch.setitem(KERNELS, "sdpa", lambda q, k, v: right(q, k, v) * 1.001)
-    with pytest.raises(CheckFailed, match="sdpa differs from the formula"):
-        gpu_parity.attention(where)
-    # What was measured of the others is on disk.
-    assert parts(where)["32px_4x20"]["ms"].keys() == {"math"}
 
 
 @pytest.mark.usefixtures("group")

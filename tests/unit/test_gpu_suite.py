@@ -14,7 +14,7 @@ from rich.console import Console
 
 from benchmarks import gpu_first, gpu_steps, gpu_suite, record
 from benchmarks.gpu_gemm import products
-from benchmarks.jobs import CheckFailed, Job, Where
+from benchmarks.jobs import RESERVE_S, CheckFailed, Job, NotAvailable, Where
 from deco_scale.config import load_config
 from tests.saving import alone
 
@@ -113,9 +113,9 @@ def test_whole_first_call_on_a_cpu(tmp_path: Path) -> None:
     assert statuses.pop("fp8_te") == "not available"
     assert set(statuses.values()) <= {"pass"} | ({"not available"} if not _torchao() else set())
     steps = whole["checks"]["xxl_256"]["parts"]
-    assert set(steps) == {
-        "straightforward", "eager", "compiled", "compiled_accumulation_4", "compiled_static", "trace",
-    }  # fmt: skip
+    assert set(steps) == {"straightforward", "eager", "compiled", "compiled_accumulation_4", "trace"}
+    rates = {name: numbers["images_per_s"] for name, numbers in steps.items() if "images_per_s" in numbers}
+    assert steps["trace"]["variant"] == max(rates.keys() - {"straightforward"}, key=rates.__getitem__)
     assert len(steps["trace"]["kernels"]) == 10 and (tmp_path / "out/xxl_256/trace.json.gz").stat().st_size > 0
     assert set(whole["checks"]["encoders"]["parts"]) == {"dinov2", "qwen3"}
 
@@ -136,10 +136,30 @@ def test_without_a_gpu_nothing_is_claimed(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_with_neither_flag_both_calls_run_whatever_ends_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert gpu_suite.main(["--out", str(tmp_path)]) == 0
+    assert [len(list(tmp_path.glob(f"gpu_suite_{call}_*.json"))) for call in ("first", "second")] == [1, 1]
+    printed = capfd.readouterr().out
+    assert 0 < printed.index("first call: ") < printed.index("second call: ")
+    codes, started = iter([1, 0]), []
+
+    def start(words: list[str], check: bool) -> "subprocess.CompletedProcess[bytes]":
+        started.append(words[-3:])
+        return subprocess.CompletedProcess(words, next(codes))
+
+    monkeypatch.setattr(gpu_suite.subprocess, "run", start)
+    assert gpu_suite.main(["--first", "--second", "--out", str(tmp_path)]) == 1
+    assert started == [["--out", str(tmp_path), "--first"], ["--out", str(tmp_path), "--second"]]
+
+
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 def test_limits_of_the_first_call_fit_its_budget(device: str) -> None:
     jobs = gpu_first.jobs(device)
-    assert sum(job.limit_s for job in jobs if not job.background) <= gpu_first.BUDGET_S <= 255
+    limits, _ = gpu_suite.sums_s(jobs)
+    assert limits + RESERVE_S <= gpu_first.BUDGET_S <= 255
     assert all(job.estimate_s is not None and job.estimate_s <= job.limit_s for job in jobs)
     assert json.loads(json.dumps([dict(job.options) for job in jobs])) == [dict(job.options) for job in jobs]
 
@@ -295,22 +315,56 @@ def test_a_variant_that_fails_leaves_the_others(
         gpu_steps.steps(where, resolution=256, variants=sizes, engine="fsdp")
 
 
-def test_a_case_of_the_warm_up_that_fails_leaves_the_others(
+def test_after_a_gpu_that_is_lost_no_variant_is_tried(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, group: None
 ) -> None:
-    real = gpu_steps.time_steps
-
     def time_steps(made: Any, **options: int) -> dict[str, Any]:
-        if made.stage.accumulation == 2:
-            raise torch.OutOfMemoryError("out of memory")
-        return real(made, **options)
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     monkeypatch.setattr(gpu_steps, "time_steps", time_steps)
+    monkeypatch.setattr(gpu_steps, "_gpu_lost", lambda where: "AcceleratorError: CUDA error")
+    sizes = [{"name": f"by_{n}", "micro_batch": 2, "accumulation": n, "compile": False} for n in (1, 2)]
+    where = Where("cpu", True, tmp_path / "steps")
+    with pytest.raises(CheckFailed, match=r"^by_1 failed .* nothing after by_1 ran: the GPU answers no more"):
+        gpu_steps.steps(where, resolution=256, variants=sizes, trace=True)
+    assert list(where.parts_of("steps")) == ["by_1"]
+
+
+def test_the_fastest_variant_is_profiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, group: None) -> None:
+    real, seconds = gpu_steps.time_steps, {1: 1.0, 2: 1.0, 3: 9.0}
+
+    def time_steps(made: Any, **options: int) -> dict[str, Any]:
+        return {**real(made, warmup=0, repeats=1), "step_s": seconds[made.stage.accumulation]}
+
+    profiled: list[tuple[str, int]] = []
+    monkeypatch.setattr(gpu_steps, "time_steps", time_steps)
+    monkeypatch.setattr(
+        gpu_steps, "profiled", lambda made, name, where: profiled.append((name, made.stage.accumulation))
+    )
+    sizes = [{"name": f"by_{n}", "micro_batch": 2, "accumulation": n, "compile": False} for n in seconds]
+    where = Where("cpu", True, tmp_path / "steps")
+    gpu_steps.steps(where, resolution=256, variants=sizes, trace=True)
+    assert profiled == [("by_2", 2)]
+
+
+def test_the_warm_up_compiles_what_the_steps_do(tmp_path: Path, group: None) -> None:
     where = Where("cpu", True, tmp_path / "warm_up")
-    variants = [{"name": f"by_{n}", "micro_batch": 2, "accumulation": n} for n in (1, 2, 3)]
-    with pytest.raises(CheckFailed, match=r"^by_2 failed \(OutOfMemoryError: out of memory\); by_1 .* by_3 "):
-        gpu_steps.warm_up(where, cases=[{"resolution": 256, "variant": variant} for variant in variants])
-    assert list(where.parts_of("warm_up")) == ["by_1", "by_3"]
+    found = gpu_steps.warm_up(
+        where, resolution=256, precision={"compute": "bf16"}, variant={"name": "bf16", "micro_batch": 2}
+    )
+    assert found.numbers["loss"] > 0
+    with pytest.raises(NotAvailable):
+        gpu_steps.warm_up(where, resolution=256, precision=gpu_first.TE, variant={"name": "te", "micro_batch": 2})
+    # Each graph that a timed job needs is compiled before, side by side with the others.
+    jobs = gpu_first.jobs("cuda")
+    warmed = [job.options for job in jobs if job.name.startswith("warm_up_")]
+    timed = [job for job in jobs if "variants" in job.options]
+    assert all(job.background != job.alone for job in jobs[3:])
+    for job in timed:
+        for variant in job.options["variants"]:
+            if variant.get("compile", True):
+                sizes = (job.options["resolution"], job.options["precision"], variant["micro_batch"])
+                assert sizes in [(w["resolution"], w["precision"], w["variant"]["micro_batch"]) for w in warmed]
 
 
 def test_the_gemm_jobs_ceilings_serve_later_jobs(tmp_path: Path) -> None:
@@ -319,13 +373,63 @@ def test_the_gemm_jobs_ceilings_serve_later_jobs(tmp_path: Path) -> None:
     assert (found.gemm_tflops_per_s, found.copy_gb_per_s) == (700.0, 2600.0)
 
 
-def test_attention_is_raced_once(tmp_path: Path) -> None:
-    assert gpu_steps.raced_attention(Where("cpu", True, tmp_path / "steps")) == []
-    gpu_steps.attention(Where("cpu", True, tmp_path / "attention"), sizes=[(256, 64), (512, 16)])
-    found = gpu_steps.raced_attention(Where("cpu", True, tmp_path / "steps"))
+def race(folder: Path) -> tuple[Where, Any]:
+    """The attention job of a suite in ``folder``, as a function, and where a later job runs."""
+    (folder / "attention.log").touch()
+    where = Where("cpu", True, folder / "attention")
+    return Where("cpu", True, folder / "steps"), lambda: gpu_steps.attention(where, sizes=[(256, 64), (512, 16)])
+
+
+def test_attention_is_raced_once(tmp_path: Path, one_thread: None) -> None:
+    later = Where("cpu", True, tmp_path / "steps")
+    assert gpu_steps.raced_attention(later) == [] and gpu_steps.attention_overrides(later) == []
+    later, run = race(tmp_path)
+    run()
+    found = gpu_steps.raced_attention(later)
     # Tiny: 4 and 16 patches with 16 text tokens, and text alone.
     assert [(c.shape.queries, c.shape.keys) for c in found] == [(4, 20), (16, 16), (16, 32), (16, 16)]
-    assert {choice.kernel for choice in found} == {"sdpa"}
+    assert {choice.kernel for choice in found} == {"sdpa"} and found[0].times_ms[0][1] > 0
+    assert gpu_steps.attention_overrides(later) == []
+
+
+def test_a_race_that_broke_off_is_not_run_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], one_thread: None
+) -> None:
+    later, run = race(tmp_path)
+
+    class Crash(BaseException):
+        pass
+
+    def crash(*inputs: torch.Tensor) -> torch.Tensor:
+        raise Crash
+
+    # A kernel whose package ends the process: PyTorch's own was measured before.
+    monkeypatch.setattr(gpu_steps, "RACED", ("te", "sdpa"))
+    monkeypatch.setattr(gpu_steps, "kernel_missing", lambda *arguments: None)
+    monkeypatch.setitem(gpu_steps.KERNELS, "te", crash)
+    with pytest.raises(Crash):
+        run()
+    (found,) = gpu_steps.raced_attention(later)
+    assert [name for name, _ in found.times_ms] == ["sdpa"]
+    # And one that ended it before anything was measured.
+    (tmp_path / "attention" / "parts" / "choices.json").unlink()
+    assert gpu_steps.attention_overrides(later) == ["attention.backend=sdpa"]
+    assert "takes sdpa" in capsys.readouterr().out
+    variant = gpu_steps.Variant("eager", 2, compile=False)
+    cfg = gpu_steps.config(later, resolution=256, variant=variant, precision={})
+    assert cfg.attention.backend == "sdpa"
+
+
+def test_an_attention_kernel_that_is_wrong_fails_and_is_not_chosen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
+) -> None:
+    later, run = race(tmp_path)
+    monkeypatch.setattr(gpu_steps, "RACED", ("te", "sdpa"))
+    monkeypatch.setattr(gpu_steps, "kernel_missing", lambda *arguments: None)
+    monkeypatch.setitem(gpu_steps.KERNELS, "te", lambda q, k, v: 1.01 * gpu_steps.KERNELS["sdpa"](q, k, v))
+    with pytest.raises(CheckFailed, match="'te': 'differs from the formula by"):
+        run()
+    assert [[name for name, _ in choice.times_ms] for choice in gpu_steps.raced_attention(later)] == 4 * [["sdpa"]]
 
 
 def test_annotations_do_not_count_as_kernels() -> None:

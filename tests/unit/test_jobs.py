@@ -197,6 +197,21 @@ def test_background_jobs_run_beside_the_others(tmp_path: Path) -> None:
     assert found["beside"]["line"] == "seen" and found["sets"]["line"] == "set"
 
 
+def test_what_is_timed_starts_when_nothing_runs_beside_it(tmp_path: Path) -> None:
+    flag = tmp_path / "flag"
+    ends = f"import time; time.sleep(2); open(r'{flag}', 'w'); print('ended')"
+    looks = f"import pathlib; print(pathlib.Path(r'{flag}').exists())"
+    jobs = [
+        Job("beside", 60, command=("-c", ends), background=True),
+        Job("meanwhile", 60, command=("-c", looks)),
+        Job("timed", 60, command=("-c", looks), alone=True),
+    ]
+    found = run(jobs, tmp_path)
+    # The background job needs its two seconds whatever else is slow.
+    assert found["beside"]["line"] == "ended" and found["timed"]["line"] == "True"
+    assert list(found).index("beside") < list(found).index("timed")
+
+
 def test_where_the_gate_is_not_available_nothing_runs(tmp_path: Path) -> None:
     found = run([function("lacks", gate=True), function("passes")], tmp_path)
     assert found["passes"]["status"] == "not available" and found["passes"]["line"] == "no such card"
