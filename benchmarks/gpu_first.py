@@ -82,10 +82,11 @@ def _steps(
 def _warm_up() -> list[Job]:
     """All graphs of the call are compiled side by side, on cores that would idle, before anything is timed."""
     cases = [
-        ("bf16_256", 256, BF16, 64),
-        ("bf16_512", 512, BF16, 16),
-        ("torchao_256", 256, TORCHAO, 64),
-        ("te_256", 256, TE, 64),
+        ("bf16_256", 256, BF16, 64, "none"),
+        ("fsdp_256", 256, BF16, 64, "fsdp"),
+        ("bf16_512", 512, BF16, 16, "none"),
+        ("torchao_256", 256, TORCHAO, 64, "none"),
+        ("te_256", 256, TE, 64, "none"),
     ]
     return [
         Job(
@@ -96,9 +97,10 @@ def _warm_up() -> list[Job]:
                 "resolution": resolution,
                 "precision": precision,
                 "variant": {"name": name, "micro_batch": micro_batch},
+                "engine": engine,
             },
             estimate_s=30,
             background=True,
         )
-        for name, resolution, precision, micro_batch in cases
+        for name, resolution, precision, micro_batch, engine in cases
     ]

@@ -44,6 +44,8 @@ TINY = (
 """Sizes where quick: they show that the machinery works, and nothing about speed."""
 ALONE = Environment(0, 1, 0)
 TINY_SIDE = {256: 32, 512: 64}
+OF_PYTORCH = ("sdpa", "cudnn", "flash_torch")
+"""Attention kernels that need no other package."""
 TRACE_BYTES = 12 * 2**20
 """A larger trace is not kept: files come back from the GPU machine one by one, of at most 16 MiB."""
 
@@ -151,6 +153,8 @@ def steps(
         try:
             with compiler(where.device):
                 made = last if fastest == [*rates][-1] else make(fastest)
+                # Of a variant that failed after it.
+                _free(held)
                 if plain:
                     made.engine.compile(fastest.compile)
                 profiled(made, fastest.name, where)
@@ -240,40 +244,47 @@ def measured_ceilings(where: Where) -> Ceilings:
 def attention(where: Where, *, sizes: Sequence[tuple[int, int]]) -> Found:
     """Every attention kernel that can run here against the formula, and its time, for (resolution, micro-batch).
 
-    Later jobs take the fastest of each shape. PyTorch's own kernels come first and each figure is on disk at once,
-    since a package may end the process. Raises :class:`CheckFailed` where a kernel is wrong or raises.
+    Later jobs take the fastest of each shape. PyTorch's own kernels come first, a package is imported when its
+    turn comes, and each figure is on disk at once: a package may end the process. Raises :class:`CheckFailed`
+    where a kernel is wrong or raises.
     """
     device, dtype = torch.device(where.device), torch.bfloat16 if where.device == "cuda" else torch.float32
     model = load_config(XXL, overrides_of(where)).model
-    reasons = {name: kernel_missing(name, device, dtype, model.head_dim) for name in reversed(RACED)}  # type: ignore[arg-type]
-    where.write("missing", {name: reason for name, reason in reasons.items() if reason is not None})
-    choices: list[BackendChoice] = []
-    wrong: list[str] = []
+    shapes: list[AttentionShape] = []
     for resolution, micro_batch in sizes:
         side, batch = (TINY_SIDE[resolution], 2) if where.quick else (resolution, micro_batch)
-        for shape in model_shapes(model, resolution=side, batch=batch):
-            times: dict[str, float] = {}
-            for name in (name for name, reason in reasons.items() if reason is None):
-                candidate = {name: KERNELS[name]}
-                try:
-                    choice = choose_backend(shape, device=device, dtype=dtype, candidates=candidate)
-                except ValueError as error:
-                    wrong.append(str(error))
-                    continue
-                times |= dict(choice.times_ms)
-                ranked = tuple(sorted(times.items(), key=lambda item: item[1]))
-                so_far = [*choices, BackendChoice(shape, ranked[0][0], ranked)]
-                where.write("choices", {"choices": [dataclasses.asdict(choice) for choice in so_far]})
-            if times:
-                choices = so_far
-                print(choices[-1].line(), flush=True)
-    lines = [
-        f"{c.shape.queries} x {c.shape.keys}: {', '.join(f'{name} {ms:.3g} ms' for name, ms in c.times_ms)}"
-        for c in choices
-    ]
-    if wrong or not choices:
-        raise CheckFailed("; ".join([*wrong, *lines]) or "no attention kernel can run here")
-    return Found("; ".join(lines))
+        shapes += model_shapes(model, resolution=side, batch=batch)
+    times: dict[AttentionShape, dict[str, float]] = {}
+    missing: dict[str, str] = {}
+    wrong: list[str] = []
+    for name in sorted(RACED, key=lambda name: name not in OF_PYTORCH):
+        reason = kernel_missing(name, device, dtype, model.head_dim)  # type: ignore[arg-type]
+        if reason is not None:
+            missing[name] = reason
+            where.write("missing", missing)
+            continue
+        for shape in shapes:
+            try:
+                choice = choose_backend(shape, device=device, dtype=dtype, candidates={name: KERNELS[name]})
+            except ValueError as error:
+                wrong.append(str(error))
+                print(wrong[-1], flush=True)
+                if lost := _gpu_lost(where):
+                    raise CheckFailed(f"{wrong[-1]}; the GPU answers no more ({lost})") from error
+                continue
+            times.setdefault(shape, {}).update(choice.times_ms)
+            found = {"choices": [dataclasses.asdict(choice) for choice in _ranked(times)]}
+            where.write("choices", found)
+    lines = [choice.line() for choice in _ranked(times)]
+    if wrong or not lines:
+        raise CheckFailed("; ".join([*wrong, *lines]) or f"no attention kernel can run here: {missing}")
+    return Found("; ".join(lines), {"missing": missing})
+
+
+def _ranked(times: Mapping[AttentionShape, Mapping[str, float]]) -> list[BackendChoice]:
+    """The fastest kernel of each shape so far."""
+    ranked = {shape: sorted(of.items(), key=lambda item: item[1]) for shape, of in times.items()}
+    return [BackendChoice(shape, of[0][0], tuple(of)) for shape, of in ranked.items()]
 
 
 def raced_attention(where: Where) -> list[BackendChoice]:
@@ -344,11 +355,19 @@ def largest(events: Sequence[Any], *, gpu: bool, count: int = 10) -> dict[str, A
     return {"kernels": kernels, "total_ms": total_us / 1e3}
 
 
-def warm_up(where: Where, *, resolution: int, precision: Mapping[str, Any], variant: Mapping[str, Any]) -> Found:
+def warm_up(
+    where: Where,
+    *,
+    resolution: int,
+    precision: Mapping[str, Any],
+    variant: Mapping[str, Any],
+    engine: str = "none",
+) -> Found:
     """Compile what a later job will: one step of a model with two text blocks and two image blocks.
 
-    Graphs and kernels are those of the whole model, and go to the caches on disk that jobs share. Two blocks of a
-    kind, since the first one's input may be of another type.
+    Graphs and kernels are those of the whole model, and go to the caches on disk that jobs share; an engine has
+    its own, since it casts weights outside of them. Two blocks of a kind, since the first one's input may be of
+    another type.
     """
     compiled = Variant(**variant)
     cfg = config(where, resolution=resolution, variant=compiled, precision=precision)
@@ -358,8 +377,7 @@ def warm_up(where: Where, *, resolution: int, precision: Mapping[str, Any], vari
     began = time.perf_counter()
     try:
         with compiler(where.device):
-            made = TrainingSteps(cfg, ALONE, plain=True, attention=raced_attention(where))
-            made.engine.compile(True)
+            made = TrainingSteps(cfg, ALONE, plain=engine == "none", attention=raced_attention(where))
             loss = time_steps(made, warmup=0, repeats=1)["loss"]
     except ConfigError as error:
         raise NotAvailable(str(error)) from error

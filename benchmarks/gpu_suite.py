@@ -15,6 +15,7 @@ import dataclasses
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -178,6 +179,26 @@ def run_call(call: str, args: argparse.Namespace, console: Console) -> bool:
     return failed(outcomes)
 
 
+def run_each(command: Sequence[str]) -> int:
+    """Each call in a process of its own, so that one ended at its budget leaves the other; largest exit code."""
+
+    def stop(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    codes, before = [], signal.signal(signal.SIGTERM, stop)
+    try:
+        for call in CALLS:
+            with subprocess.Popen([*command, f"--{call}"]) as process:
+                try:
+                    codes.append(abs(process.wait()))
+                finally:
+                    # Where this process is to end: the call ends its jobs, and is waited for.
+                    process.terminate()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return max(codes)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -197,9 +218,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if len(calls) > 1:
         # Each in a process of its own: one that is ended at its budget leaves the other.
         given = [word for word in (sys.argv[1:] if argv is None else argv) if word not in ("--first", "--second")]
-        start = [sys.executable, str(Path(__file__).resolve()), *given]
-        codes = [subprocess.run([*start, f"--{call}"], check=False).returncode for call in calls]
-        return max(map(abs, codes))
+        return run_each([sys.executable, str(Path(__file__).resolve()), *given])
     try:
         return 1 if run_call(calls[0], args, console) else 0
     except ValueError as error:

@@ -29,6 +29,7 @@ from rich.table import Table
 
 from benchmarks import job_processes
 from benchmarks.job_processes import Running, Starter
+from benchmarks.record import write_json
 
 RESERVE_S = 2.0
 """Kept of the budget for writing and printing after the last job."""
@@ -114,14 +115,6 @@ def pytest_job(name: str, limit_s: float, *words: str, **options: Any) -> Job:
     """A group of tests that runs to its end, failed tests or not, and whose log tells what has passed so far."""
     command = ("-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", *words)
     return Job(name, limit_s, command=command, **options)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write ``path`` in one move, so that a kill leaves the earlier file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2, default=str) + "\n")
-    os.replace(partial, path)
 
 
 def read_parts(folder: Path) -> dict[str, dict[str, Any]]:

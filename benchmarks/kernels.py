@@ -46,6 +46,9 @@ from deco_scale.errors import ConfigError
 BATCH = {"cuda": 64, "cpu": 2}
 """Micro-batch where none is given: the published one, and one that a CPU finishes."""
 
+SO_FAR = "kernels_so_far.json"
+"""In ``--out`` until the last case has been measured."""
+
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -178,7 +181,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
             promises = decoder_promises(found, ceilings)
             result["promises"] = [{**dataclasses.asdict(p), "met": p.met} for p in promises]
         if args.out:
-            record.write(result, args.out, "kernels", Console(quiet=True))
+            record.write_json(args.out / SO_FAR, result)
     for promise in promises:
         word = "met" if promise.met else "MISSED"
         console.print(
@@ -205,6 +208,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if args.out:
         path = record.write(result, args.out, "kernels", console)
+        (args.out / SO_FAR).unlink()
         shares: dict[str, dict[str, float]] = {}
         ceilings = Ceilings(result["gemm_tflops_per_s"], result["copy_gb_per_s"])
         for name, found in cases.items():

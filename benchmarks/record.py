@@ -29,9 +29,17 @@ def write(result: dict[str, Any], folder: Path, name: str, console: Console) -> 
     """One dated JSON file in ``folder``; says where."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}_{result['date']}.json"
-    path.write_text(json.dumps(result, indent=2) + "\n")
+    write_json(path, result)
     console.print(f"written to {path}", soft_wrap=True)
     return path
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write ``path`` in one move, so that a kill leaves the earlier file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(content, indent=2, default=str) + "\n")
+    os.replace(partial, path)
 
 
 def draw_bars(groups: Mapping[str, Mapping[str, float]], path: Path, *, title: str, unit: str) -> None:

@@ -1,9 +1,14 @@
 """The GPU suite's first call without a GPU, and what it says of itself: without git, without boto3."""
 
+import contextlib
+import dataclasses
+import functools
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from torch import nn
 
 from benchmarks import gpu_first, gpu_steps, gpu_suite, record
 from benchmarks.gpu_gemm import products
@@ -127,7 +133,11 @@ def _torchao() -> bool:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_without_a_gpu_nothing_is_claimed(tmp_path: Path) -> None:
+def test_without_a_gpu_nothing_is_claimed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # However busy this machine is.
+    jobs = [dataclasses.replace(job, limit_s=600.0) for job in gpu_first.jobs("cuda")]
+    monkeypatch.setattr(gpu_first, "jobs", lambda device: jobs)
+    monkeypatch.setattr(gpu_first, "BUDGET_S", 1200.0)
     assert gpu_suite.main(["--out", str(tmp_path), "--first"]) == 0
     whole = json.loads(next(tmp_path.glob("gpu_suite_first_*.json")).read_text())
     assert {check["status"] for check in whole["checks"].values()} == {"not available"}
@@ -136,23 +146,33 @@ def test_without_a_gpu_nothing_is_claimed(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_with_neither_flag_both_calls_run_whatever_ends_the_first(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert gpu_suite.main(["--out", str(tmp_path)]) == 0
-    assert [len(list(tmp_path.glob(f"gpu_suite_{call}_*.json"))) for call in ("first", "second")] == [1, 1]
-    printed = capfd.readouterr().out
-    assert 0 < printed.index("first call: ") < printed.index("second call: ")
-    codes, started = iter([1, 0]), []
+    seen = tmp_path / "seen"
+    monkeypatch.setattr(gpu_suite, "__file__", str(tmp_path / "suite.py"))
+    # Notes what it was called with; the first call is killed.
+    (tmp_path / "suite.py").write_text(
+        f"import os, sys\nopen({str(seen)!r}, 'a').write(sys.argv[-1])\n"
+        "if '--first' in sys.argv: os.kill(os.getpid(), 9)\n"
+    )
+    for words in ([], ["--first", "--second"], ["--second", "--first", "--device", "cpu"]):
+        seen.unlink(missing_ok=True)
+        assert gpu_suite.main([*words, "--out", str(tmp_path)]) == 9
+        assert seen.read_text() == "--first--second"
 
-    def start(words: list[str], check: bool) -> "subprocess.CompletedProcess[bytes]":
-        started.append(words[-3:])
-        return subprocess.CompletedProcess(words, next(codes))
 
-    monkeypatch.setattr(gpu_suite.subprocess, "run", start)
-    assert gpu_suite.main(["--first", "--second", "--out", str(tmp_path)]) == 1
-    assert started == [["--out", str(tmp_path), "--first"], ["--out", str(tmp_path), "--second"]]
+def test_both_calls_end_with_the_process_that_started_them(tmp_path: Path) -> None:
+    began = tmp_path / "began"
+    waits = f"import os, time; open({str(began)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+    code = f"import sys; from benchmarks.gpu_suite import run_each; run_each([sys.executable, '-c', {waits!r}])"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=record.ROOT)
+    while not began.exists() or not began.read_text():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(120) == 128 + signal.SIGTERM
+    assert not Path(f"/proc/{began.read_text()}").exists()
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
@@ -347,26 +367,6 @@ def test_the_fastest_variant_is_profiled(tmp_path: Path, monkeypatch: pytest.Mon
     assert profiled == [("by_2", 2)]
 
 
-def test_the_warm_up_compiles_what_the_steps_do(tmp_path: Path, group: None) -> None:
-    where = Where("cpu", True, tmp_path / "warm_up")
-    found = gpu_steps.warm_up(
-        where, resolution=256, precision={"compute": "bf16"}, variant={"name": "bf16", "micro_batch": 2}
-    )
-    assert found.numbers["loss"] > 0
-    with pytest.raises(NotAvailable):
-        gpu_steps.warm_up(where, resolution=256, precision=gpu_first.TE, variant={"name": "te", "micro_batch": 2})
-    # Each graph that a timed job needs is compiled before, side by side with the others.
-    jobs = gpu_first.jobs("cuda")
-    warmed = [job.options for job in jobs if job.name.startswith("warm_up_")]
-    timed = [job for job in jobs if "variants" in job.options]
-    assert all(job.background != job.alone for job in jobs[3:])
-    for job in timed:
-        for variant in job.options["variants"]:
-            if variant.get("compile", True):
-                sizes = (job.options["resolution"], job.options["precision"], variant["micro_batch"])
-                assert sizes in [(w["resolution"], w["precision"], w["variant"]["micro_batch"]) for w in warmed]
-
-
 def test_the_gemm_jobs_ceilings_serve_later_jobs(tmp_path: Path) -> None:
     Where("cpu", True, tmp_path / "gemm").write("ceilings", {"gemm_tflops_per_s": 700.0, "copy_gb_per_s": 2600.0})
     found = gpu_steps.measured_ceilings(Where("cpu", True, tmp_path / "steps"))
@@ -387,7 +387,7 @@ def test_attention_is_raced_once(tmp_path: Path, one_thread: None) -> None:
     run()
     found = gpu_steps.raced_attention(later)
     # Tiny: 4 and 16 patches with 16 text tokens, and text alone.
-    assert [(c.shape.queries, c.shape.keys) for c in found] == [(4, 20), (16, 16), (16, 32), (16, 16)]
+    assert [(c.shape.queries, c.shape.keys) for c in found] == [(4, 20), (16, 16), (16, 32)]
     assert {choice.kernel for choice in found} == {"sdpa"} and found[0].times_ms[0][1] > 0
     assert gpu_steps.attention_overrides(later) == []
 
@@ -409,8 +409,8 @@ def test_a_race_that_broke_off_is_not_run_again(
     monkeypatch.setitem(gpu_steps.KERNELS, "te", crash)
     with pytest.raises(Crash):
         run()
-    (found,) = gpu_steps.raced_attention(later)
-    assert [name for name, _ in found.times_ms] == ["sdpa"]
+    found = gpu_steps.raced_attention(later)
+    assert [[name for name, _ in choice.times_ms] for choice in found] == 3 * [["sdpa"]]
     # And one that ended it before anything was measured.
     (tmp_path / "attention" / "parts" / "choices.json").unlink()
     assert gpu_steps.attention_overrides(later) == ["attention.backend=sdpa"]
@@ -429,7 +429,53 @@ def test_an_attention_kernel_that_is_wrong_fails_and_is_not_chosen(
     monkeypatch.setitem(gpu_steps.KERNELS, "te", lambda q, k, v: 1.01 * gpu_steps.KERNELS["sdpa"](q, k, v))
     with pytest.raises(CheckFailed, match="'te': 'differs from the formula by"):
         run()
-    assert [[name for name, _ in choice.times_ms] for choice in gpu_steps.raced_attention(later)] == 4 * [["sdpa"]]
+    assert [[name for name, _ in choice.times_ms] for choice in gpu_steps.raced_attention(later)] == 3 * [["sdpa"]]
+
+
+def test_whatever_a_timed_job_compiles_is_compiled_before() -> None:
+    names = ("resolution", "precision", "engine")
+    jobs = gpu_first.jobs("cuda")
+    warmed = [job.options for job in jobs if job.background]
+    ahead = [(*(w[name] for name in names), w["variant"]["micro_batch"]) for w in warmed]
+    for job in jobs[3:]:
+        assert job.background != job.alone
+        for variant in job.options.get("variants", []):
+            if variant.get("compile", True):
+                assert (*(job.options[name] for name in names), variant["micro_batch"]) in ahead
+
+
+@pytest.mark.parametrize("engine", ["none", "fsdp"])
+def test_graphs_of_the_warm_up_are_those_of_the_steps(
+    engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, group: None
+) -> None:
+    race(tmp_path)[1]()
+    graphs: set[Any] = set()
+
+    def backend(module: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        values = tuple((x.dtype, tuple(x.shape)) if isinstance(x, torch.Tensor) else x for x in inputs)
+        graphs.add((module.code, values))
+        return module.forward
+
+    monkeypatch.setattr(nn.Module, "compile", functools.partialmethod(nn.Module.compile, backend=backend))
+    monkeypatch.setattr(gpu_steps, "compiler", lambda device: contextlib.nullcontext())
+    options: dict[str, Any] = {"resolution": 256, "precision": {"compute": "bf16"}, "engine": engine}
+    variant = {"name": "compiled", "micro_batch": 2}
+    found = gpu_steps.warm_up(Where("cpu", True, tmp_path / "warm_up"), variant=variant, **options)
+    assert found.numbers["loss"] > 0
+    ahead = set(graphs)
+    graphs.clear()
+    torch._dynamo.reset()
+    gpu_steps.steps(Where("cpu", True, tmp_path / "steps"), variants=[variant], **options)
+    # A text block, an image block, the decoder; the first block of a kind may have a graph of its own.
+    assert len(graphs) >= 3 and graphs <= ahead
+
+
+def test_a_warm_up_that_needs_what_is_missing_is_not_available(tmp_path: Path, group: None) -> None:
+    variant = {"name": "te", "micro_batch": 2}
+    with pytest.raises(NotAvailable):
+        gpu_steps.warm_up(
+            Where("cpu", True, tmp_path / "warm_up"), resolution=256, precision=gpu_first.TE, variant=variant
+        )
 
 
 def test_annotations_do_not_count_as_kernels() -> None:
