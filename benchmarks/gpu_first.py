@@ -18,15 +18,13 @@ def jobs(device: str) -> list[Job]:
     """Jobs in their order; on a CPU torchao's FP8 is emulated. Quick or not is decided by whoever runs them."""
     torchao = TORCHAO | ({"fp8_emulate": True} if device == "cpu" else {})
     race = {"sizes": [[256, 64], [512, 16]]}
-    found = [
+    encoders = "benchmarks.gpu_encoders:encoders"
+    return [
         Job("machine", 20, function="benchmarks.gpu_machine:machine", estimate_s=4, gate=True),
         # Every job would start with this race otherwise, and load what it needs.
         Job("attention", 22, function="benchmarks.gpu_steps:attention", options=race, estimate_s=12),
         Job("gemm", 10, function="benchmarks.gpu_gemm:gemm", estimate_s=6),
-    ]
-    if device == "cuda":
-        found += _warm_up()
-    found += [
+        *_warm_up(torchao),
         _steps(
             "xxl_256", 48, 45, BF16,
             variants=[
@@ -44,10 +42,8 @@ def jobs(device: str) -> list[Job]:
         _steps("xxl_512", 18, 14, BF16, resolution=512, variants=[{"name": "compiled", "micro_batch": 16}]),
         _steps("fp8_torchao", 20, 18, torchao, variants=[{"name": "compiled", "micro_batch": 64}]),
         _steps("fp8_te", 22, 20, TE, variants=[{"name": "compiled", "micro_batch": 64}]),
+        Job("encoders", 20, function=encoders, estimate_s=20, alone=True, may_take_what_is_left=True),
     ]  # fmt: skip
-    encoders = "benchmarks.gpu_encoders:encoders"
-    last = Job("encoders", 20, function=encoders, estimate_s=20, alone=True, may_take_what_is_left=True)
-    return [*found, last]
 
 
 def _steps(
@@ -79,13 +75,13 @@ def _steps(
     )
 
 
-def _warm_up() -> list[Job]:
+def _warm_up(torchao: dict[str, object]) -> list[Job]:
     """All graphs of the call are compiled side by side, on cores that would idle, before anything is timed."""
     cases = [
         ("bf16_256", 256, BF16, 64, "none"),
         ("fsdp_256", 256, BF16, 64, "fsdp"),
         ("bf16_512", 512, BF16, 16, "none"),
-        ("torchao_256", 256, TORCHAO, 64, "none"),
+        ("torchao_256", 256, torchao, 64, "none"),
         ("te_256", 256, TE, 64, "none"),
     ]
     return [

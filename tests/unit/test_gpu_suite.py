@@ -116,7 +116,7 @@ def test_first_call_without_git_and_boto3(tmp_path: Path) -> None:
 def test_whole_first_call_on_a_cpu(tmp_path: Path) -> None:
     whole, _ = first_call(tmp_path)
     statuses = {name: check["status"] for name, check in whole["checks"].items()}
-    assert statuses.pop("fp8_te") == "not available"
+    assert {statuses.pop(name) for name in ("fp8_te", "warm_up_te_256")} == {"not available"}
     assert set(statuses.values()) <= {"pass"} | ({"not available"} if not _torchao() else set())
     steps = whole["checks"]["xxl_256"]["parts"]
     assert set(steps) == {"straightforward", "eager", "compiled", "compiled_accumulation_4", "trace"}
@@ -432,9 +432,10 @@ def test_an_attention_kernel_that_is_wrong_fails_and_is_not_chosen(
     assert [[name for name, _ in choice.times_ms] for choice in gpu_steps.raced_attention(later)] == 3 * [["sdpa"]]
 
 
-def test_whatever_a_timed_job_compiles_is_compiled_before() -> None:
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_whatever_a_timed_job_compiles_is_compiled_before(device: str) -> None:
     names = ("resolution", "precision", "engine")
-    jobs = gpu_first.jobs("cuda")
+    jobs = gpu_first.jobs(device)
     warmed = [job.options for job in jobs if job.background]
     ahead = [(*(w[name] for name in names), w["variant"]["micro_batch"]) for w in warmed]
     for job in jobs[3:]:
