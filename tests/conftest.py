@@ -19,6 +19,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from data_pipeline.serve import S3Server  # noqa: E402
+from deco_scale.watching import redact  # noqa: E402
 from tests import assets  # noqa: E402
 
 
@@ -29,6 +30,12 @@ def nothing_is_left_for_the_next_module() -> Iterator[None]:
     yield
     torch.set_float32_matmul_precision(precision)
     assert not torch.distributed.is_initialized(), "a test has left its process group behind"
+
+
+@pytest.fixture(autouse=True)
+def no_secret_is_left_for_the_next_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test conceals, Hypothesis' words among it, would be taken out of the texts of all later ones."""
+    monkeypatch.setattr(redact, "_concealed", set())
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ from deco_scale.watching.events import EVENTS, Event
 from deco_scale.watching.folder import RunFolder
 from deco_scale.watching.follow import JsonLines
 from deco_scale.watching.prometheus import Metrics
-from deco_scale.watching.redact import redacted, scrub
+from deco_scale.watching.redact import redacted, redacted_fields, scrub
 from deco_scale.watching.settings import MonitorConfig
 
 METRICS, LOG, CURVES = "metrics.jsonl", "log.txt", "curves.png"
@@ -117,7 +117,7 @@ class Reporter:
         """One line of ``events.jsonl``; see :mod:`deco_scale.watching.events` for the kinds."""
         if not self._active:
             return
-        event = Event(time.time(), kind, redacted(fields))
+        event = Event(time.time(), kind, redacted_fields(fields))
         # First what needs no disk: a full one is worth an alert.
         if self._alerts is not None:
             self._alerts.event(event, self._step)
@@ -188,7 +188,7 @@ class Reporter:
 
     def _write(self, values: dict[str, Any]) -> dict[str, Any]:
         """A line of ``metrics.jsonl``; returns what it says."""
-        line: dict[str, Any] = redacted(values)
+        line: dict[str, Any] = redacted_fields(values)
         self._metrics.write(json.dumps(line) + "\n")
         if self._metrics_server is not None:
             self._metrics_server.metrics(line)

@@ -104,6 +104,12 @@ def redacted(value: Any, environment: Mapping[str, str] | None = None) -> Any:
     return _redacted(value, _secrets(environment))
 
 
+def redacted_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """As :func:`redacted`, but names stay: they are this program's own, even where a secret is the same word."""
+    secrets = _secrets(None)
+    return {name: _redacted_item(name, item, secrets) for name, item in fields.items()}
+
+
 _concealed: set[str] = set()
 
 
@@ -209,14 +215,15 @@ def _harmless(text: str) -> bool:
 def _redacted(value: Any, secrets: tuple[str, ...]) -> Any:
     if isinstance(value, Mapping):
         return {
-            _scrubbed(str(key), secrets): REMOVED
-            if telling(str(key)) and _hides(item)
-            else _redacted(item, secrets)
-            for key, item in value.items()
+            _scrubbed(str(key), secrets): _redacted_item(str(key), item, secrets) for key, item in value.items()
         }
     if isinstance(value, list | tuple):
         return [_redacted(item, secrets) for item in value]
     return _scrubbed(value, secrets) if isinstance(value, str) else value
+
+
+def _redacted_item(name: str, value: Any, secrets: tuple[str, ...]) -> Any:
+    return REMOVED if telling(name) and _hides(value) else _redacted(value, secrets)
 
 
 def _hides(value: Any) -> bool:

@@ -300,6 +300,21 @@ def test_a_run_tells_of_itself(hook: Hook, tmp_path: Path, capsys: pytest.Captur
     assert PATH not in written + told.out + told.err
 
 
+@pytest.mark.parametrize("secret", ["world_size", "images_per_s"])
+def test_a_secret_that_is_the_name_of_a_field_stops_no_run(
+    secret: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("A_PASSWORD", secret)
+    reporter = a_reporter(tmp_path, MonitorConfig())
+    reporter.begin(world_size=1, layout={}, hosts=[f"node-{secret}"])
+    reporter.metrics({"step": 1, **STEP})
+    reporter.close()
+    (event,) = map(json.loads, (tmp_path / "events.jsonl").read_text().splitlines())
+    assert event["world_size"] == 1 and event["hosts"] == [f"node-{REMOVED}"]
+    line = (tmp_path / "metrics.jsonl").read_text().splitlines()[0]
+    assert json.loads(line)["images_per_s"] == STEP["images_per_s"]
+
+
 def test_neither_a_taken_port_nor_a_dead_webhook_stops_a_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
