@@ -22,7 +22,7 @@ def jobs(device: str) -> list[Job]:
     return [
         Job("machine", 20, function="benchmarks.gpu_machine:machine", estimate_s=4, gate=True),
         # Every job would start with this race otherwise, and load what it needs.
-        Job("attention", 22, function="benchmarks.gpu_steps:attention", options=race, estimate_s=12),
+        Job("attention", 22, function="benchmarks.gpu_attention:attention", options=race, estimate_s=12),
         Job("gemm", 10, function="benchmarks.gpu_gemm:gemm", estimate_s=6),
         *_warm_up(torchao),
         _steps(

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.gpu_steps import XXL, overrides_of
+from benchmarks.gpu_sizes import XXL, overrides_of
 from benchmarks.jobs import Found, Where
 from benchmarks.measure import Stopwatch, device_name, measure_ceilings, synchronise
 from deco_scale.config import load_config

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import record
-from benchmarks.gpu_steps import attention_overrides, raced_attention
+from benchmarks.gpu_attention import attention_overrides, raced_attention
 from benchmarks.jobs import CheckFailed, Found, Where
 from benchmarks.measure import synchronise
 from benchmarks.steps import TrainingSteps

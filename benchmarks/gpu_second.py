@@ -88,7 +88,7 @@ def _timed() -> list[Job]:
     """What is timed, with limit and estimate in seconds; the GPU belongs to one at a time."""
     rows = [
         ("decoder", 25, 12, "benchmarks.gpu_rates:decoder", {}),
-        ("attention", 25, 10, "benchmarks.gpu_steps:attention", {"sizes": [[256, 64], [512, 16]]}),
+        ("attention", 25, 10, "benchmarks.gpu_attention:attention", {"sizes": [[256, 64], [512, 16]]}),
         ("host_time_fsdp", 40, 20, "benchmarks.gpu_host_time:host_time", {"engine": "fsdp"}),
         ("host_time_zero3", 45, 26, "benchmarks.gpu_host_time:host_time", {"engine": "zero3"}),
         ("sampling", 30, 12, "benchmarks.gpu_rates:sampling", {}),

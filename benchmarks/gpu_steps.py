@@ -20,32 +20,21 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.jobs import CheckFailed, Found, NotAvailable, Where
-from benchmarks.measure import Ceilings, device_name, measure_ceilings, synchronise
+from benchmarks.gpu_attention import attention_overrides, raced_attention
+from benchmarks.gpu_sizes import TINY_SIDE, XXL, overrides_of
+from benchmarks.jobs import CheckFailed, Found, NotAvailable, Where, first_line
+from benchmarks.measure import Ceilings, device_name, gpu_lost, measure_ceilings, synchronise
 from benchmarks.plain_engine import PlainEngine
-from benchmarks.record import ROOT
 from benchmarks.steps import TrainingSteps
 from benchmarks.throughput import time_steps
 from deco_scale.config import RunConfig, load_config
 from deco_scale.environment import Environment
 from deco_scale.errors import ConfigError
-from deco_scale.models.attention import KERNELS, kernel_missing
-from deco_scale.models.attention_choice import RACED, AttentionShape, BackendChoice, choose_backend, model_shapes
 from deco_scale.objectives import Objective
 from deco_scale.planning.flops import peak_flops
 from tests.straightforward import TWINS
 
-XXL = ROOT / "configs" / "t2i_xxl.yaml"
-TINY = (
-    "model.dim=64", "model.num_heads=4", "model.num_blocks=2", "model.num_text_blocks=1", "model.decoder_width=8",
-    "model.decoder_blocks=1", "model.text_dim=32", "model.text_tokens=16", "text_encoder.max_tokens=16",
-    "objective.repa_layer=1",
-)  # fmt: skip
-"""Sizes where quick: they show that the machinery works, and nothing about speed."""
 ALONE = Environment(0, 1, 0)
-TINY_SIDE = {256: 32, 512: 64}
-OF_PYTORCH = ("sdpa", "cudnn", "flash_torch")
-"""Attention kernels that need no other package."""
 TRACE_BYTES = 12 * 2**20
 """A larger trace is not kept: files come back from the GPU machine one by one, of at most 16 MiB."""
 
@@ -59,11 +48,6 @@ class Variant:
     accumulation: int = 1
     compile: bool = True
     straightforward: bool = False
-
-
-def overrides_of(where: Where) -> tuple[str, ...]:
-    """What makes the XXL configuration tiny, where sizes are."""
-    return TINY if where.quick else ()
 
 
 def config(where: Where, *, resolution: int, variant: Variant, precision: Mapping[str, Any]) -> RunConfig:
@@ -133,11 +117,11 @@ def steps(
         except Exception as error:
             # Out of memory, or a kernel that does not compile: the next variant may fare better.
             traceback.print_exc()
-            numbers = {"failed": _first_line(error)}
+            numbers = {"failed": first_line(error)}
         where.write(variant.name, numbers)
         if "failed" in numbers:
             failed.append(f"{variant.name} failed ({numbers['failed']})")
-            if lost := _gpu_lost(where):
+            if lost := gpu_lost(torch.device(where.device)):
                 failed.append(f"nothing after {variant.name} ran: the GPU answers no more ({lost})")
                 trace = False
                 break
@@ -160,7 +144,7 @@ def steps(
                 profiled(made, fastest.name, where)
         except Exception as error:
             traceback.print_exc()
-            failed.append(f"no trace ({_first_line(error)})")
+            failed.append(f"no trace ({first_line(error)})")
     if failed:
         raise CheckFailed("; ".join(failed + lines))
     return Found("; ".join(lines), {"ceilings": dataclasses.asdict(ceilings)})
@@ -241,72 +225,6 @@ def measured_ceilings(where: Where) -> Ceilings:
     return measure_ceilings(torch.device(where.device), torch.bfloat16, **sizes, repeats=5)
 
 
-def attention(where: Where, *, sizes: Sequence[tuple[int, int]]) -> Found:
-    """Every attention kernel that can run here against the formula, and its time, for (resolution, micro-batch).
-
-    Later jobs take the fastest of each shape. PyTorch's own kernels come first, a package is imported when its
-    turn comes, and each figure is on disk at once: a package may end the process. Raises :class:`CheckFailed`
-    where a kernel is wrong or raises.
-    """
-    device, dtype = torch.device(where.device), torch.bfloat16 if where.device == "cuda" else torch.float32
-    model = load_config(XXL, overrides_of(where)).model
-    shapes: list[AttentionShape] = []
-    for resolution, micro_batch in sizes:
-        side, batch = (TINY_SIDE[resolution], 2) if where.quick else (resolution, micro_batch)
-        shapes += model_shapes(model, resolution=side, batch=batch)
-    times: dict[AttentionShape, dict[str, float]] = {}
-    missing: dict[str, str] = {}
-    wrong: list[str] = []
-    for name in sorted(RACED, key=lambda name: name not in OF_PYTORCH):
-        reason = kernel_missing(name, device, dtype, model.head_dim)  # type: ignore[arg-type]
-        if reason is not None:
-            missing[name] = reason
-            where.write("missing", missing)
-            continue
-        for shape in shapes:
-            try:
-                choice = choose_backend(shape, device=device, dtype=dtype, candidates={name: KERNELS[name]})
-            except ValueError as error:
-                wrong.append(str(error))
-                print(wrong[-1], flush=True)
-                if lost := _gpu_lost(where):
-                    raise CheckFailed(f"{wrong[-1]}; the GPU answers no more ({lost})") from error
-                continue
-            times.setdefault(shape, {}).update(choice.times_ms)
-            found = {"choices": [dataclasses.asdict(choice) for choice in _ranked(times)]}
-            where.write("choices", found)
-    lines = [choice.line() for choice in _ranked(times)]
-    if wrong or not lines:
-        raise CheckFailed("; ".join([*wrong, *lines]) or f"no attention kernel can run here: {missing}")
-    return Found("; ".join(lines), {"missing": missing})
-
-
-def _ranked(times: Mapping[AttentionShape, Mapping[str, float]]) -> list[BackendChoice]:
-    """The fastest kernel of each shape so far."""
-    ranked = {shape: sorted(of.items(), key=lambda item: item[1]) for shape, of in times.items()}
-    return [BackendChoice(shape, of[0][0], tuple(of)) for shape, of in ranked.items()]
-
-
-def raced_attention(where: Where) -> list[BackendChoice]:
-    """What the attention job of this suite chose; empty where it did not, see :func:`attention_overrides`."""
-    found = where.parts_of("attention").get("choices", {"choices": []})
-    return [
-        BackendChoice(AttentionShape(**choice["shape"]), choice["kernel"], tuple(map(tuple, choice["times_ms"])))
-        for choice in found["choices"]
-    ]
-
-
-def attention_overrides(where: Where) -> list[str]:
-    """Settings of attention: the configuration's, or ``sdpa`` where the race of this suite broke off.
-
-    Each later job would run into the same otherwise. Where no race was run a job races by itself.
-    """
-    if raced_attention(where) or not (where.out.parent / "attention.log").exists():
-        return []
-    print("the race of attention kernels left no choice, see attention.log: this job takes sdpa", flush=True)
-    return ["attention.backend=sdpa"]
-
-
 def profiled(made: TrainingSteps, name: str, where: Where) -> None:
     """One step under torch's profiler: part ``trace`` with the ten largest kernels, and the trace where small."""
     gpu = made.device.type == "cuda"
@@ -383,19 +301,6 @@ def warm_up(
         raise NotAvailable(str(error)) from error
     taken = time.perf_counter() - began
     return Found(f"{taken:.0f} s to compile two blocks of each kind", {"seconds": taken, "loss": loss})
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
-
-
-def _gpu_lost(where: Where) -> str | None:
-    """Why the GPU computes nothing more in this process, as after a kernel that read beside its memory."""
-    try:
-        synchronise(torch.device(where.device))
-    except Exception as error:
-        return _first_line(error)
-    return None
 
 
 def _free(held: PlainEngine | None) -> None:

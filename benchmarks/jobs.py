@@ -123,6 +123,11 @@ def read_parts(folder: Path) -> dict[str, dict[str, Any]]:
     return {path.stem: json.loads(path.read_text()) for path in files}
 
 
+def first_line(error: BaseException) -> str:
+    """An error in one line: its type and how its text begins."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:300]}"
+
+
 # The job's side.
 
 
@@ -145,7 +150,7 @@ def run_function(request: Mapping[str, Any]) -> None:
         status, line = "not available", str(error)
     except Exception as error:
         traceback.print_exc()
-        status, line = "fail", f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:300]}"
+        status, line = "fail", first_line(error)
     write_json(where.out / "found.json", {"status": status, "line": line, "numbers": numbers})
     sys.stdout.flush()
     sys.stderr.flush()

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.jobs import first_line
 from deco_scale.models.attention_choice import keep_busy
 from deco_scale.precision import PrecisionConfig
 
@@ -47,6 +48,15 @@ def synchronise(device: torch.device) -> None:
     """Wait until ``device`` has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def gpu_lost(device: torch.device) -> str | None:
+    """Why a GPU computes nothing more in this process, as after a kernel that read beside its memory."""
+    try:
+        synchronise(device)
+    except Exception as error:
+        return first_line(error)
+    return None
 
 
 def medians_s(

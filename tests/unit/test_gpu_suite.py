@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from benchmarks import gpu_first, gpu_steps, gpu_suite, record
+from benchmarks import gpu_attention, gpu_first, gpu_sizes, gpu_steps, gpu_suite, record
 from benchmarks.gpu_gemm import products
 from benchmarks.jobs import RESERVE_S, CheckFailed, Job, NotAvailable, Where
 from deco_scale.config import load_config
@@ -266,7 +266,7 @@ def group(one_thread: None) -> Iterator[None]:
 
 
 def test_products_are_the_linears_of_the_model() -> None:
-    model = load_config(gpu_steps.XXL, []).model
+    model = load_config(gpu_sizes.XXL, []).model
     found = {product.name: product for product in products(model, micro_batch=64, resolution=256)}
     shapes = {name: (p.rows, p.in_features, p.out_features, p.count) for name, p in found.items()}
     assert shapes["image qkv"] == (16384, 1536, 4608, 16)
@@ -342,7 +342,7 @@ def test_after_a_gpu_that_is_lost_no_variant_is_tried(
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     monkeypatch.setattr(gpu_steps, "time_steps", time_steps)
-    monkeypatch.setattr(gpu_steps, "_gpu_lost", lambda where: "AcceleratorError: CUDA error")
+    monkeypatch.setattr(gpu_steps, "gpu_lost", lambda device: "AcceleratorError: CUDA error")
     sizes = [{"name": f"by_{n}", "micro_batch": 2, "accumulation": n, "compile": False} for n in (1, 2)]
     where = Where("cpu", True, tmp_path / "steps")
     with pytest.raises(CheckFailed, match=r"^by_1 failed .* nothing after by_1 ran: the GPU answers no more"):
@@ -377,19 +377,21 @@ def race(folder: Path) -> tuple[Where, Any]:
     """The attention job of a suite in ``folder``, as a function, and where a later job runs."""
     (folder / "attention.log").touch()
     where = Where("cpu", True, folder / "attention")
-    return Where("cpu", True, folder / "steps"), lambda: gpu_steps.attention(where, sizes=[(256, 64), (512, 16)])
+    return Where("cpu", True, folder / "steps"), lambda: gpu_attention.attention(
+        where, sizes=[(256, 64), (512, 16)]
+    )
 
 
 def test_attention_is_raced_once(tmp_path: Path, one_thread: None) -> None:
     later = Where("cpu", True, tmp_path / "steps")
-    assert gpu_steps.raced_attention(later) == [] and gpu_steps.attention_overrides(later) == []
+    assert gpu_attention.raced_attention(later) == [] and gpu_attention.attention_overrides(later) == []
     later, run = race(tmp_path)
     run()
-    found = gpu_steps.raced_attention(later)
+    found = gpu_attention.raced_attention(later)
     # Tiny: 4 and 16 patches with 16 text tokens, and text alone.
     assert [(c.shape.queries, c.shape.keys) for c in found] == [(4, 20), (16, 16), (16, 32)]
     assert {choice.kernel for choice in found} == {"sdpa"} and found[0].times_ms[0][1] > 0
-    assert gpu_steps.attention_overrides(later) == []
+    assert gpu_attention.attention_overrides(later) == []
 
 
 def test_a_race_that_broke_off_is_not_run_again(
@@ -404,16 +406,16 @@ def test_a_race_that_broke_off_is_not_run_again(
         raise Crash
 
     # A kernel whose package ends the process: PyTorch's own was measured before.
-    monkeypatch.setattr(gpu_steps, "RACED", ("te", "sdpa"))
-    monkeypatch.setattr(gpu_steps, "kernel_missing", lambda *arguments: None)
-    monkeypatch.setitem(gpu_steps.KERNELS, "te", crash)
+    monkeypatch.setattr(gpu_attention, "RACED", ("te", "sdpa"))
+    monkeypatch.setattr(gpu_attention, "kernel_missing", lambda *arguments: None)
+    monkeypatch.setitem(gpu_attention.KERNELS, "te", crash)
     with pytest.raises(Crash):
         run()
-    found = gpu_steps.raced_attention(later)
+    found = gpu_attention.raced_attention(later)
     assert [[name for name, _ in choice.times_ms] for choice in found] == 3 * [["sdpa"]]
     # And one that ended it before anything was measured.
     (tmp_path / "attention" / "parts" / "choices.json").unlink()
-    assert gpu_steps.attention_overrides(later) == ["attention.backend=sdpa"]
+    assert gpu_attention.attention_overrides(later) == ["attention.backend=sdpa"]
     assert "takes sdpa" in capsys.readouterr().out
     variant = gpu_steps.Variant("eager", 2, compile=False)
     cfg = gpu_steps.config(later, resolution=256, variant=variant, precision={})
@@ -424,12 +426,14 @@ def test_an_attention_kernel_that_is_wrong_fails_and_is_not_chosen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
 ) -> None:
     later, run = race(tmp_path)
-    monkeypatch.setattr(gpu_steps, "RACED", ("te", "sdpa"))
-    monkeypatch.setattr(gpu_steps, "kernel_missing", lambda *arguments: None)
-    monkeypatch.setitem(gpu_steps.KERNELS, "te", lambda q, k, v: 1.01 * gpu_steps.KERNELS["sdpa"](q, k, v))
+    monkeypatch.setattr(gpu_attention, "RACED", ("te", "sdpa"))
+    monkeypatch.setattr(gpu_attention, "kernel_missing", lambda *arguments: None)
+    monkeypatch.setitem(gpu_attention.KERNELS, "te", lambda q, k, v: 1.01 * gpu_attention.KERNELS["sdpa"](q, k, v))
     with pytest.raises(CheckFailed, match="'te': 'differs from the formula by"):
         run()
-    assert [[name for name, _ in choice.times_ms] for choice in gpu_steps.raced_attention(later)] == 3 * [["sdpa"]]
+    assert [[name for name, _ in choice.times_ms] for choice in gpu_attention.raced_attention(later)] == 3 * [
+        ["sdpa"]
+    ]
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
