@@ -235,7 +235,7 @@ def optimizer(setting: Setting) -> Case:
         actions[TRITON] = made("triton")
     # Five read, four written: parameter, two moments, average.
     missing = {COMPILED: "the twin is PyTorch's fused kernel", **without_triton(setting)}
-    # The kernel's addresses come from page-locked memory of the call, which a replay would read after its end.
+    # The kernel's addresses come from page-locked memory of the call, which a replay could read after its end.
     return Case("AdamW + EMA", actions, min_bytes=9 * 4 * count, missing=missing, capturable=False)
 
 

@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import record
+from benchmarks.jobs import first_line
 from benchmarks.kernel_cases import (
     BY_OP,
     BY_OP_COMPILED,
@@ -83,7 +84,7 @@ def measure(case: Case, setting: Setting, args: argparse.Namespace) -> dict[str,
             ready[name] = captured(action, setting.device) if graph else action
         except Exception as error:
             # A compiler or a package may raise anything; the table says it and the exit code does.
-            failed[name] = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+            failed[name] = first_line(error)
     options = {"repeats": args.repeats, "device": setting.device, "launches": args.no_graphs}
     return {
         "seconds": medians_s(ready, **options) if ready else {},
