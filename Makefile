@@ -37,7 +37,7 @@ $(STAMP):
 	touch $@
 
 demo: $(STAMP)
-	$(BIN)/python launcher/demo.py
+	$(BIN)/python -m launcher.demo
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -m "not gpu and not long" -n 2 --dist loadfile --no-loadscope-reorder --durations 12 $(SIDE_BY_SIDE)

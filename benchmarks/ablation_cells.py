@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from data_pipeline.decode import centre_crop
-from data_pipeline.demo_set import SUBJECTS, crops
 from deco_scale.evaluation.statistics import Gaussian, Moments, frechet_distance
 from deco_scale.models import Denoiser, ModelConfig
 from deco_scale.objectives import Objective, ObjectiveConfig
@@ -28,6 +27,7 @@ from deco_scale.sampling.solvers import SamplerConfig, sample
 from deco_scale.training.batch import Part, Prepare
 from deco_scale.training.optimizer import AveragedAdamW
 from deco_scale.training.settings import OptimizerConfig
+from launcher.demo.dataset import SUBJECTS, crops
 
 MEASURES = {"frechet": "(lower is better)", "accuracy": "(higher is better)", "heldout": "(lower is better)"}
 """What is measured of a cell, and how to read it."""

@@ -28,17 +28,17 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import record
+from data_pipeline.config import DataConfig
 from data_pipeline.decode import DecodeMode, decode
-from data_pipeline.demo_set import SUBJECTS, photograph
-from data_pipeline.index import COLUMNS, make_index, parse_index, write_index
-from data_pipeline.loader import Loader
-from data_pipeline.order import Chunks, EpochOrder
-from data_pipeline.pack import pack
-from data_pipeline.scan import build_index, save_index
-from data_pipeline.serve import S3Server, running_server
-from data_pipeline.settings import DataConfig
-from data_pipeline.sources import read_folder
-from data_pipeline.store import ObjectInfo, open_store
+from data_pipeline.index.build import build_index, save_index
+from data_pipeline.index.format import COLUMNS, make_index, parse_index, write_index
+from data_pipeline.pack.readers import read_folder
+from data_pipeline.pack.writer import pack
+from data_pipeline.storage.base import ObjectInfo, open_store
+from data_pipeline.storage.dev_server import S3Server, running_server
+from data_pipeline.stream.loader import Loader
+from data_pipeline.stream.sampler import Chunks, EpochOrder
+from launcher.demo.dataset import SUBJECTS, photograph
 
 URL = "s3://bench/set"
 SIZE, SIDE, BATCH = (1024, 768), 256, 32

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from data_pipeline.decode import DecodeMode, Pixels, decode
-from data_pipeline.demo_set import SUBJECTS, photograph
+from launcher.demo.dataset import SUBJECTS, photograph
 
 SOURCES = ((1024, 768), (1536, 1024), (1279, 1063))
 """(Width, height) of the encoded pictures."""

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from benchmarks.parts import Timeline
 from benchmarks.plain_engine import PlainEngine
-from data_pipeline.loader import Loader
+from data_pipeline.stream.loader import Loader
 from deco_scale.config import RunConfig
 from deco_scale.environment import Environment, choose_device, start_processes
 from deco_scale.errors import ConfigError

@@ -8,7 +8,7 @@ from itertools import accumulate
 from typing import Any
 
 from data_pipeline.decode import DecodeError
-from data_pipeline.order import generator
+from data_pipeline.stream.sampler import generator
 
 JSON_FIELDS = ("captions", "caption", "text")
 """Where a ``.json`` member's captions are looked for."""

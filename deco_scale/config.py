@@ -18,7 +18,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from data_pipeline.settings import DataConfig
+from data_pipeline.config import DataConfig
 from deco_scale.errors import ConfigError
 from deco_scale.evaluation.settings import EvaluationConfig
 from deco_scale.kernels import KernelSetting

@@ -11,10 +11,10 @@ import torch
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
-from data_pipeline.embed import embed
-from data_pipeline.index import load_index
-from data_pipeline.loader import access_of, states_identity
-from data_pipeline.store import open_store
+from data_pipeline.index.format import load_index
+from data_pipeline.storage.base import open_store
+from data_pipeline.stream.loader import access_of, states_identity
+from data_pipeline.text_embeddings import embed
 from deco_scale.config import load_config
 from deco_scale.errors import ConfigError
 from deco_scale.models.encoders import EncoderError, TextEncoder, text_identity

@@ -17,10 +17,10 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
+from data_pipeline.config import DataConfig
 from data_pipeline.decode import DecodeError, decode
-from data_pipeline.loader import Loader
-from data_pipeline.settings import DataConfig
-from data_pipeline.sources import read_source
+from data_pipeline.pack.readers import read_source
+from data_pipeline.stream.loader import Loader
 from deco_scale.config import RunConfig
 from deco_scale.errors import ConfigError
 from deco_scale.evaluation.spectrum import (

@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
 BOXES = {
-    "store": (0, 3, "data_pipeline/store, index\nS3 shards, ranged reads"),
-    "order": (1, 3, "data_pipeline/order, loader\nelastic order, decoded uint8"),
+    "store": (0, 3, "data_pipeline/storage, index\nS3 shards, ranged reads"),
+    "order": (1, 3, "data_pipeline/stream\nelastic order, decoded uint8"),
     "prepare": (2, 3, "training/batch\ntime and noise by sample"),
     "encoders": (2, 4, "models/encoders\nfrozen text, DINOv2"),
     "objective": (3, 3, "objectives\npath, flow, frequency, REPA"),

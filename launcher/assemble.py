@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from data_pipeline.errors import DataError
-from data_pipeline.loader import Batch, Loader
+from data_pipeline.stream.loader import Batch, Loader
 from deco_scale.config import RunConfig, dump_config
 from deco_scale.errors import ConfigError, RunError
 from deco_scale.kernels import Kernels, choose_kernels, use_kernels

@@ -8,7 +8,7 @@ from urllib.parse import urlparse
 import google_crc32c
 
 from data_pipeline.errors import DataError, StoreError
-from data_pipeline.store import open_store
+from data_pipeline.storage.base import open_store
 from deco_scale.errors import ConfigError, RunError
 from deco_scale.training.storage import ObjectStore
 
@@ -67,7 +67,7 @@ class Objects:
     def _put(self, key: str, path: Path, crc32c: int) -> None:
         """Upload, then compare size and ETag; where the ETag is no MD5 of the bytes, read them back."""
         # Importing it imports boto3, which a trainer needs only once it has opened a store.
-        from data_pipeline.s3 import expected_etag
+        from data_pipeline.storage.s3 import expected_etag
 
         size = path.stat().st_size
         self._store.write_file(key, path)

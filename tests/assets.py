@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data_pipeline.pack import pack
-from data_pipeline.scan import build_index, save_index
-from data_pipeline.sources import read_folder
-from data_pipeline.store import open_store
+from data_pipeline.index.build import build_index, save_index
+from data_pipeline.pack.readers import read_folder
+from data_pipeline.pack.writer import pack
+from data_pipeline.storage.base import open_store
 
 WORDS = [
     "a",

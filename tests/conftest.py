@@ -18,8 +18,9 @@ os.environ["WANDB_MODE"] = "offline"
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from data_pipeline.serve import S3Server  # noqa: E402
 from deco_scale.watching import redact  # noqa: E402
+
+from data_pipeline.storage.dev_server import S3Server  # noqa: E402
 from tests import assets  # noqa: E402
 
 

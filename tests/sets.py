@@ -14,7 +14,7 @@ import webdataset
 from PIL import Image
 
 from data_pipeline.decode import DecodeError
-from data_pipeline.sources import RawSample, read_source
+from data_pipeline.pack.readers import RawSample, read_source
 
 LONG = "a very long caption " * 5000
 

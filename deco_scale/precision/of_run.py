@@ -1,6 +1,6 @@
 """What of a run's model computes in FP8."""
 
-from data_pipeline.buckets import bucket_sizes
+from data_pipeline.stream.buckets import bucket_sizes
 from deco_scale.config import RunConfig
 from deco_scale.precision.choice import Fp8Choice
 from deco_scale.precision.modules import BatchShape, Fp8Plan, plan_fp8

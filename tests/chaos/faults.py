@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from data_pipeline.serve import S3Server
+from data_pipeline.storage.dev_server import S3Server
 from deco_scale.errors import ConfigError
 from deco_scale.training.checkpoint_format import COMPLETE, STEP, verify
 from tests.chaos.cluster import Attempt, Cluster

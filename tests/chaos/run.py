@@ -22,13 +22,13 @@ from typing import Any
 from unittest import mock
 
 import yaml
-
-from data_pipeline.pack import pack
-from data_pipeline.scan import build_index, save_index
-from data_pipeline.serve import S3Server, running_server
-from data_pipeline.sources import read_folder
-from data_pipeline.store import open_store
 from deco_scale.watching.events import REQUEUE
+
+from data_pipeline.index.build import build_index, save_index
+from data_pipeline.pack.readers import read_folder
+from data_pipeline.pack.writer import pack
+from data_pipeline.storage.base import open_store
+from data_pipeline.storage.dev_server import S3Server, running_server
 from tests.assets import make_pictures_folder, make_text_encoder, tiny_config
 from tests.chaos import checks
 from tests.chaos.cluster import Attempt, Cluster, Relay, small_disk

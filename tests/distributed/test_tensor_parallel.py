@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from data_pipeline.scan import build_index, save_index
-from data_pipeline.store import open_store
+from data_pipeline.index.build import build_index, save_index
+from data_pipeline.storage.base import open_store
 from deco_scale.models import ModelConfig
 from deco_scale.objectives import Objective, ObjectiveConfig
 from deco_scale.parallel.plan import check_tp, layout_rows

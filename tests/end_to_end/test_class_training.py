@@ -9,7 +9,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from data_pipeline import cli as data_cli
+from data_pipeline.tools import cli as data_cli
 from deco_scale import cli
 from deco_scale.training.report import read_metrics
 from tests.conftest import ROOT

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from data_pipeline.errors import DataError
-from data_pipeline.index import load_index
-from data_pipeline.states import TextStates
-from data_pipeline.store import open_store
+from data_pipeline.index.format import load_index
+from data_pipeline.storage.base import open_store
+from data_pipeline.text_embeddings import TextStates
 from deco_scale import cli
 from deco_scale.config import build_config, dump_config
 from tests.assets import TEXT_TOKENS, tiny_config

@@ -13,10 +13,10 @@ import pytest
 import yaml
 from PIL import Image
 
-from data_pipeline import cli as data_cli
 from data_pipeline.errors import StoreError
-from data_pipeline.serve import S3Server
-from data_pipeline.store import open_store
+from data_pipeline.storage.base import open_store
+from data_pipeline.storage.dev_server import S3Server
+from data_pipeline.tools import cli as data_cli
 from deco_scale import cli
 from deco_scale.training.report import read_metrics
 from tests.assets import make_pictures_folder, tiny_config

@@ -18,8 +18,8 @@ from urllib.request import urlopen
 import pytest
 import yaml
 
-from data_pipeline import cli as data_cli
-from data_pipeline.serve import S3Server
+from data_pipeline.storage.dev_server import S3Server
+from data_pipeline.tools import cli as data_cli
 from deco_scale import cli
 from launcher import train
 from tests.assets import make_pictures_folder, tiny_config

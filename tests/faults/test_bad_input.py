@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from data_pipeline.serve import S3Server
+from data_pipeline.storage.dev_server import S3Server
 from tests.assets import tiny_config
 from tests.conftest import ROOT
 from tests.ports import free_port

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from data_pipeline.serve import S3Server
-from data_pipeline.store import open_store
+from data_pipeline.storage.base import open_store
+from data_pipeline.storage.dev_server import S3Server
 from deco_scale.training.checkpoint import COMPLETE, verify
 from tests.faults.crash import Process, context
 

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipeline.loader import Loader
-from data_pipeline.scan import build_index, save_index
-from data_pipeline.serve import S3Server, running_server
-from data_pipeline.settings import DataConfig
-from data_pipeline.store import open_store
+from data_pipeline.config import DataConfig
+from data_pipeline.index.build import build_index, save_index
+from data_pipeline.storage.base import open_store
+from data_pipeline.storage.dev_server import S3Server, running_server
+from data_pipeline.stream.loader import Loader
 from tests.faults.proxy import FaultProxy
 from tests.sets import tar_of
 

@@ -9,11 +9,11 @@ import psutil
 import pytest
 from PIL import Image
 
+from data_pipeline.config import DataConfig
 from data_pipeline.decode import DecodeMode
-from data_pipeline.loader import Loader
-from data_pipeline.scan import build_index, save_index
-from data_pipeline.settings import DataConfig
-from data_pipeline.store import open_store
+from data_pipeline.index.build import build_index, save_index
+from data_pipeline.storage.base import open_store
+from data_pipeline.stream.loader import Loader
 from tests.sets import tar_of
 
 SAMPLES, WARM, TOTAL, BATCH = 20_000, 40_000, 200_000, 500

@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data_pipeline.config import DataConfig
 from data_pipeline.decode import DecodeError, decode
 from data_pipeline.errors import DataError
-from data_pipeline.index import BLOCK, load_index
-from data_pipeline.loader import Loader
-from data_pipeline.scan import ScanSettings, build_index, save_index, scan_shard
-from data_pipeline.settings import DataConfig
-from data_pipeline.store import open_store
+from data_pipeline.index.build import ScanSettings, build_index, save_index, scan_shard
+from data_pipeline.index.format import BLOCK, load_index
+from data_pipeline.storage.base import open_store
+from data_pipeline.stream.loader import Loader
 from tests.sets import tar_of
 
 COUNTS = [pytest.param(250, id="some"), pytest.param(5000, id="5000", marks=pytest.mark.long)]

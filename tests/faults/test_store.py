@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from data_pipeline.errors import StoreError
-from data_pipeline.retry import FLOOR_BYTES_PER_S, Backoff, RetryBudget
-from data_pipeline.s3 import PART_BYTES
-from data_pipeline.serve import S3Server, running_server
-from data_pipeline.store import Access, Store, open_store
+from data_pipeline.storage.base import Access, Store, open_store
+from data_pipeline.storage.dev_server import S3Server, running_server
+from data_pipeline.storage.retry import FLOOR_BYTES_PER_S, Backoff, RetryBudget
+from data_pipeline.storage.s3 import PART_BYTES
 from tests.faults.proxy import FaultProxy
 
 DATA = np.random.default_rng(0).bytes(4_000_000)

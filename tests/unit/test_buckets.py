@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.buckets import NO_BUCKET, assign, bucket_sizes
+from data_pipeline.stream.buckets import NO_BUCKET, assign, bucket_sizes
 
 
 @settings(max_examples=100, deadline=None)

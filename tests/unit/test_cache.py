@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline.cache import PAUSE_S, TRAILER, DiskCache
+from data_pipeline.storage.disk_cache import PAUSE_S, TRAILER, DiskCache
 
 LARGEST = 60_000
 

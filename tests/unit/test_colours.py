@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from deco_scale.evaluation.colours import ColourClassifier
+from launcher.demo.colour_classifier import ColourClassifier
 
 
 def test_separates_colours_and_not_noise() -> None:

@@ -13,17 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from data_pipeline.config import DataConfig, Filters, Source
 from data_pipeline.errors import DataError
-from data_pipeline.index import COLUMNS, SCORE, Index, load_index, make_index
-from data_pipeline.loader import Loader
-from data_pipeline.mixture import BLOCK_POSITIONS, MixedOrder, Schedule
-from data_pipeline.order import Chunks, ElasticOrder
-from data_pipeline.pack import pack
-from data_pipeline.scan import ScanSettings, build_index, save_index
-from data_pipeline.select import select
-from data_pipeline.settings import DataConfig, Filters, Source
-from data_pipeline.sources import read_folder
-from data_pipeline.store import ObjectInfo, open_store
+from data_pipeline.index.build import ScanSettings, build_index, save_index
+from data_pipeline.index.filter import select
+from data_pipeline.index.format import COLUMNS, SCORE, Index, load_index, make_index
+from data_pipeline.pack.readers import read_folder
+from data_pipeline.pack.writer import pack
+from data_pipeline.storage.base import ObjectInfo, open_store
+from data_pipeline.stream.loader import Loader
+from data_pipeline.stream.mixture import BLOCK_POSITIONS, MixedOrder, Schedule
+from data_pipeline.stream.sampler import Chunks, ElasticOrder
 from tests.assets import make_pictures_folder
 from tests.sets import tar_of
 
@@ -74,7 +74,7 @@ def test_every_epoch_is_a_permutation(
 def test_chunks_do_not_depend_on_how_many_samples_are_looked_at_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     index = index_of([100, 7, 64, 0, 33], 900)
     wanted = Chunks.of_index(index)
-    monkeypatch.setattr("data_pipeline.order._SLICE", 17)
+    monkeypatch.setattr("data_pipeline.stream.sampler._SLICE", 17)
     found = Chunks.of_index(index)
     assert np.array_equal(found.first, wanted.first) and np.array_equal(found.size, wanted.size)
 

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipeline import cli
+from data_pipeline.config import DataConfig
 from data_pipeline.decode import DecodeMode, centre_crop, decode
-from data_pipeline.folders import class_names, read_class_folders
-from data_pipeline.index import load_index
-from data_pipeline.loader import Loader
-from data_pipeline.settings import DataConfig
-from data_pipeline.store import open_store
+from data_pipeline.index.format import load_index
+from data_pipeline.pack.class_folders import class_names, read_class_folders
+from data_pipeline.storage.base import open_store
+from data_pipeline.stream.loader import Loader
+from data_pipeline.tools import cli
 from tests.sets import kind_of, picture, samples_of
 
 NAMES = ["n01440764", "n01443537", "n09835506"]

@@ -13,7 +13,9 @@ ON_DEMAND = (
     "boto3", "botocore", "s3transfer", "wandb", "deepspeed", "megatron", "torchao", "transformer_engine",
     "flash_attn", "triton", "transformers", "gradio", "matplotlib", "pyarrow", "webdataset",
 )  # fmt: skip
-MODULES = ("launcher.train", "launcher.assemble", "deco_scale.cli", "data_pipeline.cli", "checkpoints_tools.cli")
+MODULES = (
+    "launcher.train", "launcher.assemble", "deco_scale.cli", "data_pipeline.tools.cli", "checkpoints_tools.cli",
+)  # fmt: skip
 
 
 def run(program: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

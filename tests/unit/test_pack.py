@@ -15,13 +15,14 @@ import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline import cli
 from data_pipeline.captions import parse_captions
 from data_pipeline.errors import DataError, StoreError
-from data_pipeline.index import load_index
-from data_pipeline.pack import MANIFEST_KEY, MARK_KEY, OccupiedError, pack
-from data_pipeline.sources import make_sample, read_source
-from data_pipeline.store import LocalStore, open_store
+from data_pipeline.index.format import load_index
+from data_pipeline.pack.readers import make_sample, read_source
+from data_pipeline.pack.writer import MANIFEST_KEY, MARK_KEY, OccupiedError, pack
+from data_pipeline.storage.base import open_store
+from data_pipeline.storage.local import LocalStore
+from data_pipeline.tools import cli
 from tests.sets import (
     LONG,
     PICTURE,

@@ -9,7 +9,7 @@ from typing import Any, cast
 import pytest
 import torch
 
-from data_pipeline.serve import S3Server
+from data_pipeline.storage.dev_server import S3Server
 from deco_scale.config import build_config
 from deco_scale.errors import ConfigError, RunError
 from deco_scale.training import checkpoint

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from data_pipeline.serve import S3Server
+from data_pipeline.storage.dev_server import S3Server
 from deco_scale.training import checkpoint
 from deco_scale.training.checkpoint import Checkpoints, read_meta
 from deco_scale.training.engine import Engine

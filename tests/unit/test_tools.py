@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data_pipeline import cli, show
-from data_pipeline.index import COLUMNS, load_index, make_index
-from data_pipeline.pack import MANIFEST_KEY
-from data_pipeline.store import ObjectInfo, open_store
-from data_pipeline.verify import verify
+from data_pipeline.index.format import COLUMNS, load_index, make_index
+from data_pipeline.pack.verify import verify
+from data_pipeline.pack.writer import MANIFEST_KEY
+from data_pipeline.storage.base import ObjectInfo, open_store
+from data_pipeline.tools import cli, inspect
 from tests.sets import (
     PICTURE,
     files_form,
@@ -113,7 +113,7 @@ def test_verify_finds_a_wrong_sha256_and_a_shard_without_end(packed: Path) -> No
 
 def test_verify_reads_in_pieces_of_any_size(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for size in (512, 1536, 4096):
-        monkeypatch.setattr("data_pipeline.verify.PIECE_BYTES", size)
+        monkeypatch.setattr("data_pipeline.pack.verify.PIECE_BYTES", size)
         report = verify(open_store(str(packed)), decode_pictures=True)
         assert not report.problems and report.decoded == 12
 
@@ -149,17 +149,17 @@ def test_summary_is_numpys(sides: list[tuple[int, int]]) -> None:
     columns: dict[str, Any] = {name: np.zeros(len(sides), dtype) for name, dtype in COLUMNS.items()}
     columns["height"], columns["width"] = np.array(sides).T
     columns["length"][:] = 3
-    summary = show.summarise(make_index([ObjectInfo("a.tar", 1, "")], [len(sides)], columns))
+    summary = inspect.summarise(make_index([ObjectInfo("a.tar", 1, "")], [len(sides)], columns))
     short = np.array(sides).min(axis=1)
     for share in (0, 0.05, 0.5, 1):
-        assert show.quantile(summary.sides, share) == np.quantile(short, share, method="inverted_cdf")
+        assert inspect.quantile(summary.sides, share) == np.quantile(short, share, method="inverted_cdf")
     assert summary.aspects.sum() == summary.sizes.sum() == summary.kinds["txt"] == len(sides)
 
 
 def test_captions_are_wrapped_into_their_tile() -> None:
-    font = show._font(15)
+    font = inspect._font(15)
     for texts in (["x" * 500], ["a b " * 300], ["short"], ["one", "two"], [str(i) for i in range(9)]):
-        rows = show._wrap(texts, font, 256, 5)
+        rows = inspect._wrap(texts, font, 256, 5)
         assert 1 <= len(rows) <= 5 and all(font.getlength(row) <= 256 for row in rows)
         assert rows[-1].endswith("...") == (len(" ".join(texts)) > 20 or len(texts) > 5)
 

@@ -20,8 +20,7 @@ import numpy as np
 from data_pipeline.captions import JSON_FIELDS, json_numbers, parse_captions, parse_label
 from data_pipeline.decode import DecodeError, picture_size
 from data_pipeline.errors import DataError
-from data_pipeline.fleet import over_processes
-from data_pipeline.index import (
+from data_pipeline.index.format import (
     BLOCK,
     COLUMNS,
     INDEX_KEY,
@@ -33,7 +32,8 @@ from data_pipeline.index import (
     parse_index,
     write_index,
 )
-from data_pipeline.store import Access, ObjectInfo, Store
+from data_pipeline.process_pool import over_processes
+from data_pipeline.storage.base import Access, ObjectInfo, Store
 
 PARTIAL_KEY = "index.partial"
 """What a scan has done so far; removed when it is done."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.order import ElasticOrder, generator
+from data_pipeline.stream.sampler import ElasticOrder, generator
 
 BLOCK_POSITIONS = 1 << 12
 """Positions in which every source gets its exact number of places."""

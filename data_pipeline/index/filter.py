@@ -4,9 +4,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from data_pipeline.config import Filters
 from data_pipeline.errors import DataError
-from data_pipeline.index import IS_LABEL, SCORE, Index
-from data_pipeline.settings import Filters
+from data_pipeline.index.format import IS_LABEL, SCORE, Index
 
 _SLICE = 4 * 2**20
 

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from data_pipeline.errors import DataError
-from data_pipeline.order import generator
-from data_pipeline.sources import RawSample, make_sample, pictures_below, read_pictures
+from data_pipeline.pack.readers import RawSample, make_sample, pictures_below, read_pictures
+from data_pipeline.stream.sampler import generator
 
 _ORDER_KEY = 9
 

@@ -15,9 +15,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from data_pipeline.errors import DataError
-from data_pipeline.index import INDEX_KEY
-from data_pipeline.sources import RawSample
-from data_pipeline.store import Store
+from data_pipeline.index.format import INDEX_KEY
+from data_pipeline.pack.readers import RawSample
+from data_pipeline.storage.base import Store
 
 MANIFEST_KEY = "shards.json"
 CLASSES_KEY = "classes.txt"

@@ -15,10 +15,10 @@ import google_crc32c
 from data_pipeline.captions import parse_captions, parse_label
 from data_pipeline.decode import PILLOW_PIXELS, DecodeError, decode, picture_size
 from data_pipeline.errors import StoreError
-from data_pipeline.fleet import over_processes
-from data_pipeline.index import BLOCK, Index, Location, load_index
-from data_pipeline.pack import MANIFEST_KEY
-from data_pipeline.store import Access, ObjectInfo, Store
+from data_pipeline.index.format import BLOCK, Index, Location, load_index
+from data_pipeline.pack.writer import MANIFEST_KEY
+from data_pipeline.process_pool import over_processes
+from data_pipeline.storage.base import Access, ObjectInfo, Store
 
 PIECE_BYTES = 8 * 2**20
 LISTED_PER_SHARD = 20

@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 from data_pipeline.captions import MAX_TEXT_BYTES, parse_captions, parse_label
 from data_pipeline.decode import DecodeError, picture_size
 from data_pipeline.errors import DataError
-from data_pipeline.scan import IMAGE_SUFFIXES, MAX_SAMPLE_BYTES, TEXT_SUFFIXES, ShardFile, shard_samples
-from data_pipeline.store import Access, ObjectInfo, Store, open_store
+from data_pipeline.index.build import IMAGE_SUFFIXES, MAX_SAMPLE_BYTES, TEXT_SUFFIXES, ShardFile, shard_samples
+from data_pipeline.storage.base import Access, ObjectInfo, Store, open_store
 
 IMAGE_COLUMNS = ("image", "jpg", "png", "image_bytes", "image_path", "path")
 CAPTION_FIELDS = ("captions", "caption", "text", "txt", "long_caption", "short_caption")
@@ -230,7 +230,7 @@ def _from_members(name: str, image: bytes, texts: Mapping[str, bytes | None]) ->
 
 
 def read_tars(store: Store, skipped: list[str], *, only: str | None = None) -> Iterator[RawSample]:
-    """Samples of all ``.tar`` objects, or of ``only`` one, as :mod:`data_pipeline.scan` finds them."""
+    """Samples of all ``.tar`` objects, or of ``only`` one, as :mod:`data_pipeline.index.build` finds them."""
     for shard in store.list():
         if shard.key.endswith(".tar") and only in (None, shard.key):
             yield from _read_tar(store, shard, skipped)

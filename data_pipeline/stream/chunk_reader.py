@@ -14,12 +14,12 @@ from dataclasses import dataclass
 import google_crc32c
 import numpy as np
 
-from data_pipeline.cache import DiskCache
 from data_pipeline.errors import DataError
-from data_pipeline.index import Index, Location
-from data_pipeline.order import Chunks, ElasticOrder
-from data_pipeline.states import TextStates
-from data_pipeline.store import ObjectInfo, Store
+from data_pipeline.index.format import Index, Location
+from data_pipeline.storage.base import ObjectInfo, Store
+from data_pipeline.storage.disk_cache import DiskCache
+from data_pipeline.stream.sampler import Chunks, ElasticOrder
+from data_pipeline.text_embeddings import TextStates
 
 CRC_ATTEMPTS = 12
 """Fetches of a chunk that does not match the index before that is believed."""

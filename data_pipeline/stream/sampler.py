@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.index import BLOCK, Index
+from data_pipeline.index.format import BLOCK, Index
 
 CHUNK_SAMPLES = 32
 CHUNK_BYTES = 8 * 2**20

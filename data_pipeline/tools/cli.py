@@ -24,17 +24,17 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from data_pipeline.bench import Measurement, measure
 from data_pipeline.errors import DataError
-from data_pipeline.folders import class_names, read_class_folders
-from data_pipeline.index import load_index
-from data_pipeline.pack import OccupiedError, pack
-from data_pipeline.scan import TEXT_SUFFIXES, ScanSettings, build_index, save_index
-from data_pipeline.serve import running_server
-from data_pipeline.show import draw_contact_sheet, draw_histograms, facts, human_bytes, summarise
-from data_pipeline.sources import read_source
-from data_pipeline.store import Access, open_store
-from data_pipeline.verify import verify
+from data_pipeline.index.build import TEXT_SUFFIXES, ScanSettings, build_index, save_index
+from data_pipeline.index.format import load_index
+from data_pipeline.pack.class_folders import class_names, read_class_folders
+from data_pipeline.pack.readers import read_source
+from data_pipeline.pack.verify import verify
+from data_pipeline.pack.writer import OccupiedError, pack
+from data_pipeline.storage.base import Access, open_store
+from data_pipeline.storage.dev_server import running_server
+from data_pipeline.tools.bench import Measurement, measure
+from data_pipeline.tools.inspect import draw_contact_sheet, draw_histograms, facts, human_bytes, summarise
 
 LISTED = 20
 """Problems listed by name; the rest are counted."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image, ImageOps
 
 from data_pipeline.errors import DataError
-from data_pipeline.order import generator
+from data_pipeline.stream.sampler import generator
 
 CROP_SIDE = 64
 """Side of the stored crops in pixels, twice what the demo trains at."""

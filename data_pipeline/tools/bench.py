@@ -5,10 +5,10 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from data_pipeline.config import DataConfig
 from data_pipeline.decode import DecodeMode
-from data_pipeline.loader import Loader
-from data_pipeline.settings import DataConfig
-from data_pipeline.store import Access
+from data_pipeline.storage.base import Access
+from data_pipeline.stream.loader import Loader
 
 BATCH = 32
 _GAUGES = ("queue_ready", "chunks_held", "bytes_held")

@@ -1,6 +1,6 @@
 """The index of a data set: where each sample lies in its shard, and what is known of it.
 
-Made once (``deco-data index``, :mod:`data_pipeline.scan`) and kept beside the shards as
+Made once (``deco-data index``, :mod:`data_pipeline.index.build`) and kept beside the shards as
 ``index.safetensors``: columns of NumPy numbers, 34 bytes a sample, and a JSON header. It is mapped into
 memory, so that the processes of a node share one copy.
 """
@@ -20,7 +20,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from data_pipeline.errors import DataError
-from data_pipeline.store import ObjectInfo, Store
+from data_pipeline.storage.base import ObjectInfo, Store
 
 INDEX_KEY = "index.safetensors"
 VERSION = 2

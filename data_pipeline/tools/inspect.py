@@ -20,9 +20,9 @@ from PIL import Image, ImageDraw, ImageFont
 from data_pipeline.captions import parse_captions, parse_label
 from data_pipeline.decode import PILLOW_PIXELS, DecodeError, decode
 from data_pipeline.errors import DataError
-from data_pipeline.index import BLOCK, IS_JSON, IS_LABEL, SCORE, Index, Location
-from data_pipeline.order import generator
-from data_pipeline.store import Store
+from data_pipeline.index.format import BLOCK, IS_JSON, IS_LABEL, SCORE, Index, Location
+from data_pipeline.storage.base import Store
+from data_pipeline.stream.sampler import generator
 
 Counts = np.ndarray[Any, np.dtype[np.int64]]
 

@@ -8,7 +8,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
 from data_pipeline.errors import DataError
-from data_pipeline.store import Access, Store, open_store
+from data_pipeline.storage.base import Access, Store, open_store
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -19,21 +19,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+import numpy as np
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
 
-import numpy as np  # noqa: E402
-from PIL import Image  # noqa: E402
-from rich.console import Console  # noqa: E402
-from rich.table import Table  # noqa: E402
+from data_pipeline.decode import centre_crop
+from data_pipeline.errors import DataError
+from data_pipeline.storage.dev_server import running_server
+from deco_scale.config import load_config
+from launcher.demo.colour_classifier import ColourClassifier
+from launcher.demo.dataset import SUBJECTS, TEMPLATES, crops, write_demo_folder
 
-from data_pipeline.decode import centre_crop  # noqa: E402
-from data_pipeline.demo_set import SUBJECTS, TEMPLATES, crops, write_demo_folder  # noqa: E402
-from data_pipeline.errors import DataError  # noqa: E402
-from data_pipeline.serve import running_server  # noqa: E402
-from deco_scale.config import load_config  # noqa: E402
-from deco_scale.evaluation.colours import ColourClassifier  # noqa: E402
-
+ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "configs" / "t2i_tiny.yaml"
 PER_SUBJECT = 250
 PICTURES = 64
@@ -79,7 +77,9 @@ def _prepare_data(out: Path, environment: dict[str, str], console: Console) -> N
     console.rule("1. data: ten photographs to captioned crops, packed into S3")
     count = write_demo_folder(out / "crops", per_subject=PER_SUBJECT)
     console.print(f"{count} crops of {len(SUBJECTS)} subjects, {len(TEMPLATES)} captions each")
-    _python("data_pipeline.cli", "pack", out / "crops", "s3://demo/crops", "--shard-mb", "2", env=environment)
+    _python(
+        "data_pipeline.tools.cli", "pack", out / "crops", "s3://demo/crops", "--shard-mb", "2", env=environment
+    )
 
 
 def _train(out: Path, processes: int, environment: dict[str, str], console: Console) -> None:

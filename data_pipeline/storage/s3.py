@@ -24,8 +24,8 @@ import urllib3.exceptions
 from botocore.config import Config
 
 from data_pipeline.errors import DataError, StoreError
-from data_pipeline.retry import Backoff, RetryBudget
-from data_pipeline.store import Access, ObjectInfo
+from data_pipeline.storage.base import Access, ObjectInfo
+from data_pipeline.storage.retry import Backoff, RetryBudget
 
 PIECE_BYTES = 1 << 20
 PART_BYTES = 16 << 20
@@ -106,7 +106,7 @@ class _Refused(StoreError):
 
 
 class S3Store:
-    """See :class:`data_pipeline.store.Store`; threads share its connections and its budget of retries."""
+    """See :class:`data_pipeline.storage.base.Store`; threads share its connections and its budget of retries."""
 
     def __init__(self, url: str, access: Access, budget: RetryBudget) -> None:
         parsed = urlparse(url)
@@ -123,7 +123,7 @@ class S3Store:
         self._client = self._connect()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        from data_pipeline.store import open_store
+        from data_pipeline.storage.base import open_store
 
         return open_store, (self.url, self._access)
 

@@ -14,20 +14,20 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.buckets import assign, bucket_sizes
-from data_pipeline.cache import DiskCache
 from data_pipeline.captions import PREFIXES, choose_caption, parse_captions, parse_label, texts_of
+from data_pipeline.config import DataConfig
 from data_pipeline.decode import DecodeError, decode
 from data_pipeline.errors import DataError
-from data_pipeline.index import BLOCK, Index, load_index
-from data_pipeline.mixture import MixedOrder, Place
-from data_pipeline.order import CHUNK_SAMPLES, ElasticOrder, generator
-from data_pipeline.reader import ChunkReader, RawSample, Shelf
-from data_pipeline.retry import RetryBudget
-from data_pipeline.select import select
-from data_pipeline.settings import DataConfig
-from data_pipeline.states import StatesIdentity, TextStates, unpack_states
-from data_pipeline.store import Access, Store, open_store
+from data_pipeline.index.filter import select
+from data_pipeline.index.format import BLOCK, Index, load_index
+from data_pipeline.storage.base import Access, Store, open_store
+from data_pipeline.storage.disk_cache import DiskCache
+from data_pipeline.storage.retry import RetryBudget
+from data_pipeline.stream.buckets import assign, bucket_sizes
+from data_pipeline.stream.chunk_reader import ChunkReader, RawSample, Shelf
+from data_pipeline.stream.mixture import MixedOrder, Place
+from data_pipeline.stream.sampler import CHUNK_SAMPLES, ElasticOrder, generator
+from data_pipeline.text_embeddings import StatesIdentity, TextStates, unpack_states
 
 STATE_VERSION = 2
 REPLACEMENTS = 8

@@ -1,0 +1,1 @@
+"""Shards: reading sources, writing, verifying."""

@@ -1,0 +1,1 @@
+"""Objects by key: the interface, local folders, S3, a disk cache."""

@@ -1,0 +1,1 @@
+"""Samples of a run in their order: sampler, mixture, chunk reader, loader."""

@@ -1,0 +1,1 @@
+"""The ``deco-data`` command."""
