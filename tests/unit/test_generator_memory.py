@@ -61,7 +61,7 @@ def test_negative_prompt_is_kept_until_its_last_image() -> None:
 
 
 def test_memory_does_not_grow_with_the_number_of_images() -> None:
-    """Of 20 images that the caller throws away, the generator never holds more than this batch and the last one."""
+    """Of 20 images that the caller throws away, the generator holds at most this batch and the last one."""
     memory = TextMemory()
     jobs = [Job(f"text {seed}", seed=seed) for seed in range(20)]
     drawn = generator_of(memory).pictures(jobs, size=(4, 4), sampler=SamplerConfig(num_steps=2), batch=1)

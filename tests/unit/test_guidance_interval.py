@@ -30,7 +30,7 @@ def guided_times(cfg: SamplerConfig) -> tuple[list[float], list[float]]:
 def test_guidance_max_on_a_grid_time_is_excluded_by_adams_and_included_by_others(
     solver: dict[str, Any], num_steps: int, node: int
 ) -> None:
-    """``guidance_max`` as a user writes it, 0.5, 0.6 or 0.7; in fp32 the last two are above and below their float64."""
+    """``guidance_max`` as a user writes it: 0.5, 0.6 (rounded up in fp32) or 0.7 (rounded down)."""
     cfg = SamplerConfig(
         num_steps=num_steps, guidance=2.0, guidance_max=node / num_steps, timestep_shift=1.0, **solver
     )
