@@ -13,7 +13,7 @@ from rich.console import Console
 
 from data_pipeline.errors import DataError
 from deco_scale.errors import ConfigError, RunError
-from deco_scale.watching.redact import scrub
+from deco_scale.observability.redact import scrub
 
 COMMANDS = {
     "sample": ("deco_scale.sample_command", "pictures from a checkpoint's EMA weights"),

@@ -26,6 +26,8 @@ from deco_scale.models import ModelConfig
 from deco_scale.models.attention import AttentionBackend
 from deco_scale.models.encoder_settings import ImageEncoderConfig, TextEncoderConfig
 from deco_scale.objectives import ObjectiveConfig
+from deco_scale.observability.config import MonitorConfig
+from deco_scale.observability.redact import REMOVED, is_secret_name, looks_secret, redacted, scrub
 from deco_scale.parallel.layout import ParallelConfig
 from deco_scale.precision import PrecisionConfig
 from deco_scale.sampling import SamplerConfig
@@ -38,8 +40,6 @@ from deco_scale.training.settings import (
     WandbConfig,
 )
 from deco_scale.watchdog.settings import WatchdogConfig
-from deco_scale.watching.redact import REMOVED, looks_secret, redacted, scrub, telling
-from deco_scale.watching.settings import MonitorConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -128,7 +128,7 @@ class RunConfig:
         beyond = [c for c in self.samples.classes if not 0 <= c < self.model.num_classes]
         if beyond:
             raise ValueError(f"samples.classes: {beyond[0]} is not in 0..{self.model.num_classes - 1}")
-        if self.data.has_text_states and (not is_text or any(stage.data for stage in self.stages)):
+        if self.data.has_text_embeddings and (not is_text or any(stage.data for stage in self.stages)):
             raise ValueError("data.text_states are for text models, and for stages without data of their own")
         if self.objective.repa_weight > 0 and self.image_encoder is None:
             raise ValueError("image_encoder is missing: objective.repa_weight > 0 needs DINOv2")
@@ -211,7 +211,7 @@ def _secret_keys(value: Any, key: str = "", *, named: bool = False) -> Iterator[
             if looks_secret("", str(name)):
                 yield f"a key of {key or 'the configuration'}"
             else:
-                yield from _secret_keys(item, below, named=named or telling(str(name)))
+                yield from _secret_keys(item, below, named=named or is_secret_name(str(name)))
     elif isinstance(value, list):
         for position, item in enumerate(value):
             yield from _secret_keys(item, f"{key}.{position}", named=named)
@@ -297,7 +297,9 @@ def _explain(error: Any) -> str:
     message = error["msg"].removeprefix("Value error, ")
     if kind == "value_error":
         return f"{key}: {message}" if error["loc"] else message
-    shown = REMOVED if isinstance(value, str) and any(telling(part) for part in location) else redacted(value)
+    shown = (
+        REMOVED if isinstance(value, str) and any(is_secret_name(part) for part in location) else redacted(value)
+    )
     return f"{key}={shown!r} is not allowed: {message[0].lower()}{message[1:]}"
 
 

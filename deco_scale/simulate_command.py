@@ -15,6 +15,8 @@ from rich.table import Table
 
 from deco_scale.config import RunConfig
 from deco_scale.errors import ConfigError
+from deco_scale.observability.events import is_number
+from deco_scale.observability.run_dir import RunDir
 from deco_scale.planning.forecast import Plan
 from deco_scale.planning.goodput import (
     DAY_S,
@@ -31,8 +33,6 @@ from deco_scale.planning.goodput import (
 )
 from deco_scale.planning.hardware import GPUS_PER_NODE
 from deco_scale.planning.measured import read_results
-from deco_scale.watching.events import is_number
-from deco_scale.watching.folder import RunFolder
 
 SIZES = tuple(2**n for n in range(3, 13))
 """GPUs of the table, 8 to 4,096; the number asked for is added."""
@@ -145,15 +145,15 @@ def _mtbf(args: argparse.Namespace) -> tuple[Callable[[int], float], str]:
     return lambda gpus: args.mtbf_hours * HOUR_S / -(-gpus // size), f"one in {args.mtbf_hours:,g} h of one {name}"
 
 
-def _read_run(path: Path) -> RunFolder:
-    folder = RunFolder(path)
+def _read_run(path: Path) -> RunDir:
+    folder = RunDir(path)
     folder.refresh()
     if not folder.events:
         raise ConfigError(f"--from-run {path}: no events.jsonl with events in it")
     return folder
 
 
-def _seconds(args: argparse.Namespace, folder: RunFolder | None) -> dict[str, Source]:
+def _seconds(args: argparse.Namespace, folder: RunDir | None) -> dict[str, Source]:
     """Each time of :data:`PUBLISHED` and where it is from: the option, the run, or what is published."""
     measured = measured_seconds(folder) if folder is not None else {}
     found: dict[str, Source] = {}
@@ -168,7 +168,7 @@ def _seconds(args: argparse.Namespace, folder: RunFolder | None) -> dict[str, So
     return found
 
 
-def measured_seconds(folder: RunFolder) -> dict[str, float]:
+def measured_seconds(folder: RunDir) -> dict[str, float]:
     """Means of a run's saves, their stalls, and its restarts, as far as it had any; the model adds them up.
 
     A restart is counted from the last sign of life of an attempt to the end of the next first step, whichever
@@ -179,13 +179,13 @@ def measured_seconds(folder: RunFolder) -> dict[str, float]:
     if saves:
         found["checkpoint_s"] = statistics.fmean(event.fields["total_s"] for event in saves)
         found["stall_s"] = statistics.fmean(event.fields["stall_s"] for event in saves)
-    accounting = folder.accounting(max(event.time for event in folder.events))
+    accounting = folder.goodput(max(event.time for event in folder.events))
     trained = [a for a in (accounting.attempts if accounting else ()) if a.to_step is not None]
     restarts = []
     for before, after in itertools.pairwise(trained):
-        first = [e.time for e in folder.events if e.kind == "first_step" and e.time >= after.began]
+        first = [e.time for e in folder.events if e.kind == "first_step" and e.time >= after.start]
         if before.exit_code != 0 and first:
-            restarts.append(first[0] - before.last_sign)
+            restarts.append(first[0] - before.last_active)
     if restarts:
         found["restart_s"] = statistics.fmean(restarts)
     return found
@@ -195,7 +195,7 @@ def _step_times(
     cfg: RunConfig,
     args: argparse.Namespace,
     gpus: int,
-    folder: RunFolder | None,
+    folder: RunDir | None,
     fastest: Callable[[int], Plan] | None,
 ) -> StepTimes:
     ways = [args.step_s is not None, args.measured is not None, fastest is not None]
@@ -242,7 +242,7 @@ def _of_results(cfg: RunConfig, path: Path) -> list[float]:
     return found
 
 
-def _of_run(cfg: RunConfig, folder: RunFolder) -> list[float]:
+def _of_run(cfg: RunConfig, folder: RunDir) -> list[float]:
     worlds = [event.fields["world_size"] for event in folder.events if event.kind == "start"]
     found = []
     for stage in cfg.stages:
@@ -250,7 +250,7 @@ def _of_run(cfg: RunConfig, folder: RunFolder) -> list[float]:
         times = [line["step_s"] for line in lines if is_number(line.get("step_s"))]
         if not times or len(set(worlds)) != 1:
             raise ConfigError(
-                f"--from-run {folder.folder}: needs logged steps of stage {stage.name!r}, on one number of ranks"
+                f"--from-run {folder.path}: needs logged steps of stage {stage.name!r}, on one number of ranks"
             )
         found.append(statistics.median(times) * worlds[0])
     return found

@@ -11,8 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from deco_scale.errors import ConfigError
-from deco_scale.watching.folder import RunFolder
-from deco_scale.watching.summary import ASCII_BARS, BARS, Row, rows
+from deco_scale.observability.run_dir import RunDir
+from deco_scale.observability.summary import ASCII_BARS, BARS, Row, summary_rows
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,20 +33,20 @@ def run(args: argparse.Namespace, console: Console) -> int:
         raise ConfigError(f"{args.run} is not a folder; give the run.dir of a configuration")
     if args.once and not args.run.exists():
         raise ConfigError(f"{args.run}: no such folder; give the run.dir of a configuration")
-    folder = RunFolder(args.run)
+    run_dir = RunDir(args.run)
     if args.once:
-        _print(_look(folder, console), console)
+        _print(_look(run_dir, console), console)
     elif console.is_terminal:
-        _live(folder, console, args.every)
+        _live(run_dir, console, args.every)
     else:
-        _lines(folder, console, args.every)
+        _lines(run_dir, console, args.every)
     return 0
 
 
-def _look(folder: RunFolder, console: Console) -> list[Row]:
-    folder.refresh()
+def _look(run_dir: RunDir, console: Console) -> list[Row]:
+    run_dir.refresh()
     bars = BARS if console.is_terminal and console.encoding.lower().startswith("utf") else ASCII_BARS
-    return rows(folder, now=time.time(), bars=bars)
+    return summary_rows(run_dir, now=time.time(), bars=bars)
 
 
 def _panel(shown: list[Row]) -> Panel:
@@ -66,19 +66,19 @@ def _print(shown: list[Row], console: Console) -> None:
         console.print(f"{label}: {value}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _live(folder: RunFolder, console: Console, every: float) -> None:
-    with Live(_panel(_look(folder, console)), console=console, auto_refresh=False) as live:
+def _live(run_dir: RunDir, console: Console, every: float) -> None:
+    with Live(_panel(_look(run_dir, console)), console=console, auto_refresh=False) as live:
         while True:
             time.sleep(every)
-            live.update(_panel(_look(folder, console)), refresh=True)
+            live.update(_panel(_look(run_dir, console)), refresh=True)
 
 
-def _lines(folder: RunFolder, console: Console, every: float) -> None:
+def _lines(run_dir: RunDir, console: Console, every: float) -> None:
     """Without a terminal all rows each time that a file has grown."""
     seen = None
     while True:
-        shown = _look(folder, console)
-        size = (len(folder.metrics), len(folder.events), folder.quarantined)
+        shown = _look(run_dir, console)
+        size = (len(run_dir.metrics), len(run_dir.events), run_dir.quarantined)
         if size != seen:
             _print(shown, console)
             seen = size

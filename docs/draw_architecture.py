@@ -25,7 +25,7 @@ BOXES = {
     "tools": (4, 1, "checkpoints_tools\nthe release's names"),
     "launcher": (1, 0, "launcher/train.py\nwires all of it"),
     "evaluation": (4, 0, "evaluation, page\nFID, GenEval, spectrum, demo"),
-    "watching": (0, 2, "watching\ndeco watch, deco report"),
+    "observability": (0, 2, "observability\ndeco watch, deco report"),
     "cli": (3, 0, "deco_scale/cli.py\ndeco sample, evaluate, demo"),
     "watchdog": (2, 0, "watchdog\na companion beside each rank"),
     "config": (0, 0, "config.py + configs/\nstrict YAML"),
@@ -35,7 +35,7 @@ ARROWS = [
     ("objective", "denoiser"), ("denoiser", "decoder"), ("engine", "denoiser"), ("precision", "engine"),
     ("step", "engine"), ("step", "checkpoint"), ("step", "report"), ("checkpoint", "sampling"),
     ("tools", "sampling"), ("launcher", "step"), ("config", "launcher"), ("cli", "sampling"),
-    ("sampling", "evaluation"), ("report", "watching"), ("launcher", "watchdog"),
+    ("sampling", "evaluation"), ("report", "observability"), ("launcher", "watchdog"),
 ]  # fmt: skip
 WIDTH, HEIGHT, STEP_X, STEP_Y = 2.5, 0.62, 2.9, 1.05
 

@@ -34,6 +34,10 @@ from deco_scale.environment import (
 from deco_scale.errors import ConfigError, RunError, Stopped
 from deco_scale.kernels import choose_kernels
 from deco_scale.models.attention import check_backend
+from deco_scale.observability import redact
+from deco_scale.observability.events import REQUEUE, Event, append_event
+from deco_scale.observability.redact import scrub
+from deco_scale.observability.webhooks import check_webhook
 from deco_scale.parallel.layout import resolve_layout
 from deco_scale.parallel.plan import check_tp
 from deco_scale.training.checkpoint import Checkpoints
@@ -42,9 +46,6 @@ from deco_scale.training.meter import memory_bytes
 from deco_scale.training.processes import from_first
 from deco_scale.training.stopping import StopRequest
 from deco_scale.watchdog.watchdog import NoWatchdog, Watchdog
-from deco_scale.watching import alerts, redact
-from deco_scale.watching.events import REQUEUE, Event, append_event
-from deco_scale.watching.redact import scrub
 from launcher.assemble import assemble, derive_stages, fp8_plan_of, save_config
 from launcher.objects import open_objects
 
@@ -215,7 +216,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if env.rank == 0:
                 print(dump_config(cfg), end="")
             return 0
-        alerts.check(cfg.monitor)
+        check_webhook(cfg.monitor)
         folder = Path(cfg.run.dir)
         stop = StopRequest()
         stop.install()

@@ -18,7 +18,7 @@ os.environ["WANDB_MODE"] = "offline"
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from deco_scale.watching import redact  # noqa: E402
+from deco_scale.observability import redact  # noqa: E402
 
 from data_pipeline.storage.dev_server import S3Server  # noqa: E402
 from tests import assets  # noqa: E402
@@ -35,8 +35,8 @@ def nothing_is_left_for_the_next_module() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def no_secret_is_left_for_the_next_test(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a test conceals, Hypothesis' words among it, would be taken out of the texts of all later ones."""
-    monkeypatch.setattr(redact, "_concealed", set())
+    """What a test registers, Hypothesis' words among it, would be taken out of the texts of all later ones."""
+    monkeypatch.setattr(redact, "_registered", set())
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ Everything that is written or shown here has been scrubbed of secrets.
 """
 
 import json
+import logging
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,26 +14,26 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from deco_scale.errors import RunError
-from deco_scale.training.lines import Lines
+from deco_scale.observability.config import MonitorConfig
+from deco_scale.observability.curves import save_curves_png
+from deco_scale.observability.events import EVENTS, Event
+from deco_scale.observability.goodput import CLASSES
+from deco_scale.observability.jsonl import JsonlTailer, JsonlWriter
+from deco_scale.observability.prometheus import PrometheusExporter
+from deco_scale.observability.redact import redacted, redacted_fields, scrub
+from deco_scale.observability.run_dir import METRICS, RunDir
+from deco_scale.observability.webhooks import AlertSender
 from deco_scale.training.settings import WandbConfig
 from deco_scale.training.tracking import Tracking
-from deco_scale.watching.accounting import CLASSES
-from deco_scale.watching.alerts import Alerts
-from deco_scale.watching.events import EVENTS, Event
-from deco_scale.watching.folder import RunFolder
-from deco_scale.watching.follow import JsonLines
-from deco_scale.watching.prometheus import Metrics
-from deco_scale.watching.redact import redacted, redacted_fields, scrub
-from deco_scale.watching.settings import MonitorConfig
 
-METRICS, LOG, CURVES = "metrics.jsonl", "log.txt", "curves.png"
+LOG, CURVES = "log.txt", "curves.png"
 
 
 class Reporter:
     """Writes on rank 0 and is silent elsewhere.
 
-    wandb, Prometheus and alerts that do not work are told of and do not stop training; :func:`alerts.check
-    <deco_scale.watching.alerts.check>` finds a wrong ``monitor`` before.
+    wandb, Prometheus and alerts that do not work are warned of and do not stop training;
+    :func:`~deco_scale.observability.webhooks.check_webhook` finds a wrong ``monitor`` before.
     """
 
     def __init__(
@@ -52,12 +53,15 @@ class Reporter:
         self._progress: Progress | None = None
         self._task: Any = None
         self._tracking: Tracking | None = None
-        self._metrics_server: Metrics | None = None
-        self._alerts: Alerts | None = None
+        self._metrics_server: PrometheusExporter | None = None
+        self._alerts: AlertSender | None = None
         self._open = ExitStack()
         if not active:
             return
         self._log, self._metrics, self._events = (self._lines(folder / n) for n in (LOG, METRICS, EVENTS))
+        handler, package = _ConsoleHandler(self), logging.getLogger("deco_scale")
+        package.addHandler(handler)
+        self._open.callback(package.removeHandler, handler)
         self._start_monitor(monitor or MonitorConfig())
         if self._console.is_terminal:
             self._progress = Progress(
@@ -75,8 +79,8 @@ class Reporter:
         if self._progress is not None:
             self._open.callback(self._progress.stop)
 
-    def _lines(self, path: Path) -> Lines:
-        lines = Lines(path, self._show)
+    def _lines(self, path: Path) -> JsonlWriter:
+        lines = JsonlWriter(path)
         self._open.callback(lines.close)
         return lines
 
@@ -86,13 +90,13 @@ class Reporter:
 
     def _start_monitor(self, cfg: MonitorConfig) -> None:
         if cfg.webhook_env is not None:
-            self._alerts = Alerts(cfg.webhook_env, run=self._folder.resolve().name)
-            self._open.callback(self._close_alerts, self._alerts)
+            self._alerts = AlertSender(cfg.webhook_env, run=self._folder.resolve().name)
+            self._open.callback(self._alerts.close)
         if cfg.prometheus_port is None:
             return
         host, port = cfg.prometheus_host, cfg.prometheus_port
         try:
-            self._metrics_server = Metrics(host=host, port=port, total_steps=self._total)
+            self._metrics_server = PrometheusExporter(host=host, port=port, total_steps=self._total)
         except RunError as error:
             self.say(f"WARNING: {error}; training goes on without them")
             return
@@ -109,21 +113,20 @@ class Reporter:
     def begin(self, **fields: Any) -> None:
         """The start of an attempt, numbered after those that the run's folder knows."""
         if self._active:
-            events = JsonLines(self._folder / EVENTS).read()
+            events = JsonlTailer(self._folder / EVENTS).read()
             attempt = 1 + sum(e.get("kind") == "start" for e in events)
             self.event("start", attempt=attempt, **fields)
 
     def event(self, kind: str, **fields: Any) -> None:
-        """One line of ``events.jsonl``; see :mod:`deco_scale.watching.events` for the kinds."""
+        """One line of ``events.jsonl``; see :mod:`deco_scale.observability.events` for the kinds."""
         if not self._active:
             return
         event = Event(time.time(), kind, redacted_fields(fields))
         # First what needs no disk: a full one is worth an alert.
         if self._alerts is not None:
             self._alerts.event(event, self._step)
-            self._tell_trouble(self._alerts)
         if self._metrics_server is not None:
-            self._metrics_server.event(event)
+            self._metrics_server.log_event(event)
         self._events.write(event.line())
 
     def metrics(self, values: dict[str, Any]) -> None:
@@ -146,11 +149,9 @@ class Reporter:
             self._progress.update(self._task, completed=values["step"], shown=shown)
             self._log.write(f"step {values['step']} {shown}\n")
         else:
-            self.say(f"step {values['step']}/{self._total} {shown} | ETA {_duration(remaining)}")
+            self.say(f"step {values['step']}/{self._total} {shown} | ETA {duration(remaining)}")
         if self._tracking is not None:
             self._tracking.log(values["step"], {k: v for k, v in values.items() if isinstance(v, int | float)})
-        if self._alerts is not None:
-            self._tell_trouble(self._alerts)
 
     def evaluation(self, step: int, scores: dict[str, float]) -> None:
         """Scores of an evaluation, as a line of its own with names that begin with ``eval.``."""
@@ -180,7 +181,7 @@ class Reporter:
 
     def _draw(self, entries: list[dict[str, Any]]) -> None:
         try:
-            draw_curves(entries, self._folder / CURVES)
+            save_curves_png(entries, self._folder / CURVES)
         except OSError as error:
             self.say(f"WARNING: no loss curves: {error.filename or CURVES}: {error.strerror}")
         else:
@@ -191,27 +192,17 @@ class Reporter:
         line: dict[str, Any] = redacted_fields(values)
         self._metrics.write(json.dumps(line) + "\n")
         if self._metrics_server is not None:
-            self._metrics_server.metrics(line)
+            self._metrics_server.log_metrics(line)
         return line
-
-    def _tell_trouble(self, alerts: Alerts) -> None:
-        for line in alerts.trouble():
-            self.say(line)
-
-    def _close_alerts(self, alerts: Alerts) -> None:
-        unsent = alerts.close()
-        self._tell_trouble(alerts)
-        if unsent is not None:
-            self.say(unsent)
 
     def _goodput(self) -> None:
         """Say where the run's time has gone, all attempts together; the last line of ``metrics.jsonl``."""
-        run = RunFolder(self._folder)
+        run = RunDir(self._folder)
         run.refresh()
-        found = run.accounting(time.time())
+        found = run.goodput(time.time())
         if found is None:
             return
-        self._write(dict(found.named()))
+        self._write(found.as_metrics())
         parts = [f"{name} {found.seconds(name):.0f} s" for name in CLASSES if found.seconds(name) >= 0.5]
         self.say(
             f"of {found.wall_s:.0f} s in {len(found.attempts)} attempt(s): {', '.join(parts)}; "
@@ -220,40 +211,20 @@ class Reporter:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Logged steps in order, evaluations aside; one that was done again after a resume counts as last done."""
-    path = folder / METRICS
-    by_step: dict[int, dict[str, Any]] = {}
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                entry = json.loads(line)
-            except ValueError:
-                continue  # a line cut off by a kill; the step is done again
-            if "loss" in entry:
-                by_step[entry["step"]] = entry
-    return [by_step[step] for step in sorted(by_step)]
+    """Logged steps in order, without evaluations; a step repeated after a resume counts as last done."""
+    run = RunDir(folder)
+    run.refresh()
+    return run.steps()
 
 
-def draw_curves(entries: list[dict[str, Any]], path: Path) -> None:
-    """Losses, gradient norm and throughput over steps."""
-    from matplotlib.figure import Figure
+class _ConsoleHandler(logging.Handler):
+    """Shows warnings of the package's loggers like the reporter's own lines."""
 
-    steps = [e["step"] for e in entries]
-    figure = Figure(figsize=(12, 3.5), layout="constrained")
-    losses, norm, speed = figure.subplots(1, 3)
-    for name in ("loss", "loss_flow", "loss_freq", "loss_repa"):
-        if any(e.get(name) is not None for e in entries):
-            losses.plot(steps, [e.get(name) for e in entries], label=name, linewidth=1)
-    losses.set(title="loss", xlabel="step", yscale="log")
-    losses.legend()
-    norm.plot(steps, [e["grad_norm"] for e in entries], linewidth=1)
-    norm.set(title="gradient norm", xlabel="step", yscale="log")
-    speed.plot(steps, [e["images_per_s"] for e in entries], linewidth=1)
-    speed.set(title="images/s", xlabel="step", ylim=(0, None))
-    figure.savefig(path, dpi=110)
+    def __init__(self, reporter: Reporter) -> None:
+        super().__init__(logging.WARNING)
+        self._reporter = reporter
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._reporter.say(f"{record.levelname}: {record.getMessage()}")
 
 
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}"

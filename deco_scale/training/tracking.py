@@ -9,9 +9,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from deco_scale.training.checkpoint_format import make_durable, write_durably
+from data_pipeline.storage.files import atomic_write
+from data_pipeline.storage.files import make_durable
 from deco_scale.training.settings import WandbConfig
-from deco_scale.watching.redact import scrub_known
+from deco_scale.observability.redact import scrub_known
 
 ID_FILE = "wandb_id"
 INIT_TIMEOUT_S = 60.0
@@ -126,8 +127,6 @@ def run_id(folder: Path) -> str:
     except (FileNotFoundError, UnicodeDecodeError):
         pass
     made = uuid.uuid4().hex[:12]
-    temporary = path.with_name(f".{ID_FILE}.tmp")
-    write_durably(temporary, f"{made}\n".encode())
-    temporary.replace(path)
+    atomic_write(path, f"{made}\n".encode())
     make_durable(folder)
     return made

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from checkpoints_tools.cli import main as verify_checkpoint
+from deco_scale.observability.goodput import CLASSES, Goodput
+from deco_scale.observability.run_dir import RunDir
 from deco_scale.planning.goodput import Faults, expected_s, segments_of, simulate
 from deco_scale.simulate_command import measured_seconds
 from deco_scale.training.report import read_metrics
-from deco_scale.watching.accounting import CLASSES, Accounting
-from deco_scale.watching.folder import RunFolder
 from tests.chaos.faults import complete_steps, folder_of, is_good
 
 if TYPE_CHECKING:
@@ -153,10 +153,10 @@ def compare_clocks(job: "Chaos") -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _accounting(job: "Chaos") -> Accounting:
-    folder = RunFolder(job.run_dir)
+def _accounting(job: "Chaos") -> Goodput:
+    folder = RunDir(job.run_dir)
     folder.refresh()
-    found = folder.accounting(time.time())
+    found = folder.goodput(time.time())
     assert found is not None and not folder.problems, folder.problems
     return found
 
@@ -168,7 +168,7 @@ def compare_model(job: "Chaos") -> dict[str, Any]:
     only make it longer. So the model without restarts says how long the job trains, and with that how many faults
     it meets; a restart is added for each of them, and for each start that was struck.
     """
-    folder = RunFolder(job.run_dir)
+    folder = RunDir(job.run_dir)
     folder.refresh()
     accounting = _accounting(job)
     wall_s, up_s = job.watch.events("end")[-1][0] - job.began, job.watch.up_s()

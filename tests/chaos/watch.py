@@ -5,7 +5,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from deco_scale.watching.follow import JsonLines
+from deco_scale.observability.events import EVENTS
+from deco_scale.observability.jsonl import JsonlTailer
+from deco_scale.observability.run_dir import METRICS
 
 POLL_S = 0.02
 NO_PROGRESS = ("start", "end", "hang", "lost_rank", "corruption")
@@ -15,7 +17,7 @@ class Watch:
     """Follows ``metrics.jsonl`` and ``events.jsonl`` of a run in a thread; lists only grow."""
 
     def __init__(self, run: Path) -> None:
-        self._files = [("metrics", JsonLines(run / "metrics.jsonl")), ("event", JsonLines(run / "events.jsonl"))]
+        self._files = [(kind, JsonlTailer(run / name)) for kind, name in (("metrics", METRICS), ("event", EVENTS))]
         self.lines: list[tuple[float, str, dict[str, Any]]] = []
         """When it came (monotonic), "metrics" or the event's kind, and what it says."""
         self.done = 0

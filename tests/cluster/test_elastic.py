@@ -11,7 +11,7 @@ import psutil
 import pytest
 import yaml
 
-from deco_scale.watching.folder import RunFolder
+from deco_scale.observability.run_dir import RunDir
 from tests.assets import tiny_config
 from tests.conftest import ROOT
 from tests.distributed.harness import trace, worst_difference
@@ -69,7 +69,7 @@ def test_a_job_goes_on_with_fewer_nodes(tmp_path: Path, shards: Path, text_encod
         process.send_signal(signal.SIGKILL)
     second.wait()
     assert first.wait(timeout=300) == 0, (tmp_path / "first.log").read_text()[-3000:]
-    folder = RunFolder(run)
+    folder = RunDir(run)
     folder.refresh()
     worlds = [e.fields["world_size"] for e in folder.events if e.kind == "start"]
     assert worlds[0] == 4 and worlds[-1] == 2

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from deco_scale.watching.events import REQUEUE
+from deco_scale.observability.events import REQUEUE
 from launcher import submit
 from tests.assets import tiny_config
 from tests.cluster.slurm import Slurm, running_slurm, why_not

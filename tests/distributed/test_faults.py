@@ -14,8 +14,8 @@ import torch.distributed as dist
 from deco_scale.config import build_config
 from deco_scale.environment import Environment
 from deco_scale.errors import RunError
+from deco_scale.observability.run_dir import RunDir
 from deco_scale.training.checkpoint_format import read_meta, read_tensors
-from deco_scale.watching.folder import RunFolder
 from tests.assets import tiny_config
 from tests.distributed.harness import in_group
 
@@ -157,7 +157,7 @@ def said(runs: Path, name: str) -> str:
 
 
 def events(runs: Path, name: str, *kinds: str) -> list[tuple[str, dict[str, Any]]]:
-    folder = RunFolder(runs / name)
+    folder = RunDir(runs / name)
     folder.refresh()
     return [(e.kind, dict(e.fields)) for e in folder.events if e.kind in kinds]
 
@@ -196,7 +196,7 @@ def test_a_slow_rank_is_named(runs: Path) -> None:
     assert said(runs, "slow") == ""
     found = events(runs, "slow", "straggler")
     assert [fields["rank"] for _, fields in found] == [1] and found[0][1]["factor"] > 1.3
-    folder = RunFolder(runs / "slow")
+    folder = RunDir(runs / "slow")
     folder.refresh()
     for line in folder.metrics[2:]:
         assert len(line["rank_step_s"]) == 2 and line["rank_step_s"][1] > 0.2 + 0.5 * line["rank_step_s"][0]
@@ -219,9 +219,9 @@ def test_a_roll_back_goes_on_from_an_older_checkpoint_with_newer_data(runs: Path
     assert "rolled back from step 8 to 6; 16 samples are skipped" in log
     steps = sorted(int(p.name[-8:]) for p in (runs / "rollback" / "checkpoints").glob("step_*"))
     assert steps == [6, 8, 10, 12]
-    folder = RunFolder(runs / "rollback")
+    folder = RunDir(runs / "rollback")
     folder.refresh()
-    found = folder.accounting(folder.events[-1].time)
+    found = folder.goodput(folder.events[-1].time)
     assert found is not None and found.seconds("lost") > 0
 
 
@@ -237,7 +237,7 @@ def test_an_update_that_is_left_out_changes_no_bit(runs: Path, name: str) -> Non
 
 
 def read_samples(folder: Path) -> dict[int, int]:
-    run = RunFolder(folder)
+    run = RunDir(folder)
     run.refresh()
     return {line["step"]: line["samples"] for line in run.metrics if "loss" in line}
 

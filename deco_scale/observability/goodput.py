@@ -24,7 +24,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from deco_scale.watching.events import Event, is_number
+from deco_scale.observability.events import Event, is_number
 
 CLASSES = ("start", "compile", "step", "data_wait", "checkpoint_stall", "evaluation", "lost", "down")
 SILENT_S = 900.0
@@ -44,8 +44,8 @@ class Attempt:
 
     number: int
     world_size: int
-    began: float
-    last_sign: float
+    start: float
+    last_active: float
     from_step: int | None
     to_step: int | None
     reason: str | None
@@ -54,7 +54,7 @@ class Attempt:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Accounting:
+class Goodput:
     """Microseconds of each class, the wall clock that they add up to, and the attempts."""
 
     microseconds: Mapping[str, int]
@@ -73,7 +73,7 @@ class Accounting:
         """Share of the wall clock that was spent on steps that count; 0 before there is any time."""
         return self.microseconds["step"] / self.wall_us if self.wall_us else 0.0
 
-    def named(self) -> dict[str, float]:
+    def as_metrics(self) -> dict[str, float]:
         """Seconds by the names that ``metrics.jsonl`` has for them, and the effective share."""
         seconds = {f"goodput.{name}_s": self.seconds(name) for name in CLASSES}
         return {**seconds, "goodput.effective": self.effective}
@@ -104,7 +104,7 @@ class _Mark:
 
 @dataclass(slots=True)
 class _Launch:
-    """The marks of one attempt, ``began`` to ``end`` of its life, and the start of the next or the horizon."""
+    """The marks of one attempt, ``start`` to ``end`` of its life, and the start of the next or the horizon."""
 
     start: _Mark
     marks: list[_Mark] = field(default_factory=list)
@@ -123,13 +123,13 @@ class _Span:
     waited: float = 0.0
 
 
-def account(
+def compute_goodput(
     events: Sequence[Event],
     metrics: Sequence[Mapping[str, Any]],
     *,
     now: float,
     silent_s: float = SILENT_S,
-) -> Accounting | None:
+) -> Goodput | None:
     """The accounting at ``now`` (Unix seconds) of all lines of both files, in the files' order.
 
     None before the first start. Lines of metrics without ``time`` are left out. A clock that goes back is held
@@ -144,7 +144,7 @@ def account(
             _add(totals, span)
     wall = launches[-1].until - launches[0].start.at
     assert sum(totals.values()) == wall, (totals, wall)
-    return Accounting(
+    return Goodput(
         microseconds=totals,
         wall_us=wall,
         attempts=tuple(_attempt(launch, last=launch is launches[-1]) for launch in launches),
@@ -228,8 +228,8 @@ def _attempt(launch: _Launch, *, last: bool) -> Attempt:
     return Attempt(
         number=launch.start.number("attempt"),
         world_size=launch.start.number("world_size"),
-        began=launch.start.at / _SECOND,
-        last_sign=launch.end / _SECOND,
+        start=launch.start.at / _SECOND,
+        last_active=launch.end / _SECOND,
         from_step=steps[0] - 1 if steps else None,
         to_step=steps[-1] if steps else None,
         reason=ended.number("reason") if ended else _fault(launch),

@@ -1,4 +1,4 @@
-"""Settings of what tells of a run while it goes on."""
+"""Settings of Prometheus metrics and alerts."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ class MonitorConfig:
     """Prometheus metrics on a port of rank 0's node, and alerts to a webhook.
 
     ``prometheus_port`` None: no metrics; ``prometheus_host`` is the address to listen on. ``webhook_env`` names
-    the environment variable that holds the webhook's URL, which is a secret and never written.
+    the environment variable that holds the webhook's URL (https or any URL of apprise), which is a secret.
     """
 
     prometheus_port: int | None = None

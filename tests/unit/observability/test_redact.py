@@ -17,7 +17,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from deco_scale.config import ConfigError, RunConfig, build_config, load_config
-from deco_scale.watching.redact import REMOVED, looks_secret, redacted, scrub, telling
+from deco_scale.observability.redact import REMOVED, is_secret_name, looks_secret, redacted, scrub
 from tests.conftest import ROOT
 
 CONFIGS = ROOT / "configs"
@@ -123,6 +123,35 @@ def test_long_lines_take_no_long_time(piece: str) -> None:
     assert os.times().user - began < 3
 
 
+@pytest.mark.parametrize(
+    "name", ["token", "hf_token", "AWS_SECRET_ACCESS_KEY", "Password", "api-key", "webhook_url"]
+)
+def test_values_under_secret_names_go_and_numbers_stay(name: str) -> None:
+    assert redacted({name: "x", "inner": [{name: ["y"]}]}) == {name: REMOVED, "inner": [{name: REMOVED}]}
+    assert redacted({name: 5, "steps": 5, "flag": True, "none": None}) == {
+        name: 5, "steps": 5, "flag": True, "none": None,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "loss 0.5 at step 100 on node-7.cluster.local",
+        "s3://bucket/prefix/shard-000123.tar",
+        "/data/runs/t2i_xxl/checkpoints/step_00012000",
+        "text_tokens: 16, max_tokens=300",
+    ],
+)
+def test_ordinary_text_stays(text: str) -> None:
+    assert scrub(text, {}) == text
+
+
+@given(st.text(max_size=200))
+def test_scrubbing_twice_changes_no_more(text: str) -> None:
+    once = scrub(text, {})
+    assert scrub(once, {}) == once
+
+
 # --- The configuration ---
 
 
@@ -143,7 +172,7 @@ def _fields(kind: Any, prefix: str = "") -> typing.Iterator[str]:
 def test_no_key_of_a_configuration_is_taken_for_a_secret() -> None:
     names = list(_fields(RunConfig))
     assert "monitor.webhook_env" in names and "text_encoder.max_tokens" in names and "stages.lr" in names
-    assert not [name for name in names if any(telling(part) for part in name.split("."))]
+    assert not [name for name in names if any(is_secret_name(part) for part in name.split("."))]
     for path in CONFIGS.glob("*.yaml"):
         load_config(path)
     assert load_config(TINY, ["monitor.webhook_env=THE_HOOK"]).monitor.webhook_env == "THE_HOOK"
@@ -217,7 +246,7 @@ def test_a_checkpoint_with_a_secret_does_not_show_it_in_errors() -> None:
 
 PROGRAM = """
 import logging, os, sys, threading, warnings
-from deco_scale.watching.redact import install
+from deco_scale.observability.redact import install
 install()
 secret = os.environ["SOME_API_KEY"]
 handler = logging.StreamHandler()

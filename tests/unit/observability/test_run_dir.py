@@ -1,21 +1,18 @@
 """``deco watch``: growing files, half lines, runs that have not begun, and what is shown of one that has."""
 
 import json
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from rich.console import Console
 
 from deco_scale import cli, watch_command
-from deco_scale.watching import folder as run_folder
-from deco_scale.watching.events import Event, append_event
-from deco_scale.watching.folder import RunFolder
-from deco_scale.watching.follow import JsonLines
-from deco_scale.watching.summary import ASCII_BARS, duration, rows, sparkline
+from deco_scale.observability import run_dir
+from deco_scale.observability.events import Event, append_event
+from deco_scale.observability.run_dir import RunDir
+from deco_scale.observability.summary import ASCII_BARS, sparkline, summary_rows
+from data_pipeline.text import duration
 
 BEGAN = 1_700_000_000.0
 CONFIG = """
@@ -46,48 +43,11 @@ def write_run(folder: Path, *, steps: int = 40) -> None:
             file.write(json.dumps(line(step, rank_step_s=[1.0, 1.5, 1.1, 1.0])) + "\n")
 
 
-@given(st.lists(st.integers(1, 40), max_size=30), st.integers(0, 5))
-@settings(max_examples=40, deadline=None)
-def test_objects_come_once_each_in_order_wherever_the_writes_are_cut(cuts: list[int], junk: int) -> None:
-    whole = "".join(f'{{"step": {i}, "text": "{chr(228) * i}"}}\n' for i in range(8)) + "[1\n" * junk
-    data, at, found = whole.encode(), 0, []
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "lines.jsonl"
-        follower = JsonLines(path)
-        assert follower.read() == []
-        for cut in [*cuts, len(data)]:
-            with path.open("ab") as file:
-                file.write(data[at : at + cut])
-            at += cut
-            found += follower.read()
-    assert [entry["step"] for entry in found] == list(range(8))
-    assert follower.bad == junk and follower.generation == 0
-
-
-def test_only_new_bytes_are_read_and_a_replaced_file_is_read_anew(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n')
-    follower = JsonLines(path)
-    assert len(follower.read()) == 1
-    # What was read is not looked at again: an overwritten byte of it goes unseen.
-    with path.open("r+b") as file:
-        file.write(b"#")
-        file.seek(0, 2)
-        file.write(b'{"step": 2}\n{"st')
-    assert follower.read() == [{"step": 2}] and follower.bad == 0
-    other = tmp_path / "other"
-    other.write_text('{"step": 7}\n{"step": 8}\n{"step": 9}\n{"step": 10}\n')
-    other.replace(path)
-    assert [entry["step"] for entry in follower.read()] == [7, 8, 9, 10] and follower.generation == 1
-    path.write_text('{"step": 1}\n')
-    assert follower.read() == [{"step": 1}] and follower.generation == 2
-
-
 def test_a_view_of_a_growing_run_equals_one_of_the_grown(tmp_path: Path) -> None:
     write_run(tmp_path / "whole")
-    grown, growing = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "part")
+    grown, growing = RunDir(tmp_path / "whole"), RunDir(tmp_path / "part")
     growing.refresh()
-    assert "has not begun" in rows(growing, now=BEGAN)[0][1]
+    assert "has not started" in summary_rows(growing, now=BEGAN)[0][1]
     names = ("config.yaml", "events.jsonl", "metrics.jsonl")
     (tmp_path / "part").mkdir()
     for share in (0.3, 0.55, 1.0):
@@ -99,18 +59,18 @@ def test_a_view_of_a_growing_run_equals_one_of_the_grown(tmp_path: Path) -> None
             with target.open("ab") as file:
                 file.write(data[have : max(int(len(data) * share), have)])
         growing.refresh()
-        assert rows(growing, now=BEGAN + 70)
+        assert summary_rows(growing, now=BEGAN + 70)
     grown.refresh()
-    assert rows(grown, now=BEGAN + 70)[1:] == rows(growing, now=BEGAN + 70)[1:]
+    assert summary_rows(grown, now=BEGAN + 70)[1:] == summary_rows(growing, now=BEGAN + 70)[1:]
     assert growing.problems == []
 
 
 def test_the_rows_say_what_the_files_say(tmp_path: Path) -> None:
     write_run(tmp_path)
     (tmp_path / "quarantine.jsonl").write_text('{"rank": 0}\n')
-    run = RunFolder(tmp_path)
+    run = RunDir(tmp_path)
     run.refresh()
-    shown = dict(rows(run, now=BEGAN + 60, bars=ASCII_BARS))
+    shown = dict(summary_rows(run, now=BEGAN + 60, bars=ASCII_BARS))
     assert shown["state"].startswith("running, attempt 1 on 4 ranks")
     assert shown["step"] == "40 of 150, stage small"
     assert shown["loss"].startswith("0.0250") and shown["loss"][-1] == ASCII_BARS[0]
@@ -120,13 +80,13 @@ def test_the_rows_say_what_the_files_say(tmp_path: Path) -> None:
     assert shown["checkpoint"] == "step 30, 10 s ago"
     assert shown["ETA of small"] == "40 of 100 steps, 1 min 0 s to go"
     # Nothing is known of the second stage's pace, and nothing is made up.
-    assert "not timed yet" in shown["ETA of large"] and "not known" in shown["ETA"]
+    assert "not timed yet" in shown["ETA of large"] and "unknown" in shown["ETA"]
     assert shown["faults"].startswith("1 skip; the last: skip step=35")
     assert shown["bad samples"].startswith("1 ")
     # 60 s: 15 of start, 6 of compilation, 1 of stall, and a quarter of the other 38 on waiting.
     assert shown["effective time"].startswith("47.5% of 1 min 0 s")
     assert shown["gradient norm"].startswith("2.000")
-    late = dict(rows(run, now=BEGAN + 10_000))
+    late = dict(summary_rows(run, now=BEGAN + 10_000))
     assert late["state"].startswith("no sign of life")
 
 
@@ -134,17 +94,17 @@ def test_a_slow_accounting_is_kept_for_a_while_and_an_event_ends_that(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_run(tmp_path)
-    run = RunFolder(tmp_path)
+    run = RunDir(tmp_path)
     run.refresh()
     clock = iter(range(100))
-    monkeypatch.setattr(run_folder.time, "perf_counter", lambda: next(clock))
-    first = run.accounting(BEGAN + 60)
-    assert run.accounting(BEGAN + 79) is first
-    later = run.accounting(BEGAN + 81)
+    monkeypatch.setattr(run_dir.time, "perf_counter", lambda: next(clock))
+    first = run.goodput(BEGAN + 60)
+    assert run.goodput(BEGAN + 79) is first
+    later = run.goodput(BEGAN + 81)
     assert later is not None and later.wall_s == 81
     append_event(tmp_path, Event(BEGAN + 82, "skip", {"step": 41}))
     run.refresh()
-    newest = run.accounting(BEGAN + 82)
+    newest = run.goodput(BEGAN + 82)
     assert newest is not None and newest.wall_s == 82
 
 
@@ -154,13 +114,13 @@ def test_a_run_without_events_and_one_with_broken_lines_are_shown(tmp_path: Path
     )
     (tmp_path / "config.yaml").write_text("stages: [unclosed")
     (tmp_path / "events.jsonl").write_text('{"kind": "hang", "time": 1}\n')
-    run = RunFolder(tmp_path)
+    run = RunDir(tmp_path)
     run.refresh()
-    shown = rows(run, now=BEGAN)
+    shown = summary_rows(run, now=BEGAN)
     said = dict(shown)
     assert said["loss"] == "nan (not finite)"
     assert "\x1b" not in said["step"] and "[red]x?[2J" in said["step"]
-    assert said["effective time"].startswith("not known")
+    assert said["effective time"].startswith("unknown")
     problems = [value for label, value in shown if label == "problem"]
     assert len(problems) == 3 and any("config.yaml cannot be read" in text for text in problems)
 
@@ -173,13 +133,13 @@ def test_once_prints_plain_lines_without_a_terminal_and_a_panel_on_one(
     shown = capsys.readouterr().out
     assert "step: 40 of 150, stage small\n" in shown and shown.isascii()
     console = Console(force_terminal=True, width=120, record=True)
-    watch_command._print(rows(RunFolder(tmp_path), now=BEGAN), console)
+    watch_command._print(summary_rows(RunDir(tmp_path), now=BEGAN), console)
     assert "deco watch" in console.export_text()
     assert cli.main(["watch", str(tmp_path / "new"), "--once"]) == 2
     assert "no such folder" in capsys.readouterr().err
     (tmp_path / "new").mkdir()
     assert cli.main(["watch", str(tmp_path / "new"), "--once"]) == 0
-    assert "has not begun" in capsys.readouterr().out
+    assert "has not started" in capsys.readouterr().out
     assert cli.main(["watch", str(tmp_path), "--every", "0"]) == 2
 
 
@@ -204,7 +164,7 @@ def test_the_view_follows_until_it_is_interrupted(
     console = Console(force_terminal=True, width=120, file=(tmp_path / "screen").open("w"))
     looks = iter([lambda: write_more(tmp_path, 7)])
     with pytest.raises(KeyboardInterrupt):
-        watch_command._live(RunFolder(tmp_path), console, 0.5)
+        watch_command._live(RunDir(tmp_path), console, 0.5)
     console.file.close()
     assert "7 of 150" in (tmp_path / "screen").read_text()
 

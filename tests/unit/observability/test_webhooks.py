@@ -1,7 +1,10 @@
-"""Alerts and Prometheus: what is told arrives, nothing waits for it, and the webhook's URL stays a secret."""
+"""AlertSender and Prometheus: what is told arrives, nothing waits for it, and the webhook's URL stays a secret."""
 
+import io
 import json
+import logging
 import socket
+import sys
 import threading
 import time
 import urllib.request
@@ -18,13 +21,14 @@ from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 
 from deco_scale.errors import ConfigError, RunError
+from deco_scale.observability import webhooks
+from deco_scale.observability.config import MonitorConfig
+from deco_scale.observability.events import Event
+from deco_scale.observability.prometheus import PrometheusExporter
+from deco_scale.observability.redact import REMOVED
+from deco_scale.observability.webhooks import AlertSender, check_webhook, send_alert
 from deco_scale.training.report import Reporter
 from deco_scale.training.settings import WandbConfig
-from deco_scale.watching.alerts import Alerts, check, send
-from deco_scale.watching.events import Event
-from deco_scale.watching.prometheus import Metrics
-from deco_scale.watching.redact import REMOVED
-from deco_scale.watching.settings import MonitorConfig
 from tests.ports import free_port
 
 PATH = "/x/b8TqPlantedPath"
@@ -89,10 +93,9 @@ def hook(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hook]:
 
 
 def test_a_line_arrives_without_secrets(hook: Hook, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     monkeypatch.setenv("SOME_API_KEY", "planted-in-the-environment")
-    assert send("THE_HOOK", f"it said\nplanted-in-the-environment at {hook.url}") is None
-    assert send(None, "nobody is told") is None
+    assert send_alert("THE_HOOK", f"it said\nplanted-in-the-environment at {hook.url}") is None
+    assert send_alert(None, "nobody is told") is None
     ((path, body),) = hook.got
     assert path == PATH and body == {"text": f"it said {REMOVED} at {REMOVED}"}
 
@@ -105,19 +108,19 @@ def test_a_line_arrives_without_secrets(hook: Hook, monkeypatch: pytest.MonkeyPa
 )  # fmt: skip
 def test_other_addresses_are_refused_and_not_repeated(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("THE_HOOK", url)
-    problem = send("THE_HOOK", "x")
+    problem = send_alert("THE_HOOK", "x")
     assert problem is not None and "THE_HOOK" in problem and "planted" not in problem
     with pytest.raises(ConfigError, match="monitor.webhook_env: .*THE_HOOK") as caught:
-        check(MonitorConfig(webhook_env="THE_HOOK"))
+        check_webhook(MonitorConfig(webhook_env="THE_HOOK"))
     assert "planted" not in str(caught.value)
 
 
 def test_a_variable_that_is_missing_is_found_before_the_run(hook: Hook, monkeypatch: pytest.MonkeyPatch) -> None:
-    check(MonitorConfig())
-    check(MonitorConfig(webhook_env="THE_HOOK"))
+    check_webhook(MonitorConfig())
+    check_webhook(MonitorConfig(webhook_env="THE_HOOK"))
     monkeypatch.delenv("THE_HOOK")
     with pytest.raises(ConfigError, match="THE_HOOK is not set"):
-        check(MonitorConfig(webhook_env="THE_HOOK"))
+        check_webhook(MonitorConfig(webhook_env="THE_HOOK"))
 
 
 @given(
@@ -128,7 +131,7 @@ def test_a_variable_that_is_missing_is_found_before_the_run(hook: Hook, monkeypa
 def test_whatever_the_variable_holds_nothing_is_raised_or_shown(text: str, start: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("THE_HOOK", f"{start}{text}")
-        problem = send("THE_HOOK", text, timeout_s=1)
+        problem = send_alert("THE_HOOK", text, timeout_s=1)
     assert problem is not None
     assert len(text) < 8 or text not in problem
 
@@ -137,14 +140,71 @@ def test_whatever_the_variable_holds_nothing_is_raised_or_shown(text: str, start
 def test_no_redirect_is_followed(hook: Hook, status: int) -> None:
     with serving() as other:
         hook.answer, hook.headers = status, {"Location": other.url}
-        assert send("THE_HOOK", "x") == f"the server answered {status}"
+        assert send_alert("THE_HOOK", "x") == f"the server answered {status}"
         assert len(hook.got) == 1 and other.got == []
+
+
+def test_a_query_arrives_and_a_proxy_does_not_get_what_is_for_this_machine(
+    hook: Hook, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("THE_HOOK", f"{hook.url}/%2F?key=a%20b&key=c")
+    assert send_alert("THE_HOOK", "x") is None
+    assert hook.got == [(f"{PATH}/%2F?key=a%20b&key=c", {"text": "x"})]
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    problem = send_alert("THE_HOOK", "x")
+    assert problem is not None and "add 127.0.0.1 to no_proxy" in problem and PATH not in problem
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    assert send_alert("THE_HOOK", "x") is None
+
+
+def test_any_url_of_apprise_is_taken_and_not_repeated(
+    hook: Hook, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    logged = io.StringIO()
+    monkeypatch.setattr(logging.getLogger(), "handlers", [logging.StreamHandler(logged)])
+    monkeypatch.setenv("THE_HOOK", f"json://user:planted-word@127.0.0.1:{hook.server_port}{PATH}")
+    check_webhook(MonitorConfig(webhook_env="THE_HOOK"))
+    assert send_alert("THE_HOOK", "a line") is None
+    ((path, body),) = hook.got
+    assert path == PATH and body["message"] == "a line"
+    hook.answer = 401
+    assert send_alert("THE_HOOK", "a line") == "the server answered 401"
+    for url in ("tgram://planted-token/1", "nosuchservice://planted-token/x"):
+        monkeypatch.setenv("THE_HOOK", url)
+        with pytest.raises(ConfigError, match="nor one of apprise") as caught:
+            check_webhook(MonitorConfig(webhook_env="THE_HOOK"))
+        assert "planted" not in str(caught.value)
+    written = capfd.readouterr()
+    assert "planted" not in written.out + written.err + logged.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("url", "service"),
+    [
+        ("https://hooks.slack.com/services/T00000000/B00000000/" + "a1" * 12, "NotifySlack"),
+        ("https://discord.com/api/webhooks/123456789012345678/" + "b2" * 34, "NotifyDiscord"),
+        ("https://discord.com/api/webhooks/123456789012345678/" + "b2" * 34 + "/slack", "NotifyJSON"),
+        ("https://mattermost.example/hooks/abc", "NotifyJSON"),
+    ],
+)
+def test_services_are_known_by_their_https_urls(url: str, service: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("THE_HOOK", url)
+    (target,) = webhooks._service("THE_HOOK")
+    assert type(target).__name__ == service and target.redirects is False
+
+
+def test_without_apprise_the_run_is_refused_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("THE_HOOK", "https://h/x")
+    monkeypatch.setitem(sys.modules, "apprise", None)
+    with pytest.raises(ConfigError, match="pip install apprise"):
+        check_webhook(MonitorConfig(webhook_env="THE_HOOK"))
+    assert "pip install apprise" in str(send_alert("THE_HOOK", "x"))
 
 
 def test_a_server_that_stalls_is_not_waited_for(hook: Hook) -> None:
     hook.stall_s = 3
     began = time.monotonic()
-    assert send("THE_HOOK", "x", timeout_s=0.3) is not None
+    assert send_alert("THE_HOOK", "x", timeout_s=0.3) is not None
     assert time.monotonic() - began < 1.5
 
 
@@ -161,7 +221,7 @@ def test_answers_in_drops_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) ->
 
         threading.Thread(target=drip, daemon=True).start()
         began = time.monotonic()
-        assert send("THE_HOOK", "x", timeout_s=0.5) == "no answer within 0.5 s"
+        assert send_alert("THE_HOOK", "x", timeout_s=0.5) == "no answer within 0.5 s"
         assert time.monotonic() - began < 1.5
 
 
@@ -169,16 +229,19 @@ def straggler(rank: int) -> Event:
     return Event(1.0, "straggler", {"rank": rank, "host": f"node{rank}", "factor": 2.0})
 
 
-def test_the_same_kind_is_told_once_a_minute_and_the_rest_is_counted(hook: Hook) -> None:
+def test_the_same_kind_is_told_once_a_minute_and_the_rest_is_counted(
+    hook: Hook, caplog: pytest.LogCaptureFixture
+) -> None:
     now = 0.0
-    alerts = Alerts("THE_HOOK", run="the-run", clock=lambda: now)
+    alerts = AlertSender("THE_HOOK", run="the-run", clock=lambda: now)
     for second in range(0, 125, 5):
         now = second
         alerts.event(straggler(second), 7)
     alerts.event(Event(1.0, "checkpoint", {"step": 3, "stall_s": 0, "total_s": 0}), 7)
     alerts.event(Event(1.0, "skip", {"step": 9}), 8)
     alerts.event(Event(1.0, "end", {"reason": "done", "exit_code": 0}), None)
-    assert alerts.close() is None and alerts.trouble() == []
+    alerts.close()
+    assert caplog.messages == []
     here = socket.gethostname()
     assert hook.texts == [
         "the-run on node0, step 7: straggler, rank 0, factor 2.0",
@@ -190,27 +253,28 @@ def test_the_same_kind_is_told_once_a_minute_and_the_rest_is_counted(hook: Hook)
 
 
 def test_what_is_left_out_at_the_end_is_told(hook: Hook) -> None:
-    alerts = Alerts("THE_HOOK", run="the-run")
+    alerts = AlertSender("THE_HOOK", run="the-run")
     for rank in range(3):
         alerts.event(straggler(rank), None)
     alerts.close()
     assert len(hook.texts) == 2 and hook.texts[-1].endswith("without an alert of their own: 2 straggler")
 
 
-def test_training_does_not_wait_and_what_does_not_fit_is_counted(hook: Hook) -> None:
+def test_training_does_not_wait_and_what_does_not_fit_is_counted(
+    hook: Hook, caplog: pytest.LogCaptureFixture
+) -> None:
     hook.stall_s = 30
     now = 0.0
-    alerts = Alerts("THE_HOOK", run="r", capacity=4, timeout_s=0.2, clock=lambda: now)
+    alerts = AlertSender("THE_HOOK", run="r", capacity=4, timeout_s=0.2, clock=lambda: now)
     began = time.monotonic()
     for _ in range(50):
         now += 61
         alerts.event(straggler(1), 1)
     assert time.monotonic() - began < 0.2
-    unsent = alerts.close(within_s=3)
+    alerts.close(timeout_s=3)
     assert time.monotonic() - began < 4
-    assert unsent == "WARNING: 50 of 50 alerts were not sent"
-    # Fifty failures, one line.
-    assert alerts.trouble() == ["WARNING: an alert was not sent: no answer within 0.2 s"]
+    # Fifty failures, one line of the reason.
+    assert caplog.messages == ["an alert was not sent: no answer within 0.2 s", "50 of 50 alerts were not sent"]
 
 
 # --- Prometheus ---
@@ -229,16 +293,16 @@ def scraped(port: int) -> dict[tuple[str, ...], float]:
 def test_metrics_are_served_and_the_port_is_free_afterwards() -> None:
     port = free_port()
     for _ in range(2):
-        served = Metrics(host="127.0.0.1", port=port, total_steps=100)
+        served = PrometheusExporter(host="127.0.0.1", port=port, total_steps=100)
         try:
             before = scraped(port)
             assert before["deco_events_total", "skip"] == 0 and ("deco_last_checkpoint_step",) not in before
-            served.metrics({"step": 3, **STEP})
-            served.metrics({"step": 3, "eval.fid": 12.5})
-            served.metrics({"goodput.step_s": 40.0, "goodput.effective": 0.5, "note": "text"})
-            served.event(Event(1700.0, "checkpoint", {"step": 2, "stall_s": 0.1, "total_s": 1.0}))
+            served.log_metrics({"step": 3, **STEP})
+            served.log_metrics({"step": 3, "eval.fid": 12.5})
+            served.log_metrics({"goodput.step_s": 40.0, "goodput.effective": 0.5, "note": "text"})
+            served.log_event(Event(1700.0, "checkpoint", {"step": 2, "stall_s": 0.1, "total_s": 1.0}))
             for _ in range(2):
-                served.event(Event(1.0, "skip", {"step": 3}))
+                served.log_event(Event(1.0, "skip", {"step": 3}))
             found = scraped(port)
         finally:
             served.close()
@@ -265,7 +329,7 @@ def test_an_address_that_cannot_be_used_has_a_name(host: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(RunError, match=f"no Prometheus metrics on {host}:{port}: "):
-            Metrics(host=host, port=port, total_steps=1)
+            PrometheusExporter(host=host, port=port, total_steps=1)
 
 
 # --- The reporter ---
@@ -328,5 +392,5 @@ def test_neither_a_taken_port_nor_a_dead_webhook_stops_a_run(
         reporter.close()
     said = (tmp_path / "log.txt").read_text()
     assert "WARNING: no Prometheus metrics on 127.0.0.1:" in said and "already in use" in said
-    assert "an alert was not sent: the server was not reached: ConnectionRefusedError" in said
+    assert "an alert was not sent: the server was not reached" in said
     assert "1 of 1 alerts were not sent" in said and PATH not in said + capsys.readouterr().out

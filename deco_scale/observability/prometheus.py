@@ -12,7 +12,7 @@ from wsgiref.simple_server import WSGIServer
 from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
 
 from deco_scale.errors import RunError
-from deco_scale.watching.events import FIELDS, Event, is_number
+from deco_scale.observability.events import FIELDS, Event, is_number
 
 GAUGES = {
     "step": ("deco_step", "Updates attempted"),
@@ -32,7 +32,7 @@ GAUGES = {
 _LOSSES = {"loss": "total", "loss_flow": "flow", "loss_freq": "frequency", "loss_repa": "repa"}
 
 
-class Metrics:
+class PrometheusExporter:
     """Serves on ``host``:``port`` until closed; raises :class:`RunError` where it cannot."""
 
     def __init__(self, *, host: str, port: int, total_steps: int) -> None:
@@ -55,7 +55,7 @@ class Metrics:
             reason = getattr(error, "strerror", None) or type(error).__name__
             raise RunError(f"no Prometheus metrics on {host}:{port}: {reason}") from None
 
-    def metrics(self, values: Mapping[str, Any]) -> None:
+    def log_metrics(self, values: Mapping[str, Any]) -> None:
         """One line of ``metrics.jsonl``: a logged step, an evaluation, or where the time has gone."""
         for key, value in values.items():
             head, _, tail = key.partition(".")
@@ -77,7 +77,7 @@ class Metrics:
             elif head == "eval":
                 self._scores.labels(tail).set(value)
 
-    def event(self, event: Event) -> None:
+    def log_event(self, event: Event) -> None:
         """Count it; a checkpoint's step and time are kept."""
         self._events.labels(event.kind).inc()
         if event.kind == "checkpoint" and is_number(event.fields["step"]):

@@ -1,0 +1,201 @@
+"""A run's folder, read from outside: logged steps, events, configuration, images, checkpoints, time to go."""
+
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from deco_scale.observability.events import EVENTS, Event, is_fault, is_number, parse_event
+from deco_scale.observability.goodput import Goodput, compute_goodput
+from deco_scale.observability.jsonl import JsonlTailer
+
+METRICS = "metrics.jsonl"
+_MAX_CONFIG = 2**20
+_RECENT = 20
+"""Logged steps over which the time of a step is averaged."""
+_SLOW_S = 0.1
+_STEP = re.compile(r"step_(\d{8,})")
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A stage as the configuration has it: ``start`` and ``end`` count the run's steps."""
+
+    name: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class StageProgress:
+    """A stage, its steps done, and the seconds that the others will take; None before any was timed."""
+
+    stage: Stage
+    done: int
+    seconds_left: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class SavedCheckpoint:
+    """A complete checkpoint: its step and when it was complete (Unix seconds)."""
+
+    step: int
+    time: float
+
+
+def _is_evaluation(line: Mapping[str, Any]) -> bool:
+    return any(name.startswith("eval.") for name in line)
+
+
+class RunDir:
+    """What has been read of the folder so far; :meth:`refresh` reads what is new.
+
+    ``metrics`` holds all logged steps in the file's order, repeated ones included, without evaluations.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.metrics: list[dict[str, Any]] = []
+        self.events: list[Event] = []
+        self.quarantined = 0
+        self.config: dict[str, Any] = {}
+        self._files = {name: JsonlTailer(path / name) for name in (METRICS, EVENTS, "quarantine.jsonl")}
+        self._generations = dict.fromkeys(self._files, 0)
+        self._config_stamp: tuple[int, int] | None = None
+        self._bad_events = 0
+        self._errors: list[str] = []
+        self._goodput: tuple[float, int, float, Goodput | None] = (0.0, -1, 0.0, None)
+        """When it was computed, for how many events, how long it is kept, and the result."""
+
+    def refresh(self) -> None:
+        """Read what was written since the last call; :attr:`problems` has what could not be read."""
+        self._errors = []
+        new, replaced = self._read(METRICS)
+        self.metrics = [] if replaced else self.metrics
+        self.metrics += [line for line in new if is_number(line.get("step")) and not _is_evaluation(line)]
+        new, replaced = self._read(EVENTS)
+        if replaced:
+            self.events, self._bad_events = [], 0
+        for entry in new:
+            try:
+                self.events.append(parse_event(entry))
+            except ValueError:
+                self._bad_events += 1
+        new, replaced = self._read("quarantine.jsonl")
+        self.quarantined = len(new) + (0 if replaced else self.quarantined)
+        self._read_config()
+
+    def _read(self, name: str) -> tuple[list[dict[str, Any]], bool]:
+        """New objects of a file, and whether it is another one than at the last call."""
+        file, before = self._files[name], self._generations[name]
+        try:
+            new = file.read()
+        except OSError as error:
+            self._errors.append(f"{name} cannot be read: {error.strerror}")
+            new = []
+        self._generations[name] = file.generation
+        return new, file.generation != before
+
+    def _read_config(self) -> None:
+        path = self.path / "config.yaml"
+        try:
+            status = path.stat()
+            stamp = (status.st_mtime_ns, status.st_size)
+            if stamp == self._config_stamp:
+                return
+            if status.st_size > _MAX_CONFIG:
+                self._errors.append(f"config.yaml is larger than {_MAX_CONFIG} bytes")
+                return
+            raw = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return
+        except (OSError, UnicodeDecodeError, YAMLError, RecursionError) as error:
+            self._errors.append(f"config.yaml cannot be read: {' '.join(str(error).split())[:200]}")
+            return
+        if isinstance(raw, dict):
+            self.config, self._config_stamp = raw, stamp
+
+    @property
+    def problems(self) -> list[str]:
+        """Files that could not be read, and counts of malformed lines."""
+        bad = {name: file.bad + (self._bad_events if name == EVENTS else 0) for name, file in self._files.items()}
+        return self._errors + [f"{name}: ignored {count} malformed lines" for name, count in bad.items() if count]
+
+    @property
+    def last(self) -> Mapping[str, Any]:
+        """The step that was logged last; empty before the first."""
+        return self.metrics[-1] if self.metrics else {}
+
+    def steps(self) -> list[dict[str, Any]]:
+        """Logged steps in order; one that was repeated after a resume counts as last done."""
+        by_step = {int(line["step"]): line for line in self.metrics}
+        return [by_step[step] for step in sorted(by_step)]
+
+    @property
+    def stages(self) -> list[Stage]:
+        """Stages of the configuration; none where it is missing or malformed."""
+        stages: list[Stage] = []
+        listed = self.config.get("stages")
+        for stage in listed if isinstance(listed, list) else []:
+            if not isinstance(stage, dict) or not isinstance(stage.get("steps"), int):
+                return []
+            start = stages[-1].end if stages else 0
+            stages.append(Stage(str(stage.get("name")), start, start + stage["steps"]))
+        return stages
+
+    def progress(self) -> list[StageProgress]:
+        """Each stage of the configuration, at the pace of its own last logged steps, without saves and faults."""
+        reached = int(self.last.get("step", 0))
+        result = []
+        for stage in self.stages:
+            steps = stage.end - stage.start
+            done = min(max(reached - stage.start, 0), steps)
+            recent = [line for line in self.metrics if line.get("stage") == stage.name][-_RECENT:]
+            times = [line["step_s"] for line in recent if is_number(line.get("step_s"))]
+            left = (steps - done) * sum(times) / len(times) if times else None
+            result.append(StageProgress(stage, done, 0.0 if done == steps else left))
+        return result
+
+    @property
+    def faults(self) -> list[Event]:
+        return [event for event in self.events if is_fault(event)]
+
+    @property
+    def checkpoint(self) -> SavedCheckpoint | None:
+        """The newest complete checkpoint, by the events or by the folder's own ``checkpoints``."""
+        saved = [SavedCheckpoint(e.fields["step"], e.time) for e in self.events if e.kind == "checkpoint"]
+        for marker in (self.path / "checkpoints").glob("step_*/COMPLETE"):
+            match = _STEP.fullmatch(marker.parent.name)
+            try:
+                saved += [SavedCheckpoint(int(match[1]), marker.stat().st_mtime)] if match else []
+            except OSError:
+                continue  # deleted by the retention policy after it was listed
+        return max(saved, key=lambda checkpoint: (checkpoint.time, checkpoint.step), default=None)
+
+    def sample_images(self) -> list[tuple[int, Path]]:
+        """Images of the samples' folder with their steps, in order."""
+        images = []
+        for path in (self.path / "samples").glob("*.png"):
+            match = _STEP.search(path.stem)
+            if match and path.is_file() and not path.is_symlink():
+                images.append((int(match[1]), path))
+        return sorted(images)
+
+    def goodput(self, now: float) -> Goodput | None:
+        """Where the time went up to ``now`` (Unix seconds); None without a start in ``events.jsonl``.
+
+        A result that was slow to compute is kept for twenty times as long, unless there is a new event.
+        """
+        computed_at, events, keep_s, result = self._goodput
+        if events == len(self.events) and 0 <= now - computed_at < keep_s:
+            return result
+        start = time.perf_counter()
+        result = compute_goodput(self.events, self.metrics, now=now)
+        cost_s = time.perf_counter() - start
+        self._goodput = (now, len(self.events), 20 * cost_s if cost_s > _SLOW_S else 0.0, result)
+        return result

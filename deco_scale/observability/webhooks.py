@@ -1,0 +1,215 @@
+"""Alerts about a run, sent through apprise to a webhook or to any service that it knows.
+
+An ``https://`` URL of no known service gets ``{"text": ...}`` as JSON, the form that Slack and Mattermost take.
+The URL is a secret: it is read from an environment variable and never repeated. apprise's own log may repeat parts
+of it, so only the HTTP status is taken from there.
+"""
+
+import collections
+import contextlib
+import ipaddress
+import logging
+import os
+import queue
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from deco_scale.errors import ConfigError
+from deco_scale.observability.config import MonitorConfig
+from deco_scale.observability.events import Event, is_fault
+from deco_scale.observability.redact import register_secret, scrub
+
+if TYPE_CHECKING:
+    from apprise import Apprise
+
+logger = logging.getLogger(__name__)
+
+TIMEOUT_S = 5.0
+MIN_INTERVAL_S = 60.0
+"""Shortest time between two alerts of one kind."""
+_KINDS = ("stop_signal", "end", "straggler")
+_MAX_CHARS = 1000
+_JSON_FIELDS = {"message": "text", "version": "", "title": "", "attachments": "", "type": ""}
+"""New names of the fields of apprise's JSON; those without a name are left out."""
+
+
+def check_webhook(cfg: MonitorConfig) -> None:
+    """Raises :class:`ConfigError` where alerts are configured and the variable holds no URL that can be used."""
+    if cfg.webhook_env is not None:
+        try:
+            _service(cfg.webhook_env)
+        except ValueError as error:
+            raise ConfigError(f"monitor.webhook_env: {error}") from None
+
+
+def send_alert(env_name: str | None, text: str, *, timeout_s: float = TIMEOUT_S) -> str | None:
+    """Send one line to the URL in the variable ``env_name``; never raises and takes at most ``timeout_s``.
+
+    Returns None once the service has taken it (or without ``env_name``), else the reason, without the URL.
+    """
+    if env_name is None:
+        return None
+    outcome: list[str | None] = [f"no answer within {timeout_s:g} s"]
+
+    def post() -> None:
+        try:
+            outcome[0] = _post(env_name, text)
+        except Exception as error:  # of a service that we do not know; its text may have the URL in it
+            outcome[0] = str(error) if isinstance(error, _UrlError) else f"{type(error).__name__} in apprise"
+
+    try:
+        # Timeouts of sockets apply to each read; slow name servers and slow answers need one for the whole.
+        thread = threading.Thread(target=post, daemon=True, name="alert")
+        thread.start()
+        thread.join(timeout_s)
+    except RuntimeError:
+        return "no thread could be started"
+    return outcome[0]
+
+
+class AlertSender:
+    """Sends alerts of faults, stop signals, ends and stragglers, each kind at most once a minute.
+
+    Training never waits for the network: a thread sends from a queue of ``capacity`` lines; what does not fit is
+    dropped and counted. Failures are logged, each reason once.
+    """
+
+    def __init__(
+        self,
+        env_name: str,
+        *,
+        run: str,
+        capacity: int = 64,
+        timeout_s: float = TIMEOUT_S,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._env_name, self._run, self._timeout_s, self._clock = env_name, run, timeout_s, clock
+        self._host = socket.gethostname()
+        self._queue: queue.Queue[str | None] = queue.Queue(capacity)
+        self._last: dict[str, float] = {}
+        self._suppressed: collections.Counter[str] = collections.Counter()
+        self._queued, self._sent = 0, 0
+        self._thread = threading.Thread(target=self._work, daemon=True, name="alerts")
+        self._thread.start()
+
+    def event(self, event: Event, step: int | None) -> None:
+        """Queue an alert where the event deserves one; ``step`` is the last known one."""
+        if event.kind not in _KINDS and not is_fault(event):
+            return
+        now, kind = self._clock(), event.kind
+        if kind in self._last and now - self._last[kind] < MIN_INTERVAL_S:
+            self._suppressed[kind] += 1
+            return
+        self._last[kind] = now
+        fields = {name: value for name, value in event.fields.items() if name not in ("host", "step")}
+        host, step = event.fields.get("host", self._host), event.fields.get("step", step)
+        more = self._suppressed.pop(kind, 0)
+        self._put(
+            f"{self._run} on {host}"
+            + (f", step {step}" if step is not None else "")
+            + f": {kind.replace('_', ' ')}"
+            + "".join(f", {name} {value}" for name, value in fields.items())
+            + (f" ({more} more of this kind since the last alert)" if more else "")
+        )
+
+    def close(self, *, timeout_s: float = 10.0) -> None:
+        """Send what is queued, for at most ``timeout_s``, and log how many alerts were not sent."""
+        if self._suppressed:
+            counts = ", ".join(f"{count} {kind}" for kind, count in sorted(self._suppressed.items()))
+            self._put(f"{self._run} on {self._host}: events without an alert of their own: {counts}")
+        deadline = time.monotonic() + timeout_s
+        with contextlib.suppress(queue.Full):
+            self._queue.put(None, timeout=timeout_s)
+        self._thread.join(max(deadline - time.monotonic(), 0))
+        if self._sent < self._queued:
+            logger.warning("%d of %d alerts were not sent", self._queued - self._sent, self._queued)
+
+    def _put(self, text: str) -> None:
+        self._queued += 1
+        with contextlib.suppress(queue.Full):
+            self._queue.put_nowait(text)
+
+    def _work(self) -> None:
+        logged: set[str] = set()
+        while (text := self._queue.get()) is not None:
+            problem = send_alert(self._env_name, text, timeout_s=self._timeout_s)
+            if problem is None:
+                self._sent += 1
+            elif problem not in logged:
+                logged.add(problem)
+                logger.warning("an alert was not sent: %s", problem)
+
+
+class _UrlError(ValueError):
+    """The URL cannot be used; the message does not repeat it."""
+
+
+def _service(env_name: str) -> "Apprise":
+    """The service at the variable's URL, which is redacted everywhere from here on; raises :class:`_UrlError`."""
+    url = os.environ.get(env_name, "").strip()
+    if not url:
+        raise _UrlError(f"the environment variable {env_name} is not set; it must hold the webhook's URL")
+    register_secret(url)
+    try:
+        import apprise
+        from apprise.plugins.custom_json import NotifyJSON
+    except ImportError:
+        raise _UrlError("alerts need the package apprise (pip install apprise)") from None
+    logging.getLogger("apprise").propagate = False  # it repeats URLs
+    try:
+        parts = urlsplit(url)
+        host, _ = parts.hostname or "", parts.port
+    except ValueError:
+        raise _UrlError(f"the environment variable {env_name} does not hold a URL") from None
+    # A redirect would take the text to wherever the server says.
+    service = apprise.Apprise(asset=apprise.AppriseAsset(http_redirects=False))
+    if parts.scheme not in ("http", "https"):
+        if not service.add(url):
+            raise _UrlError(f"the environment variable {env_name} holds neither an https URL nor one of apprise")
+        return service
+    if not host or not url.isascii() or any(c <= " " for c in url) or "@" in parts.netloc:
+        raise _UrlError(f"the environment variable {env_name} does not hold a plain https URL")
+    if parts.scheme == "http" and not _is_loopback(host):
+        raise _UrlError(f"the URL in {env_name} must be https; http is allowed to this machine only")
+    if parts.scheme == "http" and _has_proxy(url):
+        raise _UrlError(f"a proxy would get the alerts to the URL in {env_name}: add {host} to no_proxy")
+    if parts.scheme == "http" or not service.add(url):
+        path = url.partition("://")[2].removeprefix(parts.netloc)
+        service.add(NotifyJSON(host=parts.netloc, fullpath=path, secure=parts.scheme == "https", redirect=False,
+                               payload=_JSON_FIELDS))  # fmt: skip
+    return service
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _has_proxy(url: str) -> bool:
+    from requests.utils import get_environ_proxies, select_proxy
+
+    return select_proxy(url, get_environ_proxies(url)) is not None
+
+
+def _post(env_name: str, text: str) -> str | None:
+    """Send the text; the reason where that failed. Raises what :func:`_service` does."""
+    service = _service(env_name)
+    import apprise
+
+    with apprise.LogCapture(level=logging.WARNING) as log:
+        sent = service.notify(
+            body=" ".join(scrub(text).split())[:_MAX_CHARS], body_format=apprise.NotifyFormat.TEXT
+        )
+    if sent:
+        return None
+    status = re.search(r"\berror=(\d{3})\b", log.getvalue())
+    if status:
+        return f"the server answered {status[1]}"
+    return "the server was not reached" if "onnection error" in log.getvalue() else "apprise could not send it"
