@@ -21,7 +21,10 @@ PYTHON312 := $(lastword $(wildcard $(shell pyenv root 2> /dev/null)/versions/3.1
 endif
 REHEARSAL_STAMP := $(REHEARSAL)/.installed-$(shell cat pyproject.toml constraints-gpu.txt requirements-demo-encoder.txt | cksum | cut -d' ' -f1)
 
-.PHONY: demo test test-long test-gpu rehearsal bench lint install clean
+# Without --quiet, which would hide warnings from --strict. The variable turns off a notice of the theme's authors.
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+.PHONY: demo test test-fast test-long test-gpu rehearsal bench docs lint install clean
 
 install: $(STAMP)
 
@@ -42,6 +45,9 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest -m "not gpu and not long" -n 2 --dist loadfile --no-loadscope-reorder --durations 12 $(SIDE_BY_SIDE)
 	$(BIN)/python -m pytest -m "not gpu and not long" --durations 12 $(ALONE)
+
+test-fast: $(STAMP)
+	$(BIN)/python -m pytest -m "not gpu and not long" -n 2 --dist loadfile tests/unit tests/parity
 
 test-long: $(STAMP)
 	$(BIN)/python -m pytest -m long tests
@@ -71,11 +77,15 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.throughput --config configs/t2i_tiny.yaml parallel.engine=fsdp --out $(OUT)
 	$(BIN)/python -m benchmarks.kernels --out $(OUT)
 
+docs: $(STAMP)
+	$(MKDOCS)
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(MKDOCS) --site-dir build/docs-lint
 
 clean:
-	rm -rf $(VENV) $(REHEARSAL) runs
+	rm -rf $(VENV) $(REHEARSAL) build runs
