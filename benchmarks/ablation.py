@@ -18,7 +18,6 @@ import dataclasses
 import hashlib
 import json
 import multiprocessing
-import os
 import statistics
 import sys
 from collections.abc import Sequence
@@ -38,6 +37,7 @@ from benchmarks.ablation_cells import (
     prepare_pictures,
     run_cell,
 )
+from data_pipeline.storage.files import atomic_write
 
 PICTURE = record.ROOT / "docs" / "images" / "ablation.png"
 WORK = record.ROOT / "runs" / "ablation"
@@ -88,16 +88,9 @@ def run_cells(
             for number, future in enumerate(as_completed(waiting), 1):
                 name, seed, path = waiting[future]
                 result = future.result()
-                _write_whole(path, json.dumps(result, indent=1))
+                atomic_write(path, json.dumps(result, indent=1).encode(), durable=False)
                 console.print(f"{number}/{len(missing)} {name}, seed {seed}: {result['seconds']:.0f} s")
     return [json.loads(path.read_text()) for _, _, path in cells]
-
-
-def _write_whole(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(text)
-    os.replace(partial, path)
 
 
 def summarise(cells: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:

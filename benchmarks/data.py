@@ -37,7 +37,7 @@ from data_pipeline.pack.writer import pack
 from data_pipeline.storage.base import ObjectInfo, open_store
 from data_pipeline.storage.dev_server import S3Server, running_server
 from data_pipeline.stream.loader import Loader
-from data_pipeline.stream.sampler import Chunks, EpochOrder
+from data_pipeline.stream.sampler import Chunks, EpochSampler
 from launcher.demo.dataset import SUBJECTS, photograph
 
 URL = "s3://bench/set"
@@ -84,7 +84,7 @@ def ours(mode: DecodeMode) -> Iterator[int]:
     next(batches)
     yield 0
     for batch in batches:
-        yield len(batch.numbers)
+        yield len(batch.sample_ids)
 
 
 def plain_webdataset() -> Iterator[int]:
@@ -177,7 +177,7 @@ def big_index(samples: int) -> dict[str, float]:
         loaded = time.perf_counter()
         chunks = Chunks.of_index(index)
         cut = time.perf_counter()
-        order = EpochOrder(chunks, seed=1, epoch=0, streams=1024, window=256)
+        order = EpochSampler(chunks, seed=1, epoch=0, streams=1024, window=256)
         built = time.perf_counter()
         order.at(samples // 2)
         sought = time.perf_counter()

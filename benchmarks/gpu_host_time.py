@@ -69,13 +69,13 @@ def host_time(where: Where, *, engine: str) -> Found:
     try:
         batch, _ = run.next_batch()
         for size in sizes:
-            part = next(split(batch, len(batch.numbers) // size))
+            part = next(split(batch, len(batch.sample_ids) // size))
             numbers[f"micro_{size}"] = measured = _measure(run, part, repeats=2 if where.quick else 5)
             where.write(f"micro_{size}", measured)
         if where.device == "cuda":
             # Last of all, with every figure on disk: the profiler is the most likely to fail.
             for size in sizes:
-                part = next(split(batch, len(batch.numbers) // size))
+                part = next(split(batch, len(batch.sample_ids) // size))
                 measured = numbers[f"micro_{size}"]
                 measured |= _device_work(run, part, measured["step_s"])
                 where.write(f"micro_{size}", measured)
@@ -130,7 +130,7 @@ def _measure(run: TrainingSteps, batch: Batch, *, repeats: int) -> dict[str, Any
     step_s = (time.perf_counter() - began) / repeats
     loss = result.losses["loss"].item()
     if not math.isfinite(loss):
-        raise CheckFailed(f"the loss is {loss} after steps of {len(batch.numbers)} images")
+        raise CheckFailed(f"the loss is {loss} after steps of {len(batch.sample_ids)} images")
     medians = {name: statistics.median(step[name] for step in steps) for name in steps[0]}
     return {**medians, "step_s": step_s, "host_share": medians["host_s"] / medians["wall_s"], "loss": loss}
 

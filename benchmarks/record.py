@@ -11,6 +11,8 @@ from typing import Any
 
 from rich.console import Console
 
+from data_pipeline.storage.files import atomic_write
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -36,10 +38,7 @@ def write(result: dict[str, Any], folder: Path, name: str, console: Console) -> 
 
 def write_json(path: Path, content: Any) -> None:
     """Write ``path`` in one move, so that a kill leaves the earlier file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2, default=str) + "\n")
-    os.replace(partial, path)
+    atomic_write(path, (json.dumps(content, indent=2, default=str) + "\n").encode(), durable=False)
 
 
 def draw_bars(groups: Mapping[str, Mapping[str, float]], path: Path, *, title: str, unit: str) -> None:

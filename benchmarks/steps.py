@@ -238,8 +238,8 @@ def _with_states(batches: Iterator[Batch], cfg: RunConfig) -> Iterator[Batch]:
         torch.randn(16, *shape, generator=generator).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
     )
     for batch in batches:
-        states = [pool[number % len(pool)] for number in batch.numbers]
-        yield Part(batch.images, batch.captions, batch.labels, batch.numbers, states)
+        states = [pool[number % len(pool)] for number in batch.sample_ids]
+        yield Part(batch.images, batch.captions, batch.labels, batch.sample_ids, states)
 
 
 def _in_memory(

@@ -37,6 +37,7 @@ from checkpoints_tools.archive import Archive, StoredTensor
 from checkpoints_tools.infer import model_of
 from checkpoints_tools.source import SETS, Advance, TensorSpec
 from checkpoints_tools.work import SYNC_THREADS, Budget, held_bytes, in_threads, tensor_budget
+from data_pipeline.storage.files import make_durable, write_durably
 from deco_scale.errors import ConfigError, RunError
 from deco_scale.models import ModelConfig
 from deco_scale.training.checkpoint_format import (
@@ -46,12 +47,10 @@ from deco_scale.training.checkpoint_format import (
     CheckpointMeta,
     SummedFile,
     crc32c_of,
-    make_durable,
     read_meta,
     reading,
     sums_text,
     without_record_sums,
-    write_durably,
 )
 from deco_scale.training.dcp_index import IndexedTensor, Piece, read_index
 

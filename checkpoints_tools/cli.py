@@ -4,16 +4,12 @@ Exit codes: 0 done, 1 the check found something or the disk refused, 2 wrong use
 """
 
 import argparse
-import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from checkpoints_tools.averaging import average, check_alike, fit_width, shares_of
 from checkpoints_tools.exporting import Weights, export_checkpoint, plan_export
@@ -21,25 +17,27 @@ from checkpoints_tools.formats import open_checkpoint
 from checkpoints_tools.importing import import_checkpoint, plan_import
 from checkpoints_tools.measures import difference, tensor_facts
 from checkpoints_tools.reshard import add_arguments, plan_reshard
-from checkpoints_tools.show import differences_table, facts_table, printable, size_text, tensors_table
-from checkpoints_tools.source import SETS, Advance, Source, TensorSpec
+from checkpoints_tools.show import differences_table, facts_table, tensors_table
+from checkpoints_tools.source import SETS, Source, TensorSpec
 from checkpoints_tools.verify import has_checksums, problems_of
 from checkpoints_tools.work import use_large_pages
 from checkpoints_tools.zero_writer import ZeroLayout
+from data_pipeline.console import (
+    Parser,
+    cell,
+    default_workers,
+    positive_int,
+    print_error,
+    print_line,
+    print_list,
+    progress_bar,
+)
+from data_pipeline.text import human_bytes
 from deco_scale.config import load_config
 from deco_scale.errors import ConfigError, RunError
 from deco_scale.training.checkpoint_format import verify
 
-LISTED = 20
-"""Names that are listed before the rest are counted."""
 MAX_WORKERS = 8
-
-
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"deco-ckpt: {message}\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,17 +47,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(args.run(args, Console()))
     except ConfigError as error:
-        return _complain(error, 2)
+        return print_error("deco-ckpt", error, 2)
     except RunError as error:
-        return _complain(error, 1)
+        return print_error("deco-ckpt", error, 1)
     except OSError as error:
-        return _complain(f"{error.filename or ''}: {error.strerror or error}", 1)
+        return print_error("deco-ckpt", f"{error.filename or ''}: {error.strerror or error}", 1)
     except KeyboardInterrupt:
         return 130
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="deco-ckpt", description=__doc__)
+    parser = Parser(prog="deco-ckpt", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(name: str, run: Callable[..., int], help: str) -> argparse.ArgumentParser:
@@ -81,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     importing.add_argument("source", type=Path)
     importing.add_argument("target", type=Path)
     importing.add_argument("--config", type=Path, help="run configuration to store; its model must fit")
-    importing.add_argument("--resolution", type=_positive_int, metavar="PX", help="side that the model draws")
+    importing.add_argument("--resolution", type=positive_int, metavar="PX", help="side that the model draws")
     importing.add_argument("--text-encoder", help="folder or hub id of the text encoder")
     _writing(importing)
     exporting = command("export", _export, "write the release's layout, safetensors, or a diffusers-style folder")
@@ -92,12 +90,12 @@ def _parser() -> argparse.ArgumentParser:
         "--weights", choices=("ema", "model", "both"), help="default: both for the release, else ema"
     )
     exporting.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
-    exporting.add_argument("--max-shard-bytes", type=_positive_int, metavar="N", help="several safetensors files")
+    exporting.add_argument("--max-shard-bytes", type=positive_int, metavar="N", help="several safetensors files")
     exporting.add_argument("--dry-run", action="store_true", help="say what would be written")
     resharding = command(
         "reshard", _reshard, "move between canonical, DeepSpeed's files, and its universal format"
     )
-    add_arguments(resharding, workers=_cores())
+    add_arguments(resharding, workers=default_workers(MAX_WORKERS))
     averaging = command("average", _average, "average canonical checkpoints")
     averaging.add_argument("target", type=Path)
     averaging.add_argument("source", type=Path, nargs="+")
@@ -111,9 +109,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _writing(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--files", type=_positive_int, default=1, metavar="N", help="number of tensor files")
+    parser.add_argument("--files", type=positive_int, default=1, metavar="N", help="number of tensor files")
     parser.add_argument(
-        "--workers", type=_positive_int, default=_cores(), metavar="N", help="threads, one file each"
+        "--workers",
+        type=positive_int,
+        default=default_workers(MAX_WORKERS),
+        metavar="N",
+        help="threads, one file each",
     )
     parser.add_argument("--dry-run", action="store_true", help="say what would be written")
 
@@ -122,34 +124,34 @@ def _inspect(args: argparse.Namespace, console: Console) -> int:
     source = open_checkpoint(args.path)
     console.print(facts_table(source))
     facts = {}
-    with _bar(console, "reading", len(source.specs)) as advance:
+    with progress_bar(console, "reading", len(source.specs)) as advance:
         for name in source.specs:
             facts[name] = tensor_facts(source, name)
             advance(name)
     if args.tensors:
         console.print(tensors_table(source, facts))
     broken = {n: f for n, f in facts.items() if f.nans}
-    _list(console, "tensors with infinities", [n for n, f in facts.items() if f.infinities])
+    print_list(console, "tensors with infinities", [n for n, f in facts.items() if f.infinities])
     fresh = source.meta is not None and source.meta.step == 0
     note = "" if fresh else " (normal for zero-initialised ones at step 0)"
-    _list(console, f"tensors are all zero{note}", [n for n, f in facts.items() if f.zero])
-    _list(console, "tensors with NaN", [f"{n}: {f.nans:,} NaN" for n, f in broken.items()])
+    print_list(console, f"tensors are all zero{note}", [n for n, f in facts.items() if f.zero])
+    print_list(console, "tensors with NaN", [f"{n}: {f.nans:,} NaN" for n, f in broken.items()])
     return 1 if broken else 0
 
 
 def _verify(args: argparse.Namespace, console: Console) -> int:
     if not args.path.exists():
         raise ConfigError(f"{args.path}: no such file or folder")
-    with _bar(console, "verifying", None) as advance:
+    with progress_bar(console, "verifying", None) as advance:
         problems = list(problems_of(args.path, advance=advance))
     if problems:
         for problem in problems:
-            print(f"deco-ckpt: {printable(problem)}", file=sys.stderr)
+            print_error("deco-ckpt", problem, 1)
         return 1
     if has_checksums(args.path):
-        _say(console, f"{args.path}: every file is as its checksum says")
+        print_line(console, f"{args.path}: every file is as its checksum says")
     else:
-        _say(console, f"{args.path}: readable throughout; it comes without checksums of its files")
+        print_line(console, f"{args.path}: readable throughout; it comes without checksums of its files")
     return 0
 
 
@@ -164,12 +166,12 @@ def _diff(args: argparse.Namespace, console: Console) -> int:
     if not ours and not theirs:
         raise ConfigError(f"neither checkpoint has {args.only}.* tensors")
     common = [n for n in ours if n in theirs and ours[n].shape == theirs[n].shape]
-    _list(console, f"only in {args.first}", sorted(set(ours) - set(theirs)))
-    _list(console, f"only in {args.second}", sorted(set(theirs) - set(ours)))
+    print_list(console, f"only in {args.first}", sorted(set(ours) - set(theirs)))
+    print_list(console, f"only in {args.second}", sorted(set(theirs) - set(ours)))
     shapes = [f"{n}: {ours[n].shape} and {theirs[n].shape}" for n in ours if n in theirs and n not in common]
-    _list(console, "of different shapes", shapes)
+    print_list(console, "of different shapes", shapes)
     found = {}
-    with _bar(console, "comparing", len(common)) as advance:
+    with progress_bar(console, "comparing", len(common)) as advance:
         for name in common:
             found[name] = difference(first, second, name)
             advance(name)
@@ -177,7 +179,7 @@ def _diff(args: argparse.Namespace, console: Console) -> int:
     if any(d.absolute for d in found.values()):
         console.print(differences_table({n: d for n, d in found.items() if d.absolute}))
     beyond = f"beyond {args.tolerance:g}" if args.tolerance else "in value"
-    _say(console, f"{len(common):,} tensors compared, {len(apart):,} differ {beyond}")
+    print_line(console, f"{len(common):,} tensors compared, {len(apart):,} differ {beyond}")
     return 1 if apart or shapes or set(ours) != set(theirs) else 0
 
 
@@ -194,16 +196,18 @@ def _import(args: argparse.Namespace, console: Console) -> int:
     plan = plan_import(source, config=config, resolution=args.resolution, text_encoder=args.text_encoder)
     _refuse_existing(args.target)
     for remark in plan.remarks:
-        _say(console, f"note: {remark}")
+        print_line(console, f"note: {remark}")
     size = sum(spec.nbytes for spec in plan.specs.values())
-    _say(console, f"{source.model.kind}: {len(plan.specs):,} tensors, {size_text(size)} in fp32, to {args.target}")
+    print_line(
+        console, f"{source.model.kind}: {len(plan.specs):,} tensors, {human_bytes(size)} in fp32, to {args.target}"
+    )
     if args.dry_run:
         return 0
-    with _bar(console, "importing", len(plan.specs)) as advance:
+    with progress_bar(console, "importing", len(plan.specs)) as advance:
         meta = import_checkpoint(
             source, plan, args.target, files=args.files, workers=args.workers, advance=advance
         )
-    _say(console, f"wrote {args.target}, parameter digest {meta.parameter_digest}")
+    print_line(console, f"wrote {args.target}, parameter digest {meta.parameter_digest}")
     return 0
 
 
@@ -215,12 +219,14 @@ def _export(args: argparse.Namespace, console: Console) -> int:
     dtype = torch.float32 if args.dtype == "fp32" else torch.bfloat16
     plan = plan_export(source, format=args.format, weights=weights, dtype=dtype)
     _refuse_existing(args.target)
-    _say(console, f"{len(plan.specs):,} tensors, {size_text(plan.nbytes)} in {args.dtype}, to {args.target}")
+    print_line(
+        console, f"{len(plan.specs):,} tensors, {human_bytes(plan.nbytes)} in {args.dtype}, to {args.target}"
+    )
     if args.dry_run:
         return 0
-    with _bar(console, "exporting", len(plan.specs)) as advance:
+    with progress_bar(console, "exporting", len(plan.specs)) as advance:
         export_checkpoint(plan, args.target, max_shard_bytes=args.max_shard_bytes, advance=advance)
-    _say(console, f"wrote {args.target}")
+    print_line(console, f"wrote {args.target}")
     return 0
 
 
@@ -237,12 +243,12 @@ def _reshard(args: argparse.Namespace, console: Console) -> int:
         ema_from_model=args.ema_from is not None, config=load_config(args.config) if args.config else None,
     )  # fmt: skip
     for line in plan.lines:
-        _say(console, line)
+        print_line(console, line)
     if args.dry_run:
         return 0
-    with _bar(console, "resharding", plan.count) as advance:
+    with progress_bar(console, "resharding", plan.count) as advance:
         plan.write(args.target, advance)
-    _say(console, f"wrote {args.target}")
+    print_line(console, f"wrote {args.target}")
     return 0
 
 
@@ -262,7 +268,7 @@ def _average(args: argparse.Namespace, console: Console) -> int:
             raise ConfigError(f"--ema-width needs one known optimizer.ema_decay, the checkpoints have {decays}")
         sources.sort(key=lambda s: s.meta.optimizer_steps if s.meta is not None else 0)
         fit = fit_width(args.ema_width, sorted(m.optimizer_steps for m in metas), decay)
-        _say(
+        print_line(
             console,
             f"fitted: width {fit.width:.4f} (wanted {args.ema_width:g}), mean at {fit.mean:.4f} of the run "
             f"(wanted {fit.wanted_mean:.4f}), relative error {fit.error:.4f}",
@@ -276,49 +282,25 @@ def _average(args: argparse.Namespace, console: Console) -> int:
     else:
         shares = shares_of(args.weights, len(sources))
     for source, share in zip(sources, shares, strict=True):
-        _say(console, f"{share:+.6f}  {source.path}")
+        print_line(console, f"{share:+.6f}  {source.path}")
     if args.dry_run:
         return 0
     count = sum(n.startswith(("model.", "ema.")) for n in sources[-1].specs)
-    with _bar(console, "averaging", count) as advance:
+    with progress_bar(console, "averaging", count) as advance:
         meta = average(
             sources, shares, args.target, only_ema=args.ema_width is not None, files=args.files,
             workers=args.workers, advance=advance,
         )  # fmt: skip
-    _say(console, f"wrote {args.target}, parameter digest {meta.parameter_digest}")
+    print_line(console, f"wrote {args.target}, parameter digest {meta.parameter_digest}")
     return 0
 
 
 def _checked(source: Source, console: Console) -> Source:
     """What is copied from must be intact: compares a canonical folder's checksums."""
     if source.meta is not None:
-        with console.status(f"comparing checksums of {printable(str(source.path))}"):
+        with console.status(f"comparing checksums of {cell(source.path)}"):
             verify(source.path)
     return source
-
-
-@contextmanager
-def _bar(console: Console, what: str, total: int | None) -> Iterator[Advance]:
-    """Progress by tensor, gone when it is done."""
-    columns = (
-        TextColumn(what),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[name]}"),
-    )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=total, name="")
-        yield lambda name: progress.update(task, advance=1, name=printable(name))
-
-
-def _list(console: Console, what: str, names: Sequence[str]) -> None:
-    if names:
-        _say(console, f"{len(names):,} {what}:")
-        for name in names[:LISTED]:
-            _say(console, f"  {name}")
-        if len(names) > LISTED:
-            _say(console, f"  and {len(names) - LISTED:,} more")
 
 
 def _refuse_existing(target: Path) -> None:
@@ -326,32 +308,10 @@ def _refuse_existing(target: Path) -> None:
         raise ConfigError(f"{target} exists already; name a new one")
 
 
-def _say(console: Console, text: str) -> None:
-    safe = "".join(c if c.isprintable() else "?" for c in text)
-    console.print(safe, markup=False, highlight=False, soft_wrap=True)
-
-
-def _complain(error: object, code: int) -> int:
-    text = "".join(c if c.isprintable() else "?" for c in " ".join(str(error).split()))
-    print(f"deco-ckpt: {text}", file=sys.stderr)
-    return code
-
-
-def _cores() -> int:
-    return min(MAX_WORKERS, len(os.sched_getaffinity(0)))
-
-
 def _not_negative(text: str) -> float:
     value = float(text)
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is negative or not finite")
-    return value
-
-
-def _positive_int(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
     return value
 
 

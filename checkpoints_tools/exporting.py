@@ -26,8 +26,9 @@ from checkpoints_tools.safetensors_out import (
     write_summed,
 )
 from checkpoints_tools.source import EMA, MODEL, REPA, Advance, Source, TensorSpec
+from data_pipeline.storage.files import make_durable
 from deco_scale.errors import ConfigError, RunError
-from deco_scale.training.checkpoint_format import SummedFile, make_durable
+from deco_scale.training.checkpoint_format import SummedFile
 
 Format = Literal["release", "safetensors", "diffusers"]
 Weights = Literal["model", "ema", "both"]

@@ -20,9 +20,10 @@ from checkpoints_tools.zero_files import CARRIED, write_side
 from checkpoints_tools.zero_layout import partitions, sub_groups, tp_shape
 from checkpoints_tools.zero_reader import ZeroSource
 from checkpoints_tools.zero_writer import ZeroLayout, check_zero, parameter_order, write_zero
+from data_pipeline.storage.files import make_durable, write_durably
 from deco_scale.config import RunConfig
 from deco_scale.errors import ConfigError, RunError
-from deco_scale.training.checkpoint_format import CheckpointMeta, make_durable, write_durably
+from deco_scale.training.checkpoint_format import CheckpointMeta
 
 Form = Literal["canonical", "deepspeed", "universal"]
 FORMS = ("canonical", "deepspeed", "universal")

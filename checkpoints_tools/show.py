@@ -7,13 +7,15 @@ from rich.table import Table
 
 from checkpoints_tools.measures import Difference, TensorFacts
 from checkpoints_tools.source import SETS, Source
+from data_pipeline.console import cell
+from data_pipeline.text import human_bytes, shape_text
 
 
 def facts_table(source: Source) -> Table:
     """Format, place in the run, sizes, files."""
-    table = Table("quantity", "value", title=printable(str(source.path)))
+    table = Table("quantity", "value", title=cell(str(source.path)))
     for name, value in _rows(source):
-        table.add_row(name, printable(value))
+        table.add_row(name, cell(value))
     return table
 
 
@@ -28,7 +30,7 @@ def tensors_table(source: Source, facts: Mapping[str, TensorFacts]) -> Table:
         one = facts[name]
         numbers = (f"{x:.4g}" for x in (one.minimum, one.maximum, one.mean, one.std))
         flags = (str(one.nans), str(one.infinities), "all" if one.zero else "")
-        table.add_row(printable(name), shape_text(spec.shape), dtype_text(spec.dtype), *numbers, *flags)
+        table.add_row(cell(name), shape_text(spec.shape), dtype_text(spec.dtype), *numbers, *flags)
     return table
 
 
@@ -39,30 +41,12 @@ def differences_table(differences: Mapping[str, Difference]) -> Table:
     for column in ("max absolute", "max relative"):
         table.add_column(column, justify="right")
     for name, one in sorted(differences.items(), key=lambda item: (-item[1].absolute, item[0])):
-        table.add_row(printable(name), f"{one.absolute:.6g}", f"{one.relative:.6g}")
+        table.add_row(cell(name), f"{one.absolute:.6g}", f"{one.relative:.6g}")
     return table
-
-
-def shape_text(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape)) or "scalar"
 
 
 def dtype_text(dtype: object) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def size_text(count: float) -> str:
-    """Bytes for people."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024 or unit == "GiB":
-            return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.2f} {unit}"
-        count /= 1024
-    raise AssertionError
-
-
-def printable(text: str) -> str:
-    """Names in files are anyone's: none of them may steer the terminal or its markup."""
-    return "".join(c if c.isprintable() else "?" for c in text).replace("[", "\\[")
 
 
 def _rows(source: Source) -> Iterator[tuple[str, str]]:
@@ -85,9 +69,9 @@ def _rows(source: Source) -> Iterator[tuple[str, str]]:
         if specs:
             types = ", ".join(sorted({dtype_text(s.dtype) for s in specs}))
             count, size = sum(s.numel for s in specs), sum(s.nbytes for s in specs)
-            yield kind, f"{len(specs)} tensors, {count:,} elements, {types}, {size_text(size)}"
+            yield kind, f"{len(specs)} tensors, {count:,} elements, {types}, {human_bytes(size)}"
     for file in _files(source.path):
-        yield "file", f"{file.relative_to(source.path.parent)}, {size_text(file.stat().st_size)}"
+        yield "file", f"{file.relative_to(source.path.parent)}, {human_bytes(file.stat().st_size)}"
 
 
 def _files(path: Path) -> list[Path]:

@@ -33,9 +33,10 @@ from checkpoints_tools.zero_files import (
 )
 from checkpoints_tools.zero_layout import Shape, whole_shape
 from checkpoints_tools.zero_writer import ZeroLayout, adamw_group, model_states, parameter_order
+from data_pipeline.storage.files import make_durable
 from deco_scale.errors import ConfigError
 from deco_scale.parallel.plan import split_dim
-from deco_scale.training.checkpoint_format import CheckpointMeta, SummedFile, make_durable, without_record_sums
+from deco_scale.training.checkpoint_format import CheckpointMeta, SummedFile, without_record_sums
 
 _FILES = {"fp32": "model", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
 _OPTIMIZER = "optimizer_state.pt"

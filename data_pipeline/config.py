@@ -1,9 +1,13 @@
 """Settings of the data pipeline."""
 
+import logging
 from dataclasses import dataclass, field
 from typing import Literal
 
 from data_pipeline.decode import DecodeMode
+
+logger = logging.getLogger(__name__)
+_RENAMED = {"leave_out": "drop", "enlarge": "upscale"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,11 +51,11 @@ class DataConfig:
     several with weights in its place. ``target: label`` reads class numbers (``.cls``) in place of captions.
 
     ``streams``, ``window``, ``filters``, ``mixture``, ``small`` and ``bucket_aspect`` shape the order and are part
-    of a run's identity: changing them changes which samples a step sees. ``bucket_aspect`` above 1 keeps pictures
+    of a run's identity: changing them changes which samples a step sees. ``bucket_aspect`` above 1 keeps images
     up to that aspect ratio in buckets of their own shape instead of cropping squares.
 
-    ``small`` says what becomes of pictures below a stage's resolution: ``leave_out`` by the index, or ``enlarge``,
-    as is usual for ImageNet.
+    ``small`` says what becomes of images below a stage's resolution: ``drop``, or ``upscale``, as is usual for
+    ImageNet. The older names ``leave_out`` and ``enlarge`` still work.
 
     ``decode`` is ``exact`` (the public release's preprocessing) or ``fast`` (docs/data.md has the difference).
     ``ahead`` samples per rank are fetched and decoded before they are needed; ``workers`` of ``worker_kind``
@@ -71,7 +75,7 @@ class DataConfig:
     window: int = 1024
     filters: Filters = field(default_factory=Filters)
     bucket_aspect: float = 1.0
-    small: Literal["leave_out", "enlarge"] = "leave_out"
+    small: Literal["drop", "upscale", "leave_out", "enlarge"] = "drop"
     decode: DecodeMode = "exact"
     workers: int = 4
     worker_kind: Literal["thread", "process"] = "thread"
@@ -91,6 +95,9 @@ class DataConfig:
     max_bad_fraction: float = 0.01
 
     def __post_init__(self) -> None:
+        if self.small in _RENAMED:
+            logger.warning(f"data.small={self.small} is now called {_RENAMED[self.small]}")
+            object.__setattr__(self, "small", _RENAMED[self.small])
         if bool(self.url) == bool(self.mixture):
             raise ValueError("set either url, or mixture with URLs of its own")
         if self.mixture and self.text_states:
@@ -107,8 +114,8 @@ class DataConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0")
         if self.bucket_aspect < 1:
             raise ValueError(f"bucket_aspect={self.bucket_aspect} must be at least 1")
-        if self.bucket_aspect > 1 and self.small == "enlarge":
-            raise ValueError(f"small=enlarge is for squares, not for bucket_aspect={self.bucket_aspect}")
+        if self.bucket_aspect > 1 and self.small == "upscale":
+            raise ValueError(f"small=upscale is for squares, not for bucket_aspect={self.bucket_aspect}")
         for name in ("prefix_probability", "max_bad_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1]")
@@ -119,6 +126,6 @@ class DataConfig:
         return self.mixture or (Source(url=self.url, text_states=self.text_states),)
 
     @property
-    def has_text_states(self) -> bool:
+    def has_text_embeddings(self) -> bool:
         """Whether text states are read instead of computed."""
         return bool(self.sources[0].text_states)

@@ -1,12 +1,12 @@
-"""Encoded picture to uint8 pixels, as the public release preprocesses ("exact") or near it and faster ("fast").
+"""Encoded image to uint8 pixels, as the public release preprocesses ("exact") or near it and faster ("fast").
 
-Exact: RGB; halve with BOX while the picture covers twice the size; BICUBIC to the smallest picture that covers
+Exact: RGB; halve with BOX while the image covers twice the size; BICUBIC to the smallest image that covers
 the size; centre crop. Fast: the same, but JPEG is halved by its decoder in the DCT domain, other formats by one
 averaging over blocks, and the BICUBIC is a vectorised one. Where the sides halve evenly the two agree to 45 dB
 PSNR; elsewhere the release's BOX displaces pixels by up to half of one, and the fast way does not follow it
 (``benchmarks/decode_quality.py``).
 
-Unlike the release, both turn the picture as its EXIF orientation says, show what is transparent over white
+Unlike the release, both turn the image as its EXIF orientation says, show what is transparent over white
 (the release shows the colours hidden below) and scale 16-bit grey to 8 bits (the release clips it to white).
 Sizes are (height, width); Pillow's own are (width, height).
 """
@@ -38,9 +38,9 @@ FORMATS = tuple(
 MAX_SIDE = 65_535
 """Longest side in pixels that a header may claim: the limit of JPEG, and of the index's columns."""
 PILLOW_PIXELS = 179_000_000
-"""Pixels of the largest picture that Pillow opens, rounded up."""
+"""Pixels of the largest image that Pillow opens, rounded up."""
 KEPT_BLOCKS = 16
-"""Blocks of at most 16 MiB that Pillow keeps for the next pictures of this process."""
+"""Blocks of at most 16 MiB that Pillow keeps for the next images of this process."""
 _ORIENTATION_TAG = 0x0112
 _TURN = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -51,17 +51,17 @@ _TURN = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""EXIF orientation to what turns the stored picture upright; 5 to 8 swap width and height."""
+"""EXIF orientation to what turns the stored image upright; 5 to 8 swap width and height."""
 _OPAQUE = 255
 _PILLOW_MODULES = re.compile(r"PIL\.")
 _START_OF_SCAN = b"\xff\xda"
 _BYTES_PER_CHANCE_SCAN = 16_384
 _MAX_SCANNED_PIXELS = 2**31
-"""Pixels times scans of a JPEG: under 10 s of decoding, and 12 scans of the largest picture Pillow opens."""
+"""Pixels times scans of a JPEG: under 10 s of decoding, and 12 scans of the largest image Pillow opens."""
 
 
 class DecodeError(ValueError):
-    """A picture or caption that cannot be used; ``kind`` is what the counters name it."""
+    """An image or caption that cannot be used; ``kind`` is what the counters name it."""
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
@@ -72,15 +72,15 @@ class DecodeError(ValueError):
 
 
 def decode(
-    encoded: bytes, size: tuple[int, int], *, mode: DecodeMode, max_pixels: int, enlarge: bool = False
+    encoded: bytes, size: tuple[int, int], *, mode: DecodeMode, max_pixels: int, upscale: bool = False
 ) -> Pixels:
     """Pixels ``(height, width, 3)`` of the first frame.
 
-    A picture that does not cover the size is refused, or with ``enlarge`` resized to cover it, if that takes no
+    An image that does not cover the size is refused, or with ``upscale`` resized to cover it, if that takes no
     more than ``max_pixels``.
 
     Raises :class:`DecodeError`: ``too_large`` for over ``max_pixels`` (by the header, before decoding),
-    ``too_small`` for a picture that does not cover the size, ``undecodable`` for anything else.
+    ``too_small`` for an image that does not cover the size, ``undecodable`` for anything else.
     """
     with _open(encoded) as opened:
         orientation = _orientation(opened)
@@ -88,11 +88,11 @@ def decode(
         if width * height > max_pixels:
             raise DecodeError("too_large", f"{width}x{height} is over {max_pixels} pixels")
         if height < size[0] or width < size[1]:
-            if not enlarge:
+            if not upscale:
                 raise DecodeError("too_small", f"{width}x{height} does not cover {size[1]}x{size[0]} pixels")
             covering = _plan((width, height), size)[1]
             if covering[0] * covering[1] > max_pixels:
-                raise DecodeError("too_large", f"{width}x{height} enlarged is over {max_pixels} pixels")
+                raise DecodeError("too_large", f"{width}x{height} upscaled is over {max_pixels} pixels")
         _refuse_scan_bomb(opened, encoded)
         with _faults():
             if mode == "fast":
@@ -100,7 +100,7 @@ def decode(
             return np.asarray(_exact(opened, orientation, size))
 
 
-def picture_size(encoded: bytes) -> tuple[int, int]:
+def image_size(encoded: bytes) -> tuple[int, int]:
     """``(height, width)`` as seen after EXIF orientation; reads the header only.
 
     Raises :class:`DecodeError` of kind ``undecodable`` (no image, or a side over 65,535) or, for more
@@ -121,7 +121,7 @@ def cover_and_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 
 def centre_crop(image: Image.Image, resolution: int) -> Image.Image:
-    """The release's square picture of an RGB image."""
+    """The release's square image of an RGB image."""
     return cover_and_crop(image, (resolution, resolution))
 
 
@@ -130,9 +130,9 @@ def _corner(shape: tuple[int, ...], size: tuple[int, int]) -> tuple[int, int]:
     return (shape[0] - size[0]) // 2, (shape[1] - size[1]) // 2
 
 
-def _plan(picture: tuple[int, int], size: tuple[int, int]) -> tuple[int, tuple[int, int]]:
-    """How often the release halves a picture (width, height), and the covering (width, height) it then makes."""
-    (width, height), halvings = picture, 0
+def _plan(image: tuple[int, int], size: tuple[int, int]) -> tuple[int, tuple[int, int]]:
+    """How often the release halves an image (width, height), and the covering (width, height) it then makes."""
+    (width, height), halvings = image, 0
     while height >= 2 * size[0] and width >= 2 * size[1]:
         width, height, halvings = width // 2, height // 2, halvings + 1
     scale = max(size[0] / height, size[1] / width)
@@ -157,7 +157,7 @@ def _fast(opened: Image.Image, orientation: int, size: tuple[int, int]) -> Pixel
     blocks = 2**halvings // shrunk
     if blocks > 1:
         image = image.reduce(blocks)
-    # Sides that do not divide leave a last, partly filled row or column: the picture is a little smaller than
+    # Sides that do not divide leave a last, partly filled row or column: the image is a little smaller than
     # its pixels.
     sides = (stored[0] / 2**halvings, stored[1] / 2**halvings)
     pixels = _bicubic(np.array(image), sides, _upright(covering, orientation))
@@ -171,12 +171,12 @@ def _bicubic(pixels: Pixels, sides: tuple[float, float], size: tuple[int, int]) 
     """Pillow's BICUBIC (antialiased, within one of 255) in a quarter of its time.
 
     ``sides`` (width, height) are what of ``pixels`` becomes ``size`` (width, height). PyTorch's resize of 8-bit
-    pictures is Pillow's algorithm in vector instructions. It is imported here, so that whatever does not
+    images is Pillow's algorithm in vector instructions. It is imported here, so that whatever does not
     decode in the fast way needs no torch.
     """
     import torch
 
-    # With a full stride for the batch's axis: else one picture is not known to have its channels last.
+    # With a full stride for the batch's axis: else one image is not known to have its channels last.
     (width, height), image_1CYX = size, torch.from_numpy(pixels.reshape(1, *pixels.shape)).permute(0, 3, 1, 2)
     # The output is as long as the factor gives, rounded down: a hair more, so that it is never short.
     factors = ((height + 1e-4) / sides[1], (width + 1e-4) / sides[0])
@@ -220,7 +220,7 @@ def _faults() -> Iterator[None]:
 
 @contextmanager
 def _open(encoded: bytes) -> Iterator[Image.Image]:
-    """Opened picture, its header read and its sides plausible."""
+    """Opened image, its header read and its sides plausible."""
     _prepare_pillow()
     with _faults():
         opened = Image.open(io.BytesIO(encoded), formats=FORMATS)
@@ -232,9 +232,9 @@ def _open(encoded: bytes) -> Iterator[Image.Image]:
 
 
 def _prepare_pillow() -> None:
-    """Let Pillow keep memory for the next picture, and its remarks on damaged metadata from standard error.
+    """Let Pillow keep memory for the next image, and its remarks on damaged metadata from standard error.
 
-    Pages given back to the system and taken anew for every picture cost up to a third of the decoding. The
+    Pages given back to the system and taken anew for every image cost up to a third of the decoding. The
     filter is for Pillow's modules, not ``catch_warnings``: that swaps the filters of the whole process, and
     other threads decode at the same time.
     """
@@ -269,7 +269,7 @@ def _orientation(opened: Image.Image) -> int:
 
 
 def _refuse_scan_bomb(opened: Image.Image, encoded: bytes) -> None:
-    """Refuse a progressive JPEG of many scans, each of which is a pass over the picture for a few bytes.
+    """Refuse a progressive JPEG of many scans, each of which is a pass over the image for a few bytes.
 
     Without this a 400 KB file of 8000 x 8000 pixels took 140 s. Encoders write some 10 scans, at most 70. The
     marker's two bytes also stand by chance in data that are no pixels (an appended film), once in 65,536 bytes.

@@ -1,10 +1,10 @@
-"""Text states computed before training: which object they are in, and reading them.
+"""Text embeddings computed before training: the files they are in, reading and writing them.
 
-Beside each shard's samples lies a sidecar tar with one member a sample: the states, in bfloat16, of every text
+Beside each shard's samples lies a sidecar tar with one member a sample: the embeddings, in bfloat16, of every text
 that training may show for it (each caption, and its prefixed forms where prefixes are used), only as many
 tokens as were encoded. ``states.safetensors`` says where each sample's member is, and by what encoder it was made.
 
-A member is: uint16 number of texts, uint16 number of tokens of each, then bfloat16 states, token by token.
+A member is: uint16 number of texts, uint16 number of tokens of each, then bfloat16 embeddings, token by token.
 
 Writing them takes any number of processes, one sidecar a shard, and can be resumed; the encoder is a callable.
 """
@@ -12,6 +12,7 @@ Writing them takes any number of processes, one sidecar a shard, and can be resu
 import contextlib
 import hashlib
 import io
+import itertools
 import json
 import tarfile
 import tempfile
@@ -29,21 +30,21 @@ from data_pipeline.errors import DataError
 from data_pipeline.index.format import BLOCK, IS_LABEL, Index, pack_columns, unpack_columns
 from data_pipeline.storage.base import ObjectInfo, Store
 
-STATES_KEY = "states.safetensors"
+EMBEDDINGS_KEY = "states.safetensors"
 VERSION = 1
 COLUMNS: dict[str, Any] = {"start": np.uint32, "size": np.uint32, "crc32c": np.uint32}
 """Of a sample's member: first block of its content in the sidecar, bytes, checksum."""
-States = Sequence["np.ndarray[Any, np.dtype[np.uint16]]"]
-Encode = Callable[[Sequence[str]], States]
-"""Texts to states (tokens, width) of each, bfloat16 bits."""
+Embeddings = Sequence["np.ndarray[Any, np.dtype[np.uint16]]"]
+Encode = Callable[[Sequence[str]], Embeddings]
+"""Texts to the embedding (tokens, width) of each, bfloat16 bits."""
 READ_SAMPLES = 256
 """Samples read and encoded at a time."""
 _WAIT_S = 2.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class StatesIdentity:
-    """What states depend on; training refuses those of another identity.
+class TextEmbeddingIdentity:
+    """What embeddings depend on; training refuses those of another identity.
 
     ``encoder`` is its name, ``revision`` a digest of its weights; ``zero_padding`` and ``max_tokens`` are as in
     the text encoder's settings; ``prefixes`` may stand before captions under ``short_words`` words.
@@ -63,43 +64,49 @@ class StatesIdentity:
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
 
 
-def pack_states(states: Sequence["np.ndarray[Any, np.dtype[np.uint16]]"]) -> bytes:
-    """A member from the states (tokens, width) of each text, bfloat16 bits."""
-    counts = np.asarray([len(states), *(len(s) for s in states)], dtype="<u2")
-    return counts.tobytes() + b"".join(np.ascontiguousarray(s, dtype="<u2").tobytes() for s in states)
+def pack_embeddings(embeddings: Embeddings) -> bytes:
+    """A member from the embedding (tokens, width) of each text, bfloat16 bits."""
+    counts = np.asarray([len(embeddings), *map(len, embeddings)], dtype="<u2")
+    return counts.tobytes() + b"".join(np.ascontiguousarray(e, dtype="<u2").tobytes() for e in embeddings)
 
 
-def unpack_states(member: bytes, text: int, width: int) -> "np.ndarray[Any, np.dtype[np.uint16]]":
-    """States (tokens, width) of the ``text``-th text of a member."""
+def unpack_embeddings(member: bytes, text: int, width: int) -> "np.ndarray[Any, np.dtype[np.uint16]]":
+    """Embedding (tokens, width) of the ``text``-th text of a member."""
     (count,) = np.frombuffer(member, dtype="<u2", count=1)
     if text >= count:
-        raise DataError(f"text states hold {count} texts, wanted number {text}: embed again")
+        raise DataError(
+            f"a sample holds {count} text states, expected text number {text}; run deco embed again"
+        )
     tokens = np.frombuffer(member, dtype="<u2", count=int(count), offset=2).astype(np.int64)
     first = int(tokens[:text].sum()) * width
-    states = np.frombuffer(member, dtype="<u2", offset=2 + 2 * int(count))
-    if len(states) != int(tokens.sum()) * width:
-        raise DataError(f"text states of {len(states)} values, wanted {int(tokens.sum())} tokens of {width}")
-    return states[first : first + int(tokens[text]) * width].reshape(-1, width)
+    values = np.frombuffer(member, dtype="<u2", offset=2 + 2 * int(count))
+    if len(values) != int(tokens.sum()) * width:
+        raise DataError(f"text states of {len(values)} values, expected {int(tokens.sum())} tokens of {width}")
+    return values[first : first + int(tokens[text]) * width].reshape(-1, width)
 
 
-class TextStates:
-    """Reads states of an index's samples; raises :class:`DataError` where they are not those of the index."""
+class TextEmbeddingStore:
+    """Reads embeddings of an index's samples; raises :class:`DataError` where they are not those of the index."""
 
-    def __init__(self, store: Store, index: Index, identity: StatesIdentity | None = None) -> None:
+    def __init__(self, store: Store, index: Index, identity: TextEmbeddingIdentity | None = None) -> None:
         self.store = store
-        where = f"{store.url}/{STATES_KEY}"
-        raw = store.read_all(STATES_KEY)
+        where = f"{store.url}/{EMBEDDINGS_KEY}"
+        raw = store.read_all(EMBEDDINGS_KEY)
         if raw is None:
-            raise DataError(f"{where} is not there; make it with: deco embed --config ...")
+            raise DataError(f"{where} does not exist; make it with: deco embed --config ...")
         columns, header = unpack_columns(np.frombuffer(raw, dtype=np.uint8), where, COLUMNS, VERSION)
         if header["index"] != index.whole_digest:
             raise DataError(f"{where} was made for another index of the shards; embed again")
-        self.identity = StatesIdentity(**{**header["identity"], "prefixes": tuple(header["identity"]["prefixes"])})
+        self.identity = TextEmbeddingIdentity(
+            **{**header["identity"], "prefixes": tuple(header["identity"]["prefixes"])}
+        )
         if identity is not None and identity != self.identity:
             differ = [n for n, v in asdict(identity).items() if v != getattr(self.identity, n)]
             raise DataError(
-                f"{where} was made otherwise than the configuration says: "
-                + ", ".join(f"{n} {getattr(self.identity, n)!r}, wanted {getattr(identity, n)!r}" for n in differ)
+                f"{where} does not match the configuration: "
+                + ", ".join(
+                    f"{n} {getattr(self.identity, n)!r}, expected {getattr(identity, n)!r}" for n in differ
+                )
             )
         self._columns = columns
         self._sidecars = [ObjectInfo(*entry) for entry in header["sidecars"]]
@@ -107,7 +114,7 @@ class TextStates:
 
     @property
     def null(self) -> "np.ndarray[Any, np.dtype[np.uint16]]":
-        """States (tokens, width) of the empty caption, bfloat16 bits."""
+        """Embedding (tokens, width) of the empty caption, bfloat16 bits."""
         return self._null.reshape(-1, self.identity.width)
 
     def span(self, shard: int, rows: Sequence[int]) -> tuple[ObjectInfo, int, int]:
@@ -124,12 +131,12 @@ class TextStates:
         return content if google_crc32c.value(content) == int(self._columns["crc32c"][row]) else None
 
 
-def save_states(
+def save_embeddings(
     store: Store,
     columns: Mapping[str, Any],
     *,
     index: Index,
-    identity: StatesIdentity,
+    identity: TextEmbeddingIdentity,
     sidecars: Sequence[ObjectInfo],
     null: "np.ndarray[Any, np.dtype[np.uint16]]",
 ) -> None:
@@ -141,7 +148,9 @@ def save_states(
         "sidecars": [[s.key, s.size, s.etag] for s in sidecars],
         "null": null.ravel().tolist(),
     }
-    store.write(STATES_KEY, pack_columns({n: np.asarray(columns[n], dtype=t) for n, t in COLUMNS.items()}, header))
+    store.write(
+        EMBEDDINGS_KEY, pack_columns({n: np.asarray(columns[n], dtype=t) for n, t in COLUMNS.items()}, header)
+    )
 
 
 def embed(
@@ -149,7 +158,7 @@ def embed(
     index: Index,
     target: Store,
     encode: Encode,
-    identity: StatesIdentity,
+    identity: TextEmbeddingIdentity,
     *,
     rank: int,
     world: int,
@@ -172,7 +181,13 @@ def embed(
 
 
 def _embed_shard(
-    data: Store, index: Index, number: int, target: Store, encode: Encode, identity: StatesIdentity, batch: int
+    data: Store,
+    index: Index,
+    number: int,
+    target: Store,
+    encode: Encode,
+    identity: TextEmbeddingIdentity,
+    batch: int,
 ) -> None:
     rows = range(int(index.ends[number - 1]) if number else 0, int(index.ends[number]))
     columns: dict[str, list[int]] = {name: [] for name in COLUMNS}
@@ -181,9 +196,9 @@ def _embed_shard(
         with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
             for low in range(rows.start, rows.stop, READ_SAMPLES):
                 texts = list(_texts(data, index, number, range(low, min(rows.stop, low + READ_SAMPLES)), identity))
-                states = list(_encoded([text for each in texts for text in each], encode, batch))
+                encoded = _encoded([text for each in texts for text in each], encode, batch)
                 for row, each in enumerate(texts, start=low):
-                    member, states = pack_states(states[: len(each)]), states[len(each) :]
+                    member = pack_embeddings(list(itertools.islice(encoded, len(each))))
                     info = tarfile.TarInfo(f"{row - rows.start:09d}.states")
                     info.size = len(member)
                     columns["start"].append((tar.offset + BLOCK) // BLOCK)
@@ -205,7 +220,7 @@ def _embed_shard(
 
 
 def _texts(
-    data: Store, index: Index, number: int, rows: range, identity: StatesIdentity
+    data: Store, index: Index, number: int, rows: range, identity: TextEmbeddingIdentity
 ) -> Iterator[tuple[str, ...]]:
     """All texts that training may show for each row."""
     if not rows:
@@ -230,13 +245,13 @@ def _texts(
 def _encoded(texts: Sequence[str], encode: Encode, batch: int) -> Iterator[Any]:
     for low in range(0, len(texts), batch):
         part = texts[low : low + batch]
-        states = encode(part)
-        if len(states) != len(part):
-            raise DataError(f"the encoder gave {len(states)} states for {len(part)} texts")
-        yield from states
+        embeddings = encode(part)
+        if len(embeddings) != len(part):
+            raise DataError(f"the encoder gave {len(embeddings)} embeddings for {len(part)} texts")
+        yield from embeddings
 
 
-def _finished(target: Store, index: Index, number: int, identity: StatesIdentity) -> Any:
+def _finished(target: Store, index: Index, number: int, identity: TextEmbeddingIdentity) -> Any:
     """Columns and sidecar of a shard that is done, or None."""
     key = _rows_key(index, number)
     raw = target.read_all(key)
@@ -250,19 +265,21 @@ def _finished(target: Store, index: Index, number: int, identity: StatesIdentity
     return None
 
 
-def _merge(target: Store, index: Index, identity: StatesIdentity, encode: Encode) -> None:
+def _merge(target: Store, index: Index, identity: TextEmbeddingIdentity, encode: Encode) -> None:
     parts = []
     for number in range(len(index.shards)):
         while (part := _finished(target, index, number, identity)) is None:
-            # Another process has it in hand.
+            # Another process is still encoding it.
             time.sleep(_WAIT_S)
         parts.append(part)
     columns = {name: np.concatenate([part[0][name] for part in parts]) for name in COLUMNS}
     (null,) = encode([""])
-    save_states(target, columns, index=index, identity=identity, sidecars=[part[1] for part in parts], null=null)
+    save_embeddings(
+        target, columns, index=index, identity=identity, sidecars=[part[1] for part in parts], null=null
+    )
 
 
-def _made_of(index: Index, number: int, identity: StatesIdentity) -> list[Any]:
+def _made_of(index: Index, number: int, identity: TextEmbeddingIdentity) -> list[Any]:
     shard = index.shards[number]
     rows = int(index.ends[number]) - (int(index.ends[number - 1]) if number else 0)
     fields = index.header["scan"]["caption_fields"]

@@ -1,13 +1,11 @@
-"""One run, one configuration: strict YAML, dotted overrides, and errors that name the key.
+"""One run, one configuration: YAML 1.2 with ``base`` files, dotted overrides, and errors that name the key.
 
-Each component owns its frozen dataclass; :class:`RunConfig` composes them. Unknown keys name the nearest
-known one, wrong types and impossible values name the key, the value and what is allowed.
+Each component owns its frozen dataclass; :class:`RunConfig` composes them.
 """
 
 import dataclasses
 import difflib
 import json
-import re
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -15,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from data_pipeline.config import DataConfig
@@ -23,14 +20,14 @@ from deco_scale.errors import ConfigError
 from deco_scale.evaluation.settings import EvaluationConfig
 from deco_scale.kernels import KernelSetting
 from deco_scale.models import ModelConfig
-from deco_scale.models.attention import AttentionBackend
+from deco_scale.models.attention import AttentionConfig
 from deco_scale.models.encoder_settings import ImageEncoderConfig, TextEncoderConfig
 from deco_scale.objectives import ObjectiveConfig
 from deco_scale.observability.config import MonitorConfig
 from deco_scale.observability.redact import REMOVED, is_secret_name, looks_secret, redacted, scrub
 from deco_scale.parallel.layout import ParallelConfig
 from deco_scale.precision import PrecisionConfig
-from deco_scale.sampling import SamplerConfig
+from deco_scale.sampling.config import SampleImagesConfig
 from deco_scale.training.settings import (
     CheckpointConfig,
     FaultsConfig,
@@ -39,28 +36,8 @@ from deco_scale.training.settings import (
     StageConfig,
     WandbConfig,
 )
-from deco_scale.watchdog.settings import WatchdogConfig
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AttentionConfig:
-    backend: AttentionBackend = "auto"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GridConfig:
-    """Pictures made while training: one per prompt or class from EMA weights, every so many steps (0: never)."""
-
-    every: int = 0
-    prompts: tuple[str, ...] = ()
-    classes: tuple[int, ...] = ()
-    sampler: SamplerConfig = field(default_factory=SamplerConfig)
-
-    def __post_init__(self) -> None:
-        if self.every < 0:
-            raise ValueError(f"every={self.every} must not be negative")
-        if self.every and bool(self.prompts) == bool(self.classes):
-            raise ValueError("prompts (text models) or classes (class models) must say what pictures to make")
+from deco_scale.watchdog.config import WatchdogConfig
+from deco_scale.yaml import dump_yaml, load_yaml
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,7 +61,7 @@ class RunConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    samples: GridConfig = field(default_factory=GridConfig)
+    samples: SampleImagesConfig = field(default_factory=SampleImagesConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
     faults: FaultsConfig = field(default_factory=FaultsConfig)
@@ -139,55 +116,60 @@ class RunConfig:
             )
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2 floats: PyYAML alone reads ``2e-4`` as text. Repeated keys are an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.YAMLError(f"key {key!r} is given twice, line {key_node.start_mark.line + 1}")
-            seen.add(key)
-        return super().construct_mapping(node, deep=deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?([0-9][0-9_]*)(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
-
-
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read ``path``, apply ``key.path=value`` overrides, check everything. Raises :class:`ConfigError`.
+    """Read ``path`` over its ``base``, apply ``key.path=value`` overrides, check everything.
 
-    Values that look like secrets are refused: the configuration is written to files, pages and wandb. No error
-    repeats one.
+    ``base: other.yaml`` names a local file, relative to the one that names it, which may have a base itself.
+    Mappings are merged key by key; lists (also ``stages``), values and null replace those of the base.
+
+    Raises :class:`ConfigError` for files that cannot be read, for problems of the merged configuration (all of
+    them at once), and for values that look like secrets, because the configuration is written to files, pages
+    and wandb. No error quotes one.
     """
-    shown = scrub(str(path))
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"config file {shown}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"config file {shown} is not UTF-8 text") from None
-    raw = _parse_yaml(text, f"config file {shown}")
-    if not isinstance(raw, dict):
-        raise ConfigError(f"config file {shown} must be a mapping of sections")
+    raw, files = _read(Path(path))
     for override in overrides:
         _apply_override(raw, override)
-    found = list(dict.fromkeys(_secret_keys(raw)))
-    if found:
+    source = files[0] + (f" (base: {', '.join(files[1:])})" if files[1:] else "")
+    secrets = dict.fromkeys(_secret_keys(raw))
+    if secrets:
         raise ConfigError(
             "\n".join(
-                f"{shown}: {scrub(key)} looks like a secret, and a configuration is written in plain text; leave "
+                f"{source}: {scrub(key)} looks like a secret, and a configuration is written in plain text; leave "
                 "it out: the AWS variables or AWS_PROFILE, WANDB_API_KEY, HF_TOKEN and the variable that "
                 "monitor.webhook_env names are read from the environment"
-                for key in found
+                for key in secrets
             )
         )
-    return build_config(raw, source=str(path))
+    return build_config(raw, source=source)
+
+
+def _read(path: Path, above: tuple[Path, ...] = ()) -> tuple[dict[str, Any], list[str]]:
+    """A file's mapping merged over its base's, and the names of all files; ``above``: those it is a base of."""
+    shown = scrub(str(path))
+    source = f"config file {shown}" + (f" (base of {scrub(str(above[-1]))})" if above else "")
+    if path.resolve() in [file.resolve() for file in above]:
+        raise ConfigError(f"{source}: the files are each other's base")
+    try:
+        raw = load_yaml(path.read_text(encoding="utf-8"), source)
+    except OSError as error:
+        raise ConfigError(f"{source}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{source} is not UTF-8 text") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{source} must be a mapping of sections")
+    if "base" not in raw:
+        return raw, [shown]
+    base = raw.pop("base")
+    if not isinstance(base, str) or not base or "://" in base:
+        raise ConfigError(f"{source}: base={redacted(base)!r} must be the path of a local file")
+    below, files = _read(path.parent / base, (*above, path))
+    return _merge(below, raw), [shown, *files]
+
+
+def _merge(base: Any, top: Any) -> Any:
+    if isinstance(base, dict) and isinstance(top, dict):
+        return {**base, **{key: _merge(base.get(key), value) for key, value in top.items()}}
+    return top
 
 
 def build_config(raw: dict[str, Any], *, source: str) -> RunConfig:
@@ -221,22 +203,7 @@ def _secret_keys(value: Any, key: str = "", *, named: bool = False) -> Iterator[
 
 def dump_config(cfg: RunConfig) -> str:
     """Resolved YAML that :func:`load_config` reads back to an equal configuration."""
-    plain = json.loads(json.dumps(dataclasses.asdict(cfg)))
-    return yaml.safe_dump(plain, sort_keys=False, width=100)
-
-
-def _parse_yaml(text: str, where: str) -> Any:
-    """``where`` is shown as it is."""
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.MarkedYAMLError as error:
-        # Its own text quotes the line, cut off at a width: half a secret is not known for one.
-        mark = error.problem_mark or error.context_mark
-        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
-        said = " ".join(scrub(part) for part in (error.context, error.problem) if part)
-        raise ConfigError(f"{where} is not valid YAML: {' '.join(said.split())}{place}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{where} is not valid YAML: {' '.join(scrub(str(error)).split())}") from None
+    return dump_yaml(json.loads(json.dumps(dataclasses.asdict(cfg))))
 
 
 def _shown(override: str) -> str:
@@ -255,11 +222,9 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     node: Any = raw
     for depth, part in enumerate(parents):
         node = _step_into(node, part, ".".join(parents[: depth + 1]), override)
-    value = _parse_yaml(text, f"override {_shown(override)}")
-    if isinstance(node, list):
-        node[_list_index(node, last, override)] = value
-    else:
-        node[last] = value
+    node[_list_index(node, last, override) if isinstance(node, list) else last] = load_yaml(
+        text, f"override {_shown(override)}"
+    )
 
 
 def _step_into(node: Any, part: str, where: str, override: str) -> Any:

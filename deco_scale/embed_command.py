@@ -13,7 +13,7 @@ from rich.progress import Progress, TaskID
 
 from data_pipeline.index.format import load_index
 from data_pipeline.storage.base import open_store
-from data_pipeline.stream.loader import access_of, states_identity
+from data_pipeline.stream.loader import access_of, text_embedding_identity
 from data_pipeline.text_embeddings import embed
 from deco_scale.config import load_config
 from deco_scale.errors import ConfigError
@@ -44,7 +44,7 @@ class _Shown:
 
 def run(args: argparse.Namespace, console: Console) -> int:
     cfg = load_config(args.config, args.overrides)
-    if cfg.text_encoder is None or not cfg.data.has_text_states:
+    if cfg.text_encoder is None or not cfg.data.has_text_embeddings:
         raise ConfigError(
             "deco embed needs text_encoder, and data.text_states (or mixture[].text_states) to write to"
         )
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     settings = dataclasses.replace(cfg.text_encoder, cache_captions=0)
     try:
         encoder = TextEncoder.load(settings, device or torch.device("cpu"))
-        identity = states_identity(cfg.data, text_identity(settings, encoder.width))
+        identity = text_embedding_identity(cfg.data, text_identity(settings, encoder.width))
     except EncoderError as error:
         raise ConfigError(str(error)) from error
 

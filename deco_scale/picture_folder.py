@@ -8,7 +8,6 @@ command begins, they become one, ``pictures.jsonl``.
 import fcntl
 import io
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,8 +15,9 @@ from typing import Any
 
 from PIL import Image
 
+from data_pipeline.storage.files import atomic_write
 from deco_scale.errors import ConfigError, RunError
-from deco_scale.training.checkpoint_format import NO_LOCKS, write_durably
+from deco_scale.training.checkpoint_format import NO_LOCKS
 
 LINES = "pictures.jsonl"
 _PARTS = "pictures.part*.jsonl"
@@ -74,12 +74,10 @@ class PictureFolder:
     def save(self, record: Record, pixels: Any) -> None:
         """Write a picture, uint8 (Y, X, 3), under its name ``record["file"]``, then its line."""
         target = self.path / record["file"]
-        partial = target.with_name(f".{target.name}.partial")
         encoded = io.BytesIO()
         Image.fromarray(pixels).save(encoded, format="PNG")
         try:
-            write_durably(partial, encoded.getvalue())
-            partial.replace(target)
+            atomic_write(target, encoded.getvalue())
             with self._lines.open("a", encoding="utf-8") as lines:
                 lines.write(json.dumps(record) + "\n")
         except OSError as error:
@@ -111,11 +109,9 @@ class PictureFolder:
     def _write(self, found: Mapping[str, Record], order: Mapping[str, object]) -> None:
         names = [*(name for name in order if name in found), *sorted(name for name in found if name not in order)]
         text = "".join(json.dumps(found[name]) + "\n" for name in names)
-        partial = self.path / f".{LINES}.partial"
         try:
             parts = sorted(self.path.glob(_PARTS))
-            write_durably(partial, text.encode())
-            os.replace(partial, self.path / LINES)
+            atomic_write(self.path / LINES, text.encode())
             for path in parts:
                 path.unlink()
         except OSError as error:

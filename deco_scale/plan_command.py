@@ -218,11 +218,11 @@ def workload(cfg: RunConfig) -> tuple[Workload, list[str]]:
     """What the configuration computes, and what of it is left out of the plan."""
     notes: list[str] = []
     encoders = []
-    if cfg.text_encoder is not None and (not cfg.data.has_text_states or cfg.samples.every):
+    if cfg.text_encoder is not None and (not cfg.data.has_text_embeddings or cfg.samples.every):
         name = Path(cfg.text_encoder.path).name
         if name in KNOWN_TEXT_ENCODERS:
             total, multiplied = KNOWN_TEXT_ENCODERS[name]
-            runs = not cfg.data.has_text_states
+            runs = not cfg.data.has_text_embeddings
             encoders.append(
                 Encoder(
                     name=name,

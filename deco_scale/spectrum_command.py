@@ -187,26 +187,26 @@ def _inputs(args: argparse.Namespace, cfg: RunConfig, size: int) -> Inputs:
 
 def _read_folder(args: argparse.Namespace, cfg: RunConfig, size: int) -> Inputs:
     is_text = cfg.model.kind == "t2i_deco"
-    skipped: list[str] = []
+    rejects: list[Reject] = []
     pictures: list[Any] = []
     captions: list[str] = []
     labels: list[int] = []
-    for sample in read_source(args.folder, skipped):
+    for sample in read_source(args.folder, rejects):
         if len(pictures) == args.pictures:
             break
         if not sample.captions if is_text else sample.label is None:
-            skipped.append(f"{sample.name}: no {'caption' if is_text else 'class number'}")
+            rejects.append(Reject(sample.name, f"no {'caption' if is_text else 'class number'}"))
             continue
         try:
             pixels = decode(sample.image, (size, size), mode="exact", max_pixels=DataConfig(url="-").max_pixels)
         except DecodeError as error:
-            skipped.append(f"{sample.name}: {error}")
+            rejects.append(Reject(sample.name, str(error)))
             continue
         pictures.append(pixels)
         captions.extend(sample.captions[:1])
         labels.extend([] if sample.label is None else [sample.label])
     if len(pictures) < args.pictures:
-        why = f"; {len(skipped)} were left out, the first: {skipped[0]}" if skipped else ""
+        why = f"; {len(rejects)} were left out, the first: {rejects[0]}" if rejects else ""
         raise ConfigError(f"--folder {args.folder} gives {len(pictures)} of --pictures {args.pictures}{why}")
     conditions = captions if is_text else _known(labels, cfg, args.folder)
     return Inputs(np.stack(pictures), conditions)

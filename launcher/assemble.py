@@ -32,12 +32,13 @@ from deco_scale.training.ahead import Ahead
 from deco_scale.training.batch import Prepare, padded_states
 from deco_scale.training.checkpoint import Checkpoints
 from deco_scale.training.engine import Engine
-from deco_scale.training.loop import Data, Loop, NoPulse, Pulse, Stage
+from deco_scale.training.loop import Data, Heartbeat, Loop, Stage
 from deco_scale.training.meter import OwnWork
 from deco_scale.training.processes import agreed, by_first, gathered
 from deco_scale.training.report import Reporter
 from deco_scale.training.settings import StageConfig
 from deco_scale.training.stopping import StopRequest
+from deco_scale.watchdog.client import NoWatchdog
 from launcher.evaluation import evaluator
 from launcher.pictures import picture_maker
 
@@ -179,9 +180,8 @@ def data_opener(
     *,
     synthetic: bool,
     identity: dict[str, Any] | None,
-    say: Callable[[str], None] = lambda message: None,
 ) -> Callable[[StageConfig, int], Data]:
-    """Opens a stage's loader on all ranks together; bad samples go to ``quarantine.jsonl``, advice to ``say``.
+    """Opens a stage's loader on all ranks together; bad samples go to ``quarantine.jsonl``.
 
     ``identity`` is that of the text encoder where text states are read.
     """
@@ -206,7 +206,6 @@ def data_opener(
                 start=samples,
                 text_identity=identity,
                 on_bad=quarantine,
-                say=say,
             )
         except DataError as error:
             raise RunError(str(error)) from error
@@ -242,15 +241,15 @@ class SyntheticData:
         side, step = self._stage.resolution, 0
         while True:
             first = step * self._stage.global_batch
-            numbers = list(range(first + self._rank, first + self._stage.global_batch, self._world))
-            random = np.random.default_rng(numbers[0])
-            shape = (len(numbers), side, side, 3)
+            sample_ids = list(range(first + self._rank, first + self._stage.global_batch, self._world))
+            random = np.random.default_rng(sample_ids[0])
+            shape = (len(sample_ids), side, side, 3)
             yield Batch(
                 images=random.integers(0, 256, shape, dtype=np.uint8),
-                captions=[""] * len(numbers),
-                states=None,
-                labels=[0] * len(numbers),
-                numbers=numbers,
+                captions=[""] * len(sample_ids),
+                text_embeddings=None,
+                labels=[0] * len(sample_ids),
+                sample_ids=sample_ids,
             )
             step += 1
 
@@ -270,17 +269,17 @@ def assemble(
     checkpoints: Checkpoints,
     dry_run: bool = False,
     stop: StopRequest | None = None,
-    pulse: Pulse | None = None,
+    heartbeat: Heartbeat | None = None,
 ) -> Loop:
     """Build everything, all ranks together; errors that have a name are shared by all ranks."""
     folder = Path(cfg.run.dir)
     rank = dist.get_rank()
     agreed(lambda: _prepare_folder(folder, checkpoints) if rank == 0 else None)
-    precomputed = cfg.data.has_text_states and not dry_run
+    precomputed = cfg.data.has_text_embeddings and not dry_run
     identity = agreed(lambda: _text_identity(cfg)) if precomputed else None
     # Fail on bad data before minutes are spent on encoders and engines.
     first = data_opener(cfg, layout, folder, synthetic=dry_run, identity=identity)(cfg.stages[0], 0)
-    states_null = first.null_states if isinstance(first, Loader) else None
+    states_null = first.null_text_embedding if isinstance(first, Loader) else None
     first.close()
     need_text = not precomputed or cfg.samples.every > 0 or cfg.evaluation.every > 0
     text, image = agreed(lambda: load_encoders(cfg, device, need_text=need_text))
@@ -326,11 +325,11 @@ def assemble(
         ahead = Ahead(lambda part: prepare.encode(part, text=text_ahead, image=image_ahead), device)
     make_pictures = picture_maker(cfg, layout, engine, text, folder / "samples", reporter, device)
     evaluate = evaluator(cfg, layout, engine, text, folder / "evaluation", reporter, device)
-    pulse = pulse or NoPulse()
+    heartbeat = heartbeat or NoWatchdog()
 
     def after_step(step: int) -> None:
         if any(every and step % every == 0 for every in (cfg.samples.every, cfg.evaluation.every)):
-            pulse.beat(step, "slow")
+            heartbeat.beat(step, "long_op")
         make_pictures(step)
         evaluate(step)
 
@@ -340,7 +339,7 @@ def assemble(
         stages=stages,
         engine=engine,
         prepare=prepare,
-        open_data=data_opener(cfg, layout, folder, synthetic=dry_run, identity=identity, say=reporter.say),
+        open_data=data_opener(cfg, layout, folder, synthetic=dry_run, identity=identity),
         checkpoints=checkpoints,
         reporter=reporter,
         device=device,
@@ -350,7 +349,7 @@ def assemble(
         ahead=ahead,
         stop=stop,
         faults=cfg.faults,
-        pulse=pulse,
+        heartbeat=heartbeat,
         hosts=gathered(socket.gethostname()),
         own_work=OwnWork(engine.blocks, device, whole_blocks=cfg.compile),
     )

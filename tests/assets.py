@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from data_pipeline.errors import Reject
 from data_pipeline.index.build import build_index, save_index
 from data_pipeline.pack.readers import read_folder
 from data_pipeline.pack.writer import pack
@@ -74,7 +75,7 @@ def make_image_encoder(folder: Path) -> Path:
     return folder
 
 
-def make_pictures_folder(folder: Path, count: int, side: int = 48) -> Path:
+def make_images_folder(folder: Path, count: int, side: int = 48) -> Path:
     """Coloured noise pictures with captions, every third with several of them."""
     folder.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(0)
@@ -92,12 +93,12 @@ def make_pictures_folder(folder: Path, count: int, side: int = 48) -> Path:
 
 def make_shards(folder: Path, count: int = 100, shard_bytes: int = 150_000) -> Path:
     """Packed and indexed shards in a local folder."""
-    skipped: list[str] = []
-    pictures = make_pictures_folder(folder / "pictures", count)
+    rejects: list[Reject] = []
+    pictures = make_images_folder(folder / "pictures", count)
     store = open_store(str(folder / "shards"))
-    pack(read_folder(pictures, skipped), store, shard_bytes=shard_bytes, skipped=skipped)
+    pack(read_folder(pictures, rejects), store, shard_bytes=shard_bytes, rejects=rejects)
     index, report = build_index(store)
-    assert not skipped and not report.problems and len(index) == count
+    assert not rejects and not report.problems and len(index) == count
     save_index(store, index)
     return folder / "shards"
 

@@ -14,12 +14,13 @@ import webdataset
 from PIL import Image
 
 from data_pipeline.decode import DecodeError
-from data_pipeline.pack.readers import RawSample, read_source
+from data_pipeline.errors import Reject
+from data_pipeline.pack.readers import PackedSample, read_source
 
 LONG = "a very long caption " * 5000
 
 
-def picture(seed: int, suffix: str = "png", size: tuple[int, int] = (40, 48)) -> bytes:
+def image_bytes(seed: int, suffix: str = "png", size: tuple[int, int] = (40, 48)) -> bytes:
     pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, {"jpg": "JPEG"}.get(suffix, suffix.upper()))
@@ -44,17 +45,17 @@ def samples_of(folder: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in sample.items() if not k.startswith("__")} for sample in read]
 
 
-def read_all(source: Path) -> tuple[list[RawSample], list[str]]:
-    skipped: list[str] = []
-    return list(read_source(str(source), skipped)), skipped
+def read_all(source: Path) -> tuple[list[PackedSample], list[Reject]]:
+    rejects: list[Reject] = []
+    return list(read_source(str(source), rejects)), rejects
 
 
 def files_form(folder: Path, count: int = 4) -> Path:
-    """As img2dataset's ``files`` writes: pictures with .txt and .json, parquet and stats beside the folders."""
+    """As img2dataset's ``files`` writes: images with .txt and .json, parquet and stats beside the folders."""
     (folder / "00000").mkdir(parents=True)
     for i in range(count):
         path = folder / "00000" / f"{i:09d}.jpg"
-        path.write_bytes(picture(i, "jpg"))
+        path.write_bytes(image_bytes(i, "jpg"))
         path.with_suffix(".txt").write_text(f"caption {i}", encoding="utf-8")
         path.with_suffix(".json").write_text(json.dumps(img2dataset_entry(i)))
     (folder / "00000" / f"{count:09d}.json").write_text('{"status": "failed_to_download"}')
@@ -70,7 +71,7 @@ def webdataset_form(folder: Path, count: int = 4) -> Path:
             writer.write(
                 {
                     "__key__": f"{i:09d}",
-                    "jpg": picture(i, "jpg"),
+                    "jpg": image_bytes(i, "jpg"),
                     "txt": f"caption {i}",
                     "json": img2dataset_entry(i),
                 }
@@ -82,7 +83,7 @@ def webdataset_form(folder: Path, count: int = 4) -> Path:
 
 def parquet_form(folder: Path, count: int = 4) -> Path:
     folder.mkdir()
-    rows = [img2dataset_entry(i) | {"jpg": picture(i, "jpg")} for i in range(count)]
+    rows = [img2dataset_entry(i) | {"jpg": image_bytes(i, "jpg")} for i in range(count)]
     pq.write_table(pa.Table.from_pylist(rows), folder / "00000.parquet")
     return folder
 
@@ -99,7 +100,7 @@ def img2dataset_entry(i: int) -> dict[str, Any]:
     }
 
 
-PICTURE = picture(0)
+IMAGE = image_bytes(0)
 
 
 def kind_of(action: Callable[[], object]) -> str | None:

@@ -1,8 +1,8 @@
 """Making an index: every shard is read once, by several processes, and an interrupted scan goes on.
 
-A sample is what neighbouring members with the same stem make: a picture and a caption or class (``.txt``,
+A sample is what neighbouring members with the same stem make: an image and a caption or class (``.txt``,
 ``.json``, ``.cls``), as WebDataset, img2dataset and BLIP-3o write them. What cannot be trained on (no
-picture, no caption, a damaged header, a stem that came before, a cut shard) is listed by name.
+image, no caption, a damaged header, a stem that came before, a cut shard) is listed by name.
 """
 
 import contextlib
@@ -18,8 +18,8 @@ import google_crc32c
 import numpy as np
 
 from data_pipeline.captions import JSON_FIELDS, json_numbers, parse_captions, parse_label
-from data_pipeline.decode import DecodeError, picture_size
-from data_pipeline.errors import DataError
+from data_pipeline.decode import DecodeError, image_size
+from data_pipeline.errors import DataError, Reject
 from data_pipeline.index.format import (
     BLOCK,
     COLUMNS,
@@ -127,36 +127,36 @@ class ShardFile(io.RawIOBase):
 
 def scan_shard(store: Store, shard: ObjectInfo, settings: ScanSettings) -> tuple[dict[str, Any], list[str]]:
     """Columns of one shard, and what is wrong with it."""
-    problems: list[str] = []
+    rejects: list[Reject] = []
     rows: list[dict[str, Any]] = []
     file = ShardFile(store, shard)
-    for stem, members, end in shard_samples(file, problems):
+    for stem, members, end in shard_samples(file, rejects):
         try:
             rows.append(_row(file, members, end, settings))
         except DecodeError as error:
-            problems.append(f"{shard.key}: {stem}: {error.kind}: {error}")
+            rejects.append(Reject(f"{shard.key}: {stem}", f"{error.kind}: {error}"))
     names = [*COLUMNS, *(SCORE + name for name in settings.scores)]
-    return {name: np.asarray([row[name] for row in rows]) for name in names}, problems
+    return {name: np.asarray([row[name] for row in rows]) for name in names}, list(map(str, rejects))
 
 
-def shard_samples(file: ShardFile, problems: list[str]) -> Iterator[tuple[str, dict[str, tarfile.TarInfo], int]]:
+def shard_samples(file: ShardFile, rejects: list[Reject]) -> Iterator[tuple[str, dict[str, tarfile.TarInfo], int]]:
     """Stem, members by suffix, and end of each sample whose key did not come before in the shard.
 
-    What is wrong with the shard goes to ``problems``: repeated keys, damage, a missing end-of-archive mark.
+    Adds to ``rejects`` what is wrong with the shard: repeated keys, damage, a missing end-of-archive mark.
     """
     key, stems, last_end = file.shard.key, set[str](), 0
     try:
         for stem, members, end in _runs(file):
             last_end = end
             if stem in stems:
-                problems.append(f"{key}: {stem}: duplicate: this key came before")
+                rejects.append(Reject(f"{key}: {stem}", "duplicate: this key came before"))
                 continue
             stems.add(stem)
             yield stem, members, end
     except _TAR_DAMAGE as error:
-        problems.append(f"{key}: {type(error).__name__}: {error}")
+        rejects.append(Reject(key, f"{type(error).__name__}: {error}"))
     if file.span(last_end, min(file.shard.size, last_end + BLOCK)) != bytes(BLOCK):
-        problems.append(f"{key}: no end-of-archive mark after {len(stems)} samples, the shard may be cut off")
+        rejects.append(Reject(key, f"no end-of-archive mark after {len(stems)} samples, the shard may be cut off"))
 
 
 def _runs(file: ShardFile) -> Iterator[tuple[str, dict[str, tarfile.TarInfo], int]]:
@@ -201,7 +201,7 @@ def _row(file: ShardFile, members: dict[str, tarfile.TarInfo], end: int, setting
     def content(member: tarfile.TarInfo) -> bytes:
         return raw[member.offset_data - start : member.offset_data - start + member.size]
 
-    height, width = picture_size(content(image))
+    height, width = image_size(content(image))
     for suffix in suffixes:
         text, flags = members[suffix], {"json": IS_JSON, "cls": IS_LABEL}.get(suffix, 0)
         try:

@@ -8,7 +8,6 @@ memory, so that the processes of a node share one copy.
 import dataclasses
 import hashlib
 import json
-import os
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from safetensors.numpy import save
 
 from data_pipeline.errors import DataError
 from data_pipeline.storage.base import ObjectInfo, Store
+from data_pipeline.storage.files import atomic_path
 
 INDEX_KEY = "index.safetensors"
 VERSION = 2
@@ -222,7 +222,7 @@ def unpack_columns(
             raise ValueError("wrong checksum of the header")
         header = json.loads(metadata["header"])
         if header["version"] != version:
-            raise DataError(f"{where} has version {header['version']}, wanted {version}; make it again")
+            raise DataError(f"{where} has version {header['version']}, expected {version}; make it again")
         if arrays.keys() != header["crc32c"].keys():
             raise ValueError("other columns than the header tells of")
         columns = {n: arrays[n] for n in (*types, *(n for n in arrays if n.startswith(SCORE)))}
@@ -273,13 +273,10 @@ def _raw(store: Store, cache: Path | None, *, fresh: bool) -> "np.ndarray[Any, n
     name = hashlib.sha256(f"{store.url} {info.etag} {info.size}".encode()).hexdigest()[:32]
     path = cache / f"index-{name}.safetensors"
     if fresh or not path.exists() or path.stat().st_size != info.size:
-        cache.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}.partial")
-        with partial.open("wb") as file:
+        with atomic_path(path, durable=False, shared=True) as partial, partial.open("wb") as file:
             for offset in range(0, info.size, _PIECE):
                 length = min(_PIECE, info.size - offset)
                 file.write(store.read(INDEX_KEY, offset, length, info.etag))
-        os.replace(partial, path)
     return np.memmap(path, dtype=np.uint8, mode="r")
 
 

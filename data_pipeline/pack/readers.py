@@ -1,4 +1,4 @@
-"""What is packed: a folder of pictures, parquet files or tar shards, read as one stream of samples.
+"""What is packed: a folder of images, parquet files or tar shards, read as one stream of samples.
 
 Nothing is unpacked to disk, and no URL is fetched. What cannot be trained on is listed by name.
 """
@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from data_pipeline.captions import MAX_TEXT_BYTES, parse_captions, parse_label
-from data_pipeline.decode import DecodeError, picture_size
-from data_pipeline.errors import DataError
+from data_pipeline.decode import DecodeError, image_size
+from data_pipeline.errors import DataError, Reject
 from data_pipeline.index.build import IMAGE_SUFFIXES, MAX_SAMPLE_BYTES, TEXT_SUFFIXES, ShardFile, shard_samples
 from data_pipeline.storage.base import Access, ObjectInfo, Store, open_store
 
@@ -27,7 +27,7 @@ WEIGHTS_FIELD = "weights"
 URL_COLUMNS = ("url", "image_url", "URL")
 MAX_FIELD_CHARS = 4096
 """Longer strings beside the captions (EXIF dumps, web pages) are not kept."""
-_OTHER_PICTURES = ("bmp", "tif", "tiff", "avif", "heic", "jxl", "jp2")
+_OTHER_IMAGE_SUFFIXES = ("bmp", "tif", "tiff", "avif", "heic", "jxl", "jp2")
 _ROWS = 64
 
 Item = TypeVar("Item")
@@ -35,8 +35,8 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
-class RawSample:
-    """Encoded picture with its suffix, captions or a class number, and the scalars that came with them.
+class PackedSample:
+    """Encoded image with its suffix, captions or a class number, and the scalars that came with them.
 
     ``name`` is for messages.
     """
@@ -49,7 +49,7 @@ class RawSample:
     label: int | None = None
 
     def texts(self) -> dict[str, bytes]:
-        """Members beside the picture, by suffix: ``.txt`` for a bare caption, ``.json`` for more, ``.cls``."""
+        """Members beside the image, by suffix: ``.txt`` for a bare caption, ``.json`` for more, ``.cls``."""
         members: dict[str, bytes] = {}
         if len(self.captions) == 1 and not self.fields:
             members["txt"] = self.captions[0].encode()
@@ -63,9 +63,9 @@ class RawSample:
 
 def make_sample(
     name: str, image: bytes, *, entries: Mapping[str, Any], text: bytes | None, label: bytes | None
-) -> RawSample:
-    """Sample of a picture, a JSON object or row, a ``.txt`` and a ``.cls``; raises :class:`DecodeError`."""
-    picture_size(image)
+) -> PackedSample:
+    """Sample of an image, a JSON object or row, a ``.txt`` and a ``.cls``; raises :class:`DecodeError`."""
+    image_size(image)
     captions, weights = _captions(entries, text)
     number = None if label is None else parse_label(label)
     if not captions and number is None:
@@ -73,7 +73,7 @@ def make_sample(
     fields = {key: value for key, value in entries.items() if _is_kept(key, value)}
     if len(set(weights)) > 1:
         fields[WEIGHTS_FIELD] = weights
-    sample = RawSample(name, image, _suffix(image), captions, fields, number)
+    sample = PackedSample(name, image, _suffix(image), captions, fields, number)
     for suffix, raw in sample.texts().items():
         # As the index will read it: a text beyond its limits is better left out here, by name.
         if captions and suffix != "cls":
@@ -83,9 +83,9 @@ def make_sample(
 
 def _captions(entries: Mapping[str, Any], text: bytes | None) -> tuple[list[str], list[float]]:
     """All captions, each once; where ``captions`` have weights, only those."""
-    found: dict[str, float] = {}
+    weights: dict[str, float] = {}
     if text is not None and text.strip():
-        found[parse_captions(text, is_json=False).texts[0]] = 1.0
+        weights[parse_captions(text, is_json=False).texts[0]] = 1.0
     for name in CAPTION_FIELDS:
         value = entries.get(name)
         if not isinstance(value, str | list) or not value or (isinstance(value, str) and not value.strip()):
@@ -101,8 +101,8 @@ def _captions(entries: Mapping[str, Any], text: bytes | None) -> tuple[list[str]
         if len(set(parsed.weights)) > 1:
             return list(parsed.texts), list(parsed.weights)
         for caption in parsed.texts:
-            found.setdefault(caption, 1.0)
-    return list(found), list(found.values())
+            weights.setdefault(caption, 1.0)
+    return list(weights), list(weights.values())
 
 
 def _is_kept(key: str, value: Any) -> bool:
@@ -142,70 +142,68 @@ def _json_object(raw: bytes) -> dict[str, Any]:
 
 
 def read_source(
-    source: str, skipped: list[str], *, access: Access = Access(), workers: int = 1
-) -> Iterator[RawSample]:
+    source: str, rejects: list[Reject], *, access: Access = Access(), workers: int = 1
+) -> Iterator[PackedSample]:
     """Samples of a folder, a parquet or tar file, or of the tar shards below an ``s3://`` URL.
 
-    A folder is what the first tar or picture in it says, else a folder of parquet files: img2dataset writes
-    parquet files with numbers beside its tars and pictures. What is left out goes to ``skipped``, as
-    ``<name>: <reason>``. Raises :class:`DataError` where there is nothing to read.
+    A folder is what the first tar or image in it says, else a folder of parquet files: img2dataset writes
+    parquet files with numbers beside its tars and images. What cannot be packed is added to
+    ``rejects``. Raises :class:`DataError` where there is nothing to read.
     """
     if source.startswith("s3://"):
-        return read_tars(open_store(source, access), skipped)
+        return read_tars(open_store(source, access), rejects)
     path = Path(source).expanduser()
     if path.is_file():
         if path.suffix == ".tar":
-            return read_tars(open_store(str(path.parent)), skipped, only=path.name)
-        return read_parquet(path, skipped)
+            return read_tars(open_store(str(path.parent)), rejects, only=path.name)
+        return read_parquet(path, rejects)
     if not path.is_dir():
         raise DataError(f"{source}: no such folder or file")
     suffixes = (file.suffix.lower().lstrip(".") for file in _files(path))
     kind = next((s for s in suffixes if s == "tar" or s in IMAGE_SUFFIXES), "parquet")
     if kind == "tar":
-        return read_tars(open_store(str(path)), skipped)
-    return _read_parquets(path, skipped) if kind == "parquet" else read_folder(path, skipped, workers=workers)
+        return read_tars(open_store(str(path)), rejects)
+    return _read_parquets(path, rejects) if kind == "parquet" else read_folder(path, rejects, workers=workers)
 
 
-def read_folder(folder: Path, skipped: list[str], *, workers: int = 1) -> Iterator[RawSample]:
-    """Pictures below ``folder`` in the order of their names, with what is beside them; read by threads."""
-    return read_pictures(_with_texts, pictures_below(folder), skipped, workers=workers)
+def read_folder(folder: Path, rejects: list[Reject], *, workers: int = 1) -> Iterator[PackedSample]:
+    """Images below ``folder`` in the order of their names, with what is beside them; read by threads."""
+    return read_images(_with_texts, image_files(folder), rejects, workers=workers)
 
 
-def pictures_below(folder: Path) -> Iterator[Path]:
-    """Files below ``folder`` that are named as pictures, also of formats that are not read."""
-    known = IMAGE_SUFFIXES + _OTHER_PICTURES
+def image_files(folder: Path) -> Iterator[Path]:
+    """Files below ``folder`` that are named as images, also of formats that are not read."""
+    known = IMAGE_SUFFIXES + _OTHER_IMAGE_SUFFIXES
     return (path for path in _files(folder) if path.suffix.lower().lstrip(".") in known)
 
 
-def read_pictures(
-    read: Callable[[Path], RawSample | str], pictures: Iterable[Path], skipped: list[str], *, workers: int
-) -> Iterator[RawSample]:
-    """What ``read`` makes of each, in order and by threads; why one is left out goes to ``skipped``."""
-    for found in _in_order(functools.partial(_attempt, read), pictures, workers):
-        if isinstance(found, str):
-            skipped.append(found)
+def read_images(
+    read: Callable[[Path], PackedSample], images: Iterable[Path], rejects: list[Reject], *, workers: int
+) -> Iterator[PackedSample]:
+    """What ``read`` makes of each, in order and by threads; the others are added to ``rejects``."""
+    for result in _in_order(functools.partial(_attempt, read), images, workers):
+        if isinstance(result, Reject):
+            rejects.append(result)
         else:
-            yield found
+            yield result
 
 
-def _with_texts(path: Path) -> RawSample | str:
+def _with_texts(path: Path) -> PackedSample:
     texts = {suffix: _beside(path, suffix) for suffix in TEXT_SUFFIXES}
     if not any(raw is not None for raw in texts.values()):
-        return f"{path}: no .txt or .json beside it"
+        raise DecodeError("no_caption", "no .txt or .json beside it")
     return _from_members(str(path), path.read_bytes(), texts)
 
 
-def _attempt(read: Callable[[Path], RawSample | str], path: Path) -> RawSample | str:
-    if path.suffix.lower().lstrip(".") in _OTHER_PICTURES:
-        return f"{path}: {path.suffix} is not among {', '.join(IMAGE_SUFFIXES)}"
+def _attempt(read: Callable[[Path], PackedSample], path: Path) -> PackedSample | Reject:
+    if path.suffix.lower().lstrip(".") in _OTHER_IMAGE_SUFFIXES:
+        return Reject(str(path), f"{path.suffix} is not among {', '.join(IMAGE_SUFFIXES)}")
     try:
         if path.stat().st_size > MAX_SAMPLE_BYTES:
-            return f"{path}: {path.stat().st_size} bytes"
+            return Reject(str(path), f"{path.stat().st_size} bytes are over {MAX_SAMPLE_BYTES}")
         return read(path)
-    except OSError as error:
-        return f"{path}: {error.strerror}"
-    except DecodeError as error:
-        return f"{path}: {error}"
+    except (OSError, DecodeError) as error:
+        return Reject(str(path), str(getattr(error, "strerror", error)))
 
 
 def _beside(path: Path, suffix: str) -> bytes | None:
@@ -223,50 +221,50 @@ def _bounded(raw: bytes) -> bytes:
     return raw
 
 
-def _from_members(name: str, image: bytes, texts: Mapping[str, bytes | None]) -> RawSample:
+def _from_members(name: str, image: bytes, texts: Mapping[str, bytes | None]) -> PackedSample:
     raw = texts.get("json")
     entries = {} if raw is None else _json_object(raw)
     return make_sample(name, image, entries=entries, text=texts.get("txt"), label=texts.get("cls"))
 
 
-def read_tars(store: Store, skipped: list[str], *, only: str | None = None) -> Iterator[RawSample]:
+def read_tars(store: Store, rejects: list[Reject], *, only: str | None = None) -> Iterator[PackedSample]:
     """Samples of all ``.tar`` objects, or of ``only`` one, as :mod:`data_pipeline.index.build` finds them."""
     for shard in store.list():
         if shard.key.endswith(".tar") and only in (None, shard.key):
-            yield from _read_tar(store, shard, skipped)
+            yield from _read_tar(store, shard, rejects)
 
 
-def _read_tar(store: Store, shard: ObjectInfo, skipped: list[str]) -> Iterator[RawSample]:
+def _read_tar(store: Store, shard: ObjectInfo, rejects: list[Reject]) -> Iterator[PackedSample]:
     file = ShardFile(store, shard)
-    for stem, members, _ in shard_samples(file, skipped):
+    for stem, members, _ in shard_samples(file, rejects):
         name = f"{shard.key}: {stem}"
         try:
             image = next((members[s] for s in IMAGE_SUFFIXES if s in members), None)
             if image is None:
                 raise DecodeError("no_image", "no image")
-            wanted = {s: members[s] for s in TEXT_SUFFIXES if s in members}
-            sizes = [image.size, *(member.size for member in wanted.values())]
+            text_members = {s: members[s] for s in TEXT_SUFFIXES if s in members}
+            sizes = [image.size, *(member.size for member in text_members.values())]
             if sum(sizes) > MAX_SAMPLE_BYTES or any(size > MAX_TEXT_BYTES for size in sizes[1:]):
                 raise DecodeError("too_large", f"members of {sizes} bytes")
-            texts = {s: file.span(m.offset_data, m.offset_data + m.size) for s, m in wanted.items()}
+            texts = {s: file.span(m.offset_data, m.offset_data + m.size) for s, m in text_members.items()}
             content = file.span(image.offset_data, image.offset_data + image.size)
             sample = _from_members(name, content, texts)
         except DecodeError as error:
-            skipped.append(f"{name}: {error}")
+            rejects.append(Reject(name, str(error)))
             continue
         yield sample
 
 
-def _read_parquets(folder: Path, skipped: list[str]) -> Iterator[RawSample]:
+def _read_parquets(folder: Path, rejects: list[Reject]) -> Iterator[PackedSample]:
     files = [path for path in _files(folder) if path.suffix == ".parquet"]
     if not files:
-        raise DataError(f"{folder}: holds no pictures, parquet files or tar shards")
+        raise DataError(f"{folder}: holds no images, parquet files or tar shards")
     for path in files:
-        yield from read_parquet(path, skipped, root=folder)
+        yield from read_parquet(path, rejects, root=folder)
 
 
-def read_parquet(file: Path, skipped: list[str], *, root: Path | None = None) -> Iterator[RawSample]:
-    """Rows of a parquet file with pictures as bytes, or as paths that lead to below ``root`` (its folder)."""
+def read_parquet(file: Path, rejects: list[Reject], *, root: Path | None = None) -> Iterator[PackedSample]:
+    """Rows of a parquet file with images as bytes, or as paths that lead to below ``root`` (its folder)."""
     try:
         import pyarrow.parquet as parquet
         from pyarrow.lib import ArrowException
@@ -284,20 +282,20 @@ def read_parquet(file: Path, skipped: list[str], *, root: Path | None = None) ->
                         image = _parquet_image(entry.pop(image_column), file.parent, root or file.parent)
                         yield make_sample(name, image, entries=entry, text=None, label=None)
                     except DecodeError as error:
-                        skipped.append(f"{name}: {error}")
+                        rejects.append(Reject(name, str(error)))
     except (ArrowException, ValueError, OSError, OverflowError) as error:
-        skipped.append(f"{file}: after row {row}: {' '.join(str(error).split())}")
+        rejects.append(Reject(str(file), f"after row {row}: {' '.join(str(error).split())}"))
 
 
 def _columns(file: Path, schema: Any) -> tuple[str, list[str]]:
-    """The picture's column, and all that are read."""
+    """The image's column, and all that are read."""
     from pyarrow import types
 
     names = schema.names
     image = next((n for n in IMAGE_COLUMNS if n in names), None)
     captions = [n for n in CAPTION_FIELDS if n in names]
     if image is None and any(n in names for n in URL_COLUMNS):
-        raise DataError(f"{file}: names its pictures by URL; download them first, for example with img2dataset")
+        raise DataError(f"{file}: names its images by URL; download them first, for example with img2dataset")
     if image is None or not captions:
         raise DataError(
             f"{file}: needs one of the columns {IMAGE_COLUMNS} and one of {CAPTION_FIELDS}, has {names}"
@@ -314,7 +312,7 @@ def _parquet_image(value: Any, folder: Path, root: Path) -> bytes:
     if isinstance(value, bytes):
         return value
     if not isinstance(value, str):
-        raise DecodeError("no_image", f"the picture is {type(value).__name__}, not bytes or a path")
+        raise DecodeError("no_image", f"the image is {type(value).__name__}, not bytes or a path")
     path = Path(os.path.normpath(folder / value))
     if not path.is_relative_to(os.path.normpath(root)):
         raise DecodeError("no_image", f"{value} lies outside of {root}")

@@ -1,7 +1,7 @@
 """Read every shard again and compare it with the index, with ``shards.json`` and with the tar format.
 
 One pass in pieces: memory does not grow with the shards, except for the place of each tar member, and for one
-sample at a time where pictures are decoded.
+sample at a time where images are decoded.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import google_crc32c
 
 from data_pipeline.captions import parse_captions, parse_label
-from data_pipeline.decode import PILLOW_PIXELS, DecodeError, decode, picture_size
+from data_pipeline.decode import PILLOW_PIXELS, DecodeError, decode, image_size
 from data_pipeline.errors import StoreError
 from data_pipeline.index.format import BLOCK, Index, Location, load_index
 from data_pipeline.pack.writer import MANIFEST_KEY
@@ -59,7 +59,7 @@ def verify(
     *,
     access: Access = Access(),
     workers: int = 1,
-    decode_pictures: bool = False,
+    decode_images: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> VerifyReport:
     """Check every shard of the index; ``workers`` above 1 are processes.
@@ -73,7 +73,7 @@ def verify(
     indexed = {shard.key for shard in index.shards}
     report.problems += [f"{key}: is not in the index" for key in there if key not in indexed]
     report.problems += [f"{key}: in {MANIFEST_KEY}, not there" for key in manifest if key not in there]
-    tasks = _tasks(index, there, manifest, decode_pictures, report.problems)
+    tasks = _tasks(index, there, manifest, decode_images, report.problems)
     workers = min(workers, len(there))
     parts = over_processes(verify_shard, tasks, store=store, access=access, workers=workers)
     for done, (task, part) in enumerate(parts, start=1):
@@ -99,7 +99,7 @@ def _tasks(
     index: Index,
     there: dict[str, ObjectInfo],
     manifest: dict[str, tuple[int, str]],
-    decode_pictures: bool,
+    decode_images: bool,
     problems: list[str],
 ) -> Iterator[_Task]:
     """Shards that can be read; made one by one, since the places of all samples would not fit."""
@@ -116,7 +116,7 @@ def _tasks(
             problems.append(f"{shard.key}: was replaced: ETag {found.etag}, the index says {shard.etag}")
         size, sha256 = manifest.get(shard.key, (None, None))
         places = tuple(index.locate(row) for row in range(starts[number], starts[number + 1]))
-        yield _Task(found, places, fields, sha256, size, decode_pictures)
+        yield _Task(found, places, fields, sha256, size, decode_images)
 
 
 def verify_shard(store: Store, task: _Task) -> VerifyReport:
@@ -190,7 +190,7 @@ class _TarWalk:
         ]
         lost = sum(self._members.get(at, ("", -1))[1] != length for at, length in wanted)
         if lost:
-            found.append(f"{lost} of {len(wanted)} pictures and texts are not where the index says")
+            found.append(f"{lost} of {len(wanted)} images and texts are not where the index says")
         return found
 
 
@@ -236,7 +236,7 @@ class _Samples:
 
     def _decode(self, raw: bytes, place: Location) -> None:
         image, text = raw[place.image], raw[place.text]
-        side = min(picture_size(image))
+        side = min(image_size(image))
         decode(image, (side, side), mode="exact", max_pixels=PILLOW_PIXELS)
         if place.is_label:
             parse_label(text)

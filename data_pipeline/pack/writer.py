@@ -14,9 +14,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, Reject
 from data_pipeline.index.format import INDEX_KEY
-from data_pipeline.pack.readers import RawSample
+from data_pipeline.pack.readers import PackedSample
 from data_pipeline.storage.base import Store
 
 MANIFEST_KEY = "shards.json"
@@ -48,16 +48,16 @@ class PackReport:
 
     samples: int
     shards: list[str]
-    skipped: list[str]
+    rejects: list[Reject]
     captioned: int = 0
 
 
 def pack(
-    samples: Iterable[RawSample],
+    samples: Iterable[PackedSample],
     store: Store,
     *,
     shard_bytes: int,
-    skipped: list[str],
+    rejects: list[Reject],
     classes: Sequence[str] = (),
     overwrite: bool = False,
     progress: Callable[[int], None] | None = None,
@@ -70,7 +70,7 @@ def pack(
     given; shards that ``pack`` does not name are never replaced.
     """
     replaced = _replaceable(store, overwrite)
-    report = PackReport(0, [], skipped)
+    report = PackReport(0, [], rejects)
     packed: list[PackedShard] = []
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(1, thread_name_prefix="upload") as uploader:
         uploading: Future[PackedShard] | None = None
@@ -95,7 +95,7 @@ def pack(
             packed.append(shard.upload(store))
             report.shards.append(shard.path.name)
     if not report.samples:
-        raise DataError(f"nothing to pack; left out: {report.skipped[:5]}")
+        raise DataError(f"nothing to pack; left out: {[str(reject) for reject in rejects[:5]]}")
     for key in replaced - set(report.shards):
         store.delete(key)
     if classes:
@@ -138,7 +138,7 @@ class _Shard:
     def size(self) -> int:
         return self._tar.offset  # type: ignore[attr-defined]
 
-    def add(self, key: str, sample: RawSample) -> None:
+    def add(self, key: str, sample: PackedSample) -> None:
         for suffix, raw in {sample.suffix: sample.image, **sample.texts()}.items():
             # Time, owner and mode are TarInfo's defaults, the same everywhere.
             info = tarfile.TarInfo(f"{key}.{suffix}")

@@ -26,6 +26,8 @@ from pathlib import Path
 
 import google_crc32c
 
+logger = logging.getLogger(__name__)
+
 LOW_WATER = 0.9
 """Share of the cap that an eviction leaves, so that not every write has to scan."""
 LEFTOVER_AGE_S = 3600.0
@@ -39,21 +41,14 @@ class DiskCache:
     """At most ``limit_bytes`` of entries below ``folder``, the least recently used evicted first.
 
     It never raises for what the disk does: a folder that cannot be read or written is a miss, counted in
-    ``counters`` and told to ``warn`` once. Usable from several threads; each process makes its own.
+    ``counters`` and logged once. Usable from several threads; each process makes its own.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        limit_bytes: int,
-        *,
-        warn: Callable[[str], None] = logging.getLogger(__name__).warning,
-        clock: Callable[[], float] = time.time,
-    ) -> None:
+    def __init__(self, folder: Path, limit_bytes: int, *, clock: Callable[[], float] = time.time) -> None:
         if limit_bytes < 1:
             raise ValueError(f"limit_bytes={limit_bytes} must be at least 1")
         self.counters: Counter[str] = Counter(dict.fromkeys(_COUNTERS, 0))
-        self._folder, self._limit, self._warn, self._clock = folder, limit_bytes, warn, clock
+        self._folder, self._limit, self._clock = folder, limit_bytes, clock
         self._lock = threading.Lock()
         self._warned = False
         self._paused_until = 0.0
@@ -207,9 +202,9 @@ class DiskCache:
             self.counters["cache_errors"] += 1
             first, self._warned = not self._warned, True
         if first:
-            self._warn(
-                f"the cache at {self._folder} is not used to the full: {error.strerror} "
-                f"({error.filename or self._folder}); the run goes on and fetches instead"
+            logger.warning(
+                f"cannot read or write the cache {self._folder}: {error.strerror} "
+                f"({error.filename or self._folder}); training continues and fetches the data instead"
             )
 
 

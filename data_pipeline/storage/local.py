@@ -1,7 +1,5 @@
 """Files below a local folder, as a store."""
 
-import contextlib
-import os
 import shutil
 import threading
 from collections import Counter
@@ -11,6 +9,7 @@ from typing import Any
 
 from data_pipeline.errors import StoreError
 from data_pipeline.storage.base import ObjectInfo
+from data_pipeline.storage.files import atomic_path
 
 
 class LocalStore:
@@ -45,7 +44,7 @@ class LocalStore:
             raise StoreError(f"{path}: {error.strerror}") from error
         self._count(len(data))
         if len(data) != length:
-            raise StoreError(f"{path}: ends at {offset + len(data)}, wanted {offset + length}")
+            raise StoreError(f"{path}: ends at {offset + len(data)}, expected {offset + length}")
         return data
 
     def read_all(self, key: str) -> bytes | None:
@@ -83,17 +82,10 @@ class LocalStore:
 
     def _replace(self, key: str, fill: Callable[[Path], object]) -> None:
         path = self._root / key
-        partial = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
         self._count(0)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:
+            with atomic_path(path, durable=False, shared=True) as partial:
                 fill(partial)
-                os.replace(partial, path)
-            except BaseException:
-                with contextlib.suppress(OSError):
-                    partial.unlink(missing_ok=True)
-                raise
         except OSError as error:
             raise StoreError(f"{error.filename or path}: {error.strerror}") from error
 

@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets: the few sizes that pictures of any shape are trained at, of about equal area."""
+"""Aspect-ratio buckets: the few sizes that images of any shape are trained at, of about equal area."""
 
 import math
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ AREA_TOLERANCE = 0.1
 """Share by which a bucket's area may differ from the square's."""
 NO_BUCKET = -1
 _CHUNK = 1 << 16
-"""Pictures assigned at a time: their work arrays stay in a core's cache."""
+"""Images assigned at a time: their work arrays stay in a core's cache."""
 
 
 def bucket_sizes(resolution: int, *, multiple: int, max_aspect: float) -> tuple[tuple[int, int], ...]:
@@ -37,9 +37,9 @@ def bucket_sizes(resolution: int, *, multiple: int, max_aspect: float) -> tuple[
 def assign(
     height: "np.ndarray[Any, Any]", width: "np.ndarray[Any, Any]", sizes: Sequence[tuple[int, int]]
 ) -> "np.ndarray[Any, np.dtype[np.int16]]":
-    """Bucket of each picture: of those it covers, the nearest in log aspect ratio, the first of equals.
+    """Bucket of each image: of those it covers, the nearest in log aspect ratio, the first of equals.
 
-    -1 where it covers none. Takes 2 bytes a picture beyond its arguments.
+    -1 where it covers none. Takes 2 bytes an image beyond its arguments.
     """
     if len(height) != len(width):
         raise ValueError(f"{len(height)} heights and {len(width)} widths")

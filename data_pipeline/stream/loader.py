@@ -1,13 +1,14 @@
-"""Batches of one rank: chunks fetched ahead, samples decoded by workers, bad samples replaced and counted."""
+"""Batches of one rank: chunks prefetched, samples decoded by workers, bad samples replaced and counted."""
 
 import functools
 import json
+import logging
 import multiprocessing
 import tarfile
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,12 @@ from data_pipeline.storage.base import Access, Store, open_store
 from data_pipeline.storage.disk_cache import DiskCache
 from data_pipeline.storage.retry import RetryBudget
 from data_pipeline.stream.buckets import assign, bucket_sizes
-from data_pipeline.stream.chunk_reader import ChunkReader, RawSample, Shelf
-from data_pipeline.stream.mixture import MixedOrder, Place
-from data_pipeline.stream.sampler import CHUNK_SAMPLES, ElasticOrder, generator
-from data_pipeline.text_embeddings import StatesIdentity, TextStates, unpack_states
+from data_pipeline.stream.chunk_reader import BucketSource, ChunkReader, RawSample
+from data_pipeline.stream.mixture import MixtureSampler, SampleRef
+from data_pipeline.stream.sampler import CHUNK_SAMPLES, ElasticSampler, generator
+from data_pipeline.text_embeddings import TextEmbeddingIdentity, TextEmbeddingStore, unpack_embeddings
+
+logger = logging.getLogger(__name__)
 
 STATE_VERSION = 2
 REPLACEMENTS = 8
@@ -35,35 +38,37 @@ REPLACEMENTS = 8
 RATE_AFTER = 1000
 """Samples seen before the rate of bad ones can stop a run."""
 _REPLACE_KEY = 4
+Buckets = list[dict[int, BucketSource]]
+"""For each bucket that is not empty, the samples of each data set (by its number) in it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Pictures (B, Y, X, 3), a caption or a label each, their numbers in the run, and their text states."""
+    """Images (B, Y, X, 3), a caption or a label each, their ids in the run, and their text embeddings."""
 
     images: Any
     captions: list[str]
     labels: list[int]
-    numbers: list[int]
-    states: list[Any] | None
+    sample_ids: list[int]
+    text_embeddings: list[Any] | None
 
 
 @dataclass(frozen=True, slots=True)
-class _Loaded:
-    """A decoded sample: caption or label, and the text's states (tokens, width) as bfloat16 bits."""
+class _Decoded:
+    """Pixels, caption or label, and the caption's embedding (tokens, width) as bfloat16 bits."""
 
     pixels: Any
     target: str | int
-    states: Any
+    text_embedding: Any
 
 
 class Loader:
     """Endless batches for one rank: rank ``rank`` of ``world`` takes every ``world``-th sample of each
     global batch, so the global batch is the same for any number of ranks.
 
-    ``multiple`` is what heights and widths of buckets divide by. The state of the data is ``start``, the number of
-    samples that the run has seen. ``text_identity`` is the text encoder's, which precomputed states must have.
-    ``on_bad`` is told of each sample that could not be used, ``say`` what a person should know.
+    Heights and widths of buckets are divisible by ``multiple``. ``start`` is the number of samples that the run
+    has seen. ``text_identity`` is the text encoder's, which precomputed embeddings must have. ``on_bad`` is called
+    with each sample that could not be used.
     """
 
     def __init__(
@@ -79,60 +84,52 @@ class Loader:
         start: int,
         text_identity: dict[str, Any] | None = None,
         on_bad: Callable[[dict[str, Any]], None] | None = None,
-        say: Callable[[str], None] = lambda message: None,
     ) -> None:
         if global_batch % world:
-            raise ValueError(f"global_batch={global_batch} over {world} ranks")
+            raise ValueError(f"global_batch={global_batch} is not divisible by {world} ranks")
         self._cfg, self._seed = cfg, seed
         self._global_batch, self._rank, self._world, self._start = global_batch, rank, world, start
+        self._queue_size = max(cfg.ahead, global_batch // world)
+
+        cache_dir = Path(cfg.cache_dir).expanduser() if cfg.cache_dir else None
+        self._disk_cache = DiskCache(cache_dir, cfg.cache_bytes) if cache_dir else None
+        data_sets = _open_data_sets(cfg, cache_dir, text_identity)
+        self._stores = [store for each in data_sets for store in each.stores]
+        embeddings = data_sets[0].text_embeddings
+        self.null_text_embedding = None if embeddings is None else embeddings.null
+
         sizes = bucket_sizes(resolution, multiple=multiple, max_aspect=cfg.bucket_aspect)
-        cache = Path(cfg.cache_dir).expanduser() if cfg.cache_dir else None
-        self._disk = DiskCache(cache, cfg.cache_bytes, warn=say) if cache else None
-        sources = _open(cfg, cache, text_identity)
-        self._stores = [source.store for source in sources]
-        self._stores += [source.states.store for source in sources if source.states is not None]
-        self.null_states = None if sources[0].states is None else sources[0].states.null
-        self.shelves = _shelves(cfg, sources, sizes, resolution, seed)
-        weights = [source.weight for source in cfg.sources]
-        lengths = [sum(len(row[k].index) for row in self.shelves if k in row) for k in range(len(weights))]
-        self._order = MixedOrder(
-            [
-                [(k, shelf.order, weights[k] * len(shelf.index) / lengths[k]) for k, shelf in row.items()]
-                for row in self.shelves
-            ],
-            seed=seed,
-            global_batch=global_batch,
-            first=start,
-            streams=cfg.streams,
-        )
+        self.buckets = _make_buckets(cfg, data_sets, sizes, seed)
         self.digests = [
-            "+".join(row[k].index.digest for row in self.shelves if k in row) for k in range(len(weights))
+            "+".join(source.index.digest for source in _of(self.buckets, k)) for k in range(len(data_sets))
         ]
-        self._reader = ChunkReader(fetchers=cfg.fetchers, buffer_bytes=cfg.buffer_bytes, cache=self._disk)
-        self._samples = _SampleLoader(cfg, self._reader, self.shelves, seed=seed, on_bad=on_bad)
-        self._ahead = max(cfg.ahead, global_batch // world)
+        self._sampler = _mixture(cfg, self.buckets, seed=seed, global_batch=global_batch, first=start)
+
+        self._reader = ChunkReader(fetchers=cfg.fetchers, buffer_bytes=cfg.buffer_bytes, cache=self._disk_cache)
+        self._decoder = SampleDecoder(cfg, self._reader, self.buckets, seed=seed, on_bad=on_bad)
         self._workers = ThreadPoolExecutor(cfg.workers, thread_name_prefix="decode") if cfg.workers else None
-        self._waiting: deque[tuple[int, Place, Any]] = deque()
-        _advise(cfg, self.shelves, world, say)
+        self._queue: deque[tuple[int, Any]] = deque()
+        if rank == 0:
+            _warn_if_chunks_do_not_fit(cfg, self.buckets, world)
 
     @property
     def counters(self) -> Counter[str]:
         """Requests, bytes, faults, retries, cache hits, substitutions and queue depth on this rank so far."""
         total = self._reader.counters
-        total.update(self._samples.counters)
+        total.update(self._decoder.counters)
         for store in self._stores:
             total.update(store.counters)
-        if self._disk is not None:
-            total.update(self._disk.counters)
-        total["queue_ready"] = sum(future.done() for _, _, future in list(self._waiting))
+        if self._disk_cache is not None:
+            total.update(self._disk_cache.counters)
+        total["queue_ready"] = sum(future.done() for _, future in list(self._queue))
         return total
 
     def state(self, samples: int) -> dict[str, Any]:
-        """Where the data stand after ``samples`` samples; ``epoch`` is that of the next sample's data set."""
+        """The position after ``samples`` samples; ``epoch`` is that of the next sample's data set."""
         return {
             "version": STATE_VERSION,
             "seed": self._seed,
-            "epoch": self._order.at(samples).epoch,
+            "epoch": self._sampler.at(samples).epoch,
             "samples": samples,
             "digests": self.digests,
             "streams": self._cfg.streams,
@@ -142,67 +139,65 @@ class Loader:
 
     def __iter__(self) -> Iterator[Batch]:
         """Batches of ``global_batch / world`` samples, one per step."""
-        numbers = self._numbers()
+        sample_ids = self._sample_ids()
         size = self._global_batch // self._world
         while True:
-            while len(self._waiting) < self._ahead:
-                number = next(numbers)
-                place = self._order.at(number)
-                shelf = self.shelves[place.bucket][place.source]
-                self._reader.prefetch(shelf, place.sample)
-                self._waiting.append((number, place, self._start_loading(place)))
-            taken = [self._waiting.popleft() for _ in range(size)]
-            loaded = [future.result() for _, _, future in taken]
+            while len(self._queue) < self._queue_size:
+                sample_id = next(sample_ids)
+                self._queue.append((sample_id, self._start_loading(self._sampler.at(sample_id))))
+            batch = [self._queue.popleft() for _ in range(size)]
+            samples = [future.result() for _, future in batch]
             yield Batch(
-                images=np.stack([one.pixels for one in loaded]),
-                captions=[one.target for one in loaded if isinstance(one.target, str)],
-                labels=[one.target for one in loaded if isinstance(one.target, int)],
-                numbers=[number for number, _, _ in taken],
-                states=None if self.null_states is None else [one.states for one in loaded],
+                images=np.stack([sample.pixels for sample in samples]),
+                captions=[sample.target for sample in samples if isinstance(sample.target, str)],
+                labels=[sample.target for sample in samples if isinstance(sample.target, int)],
+                sample_ids=[sample_id for sample_id, _ in batch],
+                text_embeddings=None if self.null_text_embedding is None else [s.text_embedding for s in samples],
             )
 
     def close(self) -> None:
-        """Stop workers and fetchers; a loader that was closed yields nothing more."""
+        """Stop workers and fetchers; a closed loader yields nothing more."""
         if self._workers is not None:
             self._workers.shutdown(wait=False, cancel_futures=True)
-        self._samples.close()
+        self._decoder.close()
         self._reader.close()
 
-    def _start_loading(self, place: Place) -> Any:
+    def _start_loading(self, ref: SampleRef) -> "Future[_Decoded] | _Deferred":
+        self._reader.prefetch(self.buckets[ref.bucket][ref.source], ref.sample)
         if self._workers is None:
-            return _Later(lambda: self._samples.load(place))
-        return self._workers.submit(self._samples.load, place)
+            return _Deferred(functools.partial(self._decoder.load, ref))
+        return self._workers.submit(self._decoder.load, ref)
 
-    def _numbers(self) -> Iterator[int]:
+    def _sample_ids(self) -> Iterator[int]:
         base = self._start
         while True:
             yield from range(base + self._rank, base + self._global_batch, self._world)
             base += self._global_batch
 
 
-class _Later:
-    """A future that is worked out where it is asked for."""
+@dataclass(frozen=True, slots=True)
+class _Deferred:
+    """A future that is computed where its result is asked for."""
 
-    def __init__(self, work: Callable[[], Any]) -> None:
-        self.result = work
+    result: Callable[[], _Decoded]
 
     def done(self) -> bool:
         return False
 
 
-class _SampleLoader:
-    """Decodes single samples."""
+class SampleDecoder:
+    """Reads and decodes single samples; a bad one is counted, reported and replaced."""
 
     def __init__(
         self,
         cfg: DataConfig,
         reader: ChunkReader,
-        shelves: list[dict[int, Shelf]],
+        buckets: Buckets,
         *,
         seed: int,
         on_bad: Callable[[dict[str, Any]], None] | None,
     ) -> None:
-        self._cfg, self._reader, self._shelves, self._seed, self._on_bad = cfg, reader, shelves, seed, on_bad
+        self._cfg, self._reader, self._buckets, self._seed, self._on_bad = cfg, reader, buckets, seed, on_bad
         context = multiprocessing.get_context("spawn")
         processes = cfg.worker_kind == "process" and cfg.workers
         self._processes = ProcessPoolExecutor(cfg.workers, mp_context=context) if processes else None
@@ -214,71 +209,71 @@ class _SampleLoader:
         with self._lock:
             return Counter(self._counters)
 
-    def load(self, place: Place) -> _Loaded:
-        """Pixels and caption or label; a bad sample is replaced by another that every layout chooses alike."""
-        shelf = self._shelves[place.bucket][place.source]
+    def load(self, ref: SampleRef) -> _Decoded:
+        """Pixels and caption or label; a bad sample is replaced by the same other one for any number of ranks."""
+        source = self._buckets[ref.bucket][ref.source]
         for attempt in range(1 + REPLACEMENTS):
-            chosen = place.sample
+            sample = ref.sample
             if attempt:
-                random = generator(self._seed, _REPLACE_KEY, attempt, place.sample)
-                chosen = int(random.integers(len(shelf.index)))
-            raw = self._reader.sample(shelf, chosen)
+                random = generator(self._seed, _REPLACE_KEY, attempt, ref.sample)
+                sample = int(random.integers(len(source.index)))
+            raw = self._reader.sample(source, sample)
             try:
-                loaded = self._decode(shelf, raw, place.epoch, chosen)
+                decoded = self._decode(source, raw, ref.epoch, sample)
             except DecodeError as error:
-                self._bad(shelf, raw, error)
+                self._reject(source, raw, error)
                 continue
             with self._lock:
                 self._counters["decoded"] += 1
-            return loaded
-        raise DataError(f"{shelf.store.url}: sample {place.sample} and {REPLACEMENTS} others are all unusable")
+            return decoded
+        raise DataError(f"{source.store.url}: sample {ref.sample} and {REPLACEMENTS} others are all unusable")
 
     def close(self) -> None:
         if self._processes is not None:
             self._processes.shutdown(wait=False, cancel_futures=True)
 
-    def _decode(self, shelf: Shelf, raw: RawSample, epoch: int, sample: int) -> _Loaded:
-        cfg, image = self._cfg, bytes(raw.data[raw.place.image])
-        target, states = self._text(shelf, raw, epoch, sample)
-        enlarge = cfg.small == "enlarge"
+    def _decode(self, source: BucketSource, raw: RawSample, epoch: int, sample: int) -> _Decoded:
+        cfg, image = self._cfg, bytes(raw.data[raw.location.image])
+        target, text_embedding = self._text(source, raw, epoch, sample)
+        upscale = cfg.small == "upscale"
         work = functools.partial(
-            decode, image, shelf.size, mode=cfg.decode, max_pixels=cfg.max_pixels, enlarge=enlarge
+            decode, image, source.size, mode=cfg.decode, max_pixels=cfg.max_pixels, upscale=upscale
         )
         pixels = work() if self._processes is None else self._processes.submit(work).result()
-        return _Loaded(pixels, target, states)
+        return _Decoded(pixels, target, text_embedding)
 
-    def _text(self, shelf: Shelf, raw: RawSample, epoch: int, sample: int) -> tuple[str | int, Any]:
-        """Caption of this epoch and its states, or the class number."""
-        cfg, text = self._cfg, bytes(raw.data[raw.place.text])
+    def _text(self, source: BucketSource, raw: RawSample, epoch: int, sample: int) -> tuple[str | int, Any]:
+        """Caption of this epoch and its embedding, or the class number."""
+        cfg, text = self._cfg, bytes(raw.data[raw.location.text])
         if cfg.target == "label":
             return parse_label(text), None
-        fields = shelf.index.header["scan"]["caption_fields"]
-        captions = parse_captions(text, is_json=raw.place.is_json, fields=fields)
+        fields = source.index.header["scan"]["caption_fields"]
+        captions = parse_captions(text, is_json=raw.location.is_json, fields=fields)
         caption = choose_caption(
             captions,
             seed=self._seed,
             epoch=epoch,
-            # The row, not the place in a selection: the same words whatever is filtered.
-            sample=shelf.index.row(sample),
+            # The row, not the position in a selection: the same words whatever is filtered.
+            sample=source.index.row(sample),
             prefix_probability=cfg.prefix_probability,
             short_words=cfg.short_caption_words,
         )
-        if shelf.states is None:
+        if source.text_embeddings is None:
             return caption, None
-        identity = shelf.states.identity
+        identity = source.text_embeddings.identity
         texts = texts_of(captions, prefixes=identity.prefixes, short_words=identity.short_words)
-        assert raw.states is not None
-        return caption, unpack_states(raw.states, texts.index(caption), identity.width)
+        assert raw.text_embeddings is not None
+        return caption, unpack_embeddings(raw.text_embeddings, texts.index(caption), identity.width)
 
-    def _bad(self, shelf: Shelf, raw: RawSample, error: DecodeError) -> None:
+    def _reject(self, source: BucketSource, raw: RawSample, error: DecodeError) -> None:
         with self._lock:
             self._counters[f"bad_{error.kind}"] += 1
             self._counters["substitutions"] += 1
             bad, good = self._counters["substitutions"], self._counters["decoded"]
         entry = {
-            "shard": shelf.index.shards[raw.place.shard].key,
+            "shard": source.index.shards[raw.location.shard].key,
             "key": tarfile.TarInfo.frombuf(bytes(raw.data[:BLOCK]), "utf-8", "replace").name,
-            "offset": raw.place.start,
+            "offset": raw.location.start,
             "kind": error.kind,
             "error": str(error),
         }
@@ -292,12 +287,16 @@ class _SampleLoader:
 
 
 @dataclass(frozen=True, slots=True)
-class _Opened:
-    """A data set that was opened."""
+class _DataSet:
+    """One data set of the mixture, opened."""
 
     store: Store
     index: Index
-    states: TextStates | None
+    text_embeddings: TextEmbeddingStore | None
+
+    @property
+    def stores(self) -> list[Store]:
+        return [self.store] if self.text_embeddings is None else [self.store, self.text_embeddings.store]
 
 
 def access_of(cfg: DataConfig) -> Access:
@@ -311,46 +310,47 @@ def access_of(cfg: DataConfig) -> Access:
     )
 
 
-def states_identity(cfg: DataConfig, encoder: dict[str, Any]) -> StatesIdentity:
-    """What text states depend on: the encoder's side, and the texts that training may show."""
+def text_embedding_identity(cfg: DataConfig, encoder: dict[str, Any]) -> TextEmbeddingIdentity:
+    """What text embeddings depend on: the encoder's settings, and the texts that training may show."""
     prefixes = PREFIXES if cfg.prefix_probability else ()
-    return StatesIdentity(**encoder, prefixes=prefixes, short_words=cfg.short_caption_words)
+    return TextEmbeddingIdentity(**encoder, prefixes=prefixes, short_words=cfg.short_caption_words)
 
 
-def _open(cfg: DataConfig, cache: Path | None, text_identity: dict[str, Any] | None) -> list[_Opened]:
+def _open_data_sets(cfg: DataConfig, cache: Path | None, text_identity: dict[str, Any] | None) -> list[_DataSet]:
     access, budget = access_of(cfg), RetryBudget()
-    identity = None if text_identity is None else states_identity(cfg, text_identity)
-    opened = []
+    identity = None if text_identity is None else text_embedding_identity(cfg, text_identity)
+    data_sets = []
     for source in cfg.sources:
         store = open_store(source.url, access, budget=budget)
         index = load_index(store, cache=cache)
-        states = None
+        embeddings = None
         if source.text_states:
-            states = TextStates(open_store(source.text_states, access, budget=budget), index, identity)
-        opened.append(_Opened(store, index, states))
-    return opened
+            embeddings = TextEmbeddingStore(open_store(source.text_states, access, budget=budget), index, identity)
+        data_sets.append(_DataSet(store, index, embeddings))
+    return data_sets
 
 
-def _shelves(
-    cfg: DataConfig, sources: list[_Opened], sizes: tuple[tuple[int, int], ...], resolution: int, seed: int
-) -> list[dict[int, Shelf]]:
-    """Per bucket that holds anything, the data sets' samples in it."""
-    buckets: list[dict[int, Shelf]] = [{} for _ in sizes]
-    for k, source in enumerate(sources):
-        least = resolution if len(sizes) == 1 and cfg.small == "leave_out" else 0
-        index = select(source.index, cfg.filters, target=cfg.target, min_side=least)
+def _make_buckets(
+    cfg: DataConfig, data_sets: list[_DataSet], sizes: tuple[tuple[int, int], ...], seed: int
+) -> Buckets:
+    """Filtered samples by bucket; the first of ``sizes`` is the square. Raises where a data set has none."""
+    resolution, drop = sizes[0][0], cfg.small == "drop"
+    buckets: Buckets = [{} for _ in sizes]
+    for k, data in enumerate(data_sets):
+        min_side = resolution if len(sizes) == 1 and drop else 0
+        index = select(data.index, cfg.filters, target=cfg.target, min_side=min_side)
         parts = [index] if len(sizes) == 1 else _by_bucket(index, sizes)
         if not any(len(part) for part in parts):
-            large = f"{resolution} pixels on its shorter side, " if cfg.small == "leave_out" else ""
+            large = f"{resolution} pixels on its shorter side, " if drop else ""
             raise DataError(
-                f"{source.store.url}: none of the {len(source.index)} samples has {large}a {cfg.target}, and "
+                f"{data.store.url}: none of the {len(data.index)} samples has {large}a {cfg.target}, and "
                 "passes data.filters"
             )
-        for bucket, part in enumerate(parts):
+        for bucket, part, size in zip(buckets, parts, sizes, strict=True):
             if len(part):
-                order = ElasticOrder(part, seed=seed, streams=cfg.streams, window=cfg.window)
-                buckets[bucket][k] = Shelf(source.store, part, order, sizes[bucket], source.states)
-    return [row for row in buckets if row]
+                sampler = ElasticSampler(part, seed=seed, streams=cfg.streams, window=cfg.window)
+                bucket[k] = BucketSource(data.store, part, sampler, size, data.text_embeddings)
+    return [bucket for bucket in buckets if bucket]
 
 
 def _by_bucket(index: Index, sizes: tuple[tuple[int, int], ...]) -> list[Index]:
@@ -359,21 +359,35 @@ def _by_bucket(index: Index, sizes: tuple[tuple[int, int], ...]) -> list[Index]:
     return [index.only(rows[bucket == number]) for number in range(len(sizes))]
 
 
-def _advise(cfg: DataConfig, shelves: list[dict[int, Shelf]], world: int, say: Callable[[str], None]) -> None:
-    """Say so where the chunks that a rank reads at a time do not fit, since they are then read again and again."""
+def _of(buckets: Buckets, data_set: int) -> list[BucketSource]:
+    """A data set's samples in each bucket that has any."""
+    return [bucket[data_set] for bucket in buckets if data_set in bucket]
+
+
+def _mixture(cfg: DataConfig, buckets: Buckets, *, seed: int, global_batch: int, first: int) -> MixtureSampler:
+    """Data sets by weight; a bucket's share of a data set is its share of the samples."""
+    weights = [source.weight for source in cfg.sources]
+    lengths = [sum(len(source.index) for source in _of(buckets, k)) for k in range(len(weights))]
+    samplers = [
+        [(k, source.sampler, weights[k] * len(source.index) / lengths[k]) for k, source in bucket.items()]
+        for bucket in buckets
+    ]
+    return MixtureSampler(samplers, seed=seed, global_batch=global_batch, first=first, streams=cfg.streams)
+
+
+def _warn_if_chunks_do_not_fit(cfg: DataConfig, buckets: Buckets, world: int) -> None:
+    """Chunks that a rank draws from at a time and cannot hold are read again and again."""
     if cfg.cache_dir:
         return
-    for row in shelves:
-        for shelf in row.values():
-            chunk = sum(s.size for s in shelf.index.shards) / max(1, len(shelf.index.columns["start"]))
-            live = min(
-                len(shelf.chunks.first), -(-shelf.order.streams // world) * (cfg.window // CHUNK_SAMPLES + 1)
+    for source in (source for bucket in buckets for source in bucket.values()):
+        sample_bytes = sum(s.size for s in source.index.shards) / max(1, len(source.index.columns["start"]))
+        streams = -(-source.sampler.streams // world)
+        live = min(len(source.chunks.first), streams * (cfg.window // CHUNK_SAMPLES + 1))
+        need = live * sample_bytes * CHUNK_SAMPLES
+        if need > 1.25 * cfg.buffer_bytes:
+            logger.warning(
+                f"{source.store.url}: a rank draws from about {need / 2**30:.1f} GiB of chunks at a time, "
+                f"data.buffer_bytes holds {cfg.buffer_bytes / 2**30:.1f}: chunks will be read more than once. "
+                "Lower data.streams or data.window, raise data.buffer_bytes, or set data.cache_dir"
             )
-            need = live * chunk * CHUNK_SAMPLES
-            if need > 1.25 * cfg.buffer_bytes:
-                say(
-                    f"WARNING: {shelf.store.url}: a rank draws from about {need / 2**30:.1f} GiB of chunks at a "
-                    f"time, data.buffer_bytes holds {cfg.buffer_bytes / 2**30:.1f}: chunks will be read more than "
-                    "once. Lower data.streams or data.window, raise data.buffer_bytes, or set data.cache_dir"
-                )
-                return
+            return

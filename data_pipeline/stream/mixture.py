@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.stream.sampler import ElasticOrder, generator
+from data_pipeline.stream.sampler import ElasticSampler, generator
 
 BLOCK_POSITIONS = 1 << 12
-"""Positions in which every source gets its exact number of places."""
+"""Positions in which every source gets its exact number of samples."""
 _MIXTURE_KEY, _BUCKET_KEY = 6, 7
 
 
@@ -30,7 +30,7 @@ class Schedule:
         self._seed, self._key, self._group, self._lanes = seed, key, group, lanes
         exact = np.asarray(weights, dtype=np.float64) / sum(weights) * BLOCK_POSITIONS
         quotas = np.maximum(1, np.floor(exact)).astype(np.int64)
-        # Places left over go to the largest remainders; where minimums took too many, the largest give.
+        # Positions left over go to the largest remainders; where minimums took too many, the largest give.
         order = np.argsort(quotas - exact, kind="stable")
         while (left := BLOCK_POSITIONS - int(quotas.sum())) > 0:
             quotas[order[:left]] += 1
@@ -43,14 +43,14 @@ class Schedule:
         """Source of a lane's position, and how many positions before it have the same source."""
         if len(self.quotas) == 1:
             return 0, position
-        block, place = divmod(position, BLOCK_POSITIONS)
+        block, offset = divmod(position, BLOCK_POSITIONS)
         if (lane, block) not in self._blocks:
             self._blocks[lane, block] = self._deal(lane, block)
             if len(self._blocks) > 2 * self._lanes:
                 self._blocks.popitem(last=False)
         sources, before = self._blocks[lane, block]
-        source = int(sources[place])
-        return source, block * int(self.quotas[source]) + int(before[place])
+        source = int(sources[offset])
+        return source, block * int(self.quotas[source]) + int(before[offset])
 
     def _deal(self, lane: int, block: int) -> tuple[Any, Any]:
         sources = np.repeat(np.arange(len(self.quotas), dtype=np.uint16), self.quotas)
@@ -62,8 +62,8 @@ class Schedule:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """A sample of the run: its bucket, its data set, and the epoch and number there."""
+class SampleRef:
+    """A sample of the run: its bucket, its data set, and the epoch and sample there."""
 
     bucket: int
     source: int
@@ -71,41 +71,41 @@ class Place:
     sample: int
 
 
-class MixedOrder:
-    """Sample of the run ``n`` for mixed data sets and buckets.
+class MixtureSampler:
+    """Sample ``sample_id`` of the run for mixed data sets and buckets.
 
-    ``orders[bucket]`` lists (source, order, weight) of what the bucket holds. All samples of a global batch
-    come from one bucket; ``first`` is a number at which a global batch begins. Data sets are mixed stream by
+    ``samplers[bucket]`` lists (source, sampler, weight) of what the bucket holds. All samples of a global batch
+    come from one bucket; ``first`` is a sample id at which a global batch begins. Data sets are mixed stream by
     stream: stream c of the run takes from stream c of each data set, so that a rank reads few chunks that
     others read too.
     """
 
     def __init__(
         self,
-        orders: Sequence[Sequence[tuple[int, ElasticOrder, float]]],
+        samplers: Sequence[Sequence[tuple[int, ElasticSampler, float]]],
         *,
         seed: int,
         global_batch: int,
         first: int,
         streams: int,
     ) -> None:
-        self._orders, self._streams = orders, streams
+        self._samplers, self._streams = samplers, streams
         self._batch, self._offset = global_batch, first % global_batch
-        shares = [sum(weight for _, _, weight in bucket) for bucket in orders]
+        shares = [sum(weight for _, _, weight in bucket) for bucket in samplers]
         self._buckets = Schedule(shares, seed=seed, key=_BUCKET_KEY, group=0, lanes=1)
         self._sources = [
             Schedule([w for _, _, w in bucket], seed=seed, key=_MIXTURE_KEY, group=number, lanes=streams)
-            for number, bucket in enumerate(orders)
+            for number, bucket in enumerate(samplers)
         ]
 
-    def at(self, number: int) -> Place:
-        bucket = 0
-        if len(self._orders) > 1:
-            batch, place = divmod(number - self._offset, self._batch)
+    def at(self, sample_id: int) -> SampleRef:
+        bucket, position = 0, sample_id
+        if len(self._samplers) > 1:
+            batch, offset = divmod(sample_id - self._offset, self._batch)
             bucket, earlier = self._buckets.at(batch)
-            number = earlier * self._batch + place
-        turn, stream = divmod(number, self._streams)
+            position = earlier * self._batch + offset
+        turn, stream = divmod(position, self._streams)
         which, earlier = self._sources[bucket].at(turn, stream)
-        source, order, _ = self._orders[bucket][which]
-        epoch, sample = order.at(earlier * self._streams + stream)
-        return Place(bucket, source, epoch, sample)
+        source, sampler, _ = self._samplers[bucket][which]
+        epoch, sample = sampler.at(earlier * self._streams + stream)
+        return SampleRef(bucket, source, epoch, sample)

@@ -1,4 +1,4 @@
-"""Elastic order: which sample stands at a position depends only on (index, seed, epoch, position).
+"""Elastic sampler: which sample stands at a position depends only on (index, seed, epoch, position).
 
 Samples lie in chunks of up to 32 neighbours of a shard, one ranged read each. An epoch shuffles the chunks and
 cuts the resulting line of samples into ``streams`` equal pieces; position p belongs to stream p mod streams,
@@ -45,13 +45,13 @@ class Chunks:
             high = min(len(index), low + _SLICE)
             samples = np.arange(low, high)
             shard = np.searchsorted(ends, samples, side="right")
-            place = (samples - shard_first[shard]) // CHUNK_SAMPLES
+            group = (samples - shard_first[shard]) // CHUNK_SAMPLES
             piece = index.column("start", low, high).astype(np.int64) // (CHUNK_BYTES // BLOCK)
-            # A chunk begins wherever shard, place in it or piece of it changes.
+            # A chunk begins wherever the shard, the group of samples or the piece of bytes changes.
             starts = np.ones(high - low, dtype=bool)
-            starts[1:] = (np.diff(shard) != 0) | (np.diff(place) != 0) | (np.diff(piece) != 0)
-            starts[0] = before != (int(shard[0]), int(place[0]), int(piece[0]))
-            before = (int(shard[-1]), int(place[-1]), int(piece[-1]))
+            starts[1:] = (np.diff(shard) != 0) | (np.diff(group) != 0) | (np.diff(piece) != 0)
+            starts[0] = before != (int(shard[0]), int(group[0]), int(piece[0]))
+            before = (int(shard[-1]), int(group[-1]), int(piece[-1]))
             firsts.append(samples[starts])
         first = np.concatenate(firsts).astype(np.int64)
         return cls(first, np.diff(first, append=len(index)).astype(np.int64))
@@ -61,7 +61,7 @@ class Chunks:
         return int(np.searchsorted(self.first, sample, side="right")) - 1
 
 
-class EpochOrder:
+class EpochSampler:
     """Order of one epoch; position to sample in constant time after one permutation of the chunks."""
 
     def __init__(self, chunks: Chunks, *, seed: int, epoch: int, streams: int, window: int) -> None:
@@ -77,11 +77,11 @@ class EpochOrder:
 
     def at(self, position: int) -> int:
         """Sample at a position of the epoch, ``0 <= position < len(self)``."""
-        stream, place = position % self._streams, position // self._streams
+        turn, stream = divmod(position, self._streams)
         short, longer = divmod(self._length, self._streams)
         base = stream * short + min(stream, longer)
         length = short + (stream < longer)
-        window, offset = divmod(place, self._window)
+        window, offset = divmod(turn, self._window)
         size = min(self._window, length - window * self._window)
         line = base + window * self._window + int(self._shuffle(stream, window, size)[offset])
         chunk = int(np.searchsorted(self._ends, line, side="right"))
@@ -98,8 +98,8 @@ class EpochOrder:
         return self._windows[key]
 
 
-class ElasticOrder:
-    """Endless order: sample of the run ``n`` is position ``n mod length`` of epoch ``n // length``."""
+class ElasticSampler:
+    """Endless order: the run's sample ``n`` is position ``n mod length`` of epoch ``n // length``."""
 
     def __init__(self, index: Index, *, seed: int, streams: int, window: int) -> None:
         self.chunks = Chunks.of_index(index)
@@ -107,13 +107,13 @@ class ElasticOrder:
         # A short set has fewer streams, so that each is long enough to be shuffled.
         self.streams = max(1, min(streams, self.length // window))
         self._seed, self._window = seed, window
-        self._epochs: OrderedDict[int, EpochOrder] = OrderedDict()
+        self._epochs: OrderedDict[int, EpochSampler] = OrderedDict()
 
-    def at(self, number: int) -> tuple[int, int]:
-        """Epoch and sample for the ``number``-th sample of the run."""
-        epoch, position = divmod(number, self.length)
+    def at(self, sample_id: int) -> tuple[int, int]:
+        """Epoch and sample for the run's sample ``sample_id``."""
+        epoch, position = divmod(sample_id, self.length)
         if epoch not in self._epochs:
-            self._epochs[epoch] = EpochOrder(
+            self._epochs[epoch] = EpochSampler(
                 self.chunks,
                 seed=self._seed,
                 epoch=epoch,

@@ -2,7 +2,6 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from data_pipeline.config import DataConfig
@@ -43,7 +42,6 @@ def measure(
     resolution: int,
     seconds: float,
     access: Access,
-    say: Callable[[str], None] = lambda message: None,
 ) -> Measurement:
     """Read batches for some seconds; opening the index and the first batch do not count."""
     cfg = DataConfig(
@@ -53,14 +51,14 @@ def measure(
         anonymous=access.anonymous,
         requester_pays=access.requester_pays,
     )
-    loader = Loader(cfg, resolution=resolution, seed=0, global_batch=BATCH, rank=0, world=1, start=0, say=say)
+    loader = Loader(cfg, resolution=resolution, seed=0, global_batch=BATCH, rank=0, world=1, start=0)
     try:
         batches = iter(loader)
         next(batches)
         before, start = loader.counters, time.perf_counter()
         images, passed = 0, 0.0
         while passed < seconds:
-            images += len(next(batches).numbers)
+            images += len(next(batches).sample_ids)
             passed = time.perf_counter() - start
         counters = loader.counters
     finally:

@@ -1,4 +1,4 @@
-"""What an index and its pictures look like: numbers, histograms, and a sheet of samples with their captions.
+"""What an index and its images look like: numbers, histograms, and a sheet of samples with their captions.
 
 Everything is counted in slices of the columns, so that an index of 100 million samples needs no more memory
 than one of a million.
@@ -23,6 +23,7 @@ from data_pipeline.errors import DataError
 from data_pipeline.index.format import BLOCK, IS_JSON, IS_LABEL, SCORE, Index, Location
 from data_pipeline.storage.base import Store
 from data_pipeline.stream.sampler import generator
+from data_pipeline.text import human_bytes
 
 Counts = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -32,7 +33,7 @@ _BINS = 60
 _MAX_ASPECT_LOG2 = 3.0
 _SHEET_KEY = 8
 MAX_SAMPLES = 600
-"""On a contact sheet: more make a picture that few programs open."""
+"""On a contact sheet: more make an image that few programs open."""
 _COLUMNS, _TILE, _GAP, _LINES = 6, 256, 18, 5
 _TEXT, _SMALL = 15, 12
 _INK, _GREY, _PAPER, _FRAME = "#1a1a1a", "#777777", "#ffffff", "#ececec"
@@ -43,7 +44,7 @@ _BLUE = "#3b6fb6"
 class Summary:
     """Counts over an index: ``sides`` and ``chars`` by their value, ``kinds`` of text, ``aspects`` by bins.
 
-    ``wide`` pictures are wider than 3:2, ``tall`` ones taller than 2:3.
+    ``wide`` images are wider than 3:2, ``tall`` ones taller than 2:3.
     """
 
     sides: Counts
@@ -236,7 +237,7 @@ def draw_contact_sheet(
 ) -> list[str]:
     """Samples drawn by the seed, as training sees them at ``resolution``, with their captions, as a PNG.
 
-    A smaller picture is shown at its own size. Returns what could not be shown, by name.
+    A smaller image is shown at its own size. Returns what could not be shown, by name.
     """
     count = min(samples, MAX_SAMPLES, len(index))
     chosen = np.sort(generator(seed, _SHEET_KEY).choice(len(index), size=count, replace=False))
@@ -253,8 +254,8 @@ def draw_contact_sheet(
         draw.rectangle((left, top, left + _TILE - 1, top + _TILE - 1), fill=_FRAME)
         note = f"{index.column('width', sample, sample + 1)[0]} x {index.column('height', sample, sample + 1)[0]}"
         try:
-            picture, captions = _load(store, index, sample, resolution)
-            sheet.paste(picture, (left + (_TILE - picture.width) // 2, top + (_TILE - picture.height) // 2))
+            image, captions = _load(store, index, sample, resolution)
+            sheet.paste(image, (left + (_TILE - image.width) // 2, top + (_TILE - image.height) // 2))
             note += f", {len(captions)} captions" if len(captions) > 1 else ""
             shown = captions if len(captions) == 1 else tuple(f"- {caption}" for caption in captions)
         except (DataError, DecodeError) as error:
@@ -275,10 +276,10 @@ def _load(store: Store, index: Index, sample: int, resolution: int) -> tuple[Ima
         raise DataError(f"{shard.key}: bytes {place.start}-{place.end} differ from the index")
     row = slice(sample, sample + 1)
     side = min(resolution, *(int(index.column(n, row.start, row.stop)[0]) for n in ("height", "width")))
-    picture = Image.fromarray(decode(raw[place.image], (side, side), mode="exact", max_pixels=PILLOW_PIXELS))
+    image = Image.fromarray(decode(raw[place.image], (side, side), mode="exact", max_pixels=PILLOW_PIXELS))
     if side > _TILE:
-        picture = picture.resize((_TILE, _TILE), Image.Resampling.LANCZOS)
-    return picture, _captions(index, raw[place.text], place)
+        image = image.resize((_TILE, _TILE), Image.Resampling.LANCZOS)
+    return image, _captions(index, raw[place.text], place)
 
 
 def _captions(index: Index, raw: bytes, place: Location) -> tuple[str, ...]:
@@ -320,15 +321,6 @@ def _wrap(texts: Sequence[str], font: ImageFont.FreeTypeFont, width: int, lines:
     while last and font.getlength(f"{last}...") > width:
         last = last[:-1]
     return [*rows[: lines - 1], f"{last.rstrip()}..."]
-
-
-def human_bytes(count: float) -> str:
-    """Bytes with a binary prefix: 512 B, 1.5 KiB."""
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if count < 1024 or unit == "TiB":
-            break
-        count /= 1024
-    return f"{count:.3g} {unit}" if count < 1000 else f"{count:.0f} {unit}"
 
 
 def _slices(index: Index) -> Iterator[Callable[[str], Any]]:

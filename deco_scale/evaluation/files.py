@@ -2,14 +2,13 @@
 
 import io
 import json
-import os
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from data_pipeline.storage.files import atomic_write
 from deco_scale.errors import ConfigError, RunError
 
 SETTINGS = "settings.json"
@@ -20,18 +19,9 @@ def write_whole(path: Path, data: bytes, *, scratch: Path) -> None:
 
     Folders are created. Raises :class:`RunError` where the disk refuses.
     """
-    partial = scratch / f".{path.name}.partial-{os.getpid()}"
     try:
-        scratch.mkdir(parents=True, exist_ok=True)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        atomic_write(path, data, scratch=scratch, shared=True)
     except OSError as error:
-        with suppress(OSError):
-            partial.unlink()
         raise RunError(f"{path}: {error.strerror}") from error
 
 

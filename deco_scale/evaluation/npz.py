@@ -4,7 +4,6 @@ A file of 50,000 pictures of 256 pixels has 9.8 GB: one array ``arr_0`` in uint8
 reads it. Nothing is unpickled; an array of another type or shape than is expected is refused before it is read.
 """
 
-import os
 import struct
 import zipfile
 import zlib
@@ -16,6 +15,7 @@ from typing import IO, Any, BinaryIO
 
 import numpy as np
 
+from data_pipeline.storage.files import atomic_path
 from deco_scale.errors import RunError
 
 PICTURES = "arr_0"
@@ -28,19 +28,14 @@ def write_pictures(path: Path, shape: tuple[int, int, int, int], pieces: Iterabl
     Equal pictures give equal bytes. Raises ``ValueError`` where the pieces do not make up the shape,
     :class:`RunError` where the disk refuses.
     """
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            written = _write_archive(file, shape, pieces)
-            file.flush()
-            os.fsync(file.fileno())
+        with atomic_path(path) as partial:
+            with partial.open("wb") as file:
+                written = _write_archive(file, shape, pieces)
+            if written != shape[0]:
+                raise ValueError(f"{written} pictures in a file of {shape[0]}")
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise RunError(f"{path}: {error.strerror}") from error
-    if written != shape[0]:
-        raise ValueError(f"{written} pictures in a file of {shape[0]}")
-    partial.replace(path)
 
 
 def _write_archive(file: BinaryIO, shape: tuple[int, int, int, int], pieces: Iterable[Any]) -> int:

@@ -14,15 +14,15 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
-from ruamel.yaml import YAML
 
+from data_pipeline.text import duration
 from deco_scale.observability.curves import COLORS, curves_svg
 from deco_scale.observability.events import is_fault, is_number
 from deco_scale.observability.goodput import CLASSES, Goodput
 from deco_scale.observability.redact import redacted, scrub
 from deco_scale.observability.run_dir import RunDir
 from deco_scale.observability.summary import describe, printable, summary_rows
-from data_pipeline.text import duration
+from deco_scale.yaml import dump_yaml
 
 MAX_IMAGES, MAX_SIDE, MAX_PIXELS = 12, 480, 64_000_000
 """Images of a page, the longer side of each in pixels, and the pixels of a file that is still opened."""
@@ -56,7 +56,7 @@ def render_report(run: RunDir, *, now: float, usd_per_gpu_hour: float | None) ->
         attempts=list(zip(goodput.attempts, starts, strict=True)) if goodput is not None else [],
         events=run.events[-MAX_EVENTS:],
         num_events=len(run.events),
-        config=_dump(redacted(run.config))[:_MAX_CONFIG_CHARS] if run.config else "",
+        config=dump_yaml(redacted(run.config))[:_MAX_CONFIG_CHARS] if run.config else "",
     )  # fmt: skip
 
 
@@ -124,12 +124,3 @@ def _utc(seconds: float) -> str:
         return time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(seconds))
     except (ValueError, OverflowError, OSError):
         return "?"
-
-
-def _dump(config: dict[str, Any]) -> str:
-    yaml: Any = YAML(typ="safe", pure=True)
-    yaml.sort_base_mapping_type_on_output = yaml.default_flow_style = False
-    yaml.width, yaml.allow_unicode = 100, True
-    target = io.StringIO()
-    yaml.dump(config, target)
-    return target.getvalue()

@@ -5,6 +5,8 @@ import statistics
 from collections import Counter
 from collections.abc import Sequence
 
+from data_pipeline.text import duration
+from data_pipeline.text import printable as without_control
 from deco_scale.observability.events import Event, is_number
 from deco_scale.observability.goodput import CLASSES, Goodput
 from deco_scale.observability.redact import scrub
@@ -32,7 +34,7 @@ def sparkline(values: Sequence[object], *, width: int, bars: str = BARS) -> str:
 
 def printable(text: object, limit: int = 200) -> str:
     """The text without secrets and control characters, so that it can be shown on a terminal."""
-    return plain.printable(scrub(str(text))[:limit])
+    return without_control(scrub(str(text))[:limit])
 
 
 def summary_rows(run: RunDir, *, now: float, bars: str = BARS) -> list[Row]:

@@ -12,10 +12,12 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from data_pipeline.storage.files import atomic_path
 from deco_scale.models import patchify, unpatchify
 from deco_scale.objectives.flow import Prediction, velocity_from_image
+from deco_scale.sampling.config import SamplerConfig
 from deco_scale.sampling.guidance import VelocityFn
-from deco_scale.sampling.solvers import SamplerConfig, integrate
+from deco_scale.sampling.solvers import integrate
 
 PredictFn = Callable[[Tensor, Tensor, Tensor, tuple[int, int]], Tensor]
 """``predict(patches, t, condition, grid)``, as an engine or a plain denoiser offers it."""
@@ -93,7 +95,5 @@ def save_grid(pictures: Any, path: Path, *, columns: int, labels: Sequence[str] 
         sheet.paste(picture, (left, top))
         if labels:
             draw.text((left + 1, top + height), labels[i][: max(1, width // 6)], fill="black")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    sheet.save(partial, format="PNG")
-    partial.replace(path)
+    with atomic_path(path, durable=False) as partial:
+        sheet.save(partial, format="PNG")

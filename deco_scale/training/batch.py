@@ -18,7 +18,7 @@ from deco_scale.training.randomness import draw
 
 
 class Batch(Protocol):
-    """What a loader yields; ``numbers`` count the samples of the run, ``labels`` is for class models."""
+    """What a loader yields; ``sample_ids`` count the samples of the run, ``labels`` is for class models."""
 
     @property
     def images(self) -> "np.ndarray[Any, np.dtype[np.uint8]] | Tensor":
@@ -31,10 +31,10 @@ class Batch(Protocol):
     def labels(self) -> Sequence[int]: ...
 
     @property
-    def numbers(self) -> Sequence[int]: ...
+    def sample_ids(self) -> Sequence[int]: ...
 
     @property
-    def states(self) -> "Sequence[np.ndarray[Any, np.dtype[np.uint16]]] | Tensor | None":
+    def text_embeddings(self) -> "Sequence[np.ndarray[Any, np.dtype[np.uint16]]] | Tensor | None":
         """Text states where they were computed before: (tokens, T) of each caption as bfloat16 bits, or packed."""
 
 
@@ -45,17 +45,17 @@ class Part:
     images: Any
     captions: Sequence[str]
     labels: Sequence[int]
-    numbers: Sequence[int]
-    states: Any
+    sample_ids: Sequence[int]
+    text_embeddings: Any
 
 
 def split(batch: Batch, parts: int) -> Iterator[Batch]:
     """Consecutive micro-batches of equal size."""
-    size = len(batch.numbers) // parts
+    size = len(batch.sample_ids) // parts
     for start in range(0, size * parts, size):
         cut = slice(start, start + size)
-        states = None if batch.states is None else batch.states[cut]
-        yield Part(batch.images[cut], batch.captions[cut], batch.labels[cut], batch.numbers[cut], states)
+        states = None if batch.text_embeddings is None else batch.text_embeddings[cut]
+        yield Part(batch.images[cut], batch.captions[cut], batch.labels[cut], batch.sample_ids[cut], states)
 
 
 def packed_states(states: Sequence[Any], shape: Sequence[int], *, pin: bool = False) -> Tensor:
@@ -84,12 +84,12 @@ def pinned(batch: Batch, null_shape: Sequence[int]) -> Batch:
     Text states are packed to ``null_shape`` (L, T) on the way.
     """
     images = torch.as_tensor(batch.images).pin_memory()
-    states = batch.states
+    states = batch.text_embeddings
     if isinstance(states, Tensor):
         states = states.pin_memory()
     elif states is not None:
         states = packed_states(states, null_shape, pin=True)
-    return Part(images, batch.captions, batch.labels, batch.numbers, states)
+    return Part(images, batch.captions, batch.labels, batch.sample_ids, states)
 
 
 class ObjectiveInputs(NamedTuple):
@@ -132,13 +132,13 @@ class Prepare:
         """``encoded`` has what is encoded already; the rest is encoded here."""
         image = self._image(batch)
         _, channels, height, width = image.shape
-        draws = draw(self.seed, list(batch.numbers), (channels, height, width), self.device)
+        draws = draw(self.seed, list(batch.sample_ids), (channels, height, width), self.device)
         law = self.objective.time_law
         t = base_time(draws.normal if law == "logit_normal" else draws.uniform, law)
         if encoded.text is not None:
             condition = encoded.text
-        elif batch.states is not None:
-            condition = self._states(batch.states)
+        elif batch.text_embeddings is not None:
+            condition = self._states(batch.text_embeddings)
         elif self.encode_text is not None:
             condition = self.encode_text(batch.captions)
         else:

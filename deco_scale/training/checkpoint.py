@@ -18,6 +18,7 @@ from typing import Any
 import google_crc32c
 import torch.distributed as dist
 
+from data_pipeline.storage.files import write_durably
 from deco_scale.errors import ConfigError, Damaged, RunError
 from deco_scale.training import loading
 from deco_scale.training.background import Saved, Team, Worker
@@ -35,7 +36,6 @@ from deco_scale.training.checkpoint_format import (
     stored_shapes,
     sums_text,
     verify,
-    write_durably,
 )
 from deco_scale.training.digest import parameter_digest, snapshot_digest
 from deco_scale.training.engine import Engine

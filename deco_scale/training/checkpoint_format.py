@@ -264,19 +264,3 @@ def crc32c_of(path: Path) -> int:
         while piece := file.read(_READ_BYTES):
             checksum.update(piece)
     return int.from_bytes(checksum.digest(), "big")
-
-
-def write_durably(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def make_durable(path: Path) -> None:
-    """Wait until a file's or folder's content is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

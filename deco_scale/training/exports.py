@@ -14,9 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from data_pipeline.storage.files import make_durable, write_durably
 from deco_scale.errors import RunError
 from deco_scale.training.background import Team
-from deco_scale.training.checkpoint_format import CheckpointMeta, make_durable, write_durably
+from deco_scale.training.checkpoint_format import CheckpointMeta
 from deco_scale.training.engine import AVERAGED
 from deco_scale.training.staging import Snapshot
 from deco_scale.training.storage import SAVING

@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from data_pipeline.text import duration
 from deco_scale.errors import RunError
 from deco_scale.observability.config import MonitorConfig
 from deco_scale.observability.curves import save_curves_png
@@ -59,9 +60,10 @@ class Reporter:
         if not active:
             return
         self._log, self._metrics, self._events = (self._lines(folder / n) for n in (LOG, METRICS, EVENTS))
-        handler, package = _ConsoleHandler(self), logging.getLogger("deco_scale")
-        package.addHandler(handler)
-        self._open.callback(package.removeHandler, handler)
+        handler = _ConsoleHandler(self)
+        for package in map(logging.getLogger, ("deco_scale", "data_pipeline")):
+            package.addHandler(handler)
+            self._open.callback(package.removeHandler, handler)
         self._start_monitor(monitor or MonitorConfig())
         if self._console.is_terminal:
             self._progress = Progress(
@@ -218,7 +220,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 class _ConsoleHandler(logging.Handler):
-    """Shows warnings of the package's loggers like the reporter's own lines."""
+    """Shows warnings of the packages' loggers like the reporter's own lines."""
 
     def __init__(self, reporter: Reporter) -> None:
         super().__init__(logging.WARNING)
@@ -226,5 +228,3 @@ class _ConsoleHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self._reporter.say(f"{record.levelname}: {record.getMessage()}")
-
-

@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
+from data_pipeline.storage.files import make_durable
 from deco_scale.errors import ConfigError, Damaged, RunError
 from deco_scale.training.checkpoint_format import (
     COMPLETE,
@@ -19,7 +20,6 @@ from deco_scale.training.checkpoint_format import (
     FileSums,
     check_file,
     crc32c_of,
-    make_durable,
     read_sums,
 )
 

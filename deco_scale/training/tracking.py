@@ -9,10 +9,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.storage.files import atomic_write
-from data_pipeline.storage.files import make_durable
-from deco_scale.training.settings import WandbConfig
+from data_pipeline.storage.files import atomic_write, make_durable
 from deco_scale.observability.redact import scrub_known
+from deco_scale.training.settings import WandbConfig
 
 ID_FILE = "wandb_id"
 INIT_TIMEOUT_S = 60.0

@@ -1,10 +1,10 @@
-"""The main job on an embedded default, end to end: S3 shards to pictures, on two CPU processes.
+"""The main job on an embedded default, end to end: S3 shards to images, on two CPU processes.
 
     make demo
 
 Cuts ten photographs into captioned crops, packs them into an S3 server of its own, trains the tiny
 text-to-image DeCo by the ``deepspeed`` launcher with ZeRO-3, stops half-way and resumes from its own
-checkpoint, samples pictures for known and for new prompts, and counts how many follow their prompt.
+checkpoint, samples images for known and for new prompts, and counts how many follow their prompt.
 Exits 1 if too few do.
 """
 
@@ -34,7 +34,7 @@ from launcher.demo.dataset import SUBJECTS, TEMPLATES, crops, write_demo_folder
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "configs" / "t2i_tiny.yaml"
 PER_SUBJECT = 250
-PICTURES = 64
+NUM_IMAGES = 64
 HELD_OUT_SEED = 1000
 """Training grids use seed 0; these seeds were never drawn before."""
 WANTED = {"training prompts": 0.85, "paraphrases": 0.60}
@@ -104,15 +104,15 @@ def _train(out: Path, processes: int, environment: dict[str, str], console: Cons
 
 
 def _judge(out: Path, environment: dict[str, str], console: Console) -> dict[str, dict[str, Any]]:
-    console.rule("4. pictures for held-out seeds, and whether they follow their prompts")
+    console.rule("4. images for held-out seeds, and whether they follow their prompts")
     side = load_config(CONFIG).stages[-1].resolution
-    pictures, labels = [], []
+    images, labels = [], []
     for number, subject in enumerate(SUBJECTS):
         for crop in crops(subject, 100, seed=0):
-            pictures.append(np.asarray(centre_crop(crop, side)))
+            images.append(np.asarray(centre_crop(crop, side)))
             labels.append(number)
-    classifier = ColourClassifier.fit(np.stack(pictures), labels)
-    known = classifier.predict(np.stack(pictures)) == np.asarray(labels)
+    classifier = ColourClassifier.fit(np.stack(images), labels)
+    known = classifier.predict(np.stack(images)) == np.asarray(labels)
     console.print(f"classifier on training crops: {100 * known.mean():.1f}% right")
     results = {}
     for name in WANTED:
@@ -131,7 +131,7 @@ def _judge(out: Path, environment: dict[str, str], console: Console) -> dict[str
         drawn = [np.asarray(Image.open(folder / json.loads(r)["file"])) for r in records]
         right = classifier.predict(np.stack(drawn)) == np.asarray(wanted)
         results[name] = {
-            "pictures": len(drawn),
+            "images": len(drawn),
             "right": int(right.sum()),
             "share": float(right.mean()),
             "grid": str(folder / "grid.png"),
@@ -144,9 +144,9 @@ def _judge(out: Path, environment: dict[str, str], console: Console) -> dict[str
 
 
 def _prompts(kind: str) -> tuple[list[str], list[int]]:
-    """``PICTURES`` prompts, subjects in turn, and the subject that each asks for."""
+    """``NUM_IMAGES`` prompts, subjects in turn, and the subject that each asks for."""
     prompts, wanted = [], []
-    for i in range(PICTURES):
+    for i in range(NUM_IMAGES):
         subject = SUBJECTS[i % len(SUBJECTS)]
         turn = i // len(SUBJECTS)
         words = subject.paraphrases[turn % 2] if kind == "paraphrases" else subject.words
@@ -156,7 +156,7 @@ def _prompts(kind: str) -> tuple[list[str], list[int]]:
 
 
 def _tell(results: dict[str, dict[str, Any]], out: Path, minutes: float, console: Console) -> int:
-    table = Table("subject", *results, title="pictures that show what was asked for")
+    table = Table("subject", *results, title="images that show what was asked for")
     for subject in SUBJECTS:
         table.add_row(subject.words, *(r["by_subject"][subject.words] for r in results.values()))
     table.add_section()
@@ -166,14 +166,14 @@ def _tell(results: dict[str, dict[str, Any]], out: Path, minutes: float, console
     (out / "result.json").write_text(json.dumps({"minutes": minutes, **results}, indent=1), encoding="utf-8")
     for name, result in results.items():
         console.print(
-            f"{name}: {100 * result['share']:.1f}% of {result['pictures']} pictures show what was "
+            f"{name}: {100 * result['share']:.1f}% of {result['images']} images show what was "
             f"asked for (chance about {100 / len(SUBJECTS):.0f}%); grid: {result['grid']}",
             soft_wrap=True,
         )
     console.print(f"loss curves: {out / 'curves.png'}; {minutes:.1f} minutes in all", soft_wrap=True)
     missed = [name for name, result in results.items() if result["share"] < WANTED[name]]
     if missed:
-        console.print(f"too few pictures follow their prompts: {', '.join(missed)}")
+        console.print(f"too few images follow their prompts: {', '.join(missed)}")
     return 1 if missed else 0
 
 

@@ -1,7 +1,7 @@
-"""Nearest-centroid classifier on coarse colours: tells whether the demo's pictures follow their prompts.
+"""Nearest-centroid classifier on coarse colours: tells whether the demo's images follow their prompts.
 
 Features are the mean colours of a 2 x 2 grid and the standard deviation of each channel; centroids are
-fitted on training pictures, features scaled by their spread there.
+fitted on training images, features scaled by their spread there.
 """
 
 from collections.abc import Sequence
@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 
-def colour_features(pictures: Any) -> Any:
-    """Features (P, 15) of uint8 pictures (P, Y, X, 3)."""
-    count, height, width, _ = pictures.shape
-    pixels = np.asarray(pictures, dtype=np.float64) / 255.0
+def colour_features(images: Any) -> Any:
+    """Features (P, 15) of uint8 images (P, Y, X, 3)."""
+    count, height, width, _ = images.shape
+    pixels = np.asarray(images, dtype=np.float64) / 255.0
     half_y, half_x = height // 2, width // 2
     quarters = pixels[:, : 2 * half_y, : 2 * half_x].reshape(count, 2, half_y, 2, half_x, 3)
     means = quarters.mean(axis=(2, 4)).reshape(count, -1)
@@ -29,17 +29,17 @@ class ColourClassifier:
     scale: Any
 
     @classmethod
-    def fit(cls, pictures: Any, labels: Sequence[int]) -> "ColourClassifier":
-        """Centroid of each class 0..K-1; raises ``ValueError`` for a class without pictures."""
-        features, label = colour_features(pictures), np.asarray(labels)
+    def fit(cls, images: Any, labels: Sequence[int]) -> "ColourClassifier":
+        """Centroid of each class 0..K-1; raises ``ValueError`` for a class without images."""
+        features, label = colour_features(images), np.asarray(labels)
         classes = int(label.max()) + 1
         missing = sorted(set(range(classes)) - set(label.tolist()))
         if missing:
-            raise ValueError(f"no pictures of the classes {missing}")
+            raise ValueError(f"no images of the classes {missing}")
         centroids = np.stack([features[label == c].mean(axis=0) for c in range(classes)])
         return cls(centroids, features.std(axis=0) + 1e-6)
 
-    def predict(self, pictures: Any) -> Any:
-        """Nearest class of each picture."""
-        difference = colour_features(pictures)[:, None, :] - self.centroids[None]
+    def predict(self, images: Any) -> Any:
+        """Nearest class of each image."""
+        difference = colour_features(images)[:, None, :] - self.centroids[None]
         return np.square(difference / self.scale).sum(axis=-1).argmin(axis=1)

@@ -31,7 +31,7 @@ class Recorded:
         return getattr(self._prepare, name)
 
     def __call__(self, batch: Any, *more: Any, **named: Any) -> Any:
-        self.numbers += [int(number) for number in batch.numbers]
+        self.numbers += [int(number) for number in batch.sample_ids]
         pictures = [zlib.crc32(bytes(memoryview(picture).cast("B"))) for picture in batch.images]
         self.sums += [zlib.crc32(c.encode(), s) for c, s in zip(batch.captions, pictures, strict=True)]
         return self._prepare(batch, *more, **named)
@@ -58,7 +58,7 @@ def watched(loop: Any) -> Any:
 
     def poison(*arguments: Any, **named: Any) -> Any:
         # All stages have the same global batch; the first sample's number tells the step.
-        if recorded.numbers[0] // batch + 1 in poisoned:
+        if recorded.sample_ids[0] // batch + 1 in poisoned:
             for parameter in loop.engine._parameters.values():
                 if parameter.grad is not None:
                     parameter.grad.to_local().fill_(float("nan"))

@@ -21,15 +21,14 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import yaml
-from deco_scale.watching.events import REQUEUE
-
 from data_pipeline.index.build import build_index, save_index
 from data_pipeline.pack.readers import read_folder
 from data_pipeline.pack.writer import pack
 from data_pipeline.storage.base import open_store
 from data_pipeline.storage.dev_server import S3Server, running_server
-from tests.assets import make_pictures_folder, make_text_encoder, tiny_config
+from deco_scale.observability.events import REQUEUE
+from deco_scale.yaml import dump_yaml
+from tests.assets import make_images_folder, make_text_encoder, tiny_config
 from tests.chaos import checks
 from tests.chaos.cluster import Attempt, Cluster, Relay, small_disk
 from tests.chaos.faults import KINDS, good_steps, saving
@@ -208,7 +207,7 @@ def make_shards(server: S3Server, folder: Path) -> str:
     """A data set in the server's bucket; its URL."""
     server.create_bucket("chaos")
     store, skipped = open_store("s3://chaos/shards"), list[str]()
-    pack(read_folder(make_pictures_folder(folder, 100), skipped), store, shard_bytes=150_000, skipped=skipped)
+    pack(read_folder(make_images_folder(folder, 100), skipped), store, shard_bytes=150_000, skipped=skipped)
     index, report = build_index(store)
     assert not skipped and not report.problems
     save_index(store, index)
@@ -225,7 +224,7 @@ def write_config(scenario: Scenario, run: Path, url: str, encoder: Path, keep_la
     config["parallel"] = {"engine": "fsdp"}
     config["watchdog"] = {"timeout_s": scenario.timeout_s, "slow_timeout_s": scenario.slow_timeout_s}
     path = run.with_suffix(".yaml")
-    path.write_text(yaml.safe_dump(config))
+    path.write_text(dump_yaml(config))
     return path
 
 

@@ -24,7 +24,7 @@ from deco_scale.training.checkpoint import read_tensors
 from deco_scale.training.engine import Engine
 from tests.assets import tiny_config
 from tests.distributed.harness import Job, full_tensor, in_group, run_jobs, trace, worst_difference
-from tests.sets import picture, tar_of
+from tests.sets import image_bytes, tar_of
 
 TOLERANCE = 1e-5
 WEIGHT_TOLERANCE = 5e-5
@@ -35,7 +35,7 @@ def class_shards(folder: Path) -> Path:
     """Pictures with class numbers."""
     members: dict[str, bytes] = {}
     for i in range(40):
-        members |= {f"{i:03d}.png": picture(i, size=(48, 48)), f"{i:03d}.cls": str(i % 4).encode()}
+        members |= {f"{i:03d}.png": image_bytes(i, size=(48, 48)), f"{i:03d}.cls": str(i % 4).encode()}
     folder.mkdir()
     (folder / "a.tar").write_bytes(tar_of(members))
     store = open_store(str(folder))

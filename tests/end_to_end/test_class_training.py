@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import yaml
 from PIL import Image
 
 from data_pipeline.tools import cli as data_cli
 from deco_scale import cli
 from deco_scale.training.report import read_metrics
+from deco_scale.yaml import load_yaml
 from tests.conftest import ROOT
 from tests.distributed.harness import Job, run_jobs, trace, worst_difference
 
@@ -38,14 +38,12 @@ def digit_folders(root: Path) -> Path:
 
 def tiny(root: Path, name: str, **changes: Any) -> dict[str, Any]:
     """The shipped configuration in a folder of its own, sections merged with ``changes``."""
-    config: dict[str, Any] = yaml.safe_load((ROOT / "configs" / "c2i_tiny.yaml").read_text())
+    config: dict[str, Any] = load_yaml((ROOT / "configs" / "c2i_tiny.yaml").read_text(), "recipe")
     changes = {"run": {}, "data": {}, "checkpoint": {}, **changes}
     changes["run"] = {"dir": str(root / name), "log_every": 1, **changes["run"]}
     changes["data"] = {"url": str(root / "shards"), **changes["data"]}
     for section, values in changes.items():
         config.setdefault(section, {}).update(values)
-    # PyYAML reads 2e-3 as text; the configuration's own reader does not.
-    config["stages"][0] |= {"lr": 4e-3}
     config["wandb"] = {"mode": "disabled"}
     return config
 

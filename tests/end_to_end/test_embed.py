@@ -9,7 +9,7 @@ import pytest
 from data_pipeline.errors import DataError
 from data_pipeline.index.format import load_index
 from data_pipeline.storage.base import open_store
-from data_pipeline.text_embeddings import TextStates
+from data_pipeline.text_embeddings import TextEmbeddingStore
 from deco_scale import cli
 from deco_scale.config import build_config, dump_config
 from tests.assets import TEXT_TOKENS, tiny_config
@@ -64,7 +64,7 @@ def test_states_of_another_encoder_length_or_index_are_refused(
 ) -> None:
     assert run_embed(config, tmp_path, monkeypatch) == [0]
     store, index = open_store(str(tmp_path / "states")), load_index(open_store(str(shards)))
-    states = TextStates(store, index)
+    states = TextEmbeddingStore(store, index)
     # Zeros behind the last token are not stored.
     members = states._columns["size"]
     assert members.max() < 2 * TEXT_TOKENS * 24 * 15 and members.min() < 2 * TEXT_TOKENS * 24 * 5
@@ -75,14 +75,14 @@ def test_states_of_another_encoder_length_or_index_are_refused(
     ):
         wanted = type(states.identity)(**{**{n: getattr(states.identity, n) for n in FIELDS}, **change})
         with pytest.raises(DataError, match=word):
-            TextStates(store, index, wanted)
+            TextEmbeddingStore(store, index, wanted)
     copy = tmp_path / "other"
     shutil.copytree(shards, copy)
     other = index.__class__(**{**index.__dict__, "whole_digest": "changed"})
     with pytest.raises(DataError, match="made for another index"):
-        TextStates(store, other)
+        TextEmbeddingStore(store, other)
     with pytest.raises(DataError, match="deco embed"):
-        TextStates(open_store(str(copy)), index)
+        TextEmbeddingStore(open_store(str(copy)), index)
 
 
 FIELDS = ("encoder", "revision", "width", "max_tokens", "zero_padding", "prefixes", "short_words", "dtype")

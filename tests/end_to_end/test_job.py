@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 from PIL import Image
 
 from data_pipeline.errors import StoreError
@@ -19,7 +18,8 @@ from data_pipeline.storage.dev_server import S3Server
 from data_pipeline.tools import cli as data_cli
 from deco_scale import cli
 from deco_scale.training.report import read_metrics
-from tests.assets import make_pictures_folder, tiny_config
+from deco_scale.yaml import dump_yaml, load_yaml
+from tests.assets import make_images_folder, tiny_config
 from tests.conftest import ROOT
 from tests.evaluations import make_clip
 from tests.ports import free_port
@@ -66,7 +66,7 @@ def test_deepspeed_job_from_s3_to_pictures(
     s3_environment: S3Server, tmp_path: Path, text_encoder: Path, image_encoder: Path
 ) -> None:
     s3_environment.create_bucket("job")
-    pictures = make_pictures_folder(tmp_path / "pictures", 40)
+    pictures = make_images_folder(tmp_path / "pictures", 40)
     assert data_cli.main(["pack", str(pictures), "s3://job/train", "--shard-mb", "0.1"]) == 0
     run = tmp_path / "run"
     config = tiny_config(run, "s3://job/train", text_encoder, image_encoder)
@@ -84,7 +84,7 @@ def test_deepspeed_job_from_s3_to_pictures(
         "clip_folder": str(make_clip(tmp_path / "clip")), "sampler": {"num_steps": 2, "guidance": 2.0},
     }  # fmt: skip
     path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(config))
+    path.write_text(dump_yaml(config))
     command = [
         str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", str(free_port()),
         str(ROOT / "launcher" / "train.py"), "--config", str(path),
@@ -109,7 +109,7 @@ def test_deepspeed_job_from_s3_to_pictures(
     assert [e["stage"] for e in entries] == ["small"] * 8 + ["large"] * 4
     wanted = {
         "step", "stage", "samples", "loss", "loss_flow", "loss_freq", "loss_repa", "grad_norm", "lr",
-        "images_per_s", "mfu", "step_s", "data_wait_s", "memory_bytes", "skipped",
+        "images_per_s", "mfu", "step_s", "data_wait_s", "memory_bytes", "rejects",
     }  # fmt: skip
     assert wanted <= entries[-1].keys() and entries[-1]["samples"] == 96
     assert all(np.isfinite(e["loss"]) and e["loss_repa"] is not None for e in entries)
@@ -147,14 +147,14 @@ def test_sampling_refuses_bad_input(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_other_launchers(launcher: str, tmp_path: Path, shards: Path, text_encoder: Path) -> None:
     config = tiny_config(tmp_path / "run", shards, text_encoder)
     path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(config))
+    path.write_text(dump_yaml(config))
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / "launcher" / "train.py"), "--config", str(path)]
     if launcher == "python":
         dry = subprocess.run([*command, "--dry-run"], env=environment, text=True, capture_output=True)
         assert dry.returncode == 0 and "rank 0: " in dry.stdout and "GiB" in dry.stdout, dry.stderr
         shown = subprocess.run([*command, "--print-config"], env=environment, text=True, capture_output=True)
-        assert yaml.safe_load(shown.stdout)["model"]["dim"] == 32
+        assert load_yaml(shown.stdout, "stdout")["model"]["dim"] == 32
         return
     # What srun sets for two tasks on one node.
     processes, port = [], str(free_port())

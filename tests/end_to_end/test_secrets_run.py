@@ -16,13 +16,13 @@ from urllib.parse import quote, quote_plus
 from urllib.request import urlopen
 
 import pytest
-import yaml
 
 from data_pipeline.storage.dev_server import S3Server
 from data_pipeline.tools import cli as data_cli
 from deco_scale import cli
+from deco_scale.yaml import dump_yaml
 from launcher import train
-from tests.assets import make_pictures_folder, tiny_config
+from tests.assets import make_images_folder, tiny_config
 from tests.conftest import ROOT
 from tests.ports import free_port
 
@@ -111,7 +111,7 @@ class Attempt:
     def start(cls, run: Path, config: dict[str, Any], environment: dict[str, str]) -> "Attempt":
         run.mkdir()
         path = run.with_suffix(".yaml")
-        path.write_text(yaml.safe_dump({**config, "run": {**config["run"], "dir": str(run)}}))
+        path.write_text(dump_yaml({**config, "run": {**config["run"], "dir": str(run)}}))
         command = [sys.executable, str(ROOT / "launcher" / "train.py"), "--config", str(path)]
         return cls(
             run,
@@ -141,7 +141,7 @@ def test_nothing_that_a_run_writes_or_says_holds_a_secret(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     s3_environment.create_bucket("secrets")
-    pictures = make_pictures_folder(tmp_path / "pictures", 24)
+    pictures = make_images_folder(tmp_path / "pictures", 24)
     assert data_cli.main(["pack", str(pictures), "s3://secrets/train", "--shard-mb", "0.1"]) == 0
     capfd.readouterr()
     real = s3_environment.environment

@@ -37,7 +37,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shards of small pictures, each with a caption of its own, and their index."""
+    """Shards of small images, each with a caption of its own, and their index."""
     folder = tmp_path_factory.mktemp("source")
     random = np.random.default_rng(0)
     for shard in range(SHARDS):
@@ -80,7 +80,7 @@ def read_epoch(url: str, on_batch: Callable[[int], None] = lambda step: None) ->
     batches = iter(loader)
     for step in range(SAMPLES // BATCH):
         batch = next(batches)
-        for number, pixels, caption in zip(batch.numbers, batch.images, batch.captions, strict=True):
+        for number, pixels, caption in zip(batch.sample_ids, batch.images, batch.captions, strict=True):
             found[number] = (google_crc32c.value(pixels.tobytes()), caption)
         on_batch(step)
     counters = dict(loader.counters)

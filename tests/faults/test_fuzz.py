@@ -1,6 +1,6 @@
 """Damaged shards and indexes: never a crash, a hang or unbounded memory; what is lost is listed.
 
-Pictures are in tests/unit/test_decode.py. 5,000 of each with ``-m long``.
+Images are in tests/unit/test_decode.py. 5,000 of each with ``-m long``.
 """
 
 import io
@@ -35,11 +35,11 @@ def shard(tar_format: int) -> bytes:
     random = np.random.default_rng(0)
     members: dict[str, bytes] = {}
     for i in range(SAMPLES):
-        picture = io.BytesIO()
+        image = io.BytesIO()
         pixels = random.integers(0, 256, (24, 24, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(picture, ("PNG", "JPEG", "WEBP")[i % 3])
+        Image.fromarray(pixels).save(image, ("PNG", "JPEG", "WEBP")[i % 3])
         name = f"{'long/' * 40}{i}" if i == 5 else str(i)
-        members[f"{name}.{('png', 'jpg', 'webp')[i % 3]}"] = picture.getvalue()
+        members[f"{name}.{('png', 'jpg', 'webp')[i % 3]}"] = image.getvalue()
         if i % 2:
             members[f"{name}.json"] = b'{"captions": ["a", "b"], "score": 1.5}'
         else:

@@ -33,10 +33,10 @@ def test_impossible_buckets_are_refused() -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 1500), st.integers(0, 1500)), max_size=60))
-def test_pictures_get_the_nearest_bucket_they_cover(pictures: list[tuple[int, int]]) -> None:
+def test_images_get_the_nearest_bucket_they_cover(images: list[tuple[int, int]]) -> None:
     sizes = bucket_sizes(256, multiple=16, max_aspect=3.0)
-    table = np.array(pictures, dtype=np.uint16).reshape(-1, 2)
-    for (height, width), number in zip(pictures, assign(table[:, 0], table[:, 1], sizes), strict=True):
+    table = np.array(images, dtype=np.uint16).reshape(-1, 2)
+    for (height, width), number in zip(images, assign(table[:, 0], table[:, 1], sizes), strict=True):
         covered = [(h, w) for h, w in sizes if height >= h and width >= w]
         if number == NO_BUCKET:
             assert not covered

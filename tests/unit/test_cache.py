@@ -140,14 +140,14 @@ def test_leftovers_of_killed_writers_are_removed(tmp_path: Path) -> None:
     assert files(tmp_path) == [entry] and cache.get("key") == b"data"
 
 
-def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Below a file nothing can be made, not even by root, who may write where mode 0500 forbids it."""
     (tmp_path / "file").write_bytes(b"")
-    said: list[str] = []
-    cache = DiskCache(tmp_path / "file" / "cache", 1000, warn=said.append)
+    cache = DiskCache(tmp_path / "file" / "cache", 1000)
     for _ in range(3):
         assert cache.get_or("key", lambda: b"data") == b"data"
-    assert len(said) == 1 and str(tmp_path / "file" / "cache") in said[0] and "Not a directory" in said[0]
+    (message,) = caplog.messages
+    assert str(tmp_path / "file" / "cache") in message and "Not a directory" in message
     assert cache.counters["cache_errors"] >= 1 and cache.counters["cache_misses"] == 3
 
 
@@ -165,11 +165,10 @@ def test_a_read_only_folder_still_serves(tmp_path: Path) -> None:
             path.chmod(0o700)
 
 
-def test_a_write_that_fails_halfway(tmp_path: Path) -> None:
+def test_a_write_that_fails_halfway(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A limit on file sizes stops the write as a full disk does: part of the bytes are there."""
     now = time.time()
-    said: list[str] = []
-    cache = DiskCache(tmp_path, 10**9, warn=said.append, clock=lambda: now)
+    cache = DiskCache(tmp_path, 10**9, clock=lambda: now)
     cache.put("small", b"data")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, limits[1]))
@@ -178,7 +177,7 @@ def test_a_write_that_fails_halfway(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert len(files(tmp_path)) == 1 and cache.get("small") == b"data"
-    assert cache.counters["cache_errors"] == 1 and len(said) == 1 and "File too large" in said[0]
+    assert cache.counters["cache_errors"] == 1 and len(caplog.messages) == 1 and "File too large" in caplog.text
     cache.put("key", b"while it is paused")
     assert cache.get("key") is None
     now += PAUSE_S
@@ -186,10 +185,9 @@ def test_a_write_that_fails_halfway(tmp_path: Path) -> None:
     assert cache.get("key") == b"later" and cache.counters["cache_errors"] == 1
 
 
-def test_an_entry_above_the_cap_is_refused(tmp_path: Path) -> None:
-    said: list[str] = []
-    cache = DiskCache(tmp_path, 1000, warn=said.append)
+def test_an_entry_above_the_cap_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cache = DiskCache(tmp_path, 1000)
     cache.put("key", bytes(1000))
-    assert files(tmp_path) == [] and "1012 bytes exceeds the cap of 1000" in said[0]
+    assert files(tmp_path) == [] and "1012 bytes exceeds the cap of 1000" in caplog.text
     with pytest.raises(ValueError, match="limit_bytes=0"):
         DiskCache(tmp_path, 0)

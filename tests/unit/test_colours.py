@@ -21,6 +21,6 @@ def test_separates_colours_and_not_noise() -> None:
     assert (judge.predict(draw(same, label)) == label).mean() < 0.5
 
 
-def test_a_class_without_pictures_is_named() -> None:
+def test_a_class_without_images_is_named() -> None:
     with pytest.raises(ValueError, match=r"\[1\]"):
         ColourClassifier.fit(np.zeros((2, 4, 4, 3), np.uint8), [0, 2])

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data_pipeline.config import DataConfig, Filters, Source
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, Reject
 from data_pipeline.index.build import ScanSettings, build_index, save_index
 from data_pipeline.index.filter import select
 from data_pipeline.index.format import COLUMNS, SCORE, Index, load_index, make_index
@@ -22,9 +22,9 @@ from data_pipeline.pack.readers import read_folder
 from data_pipeline.pack.writer import pack
 from data_pipeline.storage.base import ObjectInfo, open_store
 from data_pipeline.stream.loader import Loader
-from data_pipeline.stream.mixture import BLOCK_POSITIONS, MixedOrder, Schedule
-from data_pipeline.stream.sampler import Chunks, ElasticOrder
-from tests.assets import make_pictures_folder
+from data_pipeline.stream.mixture import BLOCK_POSITIONS, MixtureSampler, Schedule
+from data_pipeline.stream.sampler import Chunks, ElasticSampler
+from tests.assets import make_images_folder
 from tests.sets import tar_of
 
 
@@ -53,14 +53,14 @@ def test_every_epoch_is_a_permutation(
     whole = index_of(sizes, blocks)
     rows = np.flatnonzero(np.random.default_rng(seed).random(len(whole)) < keep)
     index = whole.only(rows) if len(rows) else whole
-    order = ElasticOrder(index, seed=seed, streams=streams, window=window)
+    order = ElasticSampler(index, seed=seed, streams=streams, window=window)
     count = len(index)
     epochs = [[order.at(e * count + p) for p in range(count)] for e in range(2)]
     for number, epoch in enumerate(epochs):
         assert {e for e, _ in epoch} == {number}
         assert sorted(sample for _, sample in epoch) == list(range(count))
     # Constant-time seek: a fresh order gives the same sample anywhere.
-    again = ElasticOrder(index, seed=seed, streams=streams, window=window)
+    again = ElasticSampler(index, seed=seed, streams=streams, window=window)
     assert again.at(count + count // 2) == epochs[1][count // 2]
     # A chunk is one read: one shard, at most 32 samples, and no more than about 8 MiB.
     for first, size in zip(order.chunks.first.tolist(), order.chunks.size.tolist(), strict=True):
@@ -81,8 +81,8 @@ def test_chunks_do_not_depend_on_how_many_samples_are_looked_at_at_a_time(monkey
 
 def test_order_depends_on_seed_and_epoch() -> None:
     index = index_of([500, 500])
-    first = ElasticOrder(index, seed=1, streams=8, window=64)
-    other = ElasticOrder(index, seed=2, streams=8, window=64)
+    first = ElasticSampler(index, seed=1, streams=8, window=64)
+    other = ElasticSampler(index, seed=2, streams=8, window=64)
     one = [first.at(p)[1] for p in range(1000)]
     assert one != [other.at(p)[1] for p in range(1000)]
     assert one != [first.at(1000 + p)[1] for p in range(1000)]
@@ -106,13 +106,13 @@ def test_schedules_give_each_source_its_exact_share(weights: list[float], seed: 
 @given(seed=st.integers(0, 2**31), batch=st.sampled_from([6, 24]), first=st.integers(0, 50))
 def test_buckets_fill_whole_batches_and_repeat_nothing_within_an_epoch(seed: int, batch: int, first: int) -> None:
     orders = [
-        [(0, ElasticOrder(index_of([70]), seed=seed, streams=4, window=8), 0.7)],
+        [(0, ElasticSampler(index_of([70]), seed=seed, streams=4, window=8), 0.7)],
         [
-            (0, ElasticOrder(index_of([40]), seed=seed, streams=4, window=8), 0.2),
-            (1, ElasticOrder(index_of([30]), seed=seed, streams=4, window=8), 0.1),
+            (0, ElasticSampler(index_of([40]), seed=seed, streams=4, window=8), 0.2),
+            (1, ElasticSampler(index_of([30]), seed=seed, streams=4, window=8), 0.1),
         ],
     ]
-    mixed = MixedOrder(orders, seed=seed, global_batch=batch, first=first, streams=4)
+    mixed = MixtureSampler(orders, seed=seed, global_batch=batch, first=first, streams=4)
     seen: Counter[tuple[int, int, int, int]] = Counter()
     for b in range(40):
         places = [mixed.at(first + b * batch + i) for i in range(batch)]
@@ -120,7 +120,7 @@ def test_buckets_fill_whole_batches_and_repeat_nothing_within_an_epoch(seed: int
         seen.update((p.bucket, p.source, p.epoch, p.sample) for p in places)
     assert set(seen.values()) == {1}
     # A resume at a later batch sees the same places.
-    later = MixedOrder(orders, seed=seed, global_batch=batch, first=first + 7 * batch, streams=4)
+    later = MixtureSampler(orders, seed=seed, global_batch=batch, first=first + 7 * batch, streams=4)
     assert all(later.at(first + 9 * batch + i) == mixed.at(first + 9 * batch + i) for i in range(batch))
 
 
@@ -141,7 +141,7 @@ def batches(url: Path | str, world: int, *, start: int = 0, steps: int = 6, **ex
         merged: dict[int, Any] = {}
         for iterator in iterators:
             batch = next(iterator)
-            for number, image, caption in zip(batch.numbers, batch.images, batch.captions, strict=True):
+            for number, image, caption in zip(batch.sample_ids, batch.images, batch.captions, strict=True):
                 assert number not in merged
                 merged[number] = (image.shape, image.tobytes(), caption)
         out.append(merged)
@@ -283,9 +283,9 @@ def test_index_survives_the_disk_bit_by_bit_and_damage_is_found(tmp_path: Path) 
 
 def test_changed_shard_stops_the_run_with_its_name(tmp_path: Path) -> None:
     store = open_store(str(tmp_path / "packed"))
-    skipped: list[str] = []
-    pictures = make_pictures_folder(tmp_path / "pictures", 6)
-    pack(read_folder(pictures, skipped), store, shard_bytes=10**9, skipped=skipped)
+    rejects: list[Reject] = []
+    images = make_images_folder(tmp_path / "images", 6)
+    pack(read_folder(images, rejects), store, shard_bytes=10**9, rejects=rejects)
     save_index(store, build_index(store)[0])
     shard = tmp_path / "packed" / "shard-00000.tar"
     shard.write_bytes(shard.read_bytes() + bytes(512))
@@ -342,8 +342,8 @@ def test_bad_samples_are_replaced_alike_counted_and_quarantined(tmp_path: Path) 
                 on_bad=quarantined.append,
             )  # fmt: skip
             batch = next(iter(loader))
-            found |= dict(zip(batch.numbers, batch.captions, strict=True))
-            assert loader.counters["substitutions"] >= len(batch.numbers) / 40
+            found |= dict(zip(batch.sample_ids, batch.captions, strict=True))
+            assert loader.counters["substitutions"] >= len(batch.sample_ids) / 40
             loader.close()
         return found, quarantined
 
@@ -354,8 +354,7 @@ def test_bad_samples_are_replaced_alike_counted_and_quarantined(tmp_path: Path) 
     assert {(q["shard"], q["key"]) for q in quarantined} == {("s.tar", f"{i}.png") for i in (0, 10, 20, 30)}
 
 
-def test_a_loader_says_when_chunks_do_not_fit(shards: Path) -> None:
-    said: list[str] = []
+def test_a_loader_warns_when_chunks_do_not_fit(shards: Path, caplog: pytest.LogCaptureFixture) -> None:
     cfg = DataConfig(url=str(shards), buffer_bytes=1000)
-    Loader(cfg, resolution=32, seed=0, global_batch=4, rank=0, world=1, start=0, say=said.append).close()
-    assert len(said) == 1 and "raise data.buffer_bytes" in said[0]
+    Loader(cfg, resolution=32, seed=0, global_batch=4, rank=0, world=1, start=0).close()
+    assert len(caplog.messages) == 1 and "raise data.buffer_bytes" in caplog.text

@@ -14,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data_pipeline.decode import DecodeError, DecodeMode, centre_crop, cover_and_crop, decode, picture_size
+from data_pipeline.decode import DecodeError, DecodeMode, centre_crop, cover_and_crop, decode, image_size
 from tests.sets import kind_of
 
 MODES: tuple[DecodeMode, ...] = ("exact", "fast")
 PLENTY = 10**7
 FAULT_S = 2.0
-"""CPU seconds that no damaged picture of the tests may take."""
+"""CPU seconds that no damaged image of the tests may take."""
 
 
 def noise(height: int, width: int) -> Image.Image:
@@ -86,7 +86,7 @@ def test_exact_is_the_release_in_every_format(kind: str, options: dict[str, Any]
 
 def test_other_formats_are_refused() -> None:
     for kind in ("BMP", "TIFF", "PPM", "ICO", "TGA"):
-        assert kind_of(lambda kind=kind: picture_size(saved(noise(64, 64), kind))) == "undecodable"  # type: ignore[misc]
+        assert kind_of(lambda kind=kind: image_size(saved(noise(64, 64), kind))) == "undecodable"  # type: ignore[misc]
 
 
 TRANSPOSED = {
@@ -109,7 +109,7 @@ def test_orientation(orientation: int, kind: str, stored: tuple[int, int]) -> No
     encoded = saved(smooth(*stored), kind, exif=exif_of(orientation), **options)
     upright = TRANSPOSED[orientation](np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB")))
     turned = saved(Image.fromarray(np.ascontiguousarray(upright)), "PNG")
-    assert picture_size(encoded) == picture_size(turned) == upright.shape[:2]
+    assert image_size(encoded) == image_size(turned) == upright.shape[:2]
     for size in ((64, 64), (48, 80), (80, 48)):
         wanted = decode(turned, size, mode="exact", max_pixels=PLENTY)
         assert np.array_equal(decode(encoded, size, mode="exact", max_pixels=PLENTY), wanted)
@@ -118,11 +118,11 @@ def test_orientation(orientation: int, kind: str, stored: tuple[int, int]) -> No
 
 
 def test_orientation_in_strange_metadata_is_none_and_silent() -> None:
-    picture = saved(noise(20, 30), "PNG")
+    image = saved(noise(20, 30), "PNG")
 
     def with_chunk(name: bytes, data: bytes) -> bytes:
         chunk = len(data).to_bytes(4, "big") + name + data + zlib.crc32(name + data).to_bytes(4, "big")
-        return picture[:33] + chunk + picture[33:]
+        return image[:33] + chunk + image[33:]
 
     cases = [with_chunk(b"tEXt", b"exif\0II*\0")]
     whole = exif_of(6).removeprefix(b"Exif\0\0")
@@ -132,11 +132,11 @@ def test_orientation_in_strange_metadata_is_none_and_silent() -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.resetwarnings()
         warnings.simplefilter("always")
-        assert {picture_size(case) for case in cases} == {(20, 30)}
+        assert {image_size(case) for case in cases} == {(20, 30)}
     assert not caught
     # By some writers a 32-bit number.
     long = b"MM\0*" + bytes([0, 0, 0, 8, 0, 1, 1, 0x12, 0, 4, 0, 0, 0, 1, 0, 0, 0, 6])
-    assert picture_size(with_chunk(b"eXIf", long)) == (30, 20)
+    assert image_size(with_chunk(b"eXIf", long)) == (30, 20)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -208,7 +208,7 @@ def test_fast_is_near_exact(kind: str, stored: tuple[int, int], size: tuple[int,
 @settings(max_examples=60, deadline=None)
 @given(data=st.data(), kind=st.sampled_from(["JPEG", "PNG"]), orientation=st.integers(1, 8))
 def test_a_mark_keeps_its_place(data: st.DataObject, kind: str, orientation: int) -> None:
-    """Both ways put a mark of the picture within a pixel of where geometry says."""
+    """Both ways put a mark of the image within a pixel of where geometry says."""
     size = data.draw(st.tuples(st.integers(16, 60), st.integers(16, 60)))
     upright = tuple(data.draw(st.integers(side, 12 * side)) for side in size)
     scale = max(size[0] / upright[0], size[1] / upright[1])
@@ -220,7 +220,7 @@ def test_a_mark_keeps_its_place(data: st.DataObject, kind: str, orientation: int
     # Orientations 6 and 8 undo each other; the others undo themselves.
     stored = TRANSPOSED[{6: 8, 8: 6}.get(orientation, orientation)](np.repeat(mark[..., None], 3, axis=-1))
     encoded = saved(Image.fromarray(np.ascontiguousarray(stored)), kind, exif=exif_of(orientation))
-    assert picture_size(encoded) == upright
+    assert image_size(encoded) == upright
     for mode in MODES:
         found = decode(encoded, size, mode=mode, max_pixels=PLENTY)[..., 0].astype(float)
         found[found < 20] = 0
@@ -234,10 +234,10 @@ def test_a_mark_keeps_its_place(data: st.DataObject, kind: str, orientation: int
 @given(
     height=st.integers(1, 40),
     width=st.integers(1, 40),
-    picture=st.tuples(st.integers(1, 300), st.integers(1, 300)),
+    image=st.tuples(st.integers(1, 300), st.integers(1, 300)),
 )
-def test_covering_gives_the_size(height: int, width: int, picture: tuple[int, int]) -> None:
-    assert cover_and_crop(Image.new("RGB", picture), (height, width)).size == (width, height)
+def test_covering_gives_the_size(height: int, width: int, image: tuple[int, int]) -> None:
+    assert cover_and_crop(Image.new("RGB", image), (height, width)).size == (width, height)
 
 
 @pytest.mark.parametrize(
@@ -279,8 +279,8 @@ def test_bombs_are_refused_by_their_headers(mode: DecodeMode) -> None:
     assert refusal(png_header(5000, 5000), 10**8) == "undecodable"
     assert refusal(png_header(30_000, 30_000), 10**10) == "too_large"
     for absurd in ((70_000, 100), (100, 70_000)):
-        assert kind_of(lambda absurd=absurd: picture_size(png_header(*absurd))) == "undecodable"  # type: ignore[misc]
-    assert kind_of(lambda: picture_size(png_header(2**31 - 1, 2**31 - 1))) == "too_large"
+        assert kind_of(lambda absurd=absurd: image_size(png_header(*absurd))) == "undecodable"  # type: ignore[misc]
+    assert kind_of(lambda: image_size(png_header(2**31 - 1, 2**31 - 1))) == "too_large"
     # A JPEG whose last scan comes again and again: each pass takes milliseconds and ten bytes.
     encoded = saved(noise(1200, 1200), "JPEG", progressive=True, quality=20)
     last = encoded.rindex(b"\xff\xda")
@@ -290,7 +290,7 @@ def test_bombs_are_refused_by_their_headers(mode: DecodeMode) -> None:
 
 
 def seeds() -> dict[str, bytes]:
-    """Small pictures of every accepted kind."""
+    """Small images of every accepted kind."""
     image, other = smooth(90, 120), smooth(90, 120, seed=1)
     palette = image.quantize(16)
     frames = {"save_all": True, "append_images": [other], "duration": 50}
@@ -314,7 +314,7 @@ def seeds() -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_cut_picture_is_an_error_or_whole(mode: DecodeMode) -> None:
+def test_a_cut_image_is_an_error_or_whole(mode: DecodeMode) -> None:
     for name, encoded in seeds().items():
         whole = decode(encoded, (32, 32), mode=mode, max_pixels=PLENTY)
         refused = 0
@@ -360,13 +360,13 @@ def mutated(encoded: bytes, random: np.random.Generator) -> bytes:
 
 
 def fuzz(count: int) -> Counter[str]:
-    """Outcomes of ``count`` damaged pictures, decoded both ways."""
-    random, pictures = np.random.default_rng(0), list(seeds().values())
+    """Outcomes of ``count`` damaged images, decoded both ways."""
+    random, images = np.random.default_rng(0), list(seeds().values())
     outcomes: Counter[str] = Counter()
     for i in range(count):
-        encoded = mutated(pictures[i % len(pictures)], random)
+        encoded = mutated(images[i % len(images)], random)
         began = time.thread_time()
-        read = kind_of(lambda encoded=encoded: picture_size(encoded))  # type: ignore[misc]
+        read = kind_of(lambda encoded=encoded: image_size(encoded))  # type: ignore[misc]
         for mode in MODES:
             kind = kind_of(
                 lambda encoded=encoded, mode=mode: decode(encoded, (32, 32), mode=mode, max_pixels=PLENTY)
@@ -377,13 +377,13 @@ def fuzz(count: int) -> Counter[str]:
     return outcomes
 
 
-def test_damaged_pictures(capfd: pytest.CaptureFixture[str]) -> None:
+def test_damaged_images(capfd: pytest.CaptureFixture[str]) -> None:
     outcomes = fuzz(300)
     assert min(outcomes[f"{mode} {kind}"] for mode in MODES for kind in (None, "undecodable")) > 30
     assert capfd.readouterr().err == ""
 
 
 @pytest.mark.long
-def test_many_damaged_pictures(capfd: pytest.CaptureFixture[str]) -> None:
+def test_many_damaged_images(capfd: pytest.CaptureFixture[str]) -> None:
     fuzz(5000)
     assert capfd.readouterr().err == ""

@@ -1,8 +1,9 @@
-"""A folder for each class becomes shards with class numbers; small pictures are enlarged if that is asked for."""
+"""A folder for each class becomes shards with class numbers; small images are upscaled if that is asked for."""
 
 import io
 import json
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -10,23 +11,24 @@ from PIL import Image
 
 from data_pipeline.config import DataConfig
 from data_pipeline.decode import DecodeMode, centre_crop, decode
+from data_pipeline.errors import Reject
 from data_pipeline.index.format import load_index
 from data_pipeline.pack.class_folders import class_names, read_class_folders
 from data_pipeline.storage.base import open_store
 from data_pipeline.stream.loader import Loader
 from data_pipeline.tools import cli
-from tests.sets import kind_of, picture, samples_of
+from tests.sets import image_bytes, kind_of, samples_of
 
 NAMES = ["n01440764", "n01443537", "n09835506"]
 PLENTY = 10**8
 
 
 def class_folders(root: Path, per_class: int = 40) -> Path:
-    """As ImageNet is unpacked; a picture's seed tells its class."""
+    """As ImageNet is unpacked; an image's seed tells its class."""
     for number, name in enumerate(NAMES):
         (root / name).mkdir(parents=True)
         for i in range(per_class):
-            (root / name / f"{name}_{i}.JPEG").write_bytes(picture(1000 * number + i, "jpg"))
+            (root / name / f"{name}_{i}.JPEG").write_bytes(image_bytes(1000 * number + i, "jpg"))
     return root
 
 
@@ -36,8 +38,8 @@ def test_folders_become_shards_with_class_numbers(tmp_path: Path) -> None:
     assert (out / "classes.txt").read_text().splitlines() == NAMES
     samples = samples_of(out)
     assert len(samples) == 120 and len(list(out.glob("*.tar"))) > 1
-    numbers = {picture(1000 * c + i, "jpg"): c for c in range(3) for i in range(40)}
-    # webdataset reads .cls as a number; every picture is there once, under its own class.
+    numbers = {image_bytes(1000 * c + i, "jpg"): c for c in range(3) for i in range(40)}
+    # webdataset reads .cls as a number; every image is there once, under its own class.
     assert all(int(sample["cls"]) == numbers.pop(sample["jpg"]) for sample in samples) and not numbers
     assert len(load_index(open_store(str(out)))) == 120
     # Neighbours are read together, so they hold several classes; the order is the same every time.
@@ -51,8 +53,8 @@ def test_packing_without_classes_takes_their_names_away(tmp_path: Path) -> None:
     root, out = class_folders(tmp_path / "train", 2), tmp_path / "out"
     assert cli.main(["pack", "--class-folders", str(root), str(out)]) == 0
     (tmp_path / "plain").mkdir()
-    (tmp_path / "plain" / "a.png").write_bytes(picture(0))
-    (tmp_path / "plain" / "a.txt").write_text("a picture")
+    (tmp_path / "plain" / "a.png").write_bytes(image_bytes(0))
+    (tmp_path / "plain" / "a.txt").write_text("an image")
     assert cli.main(["pack", str(tmp_path / "plain"), str(out), "--overwrite"]) == 0
     assert not (out / "classes.txt").exists() and len(json.loads((out / "shards.json").read_text())) == 1
 
@@ -61,15 +63,17 @@ def test_what_would_shift_class_numbers_is_refused(tmp_path: Path, capsys: pytes
     root = class_folders(tmp_path / "train", 1)
     (root / ".cache").mkdir()
     (root / "README").write_text("x")
-    (root / NAMES[0] / "broken.jpg").write_bytes(b"no picture")
-    skipped: list[str] = []
-    assert class_names(root, skipped) == NAMES
-    assert [Path(line.partition(":")[0]).name for line in skipped] == [".cache", "README"]
-    assert len(list(read_class_folders(root, NAMES, skipped))) == 3 and "broken.jpg: Unidentified" in skipped[-1]
+    (root / NAMES[0] / "broken.jpg").write_bytes(b"no image")
+    rejects: list[Reject] = []
+    assert class_names(root, rejects) == NAMES
+    assert [Path(reject.name).name for reject in rejects] == [".cache", "README"]
+    assert len(list(read_class_folders(root, NAMES, rejects))) == 3 and "broken.jpg: Unidentified" in str(
+        rejects[-1]
+    )
     (root / "n00000000").mkdir()
     pack = ["pack", "--class-folders"]
     assert cli.main([*pack, str(root), str(tmp_path / "out")]) == 1
-    assert "n00000000: holds no pictures; remove it" in capsys.readouterr().err
+    assert "n00000000: holds no images; remove it" in capsys.readouterr().err
     for source in ("s3://bucket/set", str(tmp_path / "nowhere"), str(root / NAMES[0])):
         assert cli.main([*pack, source, str(tmp_path / "out")]) == 1
     assert not (tmp_path / "out").exists()
@@ -77,13 +81,13 @@ def test_what_would_shift_class_numbers_is_refused(tmp_path: Path, capsys: pytes
 
 @pytest.mark.parametrize("mode", ["exact", "fast"])
 @pytest.mark.parametrize("side", [(40, 48), (500, 20), (64, 63)])
-def test_small_pictures_are_enlarged(mode: DecodeMode, side: tuple[int, int]) -> None:
+def test_small_images_are_upscaled(mode: DecodeMode, side: tuple[int, int]) -> None:
     """Against Pillow's own BICUBIC to the covering size, as ADM's preprocessing enlarges."""
     ramp = np.linspace(0, 255, side[0])[:, None, None] * np.ones((1, side[1], 3))
     image = Image.fromarray(ramp.astype(np.uint8))
     encoded = _png(image)
     assert kind_of(lambda: decode(encoded, (64, 64), mode=mode, max_pixels=PLENTY)) == "too_small"
-    found = decode(encoded, (64, 64), mode=mode, max_pixels=PLENTY, enlarge=True)
+    found = decode(encoded, (64, 64), mode=mode, max_pixels=PLENTY, upscale=True)
     assert found.shape == (64, 64, 3)
     assert np.abs(found.astype(int) - np.asarray(centre_crop(image, 64)).astype(int)).max() <= 1
 
@@ -92,25 +96,32 @@ def test_enlarging_has_a_bound() -> None:
     """A picture of one row would cover 512 pixels with 33 million columns."""
     line = _png(Image.new("RGB", (65_000, 1)))
     assert (
-        kind_of(lambda: decode(line, (512, 512), mode="exact", max_pixels=64 * 2**20, enlarge=True)) == "too_large"
+        kind_of(lambda: decode(line, (512, 512), mode="exact", max_pixels=64 * 2**20, upscale=True)) == "too_large"
     )
 
 
-def test_a_run_sees_small_pictures_only_if_they_are_enlarged(tmp_path: Path) -> None:
+def test_a_run_sees_small_images_only_if_they_are_upscaled(tmp_path: Path) -> None:
     root, out = class_folders(tmp_path / "train", 4), tmp_path / "out"
-    (root / NAMES[1] / "large.png").write_bytes(picture(5, size=(96, 96)))
+    (root / NAMES[1] / "large.png").write_bytes(image_bytes(5, size=(96, 96)))
     assert cli.main(["pack", "--class-folders", str(root), str(out)]) == 0
     seen = {}
-    for small in ("leave_out", "enlarge"):
+    for small in ("drop", "upscale"):
         cfg = DataConfig(url=str(out), target="label", small=small, streams=1, workers=0)  # type: ignore[arg-type]
         loader = Loader(cfg, resolution=64, seed=0, global_batch=13, rank=0, world=1, start=0)
         batch = next(iter(loader))
         loader.close()
         assert batch.images.shape == (13, 64, 64, 3)
         seen[small] = sorted(batch.labels)
-    assert seen == {"leave_out": [1] * 13, "enlarge": [0] * 4 + [1] * 5 + [2] * 4}
-    with pytest.raises(ValueError, match="small=enlarge is for squares"):
-        DataConfig(url="x", small="enlarge", bucket_aspect=2.0)
+    assert seen == {"drop": [1] * 13, "upscale": [0] * 4 + [1] * 5 + [2] * 4}
+    with pytest.raises(ValueError, match="small=upscale is for squares"):
+        DataConfig(url="x", small="upscale", bucket_aspect=2.0)
+
+
+@pytest.mark.parametrize(("old", "new"), [("leave_out", "drop"), ("enlarge", "upscale")])
+def test_the_older_names_of_small_work_with_a_notice(
+    old: Literal["leave_out", "enlarge"], new: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert DataConfig(url="x", small=old).small == new and f"now called {new}" in caplog.text
 
 
 def _png(image: Image.Image) -> bytes:

@@ -185,7 +185,7 @@ def test_a_text_model_on_pictures(
 ) -> None:
     """From a folder; the curves do not depend on the batch, up to rounding."""
     folder = tmp_path / "pictures"
-    assets.make_pictures_folder(folder, 3, side=128)
+    assets.make_images_folder(folder, 3, side=128)
     common = [
         "spectrum",
         "--checkpoint",

@@ -20,7 +20,7 @@ from data_pipeline.pack.writer import MANIFEST_KEY
 from data_pipeline.storage.base import ObjectInfo, open_store
 from data_pipeline.tools import cli, inspect
 from tests.sets import (
-    PICTURE,
+    IMAGE,
     files_form,
     tar_of,
 )
@@ -36,7 +36,7 @@ def packed(tmp_path: Path) -> Iterator[Path]:
 
 
 def problems_of(folder: Path) -> list[str]:
-    return verify(open_store(str(folder)), decode_pictures=True).problems
+    return verify(open_store(str(folder)), decode_images=True).problems
 
 
 def keep_time(path: Path, data: bytes) -> None:
@@ -47,20 +47,20 @@ def keep_time(path: Path, data: bytes) -> None:
 
 
 def test_verify_passes_when_all_is_well(packed: Path) -> None:
-    report = verify(open_store(str(packed)), workers=2, decode_pictures=True)
+    report = verify(open_store(str(packed)), workers=2, decode_images=True)
     assert not report.problems and report.samples == report.decoded == 12
     assert report.shards == report.checksums > 2
     assert report.bytes == sum(path.stat().st_size for path in packed.glob("*.tar"))
 
 
-@pytest.mark.parametrize("place", ["picture", "header", "padding"])
+@pytest.mark.parametrize("place", ["image", "header", "padding"])
 def test_verify_finds_one_flipped_bit(place: str, packed: Path) -> None:
     path = packed / "shard-00001.tar"
     index = load_index(open_store(str(packed)))
     sample = next(i for i in range(len(index)) if index.locate(i).shard == 1) + 1
     location = index.locate(sample)
     at = {
-        "picture": location.start + location.image.stop - 9,
+        "image": location.start + location.image.stop - 9,
         "header": location.start + 3,
         "padding": location.start + location.text.stop,
     }[place]
@@ -114,7 +114,7 @@ def test_verify_finds_a_wrong_sha256_and_a_shard_without_end(packed: Path) -> No
 def test_verify_reads_in_pieces_of_any_size(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for size in (512, 1536, 4096):
         monkeypatch.setattr("data_pipeline.pack.verify.PIECE_BYTES", size)
-        report = verify(open_store(str(packed)), decode_pictures=True)
+        report = verify(open_store(str(packed)), decode_images=True)
         assert not report.problems and report.decoded == 12
 
 
@@ -182,7 +182,7 @@ def test_bench_measures_both_modes(packed: Path, capsys: pytest.CaptureFixture[s
         (["verify", "{}"], 1, "nothing is here"),
         (["bench", "{}"], 1, "nothing is here"),
         (["pack", "{}/nowhere", "{}/out"], 1, "no such folder or file"),
-        (["pack", "{}", "{}/out"], 1, "holds no pictures"),
+        (["pack", "{}", "{}/out"], 1, "holds no images"),
         (["pack", "{}", "{}/out", "--shard-mb", "0"], 2, "not above 0"),
         (["index", "{}", "--text", "png"], 2, "txt, json, cls"),
         (["verify", "{}", "--workers", "0"], 2, "not at least 1"),
@@ -205,7 +205,7 @@ def test_exit_codes_and_one_line_of_error(
 def test_an_index_without_usable_samples_fails_and_names_all_problems(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "a.tar").write_bytes(tar_of({f"{i}.png": PICTURE for i in range(30)}))
+    (tmp_path / "a.tar").write_bytes(tar_of({f"{i}.png": IMAGE for i in range(30)}))
     assert cli.main(["index", str(tmp_path), "--problems", str(tmp_path / "problems.txt")]) == 1
     captured = capsys.readouterr()
     assert "30 not usable" in captured.out and "and 10 more" in captured.out and "a.tar: 7: " in captured.out

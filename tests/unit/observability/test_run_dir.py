@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from data_pipeline.text import duration
 from deco_scale import cli, watch_command
 from deco_scale.observability import run_dir
 from deco_scale.observability.events import Event, append_event
 from deco_scale.observability.run_dir import RunDir
 from deco_scale.observability.summary import ASCII_BARS, sparkline, summary_rows
-from data_pipeline.text import duration
 
 BEGAN = 1_700_000_000.0
 CONFIG = """
@@ -122,7 +122,7 @@ def test_a_run_without_events_and_one_with_broken_lines_are_shown(tmp_path: Path
     assert "\x1b" not in said["step"] and "[red]x?[2J" in said["step"]
     assert said["effective time"].startswith("unknown")
     problems = [value for label, value in shown if label == "problem"]
-    assert len(problems) == 3 and any("config.yaml cannot be read" in text for text in problems)
+    assert len(problems) == 3 and any("config.yaml is not valid YAML" in text for text in problems)
 
 
 def test_once_prints_plain_lines_without_a_terminal_and_a_panel_on_one(
