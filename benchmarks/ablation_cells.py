@@ -21,9 +21,9 @@ from deco_scale.models import Denoiser, ModelConfig
 from deco_scale.objectives import Objective, ObjectiveConfig
 from deco_scale.objectives.flow import Prediction, noised
 from deco_scale.parallel.initial import initial_tensors
+from deco_scale.sampling import SamplerConfig, sample
 from deco_scale.sampling.guidance import VelocityFn
 from deco_scale.sampling.pictures import seeded_noise, to_uint8, velocity_of
-from deco_scale.sampling.solvers import SamplerConfig, sample
 from deco_scale.training.batch import Part, Prepare
 from deco_scale.training.optimizer import AveragedAdamW
 from deco_scale.training.settings import OptimizerConfig

@@ -26,7 +26,7 @@ from deco_scale.prompts import read_prompts
 from deco_scale.sampling import SamplerConfig
 from deco_scale.sampling.generator import Generator, Job, check_jobs, check_size
 from deco_scale.sampling.pictures import save_grid
-from deco_scale.sampling.solvers import Solver
+from deco_scale.sampling.config import Solver
 from deco_scale.training.checkpoint import CheckpointMeta
 from deco_scale.training.processes import from_first, together
 

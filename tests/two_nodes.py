@@ -13,11 +13,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-import yaml
-
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from deco_scale.yaml import dump_yaml  # noqa: E402
 from tests.assets import make_shards, make_text_encoder, tiny_config  # noqa: E402
 from tests.distributed.harness import trace, worst_difference  # noqa: E402
 from tests.namespaces import INTERFACE, Nodes, why_not  # noqa: E402
@@ -72,7 +71,7 @@ def main() -> int:
 
         def write(name: str) -> Path:
             path = folder / f"{name}.yaml"
-            path.write_text(yaml.safe_dump(tiny_config(folder / name, shards, encoder)))
+            path.write_text(dump_yaml(tiny_config(folder / name, shards, encoder)))
             return path
 
         alone = [sys.executable, str(ROOT / "launcher" / "train.py"), "--config", str(write("one"))]

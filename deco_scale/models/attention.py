@@ -36,6 +36,13 @@ FLASH_KERNELS: tuple[AttentionKernel, ...] = ("flash4", "flash3", "flash2", "fla
 _TORCH_NEEDS = "a CUDA build of PyTorch and a GPU of compute capability 8.0 or more"
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttentionConfig:
+    """The ``attention`` section of a configuration."""
+
+    backend: AttentionBackend = "auto"
+
+
 @dataclass(frozen=True)
 class AttentionTable:
     """Kernels by number of queries and keys, ``((N, M, kernel), ...)``; ``default`` for all other shapes.

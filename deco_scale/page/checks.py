@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from deco_scale.sampling.solvers import Solver
+from deco_scale.sampling.config import Solver
 
 FIELDS = ("subject", "negative", "seed", "random", "steps", "guidance", "solver", "width", "height", "count")
 """Names of the page's inputs, in the order in which it sends them; ``subject`` is a prompt or a class number."""

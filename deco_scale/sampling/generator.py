@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from deco_scale.models import ModelConfig
+from deco_scale.sampling.config import SamplerConfig
 from deco_scale.sampling.guidance import VelocityFn
 from deco_scale.sampling.pictures import make_pictures
-from deco_scale.sampling.solvers import SamplerConfig
 
 EncodeFn = Callable[[Sequence[str]], Tensor]
 """Text states ``(B, L, T)`` of captions."""

@@ -19,8 +19,8 @@ from deco_scale.models import Denoiser, ModelConfig
 from deco_scale.models.encoder_settings import TextEncoderConfig
 from deco_scale.models.encoders import TextEncoder
 from deco_scale.objectives.flow import Prediction
+from deco_scale.sampling.config import SamplerConfig
 from deco_scale.sampling.pictures import make_pictures, velocity_of
-from deco_scale.sampling.solvers import SamplerConfig
 
 EncodeFn = Callable[[Sequence[str]], Tensor]
 """Text states ``(B, L, T)`` of captions; the empty caption's are the null condition."""

@@ -1,54 +1,14 @@
 """ODE solvers from noise (t = 0) to image (t = 1): Euler, Heun and Adams-Bashforth on non-uniform grids."""
 
-import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from deco_scale.objectives.flow import shift_time
+from deco_scale.sampling.config import SamplerConfig, Solver
 from deco_scale.sampling.guidance import Guidance, VelocityFn, guided_velocity
-
-Solver = Literal["euler", "heun", "adams"]
-MAX_ORDER = 4
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SamplerConfig:
-    """How to integrate; the defaults are the release's text-to-image settings.
-
-    ``order`` is that of ``adams``, 1 to 4; ``euler`` and ``heun`` have no choice. Guidance acts for times above
-    ``guidance_min`` and up to ``guidance_max``. ``guidance_rescale``, 0 to 1, keeps strong guidance from raising a
-    picture's contrast (:func:`deco_scale.sampling.guidance.rescaled`).
-    """
-
-    solver: Solver = "adams"
-    num_steps: int = 25
-    order: int = 2
-    guidance: float = 4.0
-    guidance_min: float = 0.0
-    guidance_max: float = 1.0
-    guidance_rescale: float = 0.0
-    timestep_shift: float = 3.0
-
-    def __post_init__(self) -> None:
-        if self.solver not in get_args(Solver):
-            raise ValueError(f"solver={self.solver!r} is none of {get_args(Solver)}")
-        if self.num_steps < 1:
-            raise ValueError(f"num_steps={self.num_steps} must be at least 1")
-        if not 1 <= self.order <= MAX_ORDER:
-            raise ValueError(f"order={self.order} must be 1..{MAX_ORDER}")
-        if not math.isfinite(self.guidance):
-            raise ValueError(f"guidance={self.guidance} must be a finite number")
-        if not 0 < self.timestep_shift < math.inf:
-            raise ValueError(f"timestep_shift={self.timestep_shift} must be positive and finite")
-        if not 0 <= self.guidance_min <= self.guidance_max <= 1:
-            raise ValueError(f"guidance interval ({self.guidance_min}, {self.guidance_max}) must lie in [0, 1]")
-        if not 0 <= self.guidance_rescale <= 1:
-            raise ValueError(f"guidance_rescale={self.guidance_rescale} must lie in [0, 1]")
 
 
 def time_grid(num_steps: int, shift: float) -> Tensor:

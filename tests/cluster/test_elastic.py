@@ -9,9 +9,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-import yaml
 
 from deco_scale.observability.run_dir import RunDir
+from deco_scale.yaml import dump_yaml
 from tests.assets import tiny_config
 from tests.conftest import ROOT
 from tests.distributed.harness import trace, worst_difference
@@ -51,7 +51,7 @@ def test_a_job_goes_on_with_fewer_nodes(tmp_path: Path, shards: Path, text_encod
         config["parallel"] = {"engine": "fsdp"}
         config["watchdog"] = {"timeout_s": 20.0}
         configs[name] = tmp_path / f"{name}.yaml"
-        configs[name].write_text(yaml.safe_dump(config))
+        configs[name].write_text(dump_yaml(config))
     finish(start(configs["whole"], 1))
     port = free_port()
     first = agent(configs["elastic"], port, tmp_path / "first.log")

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import yaml
 
 from deco_scale.observability.events import REQUEUE
+from deco_scale.yaml import dump_yaml
 from launcher import submit
 from tests.assets import tiny_config
 from tests.cluster.slurm import Slurm, running_slurm, why_not
@@ -72,7 +72,7 @@ def write_job(config: Path, out: Path, *more: str) -> Path:
 def config(tmp_path: Path, shards: Path, text_encoder: Path) -> Path:
     raw = tiny_config(tmp_path / "run", shards, text_encoder)
     path = tmp_path / "tiny job.yaml"
-    path.write_text(yaml.safe_dump({**raw, "device": "cpu"}))
+    path.write_text(dump_yaml({**raw, "device": "cpu"}))
     return path
 
 

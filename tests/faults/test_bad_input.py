@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from data_pipeline.storage.dev_server import S3Server
+from deco_scale.yaml import dump_yaml
 from tests.assets import tiny_config
 from tests.conftest import ROOT
 from tests.ports import free_port
@@ -35,7 +35,7 @@ def launch(
 def config(tmp_path: Path, shards: Path, text_encoder: Path) -> Path:
     plain = tiny_config(tmp_path / "run", shards, text_encoder)
     path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(plain))
+    path.write_text(dump_yaml(plain))
     return path
 
 

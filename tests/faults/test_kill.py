@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 
 from deco_scale.training.checkpoint import read_meta, read_tensors
+from deco_scale.yaml import dump_yaml
 from tests.assets import tiny_config
 from tests.conftest import ROOT
 from tests.distributed.harness import Job, run_jobs, trace, worst_difference
@@ -62,7 +62,7 @@ def kill_after(process: subprocess.Popen[str], run: Path, step: int, delay_s: fl
 
 def write(folder: Path, config: dict[str, Any]) -> Path:
     path = folder / f"{Path(config['run']['dir']).name}.yaml"
-    path.write_text(yaml.safe_dump(config))
+    path.write_text(dump_yaml(config))
     return path
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -19,6 +18,7 @@ from benchmarks import kernels, measure, straightforward, throughput
 from benchmarks.parts import PARTS, Timeline, watch
 from deco_scale.models import Denoiser, ModelConfig
 from deco_scale.objectives import Objective, ObjectiveConfig
+from deco_scale.yaml import dump_yaml
 from tests.straightforward import TWINS, make_straightforward
 
 CPU = torch.device("cpu")
@@ -163,7 +163,7 @@ def config_file(folder: Path) -> Path:
         "stages": [{"name": "small", "resolution": 32, "steps": 1, "global_batch": 4, **MICRO}],
     }
     path = folder / "small.yaml"
-    path.write_text(yaml.safe_dump(raw))
+    path.write_text(dump_yaml(raw))
     return path
 
 

@@ -1,5 +1,6 @@
 """The configuration: strict, overridable, and round trip."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from deco_scale.parallel.layout import (
     accumulation_steps,
     resolve_layout,
 )
+from deco_scale.yaml import load_yaml
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 TINY = CONFIGS / "t2i_tiny.yaml"
@@ -80,16 +82,74 @@ def test_all_problems_are_listed_at_once() -> None:
     assert len(str(caught.value).splitlines()) == 2
 
 
-def test_missing_file_and_repeated_key(tmp_path: Path) -> None:
+def write(folder: Path, **files: str) -> None:
+    for name, text in files.items():
+        (folder / f"{name}.yaml").write_text(text)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nowhere.yaml: No such file"):
         load_config(tmp_path / "nowhere.yaml")
-    (tmp_path / "twice.yaml").write_text("run: {dir: a}\nrun: {dir: b}\n")
-    with pytest.raises(ConfigError, match="'run' is given twice"):
+    (tmp_path / "latin.yaml").write_bytes(b"run: \xff")
+    with pytest.raises(ConfigError, match=r"latin.yaml is not UTF-8"):
+        load_config(tmp_path / "latin.yaml")
+    write(tmp_path, list="[1]", twice="run:\n  dir: a\n  dir: b\n")
+    with pytest.raises(ConfigError, match=r"list.yaml must be a mapping"):
+        load_config(tmp_path / "list.yaml")
+    with pytest.raises(ConfigError, match=r"twice.yaml is not valid YAML: key 'dir' is given twice, line 3"):
         load_config(tmp_path / "twice.yaml")
 
 
-def test_scientific_notation_is_a_number() -> None:
-    assert load_config(TINY, ["stages.demo.lr=2e-4"]).stages[0].lr == 2e-4
+def test_base_mappings_merge_and_lists_and_null_replace(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    prompts = [f"samples.prompts={json.dumps(['a', 'b'])}"]
+    write(tmp_path, first=dump_config(load_config(TINY, prompts)))
+    write(tmp_path / "deep", second="base: ../first.yaml\nrun: {seed: 5}\nsamples: {prompts: [c]}\n")
+    write(tmp_path, third="base: deep/second.yaml\nrun: {dir: there}\nwatchdog: null\nwandb: {mode: disabled}\n")
+    expected = load_config(TINY, ["run.seed=5", "run.dir=there", "samples.prompts=[c]", "wandb.mode=disabled"])
+    with pytest.raises(ConfigError, match=r"third.yaml \(base: .*second.yaml, .*first.yaml\): watchdog=None"):
+        load_config(tmp_path / "third.yaml")
+    cfg = load_config(tmp_path / "third.yaml", ["watchdog={}"])
+    assert cfg == expected and "base" not in load_yaml(dump_config(cfg), "dump")
+
+
+def test_stages_replace_those_of_the_base(tmp_path: Path) -> None:
+    stage = "{name: only, resolution: 32, steps: 1, global_batch: 4, micro_batch: 4, lr: 1e-4}"
+    write(tmp_path, first=dump_config(load_config(TINY, ["stages.demo.betas=[0.5, 0.6]"])))
+    write(tmp_path, top=f"base: first.yaml\nstages: [{stage}]\n")
+    (only,) = load_config(tmp_path / "top.yaml").stages
+    assert (only.name, only.steps, only.lr) == ("only", 1, 1e-4)
+    assert only.betas == (0.9, 0.95)
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({"a": "base: b.yaml"}, r"b.yaml \(base of .*a.yaml\): No such file"),
+        ({"a": "base: b.yaml", "b": "base: a.yaml"}, r"a.yaml \(base of .*b.yaml\): .*each other's base"),
+        ({"a": "base: ./a.yaml"}, r"a.yaml \(base of .*a.yaml\)"),
+        ({"a": "base: s3://bucket/b.yaml"}, r"a.yaml: base='s3://bucket/b.yaml' must be the path of a local file"),
+        ({"a": "base: [b.yaml]"}, r"a.yaml: base=\['b.yaml'\] must be"),
+        ({"a": "base: b.yaml", "b": "run: ["}, r"b.yaml \(base of .*a.yaml\) is not valid YAML.*line 1, column 7"),
+        ({"a": "base: b.yaml", "b": "wandb: {password: planted}"}, r"a.yaml \(base: .*b.yaml\): wandb.password"),
+    ],
+)
+def test_a_bad_base_names_both_files(tmp_path: Path, files: dict[str, str], said: str) -> None:
+    write(tmp_path, **files)
+    with pytest.raises(ConfigError, match=said) as caught:
+        load_config(tmp_path / "a.yaml")
+    assert "planted" not in str(caught.value)
+
+
+def test_a_configuration_that_pyyaml_wrote_still_loads(tmp_path: Path) -> None:
+    """Its forms that differ: 1.0e-05, quoted 1e-4 and yes, folded and escaped text."""
+    changes = ["stages.demo.lr=1e-5", "wandb.name='yes'", "wandb.project='1e-4'"]
+    cfg = load_config(TINY, [*changes, 'samples.prompts.0="a\\u00e9 b"'])
+    old = dump_config(cfg).replace("1e-05", "1.0e-05").replace("name: yes", "name: 'yes'")
+    old = old.replace('"a\\xE9 b"', '"a\\xE9\\\n  \\ b"')
+    assert old.count("1.0e-05") == 1 and "\\xE9\\\n" in old and "'yes'" in old
+    write(tmp_path, old=old)
+    assert load_config(tmp_path / "old.yaml") == cfg
 
 
 def test_impossible_batches_list_the_possible_ones() -> None:

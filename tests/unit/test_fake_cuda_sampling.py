@@ -14,8 +14,8 @@ from deco_scale.kernels import Kernels
 from deco_scale.models import ModelConfig
 from deco_scale.models.encoders import ImageEncoder, TextEncoder
 from deco_scale.sampling import Generator, Job, SamplerConfig
+from deco_scale.sampling.config import Solver
 from deco_scale.sampling.pictures import velocity_of
-from deco_scale.sampling.solvers import Solver
 from tests.device_check import DeviceCheck
 from tests.fake_cuda import fake_cuda
 from tests.plain_engine import make_objective, put_on

@@ -16,7 +16,7 @@ from deco_scale.objectives.frequency import (
     frequency_weights,
 )
 from deco_scale.objectives.repa import repa_loss
-from deco_scale.sampling.solvers import SamplerConfig, sample
+from deco_scale.sampling import SamplerConfig, sample
 
 
 def test_dct_is_orthonormal_and_keeps_energy() -> None:

@@ -1,6 +1,8 @@
 """The configurations that ship: they load, have the published sizes and recipes, and can be planned."""
 
+import dataclasses
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ import torch
 from deco_scale import cli
 from deco_scale.config import RunConfig, load_config
 from deco_scale.models import Denoiser
+from deco_scale.yaml import load_yaml
 from tests.conftest import ROOT
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -30,6 +33,30 @@ def config(name: str) -> RunConfig:
 
 def test_every_configuration_is_known_here() -> None:
     assert {path.stem for path in CONFIGS} == PARAMETERS.keys() | TINY
+
+
+def same(top: dict[str, Any], base: dict[str, Any]) -> list[str]:
+    """Keys that ``top`` need not give."""
+    found = []
+    for key, value in top.items():
+        if isinstance(value, dict):
+            found += [f"{key}.{inner}" for inner in same(value, base.get(key) or {})]
+        elif key in base and base[key] == value:
+            found.append(key)
+    return found
+
+
+def test_a_recipe_with_a_base_gives_only_what_differs() -> None:
+    raw = {path.stem: load_yaml(path.read_text(), path.name) for path in CONFIGS}
+    bases = {name: mapping["base"].removesuffix(".yaml") for name, mapping in raw.items() if "base" in mapping}
+    assert bases == {
+        "c2i_xl_512": "c2i_xl",
+        "c2i_l": "c2i_xl",
+        "baseline_l": "c2i_l",
+        "t2i_xxl_sft": "t2i_xxl",
+    }
+    for name, base in bases.items():
+        assert same(raw[name], dataclasses.asdict(config(base))) == []
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
