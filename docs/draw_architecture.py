@@ -1,33 +1,34 @@
-"""Draws docs/images/architecture.svg: the way of a training image through the folders.
+"""Draw docs/images/architecture.svg: the path of a training image through the packages.
 
 python docs/draw_architecture.py
 """
 
 from pathlib import Path
 
+import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
 BOXES = {
     "store": (0, 3, "data_pipeline/storage, index\nS3 shards, ranged reads"),
-    "order": (1, 3, "data_pipeline/stream\nelastic order, decoded uint8"),
-    "prepare": (2, 3, "training/batch\ntime and noise by sample"),
+    "order": (1, 3, "data_pipeline/stream\nelastic order, uint8 images"),
+    "prepare": (2, 3, "training/batch\ntime and noise per sample"),
     "encoders": (2, 4, "models/encoders\nfrozen text, DINOv2"),
     "objective": (3, 3, "objectives\npath, flow, frequency, REPA"),
     "denoiser": (3, 2, "models/denoiser\nDiT blocks"),
-    "decoder": (4, 2, "models/pixel_decoder\neach patch on its own"),
+    "decoder": (4, 2, "models/pixel_decoder\nrenders each patch"),
     "engine": (2, 2, "parallel\nfsdp or deepspeed engine"),
     "precision": (1, 2, "precision\nfp32, bf16 or FP8"),
-    "step": (1, 1, "training/step, loop\naccumulate, gate, update, EMA"),
+    "step": (1, 1, "training/step, loop\naccumulate, check, update, EMA"),
     "checkpoint": (2, 1, "training/checkpoint\none canonical format"),
     "report": (0, 1, "training/report\nmetrics, wandb, curves"),
-    "sampling": (3, 1, "sampling\nguidance, solvers, pictures"),
-    "tools": (4, 1, "checkpoints_tools\nthe release's names"),
-    "launcher": (1, 0, "launcher/train.py\nwires all of it"),
+    "sampling": (3, 1, "sampling\nguidance, samplers, images"),
+    "tools": (4, 1, "checkpoints_tools\nformats and conversions"),
+    "launcher": (1, 0, "launcher/train.py\nwires the packages together"),
     "evaluation": (4, 0, "evaluation, page\nFID, GenEval, spectrum, demo"),
     "observability": (0, 2, "observability\ndeco watch, deco report"),
     "cli": (3, 0, "deco_scale/cli.py\ndeco sample, evaluate, demo"),
-    "watchdog": (2, 0, "watchdog\na companion beside each rank"),
+    "watchdog": (2, 0, "watchdog\ndetects hung and lost ranks"),
     "config": (0, 0, "config.py + configs/\nstrict YAML"),
 }
 ARROWS = [
@@ -66,7 +67,9 @@ def main() -> None:
         arrow = {"arrowstyle": "-|>", "color": "#4a6fa5", "shrinkA": 2, "shrinkB": 2}
         axes.annotate("", end, start, arrowprops=arrow)
     folder = Path(__file__).parent / "images"
-    figure.savefig(folder / "architecture.svg")
+    # No date and fixed ids: the same figure gives the same file.
+    with matplotlib.rc_context({"svg.hashsalt": "architecture"}):
+        figure.savefig(folder / "architecture.svg", metadata={"Date": None})
 
 
 if __name__ == "__main__":
