@@ -3,23 +3,23 @@
 Every line has ``time`` (Unix seconds) and ``kind``, and the fields of its kind (:data:`FIELDS`); more fields are
 allowed, and lines of an unknown kind are kept and shown. An attempt is one launch of the run; lines are appended.
 
-    start              world_size, layout (object), hosts (list of names), attempt (from 1): processes begin
+    start              world_size, layout (object), hosts (list of names), attempt (from 1): processes start
     first_step         step, seconds: the first step of a stage in this attempt has ended; it compiles and tunes.
-                       The attempt's first one says where it goes on from: the step before
-    checkpoint         step, stall_s, total_s: a save has ended, total_s after it began; training was held up for
+                       The attempt's first one tells where it resumed: the step before
+    checkpoint         step, stall_s, total_s: a save has ended, total_s after it started; training was blocked for
                        its first stall_s, which include a wait for it at the end of the run
     checkpoint_failed  step, stall_s, total_s, reason
-    export             step, stall_s, total_s: the same for weights that were exported and are no checkpoint
-    evaluation         step, seconds: pictures or scores that training waited for have ended
-    skip               step: an update that was left out
+    export             step, stall_s, total_s: the same for exported weights, which are no checkpoint
+    evaluation         step, seconds: images or scores that training waited for are done
+    skip               step: an update was skipped
     spike              step, loss: a loss far above those before it
-    rollback           step, to_step: the weights of to_step are back, and the count of steps with them
-    corruption         rank, host: what this rank should hold alike with others differs from most
+    rollback           step, to_step: weights and step count are back to those of to_step
+    corruption         rank, host: tensors that should be equal on several ranks differ on this one
     straggler          rank, host, factor: its own work takes so many times the median rank's
     stop_signal        signal (its name): the run saves and ends at the next step
     hang               rank, host: no progress within the watchdog's time
     lost_rank          rank: a process or its node is gone
-    end                reason, exit_code: the attempt ends by itself; an attempt that is killed has none
+    end                reason, exit_code: the attempt ends by itself; one that is killed has none
 
 Lines of ``metrics.jsonl`` carry ``time`` as well, and may carry ``rank_step_s`` (seconds a step, by rank).
 """
@@ -38,27 +38,29 @@ FAULTS = ("checkpoint_failed", "skip", "spike", "rollback", "corruption", "hang"
 REQUEUE = 75
 """Exit code of a run that was stopped, saved, and wants to go on (EX_TEMPFAIL)."""
 
-_NUMBER = (int, float)
-FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
-    "start": {"world_size": (int,), "layout": (dict,), "hosts": (list,), "attempt": (int,)},
-    "first_step": {"step": (int,), "seconds": _NUMBER},
-    "checkpoint": {"step": (int,), "stall_s": _NUMBER, "total_s": _NUMBER},
-    "checkpoint_failed": {"step": (int,), "stall_s": _NUMBER, "total_s": _NUMBER, "reason": (str,)},
-    "export": {"step": (int,), "stall_s": _NUMBER, "total_s": _NUMBER},
-    "evaluation": {"step": (int,), "seconds": _NUMBER},
-    "skip": {"step": (int,)},
-    "spike": {"step": (int,), "loss": _NUMBER},
-    "rollback": {"step": (int,), "to_step": (int,)},
-    "corruption": {"rank": (int,), "host": (str,)},
-    "straggler": {"rank": (int,), "host": (str,), "factor": _NUMBER},
-    "stop_signal": {"signal": (str,)},
-    "hang": {"rank": (int,), "host": (str,)},
-    "lost_rank": {"rank": (int,)},
-    "end": {"reason": (str,), "exit_code": (int,)},
+_SAVE = ("step", "stall_s", "total_s")
+FIELDS: dict[str, tuple[str, ...]] = {
+    "start": ("world_size", "layout", "hosts", "attempt"),
+    "first_step": ("step", "seconds"),
+    "checkpoint": _SAVE,
+    "checkpoint_failed": (*_SAVE, "reason"),
+    "export": _SAVE,
+    "evaluation": ("step", "seconds"),
+    "skip": ("step",),
+    "spike": ("step", "loss"),
+    "rollback": ("step", "to_step"),
+    "corruption": ("rank", "host"),
+    "straggler": ("rank", "host", "factor"),
+    "stop_signal": ("signal",),
+    "hang": ("rank", "host"),
+    "lost_rank": ("rank",),
+    "end": ("reason", "exit_code"),
 }
-"""Required fields of each kind, with the types of their values."""
-_SIGNED = ("exit_code",)
-_LARGEST = 2**63
+"""Required fields of each kind."""
+_TYPES = {"layout": dict, "hosts": list, "reason": str, "host": str, "signal": str}
+_FLOATS = ("seconds", "stall_s", "total_s", "loss", "factor")
+"""All other fields are whole numbers, and no number but an exit code is negative."""
+_MAX = 2**63
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,20 +74,20 @@ class Event:
     def __post_init__(self) -> None:
         if not is_number(self.time):
             raise ValueError(f"event {self.kind}: time={self.time!r} must be a finite number of seconds")
-        for name, types in FIELDS.get(self.kind, {}).items():
+        for name in FIELDS.get(self.kind, ()):
             if name not in self.fields:
                 raise ValueError(f"event {self.kind}: {name} is missing")
             value = self.fields[name]
-            if types in ((int,), _NUMBER):
-                right = is_number(value) and (isinstance(value, int) or types == _NUMBER)
-                right = right and (value >= 0 or name in _SIGNED)
+            if name in _TYPES:
+                valid = isinstance(value, _TYPES[name])
             else:
-                right = isinstance(value, types)
-            if not right:
+                valid = is_number(value) and (isinstance(value, int) or name in _FLOATS)
+                valid = valid and (value >= 0 or name == "exit_code")
+            if not valid:
                 raise ValueError(f"event {self.kind}: {name}={value!r} is not allowed")
 
     def line(self) -> str:
-        """Its line of the file, with the newline."""
+        """The event as a line of the file, with the newline."""
         return json.dumps({"time": self.time, "kind": self.kind, **self.fields}, allow_nan=False) + "\n"
 
 
@@ -113,8 +115,8 @@ def append_event(folder: Path, event: Event) -> None:
 
 
 def is_number(value: object) -> TypeGuard[int | float]:
-    """Whether it is a number that fits 64 bits of a whole number (a bool is none, nor are nan and inf)."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and -_LARGEST < value < _LARGEST
+    """Whether it is a finite number below 2**63 in size; a bool is none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and -_MAX < value < _MAX
 
 
 def is_fault(event: Event) -> bool:

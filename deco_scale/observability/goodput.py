@@ -1,15 +1,15 @@
-"""Where the time of a run went: every moment from the first start to now is in exactly one class.
+"""Goodput: where the time of a run went. Every moment from the first start to now is in exactly one class.
 
-Times are whole microseconds, and a history is cut into pieces that follow each other without a gap, so the classes
+Times are whole microseconds, and a history is cut into spans that follow each other without a gap, so the classes
 add up to the wall clock exactly.
 
-    start             processes begin, load data, weights and encoders, up to the first step of an attempt
+    start             processes start, load data, weights and encoders, up to the first step of an attempt
     compile           the first step of each stage in an attempt, as a whole
     step              steps that count
-    data_wait         the part of their time that was spent on waiting for data
-    checkpoint_stall  training held up by a save
-    evaluation        pictures and scores that training waited for
-    lost              work (steps, waits, stalls, evaluations) past the step from which a later attempt went on, or
+    data_wait         the part of their time that was spent waiting for data
+    checkpoint_stall  training blocked by a save
+    evaluation        images and scores that training waited for
+    lost              work (steps, waits, stalls, evaluations) past the step from which a later attempt resumed, or
                       to which the run was rolled back
     down              from an attempt's last sign of life to the next start
 
@@ -18,7 +18,6 @@ Between two logged steps, lost work is taken in proportion to the steps.
 """
 
 import heapq
-import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,16 +29,18 @@ CLASSES = ("start", "compile", "step", "data_wait", "checkpoint_stall", "evaluat
 SILENT_S = 900.0
 """Seconds without a line after which an attempt without an end is taken for dead."""
 
-_SAVES = ("checkpoint", "checkpoint_failed", "export")
-_PROGRESS = (*_SAVES, "first_step", "evaluation", "skip", "spike", "rollback", "straggler", "stop_signal")
 _SECOND = 1_000_000
+_LOGGED = "metrics"
+"""Kind of the marks that are logged steps."""
+_SAVES = ("checkpoint", "checkpoint_failed", "export")
+_PROGRESS = (*_SAVES, _LOGGED, "first_step", "evaluation", "skip", "spike", "rollback", "straggler", "stop_signal")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Attempt:
     """One launch: Unix seconds of its start and of its last sign of life, and how it ended.
 
-    ``from_step`` and ``to_step`` are None where no step was done; ``reason`` is what it or the watchdog said.
+    ``from_step`` and ``to_step`` are None where no step was done; ``reason`` is what it or the watchdog reported.
     """
 
     number: int
@@ -74,49 +75,50 @@ class Goodput:
         return self.microseconds["step"] / self.wall_us if self.wall_us else 0.0
 
     def as_metrics(self) -> dict[str, float]:
-        """Seconds by the names that ``metrics.jsonl`` has for them, and the effective share."""
-        seconds = {f"goodput.{name}_s": self.seconds(name) for name in CLASSES}
-        return {**seconds, "goodput.effective": self.effective}
+        """Seconds of the classes and the effective share, under their names in ``metrics.jsonl``."""
+        return {
+            **{f"goodput.{name}_s": self.seconds(name) for name in CLASSES},
+            "goodput.effective": self.effective,
+        }
 
 
 @dataclass(slots=True)
 class _Mark:
-    """A line of either file at a whole microsecond; ``metrics`` is None for an event."""
+    """A line of either file; ``resume`` is the earliest step from which anything after it went on."""
 
-    at: int
-    event: Event | None
-    metrics: Mapping[str, Any] | None
+    time: int
+    kind: str
+    fields: Mapping[str, Any]
     resume: float = math.inf
-    """The earliest step from which anything after this mark went on."""
 
     @property
-    def kind(self) -> str:
-        return "metrics" if self.event is None else self.event.kind
+    def step(self) -> int:
+        return int(self.fields["step"])
 
     @property
-    def progress(self) -> bool:
-        return self.event is None or self.event.kind in _PROGRESS
-
-    def number(self, name: str) -> Any:
-        assert self.event is not None
-        return self.event.fields[name]
+    def reached(self) -> int:
+        """The step of the weights after it."""
+        return self.fields["to_step"] if self.kind == "rollback" else self.step
 
 
 @dataclass(slots=True)
 class _Launch:
-    """The marks of one attempt, ``start`` to ``end`` of its life, and the start of the next or the horizon."""
+    """The marks of one attempt, the end of its life, and the start of the next one or the horizon."""
 
     start: _Mark
     marks: list[_Mark] = field(default_factory=list)
     end: int = 0
-    until: int = 0
+    next_start: int = 0
+
+    def last(self, *kinds: str) -> _Mark | None:
+        return next((mark for mark in reversed(self.marks) if mark.kind in kinds), None)
 
 
 @dataclass(frozen=True, slots=True)
 class _Span:
-    """From ``begin`` to ``end``; of work up to ``step``, the share ``lost`` was done in vain."""
+    """Time of one class; of its work the share ``lost`` was in vain, of the rest the share ``waited`` for data."""
 
-    begin: int
+    start: int
     end: int
     name: str
     lost: float = 0.0
@@ -130,70 +132,62 @@ def compute_goodput(
     now: float,
     silent_s: float = SILENT_S,
 ) -> Goodput | None:
-    """The accounting at ``now`` (Unix seconds) of all lines of both files, in the files' order.
+    """The goodput at ``now`` (Unix seconds) by all lines of both files, in the files' order.
 
     None before the first start. Lines of metrics without ``time`` are left out. A clock that goes back is held
     until it has caught up, and nothing is later than ``now``. A run that ended with exit code 0 ends there.
     """
-    launches = _launches(_merged(events, metrics, now), round(now * _SECOND), round(silent_s * _SECOND))
+    launches = _launches(
+        _merge(events, metrics, round(now * _SECOND)), round(now * _SECOND), round(silent_s * _SECOND)
+    )
     if not launches:
         return None
     totals = dict.fromkeys(CLASSES, 0)
     for launch in launches:
         for span in _spans(launch):
-            _add(totals, span)
-    wall = launches[-1].until - launches[0].start.at
+            length = span.end - span.start
+            # The product is a float, which for absurd lengths rounds beyond them.
+            lost = min(round(length * span.lost), length)
+            waited = min(round((length - lost) * span.waited), length - lost)
+            totals["lost"] += lost
+            totals["data_wait"] += waited
+            totals[span.name] += length - lost - waited
+    wall = launches[-1].next_start - launches[0].start.time
     assert sum(totals.values()) == wall, (totals, wall)
-    return Goodput(
-        microseconds=totals,
-        wall_us=wall,
-        attempts=tuple(_attempt(launch, last=launch is launches[-1]) for launch in launches),
-    )
+    attempts = tuple(_attempt(launch, last=launch is launches[-1]) for launch in launches)
+    return Goodput(microseconds=totals, wall_us=wall, attempts=attempts)
 
 
-def _held(times: Iterable[tuple[float, Any]], now: int) -> Iterator[tuple[int, Any]]:
-    latest: int | None = None
-    for time, item in times:
-        at = min(round(time * _SECOND), now)
-        latest = at if latest is None else max(latest, at)
-        yield latest, item
+def _held(lines: Iterable[tuple[float, str, Mapping[str, Any]]], now: int) -> Iterator[_Mark]:
+    """Marks whose time never goes back and is never later than ``now``."""
+    latest = None
+    for seconds, kind, fields in lines:
+        time = min(round(seconds * _SECOND), now)
+        latest = time if latest is None else max(latest, time)
+        yield _Mark(latest, kind, fields)
 
 
-def _merged(events: Sequence[Event], metrics: Sequence[Mapping[str, Any]], now_s: float) -> list[_Mark]:
+def _merge(events: Sequence[Event], metrics: Sequence[Mapping[str, Any]], now: int) -> list[_Mark]:
     """Marks of both files by time, from the first start on, each with the resume that follows it."""
-    now = round(now_s * _SECOND)
-    timed = [line for line in metrics if is_number(line.get("time")) and is_number(line.get("step"))]
-    lines = _held(((line["time"], line) for line in timed), now)
-    happened = _held(((event.time, event) for event in events), now)
-    marks = list(
-        heapq.merge(
-            # At the same moment a logged step is of the attempt before, not of one that starts.
-            (_Mark(at, None, line) for at, line in lines),
-            (_Mark(at, event, None) for at, event in happened),
-            key=lambda mark: mark.at,
-        )
+    logged = (
+        (line["time"], _LOGGED, line)
+        for line in metrics
+        if is_number(line.get("time")) and is_number(line.get("step"))
     )
-    first = next((i for i, mark in enumerate(marks) if mark.kind == "start"), len(marks))
-    marks = marks[first:]
-    resume = math.inf
-    for i in range(len(marks) - 1, -1, -1):
-        mark = marks[i]
+    happened = ((event.time, event.kind, event.fields) for event in events if event.kind != _LOGGED)
+    # At the same moment a logged step belongs to the attempt before, not to one that starts.
+    marks = list(heapq.merge(_held(logged, now), _held(happened, now), key=lambda mark: mark.time))
+    marks = marks[next((i for i, mark in enumerate(marks) if mark.kind == "start"), len(marks)) :]
+    resume, following = math.inf, None
+    for mark in reversed(marks):
         mark.resume = resume
         if mark.kind == "rollback":
-            resume = min(resume, mark.number("to_step"))
-        elif mark.kind == "start":
-            begun = next((m for m in itertools.islice(marks, i + 1, None) if m.kind in _BEGINS), None)
-            if begun is not None and begun.kind != "start":
-                resume = min(resume, _step(begun) - 1)
+            resume = min(resume, mark.reached)
+        elif mark.kind == "start" and following is not None and following.kind != "start":
+            resume = min(resume, following.step - 1)
+        if mark.kind in ("first_step", _LOGGED, "start"):
+            following = mark
     return marks
-
-
-_BEGINS = ("first_step", "metrics", "start")
-
-
-def _step(mark: _Mark) -> int:
-    """The step that a line of metrics or an event is about."""
-    return int(mark.metrics["step"]) if mark.metrics is not None else int(mark.number("step"))
 
 
 def _launches(marks: list[_Mark], now: int, silent: int) -> list[_Launch]:
@@ -204,116 +198,101 @@ def _launches(marks: list[_Mark], now: int, silent: int) -> list[_Launch]:
         else:
             launches[-1].marks.append(mark)
     for i, launch in enumerate(launches):
-        last = i + 1 == len(launches)
-        signs = [mark.at for mark in launch.marks if mark.progress]
-        launch.end = signs[-1] if signs else launch.start.at
-        launch.until = now if last else launches[i + 1].start.at
-        ended = next((mark for mark in reversed(launch.marks) if mark.kind == "end"), None)
-        if last and ended is not None and ended.number("exit_code") == 0:
-            launch.until = max(ended.at, launch.end)
-        if last and _alive(launch, now, silent):
-            launch.end = now
+        progress = launch.last(*_PROGRESS)
+        launch.end = (progress or launch.start).time
+        if i + 1 < len(launches):
+            launch.next_start = launches[i + 1].start.time
+            continue
+        launch.next_start, ended = now, launch.last("end")
+        after = {mark.kind for mark in launch.marks if mark.time >= launch.end}
+        if ended is not None and ended.fields["exit_code"] == 0:
+            launch.next_start = max(ended.time, launch.end)
+        elif not {"end", "hang", "lost_rank"} & after and now - launch.end <= silent:
+            launch.end = now  # still working, as far as one can tell
     return launches
 
 
-def _alive(launch: _Launch, now: int, silent: int) -> bool:
-    """Whether the last attempt may still work: no end or fault since its last progress, and not long silent."""
-    after = [mark.kind for mark in launch.marks if mark.at >= launch.end and not mark.progress]
-    return not {"end", "hang", "lost_rank"} & set(after) and now - launch.end <= silent
-
-
 def _attempt(launch: _Launch, *, last: bool) -> Attempt:
-    steps = [_step(mark) for mark in launch.marks if mark.kind in ("first_step", "metrics")]
-    ended = next((mark for mark in reversed(launch.marks) if mark.kind == "end"), None)
+    steps = [mark.step for mark in launch.marks if mark.kind in ("first_step", _LOGGED)]
+    ended, fault, reason = launch.last("end"), launch.last("hang", "lost_rank"), None
+    if ended is not None:
+        reason = ended.fields["reason"]
+    elif fault is not None:
+        host = fault.fields.get("host")
+        what = "hung" if fault.kind == "hang" else "was lost"
+        reason = f"rank {fault.fields['rank']}{f' on {host}' if host else ''} {what}"
     return Attempt(
-        number=launch.start.number("attempt"),
-        world_size=launch.start.number("world_size"),
-        start=launch.start.at / _SECOND,
+        number=launch.start.fields["attempt"],
+        world_size=launch.start.fields["world_size"],
+        start=launch.start.time / _SECOND,
         last_active=launch.end / _SECOND,
         from_step=steps[0] - 1 if steps else None,
         to_step=steps[-1] if steps else None,
-        reason=ended.number("reason") if ended else _fault(launch),
-        exit_code=ended.number("exit_code") if ended else None,
-        running=last and ended is None and launch.end == launch.until,
+        reason=reason,
+        exit_code=ended.fields["exit_code"] if ended else None,
+        running=last and ended is None and launch.end == launch.next_start,
     )
 
 
-def _fault(launch: _Launch) -> str | None:
-    """Why an attempt without an end is over, if the watchdog has said it."""
-    for mark in reversed(launch.marks):
-        if mark.event is not None and mark.kind in ("hang", "lost_rank"):
-            what = "hung" if mark.kind == "hang" else "was lost"
-            host = mark.event.fields.get("host")
-            return f"rank {mark.number('rank')}{f' on {host}' if host else ''} {what}"
-    return None
-
-
 def _spans(launch: _Launch) -> Iterator[_Span]:
-    """All of the attempt's time in order, then the time down."""
+    """All of the attempt's time in order: work with its interruptions, then downtime."""
     overlays = _overlays(launch)
-    at, k = launch.start.at, 0
+    time, k = launch.start.time, 0
     for work in _work(launch):
-        while at < work.end:
-            while k < len(overlays) and overlays[k].end <= at:
+        while time < work.end:
+            while k < len(overlays) and overlays[k].end <= time:
                 k += 1
             over = overlays[k] if k < len(overlays) else None
-            if over is not None and over.begin <= at:
+            if over is not None and over.start <= time:
                 end = min(over.end, work.end)
-                yield _Span(at, end, over.name, over.lost)
+                yield _Span(time, end, over.name, over.lost)
             else:
-                end = work.end if over is None else min(over.begin, work.end)
-                yield _Span(at, end, work.name, work.lost, work.waited)
-            at = end
-    if at < launch.until:
-        yield _Span(at, launch.until, "down")
+                end = work.end if over is None else min(over.start, work.end)
+                yield _Span(time, end, work.name, work.lost, work.waited)
+            time = end
+    if time < launch.next_start:
+        yield _Span(time, launch.next_start, "down")
 
 
-def _work(launch: _Launch) -> list[_Span]:
-    """The attempt's life without what is laid over it: its start, then work from anchor to anchor."""
-    anchors = [mark for mark in launch.marks if mark.kind in ("first_step", "metrics", "rollback")]
+def _work(launch: _Launch) -> Iterator[_Span]:
+    """The attempt's life without interruptions: its start, then work between marks that tell the step."""
+    anchors = [mark for mark in launch.marks if mark.kind in ("first_step", _LOGGED, "rollback")]
     if not anchors:
-        return [_Span(launch.start.at, launch.end, "start")]
-    first = anchors[0]
-    spans = [_Span(launch.start.at, first.at, "start")]
-    at, step = first.at, _step(first)
-    if first.kind == "rollback":
-        step = first.number("to_step")
-    waits = _waits(anchors)
-    for mark, waited in zip(anchors[1:], waits[1:], strict=True):
-        reached = _step(mark)
+        yield _Span(launch.start.time, launch.end, "start")
+        return
+    yield _Span(launch.start.time, anchors[0].time, "start")
+    waited = _waited_shares(anchors)
+    for before, mark, share in zip(anchors, anchors[1:], waited[1:], strict=False):
         # What a rollback takes back is before it; its own step is where the weights were.
-        resume = min(mark.resume, mark.number("to_step")) if mark.kind == "rollback" else mark.resume
-        spans.append(_Span(at, mark.at, "step", _lost(step, reached, resume), waited))
-        at, step = mark.at, mark.number("to_step") if mark.kind == "rollback" else reached
-    resume = anchors[-1].resume
-    spans.append(_Span(at, launch.end, "step", float(resume <= step), waits[-1]))
-    return spans
+        resume = min(mark.resume, mark.reached) if mark.kind == "rollback" else mark.resume
+        lost = _lost_share(before.reached, mark.step, resume)
+        yield _Span(before.time, mark.time, "step", lost, share)
+    last = anchors[-1]
+    yield _Span(last.time, launch.end, "step", float(last.resume <= last.reached), waited[-1])
 
 
-def _lost(begin: int, end: int, resume: float) -> float:
-    """Share of the steps after ``begin`` up to ``end`` that lie after ``resume``."""
-    if end <= begin:
+def _lost_share(start: int, end: int, resume: float) -> float:
+    """Share of the steps after ``start`` up to ``end`` that are later than ``resume``."""
+    if end <= start:
         return float(end > resume)
-    return min(max(end - max(begin, resume), 0), end - begin) / (end - begin)
+    return min(max(end - max(start, resume), 0), end - start) / (end - start)
 
 
-def _waits(anchors: list[_Mark]) -> list[float]:
-    """Share of waiting in the time before each anchor: that of the next line of metrics, or of the last one."""
-    shares: list[float] = []
-    share = 0.0
-    for mark in anchors:
-        share = _wait(mark.metrics) if mark.metrics is not None else share
+def _waited_shares(anchors: list[_Mark]) -> list[float]:
+    """Share of data wait in the time before each anchor: that of the next logged step, or of the last one."""
+    share = next((_waited_share(mark) for mark in reversed(anchors) if mark.kind == _LOGGED), 0.0)
+    shares = []
     for mark in reversed(anchors):
-        share = _wait(mark.metrics) if mark.metrics is not None else share
+        share = _waited_share(mark) if mark.kind == _LOGGED else share
         shares.append(share)
     return shares[::-1]
 
 
-def _wait(line: Mapping[str, Any]) -> float:
-    waited, step_s = line.get("data_wait_s"), line.get("step_s")
-    if not is_number(waited) or not is_number(step_s):
+def _waited_share(mark: _Mark) -> float:
+    waited, step_s = mark.fields.get("data_wait_s"), mark.fields.get("step_s")
+    if not is_number(waited) or not is_number(step_s) or step_s <= 0:
         return 0.0
-    return min(max(waited / step_s, 0.0), 1.0) if step_s > 0 else 0.0
+    return min(max(waited / step_s, 0.0), 1.0)
 
 
 def _overlays(launch: _Launch) -> list[_Span]:
@@ -321,30 +300,19 @@ def _overlays(launch: _Launch) -> list[_Span]:
     found = []
     for mark in launch.marks:
         if mark.kind in _SAVES:
-            begin = mark.at - round(mark.number("total_s") * _SECOND)
-            end, name = min(begin + round(mark.number("stall_s") * _SECOND), mark.at), "checkpoint_stall"
+            start = mark.time - round(mark.fields["total_s"] * _SECOND)
+            end, name = min(start + round(mark.fields["stall_s"] * _SECOND), mark.time), "checkpoint_stall"
         elif mark.kind in ("evaluation", "first_step"):
-            begin, end = mark.at - round(mark.number("seconds") * _SECOND), mark.at
+            start, end = mark.time - round(mark.fields["seconds"] * _SECOND), mark.time
             name = "evaluation" if mark.kind == "evaluation" else "compile"
         else:
             continue
-        lost = name != "compile" and mark.number("step") > mark.resume
-        found.append(_Span(begin, end, name, float(lost)))
-    found.sort(key=lambda span: (span.begin, span.end))
-    spans, at = [], launch.start.at
-    for span in found:
-        begin, end = max(span.begin, at), min(span.end, launch.end)
-        if begin < end:
-            spans.append(_Span(begin, end, span.name, span.lost))
-            at = end
+        lost = name != "compile" and mark.step > mark.resume
+        found.append(_Span(start, end, name, float(lost)))
+    spans, time = [], launch.start.time
+    for span in sorted(found, key=lambda span: (span.start, span.end)):
+        start, end = max(span.start, time), min(span.end, launch.end)
+        if start < end:
+            spans.append(_Span(start, end, span.name, span.lost))
+            time = end
     return spans
-
-
-def _add(totals: dict[str, int], span: _Span) -> None:
-    length = span.end - span.begin
-    # The product is a float, which for absurd lengths rounds beyond them.
-    lost = min(round(length * span.lost), length)
-    waited = min(round((length - lost) * span.waited), length - lost)
-    totals["lost"] += lost
-    totals["data_wait"] += waited
-    totals[span.name] += length - lost - waited

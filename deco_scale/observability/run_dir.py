@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
-
+from deco_scale.errors import ConfigError
 from deco_scale.observability.events import EVENTS, Event, is_fault, is_number, parse_event
 from deco_scale.observability.goodput import Goodput, compute_goodput
 from deco_scale.observability.jsonl import JsonlTailer
+from deco_scale.yaml import load_yaml
 
 METRICS = "metrics.jsonl"
 _MAX_CONFIG = 2**20
@@ -111,11 +110,14 @@ class RunDir:
             if status.st_size > _MAX_CONFIG:
                 self._errors.append(f"config.yaml is larger than {_MAX_CONFIG} bytes")
                 return
-            raw = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+            raw = load_yaml(path.read_text(encoding="utf-8"), "config.yaml")
         except FileNotFoundError:
             return
-        except (OSError, UnicodeDecodeError, YAMLError, RecursionError) as error:
-            self._errors.append(f"config.yaml cannot be read: {' '.join(str(error).split())[:200]}")
+        except ConfigError as error:
+            self._errors.append(str(error)[:200])
+            return
+        except (OSError, UnicodeDecodeError) as error:
+            self._errors.append(f"config.yaml cannot be read: {type(error).__name__}")
             return
         if isinstance(raw, dict):
             self.config, self._config_stamp = raw, stamp

@@ -41,10 +41,7 @@ _JSON_FIELDS = {"message": "text", "version": "", "title": "", "attachments": ""
 def check_webhook(cfg: MonitorConfig) -> None:
     """Raises :class:`ConfigError` where alerts are configured and the variable holds no URL that can be used."""
     if cfg.webhook_env is not None:
-        try:
-            _service(cfg.webhook_env)
-        except ValueError as error:
-            raise ConfigError(f"monitor.webhook_env: {error}") from None
+        _service(cfg.webhook_env)
 
 
 def send_alert(env_name: str | None, text: str, *, timeout_s: float = TIMEOUT_S) -> str | None:
@@ -59,8 +56,10 @@ def send_alert(env_name: str | None, text: str, *, timeout_s: float = TIMEOUT_S)
     def post() -> None:
         try:
             outcome[0] = _post(env_name, text)
-        except Exception as error:  # of a service that we do not know; its text may have the URL in it
-            outcome[0] = str(error) if isinstance(error, _UrlError) else f"{type(error).__name__} in apprise"
+        except ConfigError as error:
+            outcome[0] = str(error)
+        except Exception as error:  # of one of apprise's services; its text may have the URL in it
+            outcome[0] = f"{type(error).__name__} in apprise"
 
     try:
         # Timeouts of sockets apply to each read; slow name servers and slow answers need one for the whole.
@@ -89,6 +88,7 @@ class AlertSender:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._env_name, self._run, self._timeout_s, self._clock = env_name, run, timeout_s, clock
+        register_secret(os.environ.get(env_name, "").strip())
         self._host = socket.gethostname()
         self._queue: queue.Queue[str | None] = queue.Queue(capacity)
         self._last: dict[str, float] = {}
@@ -145,57 +145,53 @@ class AlertSender:
                 logger.warning("an alert was not sent: %s", problem)
 
 
-class _UrlError(ValueError):
-    """The URL cannot be used; the message does not repeat it."""
-
-
 def _service(env_name: str) -> "Apprise":
-    """The service at the variable's URL, which is redacted everywhere from here on; raises :class:`_UrlError`."""
-    url = os.environ.get(env_name, "").strip()
+    """The service at the URL, which is redacted everywhere from here on; raises :class:`ConfigError`."""
+    url, variable = os.environ.get(env_name, "").strip(), f"monitor.webhook_env: the variable {env_name}"
     if not url:
-        raise _UrlError(f"the environment variable {env_name} is not set; it must hold the webhook's URL")
+        raise ConfigError(f"{variable} is not set; it must hold the webhook's URL")
     register_secret(url)
     try:
         import apprise
         from apprise.plugins.custom_json import NotifyJSON
     except ImportError:
-        raise _UrlError("alerts need the package apprise (pip install apprise)") from None
+        raise ConfigError("monitor.webhook_env: alerts need the package apprise (pip install apprise)") from None
     logging.getLogger("apprise").propagate = False  # it repeats URLs
-    try:
-        parts = urlsplit(url)
-        host, _ = parts.hostname or "", parts.port
-    except ValueError:
-        raise _UrlError(f"the environment variable {env_name} does not hold a URL") from None
     # A redirect would take the text to wherever the server says.
     service = apprise.Apprise(asset=apprise.AppriseAsset(http_redirects=False))
-    if parts.scheme not in ("http", "https"):
+    scheme, _, rest = url.partition("://")
+    if scheme.lower() not in ("http", "https"):
         if not service.add(url):
-            raise _UrlError(f"the environment variable {env_name} holds neither an https URL nor one of apprise")
+            raise ConfigError(f"{variable} holds neither an https URL nor one of apprise")
         return service
+    try:
+        parts = urlsplit(url)
+        host, _ = parts.hostname, parts.port
+    except ValueError:
+        raise ConfigError(f"{variable} does not hold a URL") from None
     if not host or not url.isascii() or any(c <= " " for c in url) or "@" in parts.netloc:
-        raise _UrlError(f"the environment variable {env_name} does not hold a plain https URL")
-    if parts.scheme == "http" and not _is_loopback(host):
-        raise _UrlError(f"the URL in {env_name} must be https; http is allowed to this machine only")
-    if parts.scheme == "http" and _has_proxy(url):
-        raise _UrlError(f"a proxy would get the alerts to the URL in {env_name}: add {host} to no_proxy")
-    if parts.scheme == "http" or not service.add(url):
-        path = url.partition("://")[2].removeprefix(parts.netloc)
-        service.add(NotifyJSON(host=parts.netloc, fullpath=path, secure=parts.scheme == "https", redirect=False,
-                               payload=_JSON_FIELDS))  # fmt: skip
+        raise ConfigError(f"{variable} does not hold a plain https URL")
+    if parts.scheme == "http":
+        _check_local(url, host, variable)
+    elif service.add(url):
+        return service
+    target = {"host": parts.netloc, "fullpath": rest.removeprefix(parts.netloc), "secure": parts.scheme == "https"}
+    service.add(NotifyJSON(**target, redirect=False, payload=_JSON_FIELDS))
     return service
 
 
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def _has_proxy(url: str) -> bool:
+def _check_local(url: str, host: str, variable: str) -> None:
+    """Raises :class:`ConfigError` unless the URL leads to this machine, and not through a proxy."""
     from requests.utils import get_environ_proxies, select_proxy
 
-    return select_proxy(url, get_environ_proxies(url)) is not None
+    try:
+        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        loopback = False
+    if not loopback:
+        raise ConfigError(f"{variable} must hold an https URL; http is allowed to this machine only")
+    if select_proxy(url, get_environ_proxies(url)) is not None:
+        raise ConfigError(f"{variable} has an http URL that goes through a proxy: add {host} to no_proxy")
 
 
 def _post(env_name: str, text: str) -> str | None:
@@ -209,7 +205,6 @@ def _post(env_name: str, text: str) -> str | None:
         )
     if sent:
         return None
-    status = re.search(r"\berror=(\d{3})\b", log.getvalue())
-    if status:
+    if status := re.search(r"\berror=(\d{3})\b", log.getvalue()):
         return f"the server answered {status[1]}"
     return "the server was not reached" if "onnection error" in log.getvalue() else "apprise could not send it"

@@ -190,6 +190,12 @@ def test_a_finished_run_costs_nothing_more_and_a_stopped_one_is_down() -> None:
     assert not after(0).attempts[-1].running
 
 
+def test_a_line_after_a_successful_end_is_the_end() -> None:
+    events = [start(BEGAN), Event(BEGAN + 5, "end", {"reason": "done", "exit_code": 0})]
+    found = compute_goodput(events, [{"step": 1, "time": BEGAN + 6}], now=BEGAN + 7)
+    assert found is not None and found.wall_s == 6 and not found.attempts[-1].running
+
+
 def test_events_survive_the_file_and_wrong_ones_are_named(tmp_path: Path) -> None:
     event = Event(BEGAN, "evaluation", {"step": 3, "seconds": 1.5, "note": "more is allowed"})
     append_event(tmp_path, event)

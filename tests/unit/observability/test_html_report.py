@@ -18,7 +18,6 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -35,6 +34,7 @@ from deco_scale.observability.summary import summary_rows
 from deco_scale.training.report import Reporter
 from deco_scale.training.settings import WandbConfig
 from deco_scale.training.tracking import run_id
+from deco_scale.yaml import dump_yaml
 
 BEGAN = 1_700_000_000.0
 MARKUP = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&"
@@ -94,7 +94,7 @@ def write_run(folder: Path, *, images: int = 3) -> None:
         "model": {"text_tokens": 16, "dim": 192},
         "stages": [{"name": MARKUP, "steps": 40}, {"name": "second", "steps": 10}],
     }
-    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    (folder / "config.yaml").write_text(dump_yaml(config))
     fields = {"world_size": 8, "layout": {"tp": 2, MARKUP: 1}, "hosts": [f"node{MARKUP}"], "attempt": 1}
     failed = {"step": 20, "stall_s": 1, "total_s": 2, "reason": f"PUT {signed} said {SECRETS['jwt']} {MARKUP}"}
     said = f"env {SECRETS['environment']} Authorization: Bearer {SECRETS['hub']} wandb {SECRETS['wandb']}"

@@ -185,9 +185,10 @@ def test_any_url_of_apprise_is_taken_and_not_repeated(
         ("https://discord.com/api/webhooks/123456789012345678/" + "b2" * 34, "NotifyDiscord"),
         ("https://discord.com/api/webhooks/123456789012345678/" + "b2" * 34 + "/slack", "NotifyJSON"),
         ("https://mattermost.example/hooks/abc", "NotifyJSON"),
+        ("tgram://123456789:abcdefg_hijklmnop/1234", "NotifyTelegram"),
     ],
 )
-def test_services_are_known_by_their_https_urls(url: str, service: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_services_are_known_by_their_urls(url: str, service: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("THE_HOOK", url)
     (target,) = webhooks._service("THE_HOOK")
     assert type(target).__name__ == service and target.redirects is False
