@@ -184,10 +184,12 @@ class TestCheckpoint:
         target = engine()
         for tensor in target.state().values():
             tensor.zero_()
+        target.optimizer_steps = 99  # type: ignore[misc]
         path = checkpoints.resolve("auto")
         assert path is not None and path.name == "step_00000007"
         loaded = checkpoints.load(target, path)
         assert (loaded.step, loaded.samples, loaded.optimizer_steps) == (7, 56, 5)
+        assert target.optimizer_steps == 5
         assert loaded.parameter_digest == checkpoint.parameter_digest(target.state())
         assert all(torch.equal(a, source.state()[n]) for n, a in target.state().items())
         assert checkpoint.read_tensors(path, "ema.").keys() == {"denoiser.w"}
