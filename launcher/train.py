@@ -45,7 +45,7 @@ from deco_scale.training.loop import Loop, Progress, resumed
 from deco_scale.training.meter import memory_bytes
 from deco_scale.training.processes import from_first
 from deco_scale.training.stopping import StopRequest
-from deco_scale.watchdog.watchdog import NoWatchdog, Watchdog
+from deco_scale.watchdog.client import NoWatchdog, Watchdog
 from launcher.assemble import assemble, derive_stages, fp8_plan_of, save_config
 from launcher.objects import open_objects
 
@@ -109,7 +109,7 @@ def run(
         checkpoints=checkpoints,
         dry_run=dry_run,
         stop=stop,
-        pulse=watch(),
+        heartbeat=watch(),
     )
     if dry_run:
         try:
@@ -239,11 +239,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         # A bug, or what remains of a collective when another rank is lost: the watchdog knows which.
         sys.excepthook(type(error), error, error.__traceback__)
         reason, code = f"{type(error).__name__}: {error}", 1
-        watchdog.ended(reason, code)
+        watchdog.report_exit(reason, code)
         watchdog.wait_for_verdict(VERDICT_S)
         if env.rank == 0 and folder is not None:
             _note_end(reason, code, folder)
-    watchdog.ended(reason, code)
+    watchdog.report_exit(reason, code)
     watchdog.close()
     return code
 

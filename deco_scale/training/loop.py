@@ -21,7 +21,8 @@ from deco_scale.training.report import Reporter
 from deco_scale.training.settings import FaultsConfig, RunSettings, StageConfig
 from deco_scale.training.step import StepResult, train_step
 from deco_scale.training.stopping import StopRequest
-from deco_scale.watchdog.board import Phase
+from deco_scale.watchdog.client import NoWatchdog
+from deco_scale.watchdog.heartbeat import Phase
 
 
 class Data(Protocol):
@@ -39,18 +40,11 @@ class Data(Protocol):
     def close(self) -> None: ...
 
 
-class Pulse(Protocol):
-    """Who wants to know that this rank goes on; see :mod:`deco_scale.watchdog`."""
+class Heartbeat(Protocol):
+    """What a rank tells that it makes progress; see :mod:`deco_scale.watchdog`."""
 
     def beat(self, step: int, phase: Phase) -> None:
-        """The rank begins ``phase`` of ``step``: start-up, a step, or what may take long."""
-
-
-class NoPulse:
-    """Nobody wants to know."""
-
-    def beat(self, step: int, phase: Phase) -> None:
-        """Nothing to do."""
+        """The rank starts ``phase`` of ``step``: start-up, a step, or an operation that may take long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +89,7 @@ class Loop:
     ahead: Ahead | None = None
     stop: StopRequest | None = None
     faults: FaultsConfig = FaultsConfig()
-    pulse: Pulse = field(default_factory=NoPulse)
+    heartbeat: Heartbeat = field(default_factory=NoWatchdog)
     hosts: Sequence[str] = ("localhost",)
     own_work: OwnWork | None = None
 
@@ -138,7 +132,7 @@ class Loop:
 
     def _go_back(self, wanted: RollBack) -> Progress:
         """Load the checkpoint that the policy asks for; the data go on after what was trained on."""
-        self.pulse.beat(wanted.at_step, "slow")
+        self.heartbeat.beat(wanted.at_step, "long_op")
         self._tell(self.checkpoints.finished(wait=True))
         at_most = wanted.step - self.faults.rollback_steps
         meta = self.checkpoints.go_back(self.engine, at_most=at_most, say=self.reporter.say)
@@ -168,7 +162,7 @@ class Loop:
         return progress
 
     def _run_stage(self, stage: Stage, progress: Progress, end: int) -> Progress:
-        self.pulse.beat(progress.step, "start")
+        self.heartbeat.beat(progress.step, "start")
         data = self.open_data(stage.cfg, progress.samples)
         state = data.state(progress.samples)
         if progress.stage == stage.cfg.name and progress.data_state != state:
@@ -190,7 +184,7 @@ class Loop:
             while progress.step < end and self.stopped is None:
                 step = progress.step + 1
                 logs = step % self.settings.log_every == 0 or step == end
-                self.pulse.beat(step, "start" if step == first else "step")
+                self.heartbeat.beat(step, "start" if step == first else "step")
                 started = time.perf_counter()
                 batch, encoded = next(batches)
                 log.waited(time.perf_counter() - started)
@@ -218,7 +212,7 @@ class Loop:
                 self._save(stage, progress, end=end)
                 log.other(time.perf_counter() - began)
         finally:
-            self.pulse.beat(progress.step, "slow")
+            self.heartbeat.beat(progress.step, "long_op")
             # The workers first: their end wakes a feed that waits for them.
             data.close()
             feed.close()
@@ -263,7 +257,7 @@ class Loop:
         if not whole and not export:
             self._tell(self.checkpoints.finished())
             return
-        self.pulse.beat(step, "slow")
+        self.heartbeat.beat(step, "long_op")
         meta = CheckpointMeta(
             step=step,
             stage=stage.cfg.name,

@@ -1,1 +1,1 @@
-"""A companion process beside each rank, which sees that it hangs or is gone and ends the job everywhere."""
+"""Fault detection: a sidecar process beside each rank notices hung and lost ranks and ends the whole job."""

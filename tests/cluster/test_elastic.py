@@ -63,7 +63,7 @@ def test_a_job_goes_on_with_fewer_nodes(tmp_path: Path, shards: Path, text_encod
     while steps_done(run) < 12 and time.monotonic() < deadline:
         time.sleep(0.1)
     assert 12 <= steps_done(run) < STEPS
-    # The whole node goes: agent, trainers, companions.
+    # The whole node goes: agent, trainers, sidecars.
     node = [psutil.Process(second.pid), *psutil.Process(second.pid).children(recursive=True)]
     for process in node:
         process.send_signal(signal.SIGKILL)

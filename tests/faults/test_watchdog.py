@@ -38,7 +38,7 @@ class Job:
                 command = [sys.executable, "-m", "tests.faults.watched", *map(str, words)]
                 environment = {**os.environ, "PYTHONPATH": str(ROOT), "MASTER_ADDR": "127.0.0.1"}
                 self.ranks.append(subprocess.Popen(command, stderr=stderr or file, env=environment, cwd=ROOT))
-        self.companions: list[psutil.Process] = []
+        self.sidecars: list[psutil.Process] = []
         self.ports: list[int] = []
 
     def ready(self) -> "Job":
@@ -49,9 +49,9 @@ class Job:
             time.sleep(0.01)
         for rank in self.ranks:
             children = psutil.Process(rank.pid).children()
-            self.companions += [p for p in children if "deco_scale.watchdog.companion" in p.cmdline()]
-        assert len(self.companions) == len(self.ranks)
-        connections = self.companions[0].net_connections("inet")
+            self.sidecars += [p for p in children if "deco_scale.watchdog.sidecar" in p.cmdline()]
+        assert len(self.sidecars) == len(self.ranks)
+        connections = self.sidecars[0].net_connections("inet")
         self.ports = [c.laddr.port for c in connections if c.status == psutil.CONN_LISTEN]
         assert len(self.ports) == (1 if len(self.ranks) > 1 else 0)
         return self
@@ -60,9 +60,9 @@ class Job:
         """Exit codes of the ranks, which end within this time; then nothing of the job is left."""
         deadline = time.monotonic() + seconds
         found = [rank.wait(max(0.01, deadline - time.monotonic())) for rank in self.ranks]
-        for companion in self.companions:
-            companion.wait(max(0.01, deadline - time.monotonic() + 1.0))
-            assert not companion.is_running()
+        for sidecar in self.sidecars:
+            sidecar.wait(max(0.01, deadline - time.monotonic() + 1.0))
+            assert not sidecar.is_running()
         for port in self.ports:
             with pytest.raises(ConnectionRefusedError):
                 socket.create_connection(("127.0.0.1", port), timeout=1)
@@ -78,7 +78,7 @@ class Job:
         return found.read_text()
 
     def end(self) -> None:
-        for process in [*self.companions, *(psutil.Process(r.pid) for r in self.ranks if r.poll() is None)]:
+        for process in [*self.sidecars, *(psutil.Process(r.pid) for r in self.ranks if r.poll() is None)]:
             if process.is_running():
                 process.kill()
         for rank in self.ranks:
@@ -122,7 +122,7 @@ def test_a_stopped_rank_is_told_with_its_stack(jobs: Any) -> None:
 
 
 def test_hung_ranks_are_told_with_their_stacks(jobs: Any) -> None:
-    """In Python, in a C call that holds the interpreter's lock, after the word of its end, in slow work, alone."""
+    """In Python, in a C call that holds the GIL, after it reported its exit, in a long operation, alone."""
     actions = [("", "hang"), ("", "lock"), ("", "exit"), ("", "slower"), ("hang",)]
     started = [jobs(*ranks, slow_timeout_s=TIMEOUT_S) for ranks in actions]
     for job in started:
@@ -132,7 +132,9 @@ def test_hung_ranks_are_told_with_their_stacks(jobs: Any) -> None:
         hung = len(ranks) - 1
         function = "sleeps_in_the_lock" if "lock" in ranks else "waits_for_ever"
         event = told_once(job, "hang", hung)
-        assert event["stack"].startswith(function) and ("in slow work" in event["how"]) == ("slower" in ranks)
+        assert event["stack"].startswith(function) and ("in a long operation" in event["how"]) == (
+            "slower" in ranks
+        )
         assert f"in {function}\n" in job.stacks(hung)
 
 
@@ -144,11 +146,11 @@ def test_killed_ranks_end_the_others(jobs: Any) -> None:
     os.close(writer)
     for job in started:
         job.ready()
-    time.sleep(3.0)  # companions look for children now and then
+    time.sleep(3.0)  # sidecars look for children now and then
     children = []
     for victim, job in enumerate(started[:2]):
         of_rank = psutil.Process(job.ranks[victim].pid).children(recursive=True)
-        children += [child for child in of_rank if child not in job.companions]
+        children += [child for child in of_rank if child not in job.sidecars]
     assert len(children) == 4
     for job, victim in zip(started, (0, 1, 0, 0), strict=True):
         job.ranks[victim].kill()
@@ -158,7 +160,7 @@ def test_killed_ranks_end_the_others(jobs: Any) -> None:
     for job, victim in zip(started, (0, 1, 0, 0), strict=True):
         assert job.codes(SOON_S) == [-signal.SIGKILL] * len(job.ranks)
         (event,) = job.events
-        assert event["kind"] == "lost_rank" and "gone without a word" in event["how"]
+        assert event["kind"] == "lost_rank" and "exited without reporting why" in event["how"]
         assert event["rank"] == victim or job is started[3]
         assert "no stacks: the process is gone" in job.stacks(victim)
     told_once(started[0], "lost_rank", 0)
@@ -169,20 +171,20 @@ def test_killed_ranks_end_the_others(jobs: Any) -> None:
     os.close(reader)
 
 
-def test_lost_companions_end_the_job(jobs: Any) -> None:
+def test_lost_sidecars_end_the_job(jobs: Any) -> None:
     """The node of one may be lost with it: who is unwatched must not go on."""
     cases = [(0, signal.SIGKILL), (1, signal.SIGKILL), (0, signal.SIGSTOP)]
     started = [jobs("", "") for _ in cases]
     for job in started:
         job.ready()
     for job, (victim, number) in zip(started, cases, strict=True):
-        job.companions[victim].send_signal(number)
+        job.sidecars[victim].send_signal(number)
     for job, (victim, _) in zip(started, cases, strict=True):
         codes = job.codes(SOON_S + 5.0)
         # The lost one's own trainer exits by itself or is killed by a neighbour.
         assert codes[1 - victim] == -signal.SIGKILL and codes[victim] in (1, -signal.SIGKILL)
         (event,) = job.events
-        assert (event["kind"], event["rank"]) == ("lost_rank", victim) and "companion" in event["how"]
+        assert (event["kind"], event["rank"]) == ("lost_rank", victim) and "sidecar" in event["how"]
 
 
 def test_an_error_ends_the_others_with_its_code(jobs: Any) -> None:
@@ -195,13 +197,13 @@ def test_an_error_ends_the_others_with_its_code(jobs: Any) -> None:
 
 
 def test_normal_ends_are_no_faults(jobs: Any) -> None:
-    """Done, stopped and saved, a slow phase, one rank alone, rank 0 before the others; signals to companions."""
+    """Done, stopped and saved, a slow phase, one rank alone, rank 0 before the others; signals to sidecars."""
     started = [jobs("", "", ""), jobs("stop", "stop"), jobs("", "slow"), jobs(""), jobs("", "late")]
     for job in started:
         job.ready()
-        for companion in job.companions:
+        for sidecar in job.sidecars:
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
-                companion.send_signal(number)
+                sidecar.send_signal(number)
     for job in started:
         (job.run.parent / "enough").touch()
     for job, code in zip(started, (0, 75, 0, 0, 0), strict=True):

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from deco_scale.errors import RunError
-from deco_scale.watchdog.settings import WatchdogConfig
-from deco_scale.watchdog.watchdog import Watchdog
+from deco_scale.watchdog.client import Watchdog
+from deco_scale.watchdog.config import WatchdogConfig
 
 STEP_S = 0.05
 
@@ -69,17 +69,17 @@ def main(rank: int, world_size: int, run_dir: Path, timeout_s: float, slow_timeo
         dog.beat(step, "step")
         time.sleep(STEP_S)
         if action == "peer" and broken.exists():
-            dog.ended("ConnectionError: closed by peer", 1)
+            dog.report_exit("ConnectionError: closed by peer", 1)
             dog.wait_for_verdict(20)
         if enough.exists() and step > 5:
             break
         if step != 5:
             continue
         if action == "slow":
-            dog.beat(step, "slow")
+            dog.beat(step, "long_op")
             time.sleep(2 * timeout_s)
         elif action == "slower":
-            dog.beat(step, "slow")
+            dog.beat(step, "long_op")
             waits_for_ever()
         elif action == "hang":
             waits_for_ever()
@@ -92,11 +92,11 @@ def main(rank: int, world_size: int, run_dir: Path, timeout_s: float, slow_timeo
             code, reason = 2, "the cat bit through the cable"
             break
         elif action == "exit":
-            dog.ended("done", 0)
+            dog.report_exit("done", 0)
             waits_for_ever()
     if action == "late":
         time.sleep(1)
-    dog.ended(reason, 75 if action == "stop" else code)
+    dog.report_exit(reason, 75 if action == "stop" else code)
     dog.close()
     return 75 if action == "stop" else code
 

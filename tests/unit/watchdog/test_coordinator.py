@@ -8,42 +8,50 @@ from typing import Any
 
 import pytest
 
-from deco_scale.watchdog.decision import GRACE_S, SETTLE_S, Decision, Report, Verdict
-from deco_scale.watchdog.hub import LINGER_S, Hub
-from deco_scale.watchdog.link import Link
-from deco_scale.watchdog.orders import Member, Order
-from deco_scale.watchdog.settings import WatchdogConfig
-from deco_scale.watchdog.trainer_process import Identity
+from deco_scale.watchdog.config import WatchdogConfig
+from deco_scale.watchdog.coordinator import LINGER_S, Coordinator
+from deco_scale.watchdog.diagnosis import GRACE_S, SETTLE_S, Diagnosis, Fault, RankReport
+from deco_scale.watchdog.peer import Peer
+from deco_scale.watchdog.process import ProcessIdentity
+from deco_scale.watchdog.protocol import Member, TerminateOrder
 
 CFG = WatchdogConfig(timeout_s=20.0, slow_timeout_s=3600.0)
 
 
 def decide(
     cfg: WatchdogConfig, ranks: dict[int, dict[str, Any]], *, silent_before: float, seconds: float
-) -> Verdict | None:
-    """First verdict on ranks of which those in phase ``step`` fell silent ``silent_before`` seconds ago."""
-    decision = Decision(ranks, cfg, now=0.0)
+) -> Fault | None:
+    """First fault on ranks of which those in phase ``step`` fell silent ``silent_before`` seconds ago."""
+    decision = Diagnosis(ranks, cfg, now=0.0)
     for tick in range(int(seconds * 10)):
         now = 1000.0 + tick / 10
         for rank, fields in ranks.items():
             silent = {"silent_s": silent_before + tick / 10} if fields["phase"] == "step" else {}
-            decision.hear(now, Report(rank=rank, **{**fields, **silent}))
-        verdict = decision.check(now)
-        if verdict is not None:
-            return verdict
+            decision.update(now, RankReport(rank=rank, **{**fields, **silent}))
+        fault = decision.check(now)
+        if fault is not None:
+            return fault
     return None
 
 
 def test_a_rank_in_the_same_step_as_a_slow_one_is_waiting_not_hung() -> None:
     """A collective inside step 17 holds the ranks whose own work of step 17 is done until the slow one arrives."""
-    ranks = {0: {"phase": "slow", "step": 17}, 1: {"phase": "step", "step": 17}, 2: {"phase": "step", "step": 18}}
+    ranks = {
+        0: {"phase": "long_op", "step": 17},
+        1: {"phase": "step", "step": 17},
+        2: {"phase": "step", "step": 18},
+    }
     assert decide(CFG, ranks, silent_before=100.0, seconds=10.0) is None
     ranks[1]["step"] = 16
     assert decide(CFG, ranks, silent_before=100.0, seconds=10.0).rank == 1
 
 
 def test_of_several_slow_ranks_the_furthest_behind_excuses_waiting() -> None:
-    ranks = {0: {"phase": "slow", "step": 17}, 1: {"phase": "slow", "step": 19}, 2: {"phase": "step", "step": 18}}
+    ranks = {
+        0: {"phase": "long_op", "step": 17},
+        1: {"phase": "long_op", "step": 19},
+        2: {"phase": "step", "step": 18},
+    }
     assert decide(CFG, ranks, silent_before=100.0, seconds=10.0) is None
 
 
@@ -56,8 +64,8 @@ def test_silence_that_starts_just_before_an_error_is_its_effect(
     """The failing rank leaves a collective before it reports its error, and the others already wait by then."""
     cfg = WatchdogConfig(timeout_s=1.2, slow_timeout_s=3600.0)
     ranks = {0: {"phase": "step", "step": 17}, 1: {"phase": "end", "step": 17, "code": 2, "reason": "no file"}}
-    verdict = decide(cfg, ranks, silent_before=silent_before, seconds=GRACE_S + 2.0)
-    assert (verdict.kind, verdict.rank) == (kind, rank)
+    fault = decide(cfg, ranks, silent_before=silent_before, seconds=GRACE_S + 2.0)
+    assert (fault.kind, fault.rank) == (kind, rank)
 
 
 @pytest.mark.parametrize(("stopped_s", "rank"), [(SETTLE_S / 2, 1), (SETTLE_S, 2)])
@@ -71,38 +79,42 @@ def test_a_process_stopped_for_a_moment_is_not_the_cause_of_a_hang(stopped_s: fl
 
 
 class Job:
-    """Companions of a job of which rank 0 is the test's: reports go over real connections, at times it chooses."""
+    """Sidecars of a job of which rank 0 is the test's: reports go over real connections, at times it chooses."""
 
     def __init__(self, world_size: int) -> None:
-        me = Identity.of(os.getpid())
-        self.members = [Member(rank, f"node{rank}", Identity(rank, 1, me.boot), me) for rank in range(world_size)]
-        self.hub = Hub(CFG, self.members[0], world_size=world_size, token="token", local=True, now=0.0)
+        me = ProcessIdentity.of(os.getpid())
+        self.members = [
+            Member(rank, f"node{rank}", ProcessIdentity(rank, 1, me.boot), me) for rank in range(world_size)
+        ]
+        self.coordinator = Coordinator(
+            CFG, self.members[0], world_size=world_size, token="token", local=True, now=0.0
+        )
         self.peers = {
-            rank: Link(CFG, self.members[rank], self.members[0], now=0.0) for rank in range(1, world_size)
+            rank: Peer(CFG, self.members[rank], self.members[0], now=0.0) for rank in range(1, world_size)
         }
 
     def connect(self) -> None:
         threads = [
-            threading.Thread(target=peer.connect, args=("127.0.0.1", self.hub.port, "token", 5.0))
+            threading.Thread(target=peer.connect, args=("127.0.0.1", self.coordinator.port, "token", 5.0))
             for peer in self.peers.values()
         ]
         for thread in threads:
             thread.start()
-        while self.hub.missing:
-            self.hub.wait(0.01, 0.0)
+        while self.coordinator.missing:
+            self.coordinator.wait(0.01, 0.0)
         for thread in threads:
             thread.join()
 
-    def run(self, start: float, seconds: float, **reports: dict[str, Any]) -> Order | None:
+    def run(self, start: float, seconds: float, **reports: dict[str, Any]) -> TerminateOrder | None:
         """The first order; ``rank_1={...}`` is what a rank reports, other peers are healthy."""
         for tick in range(int(seconds * 10)):
             now = start + tick / 10
             for rank, peer in self.peers.items():
-                peer.tick(now, Report(rank=rank, **{"phase": "step", **reports.get(f"rank_{rank}", {})}))
+                peer.tick(now, RankReport(rank=rank, **{"phase": "step", **reports.get(f"rank_{rank}", {})}))
             # Twice: data from another socket of this process is there, but one wait may see only some of it.
-            self.hub.wait(0.005, now)
-            self.hub.wait(0.0, now)
-            order = self.hub.tick(now, Report(rank=0, phase="step"))
+            self.coordinator.wait(0.005, now)
+            self.coordinator.wait(0.0, now)
+            order = self.coordinator.tick(now, RankReport(rank=0, phase="step"))
             if order is not None:
                 return order
         return None
@@ -118,22 +130,21 @@ def job_of(world_size: int, *, connect: bool = True) -> Iterator[Job]:
     finally:
         for peer in job.peers.values():
             peer.close(0.0)
-        job.hub.close(0.0)
+        job.coordinator.close(0.0)
 
 
-def test_nothing_is_decided_before_all_companions_came() -> None:
+def test_nothing_is_decided_before_all_sidecars_connected() -> None:
     with job_of(2, connect=False) as job:
         job.peers.clear()
-        assert job.run(1000.0, 5.0) is None and job.hub.missing == [1]
+        assert job.run(1000.0, 5.0) is None and job.coordinator.missing == [1]
 
 
 def test_a_closed_connection_without_a_goodbye_is_a_lost_rank() -> None:
     with job_of(3) as job:
-        job.peers.pop(1)._line.close()
+        job.peers.pop(1)._messages.close()
         order = job.run(1.0, 5.0)
-        assert (order.kind, order.rank) == ("lost", 1)
-        lost = job.members[1]
-        assert order.orphans == (lost.trainer, lost.companion)
+        assert (order.fault.kind, order.member.rank) == ("lost", 1)
+        assert order.orphans == (job.members[1],)
 
 
 def test_a_goodbye_is_no_fault() -> None:
@@ -142,23 +153,23 @@ def test_a_goodbye_is_no_fault() -> None:
         assert job.run(1.0, 5.0) is None
 
 
-def test_orphans_are_all_ranks_whose_companion_is_not_connected() -> None:
-    """Rank 2 is gone and the companion of rank 1 is lost: neighbours end both trainers."""
+def test_orphans_are_all_ranks_whose_sidecar_is_not_connected() -> None:
+    """Rank 2 is gone and the sidecar of rank 1 is lost: neighbours end both trainers."""
     with job_of(4) as job:
-        job.peers.pop(1)._line.close()
+        job.peers.pop(1)._messages.close()
         order = job.run(1.0, 5.0, rank_2={"gone": True})
-        assert (order.kind, order.rank) == ("lost", 2)
-        assert {orphan.pid for orphan in order.orphans} == {1, 2, os.getpid()}
+        assert (order.fault.kind, order.member.rank) == ("lost", 2)
+        assert [orphan.rank for orphan in order.orphans] == [1, 2]
 
 
 def test_rank_0_lingers_for_the_others_and_longer_while_something_is_wrong() -> None:
     with job_of(3) as job:
         assert job.run(1.0, 0.5) is None
-        assert not job.hub.may_leave(LINGER_S - 0.1)
-        assert job.hub.may_leave(LINGER_S + 0.1)
+        assert not job.coordinator.may_exit(LINGER_S - 0.1)
+        assert job.coordinator.may_exit(LINGER_S + 0.1)
         assert job.run(2.0, SETTLE_S / 2, rank_1={"gone": True}) is None
-        assert not job.hub.may_leave(LINGER_S + 0.1)
+        assert not job.coordinator.may_exit(LINGER_S + 0.1)
     with job_of(2) as job:
         job.peers.pop(1).close(0.0)
         assert job.run(1.0, 0.5) is None
-        assert job.hub.may_leave(0.0)
+        assert job.coordinator.may_exit(0.0)

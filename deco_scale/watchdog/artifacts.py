@@ -1,0 +1,111 @@
+"""What a sidecar leaves behind after a fault: stack files, the event, log lines. No disk can block it for long."""
+
+import os
+import re
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from deco_scale.observability.events import Event, append_event
+from deco_scale.observability.redact import scrub
+from deco_scale.observability.webhooks import send_alert
+from deco_scale.watchdog.protocol import TerminateOrder
+
+LOG = "log.txt"
+WRITE_S = 2.0
+ALERT_S = 4.0
+
+
+def run_with_deadline(seconds: float, work: Callable[[], object]) -> str | None:
+    """Do it in a thread, which is abandoned after ``seconds``; returns what went wrong, in words."""
+    try:
+        ThreadPoolExecutor(1).submit(work).result(seconds)
+    except TimeoutError:
+        return f"not done within {seconds:g} s"
+    except Exception as error:  # ending the job must not depend on it
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class FaultArtifacts:
+    """Where the job's stacks and events go: ``shown`` is ``run_dir`` as the user wrote it."""
+
+    run_dir: Path
+    shown: str
+    started: str
+
+    def _write_stack_file(self, name: str, text: str, mode: str = "w") -> None:
+        folder = self.run_dir / "stacks" / self.started
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / name).open(mode, encoding="utf-8", errors="replace") as file:
+            file.write(text)
+
+    def write_stacks(self, rank: int, host: str, text: str) -> None:
+        """Write one rank's stacks, to stderr where the folder cannot be written."""
+        name = f"rank_{rank:05d}_{re.sub(r'[^A-Za-z0-9.-]', '-', host)[:64]}.txt"
+        problem = run_with_deadline(WRITE_S, lambda: self._write_stack_file(name, scrub(text)))
+        if problem is not None:
+            log_to_stderr(f"the stacks of rank {rank} could not be written: {problem}\n{text}")
+
+    def claim_event(self, rank: int) -> bool:
+        """Whether this sidecar is the first to claim the event; without a shared disk, each one is."""
+        first = [True]
+
+        def claim() -> None:
+            try:
+                self._write_stack_file("told_by", f"rank {rank}\n", "x")
+            except FileExistsError:
+                first[0] = False
+
+        run_with_deadline(WRITE_S, claim)
+        return first[0]
+
+    def write_event(self, order: TerminateOrder, stack: str | None, *, end: bool) -> str:
+        """Write the event and a line to the log and stderr; returns the line.
+
+        An error is written as the event ``end`` only if ``end`` says so: usually rank 0 writes its own.
+        """
+        text = scrub(order.text)
+        event: Event | None = None
+        if order.fault.kind == "error":
+            if end:
+                event = Event(time.time(), "end", {"reason": f"watchdog: {text}", "exit_code": order.fault.code})
+        else:
+            step = order.report.step if order.report is not None else 0
+            fields = {"rank": order.fault.rank, "host": order.member.host, "how": text, "step": max(step, 0)}
+            if order.fault.kind == "hang":
+                fields["stack"] = scrub(stack or "none; see the stack files")
+            event = Event(time.time(), "hang" if order.fault.kind == "hang" else "lost_rank", fields)
+            text += f"; stacks of all ranks: {self.shown}/stacks/{self.started}"
+
+        def write() -> None:
+            if event is not None:
+                append_event(self.run_dir, event)
+            with (self.run_dir / LOG).open("a", encoding="utf-8") as file:
+                file.write(f"{time.strftime('%H:%M:%S')} watchdog: {text}\n")
+
+        problem = run_with_deadline(WRITE_S, write)
+        log_to_stderr(text)
+        if problem is not None:
+            log_to_stderr(f"this could not be written to {self.shown}: {problem}")
+        return f"watchdog: {text}"
+
+
+def log_to_stderr(text: str) -> None:
+    """Write a line to stderr; given up after half a second if nobody reads it."""
+    data = f"watchdog: {scrub(text)}\n".encode(errors="replace")
+    run_with_deadline(0.5, lambda: os.write(2, data))
+
+
+def start_alert(webhook_env: str, text: str) -> "Future[None]":
+    """Post it to the webhook that the variable names, in a thread, which takes :data:`ALERT_S` at most."""
+
+    def send() -> None:
+        problem = send_alert(webhook_env, text, timeout_s=ALERT_S)
+        if problem is not None:
+            log_to_stderr(f"no alert was sent: {problem}")
+
+    return ThreadPoolExecutor(1).submit(send)

@@ -1,0 +1,184 @@
+"""A trainer as its sidecar sees it: whether it runs, its state and stacks, and how to kill it."""
+
+import os
+import re
+import select
+import signal
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+DUMP_SIGNAL = signal.SIGUSR2
+DUMP_S = 1.5
+"""How long a dump may take."""
+_MAX_DUMP = 1 << 20
+_FRAME = re.compile(r'^  File "(.*)", line (\d+) in (.*)$')
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessIdentity:
+    """A process, unambiguously: its pid, its start time in ticks since boot, and the boot of its machine."""
+
+    pid: int
+    started: int
+    boot: str
+
+    @classmethod
+    def of(cls, pid: int) -> "ProcessIdentity":
+        """Raises ``OSError`` if there is none."""
+        return cls(pid, _stat(pid)[1], _boot())
+
+    @property
+    def running(self) -> bool:
+        """Whether it runs on this machine; a zombie does not."""
+        try:
+            state, started = _stat(self.pid)
+            return started == self.started and state not in "ZX" and _boot() == self.boot
+        except OSError:
+            return False
+
+    def kill(self) -> None:
+        """SIGKILL, if it runs on this machine."""
+        if self.running:
+            with suppress(OSError):
+                os.kill(self.pid, signal.SIGKILL)
+
+
+def _stat(pid: int) -> tuple[str, int]:
+    """State and start time; they follow the name, which is in parentheses and may hold anything."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+        return fields[0], int(fields[19])
+    except (IndexError, ValueError) as error:
+        raise ProcessLookupError(f"process {pid}") from error
+
+
+def _boot() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+
+
+@dataclass(slots=True)
+class TrainerProcess:
+    """The process ``identity``, which writes its stacks to the file descriptor ``dump`` at :data:`DUMP_SIGNAL`."""
+
+    identity: ProcessIdentity
+    dump: int
+    pidfd: int | None = field(default=None, init=False)
+    _gone: bool = field(default=False, init=False)
+    _children: set[ProcessIdentity] = field(default_factory=set, init=False)
+
+    def __post_init__(self) -> None:
+        with suppress(OSError, AttributeError):  # a kernel before 5.3, or a sandbox
+            self.pidfd = os.pidfd_open(self.identity.pid)
+        # The pid may have been reused before it was opened.
+        self._gone = not self.identity.running
+
+    @property
+    def gone(self) -> bool:
+        """Whether it has exited; a zombie has."""
+        if not self._gone:
+            if self.pidfd is None:
+                self._gone = not self.identity.running
+            else:
+                poll = select.poll()
+                poll.register(self.pidfd, select.POLLIN)
+                self._gone = bool(poll.poll(0))
+        return self._gone
+
+    def state(self) -> str:
+        """The letter of /proc, ``?`` where it cannot be read."""
+        try:
+            return _stat(self.identity.pid)[0]
+        except OSError:
+            return "?"
+
+    def kernel_wait(self) -> str:
+        """The kernel function that it sleeps in, as far as the system tells."""
+        try:
+            name = Path(f"/proc/{self.identity.pid}/wchan").read_text(encoding="ascii").strip()
+        except (OSError, UnicodeDecodeError):
+            return "not readable"
+        return name if name not in ("", "0") else "none"
+
+    def track_children(self) -> None:
+        """Remember its descendants: after its exit nothing shows that they were its own."""
+        if self.gone:
+            return
+        children: set[ProcessIdentity] = set()
+        with suppress(psutil.Error):
+            for child in psutil.Process(self.identity.pid).children(recursive=True):
+                if child.pid != os.getpid():
+                    with suppress(OSError):
+                        children.add(ProcessIdentity.of(child.pid))
+        self._children = {child for child in self._children if child.running} | children
+
+    def stacks(self) -> str:
+        """Stacks of all its threads; raises ``TimeoutError`` saying why there are none.
+
+        A stopped process is continued after the signal is queued: it dumps before it does anything else.
+        """
+        if self.gone:
+            raise TimeoutError("the process is gone")
+        before, state = os.fstat(self.dump).st_size, self.state()
+        self._send(DUMP_SIGNAL)
+        if state == "T":
+            self._send(signal.SIGCONT)
+        deadline = time.monotonic() + DUMP_S
+        size, steady = before, 0
+        while time.monotonic() < deadline and steady < 3 and not self.gone:
+            time.sleep(0.03)
+            now = os.fstat(self.dump).st_size
+            steady = steady + 1 if now == size > before else 0
+            size = now
+        if size == before:
+            state = self.state()
+            raise TimeoutError(f"the process did not answer the signal within {DUMP_S:g} s, in state {state}")
+        return os.pread(self.dump, min(size - before, _MAX_DUMP), before).decode(errors="replace")
+
+    def kill(self) -> bool:
+        """SIGKILL to it and its descendants; returns whether it is gone soon after."""
+        self.track_children()
+        self._send(signal.SIGKILL)
+        # The second time for those that were started meanwhile.
+        for _ in range(2):
+            self.kill_children()
+        return self.wait(2.0)
+
+    def kill_children(self) -> None:
+        """SIGKILL to what it started and left behind."""
+        self.track_children()
+        for child in self._children:
+            child.kill()
+
+    def wait(self, seconds: float) -> bool:
+        """Whether it is gone within this time."""
+        deadline = time.monotonic() + seconds
+        while not self.gone:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.02)
+        return True
+
+    def _send(self, number: signal.Signals) -> None:
+        with suppress(OSError):
+            if self.pidfd is not None:
+                signal.pidfd_send_signal(self.pidfd, number)
+            elif self.identity.running:
+                os.kill(self.identity.pid, number)
+
+
+def innermost_frames(dump: str, count: int = 4) -> str:
+    """The innermost frames of the main thread, the current call first, on one line.
+
+    The main thread is the oldest, and hence the last of a dump, unless there are too many threads for one.
+    """
+    parts = re.split(r"^(?=(?:Current thread|Thread) )", dump, flags=re.MULTILINE)
+    threads = [part for part in parts if part.startswith(("Current thread", "Thread"))]
+    main = threads[-1] if threads else ""
+    if "\n...\n" in dump:
+        main = next((part for part in threads if part.startswith("Current thread")), main)
+    frames = [frame for frame in map(_FRAME.match, main.splitlines()) if frame]
+    return " < ".join(f"{f[3]} ({os.path.basename(f[1])}:{f[2]})" for f in frames[:count])[:1000]
