@@ -241,8 +241,8 @@ def main() -> int:
         pictures = Path(scratch) / "pictures"
         pictures.mkdir()
         write_pictures(pictures, args.pictures)
-        store, skipped = open_store(URL), list[str]()
-        pack(read_folder(pictures, skipped), store, shard_bytes=8 * 10**6, skipped=skipped)
+        store, rejects = open_store(URL), list[str]()
+        pack(read_folder(pictures, rejects), store, shard_bytes=8 * 10**6, rejects=rejects)
         (index, _), seconds = timed(lambda: build_index(store))
         save_index(store, index)
         results: dict[str, Any] = {

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from data_pipeline.config import DataConfig
 from data_pipeline.decode import DecodeError, decode
+from data_pipeline.errors import Reject
 from data_pipeline.pack.readers import read_source
 from data_pipeline.stream.loader import Loader
 from deco_scale.config import RunConfig

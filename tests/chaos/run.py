@@ -206,10 +206,10 @@ class Chaos:
 def make_shards(server: S3Server, folder: Path) -> str:
     """A data set in the server's bucket; its URL."""
     server.create_bucket("chaos")
-    store, skipped = open_store("s3://chaos/shards"), list[str]()
-    pack(read_folder(make_images_folder(folder, 100), skipped), store, shard_bytes=150_000, skipped=skipped)
+    store, rejects = open_store("s3://chaos/shards"), list[str]()
+    pack(read_folder(make_images_folder(folder, 100), rejects), store, shard_bytes=150_000, rejects=rejects)
     index, report = build_index(store)
-    assert not skipped and not report.problems
+    assert not rejects and not report.problems
     save_index(store, index)
     return "s3://chaos/shards"
 
