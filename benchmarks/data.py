@@ -30,6 +30,7 @@ from rich.table import Table
 from benchmarks import record
 from data_pipeline.config import DataConfig
 from data_pipeline.decode import DecodeMode, decode
+from data_pipeline.errors import Reject
 from data_pipeline.index.build import build_index, save_index
 from data_pipeline.index.format import COLUMNS, make_index, parse_index, write_index
 from data_pipeline.pack.readers import read_folder
@@ -241,7 +242,7 @@ def main() -> int:
         pictures = Path(scratch) / "pictures"
         pictures.mkdir()
         write_pictures(pictures, args.pictures)
-        store, rejects = open_store(URL), list[str]()
+        store, rejects = open_store(URL), list[Reject]()
         pack(read_folder(pictures, rejects), store, shard_bytes=8 * 10**6, rejects=rejects)
         (index, _), seconds = timed(lambda: build_index(store))
         save_index(store, index)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from data_pipeline.errors import Reject
 from data_pipeline.index.build import build_index, save_index
 from data_pipeline.pack.readers import read_folder
 from data_pipeline.pack.writer import pack
@@ -206,7 +207,7 @@ class Chaos:
 def make_shards(server: S3Server, folder: Path) -> str:
     """A data set in the server's bucket; its URL."""
     server.create_bucket("chaos")
-    store, rejects = open_store("s3://chaos/shards"), list[str]()
+    store, rejects = open_store("s3://chaos/shards"), list[Reject]()
     pack(read_folder(make_images_folder(folder, 100), rejects), store, shard_bytes=150_000, rejects=rejects)
     index, report = build_index(store)
     assert not rejects and not report.problems
