@@ -33,7 +33,7 @@ TIMEOUT_S = 5.0
 MIN_INTERVAL_S = 60.0
 """Shortest time between two alerts of one kind."""
 _KINDS = ("stop_signal", "end", "straggler")
-_MAX_CHARS = 1000
+_MAX_CHARS, _MIN_TOKEN = 1000, 16
 _JSON_FIELDS = {"message": "text", "version": "", "title": "", "attachments": "", "type": ""}
 """New names of the fields of apprise's JSON; those without a name are left out."""
 
@@ -161,6 +161,10 @@ def _service(env_name: str) -> "Apprise":
     service = apprise.Apprise(asset=apprise.AppriseAsset(http_redirects=False))
     scheme, _, rest = url.partition("://")
     if scheme.lower() not in ("http", "https"):
+        # Tokens stand anywhere in such a URL, also in place of the host.
+        for part in re.split(r"[/@:?&=]+", rest):
+            if len(part) >= _MIN_TOKEN:
+                register_secret(part)
         if not service.add(url):
             raise ConfigError(f"{variable} holds neither an https URL nor one of apprise")
         return service

@@ -25,7 +25,7 @@ from deco_scale.observability import webhooks
 from deco_scale.observability.config import MonitorConfig
 from deco_scale.observability.events import Event
 from deco_scale.observability.prometheus import PrometheusExporter
-from deco_scale.observability.redact import REMOVED
+from deco_scale.observability.redact import REMOVED, scrub
 from deco_scale.observability.webhooks import AlertSender, check_webhook, send_alert
 from deco_scale.training.report import Reporter
 from deco_scale.training.settings import WandbConfig
@@ -192,6 +192,14 @@ def test_services_are_known_by_their_urls(url: str, service: str, monkeypatch: p
     monkeypatch.setenv("THE_HOOK", url)
     (target,) = webhooks._service("THE_HOOK")
     assert type(target).__name__ == service and target.redirects is False
+    for token in ("a1" * 12, "b2" * 34, "abcdefg_hijklmnop"):
+        assert token not in url or token not in scrub(f"error: {url} {url.partition('://')[2]} {url}/x")
+
+
+def test_a_token_of_an_apprise_url_is_redacted_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("THE_HOOK", "tgram://123456789:abcdefg_hijklmnop/1234")
+    check_webhook(MonitorConfig(webhook_env="THE_HOOK"))
+    assert scrub("bot abcdefg_hijklmnop failed") == f"bot {REMOVED} failed"
 
 
 def test_without_apprise_the_run_is_refused_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
