@@ -15,7 +15,9 @@ from PIL import Image
 
 from data_pipeline.decode import DecodeError
 from data_pipeline.errors import Reject
+from data_pipeline.index.build import ScanSettings, build_index, save_index
 from data_pipeline.pack.readers import PackedSample, read_source
+from data_pipeline.storage.base import open_store
 
 LONG = "a very long caption " * 5000
 
@@ -110,3 +112,19 @@ def kind_of(action: Callable[[], object]) -> str | None:
     except DecodeError as error:
         return error.kind
     return None
+
+
+def png(height: int = 48, width: int = 40, salt: int = 0) -> bytes:
+    buffer = io.BytesIO()
+    pixels = np.random.default_rng([height, width, salt]).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_set(folder: Path, members: dict[str, bytes], **scan: Any) -> str:
+    """One shard and its index."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "s.tar").write_bytes(tar_of(members))
+    store = open_store(str(folder))
+    save_index(store, build_index(store, ScanSettings(**scan))[0])
+    return str(folder)

@@ -1,6 +1,6 @@
 """Damaged shards and indexes: never a crash, a hang or unbounded memory; what is lost is listed.
 
-Images are in tests/unit/test_decode.py. 5,000 of each with ``-m long``.
+Images are in tests/unit/data_pipeline/test_decode.py. 5,000 of each with ``-m long``.
 """
 
 import io
