@@ -44,13 +44,13 @@ def test_a_micro_batch_has_every_field_of_the_same_samples(parts: int, kind: str
     assert len(cut) == parts
     seen: list[int] = []
     for part in cut:
-        members = [number - 40 for number in part.numbers]
+        members = [number - 40 for number in part.sample_ids]
         assert list(part.labels) == members and list(part.captions) == [f"c{i}" for i in members]
         assert [int(image[0, 0, 0]) for image in part.images] == members
-        if part.states is None:
+        if part.text_embeddings is None:
             assert kind == "none"
         else:
-            assert [int(state[0, 0]) for state in part.states] == members
+            assert [int(state[0, 0]) for state in part.text_embeddings] == members
         seen += members
     assert seen == list(range(6))
 
@@ -61,7 +61,7 @@ def test_a_label_that_is_no_class_is_refused(label: int) -> None:
     batch = Part(np.zeros((2, 2, 4, 3), np.uint8), ["", ""], [0, label], [0, 1], None)
     with pytest.raises(RunError, match=f"class {label}.*5 classes"):
         prepare(num_classes=5)(batch, 1.0)
-    last = Part(batch.images, batch.captions, [0, 4], batch.numbers, None)
+    last = Part(batch.images, batch.captions, [0, 4], batch.sample_ids, None)
     assert prepare(num_classes=5)(last, 1.0).condition.tolist() == [0, 4]
 
 

@@ -132,7 +132,7 @@ class Expected:
     def step(self, batch: Part) -> tuple[dict[str, float], float]:
         image = torch.tensor(np.array(batch.images), dtype=torch.float64).permute(0, 3, 1, 2) / 255 * 2 - 1
         times, noises, conditions = [], [], []
-        for number, label in zip(batch.numbers, batch.labels, strict=True):
+        for number, label in zip(batch.sample_ids, batch.labels, strict=True):
             normal, _, dropout, noise = formulas.sample_draws(SEED, number, image.shape[1:])
             times.append(formulas.logit_normal_time(normal, SHIFT))
             noises.append(noise)
