@@ -68,7 +68,7 @@ def _draw(steps: Steps, fault_steps: Iterable[float], stage_ends: Iterable[float
         if log:
             axes.set_yscale("log")
         if len(axes.lines) > 1:
-            axes.legend(fontsize=8)
+            axes.legend(fontsize=8, loc="upper right")  # the best place is slow to find
         left, right = axes.get_xlim()
         for step in fault_steps if log else stage_ends:
             if left <= step <= right:
