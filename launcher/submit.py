@@ -4,29 +4,32 @@
     python launcher/submit.py k8s   --config FILE --nodes 4 --image IMAGE --volume CLAIM:/runs run.dir=/runs/xxl
     python launcher/submit.py hosts --config FILE --nodes 2 --hosts node0,node1 --out hostfile
 
-The job goes to standard output (or --out), what it would do to standard error. Exit codes: 0 done, 1 the
-cluster refused, 2 wrong use or configuration.
+The job goes to standard output (or --out), a summary to standard error. SLURM and Kubernetes jobs are rendered
+from the Jinja2 templates in launcher/schedulers/templates/; copy one, edit it and give it as --template. Exit
+codes: 0 done, 1 the cluster refused, 2 wrong use or configuration.
 """
 
 import argparse
+import shlex
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from typing import Any, TypeVar
 
 from rich.console import Console
 
-from deco_scale.config import RunConfig
+from deco_scale.config import RunConfig, dump_config
 from deco_scale.errors import ConfigError, RunError
-from launcher.scheduling.hosts import host_commands, render_hostfile, shell_line
-from launcher.scheduling.job import Job, check_overrides, fit, read_variables
-from launcher.scheduling.kubernetes import KubernetesOptions, render_kubernetes
-from launcher.scheduling.slurm import SlurmOptions, render_slurm
+from launcher.schedulers.base import ClusterJob, fit, parse_variables, refuse_secret
+from launcher.schedulers.hosts import host_commands, render_hostfile
+from launcher.schedulers.kubernetes import KubernetesOptions, render_kubernetes
+from launcher.schedulers.slurm import SlurmOptions, render_slurm
 
 ROOT = Path(__file__).resolve().parents[1]
+Options = TypeVar("Options", SlurmOptions, KubernetesOptions)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -42,14 +45,20 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     common.add_argument("--python", help="interpreter on the nodes")
     common.add_argument("--entry", help="folder of this repository on the nodes")
     common.add_argument("--no-preflight", action="store_true", help="do not check the nodes first")
-    common.add_argument("--grace-s", type=int, default=120, help="seconds from the wish to stop to the end")
     common.add_argument(
-        "--max-restarts", type=int, default=10, help="after crashes; being told to stop does not count"
+        "--grace-s", type=int, default=120, help="grace period in seconds between the stop signal and SIGKILL"
+    )
+    common.add_argument(
+        "--max-restarts", type=int, default=10, help="after crashes; being asked to stop does not count"
     )
     common.add_argument("--out", type=Path, help="write the job to this file")
     common.add_argument("--submit", action="store_true", help="submit it; otherwise it is only shown")
-    _slurm_arguments(targets.add_parser("slurm", parents=[common], help="a script for sbatch"))
-    _kubernetes_arguments(targets.add_parser("k8s", parents=[common], help="a JobSet or PyTorchJob"))
+    scheduled = argparse.ArgumentParser(add_help=False)
+    scheduled.add_argument(
+        "--template", type=Path, help="your own copy of a file of launcher/schedulers/templates"
+    )
+    _add_slurm_options(targets.add_parser("slurm", parents=[common, scheduled], help="a script for sbatch"))
+    _add_kubernetes_options(targets.add_parser("k8s", parents=[common, scheduled], help="a JobSet or PyTorchJob"))
     hosts = targets.add_parser("hosts", parents=[common], help="a hostfile for deepspeed")
     hosts.add_argument("--hosts", required=True, metavar="A,B,...")
     args, rest = parser.parse_known_args(argv)
@@ -61,7 +70,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def _slurm_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_slurm_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--time", default="24:00:00", help="limit, as sbatch takes it")
     parser.add_argument("--partition")
     parser.add_argument("--account")
@@ -70,30 +79,41 @@ def _slurm_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--log-dir", default=".", help="folder of the job's output")
 
 
-def _kubernetes_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_kubernetes_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image", required=True)
     parser.add_argument("--kind", choices=["JobSet", "PyTorchJob"], default="JobSet")
     parser.add_argument("--namespace")
     parser.add_argument("--secret", help="Secret that holds each --env NAME without a value")
-    parser.add_argument("--volume", action="append", default=[], metavar="CLAIM:/path")
+    parser.add_argument("--volume", action="append", default=[], metavar="CLAIM:/path", type=_volume)
     parser.add_argument("--shm", default="16Gi", help="size limit of /dev/shm")
     parser.add_argument("--cpus", help="cores that a pod requests")
     parser.add_argument("--memory", help="memory limit of a pod")
 
 
-def make_job(args: argparse.Namespace, cfg: RunConfig) -> Job:
+def _volume(text: str) -> tuple[str, ...]:
+    return tuple(text.split(":", 1))
+
+
+def _options(kind: type[Options], args: argparse.Namespace) -> Options:
+    """The arguments that are fields of ``kind``."""
+    given = ((field.name, getattr(args, field.name)) for field in fields(kind))
+    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in given}
+    return kind(**values)
+
+
+def make_job(args: argparse.Namespace, cfg: RunConfig) -> ClusterJob:
     """The job that the arguments describe; on Kubernetes paths are those inside the image."""
-    inside = args.target == "k8s"
-    literals, references = read_variables(args.env)
-    return Job(
+    in_image = args.target == "k8s"
+    literals, references = parse_variables(args.env)
+    return ClusterJob(
         name=args.name or args.config.stem.replace("_", "-"),
         config=str(args.config.resolve()),
-        overrides=check_overrides(args.overrides),
+        overrides=tuple(args.overrides),
         nodes=args.nodes,
         processes=args.gpus_per_node,
         gpus=cfg.device != "cpu",
-        entry=args.entry or ("/workspace/deco-scale" if inside else str(ROOT)),
-        python=args.python or ("python" if inside else sys.executable),
+        entry=args.entry or ("/workspace/deco-scale" if in_image else str(ROOT)),
+        python=args.python or ("python" if in_image else sys.executable),
         preflight=not args.no_preflight,
         literals=literals,
         references=references,
@@ -106,67 +126,39 @@ def prepare(args: argparse.Namespace) -> tuple[str, list[str], Callable[[], int]
     """The job's text, lines about it, and what ``--submit`` does. Raises :class:`ConfigError`."""
     if args.nodes < 1 or args.gpus_per_node < 1:
         raise ConfigError(f"--nodes {args.nodes} and --gpus-per-node {args.gpus_per_node} must both be at least 1")
-    check_overrides(args.overrides)
+    for override in args.overrides:
+        key, _, value = override.partition("=")
+        refuse_secret(key, value, instead="the standard AWS and wandb variables are read from the environment")
     cfg, _, lines = fit(args.config, args.overrides, ranks=args.nodes * args.gpus_per_node)
     job = make_job(args, cfg)
     if args.target == "slurm":
-        options = SlurmOptions(
-            time=args.time,
-            partition=args.partition,
-            account=args.account,
-            cpus=args.cpus_per_task,
-            requeue=args.requeue,
-            log_dir=args.log_dir,
-        )
-        text = render_slurm(job, options)
-        return text, lines, lambda: pipe(["sbatch"], text)
+        text = render_slurm(job, _options(SlurmOptions, args), args.template)
+        return text, lines, lambda: run_all([["sbatch"]], text)
     if args.target == "k8s":
-        text = render_kubernetes(job, _kubernetes_options(args), cfg, args.config.read_text(encoding="utf-8"))
-        return text, lines, lambda: pipe(["kubectl", "create", "-f", "-"], text)
+        # Resolved: files that it names as its base are not in the pod.
+        config_text = dump_config(cfg)
+        text = render_kubernetes(job, _options(KubernetesOptions, args), cfg, config_text, args.template)
+        return text, lines, lambda: run_all([["kubectl", "create", "-f", "-"]], text)
     text = render_hostfile(job, args.hosts.split(","))
     if args.submit and args.out is None:
         raise ConfigError("hosts --submit needs --out: the file that deepspeed reads the hosts from")
     commands = host_commands(job, (args.out or Path("hostfile")).resolve())
-    return text, [*lines, shell_line(commands)], lambda: run_all(commands)
+    return text, [*lines, " && \\\n".join(map(shlex.join, commands))], lambda: run_all(commands)
 
 
-def _kubernetes_options(args: argparse.Namespace) -> KubernetesOptions:
-    claims = []
-    for volume in args.volume:
-        claim, separator, path = volume.partition(":")
-        if not separator:
-            raise ConfigError(f"--volume {volume!r} must look like CLAIM:/path")
-        claims.append((claim, path))
-    return KubernetesOptions(
-        image=args.image,
-        kind=args.kind,
-        namespace=args.namespace,
-        secret=args.secret,
-        claims=tuple(claims),
-        shared_memory=args.shm,
-        cpus=args.cpus,
-        memory=args.memory,
-    )
+def run_all(commands: Sequence[Sequence[str]], text: str | None = None) -> int:
+    """Run commands up to the first that fails, and return its exit code; ``text`` is their input.
 
-
-def pipe(command: list[str], text: str) -> int:
-    """Give ``text`` to a cluster's own client; raises :class:`RunError` where it is missing or refuses."""
-    if shutil.which(command[0]) is None:
-        raise RunError(
-            f"{command[0]} is not installed here; submit from where it is, or give it the file of --out"
-        )
-    code = subprocess.run(command, input=text, text=True, check=False).returncode
-    if code:
-        raise RunError(f"{' '.join(command)} ended with {code}; nothing was submitted")
-    return 0
-
-
-def run_all(commands: Sequence[Sequence[str]]) -> int:
-    """Run commands one after the other up to the first that fails, whose exit code is returned."""
+    Raises :class:`RunError` where a command is not installed, or a scheduler's client refuses the job.
+    """
     for command in commands:
         if shutil.which(command[0]) is None:
-            raise RunError(f"{command[0]} is not installed here")
-        code = subprocess.run(list(command), check=False).returncode
+            raise RunError(
+                f"{command[0]} is not installed here: submit where it is (--out writes the job to a file)"
+            )
+        code = subprocess.run(list(command), input=text, text=True, check=False).returncode
+        if code and text is not None:
+            raise RunError(f"{' '.join(command)} ended with {code}; nothing was submitted")
         if code:
             return code
     return 0

@@ -1,7 +1,7 @@
 """The cluster of the chaos test: nodes, their launchers, the S3 server as they see it, and a small disk.
 
 A node is a network namespace; where those are not permitted, all nodes are this machine, told apart by their
-ranks. Each node runs ``python -m launcher.scheduling.node`` with tests/chaos/entry.py in place of
+ranks. Each node runs ``python -m launcher.schedulers.node_agent`` with tests/chaos/entry.py in place of
 launcher/train.py, and the cluster treats them as SLURM's ``srun --kill-on-bad-exit=0 --wait`` would: the job's
 exit code is the highest one, and nodes that go on for long after one has failed are killed.
 """
@@ -23,7 +23,7 @@ from pathlib import Path
 
 import psutil
 
-from launcher.scheduling.slurm import PATIENCE_S
+from launcher.schedulers.slurm import EXIT_WAIT_S
 from tests.namespaces import INTERFACE, Nodes, listening_ports
 from tests.ports import free_port
 
@@ -33,7 +33,7 @@ PORT = 29700
 LOOK_S = 1.0
 """How often the job's processes and ports are noted."""
 GONE_S = 15.0
-"""So long after an end processes of the job may be seen: companions that report it."""
+"""So long after an end processes of the job may be seen: sidecars that report it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +70,9 @@ class Cluster:
         entry.symlink_to(ROOT / "tests" / "chaos" / "entry.py")
         self._port = PORT if network is not None else free_port()
         self._command = [
-            sys.executable, "-m", "launcher.scheduling.node", "--nodes", str(nodes), "--processes", str(processes),
-            "--entry", str(folder / "entry"), "--pids", "{pids}", "--", "--config", str(config),
+            sys.executable, "-m", "launcher.schedulers.node_agent",
+            "--nodes", str(nodes), "--processes", str(processes), "--entry", str(folder / "entry"),
+            "--pids", "{pids}", "--", "--config", str(config),
         ]  # fmt: skip
         self._variables = {
             **os.environ,
@@ -121,7 +122,7 @@ class Cluster:
             attempt.looked.append(now)
         if any(codes) and None in codes:
             attempt.failed.append(now)
-            if now - attempt.failed[0] > PATIENCE_S:
+            if now - attempt.failed[0] > EXIT_WAIT_S:
                 self.kill(attempt)
                 attempt.killed.append(now)
                 codes = [launcher.returncode for launcher in attempt.launchers]

@@ -1,10 +1,10 @@
-"""The processes of one node: started together, signals handed on, ended together, the trainers' exit code.
+"""Runs the processes of one node: starts and ends them together, forwards signals, returns their exit code.
 
-    python -m launcher.scheduling.node --nodes 4 --processes 8 --node-rank-from VARIABLE [--preflight]
+    python -m launcher.schedulers.node_agent --nodes 4 --processes 8 --node-rank-from VARIABLE [--preflight]
         -- --config FILE [key.path=value ...]
 
-``torchrun`` does the like, but its own exit code is 1 for any failure and it ends trainers that were asked to
-save after half a minute. MASTER_ADDR and MASTER_PORT come from the environment; preflight takes the port after.
+``torchrun`` does nearly the same, but its exit code is 1 for any failure, and it kills trainers half a minute
+after it asked them to save. MASTER_ADDR and MASTER_PORT come from the environment; preflight takes the port after.
 ``--probe`` exits 0 while every process of the node runs, 1 where one is stopped, dead or not started.
 """
 
@@ -23,7 +23,7 @@ from types import FrameType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-PATIENCE_S = 60.0
+EXIT_WAIT_S = 60.0
 """How long the other processes of a node may take to end after one has failed."""
 _POLL_S = 0.1
 _NOT_RUNNING = frozenset("TZX")
@@ -33,13 +33,13 @@ class Node:
     """``processes`` children at a time; ``pids`` is the file that ``--probe`` reads."""
 
     def __init__(
-        self, *, nodes: int, processes: int, rank: int, pids: Path, patience_s: float = PATIENCE_S
+        self, *, nodes: int, processes: int, rank: int, pids: Path, exit_wait_s: float = EXIT_WAIT_S
     ) -> None:
         self._nodes, self._processes, self._rank = nodes, processes, rank
-        self._pids, self._patience_s = pids, patience_s
+        self._pids, self._exit_wait_s = pids, exit_wait_s
         self._children: list[subprocess.Popen[bytes]] = []
         self._received: int | None = None
-        self._told = False
+        self._forwarded = False
 
     def run(self, command: Sequence[str], *, port: int) -> int:
         """Exit code of the first process that failed, 128 + n for one that signal n killed; 0 if none failed."""
@@ -47,9 +47,9 @@ class Node:
             return 128 + self._received
         self._children = [self._start(command, local, port) for local in range(self._processes)]
         self._pids.write_text(json.dumps([child.pid for child in self._children]), encoding="ascii")
-        # A signal that came while processes started is handed on now that all have.
-        if self._received is not None and not self._told:
-            self._hand_on(self._received)
+        # A signal that came while processes started is forwarded now that all have.
+        if self._received is not None and not self._forwarded:
+            self._forward_signal(self._received)
         try:
             return self._wait()
         finally:
@@ -59,22 +59,22 @@ class Node:
         """Signal handler: every child gets what this process got."""
         self._received = number
         if self._children:
-            self._hand_on(number)
+            self._forward_signal(number)
 
-    def _hand_on(self, number: int) -> None:
-        self._told = True
+    def _forward_signal(self, number: int) -> None:
+        self._forwarded = True
         for child in self._children:
             child.send_signal(number)
 
     def _start(self, command: Sequence[str], local: int, port: int) -> "subprocess.Popen[bytes]":
-        place = {
+        ranks = {
             "RANK": self._rank * self._processes + local,
             "WORLD_SIZE": self._nodes * self._processes,
             "LOCAL_RANK": local,
             "LOCAL_WORLD_SIZE": self._processes,
             "MASTER_PORT": port,
         }
-        environment = {**os.environ, **{name: str(value) for name, value in place.items()}}
+        environment = {**os.environ, **{name: str(value) for name, value in ranks.items()}}
         # A session of its own: its workers end with it.
         return subprocess.Popen(list(command), env=environment, start_new_session=True)
 
@@ -86,7 +86,7 @@ class Node:
             # Of several at a time one that a signal killed, whose code is negative: the others may be its effects.
             failed = min((code for code in codes if code), default=None)
             if first is None and failed is not None:
-                first, deadline = failed, time.monotonic() + self._patience_s
+                first, deadline = failed, time.monotonic() + self._exit_wait_s
             if None not in codes or (first is not None and time.monotonic() > deadline):
                 return 0 if first is None else (128 - first if first < 0 else first)
             time.sleep(_POLL_S)
@@ -103,9 +103,9 @@ class Node:
 def probe(pids: Path) -> int:
     """0 while every process in ``pids`` runs, else 1."""
     try:
-        found = json.loads(pids.read_text(encoding="ascii"))
+        running = json.loads(pids.read_text(encoding="ascii"))
         # The state follows the command, which is in parentheses and may hold any character.
-        states = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] for pid in found]
+        states = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] for pid in running]
     except (OSError, ValueError):
         return 1
     return 1 if any(state in _NOT_RUNNING for state in states) else 0

@@ -1,26 +1,24 @@
 """Hosts that are reached by ssh, without a scheduler: a hostfile and deepspeed's launcher."""
 
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 from deco_scale.errors import ConfigError
-from launcher.scheduling.job import Job, check_name
+from launcher.schedulers.base import ClusterJob, check_names
 
-HOST = r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?"
 TRAIN_PORT, PREFLIGHT_PORT = 29500, 29501
+_HOST = r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?"
 
 
-def render_hostfile(job: Job, hosts: Sequence[str]) -> str:
+def render_hostfile(job: ClusterJob, hosts: Sequence[str]) -> str:
     """A line ``host slots=N`` for each host; raises :class:`ConfigError` for wrong or repeated names."""
-    for host in hosts:
-        check_name(host, HOST, option="--hosts", allowed="host names or addresses, with commas between")
+    check_names([("--hosts", host, _HOST, "host names or addresses, with commas between") for host in hosts])
     if len(set(hosts)) != len(hosts) or len(hosts) != job.nodes:
         raise ConfigError(f"--hosts must name {job.nodes} different hosts (--nodes), got {', '.join(hosts)}")
     return "".join(f"{host} slots={job.processes}\n" for host in hosts)
 
 
-def host_commands(job: Job, hostfile: Path) -> list[list[str]]:
+def host_commands(job: ClusterJob, hostfile: Path) -> list[list[str]]:
     """Commands to run one after the other: preflight if asked for, then training."""
     if job.literals or job.references:
         raise ConfigError("--env: deepspeed reads variables from ~/.deepspeed_env on this host; write them there")
@@ -30,8 +28,3 @@ def host_commands(job: Job, hostfile: Path) -> list[list[str]]:
         [deepspeed, "--hostfile", str(hostfile), "--master_port", str(port), *job.command(program)[1:]]
         for program, port in (*programs, ("train", TRAIN_PORT))
     ]
-
-
-def shell_line(commands: Sequence[Sequence[str]]) -> str:
-    """What a person would type; the next command runs if the one before succeeded."""
-    return " && \\\n".join(shlex.join(command) for command in commands)

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from deco_scale.watching.events import REQUEUE
+from deco_scale.observability.events import REQUEUE
+from deco_scale.observability.redact import looks_secret
 from launcher import submit
-from launcher.scheduling.credentials import looks_secret
-from launcher.scheduling.hosts import host_commands
-from launcher.scheduling.job import Job
-from launcher.scheduling.slurm import SlurmOptions, render_slurm
-from tests.submission import HOSTILE, HOSTS, SLURM, refused, rendered
+from launcher.schedulers.base import TEMPLATES, ClusterJob
+from launcher.schedulers.hosts import host_commands
+from launcher.schedulers.slurm import SlurmOptions, render_slurm
+from tests.unit.launcher.submission import HOSTILE, HOSTS, SLURM, refused, rendered
 
 
 class FakeCluster:
@@ -56,7 +56,7 @@ def slurm_script(log_dir: Path, **settings: Any) -> str:
         "name": "a", "config": "c.yaml", "overrides": (), "nodes": 2, "processes": 1, "gpus": True,
         "entry": "/e", "python": "python", "preflight": False,
     }  # fmt: skip
-    return render_slurm(Job(**{**plain, **settings}), SlurmOptions(log_dir=str(log_dir)))
+    return render_slurm(ClusterJob(**{**plain, **settings}), SlurmOptions(log_dir=str(log_dir)))
 
 
 def test_every_word_reaches_the_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -175,6 +175,44 @@ def test_ordinary_names_are_no_secrets() -> None:
     assert not looks_secret("data.url", "s3://bucket/prefix")
 
 
+# --- templates of users ---
+
+
+def test_a_copied_template_may_be_edited(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mine = tmp_path / "mine.j2"
+    original = (TEMPLATES / "slurm.sh.j2").read_text()
+    mine.write_text(original.replace("set -u", "set -u\nmodule load {{ job.name | quote }}"))
+    text = rendered(capsys, *SLURM, "--template", str(mine), "--name", "a.b")
+    assert "module load a.b\n" in text
+    plain = rendered(capsys, *SLURM, "--name", "a.b")
+    assert text.replace("module load a.b\n", "") == plain
+
+
+@pytest.mark.parametrize(
+    ("body", "line", "named"),
+    [
+        ("a\n{{ nodez }}", 2, "'nodez' is undefined"),
+        ("{{ job.nodez }}", 1, "nodez"),
+        ("a\nb\n{% if %}", 3, "Expected"),
+        ("{{ job.nodes + 'a' }}", 1, "unsupported"),
+        ("a\n{{ job.command.__func__.__globals__ }}", 2, "unsafe"),
+        ("a\n{% include 'none.j2' %}", 2, "none.j2"),
+        ("a\nexport KEY=AKIAPLANTEDPLANTED00", 2, "looks like a secret"),
+    ],
+)
+def test_a_wrong_template_is_named_with_its_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], body: str, line: int, named: str
+) -> None:
+    mine = tmp_path / "mine.j2"
+    mine.write_text(body)
+    message = refused(capsys, *SLURM, "--template", str(mine))
+    assert f"{mine}, line {line}" in message and named in message
+
+
+def test_a_template_that_is_not_there_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "none.j2" in refused(capsys, *SLURM, "--template", str(tmp_path / "none.j2"))
+
+
 # --- hosts ---
 
 
@@ -186,7 +224,7 @@ def test_hostfile_and_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "not submitted" in told and "preflight.py" in told
     assert "--hosts" in refused(capsys, *HOSTS, "n0,n0")
     assert "--hosts" in refused(capsys, *HOSTS, "n0,-oProxyCommand=x")
-    job = Job(
+    job = ClusterJob(
         name="a", config="c", overrides=(HOSTILE,), nodes=1, processes=1, gpus=True, entry="/e", python="/b/python"
     )
     commands = host_commands(job, out)

@@ -13,9 +13,10 @@ import psutil
 import torch
 
 from deco_scale.config import RunConfig, dump_config
-from launcher.preflight_report import Group, Place, Row, gathered, same_everywhere, span
+from deco_scale.training.processes import gathered
+from launcher.preflight.report import Check, CheckGroup, RankInfo, check_same, format_range, problems_by_rank
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("deepspeed", "megatron-core", "transformers", "triton", "transformer-engine", "numpy", "boto3")
 SOURCES = ("deco_scale", "data_pipeline", "launcher")
 FREE_SHARE = 0.9
@@ -27,19 +28,19 @@ _SMI = ("temperature.gpu", "ecc.errors.uncorrected.volatile.total")
 
 def read_versions() -> dict[str, str]:
     """Versions of what must be the same on all ranks; ``absent`` where a package is not installed."""
-    found = {"python": platform.python_version(), "torch": torch.__version__}
-    found["CUDA of torch"] = torch.version.cuda or "none"
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    versions["CUDA of torch"] = torch.version.cuda or "none"
     if torch.cuda.is_available():
-        found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
-        found["driver"] = _ask_smi("driver_version", device=None) or "not told"
+        versions["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
+        versions["driver"] = _ask_smi("driver_version", device=None) or "unknown"
     for package in PACKAGES:
         try:
-            found[package] = importlib.metadata.version(package)
+            versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            found[package] = "absent"
-    found["git commit"] = _git_commit()
-    found["source"] = source_digest()
-    return found
+            versions[package] = "absent"
+    versions["git commit"] = _git_commit()
+    versions["source"] = source_digest()
+    return versions
 
 
 def source_digest() -> str:
@@ -51,34 +52,42 @@ def source_digest() -> str:
     return digest.hexdigest()[:12]
 
 
-def check_versions(versions: dict[str, str], places: Sequence[Place]) -> Group:
+def check_versions(versions: dict[str, str], ranks: Sequence[RankInfo]) -> CheckGroup:
     """All ranks together."""
-    rows = same_everywhere(gathered(versions), places, advice="install the same there")
-    return Group("versions", rows)
+    return CheckGroup("versions", check_same(gathered(versions), ranks, advice="install the same there"))
 
 
-def check_config(cfg: RunConfig, places: Sequence[Place]) -> Group:
+def check_config(cfg: RunConfig, ranks: Sequence[RankInfo]) -> CheckGroup:
     """Whether all ranks resolved the same configuration. All ranks together."""
     digest = hashlib.sha256(dump_config(cfg).encode()).hexdigest()[:16]
     advice = "give every node the same --config file and the same overrides"
-    return Group("configuration", same_everywhere(gathered({"digest": digest}), places, advice=advice))
+    return CheckGroup("configuration", check_same(gathered({"digest": digest}), ranks, advice=advice))
 
 
-def check_devices(device: torch.device, places: Sequence[Place]) -> Group:
+def check_devices(device: torch.device, ranks: Sequence[RankInfo]) -> CheckGroup:
     """Kind, memory, arithmetic and speed of every rank's device. All ranks together."""
-    kind, exact, speed = device_name(device), products_are_exact(device), speed_tflops(device)
-    free, total = free_memory(device)
-    everywhere = gathered((kind, exact, speed, free, total, _smi_facts(device)))
-    names = [{"device": found[0]} for found in everywhere]
-    rows = [*same_everywhere(names, places, advice="take nodes of one kind, or parallel settings for the slowest")]
-    rows.append(_memory_row([(found[3], found[4]) for found in everywhere], places, device))
-    wrong = [place for place, found in zip(places, everywhere, strict=True) if not found[1]]
-    told = "wrong results" if wrong else "exact"
+    names, exact, speeds, memory, smi = zip(
+        *gathered(
+            (
+                {"device": device_name(device)},
+                products_are_exact(device),
+                speed_tflops(device),
+                free_memory(device),
+                _smi_facts(device),
+            )
+        ),
+        strict=True,
+    )
     advice = "its device computes wrong sums: take the node out of service"
-    rows.append(Row("products of small integers", told, tuple(f"{place}: {advice}" for place in wrong)))
-    rows.append(_speed_row([found[2] for found in everywhere], places, device))
-    rows += _smi_rows([found[5] for found in everywhere], places)
-    return Group("devices", tuple(rows))
+    wrong = problems_by_rank(ranks, exact, lambda ok: None if ok else advice)
+    checks = [
+        *check_same(names, ranks, advice="take nodes of one kind, or parallel settings for the slowest"),
+        _memory_check(memory, ranks, device),
+        Check("products of small integers", "wrong results" if wrong else "exact", wrong),
+        _speed_check(speeds, ranks, device),
+        _smi_check(smi, ranks),
+    ]
+    return CheckGroup("devices", tuple(checks))
 
 
 def device_name(device: torch.device) -> str:
@@ -105,9 +114,9 @@ def products_are_exact(device: torch.device, *, side: int | None = None) -> bool
     side = side or (4096 if device.type == "cuda" else 256)
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randint(-8, 9, (side, side), generator=generator) for _ in range(2))
-    found = (a.float().to(device) @ b.float().to(device)).cpu()
+    product = (a.float().to(device) @ b.float().to(device)).cpu()
     # In float64 on the host, also exact, and faster than integers.
-    return torch.equal(found.double(), a.double() @ b.double())
+    return torch.equal(product.double(), a.double() @ b.double())
 
 
 def speed_tflops(device: torch.device) -> float:
@@ -126,30 +135,29 @@ def speed_tflops(device: torch.device) -> float:
     return 2 * side**3 / best / 1e12
 
 
-def _memory_row(found: Sequence[tuple[int, int]], places: Sequence[Place], device: torch.device) -> Row:
-    value = span([free / 2**30 for free, _ in found], places, "GiB")
-    if device.type != "cuda":
-        return Row("free memory", value)
-    problems = [
-        f"{place}: {free / 2**30:.1f} of {total / 2**30:.1f} GiB are free; end what holds the rest (nvidia-smi)"
-        for place, (free, total) in zip(places, found, strict=True)
-        if free < FREE_SHARE * total
-    ]
-    return Row("free memory", value, tuple(problems))
+def _memory_check(memory: Sequence[tuple[int, int]], ranks: Sequence[RankInfo], device: torch.device) -> Check:
+    def describe(free_and_total: tuple[int, int]) -> str | None:
+        free, total = free_and_total
+        if device.type != "cuda" or free >= FREE_SHARE * total:
+            return None
+        return f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB are free; end what holds the rest (nvidia-smi)"
+
+    value = format_range([free / 2**30 for free, _ in memory], ranks, "GiB")
+    return Check("free memory", value, problems_by_rank(ranks, memory, describe))
 
 
-def _speed_row(found: Sequence[float], places: Sequence[Place], device: torch.device) -> Row:
-    value = span(found, places, "TFLOP/s")
-    if device.type != "cuda":
-        # Ranks that share a processor are slow by turns.
-        return Row("matrix product", value)
-    median = sorted(found)[len(found) // 2]
-    problems = [
-        f"{place}: {speed:.0f} TFLOP/s, the median rank {median:.0f}; look for heat, power limits and other jobs"
-        for place, speed in zip(places, found, strict=True)
-        if speed < SPEED_SHARE * median
-    ]
-    return Row("matrix product", value, tuple(problems))
+def _speed_check(speeds: Sequence[float], ranks: Sequence[RankInfo], device: torch.device) -> Check:
+    median = sorted(speeds)[len(speeds) // 2]
+
+    def describe(speed: float) -> str | None:
+        # Ranks that share a CPU are slow by turns.
+        if device.type != "cuda" or speed >= SPEED_SHARE * median:
+            return None
+        return f"{speed:.0f} TFLOP/s, the median rank {median:.0f}; look for heat, power limits and other jobs"
+
+    return Check(
+        "matrix product", format_range(speeds, ranks, "TFLOP/s"), problems_by_rank(ranks, speeds, describe)
+    )
 
 
 def _smi_facts(device: torch.device) -> dict[str, str]:
@@ -159,17 +167,19 @@ def _smi_facts(device: torch.device) -> dict[str, str]:
     return dict(zip(_SMI, (part.strip() for part in answers.split(",")), strict=False)) if answers else {}
 
 
-def _smi_rows(found: Sequence[dict[str, str]], places: Sequence[Place]) -> list[Row]:
-    """Temperatures, and GPUs with uncorrected memory errors since the driver was loaded."""
-    if not any(found):
-        return [Row("nvidia-smi", "not available: nothing to ask")]
-    problems = []
-    for place, facts in zip(places, found, strict=True):
+def _smi_check(smi: Sequence[dict[str, str]], ranks: Sequence[RankInfo]) -> Check:
+    """Temperatures, and GPUs with uncorrected ECC errors since the driver was loaded."""
+    if not any(smi):
+        return Check("nvidia-smi", "not available: nothing to ask")
+
+    def describe(facts: dict[str, str]) -> str | None:
         errors = facts.get(_SMI[1], "")
-        if errors.isdigit() and int(errors):
-            problems.append(f"{place}: {errors} uncorrected memory errors; reset the GPU or take the node out")
-    hottest = max((int(f[_SMI[0]]) for f in found if f.get(_SMI[0], "").isdigit()), default=None)
-    return [Row("nvidia-smi", "no temperature" if hottest is None else f"{hottest} C at most", tuple(problems))]
+        wrong = errors.isdigit() and int(errors)
+        return f"{errors} uncorrected ECC errors; reset the GPU or take the node out" if wrong else None
+
+    hottest = max((int(f[_SMI[0]]) for f in smi if f.get(_SMI[0], "").isdigit()), default=None)
+    value = "no temperature" if hottest is None else f"at most {hottest} C"
+    return Check("nvidia-smi", value, problems_by_rank(ranks, smi, describe))
 
 
 def _ask_smi(fields: str, *, device: torch.device | None) -> str | None:

@@ -6,7 +6,7 @@ import pytest
 
 from launcher import submit
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[3]
 CONFIG = ROOT / "configs" / "t2i_tiny.yaml"
 HOSTILE = 'run.dir=/runs/it\'s $(touch /tmp/x) `id` "a"; b'
 SLURM = ["slurm", "--config", str(CONFIG), "--nodes", "2", "--gpus-per-node", "1"]

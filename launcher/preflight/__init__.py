@@ -1,0 +1,1 @@
+"""Checks of all nodes before training: versions, configuration, devices, network, storage and data."""

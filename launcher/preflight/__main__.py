@@ -1,0 +1,155 @@
+"""Check all nodes before training, under the same launcher as training and with the same arguments.
+
+    srun|torchrun|deepspeed ... launcher/preflight.py --config FILE [key.path=value ...]
+
+Versions, configuration, devices, collectives, clocks, storage and data. Rank 0 prints a table of each and adds
+lines to run.dir/preflight.log. Exit codes: 0 all is well, 1 a check refuses the run and names the node, 2 wrong
+use or configuration.
+"""
+
+import argparse
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+
+from deco_scale.config import RunConfig
+from deco_scale.environment import Environment, choose_device, read_environment
+from deco_scale.errors import ConfigError, RunError
+from deco_scale.training.processes import agreed, gathered
+from launcher.preflight.checks import check_config, check_devices, check_versions, read_versions
+from launcher.preflight.network import check_clocks, check_collectives, join_process_group
+from launcher.preflight.report import (
+    Check,
+    CheckGroup,
+    RankInfo,
+    all_problems,
+    log_lines,
+    print_table,
+    problems_by_rank,
+)
+from launcher.preflight.storage import check_data, check_storage, free_on_disk
+from launcher.schedulers.base import fit
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """What is refused: clocks further apart (seconds), links slower (GB/s; None: none)."""
+
+    max_skew_s: float = 1.0
+    min_gbps: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Probes:
+    """How this process reads the facts about itself."""
+
+    host: str = field(default_factory=socket.gethostname)
+    versions: Callable[[], dict[str, str]] = read_versions
+    clock: Callable[[], float] = time.time
+    free_bytes: Callable[[Path], int] = free_on_disk
+
+
+def check_all(cfg: RunConfig, env: Environment, *, limits: Limits, probes: Probes) -> list[CheckGroup]:
+    """Every check, on all ranks together; all ranks return the same groups."""
+    ranks = gathered(RankInfo(env.rank, env.local_rank, probes.host))
+    device = agreed(lambda: choose_device(cfg.device, env.local_rank))
+    groups = [check_versions(probes.versions(), ranks), check_config(cfg, ranks)]
+    kinds = gathered(device.type)
+    if len(set(kinds)) > 1:
+        advice = "computes on cpu; set device, or repair its GPUs"
+        problems = problems_by_rank(ranks, kinds, lambda kind: advice if kind == "cpu" else None)
+        return [*groups, CheckGroup("devices", (Check("kind", "GPUs on some ranks only", problems),))]
+    group = None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        group = dist.new_group(backend="nccl")
+    groups.append(check_devices(device, ranks))
+    groups.append(check_collectives(device, group, ranks, min_gbps=limits.min_gbps))
+    groups.append(check_clocks(ranks, max_skew_s=limits.max_skew_s, clock=probes.clock))
+    if all_problems(groups[1:2]):
+        groups.append(CheckGroup("storage and data", (Check("all", "not checked: configurations differ"),)))
+    else:
+        groups += [check_storage(cfg, ranks, free_bytes=probes.free_bytes), check_data(cfg, ranks)]
+    # One verdict, whatever each rank saw.
+    return gathered(groups)[0]
+
+
+def run(cfg: RunConfig, env: Environment, *, limits: Limits, probes: Probes, console: Console) -> None:
+    """Check and report; raises :class:`RunError` with every problem. All ranks together."""
+    groups = check_all(cfg, env, limits=limits, probes=probes)
+    if env.rank == 0:
+        for group in groups:
+            print_table(group, console)
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        try:
+            with (Path(cfg.run.dir) / "preflight.log").open("a", encoding="utf-8") as log:
+                log.writelines(f"{stamp} {line}\n" for line in log_lines(groups))
+        except OSError as error:
+            console.print(f"preflight.log was not written: {error.strerror}", highlight=False)
+    if problems := all_problems(groups):
+        raise RunError("\n".join(["preflight refuses this run:", *(f"- {problem}" for problem in problems)]))
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="YAML file, see configs/")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value")
+    parser.add_argument("--timeout-s", type=float, default=300.0, help="how long to wait for all ranks")
+    parser.add_argument("--max-skew-s", type=float, default=1.0, help="between clocks of nodes")
+    parser.add_argument("--min-gbps", type=float, help="GB/s from each rank to the next, below which to refuse")
+    # The deepspeed launcher passes it; the environment says the same.
+    parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def load(args: argparse.Namespace, env: Environment, host: str) -> RunConfig:
+    """The configuration, which must fit the number of ranks; errors name this rank's node."""
+    try:
+        return fit(Path(args.config), args.overrides, ranks=env.world_size)[0]
+    except ConfigError as error:
+        raise ConfigError(f"on {host}: {error}") from error
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args, probes, env = parse(argv), Probes(), Environment(0, 1, 0)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)
+    try:
+        env = read_environment(os.environ)
+        for option, value in (("timeout", args.timeout_s), ("max-skew", args.max_skew_s)):
+            if value <= 0:
+                raise ConfigError(f"--{option}-s {value} must be positive")
+        if args.min_gbps is not None and args.min_gbps <= 0:
+            raise ConfigError(f"--min-gbps {args.min_gbps} must be positive")
+        join_process_group(env, os.environ, timeout_s=args.timeout_s, host=probes.host)
+        cfg = agreed(lambda: load(args, env, probes.host))
+        limits = Limits(max_skew_s=args.max_skew_s, min_gbps=args.min_gbps)
+        run(cfg, env, limits=limits, probes=probes, console=console)
+    except (ConfigError, RunError) as error:
+        # What all ranks know is printed once; a rank that never joined is alone with what it knows.
+        if env.rank == 0 or not dist.is_initialized():
+            print(f"preflight: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if dist.is_initialized() and code != 130:
+        dist.barrier()
+        dist.destroy_process_group()
+    # Other ranks may wait in a collective that will never come; do not wait for them at exit.
+    os._exit(code)

@@ -1,0 +1,93 @@
+"""Results of preflight: groups of checks, each check with the problems that refuse the run."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from rich.console import Console
+from rich.table import Table
+
+T = TypeVar("T")
+_MAX_NAMED = 8
+
+
+@dataclass(frozen=True, slots=True)
+class RankInfo:
+    """A process by rank, by its rank on its node, and by the node's name."""
+
+    rank: int
+    local_rank: int
+    host: str
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} on {self.host}"
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One check: the value to show, and the problems, each naming a rank and what to do."""
+
+    name: str
+    value: str
+    problems: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class CheckGroup:
+    title: str
+    checks: tuple[Check, ...]
+
+
+def problems_by_rank(
+    ranks: Iterable[RankInfo], values: Iterable[T], describe: Callable[[T], str | None]
+) -> tuple[str, ...]:
+    """``describe`` of each rank's value, behind the rank's name, where it is not None."""
+    described = ((rank, describe(value)) for rank, value in zip(ranks, values, strict=True))
+    return tuple(f"{rank}: {problem}" for rank, problem in described if problem is not None)
+
+
+def check_same(facts: Sequence[Mapping[str, str]], ranks: Sequence[RankInfo], *, advice: str) -> tuple[Check, ...]:
+    """A check for each fact; ranks whose value is not the most common one (of equals, rank 0's) are named."""
+    checks = []
+    for name in dict.fromkeys(name for each in facts for name in each):
+        values = [each.get(name, "missing") for each in facts]
+        # Counter keeps the order of first occurrence among equals.
+        common = Counter(values).most_common(1)[0][0]
+        problems = []
+        for value in dict.fromkeys(value for value in values if value != common):
+            outliers = [str(rank) for rank, v in zip(ranks, values, strict=True) if v == value]
+            more = f" and {len(outliers) - _MAX_NAMED} more" if len(outliers) > _MAX_NAMED else ""
+            named = ", ".join(outliers[:_MAX_NAMED]) + more
+            problems.append(f"{named}: {name} is {value}, elsewhere {common}; {advice}")
+        checks.append(Check(name, common, tuple(problems)))
+    return tuple(checks)
+
+
+def format_range(values: Sequence[float], ranks: Sequence[RankInfo], unit: str) -> str:
+    """Minimum and maximum of measured values, with their ranks where there are several."""
+    if len(values) == 1:
+        return f"{values[0]:.3g} {unit}"
+    low, high = min(range(len(values)), key=values.__getitem__), max(range(len(values)), key=values.__getitem__)
+    return f"{values[low]:.3g} ({ranks[low]}) to {values[high]:.3g} {unit} ({ranks[high]})"
+
+
+def all_problems(groups: Sequence[CheckGroup]) -> list[str]:
+    return [problem for group in groups for check in group.checks for problem in check.problems]
+
+
+def print_table(group: CheckGroup, console: Console) -> None:
+    table = Table("check", "value", "", title=group.title, title_justify="left")
+    for check in group.checks:
+        table.add_row(check.name, check.value, "[red]refused[/red]" if check.problems else "ok")
+    console.print(table)
+
+
+def log_lines(groups: Sequence[CheckGroup]) -> list[str]:
+    """The same as plain lines, each problem below its check."""
+    lines = []
+    for group in groups:
+        for check in group.checks:
+            lines.append(f"{group.title}: {check.name}: {check.value}: {'refused' if check.problems else 'ok'}")
+            lines += [f"  {problem}" for problem in check.problems]
+    return lines

@@ -1,0 +1,1 @@
+"""Cluster jobs: SLURM, Kubernetes, or plain hosts through deepspeed's launcher."""
