@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from deco_scale.observability.redact import REMOVED, looks_secret, redacted, scrub, telling
+from deco_scale.observability.redact import REMOVED, is_secret_name, looks_secret, redacted, scrub
 
 PLAIN = "sunflower"
 """A word like any other: only the name beside it says that it is secret."""
@@ -32,7 +32,7 @@ IN_TEXT = ("secret", "passwd", "password", "api_key", "api-key", "apikey", "acce
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_plain_value_under_a_telling_name_is_hidden(name: str) -> None:
-    assert telling(name) and looks_secret(name, PLAIN) and looks_secret(f"data.{name}.value", PLAIN)
+    assert is_secret_name(name) and looks_secret(name, PLAIN) and looks_secret(f"data.{name}.value", PLAIN)
     nested: dict[str, Any] = {"a": [{"b": {name: PLAIN}}], name: [PLAIN], "c": ({name: {"d": PLAIN}},)}
     shown = redacted(nested, {})
     assert PLAIN not in repr(shown)
@@ -47,7 +47,7 @@ def test_the_environment_s_plain_secrets_are_taken_out_of_texts(name: str) -> No
 
 @pytest.mark.parametrize("name", HARMLESS)
 def test_a_plain_value_under_another_name_stays(name: str) -> None:
-    assert not telling(name) and not looks_secret(name, PLAIN)
+    assert not is_secret_name(name) and not looks_secret(name, PLAIN)
     assert redacted({name: PLAIN}, {}) == {name: PLAIN}
     assert scrub(f"{name}={PLAIN}", {name: PLAIN}) == f"{name}={PLAIN}"
 
@@ -56,7 +56,7 @@ def test_a_plain_value_under_another_name_stays(name: str) -> None:
 @pytest.mark.parametrize("part", ["password", "private_key", "token", "api_key"])
 def test_where_a_secret_is_kept_is_none(part: str, suffix: str) -> None:
     name = f"{part}_{suffix}"
-    assert not telling(name) and redacted({name: PLAIN}, {}) == {name: PLAIN}
+    assert not is_secret_name(name) and redacted({name: PLAIN}, {}) == {name: PLAIN}
 
 
 @pytest.mark.parametrize("value", ["", None, 0, 1.5, True, [], {}])
