@@ -15,20 +15,19 @@ from deco_scale.parallel.deepspeed import ZERO3_PERSISTENT
 from deco_scale.parallel.layout import Layout, ParallelConfig, accumulation_steps, resolve_layout
 from deco_scale.parallel.plan import check_tp, layout_rows
 from deco_scale.plan_tables import print_assumptions, print_errors, print_plan, print_plans
-from deco_scale.planning.communication import StepShape, Traffic, fsdp_traffic, zero_traffic
-from deco_scale.planning.forecast import Plan, all_plans, as_configured, recommend
-from deco_scale.planning.hardware import GPUS, Device, gpu_device
-from deco_scale.planning.layouts import possible_layouts
-from deco_scale.planning.measured import Measured, ceilings_of, read_results
-from deco_scale.planning.network import seconds_of
-from deco_scale.planning.state import held_of_state
-from deco_scale.planning.workload import (
+from deco_scale.planning.calibration import Measured, ceilings_of, read_results
+from deco_scale.planning.comms import StepShape, Traffic, fsdp_traffic, seconds_of, zero_traffic
+from deco_scale.planning.flops import (
     DINOV2_B,
     IMAGE_ENCODER_DIM,
     KNOWN_TEXT_ENCODERS,
     Encoder,
     Workload,
 )
+from deco_scale.planning.forecast import Plan, all_plans, plan_as_configured, recommend
+from deco_scale.planning.hardware import GPUS, Device, gpu_device
+from deco_scale.planning.layouts import enumerate_layouts
+from deco_scale.planning.memory import state_copies
 from deco_scale.precision.choice import CHIPS, planned_machine, resolve_fp8
 from deco_scale.precision.modules import precision_rows
 from deco_scale.precision.of_run import plan_precision
@@ -90,7 +89,7 @@ def show_layout(cfg: RunConfig, args: argparse.Namespace, console: Console) -> N
         table.add_row(row.name, shapes[0], row.split, shapes[1], f"{row.local_bytes:,}")
     console.print(table)
     part, whole = sum(row.local_bytes for row in rows), sum(4 * row.tp_numel for row in rows)
-    parts, wholes = held_of_state(cfg.parallel.engine, cfg.parallel.zero_stage)
+    parts, wholes = state_copies(cfg.parallel.engine, cfg.parallel.zero_stage)
     console.print(
         f"state of a rank: {(parts * part + wholes * whole) / 2**30:.3f} GiB = "
         f"{parts} x {part / 2**30:.3f} (cut over dp) + {wholes} x {whole / 2**30:.3f} (whole) "
@@ -165,7 +164,7 @@ def show_forecast(cfg: RunConfig, args: argparse.Namespace, console: Console) ->
     measured, skipped = read_results(args.results)
     device = _device(cfg, args, measured)
     work, notes = workload(cfg)
-    layouts = possible_layouts(cfg.model, args.gpus, allowed=lambda parallel: _accepted(cfg, parallel))
+    layouts = enumerate_layouts(cfg.model, args.gpus, allowed=lambda parallel: _accepted(cfg, parallel))
     plans = all_plans(work, cfg.stages, layouts, device, gpus=args.gpus)
     best = recommend(plans, device)
     own, why_not = _configured(cfg, work, device, args.gpus)
@@ -185,7 +184,7 @@ def _fastest(cfg: RunConfig, args: argparse.Namespace) -> Callable[[int], Plan]:
     device, (work, _) = _device(cfg, args, measured), workload(cfg)
 
     def at(gpus: int) -> Plan:
-        layouts = possible_layouts(cfg.model, gpus, allowed=lambda parallel: _accepted(cfg, parallel))
+        layouts = enumerate_layouts(cfg.model, gpus, allowed=lambda parallel: _accepted(cfg, parallel))
         return recommend(all_plans(work, cfg.stages, layouts, device, gpus=gpus), device)
 
     return at
@@ -209,7 +208,7 @@ def _configured(cfg: RunConfig, work: Workload, device: Device, gpus: int) -> tu
     """The configuration's own layout and micro-batches, or why these GPUs do not take them."""
     try:
         check_tp(cfg.model, resolve_layout(cfg.parallel, gpus).tp)
-        return as_configured(work, cfg.stages, cfg.parallel, device, gpus=gpus), ""
+        return plan_as_configured(work, cfg.stages, cfg.parallel, device, gpus=gpus), ""
     except ConfigError as error:
         return None, str(error)
 

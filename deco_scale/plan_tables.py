@@ -6,9 +6,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from deco_scale.planning.calibration import Measured, compare, median_errors
 from deco_scale.planning.forecast import Plan
 from deco_scale.planning.hardware import COPY_SHARE, LAUNCH_S, Device
-from deco_scale.planning.measured import Measured, compare, median_errors
 from deco_scale.planning.memory import MARGIN, RESERVE_BYTES
 
 GIB = 2**30

@@ -1,6 +1,6 @@
 """``deco plan --simulate``: days and cost of a recipe on GPUs that fail, and how often to save.
 
-:mod:`deco_scale.planning.goodput` has the model, its closed forms and its sources.
+:mod:`deco_scale.planning.goodput_sim` has the model, its closed forms and its sources.
 """
 
 import argparse
@@ -17,8 +17,9 @@ from deco_scale.config import RunConfig
 from deco_scale.errors import ConfigError
 from deco_scale.observability.events import is_number
 from deco_scale.observability.run_dir import RunDir
+from deco_scale.planning.calibration import read_results
 from deco_scale.planning.forecast import Plan
-from deco_scale.planning.goodput import (
+from deco_scale.planning.goodput_sim import (
     DAY_S,
     HOUR_S,
     LLAMA3_GPU_MTBF_HOURS,
@@ -32,7 +33,6 @@ from deco_scale.planning.goodput import (
     young_interval,
 )
 from deco_scale.planning.hardware import GPUS_PER_NODE
-from deco_scale.planning.measured import read_results
 
 SIZES = tuple(2**n for n in range(3, 13))
 """GPUs of the table, 8 to 4,096; the number asked for is added."""

@@ -1,1 +1,1 @@
-"""Costs of a configuration, from its numbers alone."""
+"""Memory, step time, cost and goodput of a configuration, predicted from its numbers alone."""

@@ -5,12 +5,11 @@ from dataclasses import dataclass, replace
 
 from deco_scale.errors import ConfigError
 from deco_scale.parallel.layout import ParallelConfig, accumulation_steps, resolve_layout
-from deco_scale.planning.flops import training_flops
+from deco_scale.planning.flops import Workload, training_flops
 from deco_scale.planning.hardware import Device
 from deco_scale.planning.layouts import micro_batches
 from deco_scale.planning.memory import MARGIN, memory_by_part
 from deco_scale.planning.step_time import step_by_part
-from deco_scale.planning.workload import Workload
 from deco_scale.training.settings import StageConfig
 
 HOUR_S, DAY_S = 3600.0, 86400.0
@@ -104,7 +103,7 @@ def forecast_stage(
     )
 
 
-def as_configured(
+def plan_as_configured(
     work: Workload, stages: Iterable[StageConfig], parallel: ParallelConfig, device: Device, *, gpus: int
 ) -> Plan:
     """The plan with the micro-batches that the stages state."""
@@ -112,7 +111,7 @@ def as_configured(
     return Plan(parallel=parallel, gpus=gpus, stages=forecasts)
 
 
-def best_micro_batches(
+def fastest_micro_batches(
     work: Workload, stages: Iterable[StageConfig], parallel: ParallelConfig, device: Device, *, gpus: int
 ) -> Plan | None:
     """The plan with the fastest micro-batch of each stage that fits, or the one that needs least where none fits.
@@ -148,7 +147,7 @@ def all_plans(
 
     Raises :class:`ConfigError` where no layout takes the global batches.
     """
-    found = (best_micro_batches(work, stages, parallel, device, gpus=gpus) for parallel in layouts)
+    found = (fastest_micro_batches(work, stages, parallel, device, gpus=gpus) for parallel in layouts)
     plans = [plan for plan in found if plan is not None]
     if not plans:
         batches = {stage.name: stage.global_batch for stage in stages}

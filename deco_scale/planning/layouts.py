@@ -32,7 +32,7 @@ def tp_degrees(model: ModelConfig, gpus: int) -> list[int]:
     return found
 
 
-def possible_layouts(
+def enumerate_layouts(
     model: ModelConfig, gpus: int, *, allowed: Callable[[ParallelConfig], bool]
 ) -> Iterator[ParallelConfig]:
     """Settings of ``parallel`` with every size filled in; ``allowed`` says what the rest of the run permits.

@@ -1,17 +1,139 @@
-"""Peak memory of one rank, by part."""
+"""Peak memory of one rank by part: parameters and optimizer state, activations, working buffers.
+
+Activations are the bytes that autograd saves for backward, counted tensor by tensor from the model's formulas;
+``tests/unit/planning/test_costs.py`` compares with what autograd saves of a small model. Small tensors (times,
+modulations, statistics of norms) are left out.
+
+Letters: a bytes of an element in the compute type, D model width, h hidden units over D, r text tokens over
+image tokens.
+"""
 
 from dataclasses import dataclass
 from functools import lru_cache
 
 from deco_scale.kernels.pixels import CHUNK_PIXELS
 from deco_scale.models import ModelConfig
-from deco_scale.parallel.layout import Layout, ParallelConfig
+from deco_scale.parallel.layout import ActivationCheckpointing, Layout, ParallelConfig
 from deco_scale.parallel.plan import layout_rows, weights_of_linears
-from deco_scale.planning.activations import block_kept, block_saved, decoder_chunk, outside_saved
-from deco_scale.planning.state import state_by_part
-from deco_scale.planning.workload import Workload
+from deco_scale.planning.flops import Workload
 
 FP32 = 4
+STATE_PARTS = ("weights", "masters", "gradients", "moments", "average")
+
+
+def state_by_part(engine: str, zero_stage: int) -> dict[str, tuple[int, int]]:
+    """For each part: copies of a rank's dp shard, and of its full tp shard, all in fp32.
+
+    fsdp shards weights, gradients, two moments and the average. DeepSpeed keeps masters beside the weights
+    and shards, stage by stage: masters, moments and average (1), gradients (2), weights (3). fsdp and ZeRO-3
+    are measured by ``tests/distributed/test_memory.py``; the others follow from their definition.
+    """
+    cut, whole = (1, 0), (0, 1)
+    if engine == "fsdp":
+        return {"weights": cut, "gradients": cut, "moments": (2, 0), "average": cut}
+    if zero_stage == 0:
+        return {"weights": whole, "gradients": whole, "moments": (0, 2), "average": whole}
+    return {
+        "weights": cut if zero_stage == 3 else whole,
+        "masters": cut,
+        "gradients": cut if zero_stage >= 2 else whole,
+        "moments": (2, 0),
+        "average": cut,
+    }
+
+
+def state_copies(engine: str, zero_stage: int) -> tuple[int, int]:
+    """Copies of a rank's dp shard, and of its full tp shard, summed over :func:`state_by_part`."""
+    parts = state_by_part(engine, zero_stage).values()
+    return sum(cut for cut, _ in parts), sum(whole for _, whole in parts)
+
+
+CHUNK_FIXED, CHUNK_BLOCK = 4.2, 9.06
+"""Values for each pixel and unit of width that a chunk of the torch decoder holds in backward: fixed, and a block;
+counted by autograd."""
+
+
+def block_saved(work: Workload, *, tokens: int, context: int, tp: int) -> float:
+    """Bytes of one image in one block that recomputes nothing, on one of ``tp`` ranks.
+
+    ``context`` counts text tokens that are extra keys and values. The eager path casts to fp32 around
+    each norm; fused kernels and compiled blocks keep their inputs only.
+    """
+    a, model = work.compute_bytes, work.model
+    hidden = model.mlp_hidden_dim / model.dim
+    r = context / tokens
+    lean = work.fused or work.compile
+    # What a norm multiplies its weight with: the class models cast it first.
+    normed = FP32 if model.kind == "t2i_deco" else a
+    # The residual stream before each half, each half's result, for the gate.
+    own = 4 * a if lean else 2 * (FP32 + normed + a + a)
+    modulated = 2 * a
+    # Queries, keys and values as attention reads them; with text, keys and values are copied together.
+    attended = a + (2 * (1 + r) * a if context else a)
+    if lean:
+        before, texts = 3 * a, 2 * r * a
+    else:
+        # fp32 needs no cast: the fused projection's result itself is kept.
+        casts = 3 * a if a == FP32 else 2 * FP32 + (0 if context else 3 * a)
+        before = casts + 2 * normed
+        texts = r * (2 * a + FP32 if a == FP32 else 2 * FP32)
+    products = (3 if work.compile else 4) * hidden * a
+    split = before + attended + texts + a + products
+    return tokens * model.dim * (own / tp + modulated + split / tp)
+
+
+def block_kept(work: Workload, *, tokens: int, context: int, tp: int, mode: ActivationCheckpointing) -> float:
+    """Bytes of one image and block under a recomputing ``mode``: the input, and what ``selective`` keeps."""
+    if mode == "none":
+        return block_saved(work, tokens=tokens, context=context, tp=tp)
+    a, dim = work.compute_bytes, work.model.dim
+    kept = tokens * dim * a / tp
+    if mode == "selective":
+        hidden = work.model.mlp_hidden_dim / dim
+        # Results of qkv, attention, projection, gate, up and down, and of the text's keys and values.
+        kept += tokens * dim * a * (6 + 2 * hidden + 2 * context / tokens) / tp
+    return kept
+
+
+def outside_saved(work: Workload, *, resolution: int, tp: int) -> dict[str, float]:
+    """Bytes of one image that are kept outside of the blocks, by part."""
+    a, model = work.compute_bytes, work.model
+    rows, cols = model.grid(resolution, resolution)
+    tokens, values = rows * cols, model.channels * resolution**2
+    patches = values * (FP32 if a == FP32 else a)
+    # Prediction, target and coefficients, in fp32 whatever computes.
+    losses = values * 3 * FP32 / tp
+    if work.repa_dim:
+        losses += tokens * (5 * a * model.dim + 2 * FP32 * work.repa_dim) / tp
+    # Image and noise stay as the step's arguments.
+    found = {"inputs": values * 2 * FP32 + _text_bytes(work) + patches, "losses": losses}
+    semantic = 2 * a * tokens * model.dim
+    if model.decoder_width:
+        pixels = values * FP32 if a != FP32 else 0
+        condition = a * resolution**2 * model.decoder_width
+        found["decoder"] = (semantic + pixels + condition) / tp
+    else:
+        found["decoder"] = semantic / tp
+    return found
+
+
+def _text_bytes(work: Workload) -> float:
+    """States as they come and as they are cast, and what embedding them keeps."""
+    model = work.model
+    cast = work.compute_bytes if work.compute_bytes != FP32 else 0
+    states = model.text_tokens * model.text_dim * (FP32 + cast)
+    return states + model.text_tokens * model.dim * 3 * FP32
+
+
+def decoder_chunk(work: Workload, *, images: int, resolution: int, chunk_pixels: int, tp: int) -> float:
+    """Bytes that backward through one chunk of the torch decoder holds; the fused one holds none."""
+    model: ModelConfig = work.model
+    if work.fused or not model.decoder_width:
+        return 0.0
+    pixels = min(chunk_pixels, images * resolution**2 / tp)
+    return pixels * model.decoder_width * work.compute_bytes * (CHUNK_FIXED + CHUNK_BLOCK * model.decoder_blocks)
+
+
 UNITS = ("blocks.", "text_blocks.", "decoder.")
 RESERVE_BYTES = {"cuda": 2 * 2**30, "cpu": 600 * 2**20}
 """Assumed: CUDA context and NCCL's buffers; on a CPU a process with PyTorch loaded."""
@@ -20,11 +142,11 @@ MARGIN = 0.08
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
-    """Elements of the denoiser on one rank: its tp part, that part cut over dp, and of it by unit."""
+class RankElements:
+    """Elements of the denoiser on one rank: its tp shard, that shard divided over dp, and units of it."""
 
-    whole: int
-    cut: int
+    full: int
+    sharded: int
     root: int
     largest_unit: int
     largest_weight: int
@@ -33,7 +155,7 @@ class Held:
 
 
 @lru_cache(maxsize=512)
-def held_elements(model: ModelConfig, layout: Layout, persistent: int) -> Held:
+def rank_elements(model: ModelConfig, layout: Layout, persistent: int) -> RankElements:
     """Counts for a mesh; ``persistent`` is ZeRO-3's limit below which a weight stays whole."""
     units: dict[str, int] = {}
     whole = cut = root = largest = of_linears = kept = 0
@@ -49,17 +171,17 @@ def held_elements(model: ModelConfig, layout: Layout, persistent: int) -> Held:
             units[unit] = units.get(unit, 0) + count
         else:
             root += count
-    return Held(whole, cut, root, max(units.values()), largest, of_linears, kept)
+    return RankElements(whole, cut, root, max(units.values()), largest, of_linears, kept)
 
 
 def state_bytes(work: Workload, parallel: ParallelConfig, layout: Layout) -> dict[str, float]:
     """fp32 weights, masters, gradients, moments and average of a rank; the REPA head has no average."""
-    held = held_elements(work.model, layout, work.persistent)
+    held = rank_elements(work.model, layout, work.persistent)
     head = work.repa_parameters
     found: dict[str, float] = {}
     head_cut = head / (layout.dp_shard if parallel.engine == "fsdp" else layout.dp)
     for part, (cut, whole) in state_by_part(parallel.engine, parallel.zero_stage).items():
-        elements: float = cut * held.cut + whole * held.whole
+        elements: float = cut * held.sharded + whole * held.full
         if part != "average":
             elements += cut * head_cut + whole * head
         found[part] = FP32 * elements
@@ -73,11 +195,11 @@ def working_bytes(work: Workload, parallel: ParallelConfig, layout: Layout, *, a
     fp32; before the last micro-batch gradients are kept whole. DeepSpeed: its buckets, one for each number
     format; ZeRO-0 to 2 keep bf16 copies of the linears' weights between the passes, ZeRO-3 gathers ahead.
     """
-    held, a = held_elements(work.model, layout, work.persistent), work.compute_bytes
+    held, a = rank_elements(work.model, layout, work.persistent), work.compute_bytes
     if parallel.engine == "fsdp":
         gathered = a * (held.root + work.repa_parameters + 2 * held.largest_unit)
         reduced = (a + FP32) * held.largest_unit
-        return gathered + reduced + (FP32 * (held.whole + work.repa_parameters) if accumulation > 1 else 0)
+        return gathered + reduced + (FP32 * (held.full + work.repa_parameters) if accumulation > 1 else 0)
     mixed = a != FP32
     if parallel.zero_stage == 3:
         buckets = work.reduce_bucket * (a + FP32 if mixed else FP32)

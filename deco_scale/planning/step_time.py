@@ -1,24 +1,108 @@
-"""Time of a training step by a roofline: what computes, what moves memory, what waits for the network.
+"""Step time by a roofline: what computes, what moves memory, what waits for the network.
 
-Rules: matrix products and attention take FLOPs over the reached rate; everything else takes the bytes it moves
-over the copy rate; parts of a micro-batch follow one another. A GPU works while the host issues operations, so
-the slower of the two counts; on a CPU they add up. Communication that can overlap counts where it exceeds the
-computation, and at least for one unit of the model; what cannot is added (:mod:`deco_scale.planning.network`).
-Waiting for data, checkpoints and pictures are not in it.
+Matrix products and attention take FLOPs over the achieved rate; everything else takes the bytes it moves over the
+copy rate; parts of a micro-batch follow one another. A GPU computes while the host launches operations, so the
+slower of the two counts; on a CPU they add up. Communication that can overlap counts where it exceeds the
+computation, and at least for one unit of the model; the rest is added. Waiting for data, checkpoints and image
+sampling are not included.
+
+Bytes moved are counted operation by operation from the model's formulas, reads and writes;
+``tests/unit/planning/test_costs.py`` compares with every operation of a small model on a CPU. For Triton kernels
+and compiled blocks they are what must be read and written, not yet measured on a GPU. Norms are counted as the
+text model casts them; class models move a few per cent less.
+
+Letters: a bytes of an element in the compute type, h hidden units over D, r text tokens over image tokens.
 """
 
 from collections.abc import Iterator
+from typing import Literal
 
 from deco_scale.parallel.layout import Layout, ParallelConfig
-from deco_scale.planning.communication import StepShape, Traffic, fsdp_traffic, zero_traffic
-from deco_scale.planning.flops import forward_flops_by_part
+from deco_scale.planning.comms import StepShape, Traffic, fsdp_traffic, split_by_overlap, zero_traffic
+from deco_scale.planning.flops import Workload, forward_flops_by_part
 from deco_scale.planning.hardware import Device
-from deco_scale.planning.memory import held_elements
-from deco_scale.planning.network import split_by_overlap
-from deco_scale.planning.passes import ADAMW_BYTES, LOSS_BYTES, block_moved, decoder_moved, operations
-from deco_scale.planning.workload import Workload
+from deco_scale.planning.memory import rank_elements
 
 FP32 = 4
+RMS_PASSES = {"cuda": (8, 12), "cpu": (20, 73)}
+"""Bytes an fp32 value of an RMS norm moves, forward and backward: PyTorch has one kernel for it on a GPU."""
+LOSS_BYTES = 300
+"""Bytes a pixel value moves in noising, patching and both losses, forward and backward, by a count of a step."""
+ADAMW_BYTES = {False: 52, True: 40}
+"""Bytes a parameter moves in norm, clipping, AdamW and average: apart, and in one fused pass."""
+BLOCK_OPERATIONS = {False: (89, 147), True: (30, 60)}
+"""Operations of a block forward and backward: eager, by a count; fused or compiled, assumed."""
+DECODER_OPERATIONS = {False: (78, 214), True: (12, 20)}
+OTHER_OPERATIONS = 250
+"""Embedders, losses and inputs of a micro-batch, both passes."""
+
+
+def block_moved(
+    work: Workload, *, tokens: int, context: int, rotary: bool, tp: int, kind: Literal["cuda", "cpu"]
+) -> tuple[float, float]:
+    """Bytes of one image through one block, (forward, backward), matrix products and attention aside."""
+    lean = work.fused or work.compile
+    values = _lean(work, context / tokens) if lean else _eager(work, context / tokens, rotary, RMS_PASSES[kind])
+    scale = tokens * work.model.dim / tp
+    return values[0] * scale, values[1] * scale
+
+
+def _eager(work: Workload, r: float, rotary: bool, rms: tuple[int, int]) -> tuple[float, float]:
+    a, h = work.compute_bytes, work.model.mlp_hidden_dim / work.model.dim
+    cast = 0 if a == FP32 else a + FP32
+    weighted = 2 * FP32
+    norm = (2 * cast + rms[0] + weighted, 2 * cast + rms[1] + 2 * FP32 + 3 * FP32 + FP32)
+    modulated = (2 * a + 2 * a, 2 * a + 3 * a + 2 * a)
+    gated = (5 * a, 6 * a)
+    product = (5 * h * a, 9 * h * a)
+    heads = 2 + (r if r else 0)
+    forward = 2 * (norm[0] + modulated[0] + gated[0]) + heads * norm[0] + product[0]
+    # The fused projection's gradient is put together, and both branches' gradients are added.
+    backward = 2 * (norm[1] + modulated[1] + 3 * a + gated[1]) + heads * norm[1] + product[1] + 9 * a
+    if rotary:
+        forward += 2 * (2 * cast + 16 + 12 + 8)
+        backward += 2 * (2 * cast + 16 + 4 + 12 + 8)
+    if r:
+        forward += 4 * (1 + r) * a
+        backward += 4 * r * a
+    return forward, backward
+
+
+def _lean(work: Workload, r: float) -> tuple[float, float]:
+    a, h = work.compute_bytes, work.model.mlp_hidden_dim / work.model.dim
+    product = (3 * h * a, 5 * h * a) if work.compile else (5 * h * a, 9 * h * a)
+    heads = 2 + r
+    forward = 2 * (2 * a + 3 * a) + heads * 2 * a + product[0] + (4 * (1 + r) * a if r else 0)
+    backward = 2 * (6 * a + 3 * a) + heads * 3 * a + product[1] + 9 * a + 4 * r * a
+    return forward, backward
+
+
+def decoder_moved(work: Workload, *, resolution: int, tp: int) -> tuple[float, float]:
+    """Bytes of one image through the pixel decoder behind its condition's projection, both passes.
+
+    The torch one counts its small products too, which are bound by what they move, and the recomputation.
+    The fused one reads pixels and condition once and writes the velocity, or the condition's gradient, once.
+    """
+    model, a = work.model, work.compute_bytes
+    pixels = resolution**2 / tp
+    if not model.decoder_width:
+        return 0.0, 0.0
+    if work.fused:
+        values = pixels * FP32 * model.channels
+        condition = pixels * a * model.decoder_width
+        return values + condition + values, 2 * condition + 2 * values
+    wide = pixels * a * model.decoder_width
+    return wide * (11 + 19 * model.decoder_blocks), wide * (26.5 + 73.2 * model.decoder_blocks)
+
+
+def operations(work: Workload, *, recomputed: bool) -> int:
+    """How many operations a micro-batch issues in both passes."""
+    forward, backward = BLOCK_OPERATIONS[work.fused or work.compile]
+    blocks = work.model.num_blocks + work.model.num_text_blocks
+    decoder = sum(DECODER_OPERATIONS[work.fused]) if work.model.decoder_width else 0
+    return blocks * (forward * (2 if recomputed else 1) + backward) + decoder + OTHER_OPERATIONS
+
+
 RECOMPUTED = ("linears", "attention", "modulation")
 """Parts of the FLOPs that full activation checkpointing computes once more."""
 REPLICATED = ("modulation",)
@@ -84,10 +168,10 @@ def _blocks_moved(work: Workload, *, tokens: int, tp: int, device: Device, recom
 
 def optimizer_seconds(work: Workload, parallel: ParallelConfig, layout: Layout, device: Device) -> float:
     """Norm, clipping, AdamW and average over what a rank updates."""
-    held = held_elements(work.model, layout, work.persistent)
+    held = rank_elements(work.model, layout, work.persistent)
     whole = parallel.engine == "deepspeed" and parallel.zero_stage == 0
     ranks = 1 if whole else layout.dp_shard
-    elements = (held.whole if whole else held.cut) + work.repa_parameters / ranks
+    elements = (held.full if whole else held.sharded) + work.repa_parameters / ranks
     return ADAMW_BYTES[work.fused] * elements / device.copy_bytes_per_s
 
 

@@ -15,7 +15,7 @@ from deco_scale.models import Denoiser, ModelConfig
 from deco_scale.objectives import Objective, ObjectiveConfig
 from deco_scale.parallel.deepspeed import ZeroStage
 from deco_scale.parallel.layout import Layout
-from deco_scale.planning.communication import StepShape, Traffic, fsdp_traffic, zero_traffic
+from deco_scale.planning.comms import StepShape, Traffic, fsdp_traffic, zero_traffic
 from deco_scale.precision import Compute, PrecisionConfig
 from deco_scale.training.batch import ObjectiveInputs
 from deco_scale.training.engine import Engine

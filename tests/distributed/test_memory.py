@@ -13,7 +13,7 @@ from checkpoints_tools.canonical import write_canonical
 from checkpoints_tools.infer import denoiser_shapes
 from checkpoints_tools.source import TensorSpec
 from deco_scale.models import Denoiser, ModelConfig
-from deco_scale.planning.state import held_of_state
+from deco_scale.planning.memory import state_copies
 from deco_scale.training.checkpoint import CheckpointMeta, Checkpoints
 from deco_scale.training.settings import CheckpointConfig
 from tests.distributed.harness import in_group
@@ -87,7 +87,7 @@ def test_state_falls_as_one_over_ranks(engine: str, tmp_path: Path) -> None:
     print(engine, used, "whole weights", found[1]["whole"])
     # Weights, average and two moments; DeepSpeed also has a second copy of the weights, to compute with, and a
     # standing buffer for gradients, which FSDP makes in the first step only.
-    parts, wholes = held_of_state("fsdp" if engine == "fsdp" else "deepspeed", 3)
+    parts, wholes = state_copies("fsdp" if engine == "fsdp" else "deepspeed", 3)
     assert wholes == 0 and parts - (engine == "fsdp") == (4 if engine == "fsdp" else 6)
     assert used[1] / found[1]["whole"] == pytest.approx(4 if engine == "fsdp" else 6, rel=0.1)
     for world in WORLDS[1:]:

@@ -8,9 +8,9 @@ from deco_scale import cli
 from deco_scale.config import load_config
 from deco_scale.parallel.layout import Layout, resolve_layout
 from deco_scale.parallel.plan import check_tp, layout_rows
-from deco_scale.planning.forecast import as_configured, fits
+from deco_scale.planning.flops import Workload
+from deco_scale.planning.forecast import fits, plan_as_configured
 from deco_scale.planning.hardware import gpu_device
-from deco_scale.planning.workload import Workload
 
 ROOT = Path(__file__).resolve().parents[2]
 XXL = ROOT / "configs" / "t2i_xxl.yaml"
@@ -53,7 +53,7 @@ def test_the_table_has_both_engines_the_cost_and_the_recommendation(
     layout = resolve_layout(cfg.parallel, 8)
     check_tp(cfg.model, layout.tp)
     device = gpu_device("h100", compute=cfg.precision.compute)
-    plan = as_configured(
+    plan = plan_as_configured(
         Workload(model=cfg.model, compute="bf16", fused=True), cfg.stages, cfg.parallel, device, gpus=8
     )
     assert fits(plan.memory_bytes, device)

@@ -9,7 +9,7 @@ import pytest
 from deco_scale import cli
 from deco_scale.errors import ConfigError
 from deco_scale.observability.events import Event, append_event
-from deco_scale.planning.goodput import (
+from deco_scale.planning.goodput_sim import (
     LLAMA3_GPU_MTBF_HOURS,
     Faults,
     best_interval,
@@ -21,7 +21,7 @@ from deco_scale.planning.goodput import (
     young_interval,
 )
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 TINY = ROOT / "configs" / "t2i_tiny.yaml"
 BEGAN = 1_700_000_000.0
 

@@ -20,14 +20,12 @@ from deco_scale.objectives import Objective, ObjectiveConfig
 from deco_scale.parallel.layout import ActivationCheckpointing, Layout, ParallelConfig
 from deco_scale.parallel.plan import layout_rows
 from deco_scale.parallel.recompute import apply_recompute
-from deco_scale.planning.flops import forward_flops, training_flops
-from deco_scale.planning.memory import activation_bytes, state_bytes
-from deco_scale.planning.passes import block_moved, decoder_moved
-from deco_scale.planning.state import held_of_state, state_by_part
-from deco_scale.planning.workload import Workload
+from deco_scale.planning.flops import Workload, forward_flops, training_flops
+from deco_scale.planning.memory import activation_bytes, state_by_part, state_bytes, state_copies
+from deco_scale.planning.step_time import block_moved, decoder_moved
 from tests.straightforward import saved_bytes
 
-XXL = Path(__file__).resolve().parents[2] / "configs" / "t2i_xxl.yaml"
+XXL = Path(__file__).resolve().parents[3] / "configs" / "t2i_xxl.yaml"
 SMALL = ModelConfig(
     kind="t2i_deco", dim=128, num_heads=4, num_blocks=3, num_text_blocks=2, patch_size=16, decoder_width=32,
     decoder_blocks=3, text_dim=96, text_tokens=32,
@@ -80,7 +78,7 @@ def test_state_is_as_often_as_held(engine: Any, stage: Any, mesh: tuple[int, int
     parallel = ParallelConfig(engine=engine, zero_stage=stage, dp_shard=mesh[0], tp=mesh[1])
     rows = layout_rows(SMALL, layout)
     cut, whole = sum(row.local_bytes for row in rows), sum(4 * row.tp_numel for row in rows)
-    cuts, wholes = held_of_state(engine, stage)
+    cuts, wholes = state_copies(engine, stage)
     found = state_bytes(Workload(model=SMALL, compute="fp32"), parallel, layout)
     assert sum(found.values()) == cuts * cut + wholes * whole
     assert set(found) == set(state_by_part(engine, stage))

@@ -10,9 +10,9 @@ import pytest
 from deco_scale import cli
 from deco_scale.config import load_config
 from deco_scale.errors import ConfigError
-from deco_scale.planning.measured import ceilings_of, compare, median_errors, predict, read_results
+from deco_scale.planning.calibration import ceilings_of, compare, median_errors, predict, read_results
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 XXL = ROOT / "configs" / "t2i_xxl.yaml"
 TINY = ROOT / "configs" / "t2i_tiny.yaml"
 

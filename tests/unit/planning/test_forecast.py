@@ -15,17 +15,16 @@ from deco_scale.parallel.layout import (
     resolve_layout,
 )
 from deco_scale.parallel.plan import check_tp
-from deco_scale.planning.communication import Traffic
+from deco_scale.planning.comms import Traffic, seconds_of
+from deco_scale.planning.flops import Workload
 from deco_scale.planning.forecast import all_plans, forecast_stage, recommend
 from deco_scale.planning.hardware import GPUS, Device, gpu_device, gpu_named
-from deco_scale.planning.layouts import possible_layouts
+from deco_scale.planning.layouts import enumerate_layouts
 from deco_scale.planning.memory import memory_by_part
-from deco_scale.planning.network import seconds_of
 from deco_scale.planning.step_time import step_by_part
-from deco_scale.planning.workload import Workload
 from deco_scale.training.settings import StageConfig
 
-XXL = Path(__file__).resolve().parents[2] / "configs" / "t2i_xxl.yaml"
+XXL = Path(__file__).resolve().parents[3] / "configs" / "t2i_xxl.yaml"
 
 
 def _any(parallel: ParallelConfig) -> bool:
@@ -41,7 +40,7 @@ def _stage(**changes: Any) -> StageConfig:
 def test_every_layout_is_one_that_a_run_accepts(gpus: int) -> None:
     model, device = load_config(XXL).model, gpu_device("h100", compute="bf16")
     stages = (_stage(global_batch=48), _stage(name="t", resolution=512, global_batch=96))
-    layouts = list(possible_layouts(model, gpus, allowed=_any))
+    layouts = list(enumerate_layouts(model, gpus, allowed=_any))
     assert len(layouts) == len(set(map(repr, layouts)))
     plans = all_plans(Workload(model=model, compute="bf16"), stages, layouts, device, gpus=gpus)
     for plan in plans:
