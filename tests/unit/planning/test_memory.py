@@ -5,12 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from deco_scale.parallel.layout import Layout, ParallelConfig
 
 from deco_scale.models import Denoiser, ModelConfig
-from deco_scale.parallel.layout import Layout, ParallelConfig
-from deco_scale.planning.activations import block_saved
-from deco_scale.planning.memory import RESERVE_BYTES, activation_bytes, memory_by_part, working_bytes
-from deco_scale.planning.workload import Encoder, Workload
+from deco_scale.planning.flops import Encoder, Workload
+from deco_scale.planning.memory import RESERVE_BYTES, activation_bytes, block_saved, memory_by_part, working_bytes
 
 LARGE_DECODER = ModelConfig(
     kind="t2i_deco", dim=64, num_heads=4, num_blocks=3, num_text_blocks=2, patch_size=16, decoder_width=16,
