@@ -126,7 +126,7 @@ class Watchdog:
             return
         self._closed = True
         self.report_exit("closed", 0)  # unless an exit was reported before
-        self._page.request_close()
+        self._page.closing = 1
         try:
             self._sidecar.wait(_CLOSE_S)
         except subprocess.TimeoutExpired:

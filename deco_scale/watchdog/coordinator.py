@@ -60,7 +60,10 @@ class Coordinator:
         self._server: socket.socket | None = None
         self.port = 0
         if world_size > 1:
-            _raise_descriptor_limit(world_size)
+            # One connection per rank; the usual soft limit is 1024.
+            with suppress(OSError, ValueError):
+                hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+                resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
             self._server = _listen(local)
             self._server.setblocking(False)
             self.port = int(self._server.getsockname()[1])
@@ -204,13 +207,3 @@ def _listen(local: bool) -> socket.socket:
         with suppress(OSError):  # a kernel with IPv6 switched off
             return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=4096)
     return socket.create_server(("", 0), backlog=4096)
-
-
-def _raise_descriptor_limit(world_size: int) -> None:
-    """Allow one connection per rank; the usual soft limit is 1024."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = world_size + 256
-    if soft != resource.RLIM_INFINITY and soft < needed:
-        with suppress(OSError, ValueError):
-            limit = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
-            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from deco_scale.watchdog.config import WatchdogConfig
+from deco_scale.watchdog.heartbeat import Phase
 
 SETTLE_S = 1.0
 GRACE_S = 5.0
@@ -32,7 +33,6 @@ EXITED, STOPPED, SIDECAR_LOST, NO_PROGRESS, ERROR, UNCERTAIN_ERROR = range(1, 7)
 MAX_REASON = 2000
 """Characters of an error's reason."""
 CONNECTION_LOST = "is lost: the connection to its sidecar is closed"
-_PHASES = ("start", "step", "long_op", "end")
 
 FaultKind = Literal["lost", "hang", "error"]
 
@@ -57,7 +57,7 @@ class RankReport:
     """
 
     rank: int
-    phase: str = "start"
+    phase: Literal[Phase, "end"] = "start"
     step: int = 0
     silent_s: float = 0.0
     state: str = "R"
@@ -66,10 +66,6 @@ class RankReport:
     code: int | None = None
     reason: str = ""
     uncertain: bool = False
-
-    def __post_init__(self) -> None:
-        if self.phase not in _PHASES:
-            raise ValueError(f"phase={self.phase!r} is none of {', '.join(_PHASES)}")
 
     @property
     def stopped(self) -> bool:

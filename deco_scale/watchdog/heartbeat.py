@@ -16,21 +16,6 @@ PHASES: tuple[Phase, ...] = get_args(Phase)
 _REASON_BYTES = 15 * 1024
 
 
-class _Page(ctypes.Structure):
-    _fields_ = [
-        ("count", ctypes.c_uint64),
-        ("step", ctypes.c_int64),
-        ("phase", ctypes.c_uint64),
-        ("alive_count", ctypes.c_uint64),
-        ("closing", ctypes.c_uint64),
-        ("uncertain", ctypes.c_uint64),
-        ("exited", ctypes.c_uint64),
-        ("exit_code", ctypes.c_int64),
-        ("reason_bytes", ctypes.c_uint64),
-        ("reason", ctypes.c_ubyte * _REASON_BYTES),
-    ]
-
-
 @dataclass(frozen=True, slots=True)
 class Beat:
     """The ``count``-th heartbeat, given at the start of ``phase`` of ``step``."""
@@ -49,59 +34,66 @@ class ExitReport:
     uncertain: bool = False
 
 
-class HeartbeatPage:
-    """The mapped page; the trainer makes it with :meth:`create`, the sidecar maps the same descriptor."""
+class HeartbeatPage(ctypes.Structure):
+    """The page; the trainer makes it with :meth:`create`, the sidecar maps the same descriptor.
 
-    def __init__(self, descriptor: int) -> None:
-        self.descriptor = descriptor
-        self._page = _Page.from_buffer(mmap.mmap(descriptor, ctypes.sizeof(_Page)))
+    The sidecar counts up ``alive_count``; ``closing`` is set while the trainer waits for the sidecar to exit.
+    """
+
+    _fields_ = [
+        ("count", ctypes.c_uint64),
+        ("step", ctypes.c_int64),
+        ("phase", ctypes.c_uint64),
+        ("alive_count", ctypes.c_uint64),
+        ("closing", ctypes.c_uint64),
+        ("uncertain", ctypes.c_uint64),
+        ("exited", ctypes.c_uint64),
+        ("exit_code", ctypes.c_int64),
+        ("reason_bytes", ctypes.c_uint64),
+        ("reason", ctypes.c_ubyte * _REASON_BYTES),
+    ]
+
+    @classmethod
+    def map(cls, descriptor: int) -> "HeartbeatPage":
+        """The page behind a descriptor."""
+        page = cls.from_buffer(mmap.mmap(descriptor, ctypes.sizeof(cls)))
+        page.descriptor = descriptor
+        return page
 
     @classmethod
     def create(cls) -> "HeartbeatPage":
         """A new page of zeros: no heartbeat yet, phase ``start``."""
         descriptor = os.memfd_create("watchdog", os.MFD_CLOEXEC)
-        os.ftruncate(descriptor, ctypes.sizeof(_Page))
-        return cls(descriptor)
+        os.ftruncate(descriptor, ctypes.sizeof(cls))
+        return cls.map(descriptor)
 
     def beat(self, step: int, phase: Phase) -> None:
-        self._page.step, self._page.phase = step, PHASES.index(phase)
-        self._page.count += 1
+        self.step, self.phase = step, PHASES.index(phase)
+        self.count += 1
 
     def last_beat(self) -> Beat:
         """The last one; read while the trainer writes it, it may mix two, until it is read again."""
-        return Beat(self._page.count, self._page.step, PHASES[self._page.phase])
+        return Beat(self.count, self.step, PHASES[self.phase])
 
     def report_exit(self, reason: str, code: int) -> None:
         """Say how the trainer exits; later calls change nothing."""
-        if self._page.exited:
+        if self.exit_report() is not None:
             return
         text = reason.encode(errors="replace")[:_REASON_BYTES]
-        self._page.reason[: len(text)] = text
-        self._page.exit_code, self._page.reason_bytes = code, len(text)
-        self._page.exited = 1
+        self.reason[: len(text)] = text
+        self.exit_code, self.reason_bytes = code, len(text)
+        self.exited = 1
 
     def exit_report(self) -> ExitReport | None:
-        if not self._page.exited:
+        if not self.exited:
             return None
-        reason = bytes(self._page.reason[: self._page.reason_bytes]).decode(errors="replace")
-        return ExitReport(reason, self._page.exit_code, bool(self._page.uncertain))
+        reason = bytes(self.reason[: self.reason_bytes]).decode(errors="replace")
+        return ExitReport(reason, self.exit_code, bool(self.uncertain))
 
     def mark_uncertain(self) -> None:
         """The trainer waits to hear whether another rank caused its error."""
-        self._page.uncertain = 1
-
-    def request_close(self) -> None:
-        """The trainer waits for the sidecar to exit."""
-        self._page.closing = 1
-
-    @property
-    def closing(self) -> bool:
-        return bool(self._page.closing)
+        self.uncertain = 1
 
     def mark_alive(self) -> None:
         """The sidecar is alive."""
-        self._page.alive_count += 1
-
-    @property
-    def alive_count(self) -> int:
-        return int(self._page.alive_count)
+        self.alive_count += 1

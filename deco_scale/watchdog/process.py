@@ -6,7 +6,7 @@ import select
 import signal
 import time
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -60,21 +60,17 @@ def _boot() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
 
 
-@dataclass(slots=True)
 class TrainerProcess:
     """The process ``identity``, which writes its stacks to the file descriptor ``dump`` at :data:`DUMP_SIGNAL`."""
 
-    identity: ProcessIdentity
-    dump: int
-    pidfd: int | None = field(default=None, init=False)
-    _gone: bool = field(default=False, init=False)
-    _children: set[ProcessIdentity] = field(default_factory=set, init=False)
-
-    def __post_init__(self) -> None:
+    def __init__(self, identity: ProcessIdentity, dump: int) -> None:
+        self.identity, self.dump = identity, dump
+        self.pidfd: int | None = None
         with suppress(OSError, AttributeError):  # a kernel before 5.3, or a sandbox
             self.pidfd = os.pidfd_open(self.identity.pid)
         # The pid may have been reused before it was opened.
         self._gone = not self.identity.running
+        self._children: set[ProcessIdentity] = set()
 
     @property
     def gone(self) -> bool:

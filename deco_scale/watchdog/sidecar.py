@@ -198,7 +198,7 @@ def main() -> int:
     me = Member(raw["rank"], socket.gethostname(), identity, ProcessIdentity.of(os.getpid()))
     artifacts = FaultArtifacts(Path(raw["run_dir"]), raw["shown"], raw["started"])
     trainer = TrainerProcess(identity, raw["dump"])
-    sidecar = Sidecar(me, HeartbeatPage(raw["page"]), trainer, artifacts, raw["webhook_env"])
+    sidecar = Sidecar(me, HeartbeatPage.map(raw["page"]), trainer, artifacts, raw["webhook_env"])
     try:
         if me.rank == 0:
             link: Coordinator | Peer = _gather_peers(raw, cfg, me, sidecar, trainer)

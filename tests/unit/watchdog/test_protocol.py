@@ -30,7 +30,7 @@ START = 1000.0
 )
 def test_the_page_carries_what_is_said(step: int, phase: Any, reason: str, code: int) -> None:
     trainer = HeartbeatPage.create()
-    sidecar = HeartbeatPage(os.dup(trainer.descriptor))
+    sidecar = HeartbeatPage.map(os.dup(trainer.descriptor))
     try:
         assert sidecar.last_beat() == Beat(0, 0, "start") and sidecar.exit_report() is None
         trainer.beat(step, phase)
@@ -41,7 +41,7 @@ def test_the_page_carries_what_is_said(step: int, phase: Any, reason: str, code:
         shown = reason.encode(errors="replace").decode(errors="replace")
         assert sidecar.exit_report() == ExitReport(shown, code, False)
         trainer.mark_uncertain()
-        trainer.request_close()
+        trainer.closing = 1
         assert sidecar.exit_report().uncertain and sidecar.closing
         sidecar.mark_alive()
         assert trainer.alive_count == 1
