@@ -19,14 +19,14 @@ from data_pipeline.decode import centre_crop
 from deco_scale.evaluation.statistics import Gaussian, Moments, frechet_distance
 from deco_scale.models import Denoiser, ModelConfig
 from deco_scale.objectives import Objective, ObjectiveConfig
-from deco_scale.objectives.flow import Prediction, noised
-from deco_scale.parallel.initial import initial_tensors
+from deco_scale.objectives.flow_matching import Prediction, noised
+from deco_scale.optim.adamw_ema import AdamWWithEMA
+from deco_scale.optim.config import OptimizerConfig
+from deco_scale.parallel.init_weights import initial_tensors
 from deco_scale.sampling import SamplerConfig, sample
 from deco_scale.sampling.guidance import VelocityFn
-from deco_scale.sampling.pictures import seeded_noise, to_uint8, velocity_of
-from deco_scale.training.batch import Part, Prepare
-from deco_scale.training.optimizer import AveragedAdamW
-from deco_scale.training.settings import OptimizerConfig
+from deco_scale.sampling.images import seeded_noise, to_uint8, velocity_of
+from deco_scale.training.inputs import InputBuilder, MicroBatch
 from launcher.demo.dataset import SUBJECTS, crops
 
 MEASURES = {"frechet": "(lower is better)", "accuracy": "(higher is better)", "heldout": "(lower is better)"}
@@ -256,19 +256,19 @@ def build(settings: Settings, variant: Variant, seed: int) -> Objective:
 
 def train_variant(
     objective: Objective, pictures: Pictures, settings: Settings, seed: int
-) -> tuple[AveragedAdamW, list[float]]:
+) -> tuple[AdamWWithEMA, list[float]]:
     """Train in place; returns the optimizer, which holds the EMA, and each step's flow loss."""
     cfg = OptimizerConfig(ema_decay=settings.ema_decay)
-    optimizer = AveragedAdamW(objective.parameters(), cfg, kernels="torch")
+    optimizer = AdamWWithEMA(objective.parameters(), cfg, kernels="torch")
     parameters = dict(objective.named_parameters())
     optimizer.track(parameters, averaged=parameters)
     null = torch.tensor(CLASSES)
     device = torch.device("cpu")
-    prepare = Prepare(seed=seed, device=device, objective=objective.cfg, null=null, num_classes=CLASSES)
+    prepare = InputBuilder(seed=seed, device=device, objective=objective.cfg, null=null, num_classes=CLASSES)
     losses = []
     for step, images, labels in _batches(pictures, settings, seed=seed, steps=settings.steps):
         numbers = list(range(step * settings.batch, (step + 1) * settings.batch))
-        batch = Part(images, [], [int(label) for label in labels], numbers, None)
+        batch = MicroBatch(images, [], [int(label) for label in labels], numbers, None)
         found = objective(*prepare(batch, 1.0))
         found["loss"].backward()
         optimizer.begin(lr=settings.lr, betas=(0.9, 0.95), measure_norm=True)

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from benchmarks import record
 from benchmarks.resharding import CONFIG, run_tool, state_specs, write_random
-from checkpoints_tools.work import held_bytes
+from checkpoints_tools.memory_budget import held_bytes
 from deco_scale.config import load_config
 
 

@@ -26,9 +26,9 @@ from torch import Tensor
 
 from benchmarks import record, resharding
 from benchmarks.resharding import copy_seconds
-from deco_scale.training.checkpoint import CheckpointMeta, Checkpoints
-from deco_scale.training.engine import Engine
-from deco_scale.training.settings import CheckpointConfig
+from deco_scale.checkpoint.config import CheckpointConfig
+from deco_scale.checkpoint.manager import CheckpointManager, CheckpointMeta
+from deco_scale.parallel.engines.base import Engine
 
 TENSOR_SHAPE = (1024, 1024)
 KINDS = ("model", "ema", "exp_avg", "exp_avg_sq")
@@ -72,7 +72,7 @@ def work_for(products: int) -> float:
     return time.perf_counter() - began
 
 
-def save_once(checkpoints: Checkpoints, state: State, step: int) -> tuple[float, float]:
+def save_once(checkpoints: CheckpointManager, state: State, step: int) -> tuple[float, float]:
     """Stall and total seconds of a save; the caller's thread does nothing else."""
     began = time.perf_counter()
     checkpoints.start(cast(Engine, state), meta_of(step))
@@ -81,7 +81,7 @@ def save_once(checkpoints: Checkpoints, state: State, step: int) -> tuple[float,
     return saved.stall_s, time.perf_counter() - began
 
 
-def lost_work(checkpoints: Checkpoints, state: State, step: int) -> float:
+def lost_work(checkpoints: CheckpointManager, state: State, step: int) -> float:
     """Seconds that products take longer while a save runs than alone."""
     piece = 20
     checkpoints.start(cast(Engine, state), meta_of(step))
@@ -100,7 +100,9 @@ def lost_work(checkpoints: Checkpoints, state: State, step: int) -> float:
 def measure(folder: Path, num_bytes: int, rounds: int) -> dict[str, Any]:
     state = State(num_bytes)
     makers = {True: folder / "asynchronous", False: folder / "synchronous"}
-    ways = {a: Checkpoints(path, CheckpointConfig(keep_last=1, asynchronous=a)) for a, path in makers.items()}
+    ways = {
+        a: CheckpointManager(path, CheckpointConfig(keep_last=1, asynchronous=a)) for a, path in makers.items()
+    }
     for checkpoints in ways.values():
         checkpoints.prepare()
         checkpoints.reserve(cast(Engine, state))

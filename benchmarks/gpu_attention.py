@@ -13,7 +13,7 @@ from benchmarks.jobs import CheckFailed, Found, Where
 from benchmarks.measure import gpu_lost
 from deco_scale.config import load_config
 from deco_scale.models.attention import KERNELS, kernel_missing
-from deco_scale.models.attention_choice import RACED, AttentionShape, BackendChoice, choose_backend, model_shapes
+from deco_scale.models.attention.autotune import RACED, AttentionShape, BackendChoice, choose_backend, model_shapes
 
 OF_PYTORCH = ("sdpa", "cudnn", "flash_torch")
 """Attention kernels that need no other package."""

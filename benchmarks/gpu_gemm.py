@@ -17,7 +17,7 @@ from benchmarks.jobs import Found, Where
 from benchmarks.measure import Stopwatch, device_name, measure_ceilings, synchronise
 from deco_scale.config import load_config
 from deco_scale.models import ModelConfig
-from deco_scale.models.attention_choice import keep_busy
+from deco_scale.models.attention.autotune import keep_busy
 
 MICRO_BATCH = 64
 RESOLUTION = 256

@@ -25,9 +25,9 @@ from benchmarks.jobs import CheckFailed, Found, Where
 from benchmarks.measure import synchronise
 from benchmarks.steps import TrainingSteps
 from deco_scale.config import RunConfig, load_config
-from deco_scale.environment import Environment
-from deco_scale.training.batch import Batch, ObjectiveInputs, split
-from deco_scale.training.engine import Update
+from deco_scale.distributed.bootstrap import Environment
+from deco_scale.parallel.engines.base import Update
+from deco_scale.training.inputs import Batch, ObjectiveInputs, split
 
 ENGINES = {
     "fsdp": ["parallel.engine=fsdp"],

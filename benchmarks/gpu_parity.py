@@ -22,7 +22,7 @@ from benchmarks import straightforward
 from benchmarks.jobs import CheckFailed, Found, NotAvailable, Where
 from benchmarks.steps import TrainingSteps
 from deco_scale.config import RunConfig, build_config
-from deco_scale.environment import Environment
+from deco_scale.distributed.bootstrap import Environment
 from deco_scale.errors import ConfigError
 
 SAME = 1e-5

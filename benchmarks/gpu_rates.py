@@ -21,19 +21,19 @@ from benchmarks.checkpoint import meta_of
 from benchmarks.jobs import CheckFailed, Found, Where
 from benchmarks.kernel_cases import Setting, autocast, differentiated
 from benchmarks.measure import captured, measure_ceilings, medians_s, synchronise
+from deco_scale.checkpoint.config import CheckpointConfig
+from deco_scale.checkpoint.manager import CheckpointManager, read_tensors
 from deco_scale.config import load_config
-from deco_scale.environment import Environment, start_processes
+from deco_scale.distributed.bootstrap import Environment, init_distributed
 from deco_scale.kernels import Kernels, choose_kernels, use_kernels
 from deco_scale.models import Denoiser, ModelConfig
 from deco_scale.models.pixel_decoder import PixelDecoder
-from deco_scale.precision import PrecisionConfig
-from deco_scale.precision import autocast as of_precision
-from deco_scale.sampling import Generator, Job, SamplerConfig, VelocityFn
-from deco_scale.sampling.graphs import Graphed
-from deco_scale.sampling.pictures import velocity_of
-from deco_scale.training.checkpoint import Checkpoints, read_tensors
-from deco_scale.training.engine import Engine
-from deco_scale.training.settings import CheckpointConfig
+from deco_scale.parallel.engines.base import Engine
+from deco_scale.precision.config import PrecisionConfig
+from deco_scale.precision.config import autocast as of_precision
+from deco_scale.sampling import Generator, SamplerConfig, SampleRequest, VelocityFn
+from deco_scale.sampling.cuda_graphs import CudaGraphedVelocity
+from deco_scale.sampling.images import velocity_of
 from tests.straightforward import StraightforwardDecoder
 
 DECODER_BOUND, DECODER_ROUNDING = 2.0, 1e-6
@@ -193,12 +193,12 @@ def saving(where: Where) -> Found:
     The state has 2 GiB, an eighth of the XXL model's, so that the disk is not what the call waits for.
     """
     device = torch.device(where.device)
-    start_processes(Environment(0, 1, 0), device)
+    init_distributed(Environment(0, 1, 0), device)
     state = _DeviceState((64 << 20) if where.quick else (2 << 30), device)
     engine = cast(Engine, state)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "checkpoints"
-        checkpoints = Checkpoints(folder, CheckpointConfig(keep_last=1, asynchronous=True))
+        checkpoints = CheckpointManager(folder, CheckpointConfig(keep_last=1, asynchronous=True))
         checkpoints.prepare()
         began = time.perf_counter()
         checkpoints.reserve(engine)
@@ -250,7 +250,7 @@ def sampling(where: Where) -> Found:
     velocity = velocity_of(predict, model.patch_size)
     ways: dict[str, VelocityFn] = {"eager": velocity}
     if where.device == "cuda":
-        ways["graphs"] = Graphed(velocity, device)
+        ways["graphs"] = CudaGraphedVelocity(velocity, device)
     sampler = SamplerConfig(num_steps=steps)
     numbers: dict[str, Any] = {}
     for batch in (1, 2) if where.quick else (1, 16):
@@ -281,7 +281,7 @@ def _draw(
     generator = Generator(
         velocity, model, encode=lambda texts: states[: len(texts)], null=torch.zeros(shape), device=device
     )
-    jobs = [Job(f"prompt {number}", 0, number) for number in range(batch)]
+    jobs = [SampleRequest(f"prompt {number}", 0, number) for number in range(batch)]
     draw = functools.partial(generator.pictures, jobs, size=(side, side), sampler=sampler, batch=batch)
     for _ in range(2):
         synchronise(device)

@@ -28,7 +28,7 @@ from benchmarks.plain_engine import PlainEngine
 from benchmarks.steps import TrainingSteps
 from benchmarks.throughput import time_steps
 from deco_scale.config import RunConfig, load_config
-from deco_scale.environment import Environment
+from deco_scale.distributed.bootstrap import Environment
 from deco_scale.errors import ConfigError
 from deco_scale.objectives import Objective
 from deco_scale.planning.flops import peak_flops

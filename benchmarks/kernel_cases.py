@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from deco_scale.kernels import Kernels
 from deco_scale.kernels.adamw import AdamWStep, AdamWTensors, averaged_adamw
-from deco_scale.kernels.norms import gated_residual, norm_modulate, norm_rotate
+from deco_scale.kernels.norm import gated_residual, norm_modulate, norm_rotate
 from deco_scale.models import Denoiser, ModelConfig
 from deco_scale.models.attention import KERNELS, kernel_missing
+from deco_scale.models.embeddings import PositionScale, rope_angles
 from deco_scale.models.layers import NORM_EPS
 from deco_scale.models.pixel_decoder import PixelDecoder
-from deco_scale.models.position import PositionScale, rope_angles
-from deco_scale.objectives.flow import flow_loss
+from deco_scale.objectives.flow_matching import flow_loss
 from deco_scale.objectives.frequency import (
     block_transform,
     colour_matrix,
@@ -194,7 +194,7 @@ def losses(setting: Setting) -> Case:
 
     def fused(prediction: Tensor, target: Tensor) -> Tensor:
         # Triton is imported where it runs.
-        from deco_scale.kernels.losses_triton import flow_and_frequency
+        from deco_scale.kernels.triton.losses import flow_and_frequency
 
         transform, colours = block_transform(setting.device), colour_matrix(setting.device)
         found = flow_and_frequency(

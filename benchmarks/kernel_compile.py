@@ -42,7 +42,7 @@ from deco_scale.kernels.adamw import AdamWStep, AdamWTensors, averaged_adamw
 from deco_scale.models import Denoiser
 from deco_scale.objectives import Objective
 from deco_scale.objectives.frequency import block_transform, colour_matrix, frequency_weights
-from deco_scale.training.settings import StageConfig
+from deco_scale.training.config import StageConfig
 
 FILE = "kernels_sm90.json"
 """Figures by version of Triton and kernel."""

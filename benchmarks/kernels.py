@@ -41,7 +41,7 @@ from benchmarks.kernel_cases import (
 from benchmarks.measure import Ceilings, captured, device_name, measure_ceilings, medians_s
 from benchmarks.straightforward import Promise
 from deco_scale.config import load_config
-from deco_scale.environment import choose_device
+from deco_scale.distributed.bootstrap import choose_device
 from deco_scale.errors import ConfigError
 
 BATCH = {"cuda": 64, "cpu": 2}

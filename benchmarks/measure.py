@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from benchmarks.jobs import first_line
-from deco_scale.models.attention_choice import keep_busy
-from deco_scale.precision import PrecisionConfig
+from deco_scale.models.attention.autotune import keep_busy
+from deco_scale.precision.config import PrecisionConfig
 
 GEMM_SIDE = {"cuda": 8192, "cpu": 1536}
 """Side of the square product: large enough that the device is full."""

@@ -14,17 +14,18 @@ from torch import Tensor, nn
 from deco_scale.config import RunConfig
 from deco_scale.errors import ConfigError
 from deco_scale.kernels import Kernels
-from deco_scale.models.graphs import limit_recompiles
+from deco_scale.models.compile import limit_recompiles
 from deco_scale.objectives import Objective
-from deco_scale.precision import autocast, fp8
-from deco_scale.precision.modules import Fp8Plan
-from deco_scale.training.batch import ObjectiveInputs
-from deco_scale.training.engine import AVERAGED, TokenGroup, Update
-from deco_scale.training.optimizer import AveragedAdamW, poisoned
+from deco_scale.optim.adamw_ema import AdamWWithEMA, nan_if_nonfinite
+from deco_scale.parallel.engines.base import EMA_PREFIX, TokenGroup, Update
+from deco_scale.precision import fp8
+from deco_scale.precision.config import autocast
+from deco_scale.precision.fp8_plan import Fp8Plan
+from deco_scale.training.inputs import ObjectiveInputs
 
 
 class PlainEngine:
-    """What :func:`deco_scale.training.step.train_step` asks of an engine, on one device; it saves nothing.
+    """What :func:`deco_scale.training.train_step.train_step` asks of an engine, on one device; it saves nothing.
 
     Raises :class:`ConfigError` for activation checkpointing and FP8 plans that the configuration does not go with.
     """
@@ -61,8 +62,8 @@ class PlainEngine:
         self._compiled = False
         self.compile(cfg.compile)
         parameters = dict(self.objective.named_parameters())
-        self._optimizer = AveragedAdamW(parameters.values(), cfg.optimizer, kernels=kernels)
-        self._optimizer.track(parameters, averaged={name for name in parameters if name.startswith(AVERAGED)})
+        self._optimizer = AdamWWithEMA(parameters.values(), cfg.optimizer, kernels=kernels)
+        self._optimizer.track(parameters, averaged={name for name in parameters if name.startswith(EMA_PREFIX)})
 
     def compile(self, wanted: bool) -> None:
         """Compile the units that the engines compile, from their next call on, or run them as they are."""
@@ -91,13 +92,13 @@ class PlainEngine:
     def forward_backward(self, inputs: ObjectiveInputs, *, scale: float, last: bool) -> dict[str, Tensor]:
         with autocast(self._precision, self._device), fp8.fp8_context(self._fp8_plan):
             losses = self.objective(*inputs)
-        poisoned(losses["loss"] * scale).backward()
+        nan_if_nonfinite(losses["loss"] * scale).backward()
         return {name: value.detach() for name, value in losses.items()}
 
     @torch.no_grad()
-    def update(self, *, lr: float, betas: tuple[float, float], unwanted: Tensor | None = None) -> Update:
+    def update(self, *, lr: float, betas: tuple[float, float], should_skip: Tensor | None = None) -> Update:
         norm = nn.utils.get_total_norm([p.grad for p in self.objective.parameters() if p.grad is not None])
-        self._optimizer.begin(lr=lr, betas=betas, norm=norm, unwanted=unwanted)
+        self._optimizer.begin(lr=lr, betas=betas, norm=norm, should_skip=should_skip)
         self._optimizer.step()
         self.objective.zero_grad()
         assert self._optimizer.skipped is not None

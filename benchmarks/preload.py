@@ -11,7 +11,7 @@ import torch
 MODULES = (
     "benchmarks.gpu_steps",
     "benchmarks.steps",
-    "deco_scale.parallel.fsdp",
+    "deco_scale.parallel.engines.fsdp",
     "torch._dynamo",
     "torch._inductor.compile_fx",
     "torch.profiler",

@@ -21,15 +21,15 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from checkpoints_tools.canonical import write_canonical
-from checkpoints_tools.formats import open_checkpoint
-from checkpoints_tools.infer import denoiser_shapes
+from checkpoints_tools.base import TensorSpec
+from checkpoints_tools.formats.canonical import write_canonical
+from checkpoints_tools.formats.zero.writer import ZeroLayout
+from checkpoints_tools.infer_config import denoiser_shapes
+from checkpoints_tools.memory_budget import held_bytes, use_large_pages
+from checkpoints_tools.registry import open_checkpoint
 from checkpoints_tools.reshard import plan_reshard
-from checkpoints_tools.source import TensorSpec
-from checkpoints_tools.work import held_bytes, use_large_pages
-from checkpoints_tools.zero_writer import ZeroLayout
+from deco_scale.checkpoint.format import CheckpointMeta, verify
 from deco_scale.config import RunConfig, load_config
-from deco_scale.training.checkpoint_format import CheckpointMeta, verify
 
 KINDS = ("model", "ema", "exp_avg", "exp_avg_sq")
 PROMISE = 0.5

@@ -29,8 +29,8 @@ from deco_scale.config import load_config
 from deco_scale.errors import ConfigError
 from deco_scale.models import Denoiser
 from deco_scale.models.encoders import EncoderError, TextEncoder
-from deco_scale.sampling import Generator, Job, SamplerConfig, VelocityFn, time_grid
-from deco_scale.sampling.pictures import seeded_noise, to_uint8, velocity_of
+from deco_scale.sampling import Generator, SamplerConfig, SampleRequest, VelocityFn, time_grid
+from deco_scale.sampling.images import seeded_noise, to_uint8, velocity_of
 
 EncodeFn = Callable[[Sequence[str]], Tensor]
 PLAIN = "two calls a step, text in every step"
@@ -42,7 +42,7 @@ OURS = "Generator.pictures"
 def plain_pictures(
     velocity: VelocityFn,
     encode: EncodeFn,
-    jobs: Sequence[Job],
+    jobs: Sequence[SampleRequest],
     *,
     side: int,
     sampler: SamplerConfig,
@@ -97,7 +97,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     velocity = velocity_of(predict, cfg.model.patch_size)
     generator = Generator(velocity, cfg.model, encode=text.encode, null=text.null, device=device)
     prompts, sampler = cfg.samples.prompts, cfg.samples.sampler
-    jobs = [Job(prompt, seed, seed) for prompt in prompts for seed in range(args.per_prompt)]
+    jobs = [SampleRequest(prompt, seed, seed) for prompt in prompts for seed in range(args.per_prompt)]
     side = cfg.stages[-1].resolution
     plain = partial(plain_pictures, velocity, text.encode, jobs, side=side, sampler=sampler, batch=args.batch)
     ways: dict[str, Callable[[], Any]] = {

@@ -20,19 +20,19 @@ from benchmarks.parts import Timeline
 from benchmarks.plain_engine import PlainEngine
 from data_pipeline.stream.loader import Loader
 from deco_scale.config import RunConfig
-from deco_scale.environment import Environment, choose_device, start_processes
+from deco_scale.distributed.bootstrap import Environment, choose_device, init_distributed
 from deco_scale.errors import ConfigError
 from deco_scale.kernels import Kernels, choose_kernels
 from deco_scale.models.attention import AttentionSetting, check_backend
-from deco_scale.models.attention_choice import BackendChoice, table_of
+from deco_scale.models.attention.autotune import BackendChoice, table_of
 from deco_scale.objectives import Objective
-from deco_scale.parallel.layout import Layout, resolve_layout
-from deco_scale.parallel.plan import check_tp
-from deco_scale.training.batch import Batch, ObjectiveInputs, Part, Prepare, pinned, split
-from deco_scale.training.engine import Engine, Update
-from deco_scale.training.feed import Feed
-from deco_scale.training.loop import Stage
-from deco_scale.training.step import StepResult, train_step
+from deco_scale.parallel.engines.base import Engine, Update
+from deco_scale.parallel.mesh import ParallelDims, resolve_parallel_dims
+from deco_scale.parallel.tp_plan import check_tp
+from deco_scale.training.host_prefetch import HostPrefetcher
+from deco_scale.training.inputs import Batch, InputBuilder, MicroBatch, ObjectiveInputs, pinned, split
+from deco_scale.training.train_step import StepResult, train_step
+from deco_scale.training.trainer import Stage
 from launcher.assemble import (
     SyntheticData,
     build_engine,
@@ -62,9 +62,9 @@ class TimedEngine:
         self._timeline.mark("other")
         return losses
 
-    def update(self, *, lr: float, betas: tuple[float, float], unwanted: torch.Tensor | None = None) -> Update:
+    def update(self, *, lr: float, betas: tuple[float, float], should_skip: torch.Tensor | None = None) -> Update:
         self._timeline.mark("optimizer")
-        update = self._engine.update(lr=lr, betas=betas, unwanted=unwanted)
+        update = self._engine.update(lr=lr, betas=betas, should_skip=should_skip)
         self._timeline.mark("other")
         return update
 
@@ -93,13 +93,13 @@ class TrainingSteps:
         attention: Sequence[BackendChoice] = (),
     ) -> None:
         self._straightforward = straightforward
-        self.cfg, self.layout = cfg, resolve_layout(cfg.parallel, env.world_size)
+        self.cfg, self.layout = cfg, resolve_parallel_dims(cfg.parallel, env.world_size)
         check_tp(cfg.model, self.layout.tp)
         self.device = choose_device(cfg.device, env.local_rank)
         self.kernels = _checked(cfg, self.device)
         self.stage = derive_stages(cfg, self.layout)[0]
         torch.set_float32_matmul_precision("high" if cfg.precision.compute != "fp32" else "highest")
-        start_processes(env, self.device)
+        init_distributed(env, self.device)
         self.objectives: list[Objective] = []
         self.attention = list(attention)
         text, image = load_encoders(cfg, self.device, need_text=True) if encoders else (None, None)
@@ -112,7 +112,7 @@ class TrainingSteps:
         null = torch.tensor(cfg.model.num_classes, device=self.device)
         if cfg.model.kind == "t2i_deco":
             null = torch.zeros(cfg.model.text_tokens, cfg.model.text_dim, device=self.device)
-        self._prepare = Prepare(
+        self._prepare = InputBuilder(
             seed=cfg.run.seed,
             device=self.device,
             objective=cfg.objective,
@@ -128,7 +128,7 @@ class TrainingSteps:
         ready: Callable[[Batch], Batch] | None = None
         if self.device.type == "cuda":
             ready = functools.partial(pinned, null_shape=self._prepare.null.shape)
-        self._feed = Feed(batches, depth=2, prepare=ready) if data else None
+        self._feed = HostPrefetcher(batches, depth=2, prepare=ready) if data else None
         self._batches: Iterator[Batch] = self._feed or _in_memory(batches, ready)
 
     def _build(self, encoder_dim: int, plain: bool) -> Any:
@@ -211,7 +211,7 @@ def _checked(cfg: RunConfig, device: torch.device) -> Kernels:
         raise ConfigError(str(error)) from error
 
 
-def _open(cfg: RunConfig, layout: Layout, stage: Stage, data: bool) -> "SyntheticData | Loader":
+def _open(cfg: RunConfig, layout: ParallelDims, stage: Stage, data: bool) -> "SyntheticData | Loader":
     folder = Path(cfg.run.dir)
     if data:
         folder.mkdir(parents=True, exist_ok=True)
@@ -239,7 +239,7 @@ def _with_states(batches: Iterator[Batch], cfg: RunConfig) -> Iterator[Batch]:
     )
     for batch in batches:
         states = [pool[number % len(pool)] for number in batch.sample_ids]
-        yield Part(batch.images, batch.captions, batch.labels, batch.sample_ids, states)
+        yield MicroBatch(batch.images, batch.captions, batch.labels, batch.sample_ids, states)
 
 
 def _in_memory(
@@ -252,6 +252,6 @@ def _in_memory(
         yield from held
 
 
-def resolved_layout(layout: Layout) -> dict[str, int]:
+def resolved_layout(layout: ParallelDims) -> dict[str, int]:
     """The mesh as result files have it."""
     return json.loads(json.dumps(dataclasses.asdict(layout)))  # type: ignore[no-any-return]

@@ -25,9 +25,9 @@ from benchmarks.measure import device_name, medians_s
 from deco_scale.kernels import Kernels, choose_kernels, use_kernels
 from deco_scale.models import Denoiser, ModelConfig
 from deco_scale.objectives import Objective, ObjectiveConfig
-from deco_scale.training.engine import AVERAGED
-from deco_scale.training.optimizer import AveragedAdamW
-from deco_scale.training.settings import OptimizerConfig
+from deco_scale.optim.adamw_ema import AdamWWithEMA
+from deco_scale.optim.config import OptimizerConfig
+from deco_scale.parallel.engines.base import EMA_PREFIX
 from tests.straightforward import make_straightforward, saved_bytes
 
 NAMES = ("straightforward", "ours")
@@ -137,7 +137,7 @@ class PlainUpdate:
             objective.parameters(), lr=_LR, betas=_BETAS, eps=cfg.eps, weight_decay=cfg.weight_decay
         )
         named = objective.named_parameters()
-        self._pairs = [(p, p.detach().clone()) for n, p in named if n.startswith(AVERAGED)]
+        self._pairs = [(p, p.detach().clone()) for n, p in named if n.startswith(EMA_PREFIX)]
 
     def __call__(self) -> None:
         nn.utils.clip_grad_norm_(self._objective.parameters(), self._cfg.clip_norm)
@@ -153,8 +153,8 @@ class OurUpdate:
     def __init__(self, objective: nn.Module, cfg: OptimizerConfig, kernels: Kernels) -> None:
         self._objective = objective
         parameters = dict(objective.named_parameters())
-        self._optimizer = AveragedAdamW(parameters.values(), cfg, kernels=kernels)
-        self._optimizer.track(parameters, averaged={n for n in parameters if n.startswith(AVERAGED)})
+        self._optimizer = AdamWWithEMA(parameters.values(), cfg, kernels=kernels)
+        self._optimizer.track(parameters, averaged={n for n in parameters if n.startswith(EMA_PREFIX)})
 
     @torch.no_grad()
     def __call__(self) -> None:

@@ -35,7 +35,7 @@ from benchmarks.measure import Ceilings, Stopwatch, device_name, gemm_dtype, mea
 from benchmarks.parts import Timeline, watch
 from benchmarks.steps import TrainingSteps, leave, resolved_layout
 from deco_scale.config import RunConfig, dump_config, load_config
-from deco_scale.environment import Environment, choose_device, read_environment
+from deco_scale.distributed.bootstrap import Environment, choose_device, read_environment
 from deco_scale.errors import ConfigError, RunError
 from deco_scale.planning.flops import peak_flops
 

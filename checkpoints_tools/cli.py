@@ -11,17 +11,17 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from checkpoints_tools.averaging import average, check_alike, fit_width, shares_of
-from checkpoints_tools.exporting import Weights, export_checkpoint, plan_export
-from checkpoints_tools.formats import open_checkpoint
-from checkpoints_tools.importing import import_checkpoint, plan_import
-from checkpoints_tools.measures import difference, tensor_facts
+from checkpoints_tools.average import average, check_alike, fit_width, shares_of
+from checkpoints_tools.base import SETS, CheckpointReader, TensorSpec
+from checkpoints_tools.export_weights import Weights, export_checkpoint, plan_export
+from checkpoints_tools.formats.zero.writer import ZeroLayout
+from checkpoints_tools.import_weights import import_checkpoint, plan_import
+from checkpoints_tools.memory_budget import use_large_pages
+from checkpoints_tools.registry import open_checkpoint
 from checkpoints_tools.reshard import add_arguments, plan_reshard
-from checkpoints_tools.show import differences_table, facts_table, tensors_table
-from checkpoints_tools.source import SETS, Source, TensorSpec
+from checkpoints_tools.tables import differences_table, facts_table, tensors_table
+from checkpoints_tools.tensor_stats import difference, tensor_facts
 from checkpoints_tools.verify import has_checksums, problems_of
-from checkpoints_tools.work import use_large_pages
-from checkpoints_tools.zero_writer import ZeroLayout
 from data_pipeline.console import (
     Parser,
     cell,
@@ -33,9 +33,9 @@ from data_pipeline.console import (
     progress_bar,
 )
 from data_pipeline.text import human_bytes
+from deco_scale.checkpoint.format import verify
 from deco_scale.config import load_config
 from deco_scale.errors import ConfigError, RunError
-from deco_scale.training.checkpoint_format import verify
 
 MAX_WORKERS = 8
 
@@ -158,7 +158,7 @@ def _verify(args: argparse.Namespace, console: Console) -> int:
 def _diff(args: argparse.Namespace, console: Console) -> int:
     first, second = open_checkpoint(args.first), open_checkpoint(args.second)
 
-    def chosen(source: Source) -> dict[str, TensorSpec]:
+    def chosen(source: CheckpointReader) -> dict[str, TensorSpec]:
         prefix = f"{args.only}." if args.only else ""
         return {n: s for n, s in source.specs.items() if n.startswith(prefix)}
 
@@ -295,7 +295,7 @@ def _average(args: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-def _checked(source: Source, console: Console) -> Source:
+def _checked(source: CheckpointReader, console: Console) -> CheckpointReader:
     """What is copied from must be intact: compares a canonical folder's checksums."""
     if source.meta is not None:
         with console.status(f"comparing checksums of {cell(source.path)}"):

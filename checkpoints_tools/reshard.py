@@ -11,19 +11,19 @@ from typing import Literal
 
 import torch
 
-from checkpoints_tools.canonical import CanonicalReader, write_canonical
-from checkpoints_tools.importing import bare_config
-from checkpoints_tools.source import EMA, MODEL, Advance, Source, TensorSpec
-from checkpoints_tools.universal import UniversalSource, write_universal
-from checkpoints_tools.work import held_bytes
-from checkpoints_tools.zero_files import CARRIED, write_side
-from checkpoints_tools.zero_layout import partitions, sub_groups, tp_shape
-from checkpoints_tools.zero_reader import ZeroSource
-from checkpoints_tools.zero_writer import ZeroLayout, check_zero, parameter_order, write_zero
+from checkpoints_tools.base import EMA, MODEL, Advance, CheckpointReader, TensorSpec
+from checkpoints_tools.formats.canonical import CanonicalReader, write_canonical
+from checkpoints_tools.formats.universal import UniversalReader, write_universal
+from checkpoints_tools.formats.zero.layout import partitions, sub_groups, tp_shape
+from checkpoints_tools.formats.zero.reader import ZeroSource
+from checkpoints_tools.formats.zero.side_file import CARRIED, write_side
+from checkpoints_tools.formats.zero.writer import ZeroLayout, check_zero, parameter_order, write_zero
+from checkpoints_tools.import_weights import bare_config
+from checkpoints_tools.memory_budget import held_bytes
 from data_pipeline.storage.files import make_durable, write_durably
+from deco_scale.checkpoint.format import CheckpointMeta
 from deco_scale.config import RunConfig
 from deco_scale.errors import ConfigError, RunError
-from deco_scale.training.checkpoint_format import CheckpointMeta
 
 Form = Literal["canonical", "deepspeed", "universal"]
 FORMS = ("canonical", "deepspeed", "universal")
@@ -80,7 +80,7 @@ def byte_count(text: str) -> int:
 
 
 def plan_reshard(
-    source: Source,
+    source: CheckpointReader,
     *,
     to: Form,
     layout: ZeroLayout | None = None,
@@ -94,7 +94,7 @@ def plan_reshard(
 
     ``memory`` bounds the bytes of tensors in memory: ``workers`` wait for each other where it does not hold all.
     """
-    if not isinstance(source, CanonicalReader | ZeroSource | UniversalSource):
+    if not isinstance(source, CanonicalReader | ZeroSource | UniversalReader):
         raise ConfigError(f"{source.path} is {source.format}; import it first (deco-ckpt import)")
     if (to == "deepspeed") != (layout is not None):
         raise ConfigError("--dp and --zero-stage are given with --to deepspeed, and with nothing else")
@@ -129,7 +129,9 @@ def plan_reshard(
     return Reshard(tuple(lines), len(view.specs), run)
 
 
-def _canonical_writer(view: Source, meta: CheckpointMeta, files: int, workers: int, memory: int) -> Write:
+def _canonical_writer(
+    view: CheckpointReader, meta: CheckpointMeta, files: int, workers: int, memory: int
+) -> Write:
     def write(target: Path, advance: Advance) -> None:
         specs = {n: TensorSpec(s.shape) for n, s in view.specs.items()}
         write_canonical(
@@ -139,14 +141,16 @@ def _canonical_writer(view: Source, meta: CheckpointMeta, files: int, workers: i
     return write
 
 
-def _universal_writer(view: Source, meta: CheckpointMeta, workers: int, memory: int) -> Write:
+def _universal_writer(view: CheckpointReader, meta: CheckpointMeta, workers: int, memory: int) -> Write:
     def fill(folder: Path, advance: Advance) -> None:
         write_universal(folder, view, meta, workers=workers, memory=memory, advance=advance)
 
     return _tag_writer(view, meta, "latest_universal", fill)
 
 
-def _deepspeed_writer(view: Source, meta: CheckpointMeta, layout: ZeroLayout, workers: int, memory: int) -> Write:
+def _deepspeed_writer(
+    view: CheckpointReader, meta: CheckpointMeta, layout: ZeroLayout, workers: int, memory: int
+) -> Write:
     piece = min(_MAX_PIECE, memory // (_COPIES * _ELEMENT * workers))
     widest = max(s.numel // max(1, s.shape[0]) if s.shape else 1 for s in view.specs.values())
     # The side file is written tensor by tensor.
@@ -161,7 +165,7 @@ def _deepspeed_writer(view: Source, meta: CheckpointMeta, layout: ZeroLayout, wo
     return _tag_writer(view, meta, "latest", fill)
 
 
-def _tag_writer(view: Source, meta: CheckpointMeta, pointer: str, fill: Write) -> Write:
+def _tag_writer(view: CheckpointReader, meta: CheckpointMeta, pointer: str, fill: Write) -> Write:
     """A folder with a tag's folder in it, which ``fill`` fills, and the file that names the tag."""
 
     def write(target: Path, advance: Advance) -> None:
@@ -176,7 +180,7 @@ def _tag_writer(view: Source, meta: CheckpointMeta, pointer: str, fill: Write) -
     return write
 
 
-def _with_ema(source: Source, *, from_model: bool) -> Source:
+def _with_ema(source: CheckpointReader, *, from_model: bool) -> CheckpointReader:
     has = any(n.startswith(EMA) for n in source.specs)
     if has and from_model:
         raise ConfigError(f"{source.path} has an EMA; --ema-from is for sources without one")
@@ -188,7 +192,7 @@ def _with_ema(source: Source, *, from_model: bool) -> Source:
 class _WithEma:
     """A source whose EMA are its weights."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: CheckpointReader) -> None:
         self._source = source
         self.path, self.format, self.model = source.path, source.format, source.model
         self.meta, self.facts = source.meta, source.facts
@@ -202,7 +206,7 @@ class _WithEma:
 
 
 def _meta_of(
-    source: CanonicalReader | ZeroSource | UniversalSource, config: RunConfig | None
+    source: CanonicalReader | ZeroSource | UniversalReader, config: RunConfig | None
 ) -> tuple[CheckpointMeta, list[str]]:
     """Where the run stood, and what to say of how that is known."""
     if isinstance(source, CanonicalReader):
@@ -234,11 +238,11 @@ def _meta_of(
     return meta, [f"there is no place in the data; the stored configuration is {said}"]
 
 
-def _side_names(source: Source) -> list[str]:
+def _side_names(source: CheckpointReader) -> list[str]:
     return [n for n in source.specs if n.split(".")[0] not in CARRIED]
 
 
-def _files_of(source: Source, layout: ZeroLayout) -> list[str]:
+def _files_of(source: CheckpointReader, layout: ZeroLayout) -> list[str]:
     """Files and the sizes of their tensors, for the plan."""
     shapes = parameter_order(source)
     local = {n: tp_shape(n, s, layout.tp) for n, s in shapes.items()}

@@ -14,10 +14,10 @@ import google_crc32c
 import torch
 from torch import Tensor
 
-from checkpoints_tools.source import Advance, TensorSpec
-from checkpoints_tools.stores import INDEX_SUFFIX
+from checkpoints_tools.base import Advance, TensorSpec
+from checkpoints_tools.formats.tensor_files import INDEX_SUFFIX
+from deco_scale.checkpoint.format import ChecksummedFile
 from deco_scale.errors import ConfigError
-from deco_scale.training.checkpoint_format import SummedFile
 
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 _ALIGNMENT = 8
@@ -64,7 +64,7 @@ def write_safetensors(
 def write_summed(path: Path, data: bytes) -> tuple[int, int]:
     """Write a small file durably; size and CRC32C."""
     with path.open("wb") as raw:
-        out = SummedFile(raw)
+        out = ChecksummedFile(raw)
         out.write(data)
         raw.flush()
         os.fsync(raw.fileno())
@@ -101,7 +101,7 @@ def _write_one(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     with path.open("wb") as raw:
-        out = SummedFile(raw)
+        out = ChecksummedFile(raw)
         out.write(struct.pack("<Q", len(text)) + text)
         for name, spec in specs.items():
             tensor = read(name).to(spec.dtype).contiguous()

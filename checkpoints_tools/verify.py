@@ -4,14 +4,14 @@ import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from checkpoints_tools.archive import check_record_sums
-from checkpoints_tools.canonical import CanonicalReader, digest_of_sums, word_sum
-from checkpoints_tools.formats import PIPELINE, open_checkpoint
+from checkpoints_tools.base import Advance
+from checkpoints_tools.formats.canonical import CanonicalReader, digest_of_sums, word_sum
+from checkpoints_tools.formats.tensor_files import read_json
+from checkpoints_tools.formats.torch_zip import check_record_sums
+from checkpoints_tools.registry import PIPELINE, open_checkpoint
 from checkpoints_tools.safetensors_out import SETTINGS_SUM, SUMS, as_json, settings_sum
-from checkpoints_tools.source import Advance
-from checkpoints_tools.stores import read_json
+from deco_scale.checkpoint.format import COMPLETE, crc32c_of, read_meta
 from deco_scale.errors import ConfigError
-from deco_scale.training.checkpoint_format import COMPLETE, crc32c_of, read_meta
 
 
 def problems_of(path: Path, *, advance: Advance = lambda name: None) -> Iterator[str]:

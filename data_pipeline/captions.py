@@ -46,7 +46,7 @@ def parse_captions(raw: bytes, *, is_json: bool, fields: Sequence[str] = JSON_FI
     try:
         if not is_json:
             return _captions([(_text(raw), 1.0)])
-        entries = _json_object(raw)
+        entries = json_object(raw)
         value = next((entries[name] for name in fields if entries.get(name) is not None), None)
         if isinstance(value, str):
             return _captions([(value, 1.0)])
@@ -63,7 +63,7 @@ def json_numbers(raw: bytes, fields: Sequence[str]) -> list[float]:
     Raises :class:`DecodeError` of kind ``bad_caption`` for what is no JSON object.
     """
     try:
-        entries = _json_object(raw)
+        entries = json_object(raw)
     except ValueError as error:
         raise DecodeError("bad_caption", f"{type(error).__name__}: {error}") from error
     return [_number(entries.get(name)) for name in fields]
@@ -78,13 +78,7 @@ def parse_label(raw: bytes) -> int:
 
 
 def choose_caption(
-    captions: Captions,
-    *,
-    seed: int,
-    epoch: int,
-    sample: int,
-    prefix_probability: float,
-    short_words: int,
+    captions: Captions, *, seed: int, epoch: int, sample: int, prefix_probability: float, short_words: int
 ) -> str:
     """One caption by weight; those under ``short_words`` words get a prefix with the given probability."""
     random = generator(seed, _CAPTION_KEY, epoch, sample)
@@ -118,7 +112,8 @@ def _text(raw: bytes) -> str:
     return raw.decode("utf-8-sig")
 
 
-def _json_object(raw: bytes) -> dict[str, Any]:
+def json_object(raw: bytes) -> dict[str, Any]:
+    """Entries of a ``.json`` member; raises ``ValueError`` for anything but a JSON object."""
     try:
         entries = json.loads(_text(raw))
     except RecursionError as error:
@@ -161,7 +156,7 @@ def _captions(pairs: list[tuple[str, float]]) -> Captions:
     for text in checked.texts:
         # Half of a surrogate pair, which JSON can escape, is no text: tokenizers and UTF-8 refuse it.
         text.encode("utf-8")
-    kept = [pair for pair in zip(checked.texts, checked.weights, strict=True) if pair[0]]
-    if not kept:
+    nonblank = [pair for pair in zip(checked.texts, checked.weights, strict=True) if pair[0]]
+    if not nonblank:
         raise ValueError("an empty caption")
-    return Captions(tuple(text for text, _ in kept), tuple(weight for _, weight in kept))
+    return Captions(tuple(text for text, _ in nonblank), tuple(weight for _, weight in nonblank))

@@ -27,7 +27,7 @@ import numpy as np
 
 from data_pipeline.captions import parse_captions, texts_of
 from data_pipeline.errors import DataError
-from data_pipeline.index.format import BLOCK, IS_LABEL, Index, pack_columns, unpack_columns
+from data_pipeline.index.format import BLOCK, IS_LABEL, Index, pack_columns, read_sample, unpack_columns
 from data_pipeline.storage.base import ObjectInfo, Store
 
 EMBEDDINGS_KEY = "states.safetensors"
@@ -74,9 +74,7 @@ def unpack_embeddings(member: bytes, text: int, width: int) -> "np.ndarray[Any, 
     """Embedding (tokens, width) of the ``text``-th text of a member."""
     (count,) = np.frombuffer(member, dtype="<u2", count=1)
     if text >= count:
-        raise DataError(
-            f"a sample holds {count} text states, expected text number {text}; run deco embed again"
-        )
+        raise DataError(f"a sample holds {count} text states, expected text number {text}; run deco embed again")
     tokens = np.frombuffer(member, dtype="<u2", count=int(count), offset=2).astype(np.int64)
     first = int(tokens[:text].sum()) * width
     values = np.frombuffer(member, dtype="<u2", offset=2 + 2 * int(count))
@@ -189,7 +187,7 @@ def _embed_shard(
     identity: TextEmbeddingIdentity,
     batch: int,
 ) -> None:
-    rows = range(int(index.ends[number - 1]) if number else 0, int(index.ends[number]))
+    rows = index.shard_rows(number)
     columns: dict[str, list[int]] = {name: [] for name in COLUMNS}
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "states.tar"
@@ -229,16 +227,14 @@ def _texts(
     first, last = index.locate(rows[0]), index.locate(rows[-1])
     raw = data.read(shard.key, first.start, last.end - first.start, shard.etag)
     for row in rows:
-        place = index.locate(row)
-        sample = raw[place.start - first.start : place.end - first.start]
-        if google_crc32c.value(sample) != place.crc32c:
-            sample = data.read(shard.key, place.start, place.end - place.start, shard.etag)
-            if google_crc32c.value(sample) != place.crc32c:
-                raise DataError(f"{data.url}/{shard.key}: bytes {place.start}-{place.end} differ from the index")
+        location = index.locate(row)
+        sample = raw[location.start - first.start : location.end - first.start]
+        if google_crc32c.value(sample) != location.crc32c:
+            sample = read_sample(data, index, location)
         if index.columns["flags"][row] & IS_LABEL:
             yield ()
             continue
-        captions = parse_captions(sample[place.text], is_json=place.is_json, fields=fields)
+        captions = parse_captions(sample[location.text], is_json=location.is_json, fields=fields)
         yield texts_of(captions, prefixes=identity.prefixes, short_words=identity.short_words)
 
 
@@ -281,9 +277,8 @@ def _merge(target: Store, index: Index, identity: TextEmbeddingIdentity, encode:
 
 def _made_of(index: Index, number: int, identity: TextEmbeddingIdentity) -> list[Any]:
     shard = index.shards[number]
-    rows = int(index.ends[number]) - (int(index.ends[number - 1]) if number else 0)
     fields = index.header["scan"]["caption_fields"]
-    return [shard.key, shard.size, shard.etag, rows, list(fields), identity.digest]
+    return [shard.key, shard.size, shard.etag, len(index.shard_rows(number)), list(fields), identity.digest]
 
 
 def _sidecar_key(index: Index, number: int) -> str:

@@ -16,26 +16,21 @@ from typing import Any, Literal
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from data_pipeline.config import DataConfig
+from deco_scale.checkpoint.config import CheckpointConfig
 from deco_scale.errors import ConfigError
-from deco_scale.evaluation.settings import EvaluationConfig
+from deco_scale.evaluation.config import EvaluationConfig
 from deco_scale.kernels import KernelSetting
 from deco_scale.models import ModelConfig
 from deco_scale.models.attention import AttentionConfig
-from deco_scale.models.encoder_settings import ImageEncoderConfig, TextEncoderConfig
+from deco_scale.models.encoder_config import ImageEncoderConfig, TextEncoderConfig
 from deco_scale.objectives import ObjectiveConfig
-from deco_scale.observability.config import MonitorConfig
+from deco_scale.observability.config import MonitorConfig, WandbConfig
 from deco_scale.observability.redact import REMOVED, is_secret_name, looks_secret, redacted, scrub
-from deco_scale.parallel.layout import ParallelConfig
-from deco_scale.precision import PrecisionConfig
+from deco_scale.optim.config import OptimizerConfig
+from deco_scale.parallel.mesh import ParallelConfig
+from deco_scale.precision.config import PrecisionConfig
 from deco_scale.sampling.config import SampleImagesConfig
-from deco_scale.training.settings import (
-    CheckpointConfig,
-    FaultsConfig,
-    OptimizerConfig,
-    RunSettings,
-    StageConfig,
-    WandbConfig,
-)
+from deco_scale.training.config import FaultsConfig, RunSettings, StageConfig
 from deco_scale.watchdog.config import WatchdogConfig
 from deco_scale.yaml import dump_yaml, load_yaml
 

@@ -27,7 +27,7 @@ BOXES = {
     "launcher": (1, 0, "launcher/train.py\nwires the packages together"),
     "evaluation": (4, 0, "evaluation, page\nFID, GenEval, spectrum, demo"),
     "observability": (0, 2, "observability\ndeco watch, deco report"),
-    "cli": (3, 0, "deco_scale/cli.py\ndeco sample, evaluate, demo"),
+    "cli": (3, 0, "deco_scale/cli/main.py\ndeco sample, evaluate, demo"),
     "watchdog": (2, 0, "watchdog\ndetects hung and lost ranks"),
     "config": (0, 0, "config.py + configs/\nstrict YAML"),
 }

@@ -13,37 +13,37 @@ import torch.distributed as dist
 
 from data_pipeline.errors import DataError
 from data_pipeline.stream.loader import Batch, Loader
+from deco_scale.checkpoint.manager import CheckpointManager
 from deco_scale.config import RunConfig, dump_config
+from deco_scale.distributed.collectives import gather_objects, raise_together, run_on_rank_zero
+from deco_scale.distributed.signals import StopRequest
 from deco_scale.errors import ConfigError, RunError
 from deco_scale.kernels import Kernels, choose_kernels, use_kernels
 from deco_scale.models import Denoiser
 from deco_scale.models.attention import AttentionSetting
-from deco_scale.models.attention_choice import BackendChoice, choose_backend, model_shapes, table_of
+from deco_scale.models.attention.autotune import BackendChoice, choose_backend, model_shapes, table_of
 from deco_scale.models.encoders import EncoderError, ImageEncoder, TextEncoder, text_identity
 from deco_scale.models.layers import Attention
 from deco_scale.objectives import Objective
-from deco_scale.parallel.layout import Layout, accumulation_steps
-from deco_scale.parallel.sequence import encode_shared
+from deco_scale.observability.run_logger import RunLogger
+from deco_scale.parallel.engines.base import Engine
+from deco_scale.parallel.mesh import ParallelDims, accumulation_steps
+from deco_scale.parallel.sequence_parallel import encode_shared
 from deco_scale.planning.flops import peak_flops, training_flops
-from deco_scale.precision.choice import choose_fp8
-from deco_scale.precision.modules import Fp8Plan
-from deco_scale.precision.of_run import plan_precision
-from deco_scale.training.ahead import Ahead
-from deco_scale.training.batch import Prepare, padded_states
-from deco_scale.training.checkpoint import Checkpoints
-from deco_scale.training.engine import Engine
-from deco_scale.training.loop import Data, Heartbeat, Loop, Stage
-from deco_scale.training.meter import OwnWork
-from deco_scale.training.processes import agreed, by_first, gathered
-from deco_scale.training.report import Reporter
-from deco_scale.training.settings import StageConfig
-from deco_scale.training.stopping import StopRequest
+from deco_scale.precision.fp8_plan import Fp8Plan
+from deco_scale.precision.recipe import choose_fp8
+from deco_scale.training.config import StageConfig
+from deco_scale.training.encoder_prefetch import EncoderPrefetcher
+from deco_scale.training.inputs import InputBuilder, padded_states
+from deco_scale.training.metrics import RankComputeTimer
+from deco_scale.training.trainer import Data, Heartbeat, Stage, Trainer
 from deco_scale.watchdog.client import NoWatchdog
+from launcher.build.precision import plan_precision
 from launcher.evaluation import evaluator
 from launcher.pictures import picture_maker
 
 
-def derive_stages(cfg: RunConfig, layout: Layout) -> list[Stage]:
+def derive_stages(cfg: RunConfig, layout: ParallelDims) -> list[Stage]:
     """Stages with accumulation and FLOPs; raises :class:`ConfigError` for impossible batches."""
     return [
         Stage(
@@ -83,7 +83,7 @@ def load_encoders(
 
 
 def choose_attention(
-    cfg: RunConfig, layout: Layout, device: torch.device
+    cfg: RunConfig, layout: ParallelDims, device: torch.device
 ) -> tuple[AttentionSetting, list[BackendChoice]]:
     """The named backend; for ``auto`` on a GPU the kernels that rank 0 measured, the same on every rank."""
     if cfg.attention.backend != "auto" or device.type != "cuda":
@@ -103,7 +103,7 @@ def choose_attention(
         except ValueError as error:
             raise ConfigError(str(error)) from error
 
-    found = by_first(measure)
+    found = run_on_rank_zero(measure)
     return table_of(found), found
 
 
@@ -124,7 +124,7 @@ def objective_builder(
     return build
 
 
-def fp8_plan_of(cfg: RunConfig, layout: Layout, device: torch.device) -> Fp8Plan | None:
+def fp8_plan_of(cfg: RunConfig, layout: ParallelDims, device: torch.device) -> Fp8Plan | None:
     """What computes in FP8 where the configuration asks for it; raises :class:`ConfigError` where it cannot."""
     if cfg.precision.compute != "fp8":
         return None
@@ -133,14 +133,14 @@ def fp8_plan_of(cfg: RunConfig, layout: Layout, device: torch.device) -> Fp8Plan
 
 def build_engine(
     cfg: RunConfig,
-    layout: Layout,
+    layout: ParallelDims,
     device: torch.device,
     build: Callable[[], Objective],
     fp8_plan: Fp8Plan | None = None,
 ) -> Engine:
     """The configured engine around a freshly initialised objective; ``fp8_plan`` goes with ``compute: fp8``."""
     if cfg.parallel.engine == "deepspeed":
-        from deco_scale.parallel.deepspeed import DeepSpeedEngine
+        from deco_scale.parallel.engines.deepspeed import DeepSpeedEngine
 
         return DeepSpeedEngine(
             build,
@@ -157,7 +157,7 @@ def build_engine(
             seed=cfg.run.seed,
             overrides=cfg.parallel.deepspeed,
         )
-    from deco_scale.parallel.fsdp import FsdpEngine
+    from deco_scale.parallel.engines.fsdp import FsdpEngine
 
     return FsdpEngine(
         build,
@@ -175,7 +175,7 @@ def build_engine(
 
 def data_opener(
     cfg: RunConfig,
-    layout: Layout,
+    layout: ParallelDims,
     folder: Path,
     *,
     synthetic: bool,
@@ -210,7 +210,7 @@ def data_opener(
         except DataError as error:
             raise RunError(str(error)) from error
 
-    return lambda stage, samples: agreed(lambda: open_one(stage, samples))
+    return lambda stage, samples: raise_together(lambda: open_one(stage, samples))
 
 
 def _text_identity(cfg: RunConfig) -> dict[str, Any]:
@@ -234,7 +234,7 @@ class SyntheticData:
 
     counters: dict[str, int] = {}
 
-    def __init__(self, stage: StageConfig, layout: Layout) -> None:
+    def __init__(self, stage: StageConfig, layout: ParallelDims) -> None:
         self._stage, self._rank, self._world = stage, layout.dp_rank(dist.get_rank()), layout.dp
 
     def __iter__(self) -> Iterator[Batch]:
@@ -262,34 +262,34 @@ class SyntheticData:
 
 def assemble(
     cfg: RunConfig,
-    layout: Layout,
+    layout: ParallelDims,
     device: torch.device,
     *,
     stages: list[Stage],
-    checkpoints: Checkpoints,
+    checkpoints: CheckpointManager,
     dry_run: bool = False,
     stop: StopRequest | None = None,
     heartbeat: Heartbeat | None = None,
-) -> Loop:
+) -> Trainer:
     """Build everything, all ranks together; errors that have a name are shared by all ranks."""
     folder = Path(cfg.run.dir)
     rank = dist.get_rank()
-    agreed(lambda: _prepare_folder(folder, checkpoints) if rank == 0 else None)
+    raise_together(lambda: _prepare_folder(folder, checkpoints) if rank == 0 else None)
     precomputed = cfg.data.has_text_embeddings and not dry_run
-    identity = agreed(lambda: _text_identity(cfg)) if precomputed else None
+    identity = raise_together(lambda: _text_identity(cfg)) if precomputed else None
     # Fail on bad data before minutes are spent on encoders and engines.
     first = data_opener(cfg, layout, folder, synthetic=dry_run, identity=identity)(cfg.stages[0], 0)
     states_null = first.null_text_embedding if isinstance(first, Loader) else None
     first.close()
     need_text = not precomputed or cfg.samples.every > 0 or cfg.evaluation.every > 0
-    text, image = agreed(lambda: load_encoders(cfg, device, need_text=need_text))
+    text, image = raise_together(lambda: load_encoders(cfg, device, need_text=need_text))
     kernels = choose_kernels(cfg.kernels, device)
     attention, choices = choose_attention(cfg, layout, device)
     build = objective_builder(cfg, image.width if image is not None else 0, kernels, attention)
-    fp8_plan = agreed(lambda: fp8_plan_of(cfg, layout, device))
+    fp8_plan = raise_together(lambda: fp8_plan_of(cfg, layout, device))
     engine = build_engine(cfg, layout, device, build, fp8_plan)
     plain = json.loads(json.dumps(dataclasses.asdict(cfg)))
-    reporter = Reporter(
+    reporter = RunLogger(
         folder,
         active=rank == 0,
         total_steps=sum(stage.cfg.steps for stage in stages),
@@ -309,7 +309,7 @@ def assemble(
         null, encode_text = text.null, shared_over_tp(text.encode, engine)
     else:
         null = torch.tensor(cfg.model.num_classes, device=device)
-    prepare = Prepare(
+    prepare = InputBuilder(
         seed=cfg.run.seed,
         device=device,
         objective=cfg.objective,
@@ -322,7 +322,7 @@ def assemble(
     text_ahead = encode_text is not None and cfg.text_encoder is not None and cfg.text_encoder.ahead
     image_ahead = image is not None and cfg.image_encoder is not None and cfg.image_encoder.ahead
     if text_ahead or image_ahead:
-        ahead = Ahead(lambda part: prepare.encode(part, text=text_ahead, image=image_ahead), device)
+        ahead = EncoderPrefetcher(lambda part: prepare.encode(part, text=text_ahead, image=image_ahead), device)
     make_pictures = picture_maker(cfg, layout, engine, text, folder / "samples", reporter, device)
     evaluate = evaluator(cfg, layout, engine, text, folder / "evaluation", reporter, device)
     heartbeat = heartbeat or NoWatchdog()
@@ -334,7 +334,7 @@ def assemble(
         evaluate(step)
 
     peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-    return Loop(
+    return Trainer(
         settings=cfg.run,
         stages=stages,
         engine=engine,
@@ -350,12 +350,12 @@ def assemble(
         stop=stop,
         faults=cfg.faults,
         heartbeat=heartbeat,
-        hosts=gathered(socket.gethostname()),
-        own_work=OwnWork(engine.blocks, device, whole_blocks=cfg.compile),
+        hosts=gather_objects(socket.gethostname()),
+        own_work=RankComputeTimer(engine.blocks, device, whole_blocks=cfg.compile),
     )
 
 
-def _prepare_folder(folder: Path, checkpoints: Checkpoints) -> None:
+def _prepare_folder(folder: Path, checkpoints: CheckpointManager) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"

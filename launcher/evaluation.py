@@ -10,23 +10,23 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deco_scale.config import RunConfig
-from deco_scale.evaluation.during import Report, Scorer, draw_share, evaluate_share, evaluation_jobs
+from deco_scale.distributed.collectives import gather_objects, raise_together
+from deco_scale.evaluation.in_training import Report, Scorer, draw_share, evaluate_share, evaluation_jobs
 from deco_scale.models.encoders import TextEncoder
-from deco_scale.parallel.layout import Layout
-from deco_scale.sampling import Job
-from deco_scale.training.engine import Engine
-from deco_scale.training.processes import agreed, gathered
-from deco_scale.training.report import Reporter
+from deco_scale.observability.run_logger import RunLogger
+from deco_scale.parallel.engines.base import Engine
+from deco_scale.parallel.mesh import ParallelDims
+from deco_scale.sampling import SampleRequest
 from launcher.pictures import engine_generator, stage_at
 
 
 def evaluator(
     cfg: RunConfig,
-    layout: Layout,
+    layout: ParallelDims,
     engine: Engine,
     text: TextEncoder | None,
     folder: Path,
-    reporter: Reporter,
+    reporter: RunLogger,
     device: torch.device,
 ) -> Callable[[int], None]:
     """After-step callback that evaluates where it is time; raises :class:`ConfigError` for missing judges now.
@@ -37,8 +37,8 @@ def evaluator(
     if not settings.every:
         return lambda step: None
     num_classes = 0 if cfg.model.kind == "t2i_deco" else cfg.model.num_classes
-    jobs = agreed(lambda: evaluation_jobs(settings, num_classes=num_classes))
-    scorer = agreed(lambda: Scorer(settings, device))
+    jobs = raise_together(lambda: evaluation_jobs(settings, num_classes=num_classes))
+    scorer = raise_together(lambda: Scorer(settings, device))
     if scorer.published_weights is False:
         reporter.say("WARNING: evaluation.inception_weights is not the published file: FID compares with no other")
     dp_rank, speaks = layout.dp_rank(dist.get_rank()), dist.get_rank() % layout.tp == 0
@@ -50,7 +50,7 @@ def evaluator(
         side = stage_at(cfg, step).resolution
         generator = engine_generator(cfg, engine, text, device, step=step)
 
-        def draw(mine: Sequence[Job]) -> Iterator[tuple[Job, Any]]:
+        def draw(mine: Sequence[SampleRequest]) -> Iterator[tuple[SampleRequest, Any]]:
             return generator.pictures(mine, size=(side, side), sampler=settings.sampler, batch=settings.batch)
 
         with engine.averaged():
@@ -66,10 +66,10 @@ def evaluator(
                 folder=folder,
                 step=step,
                 total=_total,
-                gather=gathered,
+                gather=gather_objects,
             )
 
-        report = agreed(judge)
+        report = raise_together(judge)
         reporter.event("evaluation", step=step, seconds=time.perf_counter() - began)
         reporter.evaluation(step, report.scalars)
         if report.sheet is not None:

@@ -9,15 +9,15 @@ import torch
 import torch.distributed as dist
 
 from deco_scale.config import RunConfig
+from deco_scale.distributed.collectives import gather_objects, raise_together
 from deco_scale.errors import RunError
 from deco_scale.models.encoders import TextEncoder
-from deco_scale.parallel.layout import Layout
-from deco_scale.sampling import Generator, Job
-from deco_scale.sampling.pictures import save_grid, velocity_of
-from deco_scale.training.engine import Engine
-from deco_scale.training.processes import agreed, gathered
-from deco_scale.training.report import Reporter
-from deco_scale.training.settings import StageConfig
+from deco_scale.observability.run_logger import RunLogger
+from deco_scale.parallel.engines.base import Engine
+from deco_scale.parallel.mesh import ParallelDims
+from deco_scale.sampling import Generator, SampleRequest
+from deco_scale.sampling.images import save_grid, velocity_of
+from deco_scale.training.config import StageConfig
 
 
 def engine_generator(
@@ -42,11 +42,11 @@ def engine_generator(
 
 def picture_maker(
     cfg: RunConfig,
-    layout: Layout,
+    layout: ParallelDims,
     engine: Engine,
     text: TextEncoder | None,
     folder: Path,
-    reporter: Reporter,
+    reporter: RunLogger,
     device: torch.device,
 ) -> Callable[[int], None]:
     """After-step callback that draws the configured prompts or classes with the EMA weights."""
@@ -57,7 +57,7 @@ def picture_maker(
     rank, world = layout.dp_rank(dist.get_rank()), layout.dp
     # Sharded weights need every rank in every forward pass: all draw equally many, some in vain.
     share = -(-len(conditions) // world)
-    mine = [Job(conditions[(rank * share + i) % len(conditions)]) for i in range(share)]
+    mine = [SampleRequest(conditions[(rank * share + i) % len(conditions)]) for i in range(share)]
 
     def draw(step: int) -> None:
         if step % cfg.samples.every:
@@ -68,7 +68,7 @@ def picture_maker(
         with engine.averaged():
             drawn = generator.pictures(mine, size=(side, side), sampler=cfg.samples.sampler, batch=share)
             pictures = np.stack([pixels for _, pixels in drawn])
-        parts = gathered(pictures)
+        parts = gather_objects(pictures)
         path = folder / f"step_{step:08d}.png"
 
         def write() -> None:
@@ -81,7 +81,7 @@ def picture_maker(
             except OSError as error:
                 raise RunError(f"{path}: {error.strerror}") from error
 
-        agreed(write)
+        raise_together(write)
         if dist.get_rank() == 0:
             reporter.event("evaluation", step=step, seconds=time.perf_counter() - began)
             reporter.picture("samples", path, step)

@@ -24,13 +24,12 @@ import torch
 import torch.distributed as dist
 
 from data_pipeline.errors import DataError
+from deco_scale.checkpoint.manager import CheckpointManager
+from deco_scale.checkpoint.object_storage import open_objects
 from deco_scale.config import RunConfig, dump_config, load_config
-from deco_scale.environment import (
-    Environment,
-    choose_device,
-    read_environment,
-    start_processes,
-)
+from deco_scale.distributed.bootstrap import Environment, choose_device, init_distributed, read_environment
+from deco_scale.distributed.collectives import broadcast_object
+from deco_scale.distributed.signals import StopRequest
 from deco_scale.errors import ConfigError, RunError, Stopped
 from deco_scale.kernels import choose_kernels
 from deco_scale.models.attention import check_backend
@@ -38,16 +37,12 @@ from deco_scale.observability import redact
 from deco_scale.observability.events import REQUEUE, Event, append_event
 from deco_scale.observability.redact import scrub
 from deco_scale.observability.webhooks import check_webhook
-from deco_scale.parallel.layout import resolve_layout
-from deco_scale.parallel.plan import check_tp
-from deco_scale.training.checkpoint import Checkpoints
-from deco_scale.training.loop import Loop, Progress, resumed
-from deco_scale.training.meter import memory_bytes
-from deco_scale.training.processes import from_first
-from deco_scale.training.stopping import StopRequest
+from deco_scale.parallel.mesh import resolve_parallel_dims
+from deco_scale.parallel.tp_plan import check_tp
+from deco_scale.training.metrics import memory_bytes
+from deco_scale.training.trainer import Progress, Trainer, resumed
 from deco_scale.watchdog.client import NoWatchdog, Watchdog
 from launcher.assemble import assemble, derive_stages, fp8_plan_of, save_config
-from launcher.objects import open_objects
 
 VERDICT_S = 15.0
 """How long a rank with an error that has no name waits to hear whether another one was lost."""
@@ -85,7 +80,7 @@ def run(
 
     ``watch`` starts the watchdog, on all ranks once they have joined.
     """
-    layout = resolve_layout(cfg.parallel, env.world_size)
+    layout = resolve_parallel_dims(cfg.parallel, env.world_size)
     check_tp(cfg.model, layout.tp)
     stages = derive_stages(cfg, layout)
     device = choose_device(cfg.device, env.local_rank)
@@ -96,11 +91,11 @@ def run(
         fp8_plan_of(cfg, layout, device)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    checkpoints = Checkpoints(Path(cfg.run.dir) / "checkpoints", cfg.checkpoint, open_objects=open_objects)
+    checkpoints = CheckpointManager(Path(cfg.run.dir) / "checkpoints", cfg.checkpoint, open_objects=open_objects)
     if resume != "auto":
         checkpoints.resolve(resume)
     torch.set_float32_matmul_precision("high" if cfg.precision.compute != "fp32" else "highest")
-    start_processes(env, device)
+    init_distributed(env, device)
     loop = assemble(
         cfg,
         layout,
@@ -135,7 +130,7 @@ def run(
         loop.reporter.close()
 
 
-def _train(cfg: RunConfig, loop: Loop, resume: str) -> Progress:
+def _train(cfg: RunConfig, loop: Trainer, resume: str) -> Progress:
     """Resume, start from weights, or start anew; then train."""
     progress = Progress()
     found = loop.checkpoints.resume(loop.engine, resume, say=loop.reporter.say)
@@ -165,7 +160,7 @@ def _check_same_output(cfg: RunConfig, stored: dict[str, Any], where: str) -> No
         )
 
 
-def _dry_run(loop: Loop, device: torch.device) -> Progress:
+def _dry_run(loop: Trainer, device: torch.device) -> Progress:
     stage = loop.stages[0]
     batch = next(iter(loop.open_data(stage.cfg, 0)))
     result = loop.step(stage, batch)
@@ -203,7 +198,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             rank=env.rank,
             world_size=env.world_size,
             run_dir=Path(cfg.run.dir),
-            share=from_first,
+            share=broadcast_object,
             webhook_env=cfg.monitor.webhook_env,
         )
         return watchdog

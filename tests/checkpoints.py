@@ -9,12 +9,13 @@ import google_crc32c
 import torch
 from torch import Tensor
 
-from checkpoints_tools import cli, release
-from checkpoints_tools.canonical import write_canonical
-from checkpoints_tools.infer import denoiser_shapes, repa_shapes
-from checkpoints_tools.source import EMA, MODEL, REPA, TensorSpec
+from checkpoints_tools import cli
+from checkpoints_tools.base import EMA, MODEL, REPA, TensorSpec
+from checkpoints_tools.formats import release
+from checkpoints_tools.formats.canonical import write_canonical
+from checkpoints_tools.infer_config import denoiser_shapes, repa_shapes
+from deco_scale.checkpoint.manager import CheckpointMeta
 from deco_scale.models import ModelConfig
-from deco_scale.training.checkpoint import CheckpointMeta
 from tests.assets import TEXT_DIM, TEXT_TOKENS
 
 META = CheckpointMeta(

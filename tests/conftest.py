@@ -18,9 +18,8 @@ os.environ["WANDB_MODE"] = "offline"
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from deco_scale.observability import redact  # noqa: E402
-
 from data_pipeline.storage.dev_server import S3Server  # noqa: E402
+from deco_scale.observability import redact  # noqa: E402
 from tests import assets  # noqa: E402
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from deco_scale.cli import main as deco
 from deco_scale.evaluation.statistics import Gaussian, InceptionScore, Moments, frechet_distance, precision_recall
-from deco_scale.sampling.generator import Job
+from deco_scale.sampling.generate import SampleRequest
 
 BENCHMARKS = ["imagenet", "geneval", "dpg"]
 STEPS = ["--num-steps", "2", "--batch", "3"]
@@ -121,7 +121,7 @@ def wanted_scores(judge: Any, samples: np.ndarray, reference: np.ndarray) -> dic
 def drawing(side: tuple[int, int] = (6, 8), fail_at: int | None = None) -> Any:
     """A generator's ``pictures``: each depends on its job alone; breaks off at the ``fail_at``-th."""
 
-    def draw(jobs: Sequence[Job]) -> Iterator[tuple[Job, Any]]:
+    def draw(jobs: Sequence[SampleRequest]) -> Iterator[tuple[SampleRequest, Any]]:
         for number, job in enumerate(jobs):
             if number == fail_at:
                 raise KeyboardInterrupt

@@ -47,12 +47,12 @@ def meta_device() -> Iterator[None]:
 @contextlib.contextmanager
 def _own_constants() -> Iterator[None]:
     """What is computed once per device is computed anew, and no tensor without values is left to others."""
-    from deco_scale.kernels import adamw_triton
+    from deco_scale.kernels.triton import adamw
     from deco_scale.objectives import frequency
 
     cached = (
         frequency._dct_matrix, frequency.colour_matrix, frequency.block_transform, frequency._frequency_weights,
-        adamw_triton._chunks,
+        adamw._chunks,
     )  # fmt: skip
     for function in cached:
         function.cache_clear()
@@ -98,7 +98,8 @@ def _stand_ins(patch: pytest.MonkeyPatch, device: str) -> None:
     - generators of random numbers: one of the CPU, since nothing is drawn;
     - the current stream: records nothing.
     """
-    from deco_scale.kernels import pixels, pixels_triton
+    from deco_scale.kernels import pixel_decoder
+    from deco_scale.kernels.triton import pixel_decoder as triton_pixel_decoder
 
     patch.setattr(torch, "autocast", _autocast_by_hand)
     patch.setattr(torch.nn.functional, "scaled_dot_product_attention", _attention)
@@ -109,9 +110,9 @@ def _stand_ins(patch: pytest.MonkeyPatch, device: str) -> None:
         narrow = torch.bfloat16
         patch.setattr(torch, "is_autocast_enabled", lambda t: _autocast_on_meta() if t == "meta" else enabled(t))
         patch.setattr(torch, "get_autocast_dtype", lambda t: narrow if t == "meta" else dtype(t))
-        patch.setattr(pixels, "checkpoint", _checkpoint)
+        patch.setattr(pixel_decoder, "checkpoint", _checkpoint)
         # Compiled kernels refuse devices but CUDA; on meta none is launched.
-        patch.setattr(pixels_triton, "forward_kernel", None)
+        patch.setattr(triton_pixel_decoder, "forward_kernel", None)
 
 
 class _Generator(torch.Generator):

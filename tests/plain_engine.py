@@ -8,10 +8,10 @@ from deco_scale.config import RunConfig
 from deco_scale.kernels import Kernels, use_kernels
 from deco_scale.models import Denoiser
 from deco_scale.objectives import Objective
-from deco_scale.precision import autocast
-from deco_scale.training.batch import ObjectiveInputs
-from deco_scale.training.engine import AVERAGED, Update
-from deco_scale.training.optimizer import AveragedAdamW, poisoned
+from deco_scale.optim.adamw_ema import AdamWWithEMA, nan_if_nonfinite
+from deco_scale.parallel.engines.base import EMA_PREFIX, Update
+from deco_scale.precision.config import autocast
+from deco_scale.training.inputs import ObjectiveInputs
 
 
 def put_on(module: nn.Module, device: torch.device) -> nn.Module:
@@ -50,13 +50,13 @@ class PlainEngine:
     def __init__(self, objective: Objective, cfg: RunConfig, device: torch.device, *, kernels: Kernels) -> None:
         self._objective, self._cfg, self._device = objective, cfg, device
         self._parameters = dict(objective.named_parameters())
-        self.optimizer = AveragedAdamW(self._parameters.values(), cfg.optimizer, kernels=kernels)
-        self.optimizer.track(self._parameters, averaged={n for n in self._parameters if n.startswith(AVERAGED)})
+        self.optimizer = AdamWWithEMA(self._parameters.values(), cfg.optimizer, kernels=kernels)
+        self.optimizer.track(self._parameters, averaged={n for n in self._parameters if n.startswith(EMA_PREFIX)})
 
     def forward_backward(self, inputs: ObjectiveInputs, *, scale: float, last: bool) -> dict[str, Tensor]:
         with autocast(self._cfg.precision, self._device):
             losses = self._objective(*inputs)
-        loss = poisoned(losses["loss"] * scale)
+        loss = nan_if_nonfinite(losses["loss"] * scale)
         if self._device.type == "meta":
             loss.backward()
         else:
@@ -65,12 +65,12 @@ class PlainEngine:
         return {name: value.detach() for name, value in losses.items()}
 
     @torch.no_grad()
-    def update(self, *, lr: float, betas: tuple[float, float], unwanted: Tensor | None = None) -> Update:
+    def update(self, *, lr: float, betas: tuple[float, float], should_skip: Tensor | None = None) -> Update:
         grads = [p.grad for p in self._parameters.values() if p.grad is not None]
         square = torch.stack(torch._foreach_norm(grads)).square().sum()
         dist.all_reduce(square)
         norm = square.sqrt()
-        self.optimizer.begin(lr=lr, betas=betas, norm=norm, unwanted=unwanted)
+        self.optimizer.begin(lr=lr, betas=betas, norm=norm, should_skip=should_skip)
         self.optimizer.step()
         for parameter in self._parameters.values():
             parameter.grad = None

@@ -7,10 +7,10 @@ from typing import Any, cast
 
 import torch.distributed as dist
 
-from deco_scale.training.checkpoint import Checkpoints
-from deco_scale.training.engine import Engine
-from deco_scale.training.settings import CheckpointConfig
-from launcher.objects import open_objects
+from deco_scale.checkpoint.config import CheckpointConfig
+from deco_scale.checkpoint.manager import CheckpointManager
+from deco_scale.checkpoint.object_storage import open_objects
+from deco_scale.parallel.engines.base import Engine
 from tests.faults.crash import PlainEngine, content, join_alone
 
 
@@ -31,8 +31,10 @@ def engine_of(step: int) -> Engine:
     return cast(Engine, made)
 
 
-def make(folder: Path, **settings: Any) -> Checkpoints:
+def make(folder: Path, **settings: Any) -> CheckpointManager:
     """Prepared in ``folder / "run"``, with a save at every step unless ``settings`` say otherwise."""
-    made = Checkpoints(folder / "run", CheckpointConfig(**{"every": 1, **settings}), open_objects=open_objects)
+    made = CheckpointManager(
+        folder / "run", CheckpointConfig(**{"every": 1, **settings}), open_objects=open_objects
+    )
     made.prepare()
     return made

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from deco_scale.models import Denoiser, DenoiserOutput
 from deco_scale.models.denoiser import FinalLayer
+from deco_scale.models.embeddings import PositionScale, pixel_position_features, rope_angles
 from deco_scale.models.layers import NORM_EPS, Attention, Block, RMSNorm, SwiGLU, TimestepEmbedder
 from deco_scale.models.pixel_decoder import PixelDecoder
-from deco_scale.models.position import PositionScale, pixel_position_features, rope_angles
 from deco_scale.objectives import Objective
 from deco_scale.objectives.frequency import frequency_weights
 

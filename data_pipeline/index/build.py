@@ -46,15 +46,8 @@ MAX_HEADER_BYTES = 1 << 20
 _PIECE = 8 * 2**20
 _PIECES = 4
 _TAR_DAMAGE = (
-    tarfile.TarError,
-    ValueError,
-    OverflowError,
-    EOFError,
-    KeyError,
-    TypeError,
-    IndexError,
-    RecursionError,
-)
+    tarfile.TarError, ValueError, OverflowError, EOFError, KeyError, TypeError, IndexError, RecursionError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,11 +72,11 @@ class ScanReport:
 
 
 class ShardFile(io.RawIOBase):
-    """A shard as a file: read in large pieces, of which the last few are kept."""
+    """A shard as a file: read in large pieces, of which the last few stay in memory."""
 
     def __init__(self, store: Store, shard: ObjectInfo) -> None:
         self._store, self.shard, self._at = store, shard, 0
-        self._kept: OrderedDict[int, bytes] = OrderedDict()
+        self._pieces: OrderedDict[int, bytes] = OrderedDict()
 
     def seekable(self) -> bool:
         return True
@@ -111,18 +104,18 @@ class ShardFile(io.RawIOBase):
         if first >= last:
             return b""
         numbers = range(first // _PIECE, (last - 1) // _PIECE + 1)
-        whole = b"".join(self._piece(n) for n in numbers)
+        data = b"".join(self._piece(n) for n in numbers)
         base = numbers.start * _PIECE
-        return whole[first - base : last - base]
+        return data[first - base : last - base]
 
     def _piece(self, number: int) -> bytes:
-        if number not in self._kept:
+        if number not in self._pieces:
             start = number * _PIECE
             length = min(_PIECE, self.shard.size - start)
-            self._kept[number] = self._store.read(self.shard.key, start, length, self.shard.etag)
-            if len(self._kept) > _PIECES:
-                self._kept.popitem(last=False)
-        return self._kept[number]
+            self._pieces[number] = self._store.read(self.shard.key, start, length, self.shard.etag)
+            if len(self._pieces) > _PIECES:
+                self._pieces.popitem(last=False)
+        return self._pieces[number]
 
 
 def scan_shard(store: Store, shard: ObjectInfo, settings: ScanSettings) -> tuple[dict[str, Any], list[str]]:
@@ -185,11 +178,17 @@ def _runs(file: ShardFile) -> Iterator[tuple[str, dict[str, tarfile.TarInfo], in
         yield stem, members, end
 
 
+def image_member(members: dict[str, tarfile.TarInfo]) -> tarfile.TarInfo:
+    """The sample's image; raises :class:`DecodeError` where it has none."""
+    for suffix in IMAGE_SUFFIXES:
+        if suffix in members:
+            return members[suffix]
+    raise DecodeError("no_image", "no image")
+
+
 def _row(file: ShardFile, members: dict[str, tarfile.TarInfo], end: int, settings: ScanSettings) -> dict[str, Any]:
     """Columns of one sample; raises :class:`DecodeError` for one that cannot be trained on."""
-    image = next((members[s] for s in IMAGE_SUFFIXES if s in members), None)
-    if image is None:
-        raise DecodeError("no_image", "no image")
+    image = image_member(members)
     suffixes = [s for s in settings.text if s in members]
     if not suffixes:
         raise DecodeError("no_caption", "no caption")
@@ -302,7 +301,7 @@ def _merge(shards: Sequence[ObjectInfo], done: dict[int, _Part], settings: ScanS
 def _earlier(store: Store, settings: ScanSettings) -> dict[ObjectInfo, _Part]:
     """Parts of an earlier scan with the same settings."""
     parts: dict[ObjectInfo, _Part] = {}
-    wanted = {key: list(value) for key, value in asdict(settings).items()}
+    expected = {key: list(value) for key, value in asdict(settings).items()}
     for key in (INDEX_KEY, PARTIAL_KEY):
         raw = store.read_all(key)
         if raw is None:
@@ -310,11 +309,11 @@ def _earlier(store: Store, settings: ScanSettings) -> dict[ObjectInfo, _Part]:
         # A damaged or older index is made anew.
         with contextlib.suppress(DataError):
             index = parse_index(np.frombuffer(raw, dtype=np.uint8), key)
-            if index.header["scan"] != wanted:
+            if index.header["scan"] != expected:
                 continue
-            starts = [0, *index.ends.tolist()]
             for i, shard in enumerate(index.shards):
-                columns = {n: c[starts[i] : starts[i + 1]] for n, c in index.columns.items()}
+                rows = index.shard_rows(i)
+                columns = {n: c[rows.start : rows.stop] for n, c in index.columns.items()}
                 parts[shard] = (columns, list(index.header["problems"][i]))
     return parts
 

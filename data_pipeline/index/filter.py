@@ -29,8 +29,8 @@ def select(index: Index, filters: Filters, *, target: Literal["caption", "label"
     return index.only(np.concatenate(rows))
 
 
-def _keep(index: Index, where: slice, filters: Filters, target: str, min_side: int) -> Any:
-    columns = {name: column[where] for name, column in index.columns.items()}
+def _keep(index: Index, rows: slice, filters: Filters, target: str, min_side: int) -> Any:
+    columns = {name: column[rows] for name, column in index.columns.items()}
     height, width = columns["height"].astype(np.int64), columns["width"].astype(np.int64)
     short, long = np.minimum(height, width), np.maximum(height, width)
     chars = columns["caption_chars"]
@@ -43,6 +43,6 @@ def _keep(index: Index, where: slice, filters: Filters, target: str, min_side: i
         keep &= long <= filters.max_aspect * short
     if filters.max_caption_chars is not None:
         keep &= chars <= filters.max_caption_chars
-    for name, least in filters.min_scores.items():
-        keep &= columns[SCORE + name] >= least
+    for name, minimum in filters.min_scores.items():
+        keep &= columns[SCORE + name] >= minimum
     return keep

@@ -56,7 +56,7 @@ _ATTEMPTS = 4
 
 @dataclass(frozen=True, slots=True)
 class Location:
-    """A sample's place; offsets in bytes, ``image`` and ``text`` within the sample."""
+    """Where a sample lies; offsets in bytes, ``image`` and ``text`` within the sample."""
 
     shard: int
     start: int
@@ -96,10 +96,14 @@ class Index:
         """Number of samples in shards 0 to i."""
         return self.ends if self.rows is None else np.searchsorted(self.rows, self.ends).astype(np.int64)
 
+    def shard_rows(self, shard: int) -> range:
+        """Rows of the ``shard``-th shard."""
+        return range(int(self.ends[shard - 1]) if shard else 0, int(self.ends[shard]))
+
     def column(self, name: str, first: int, last: int) -> "np.ndarray[Any, Any]":
         """Values of samples ``first`` to ``last - 1``."""
-        where = slice(first, last)
-        return self.columns[name][where if self.rows is None else self.rows[where]]
+        samples = slice(first, last)
+        return self.columns[name][samples if self.rows is None else self.rows[samples]]
 
     def locate(self, sample: int) -> Location:
         row, columns = self.row(sample), self.columns
@@ -171,8 +175,8 @@ def load_index(store: Store, *, cache: Path | None = None) -> Index:
     for attempt in range(_ATTEMPTS):
         raw = _raw(store, cache, fresh=attempt > 0)
         if raw is None:
-            found = sum(info.key.endswith(".tar") for info in store.list())
-            what = f"{found} shards but no index" if found else "no shards and no index: nothing is here"
+            count = sum(info.key.endswith(".tar") for info in store.list())
+            what = f"{count} shards but no index" if count else "no shards and no index"
             raise DataError(f"{store.url}: {what}; pack data there, then run: deco-data index {store.url}")
         try:
             index = parse_index(raw, where)
@@ -184,6 +188,16 @@ def load_index(store: Store, *, cache: Path | None = None) -> Index:
     if not len(index):
         raise DataError(f"{store.url}: the index holds no usable sample")
     return index
+
+
+def read_sample(store: Store, index: Index, location: Location) -> bytes:
+    """A sample's tar members; raises :class:`DataError` where they differ from the index."""
+    shard = index.shards[location.shard]
+    raw = store.read(shard.key, location.start, location.end - location.start, shard.etag)
+    if google_crc32c.value(raw) != location.crc32c:
+        where = f"{store.url}/{shard.key}: bytes {location.start}-{location.end}"
+        raise DataError(f"{where} differ from the index")
+    return raw
 
 
 def parse_index(raw: "np.ndarray[Any, np.dtype[np.uint8]]", where: str) -> Index:
@@ -198,8 +212,8 @@ def parse_index(raw: "np.ndarray[Any, np.dtype[np.uint8]]", where: str) -> Index
         digest = str(header["digest"])
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise DataError(f"{where} is damaged ({type(error).__name__}: {error}); make it again") from error
-    kept = {n: v for n, v in header.items() if n not in ("shards", "ends", "digest", "version")}
-    return Index(shards, ends, columns, digest, kept, whole_digest=digest)
+    rest = {n: v for n, v in header.items() if n not in ("shards", "ends", "digest", "version")}
+    return Index(shards, ends, columns, digest, rest, whole_digest=digest)
 
 
 def pack_columns(columns: Mapping[str, "np.ndarray[Any, Any]"], header: Mapping[str, Any]) -> bytes:
@@ -224,7 +238,7 @@ def unpack_columns(
         if header["version"] != version:
             raise DataError(f"{where} has version {header['version']}, expected {version}; make it again")
         if arrays.keys() != header["crc32c"].keys():
-            raise ValueError("other columns than the header tells of")
+            raise ValueError("the columns are not those of the header")
         columns = {n: arrays[n] for n in (*types, *(n for n in arrays if n.startswith(SCORE)))}
         for name, column in columns.items():
             if name in types and column.dtype != types[name]:
@@ -256,7 +270,7 @@ def _parse_safetensors(raw: "np.ndarray[Any, np.dtype[np.uint8]]") -> tuple[dict
             raise ValueError(f"column {name} has shape {entry['shape']}")
     used = sum(array.nbytes for array in arrays.values())
     if used != len(raw) - 8 - size:
-        raise ValueError(f"{len(raw) - 8 - size} bytes of columns, the header tells of {used}")
+        raise ValueError(f"{len(raw) - 8 - size} bytes of columns, the header says {used}")
     return arrays, metadata
 
 

@@ -14,10 +14,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from data_pipeline.captions import MAX_TEXT_BYTES, parse_captions, parse_label
+from data_pipeline.captions import MAX_TEXT_BYTES, json_object, parse_captions, parse_label
 from data_pipeline.decode import DecodeError, image_size
 from data_pipeline.errors import DataError, Reject
-from data_pipeline.index.build import IMAGE_SUFFIXES, MAX_SAMPLE_BYTES, TEXT_SUFFIXES, ShardFile, shard_samples
+from data_pipeline.index.build import (
+    IMAGE_SUFFIXES,
+    MAX_SAMPLE_BYTES,
+    TEXT_SUFFIXES,
+    ShardFile,
+    image_member,
+    shard_samples,
+)
 from data_pipeline.storage.base import Access, ObjectInfo, Store, open_store
 
 IMAGE_COLUMNS = ("image", "jpg", "png", "image_bytes", "image_path", "path")
@@ -131,16 +138,6 @@ def _suffix(image: bytes) -> str:
     return "gif" if image.startswith(b"GIF8") else "webp"
 
 
-def _json_object(raw: bytes) -> dict[str, Any]:
-    try:
-        entries = json.loads(raw.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise DecodeError("bad_caption", f"{type(error).__name__}: {error}") from error
-    if not isinstance(entries, dict):
-        raise DecodeError("bad_caption", "not a JSON object")
-    return entries
-
-
 def read_source(
     source: str, rejects: list[Reject], *, access: Access = Access(), workers: int = 1
 ) -> Iterator[PackedSample]:
@@ -212,10 +209,6 @@ def _beside(path: Path, suffix: str) -> bytes | None:
             raw = file.read(MAX_TEXT_BYTES + 1)
     except FileNotFoundError:
         return None
-    return _bounded(raw)
-
-
-def _bounded(raw: bytes) -> bytes:
     if len(raw) > MAX_TEXT_BYTES:
         raise DecodeError("too_large", f"over {MAX_TEXT_BYTES} bytes of text")
     return raw
@@ -223,7 +216,10 @@ def _bounded(raw: bytes) -> bytes:
 
 def _from_members(name: str, image: bytes, texts: Mapping[str, bytes | None]) -> PackedSample:
     raw = texts.get("json")
-    entries = {} if raw is None else _json_object(raw)
+    try:
+        entries = {} if raw is None else json_object(raw)
+    except ValueError as error:
+        raise DecodeError("bad_caption", f"{type(error).__name__}: {error}") from error
     return make_sample(name, image, entries=entries, text=texts.get("txt"), label=texts.get("cls"))
 
 
@@ -239,9 +235,7 @@ def _read_tar(store: Store, shard: ObjectInfo, rejects: list[Reject]) -> Iterato
     for stem, members, _ in shard_samples(file, rejects):
         name = f"{shard.key}: {stem}"
         try:
-            image = next((members[s] for s in IMAGE_SUFFIXES if s in members), None)
-            if image is None:
-                raise DecodeError("no_image", "no image")
+            image = image_member(members)
             text_members = {s: members[s] for s in TEXT_SUFFIXES if s in members}
             sizes = [image.size, *(member.size for member in text_members.values())]
             if sum(sizes) > MAX_SAMPLE_BYTES or any(size > MAX_TEXT_BYTES for size in sizes[1:]):

@@ -1,6 +1,6 @@
 """Read every shard again and compare it with the index, with ``shards.json`` and with the tar format.
 
-One pass in pieces: memory does not grow with the shards, except for the place of each tar member, and for one
+One pass in pieces: memory does not grow with the shards, except for the position of each tar member, and for one
 sample at a time where images are decoded.
 """
 
@@ -47,7 +47,7 @@ class _Task:
     """A shard as it should be. ``sha256`` and ``listed_size`` are those of ``shards.json``."""
 
     shard: ObjectInfo
-    places: tuple[Location, ...]
+    locations: tuple[Location, ...]
     caption_fields: tuple[str, ...]
     sha256: str | None
     listed_size: int | None
@@ -68,13 +68,13 @@ def verify(
     """
     index = load_index(store)
     report = VerifyReport()
-    there = {info.key: info for info in store.list() if info.key.endswith(".tar")}
+    objects = {info.key: info for info in store.list() if info.key.endswith(".tar")}
     manifest = _manifest(store, report.problems)
     indexed = {shard.key for shard in index.shards}
-    report.problems += [f"{key}: is not in the index" for key in there if key not in indexed]
-    report.problems += [f"{key}: in {MANIFEST_KEY}, not there" for key in manifest if key not in there]
-    tasks = _tasks(index, there, manifest, decode_images, report.problems)
-    workers = min(workers, len(there))
+    report.problems += [f"{key}: is not in the index" for key in objects if key not in indexed]
+    report.problems += [f"{key}: in {MANIFEST_KEY}, but missing" for key in manifest if key not in objects]
+    tasks = _tasks(index, objects, manifest, decode_images, report.problems)
+    workers = min(workers, len(objects))
     parts = over_processes(verify_shard, tasks, store=store, access=access, workers=workers)
     for done, (task, part) in enumerate(parts, start=1):
         report.add(part)
@@ -97,26 +97,25 @@ def _manifest(store: Store, problems: list[str]) -> dict[str, tuple[int, str]]:
 
 def _tasks(
     index: Index,
-    there: dict[str, ObjectInfo],
+    objects: dict[str, ObjectInfo],
     manifest: dict[str, tuple[int, str]],
     decode_images: bool,
     problems: list[str],
 ) -> Iterator[_Task]:
     """Shards that can be read; made one by one, since the places of all samples would not fit."""
     fields = tuple(index.header["scan"]["caption_fields"])
-    starts = [0, *index.ends.tolist()]
     for number, shard in enumerate(index.shards):
-        found = there.get(shard.key)
-        if found is None:
-            problems.append(f"{shard.key}: in the index, not there")
+        stored = objects.get(shard.key)
+        if stored is None:
+            problems.append(f"{shard.key}: in the index, but missing")
             continue
-        if found.size != shard.size:
-            problems.append(f"{shard.key}: {found.size} bytes, the index says {shard.size}")
-        elif found.etag != shard.etag:
-            problems.append(f"{shard.key}: was replaced: ETag {found.etag}, the index says {shard.etag}")
+        if stored.size != shard.size:
+            problems.append(f"{shard.key}: {stored.size} bytes, the index says {shard.size}")
+        elif stored.etag != shard.etag:
+            problems.append(f"{shard.key}: was replaced: ETag {stored.etag}, the index says {shard.etag}")
         size, sha256 = manifest.get(shard.key, (None, None))
-        places = tuple(index.locate(row) for row in range(starts[number], starts[number + 1]))
-        yield _Task(found, places, fields, sha256, size, decode_images)
+        locations = tuple(map(index.locate, index.shard_rows(number)))
+        yield _Task(stored, locations, fields, sha256, size, decode_images)
 
 
 def verify_shard(store: Store, task: _Task) -> VerifyReport:
@@ -136,13 +135,13 @@ def verify_shard(store: Store, task: _Task) -> VerifyReport:
         report.problems.append(str(error))
         return report
     report.samples, report.decoded = samples.checked, samples.decoded
-    problems = walk.problems(shard.size, task.places)
+    problems = walk.problems(shard.size, task.locations)
     if task.sha256 is not None:
         report.checksums = 1
         if (task.listed_size, task.sha256) != (shard.size, sha256.hexdigest()):
             problems.append(f"SHA-256 or size differs from {MANIFEST_KEY}")
     faults = [f"{walk.name(start)}: {what}" for start, what in samples.faults]
-    problems += [f"{places}: outside of the shard" for places in samples.missing()]
+    problems += [f"{missing} samples of the index: outside of the shard"] if (missing := samples.missing) else []
     if samples.num_faults > len(faults):
         faults.append(f"and {samples.num_faults - len(faults)} more samples")
     report.problems = [f"{shard.key}: {problem}" for problem in problems + faults]
@@ -181,17 +180,18 @@ class _TarWalk:
         folder, slash, base = name.rpartition("/")
         return (folder + slash + base.partition(".")[0]).encode("utf-8", "replace").decode()
 
-    def problems(self, size: int, places: tuple[Location, ...]) -> list[str]:
-        found = [self._damage] if self._damage else []
+    def problems(self, size: int, locations: tuple[Location, ...]) -> list[str]:
+        problems = [self._damage] if self._damage else []
         if not self._damage and not self._ended:
-            found.append(f"no end-of-archive mark in {size} bytes, the shard may be cut off")
-        wanted = [
-            (p.start + part.start - BLOCK, part.stop - part.start) for p in places for part in (p.image, p.text)
-        ]
-        lost = sum(self._members.get(at, ("", -1))[1] != length for at, length in wanted)
+            problems.append(f"no end-of-archive mark in {size} bytes, the shard may be cut off")
+        parts = [(at.start, part) for at in locations for part in (at.image, at.text)]
+        lost = sum(
+            self._members.get(start + part.start - BLOCK, ("", -1))[1] != part.stop - part.start
+            for start, part in parts
+        )
         if lost:
-            found.append(f"{lost} of {len(wanted)} images and texts are not where the index says")
-        return found
+            problems.append(f"{lost} of {len(parts)} images and texts are not where the index says")
+        return problems
 
 
 class _Samples:
@@ -199,51 +199,51 @@ class _Samples:
 
     def __init__(self, task: _Task) -> None:
         self._task = task
-        self._at = 0
+        self._next = 0
         self._crc = 0
-        self._held = bytearray()
+        self._sample = bytearray()
         self.checked, self.decoded, self.num_faults = 0, 0, 0
         self.faults: list[tuple[int, str]] = []
 
     def feed(self, piece: memoryview, offset: int) -> None:
-        places, end = self._task.places, offset + len(piece)
-        while self._at < len(places) and places[self._at].start < end:
-            place = places[self._at]
-            part = bytes(piece[max(place.start - offset, 0) : place.end - offset])
+        locations, end = self._task.locations, offset + len(piece)
+        while self._next < len(locations) and locations[self._next].start < end:
+            location = locations[self._next]
+            part = bytes(piece[max(location.start - offset, 0) : location.end - offset])
             self._crc = google_crc32c.extend(self._crc, part)
             if self._task.decode:
-                self._held += part
-            if place.end > end:
+                self._sample += part
+            if location.end > end:
                 return
-            self._finish(place)
+            self._finish(location)
 
-    def missing(self) -> list[str]:
-        left = len(self._task.places) - self.checked
-        return [f"{left} samples of the index"] if left else []
+    @property
+    def missing(self) -> int:
+        return len(self._task.locations) - self.checked
 
-    def _finish(self, place: Location) -> None:
-        raw = bytes(self._held)
-        if self._crc != place.crc32c:
-            self._fault(place, f"CRC32C {self._crc:08x}, the index says {place.crc32c:08x}")
+    def _finish(self, location: Location) -> None:
+        raw = bytes(self._sample)
+        if self._crc != location.crc32c:
+            self._fault(location, f"CRC32C {self._crc:08x}, the index says {location.crc32c:08x}")
         elif self._task.decode:
             try:
-                self._decode(raw, place)
+                self._decode(raw, location)
                 self.decoded += 1
             except DecodeError as error:
-                self._fault(place, f"{error.kind}: {error}")
+                self._fault(location, f"{error.kind}: {error}")
         self.checked += 1
-        self._at, self._crc, self._held = self._at + 1, 0, bytearray()
+        self._next, self._crc, self._sample = self._next + 1, 0, bytearray()
 
-    def _decode(self, raw: bytes, place: Location) -> None:
-        image, text = raw[place.image], raw[place.text]
+    def _decode(self, raw: bytes, location: Location) -> None:
+        image, text = raw[location.image], raw[location.text]
         side = min(image_size(image))
         decode(image, (side, side), mode="exact", max_pixels=PILLOW_PIXELS)
-        if place.is_label:
+        if location.is_label:
             parse_label(text)
         else:
-            parse_captions(text, is_json=place.is_json, fields=self._task.caption_fields)
+            parse_captions(text, is_json=location.is_json, fields=self._task.caption_fields)
 
-    def _fault(self, place: Location, what: str) -> None:
+    def _fault(self, location: Location, what: str) -> None:
         self.num_faults += 1
         if len(self.faults) < LISTED_PER_SHARD:
-            self.faults.append((place.start, what))
+            self.faults.append((location.start, what))

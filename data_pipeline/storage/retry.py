@@ -38,15 +38,15 @@ class RetryBudget:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._capacity, self._refund, self._per_s, self._clock = capacity, refund, per_s, clock
-        self._tokens, self._then = capacity, clock()
+        self._tokens, self._updated = capacity, clock()
         self._lock = threading.Lock()
 
     def spend(self) -> float:
         """Take a token; returns the seconds to wait until it is there (0 while the bucket is not empty)."""
         with self._lock:
             now = self._clock()
-            self._add((now - self._then) * self._per_s)
-            self._then = now
+            self._add((now - self._updated) * self._per_s)
+            self._updated = now
             self._tokens -= 1
             return max(0.0, -self._tokens / self._per_s)
 
@@ -79,8 +79,8 @@ class Backoff:
     ) -> None:
         self._name, self._budget = name, budget
         self._clock, self._sleep, self._uniform = clock, sleep, uniform
-        self._began = clock()
-        self._deadline = self._began + deadline_s
+        self._start = clock()
+        self._deadline = self._start + deadline_s
         self._attempts = 0
         self._fruitless = 0
         self._bytes = 0
@@ -104,7 +104,7 @@ class Backoff:
         now = self._clock()
         if now >= self._deadline:
             raise StoreError(
-                f"{self._name}: gave up after {now - self._began:.1f} s and {self._attempts} attempts with "
+                f"{self._name}: gave up after {now - self._start:.1f} s and {self._attempts} attempts with "
                 f"{self._bytes} bytes received; the last fault: {fault}; check the server and the network"
             ) from None
         jitter = self._uniform(0.0, min(MAX_WAIT_S, BASE_WAIT_S * 2.0 ** min(self._fruitless, 30)))

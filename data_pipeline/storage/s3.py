@@ -37,16 +37,7 @@ CONNECT_TIMEOUT_S = 10.0
 FIRST_CONTACT_S = 60.0
 """Deadline while the server has never answered: then a wrong endpoint is likelier than an outage."""
 
-_COUNTERS = (
-    "requests",
-    "bytes",
-    "retries",
-    "fault_503",
-    "fault_5xx",
-    "fault_reset",
-    "fault_stall",
-    "fault_truncated",
-)
+_FAULTS = ("fault_503", "fault_5xx", "fault_reset", "fault_stall", "fault_truncated")
 _THROTTLED = ("SlowDown", "ServiceUnavailable", "RequestLimitExceeded", "Throttling", "ThrottlingException")
 _CHANGED = "changed since it was indexed; run deco-data index again"
 _DENIED = "access denied: check the credentials and the bucket's policy"
@@ -68,8 +59,6 @@ _HINTS = {
     "416": "it is shorter than the index says; run deco-data index again",
     "InvalidRange": "it is shorter than the index says; run deco-data index again",
 }
-
-
 _MISSING = ("404", "NoSuchKey")
 
 
@@ -113,7 +102,7 @@ class S3Store:
         if not parsed.netloc:
             raise DataError(f"{url}: an S3 URL looks like s3://bucket/prefix")
         self.url = url
-        self.counters: Counter[str] = Counter(dict.fromkeys(_COUNTERS, 0))
+        self.counters: Counter[str] = Counter(dict.fromkeys(("requests", "bytes", "retries", *_FAULTS), 0))
         self._access, self._budget = access, budget
         self._bucket = parsed.netloc
         prefix = parsed.path.strip("/")
@@ -128,15 +117,15 @@ class S3Store:
         return open_store, (self.url, self._access)
 
     def list(self) -> Iterator[ObjectInfo]:
-        wanted: dict[str, Any] = {"Prefix": self._prefix}
+        query: dict[str, Any] = {"Prefix": self._prefix}
         while True:
-            page = self._call("", "list_objects_v2", **wanted)
+            page = self._call("", "list_objects_v2", **query)
             for entry in page.get("Contents", []):
                 key = entry["Key"].removeprefix(self._prefix)
                 yield ObjectInfo(key, entry["Size"], entry["ETag"].strip('"'))
             if not page.get("IsTruncated"):
                 return
-            wanted["ContinuationToken"] = page["NextContinuationToken"]
+            query["ContinuationToken"] = page["NextContinuationToken"]
 
     def read(self, key: str, offset: int, length: int, etag: str | None = None) -> bytes:
         return self._read(key, offset, length, etag) if length else b""
@@ -201,8 +190,10 @@ class S3Store:
         while True:
             try:
                 with self._errors(key):
-                    wanted = self._range(offset + len(received), None if length is None else offset + length, etag)
-                    response = self._send("get_object", Key=self._prefix + key, **wanted)
+                    condition = self._range(
+                        offset + len(received), None if length is None else offset + length, etag
+                    )
+                    response = self._send("get_object", Key=self._prefix + key, **condition)
                     length = self._check(key, response, offset, length, len(received))
                     etag = response["ETag"].strip('"')
                     # The context is urllib3's own stream: unlike botocore's it has read1, which returns what
@@ -216,21 +207,21 @@ class S3Store:
 
     @staticmethod
     def _range(first: int, end: int | None, etag: str | None) -> dict[str, str]:
-        wanted = {} if end is None else {"Range": f"bytes={first}-{end - 1}"}
-        return wanted if etag is None else wanted | {"IfMatch": f'"{etag}"'}
+        arguments = {} if end is None else {"Range": f"bytes={first}-{end - 1}"}
+        return arguments if etag is None else arguments | {"IfMatch": f'"{etag}"'}
 
     def _check(self, key: str, response: Any, offset: int, length: int | None, received: int) -> int:
         """Length of the whole read, or an error where the answer is not for the range that was asked."""
         if length is None:
             return int(response["ContentLength"])
         first, end = offset + received, offset + length
-        found = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", response.get("ContentRange", ""))
-        if found is None:
+        match = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", response.get("ContentRange", ""))
+        if match is None:
             if first == 0 and response["ContentLength"] == length:
                 return length
             raise StoreError(f"{self._name(key)}: the server ignores ranges; read it from another server")
-        if int(found[1]) != first or int(found[2]) != end - 1:
-            raise StoreError(f"{self._name(key)}: ends at {int(found[2]) + 1}, wanted {end}: {_CHANGED}")
+        if int(match[1]) != first or int(match[2]) != end - 1:
+            raise StoreError(f"{self._name(key)}: ends at {int(match[2]) + 1}, expected {end}: {_CHANGED}")
         return length
 
     def _drain(self, stream: Any, received: bytearray, length: int, backoff: Backoff) -> None:
@@ -324,14 +315,14 @@ class S3Store:
             return
         except aws.ClientError as error:
             self._answered = True
-            problem = self._judge(key, error)
+            problem = self._classify(key, error)
         except (aws.BotoCoreError, urllib3.exceptions.HTTPError) as error:
             kind = _network_fault(error)
             text = _plain(error)
             problem = _Fault(kind, text) if kind else _Refused(f"{self._name(key)}: {text}", type(error).__name__)
         raise problem from None
 
-    def _judge(self, key: str, error: Any) -> Exception:
+    def _classify(self, key: str, error: Any) -> Exception:
         code = str(error.response.get("Error", {}).get("Code", "unknown"))
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
         answer = f"the server answered {code} (HTTP {status})"

@@ -45,16 +45,16 @@ def assign(
         raise ValueError(f"{len(height)} heights and {len(width)} widths")
     if len(sizes) > np.iinfo(np.int16).max:
         raise ValueError(f"{len(sizes)} buckets")
-    found = np.full(len(height), NO_BUCKET, dtype=np.int16)
+    buckets = np.full(len(height), NO_BUCKET, dtype=np.int16)
     for start in range(0, len(height), _CHUNK):
         high, wide = height[start : start + _CHUNK], width[start : start + _CHUNK]
         # A side of 0 covers nothing; its logarithm need only be a number.
         aspect = np.log(np.maximum(wide, 1), dtype=np.float64) - np.log(np.maximum(high, 1), dtype=np.float64)
         nearest = np.full(len(aspect), np.inf)
-        chosen = found[start : start + _CHUNK]
+        chosen = buckets[start : start + _CHUNK]
         for number, (bucket_height, bucket_width) in enumerate(sizes):
             distance = np.abs(aspect - math.log(bucket_width / bucket_height))
             better = (distance < nearest) & (high >= bucket_height) & (wide >= bucket_width)
             np.copyto(nearest, distance, where=better)
             chosen[better] = number
-    return found
+    return buckets

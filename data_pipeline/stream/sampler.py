@@ -114,11 +114,7 @@ class ElasticSampler:
         epoch, position = divmod(sample_id, self.length)
         if epoch not in self._epochs:
             self._epochs[epoch] = EpochSampler(
-                self.chunks,
-                seed=self._seed,
-                epoch=epoch,
-                streams=self.streams,
-                window=self._window,
+                self.chunks, seed=self._seed, epoch=epoch, streams=self.streams, window=self._window
             )
             if len(self._epochs) > 2:
                 self._epochs.popitem(last=False)

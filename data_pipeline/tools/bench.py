@@ -35,21 +35,11 @@ class Measurement:
 
 
 def measure(
-    url: str,
-    *,
-    mode: DecodeMode,
-    workers: int,
-    resolution: int,
-    seconds: float,
-    access: Access,
+    url: str, *, mode: DecodeMode, workers: int, resolution: int, seconds: float, access: Access
 ) -> Measurement:
     """Read batches for some seconds; opening the index and the first batch do not count."""
     cfg = DataConfig(
-        url=url,
-        decode=mode,
-        workers=workers,
-        anonymous=access.anonymous,
-        requester_pays=access.requester_pays,
+        url=url, decode=mode, workers=workers, anonymous=access.anonymous, requester_pays=access.requester_pays
     )
     loader = Loader(cfg, resolution=resolution, seed=0, global_batch=BATCH, rank=0, world=1, start=0)
     try:

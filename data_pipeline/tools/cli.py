@@ -142,10 +142,8 @@ def _pack(args: argparse.Namespace, console: Console) -> int:
             progress=lambda count: progress.update(task, completed=count),
         )
     rate = report.samples / (time.perf_counter() - start)
-    print_line(
-        console,
-        f"packed {report.samples:,} samples into {len(report.shards):,} shards at {args.url}, {rate:,.0f}/s",
-    )
+    packed = f"packed {report.samples:,} samples into {len(report.shards):,} shards"
+    print_line(console, f"{packed} at {args.url}, {rate:,.0f}/s")
     print_list(console, "left out", report.rejects)
     if not report.captioned and args.text is None:
         # Else a .json that holds only numbers would be taken for the text.
@@ -226,7 +224,7 @@ def _verify(args: argparse.Namespace, console: Console) -> int:
     _write_problems(args.problems, report.problems)
     if report.problems:
         return print_error("deco-data", f"{args.url}: {len(report.problems):,} problems", 1)
-    print_line(console, "all is as the index says")
+    print_line(console, "everything matches the index")
     return 0
 
 

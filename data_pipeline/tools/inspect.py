@@ -13,14 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from data_pipeline.captions import parse_captions, parse_label
 from data_pipeline.decode import PILLOW_PIXELS, DecodeError, decode
 from data_pipeline.errors import DataError
-from data_pipeline.index.format import BLOCK, IS_JSON, IS_LABEL, SCORE, Index, Location
+from data_pipeline.index.format import BLOCK, IS_JSON, IS_LABEL, SCORE, Index, read_sample
 from data_pipeline.storage.base import Store
 from data_pipeline.stream.sampler import generator
 from data_pipeline.text import human_bytes
@@ -91,15 +90,15 @@ def quantile(counts: Counts, share: float) -> int:
     return int(np.searchsorted(ends, max(1, math.ceil(share * int(ends[-1]))))) if ends[-1] else 0
 
 
-def problem_kinds(index: Index, *, most: int = 8) -> tuple[int, list[tuple[str, int]]]:
+def problem_kinds(index: Index, *, limit: int = 8) -> tuple[int, list[tuple[str, int]]]:
     """Number of problems that the scan found, and the most frequent kinds of them."""
     kinds: Counter[str] = Counter()
     for shard, problems in zip(index.shards, index.header.get("problems", ()), strict=False):
         for problem in problems:
-            what = problem.removeprefix(f"{shard.key}: ")
-            sample = re.match(r".+?: ([a-z_]+): ", what)
-            kinds[sample[1] if sample else re.sub(r"\d+", "N", what)[:60]] += 1
-    return kinds.total(), kinds.most_common(most)
+            reason = problem.removeprefix(f"{shard.key}: ")
+            kind = re.match(r".+?: ([a-z_]+): ", reason)
+            kinds[kind[1] if kind else re.sub(r"\d+", "N", reason)[:60]] += 1
+    return kinds.total(), kinds.most_common(limit)
 
 
 def facts(index: Index, summary: Summary, resolutions: Sequence[int]) -> Iterator[tuple[str, str]]:
@@ -121,8 +120,8 @@ def facts(index: Index, summary: Summary, resolutions: Sequence[int]) -> Iterato
         for share in (0.05, 0.5, 0.95, 1):
             yield f"longest caption, {share:.0%} quantile", f"{quantile(summary.chars, share):,} characters"
     for name in score_names(index):
-        least, largest, count = score_range(index, name)
-        yield f"score {name}", f"{least:.4g} to {largest:.4g} in {count:,} samples" if count else "in no sample"
+        lowest, highest, count = score_range(index, name)
+        yield f"score {name}", f"{lowest:.4g} to {highest:.4g} in {count:,} samples" if count else "in no sample"
     problems, kinds = problem_kinds(index)
     yield "problems", f"{problems:,}"
     for kind, count in kinds:
@@ -134,15 +133,15 @@ def score_names(index: Index) -> list[str]:
 
 
 def score_range(index: Index, name: str) -> tuple[float, float, int]:
-    """Least and largest number of a score, and how many samples have one; (nan, nan, 0) where none has."""
-    least, largest, count = math.inf, -math.inf, 0
+    """Lowest and highest number of a score, and how many samples have one; (nan, nan, 0) where none has."""
+    lowest, highest, count = math.inf, -math.inf, 0
     for part in _slices(index):
         values = part(SCORE + name)
         values = values[np.isfinite(values)]
         if len(values):
-            least, largest = min(least, float(values.min())), max(largest, float(values.max()))
+            lowest, highest = min(lowest, float(values.min())), max(highest, float(values.max()))
             count += len(values)
-    return (least, largest, count) if count else (math.nan, math.nan, 0)
+    return (lowest, highest, count) if count else (math.nan, math.nan, 0)
 
 
 def draw_histograms(index: Index, summary: Summary, path: Path) -> None:
@@ -166,7 +165,7 @@ def draw_histograms(index: Index, summary: Summary, path: Path) -> None:
 
 
 def _by_value(axis: Any, counts: Counts, title: str, unit: str) -> None:
-    """Histogram from counts by value, up to the 99.9% quantile; the rest is told in the title."""
+    """Histogram from counts by value, up to the 99.9% quantile; the title counts the rest."""
     first, last = quantile(counts, 0), quantile(counts, 0.999)
     step = max(1, -(-(last - first + 1) // _BINS))
     edges = np.arange(first, last + step + 1, step)
@@ -205,12 +204,12 @@ def _sizes(axis: Any, summary: Summary) -> None:
 
 
 def _score(axis: Any, index: Index, name: str) -> None:
-    least, largest, count = score_range(index, name)
+    lowest, highest, count = score_range(index, name)
     if not count:
         axis.set_title(f"{name}: no sample has it")
         axis.set_axis_off()
         return
-    edges = np.linspace(least, largest if largest > least else least + 1, _BINS + 1)
+    edges = np.linspace(lowest, highest if highest > lowest else lowest + 1, _BINS + 1)
     heights = np.zeros(_BINS, np.int64)
     for part in _slices(index):
         values = part(SCORE + name)
@@ -269,24 +268,16 @@ def draw_contact_sheet(
 
 
 def _load(store: Store, index: Index, sample: int, resolution: int) -> tuple[Image.Image, tuple[str, ...]]:
-    place = index.locate(sample)
-    shard = index.shards[place.shard]
-    raw = store.read(shard.key, place.start, place.end - place.start, shard.etag)
-    if google_crc32c.value(raw) != place.crc32c:
-        raise DataError(f"{shard.key}: bytes {place.start}-{place.end} differ from the index")
-    row = slice(sample, sample + 1)
-    side = min(resolution, *(int(index.column(n, row.start, row.stop)[0]) for n in ("height", "width")))
-    image = Image.fromarray(decode(raw[place.image], (side, side), mode="exact", max_pixels=PILLOW_PIXELS))
+    location = index.locate(sample)
+    raw = read_sample(store, index, location)
+    side = min(resolution, *(int(index.column(n, sample, sample + 1)[0]) for n in ("height", "width")))
+    image = Image.fromarray(decode(raw[location.image], (side, side), mode="exact", max_pixels=PILLOW_PIXELS))
     if side > _TILE:
         image = image.resize((_TILE, _TILE), Image.Resampling.LANCZOS)
-    return image, _captions(index, raw[place.text], place)
-
-
-def _captions(index: Index, raw: bytes, place: Location) -> tuple[str, ...]:
-    if place.is_label:
-        return (f"class {parse_label(raw)}",)
+    if location.is_label:
+        return image, (f"class {parse_label(raw[location.text])}",)
     fields = index.header["scan"]["caption_fields"]
-    return parse_captions(raw, is_json=place.is_json, fields=fields).texts
+    return image, parse_captions(raw[location.text], is_json=location.is_json, fields=fields).texts
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont:

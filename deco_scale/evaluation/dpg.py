@@ -20,7 +20,7 @@ import numpy as np
 from deco_scale.errors import ConfigError
 from deco_scale.evaluation.files import write_png
 from deco_scale.evaluation.imagenet import PicturesFn
-from deco_scale.sampling.generator import Job
+from deco_scale.sampling.generate import SampleRequest
 
 GRID = 2
 PER_PROMPT = GRID * GRID
@@ -125,14 +125,14 @@ def missing_prompts(prompts: Sequence[Prompt], folder: Path) -> list[Prompt]:
     return [prompt for prompt in prompts if not (folder / f"{prompt.id}.png").is_file()]
 
 
-def draw_prompts(
+def generate_images(
     draw: PicturesFn, prompts: Sequence[Prompt], folder: Path, *, on_picture: Callable[[], None]
 ) -> None:
     """Draw four pictures of each prompt, their noise seeded with 0 to 3, as ``folder/<id>.png``.
 
     Files on their way lie beside ``folder``: the scorer takes all that is in it for pictures.
     """
-    drawn = draw([Job(prompt.text, i, seed=i) for prompt in prompts for i in range(PER_PROMPT)])
+    drawn = draw([SampleRequest(prompt.text, i, seed=i) for prompt in prompts for i in range(PER_PROMPT)])
     for prompt in prompts:
         pictures = []
         for _ in range(PER_PROMPT):

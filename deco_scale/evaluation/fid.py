@@ -14,7 +14,7 @@ from torch import Tensor
 
 from deco_scale.errors import RunError
 from deco_scale.evaluation.inception import NUM_CLASSES, POOL_DIM, SPATIAL_DIM, Inception
-from deco_scale.evaluation.npz import PICTURES, array_names, pictures_shape, read_floats, read_pictures
+from deco_scale.evaluation.npz import PICTURES, array_names, images_shape, read_floats, read_images
 from deco_scale.evaluation.statistics import (
     Gaussian,
     InceptionScore,
@@ -91,12 +91,12 @@ def _gaussian(path: Path, mean: str, covariance: str, width: int, device: torch.
 
 def check_files(samples: Path, reference: Path) -> int:
     """Pictures that have to be looked at; raises :class:`RunError` for files that cannot be scored."""
-    count = pictures_shape(samples)[0]
+    count = images_shape(samples)[0]
     if count < 2:
         raise RunError(f"{samples}: one picture has no covariance")
     names = array_names(reference)
     if PICTURES in names:
-        return count + pictures_shape(reference)[0]
+        return count + images_shape(reference)[0]
     if "mu" not in names or "sigma" not in names:
         raise RunError(f"{reference} has neither {PICTURES} nor mu and sigma; it has {', '.join(names[:8])}")
     return count
@@ -113,10 +113,10 @@ def score_files(
     """Scores of the pictures in ``samples`` against ``reference``; raises :class:`RunError` naming a bad file."""
     check_files(samples, reference)
     known = read_reference(reference, inception.fc.weight.device)
-    of_samples = measure(inception, read_pictures(samples, batch), on_batch)
+    of_samples = measure(inception, read_images(samples, batch), on_batch)
     of_reference = None
     if PICTURES in array_names(reference):
-        of_reference = measure(inception, read_pictures(reference, batch), on_batch)
+        of_reference = measure(inception, read_images(reference, batch), on_batch)
     if known is None:
         assert of_reference is not None
         known = Reference(of_reference.pool, of_reference.spatial)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from deco_scale.errors import ConfigError
 from deco_scale.evaluation.files import read_json_lines, write_png, write_whole
 from deco_scale.evaluation.imagenet import PicturesFn
-from deco_scale.sampling.generator import Job
+from deco_scale.sampling.generate import SampleRequest
 
 PER_PROMPT = 4
 
@@ -51,16 +51,16 @@ def write_metadata(tasks: Sequence[Task], folder: Path) -> None:
             write_whole(path, json.dumps(task.metadata).encode(), scratch=folder)
 
 
-def missing_pictures(tasks: Sequence[Task], folder: Path, per_prompt: int) -> list[tuple[Task, int]]:
+def missing_images(tasks: Sequence[Task], folder: Path, per_prompt: int) -> list[tuple[Task, int]]:
     """Tasks and indices within them of the pictures that are not there."""
     return [(t, i) for t in tasks for i in range(per_prompt) if not _picture(folder, t, i).is_file()]
 
 
-def draw_pictures(
+def generate_images(
     draw: PicturesFn, work: Sequence[tuple[Task, int]], folder: Path, *, on_picture: Callable[[], None]
 ) -> None:
     """Draw these pictures; the noise of each is seeded with its index within the prompt."""
-    drawn = draw([Job(task.prompt, i, seed=i) for task, i in work])
+    drawn = draw([SampleRequest(task.prompt, i, seed=i) for task, i in work])
     for (task, i), (_, pixels) in zip(work, drawn, strict=True):
         write_png(_picture(folder, task, i), pixels, scratch=folder)
         on_picture()

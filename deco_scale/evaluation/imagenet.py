@@ -14,17 +14,17 @@ import numpy as np
 
 from deco_scale.errors import RunError
 from deco_scale.evaluation.files import write_whole
-from deco_scale.evaluation.npz import write_pictures
-from deco_scale.sampling.generator import Job
+from deco_scale.evaluation.npz import write_images
+from deco_scale.sampling.generate import SampleRequest
 
-PicturesFn = Callable[[Sequence[Job]], Iterator[tuple[Job, Any]]]
+PicturesFn = Callable[[Sequence[SampleRequest]], Iterator[tuple[SampleRequest, Any]]]
 """Jobs to (job, uint8 picture (Y, X, 3)) in their order; a generator's ``pictures`` with its options set."""
 
 _MAX_SEED = 2**63 - 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class PictureSet:
+class ImageSet:
     """``count`` pictures of ``size`` (height, width) of ``num_classes`` classes, in pieces of ``piece``."""
 
     count: int
@@ -49,21 +49,21 @@ class PictureSet:
     def file_name(self) -> str:
         return f"samples_{self.count}x{self.size[0]}x{self.size[1]}x3.npz"
 
-    def jobs(self, piece: int) -> list[Job]:
+    def jobs(self, piece: int) -> list[SampleRequest]:
         """The jobs of a piece."""
         numbers = range(piece * self.piece, min((piece + 1) * self.piece, self.count))
-        return [Job(i % self.num_classes, i // self.num_classes, self.first_seed + i) for i in numbers]
+        return [SampleRequest(i % self.num_classes, i // self.num_classes, self.first_seed + i) for i in numbers]
 
 
-def missing_pieces(pictures: PictureSet, folder: Path) -> list[int]:
+def missing_pieces(pictures: ImageSet, folder: Path) -> list[int]:
     """Pieces that ``folder`` does not hold whole; none where the finished file is there."""
     if (folder / pictures.file_name).is_file():
         return []
     return [i for i in range(pictures.num_pieces) if _read_piece(pictures, folder, i) is None]
 
 
-def draw_pieces(
-    draw: PicturesFn, pictures: PictureSet, folder: Path, pieces: Sequence[int], *, on_picture: Callable[[], None]
+def generate_parts(
+    draw: PicturesFn, pictures: ImageSet, folder: Path, pieces: Sequence[int], *, on_picture: Callable[[], None]
 ) -> None:
     """Draw ``pieces`` and write each as soon as it is whole; batches may reach over their borders."""
     drawn = draw([job for piece in pieces for job in pictures.jobs(piece)])
@@ -77,7 +77,7 @@ def draw_pieces(
         write_whole(_piece_path(folder, piece), buffer.getvalue(), scratch=folder)
 
 
-def join_pieces(pictures: PictureSet, folder: Path) -> Path:
+def join_pieces(pictures: ImageSet, folder: Path) -> Path:
     """Write the ``.npz`` from all pieces and remove them; its path. A missing piece is a :class:`RunError`."""
     path = folder / pictures.file_name
     if path.is_file():
@@ -90,7 +90,7 @@ def join_pieces(pictures: PictureSet, folder: Path) -> Path:
                 raise RunError(f"{_piece_path(folder, i)} is missing or damaged: run the command again")
             yield piece
 
-    write_pictures(path, (pictures.count, *pictures.size, 3), whole())
+    write_images(path, (pictures.count, *pictures.size, 3), whole())
     for i in range(pictures.num_pieces):
         _piece_path(folder, i).unlink()
     return path
@@ -100,7 +100,7 @@ def _piece_path(folder: Path, piece: int) -> Path:
     return folder / f"piece_{piece:06d}.npy"
 
 
-def _read_piece(pictures: PictureSet, folder: Path, piece: int) -> Any | None:
+def _read_piece(pictures: ImageSet, folder: Path, piece: int) -> Any | None:
     """A piece mapped into memory; None where it is missing, cut or of another shape."""
     try:
         found = np.load(_piece_path(folder, piece), mmap_mode="r", allow_pickle=False)

@@ -22,7 +22,7 @@ PICTURES = "arr_0"
 _CHUNK = 1 << 24
 
 
-def write_pictures(path: Path, shape: tuple[int, int, int, int], pieces: Iterable[Any]) -> None:
+def write_images(path: Path, shape: tuple[int, int, int, int], pieces: Iterable[Any]) -> None:
     """Write ``arr_0`` of ``shape`` from ``pieces`` (p, Y, X, 3) in order; appears whole or not at all.
 
     Equal pictures give equal bytes. Raises ``ValueError`` where the pieces do not make up the shape,
@@ -71,13 +71,13 @@ def read_floats(path: Path, name: str, shape: tuple[int, ...]) -> Any:
         return np.frombuffer(raw, dtype).reshape(shape).astype(np.float64)
 
 
-def pictures_shape(path: Path) -> tuple[int, int, int, int]:
+def images_shape(path: Path) -> tuple[int, int, int, int]:
     """Shape (P, Y, X, 3) of a file's pictures; raises :class:`RunError` where it has none in uint8."""
     with _member(path, PICTURES) as (_, shape, dtype):
         return _checked(path, shape, dtype)
 
 
-def read_pictures(path: Path, batch: int) -> Iterator[Any]:
+def read_images(path: Path, batch: int) -> Iterator[Any]:
     """Pictures (p, Y, X, 3) in order, ``batch`` at a time; raises :class:`RunError` for a damaged file."""
     with _member(path, PICTURES) as (member, found, dtype):
         count, *rest = _checked(path, found, dtype)

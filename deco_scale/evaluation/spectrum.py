@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from deco_scale.models import Denoiser
-from deco_scale.objectives.flow import noised
+from deco_scale.objectives.flow_matching import noised
 from deco_scale.objectives.frequency import BLOCK, block_dct
 from deco_scale.sampling import SamplerConfig, VelocityFn, sample
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deco_scale.kernels.choice import Kernels
+from deco_scale.kernels.select import Kernels
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,7 +62,7 @@ class AdamWStep:
 def averaged_adamw(tensors: AdamWTensors, step: AdamWStep, *, kernels: Kernels) -> None:
     """Update parameters, moments and averages in place; the gradients may be scaled in place."""
     if kernels == "triton":
-        from deco_scale.kernels.adamw_triton import averaged_adamw_triton
+        from deco_scale.kernels.triton.adamw import averaged_adamw_triton
 
         averaged_adamw_triton(tensors, step)
     else:

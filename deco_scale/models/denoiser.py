@@ -12,7 +12,8 @@ from typing import Literal, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deco_scale.kernels.norms import modulate
+from deco_scale.kernels.norm import modulate
+from deco_scale.models.embeddings import rope_angles
 from deco_scale.models.layers import (
     NORM_EPS,
     Block,
@@ -22,7 +23,6 @@ from deco_scale.models.layers import (
     TimestepEmbedder,
 )
 from deco_scale.models.pixel_decoder import PixelDecoder
-from deco_scale.models.position import rope_angles
 
 ModelKind = Literal["t2i_deco", "c2i_deco", "c2i_baseline"]
 

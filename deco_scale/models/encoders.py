@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deco_scale.models.encoder_settings import ImageEncoderConfig, TextEncoderConfig
+from deco_scale.models.encoder_config import ImageEncoderConfig, TextEncoderConfig
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

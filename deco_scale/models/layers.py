@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deco_scale.kernels.choice import Kernels
-from deco_scale.kernels.norms import gated_residual, norm_modulate, norm_rotate, rms_norm
+from deco_scale.kernels.norm import gated_residual, norm_modulate, norm_rotate, rms_norm
+from deco_scale.kernels.select import Kernels
 from deco_scale.models.attention import AttentionSetting, attention
-from deco_scale.models.position import TIMESTEP_FEATURES, timestep_features
+from deco_scale.models.embeddings import TIMESTEP_FEATURES, timestep_features
 
 NORM_EPS = 1e-6
 

@@ -10,9 +10,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from deco_scale.kernels.choice import Kernels
+from deco_scale.kernels.select import Kernels
 from deco_scale.models import Denoiser, patchify, unpatchify
-from deco_scale.objectives.flow import Prediction, TimeLaw, flow_loss, noised, velocity_from_image
+from deco_scale.objectives.flow_matching import Prediction, TimeLaw, flow_loss, noised, velocity_from_image
 from deco_scale.objectives.frequency import (
     BLOCK,
     FrequencyMode,
@@ -164,7 +164,7 @@ class Objective(nn.Module):
         # Blocks then lie inside patches: no pixel of another patch is needed, in whatever order they are.
         whole_blocks = model.patch_size % BLOCK == 0
         if self.kernels == "triton" and whole_blocks and model.channels == 3:
-            from deco_scale.kernels.losses_triton import flow_and_frequency
+            from deco_scale.kernels.triton.losses import flow_and_frequency
 
             flow, frequency = flow_and_frequency(
                 velocity_BNK,

@@ -1,6 +1,7 @@
 """Settings of Prometheus metrics and alerts."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,3 +21,12 @@ class MonitorConfig:
             raise ValueError(f"prometheus_port={self.prometheus_port} must be 1 to 65535")
         if self.webhook_env is not None and not self.webhook_env.isidentifier():
             raise ValueError("webhook_env must be the name of an environment variable, not the URL itself")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WandbConfig:
+    """Experiment tracking; ``auto`` is online where WANDB_API_KEY is set and offline elsewhere."""
+
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    project: str = "deco-scale"
+    name: str | None = None

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from deco_scale.models import ModelConfig
-from deco_scale.parallel.layout import ActivationCheckpointing, Layout
-from deco_scale.parallel.plan import layout_rows, weights_of_linears
-from deco_scale.parallel.sequence import part_sizes
+from deco_scale.parallel.mesh import ActivationCheckpointing, ParallelDims
+from deco_scale.parallel.sequence_parallel import part_sizes
+from deco_scale.parallel.tp_plan import layout_rows, weights_of_linears
 from deco_scale.planning.hardware import GPUS_PER_NODE, Device
 
 Kind = Literal["all-gather", "reduce-scatter", "all-reduce"]
@@ -44,7 +44,7 @@ class StepShape:
     recompute: ActivationCheckpointing = "none"
 
 
-def fsdp_traffic(cfg: ModelConfig, layout: Layout, step: StepShape) -> Iterator[Traffic]:
+def fsdp_traffic(cfg: ModelConfig, layout: ParallelDims, step: StepShape) -> Iterator[Traffic]:
     """Lines for the denoiser (REPA head aside); axes of one rank send nothing."""
     rows = layout_rows(cfg, layout)
     shards, micros = layout.dp_shard, step.accumulation
@@ -72,7 +72,7 @@ def fsdp_traffic(cfg: ModelConfig, layout: Layout, step: StepShape) -> Iterator[
 
 
 def zero_traffic(
-    cfg: ModelConfig, layout: Layout, step: StepShape, *, stage: int, persistent: int
+    cfg: ModelConfig, layout: ParallelDims, step: StepShape, *, stage: int, persistent: int
 ) -> Iterator[Traffic]:
     """The same for DeepSpeed's ZeRO.
 
@@ -112,7 +112,7 @@ def zero_traffic(
 
 
 def _tensor_parallel(
-    cfg: ModelConfig, layout: Layout, step: StepShape, *, reductions: int, text_bytes: int
+    cfg: ModelConfig, layout: ParallelDims, step: StepShape, *, reductions: int, text_bytes: int
 ) -> Iterator[Traffic]:
     """``reductions``: how often in a step the gradients of replicated weights are summed.
 
@@ -139,7 +139,7 @@ def _tensor_parallel(
     yield Traffic("gradients of replicated weights", "all-reduce", "tp", reductions * replicated * FP32_BYTES)
 
 
-def ranks_per_node(layout: Layout, axis: str, world: int) -> tuple[int, int]:
+def ranks_per_node(layout: ParallelDims, axis: str, world: int) -> tuple[int, int]:
     """Ranks of one group along ``axis``, and how many of them share a node; tp is innermost."""
     size, inner = {
         "tp": (layout.tp, 1),
@@ -150,7 +150,7 @@ def ranks_per_node(layout: Layout, axis: str, world: int) -> tuple[int, int]:
     return size, max(1, min(size, min(world, GPUS_PER_NODE) // inner))
 
 
-def seconds_of(line: Traffic, layout: Layout, device: Device) -> float:
+def seconds_of(line: Traffic, layout: ParallelDims, device: Device) -> float:
     """Time of one line of the traffic table, alone on the links."""
     world = layout.dp * layout.tp
     size, together = ranks_per_node(layout, line.axis, world)
@@ -164,7 +164,7 @@ def seconds_of(line: Traffic, layout: Layout, device: Device) -> float:
 
 
 def split_by_overlap(
-    lines: Iterable[Traffic], layout: Layout, device: Device, *, engine: str, zero_stage: int
+    lines: Iterable[Traffic], layout: ParallelDims, device: Device, *, engine: str, zero_stage: int
 ) -> tuple[float, float]:
     """Seconds of a step that may hide behind computation, and seconds that cannot.
 

@@ -4,13 +4,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from deco_scale.errors import ConfigError
-from deco_scale.parallel.layout import ParallelConfig, accumulation_steps, resolve_layout
+from deco_scale.parallel.mesh import ParallelConfig, accumulation_steps, resolve_parallel_dims
 from deco_scale.planning.flops import Workload, training_flops
 from deco_scale.planning.hardware import Device
 from deco_scale.planning.layouts import micro_batches
 from deco_scale.planning.memory import MARGIN, memory_by_part
 from deco_scale.planning.step_time import step_by_part
-from deco_scale.training.settings import StageConfig
+from deco_scale.training.config import StageConfig
 
 HOUR_S, DAY_S = 3600.0, 86400.0
 
@@ -85,7 +85,7 @@ def forecast_stage(
     work: Workload, stage: StageConfig, parallel: ParallelConfig, device: Device, *, gpus: int
 ) -> StageForecast:
     """Forecast with the stage's own micro-batch; raises :class:`ConfigError` where sizes do not divide."""
-    layout = resolve_layout(parallel, gpus)
+    layout = resolve_parallel_dims(parallel, gpus)
     accumulation = accumulation_steps(
         global_batch=stage.global_batch,
         micro_batch=stage.micro_batch,
@@ -119,7 +119,7 @@ def fastest_micro_batches(
     None where a global batch does not divide over the ranks.
     """
     chosen = []
-    layout = resolve_layout(parallel, gpus)
+    layout = resolve_parallel_dims(parallel, gpus)
     for stage in stages:
         sizes = micro_batches(stage.global_batch, layout.dp)
         if not sizes:

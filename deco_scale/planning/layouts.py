@@ -5,8 +5,8 @@ from typing import Literal, get_args
 
 from deco_scale.errors import ConfigError
 from deco_scale.models import ModelConfig
-from deco_scale.parallel.layout import ActivationCheckpointing, ParallelConfig, resolve_layout
-from deco_scale.parallel.plan import check_tp
+from deco_scale.parallel.mesh import ActivationCheckpointing, ParallelConfig, resolve_parallel_dims
+from deco_scale.parallel.tp_plan import check_tp
 from deco_scale.planning.hardware import GPUS_PER_NODE
 
 ZERO_STAGES: tuple[Literal[1, 2, 3], ...] = (1, 2, 3)
@@ -49,7 +49,7 @@ def enumerate_layouts(
             for engine, stage, replicate in meshes:
                 found = _parallel(engine, stage, replicate, ranks // replicate, tp, mode)
                 if found is not None and allowed(found):
-                    resolve_layout(found, gpus)
+                    resolve_parallel_dims(found, gpus)
                     yield found
 
 

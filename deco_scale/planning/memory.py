@@ -11,10 +11,10 @@ image tokens.
 from dataclasses import dataclass
 from functools import lru_cache
 
-from deco_scale.kernels.pixels import CHUNK_PIXELS
+from deco_scale.kernels.pixel_decoder import CHUNK_PIXELS
 from deco_scale.models import ModelConfig
-from deco_scale.parallel.layout import ActivationCheckpointing, Layout, ParallelConfig
-from deco_scale.parallel.plan import layout_rows, weights_of_linears
+from deco_scale.parallel.mesh import ActivationCheckpointing, ParallelConfig, ParallelDims
+from deco_scale.parallel.tp_plan import layout_rows, weights_of_linears
 from deco_scale.planning.flops import Workload
 
 FP32 = 4
@@ -155,7 +155,7 @@ class RankElements:
 
 
 @lru_cache(maxsize=512)
-def rank_elements(model: ModelConfig, layout: Layout, persistent: int) -> RankElements:
+def rank_elements(model: ModelConfig, layout: ParallelDims, persistent: int) -> RankElements:
     """Counts for a mesh; ``persistent`` is ZeRO-3's limit below which a weight stays whole."""
     units: dict[str, int] = {}
     whole = cut = root = largest = of_linears = kept = 0
@@ -174,7 +174,7 @@ def rank_elements(model: ModelConfig, layout: Layout, persistent: int) -> RankEl
     return RankElements(whole, cut, root, max(units.values()), largest, of_linears, kept)
 
 
-def state_bytes(work: Workload, parallel: ParallelConfig, layout: Layout) -> dict[str, float]:
+def state_bytes(work: Workload, parallel: ParallelConfig, layout: ParallelDims) -> dict[str, float]:
     """fp32 weights, masters, gradients, moments and average of a rank; the REPA head has no average."""
     held = rank_elements(work.model, layout, work.persistent)
     head = work.repa_parameters
@@ -188,7 +188,7 @@ def state_bytes(work: Workload, parallel: ParallelConfig, layout: Layout) -> dic
     return found
 
 
-def working_bytes(work: Workload, parallel: ParallelConfig, layout: Layout, *, accumulation: int) -> float:
+def working_bytes(work: Workload, parallel: ParallelConfig, layout: ParallelDims, *, accumulation: int) -> float:
     """Gathered or cast weights, and buffers of the engine's reductions.
 
     fsdp: the root stays gathered, one unit computes while the next arrives, one unit's gradient is reduced in
@@ -213,7 +213,7 @@ def working_bytes(work: Workload, parallel: ParallelConfig, layout: Layout, *, a
 
 
 def activation_bytes(
-    work: Workload, parallel: ParallelConfig, layout: Layout, *, images: int, resolution: int, kind: str
+    work: Workload, parallel: ParallelConfig, layout: ParallelDims, *, images: int, resolution: int, kind: str
 ) -> dict[str, float]:
     """Of a micro-batch of ``images``: kept by blocks and outside, and what backward holds for a moment."""
     model, mode, tp = work.model, parallel.activation_checkpointing, layout.tp
@@ -237,7 +237,7 @@ def activation_bytes(
 def memory_by_part(
     work: Workload,
     parallel: ParallelConfig,
-    layout: Layout,
+    layout: ParallelDims,
     *,
     images: int,
     accumulation: int,

@@ -17,7 +17,7 @@ Letters: a bytes of an element in the compute type, h hidden units over D, r tex
 from collections.abc import Iterator
 from typing import Literal
 
-from deco_scale.parallel.layout import Layout, ParallelConfig
+from deco_scale.parallel.mesh import ParallelConfig, ParallelDims
 from deco_scale.planning.comms import StepShape, Traffic, fsdp_traffic, split_by_overlap, zero_traffic
 from deco_scale.planning.flops import Workload, forward_flops_by_part
 from deco_scale.planning.hardware import Device
@@ -110,7 +110,13 @@ REPLICATED = ("modulation",)
 
 
 def step_traffic(
-    work: Workload, parallel: ParallelConfig, layout: Layout, *, images: int, accumulation: int, resolution: int
+    work: Workload,
+    parallel: ParallelConfig,
+    layout: ParallelDims,
+    *,
+    images: int,
+    accumulation: int,
+    resolution: int,
 ) -> Iterator[Traffic]:
     """What a step sends, REPA head aside."""
     rows, cols = work.model.grid(resolution, resolution)
@@ -127,7 +133,7 @@ def step_traffic(
 
 
 def compute_seconds(
-    work: Workload, parallel: ParallelConfig, layout: Layout, device: Device, *, images: int, resolution: int
+    work: Workload, parallel: ParallelConfig, layout: ParallelDims, device: Device, *, images: int, resolution: int
 ) -> dict[str, float]:
     """Seconds of a micro-batch on one rank by part, both passes; ``images`` are those of its dp rank."""
     model, tp, mode = work.model, layout.tp, parallel.activation_checkpointing
@@ -166,7 +172,7 @@ def _blocks_moved(work: Workload, *, tokens: int, tp: int, device: Device, recom
     return total
 
 
-def optimizer_seconds(work: Workload, parallel: ParallelConfig, layout: Layout, device: Device) -> float:
+def optimizer_seconds(work: Workload, parallel: ParallelConfig, layout: ParallelDims, device: Device) -> float:
     """Norm, clipping, AdamW and average over what a rank updates."""
     held = rank_elements(work.model, layout, work.persistent)
     whole = parallel.engine == "deepspeed" and parallel.zero_stage == 0
@@ -178,7 +184,7 @@ def optimizer_seconds(work: Workload, parallel: ParallelConfig, layout: Layout, 
 def step_by_part(
     work: Workload,
     parallel: ParallelConfig,
-    layout: Layout,
+    layout: ParallelDims,
     device: Device,
     *,
     images: int,

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from deco_scale.errors import ConfigError
-from deco_scale.precision import PrecisionConfig
+from deco_scale.precision.config import PrecisionConfig
+from deco_scale.precision.fp8_plan import Fp8Linear, Fp8Plan
 from deco_scale.precision.linears import Fp8Forward
-from deco_scale.precision.modules import Fp8Linear, Fp8Plan
 from deco_scale.precision.scaling import STATE_PREFIX
 
 TORCHAO_LINEAR = "deco_scale.precision.linear_torchao.TorchaoLinear"
@@ -55,7 +55,7 @@ def fp8_context(plan: Fp8Plan | None) -> AbstractContextManager[object]:
     """Goes around a training forward pass, inside of :func:`deco_scale.precision.autocast`."""
     if plan is None or plan.choice.backend != "te":
         return nullcontext()
-    from deco_scale.precision.te import te_context
+    from deco_scale.precision.transformer_engine import te_context
 
     return te_context(plan.choice.recipe)
 
@@ -68,7 +68,7 @@ def recompute_function(plan: Fp8Plan | None) -> Callable[..., Any]:
     """
     if plan is None or plan.choice.backend != "te":
         return checkpoint
-    from deco_scale.precision.te import import_te
+    from deco_scale.precision.transformer_engine import import_te
 
     return import_te().checkpoint  # type: ignore[no-any-return]
 
@@ -81,7 +81,7 @@ def scaling_state(denoiser: nn.Module, plan: Fp8Plan | None) -> dict[str, Tensor
     """
     if plan is None or plan.choice.recipe != "delayed":
         return {}
-    from deco_scale.precision.te import get_scaling
+    from deco_scale.precision.transformer_engine import get_scaling
 
     return {
         f"{STATE_PREFIX}denoiser.{linear.name}.{kind}": tensor
@@ -94,7 +94,7 @@ def load_scaling_state(denoiser: nn.Module, plan: Fp8Plan | None, state: Mapping
     """Give linears their scaling back; one whose tensors are missing from ``state`` starts afresh."""
     if plan is None or plan.choice.recipe != "delayed":
         return
-    from deco_scale.precision.te import KINDS, set_scaling
+    from deco_scale.precision.transformer_engine import KINDS, set_scaling
 
     for linear in plan.linears:
         found = {kind: state.get(f"{STATE_PREFIX}denoiser.{linear.name}.{kind}") for kind in KINDS}
@@ -112,7 +112,7 @@ def _torchao_linear(linear: Fp8Linear, plan: Fp8Plan) -> Fp8Forward:
 
 
 def _te_linear(linear: Fp8Linear, plan: Fp8Plan) -> Fp8Forward:
-    from deco_scale.precision.te import import_te
+    from deco_scale.precision.transformer_engine import import_te
 
     import_te()
     from deco_scale.precision.linear_te import te_linear

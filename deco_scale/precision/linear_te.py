@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from transformer_engine.pytorch import Linear
 
-from deco_scale.models.graphs import outside_graphs
+from deco_scale.models.compile import outside_graphs
 from deco_scale.precision.linears import Fp8Forward
 
 

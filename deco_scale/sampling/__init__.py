@@ -1,14 +1,14 @@
 """From noise and a condition to pictures; the model is a callable here."""
 
 from deco_scale.sampling.config import SamplerConfig
-from deco_scale.sampling.generator import Generator, Job
+from deco_scale.sampling.generate import Generator, SampleRequest
 from deco_scale.sampling.guidance import Guidance, VelocityFn, guided_velocity
-from deco_scale.sampling.solvers import integrate, sample, time_grid
+from deco_scale.sampling.samplers import integrate, sample, time_grid
 
 __all__ = [
     "Generator",
     "Guidance",
-    "Job",
+    "SampleRequest",
     "SamplerConfig",
     "VelocityFn",
     "guided_velocity",

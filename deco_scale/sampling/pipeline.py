@@ -16,11 +16,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from deco_scale.models import Denoiser, ModelConfig
-from deco_scale.models.encoder_settings import TextEncoderConfig
+from deco_scale.models.encoder_config import TextEncoderConfig
 from deco_scale.models.encoders import TextEncoder
-from deco_scale.objectives.flow import Prediction
+from deco_scale.objectives.flow_matching import Prediction
 from deco_scale.sampling.config import SamplerConfig
-from deco_scale.sampling.pictures import make_pictures, velocity_of
+from deco_scale.sampling.images import generate_images, velocity_of
 
 EncodeFn = Callable[[Sequence[str]], Tensor]
 """Text states ``(B, L, T)`` of captions; the empty caption's are the null condition."""
@@ -132,7 +132,7 @@ class DecoPipeline:
         except ValueError as error:
             raise PipelineError(str(error)) from error
         states, null = self._conditions(conditions)
-        return make_pictures(
+        return generate_images(
             self._velocity,
             states,
             null,

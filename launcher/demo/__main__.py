@@ -121,7 +121,7 @@ def _judge(out: Path, environment: dict[str, str], console: Console) -> dict[str
         listed = folder.with_suffix(".txt")
         listed.write_text("\n".join(prompts) + "\n", encoding="utf-8")
         _python(
-            "deco_scale.cli",
+            "deco_scale.cli.main",
             "sample",
             *("--checkpoint", out, "--prompts", listed, "--out", folder),
             *("--first-seed", HELD_OUT_SEED, "--seeds", "picture"),

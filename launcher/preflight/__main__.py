@@ -21,9 +21,9 @@ import torch.distributed as dist
 from rich.console import Console
 
 from deco_scale.config import RunConfig
-from deco_scale.environment import Environment, choose_device, read_environment
+from deco_scale.distributed.bootstrap import Environment, choose_device, read_environment
+from deco_scale.distributed.collectives import gather_objects, raise_together
 from deco_scale.errors import ConfigError, RunError
-from deco_scale.training.processes import agreed, gathered
 from launcher.preflight.checks import check_config, check_devices, check_versions, read_versions
 from launcher.preflight.network import check_clocks, check_collectives, join_process_group
 from launcher.preflight.report import (
@@ -59,10 +59,10 @@ class Probes:
 
 def check_all(cfg: RunConfig, env: Environment, *, limits: Limits, probes: Probes) -> list[CheckGroup]:
     """Every check, on all ranks together; all ranks return the same groups."""
-    ranks = gathered(RankInfo(env.rank, env.local_rank, probes.host))
-    device = agreed(lambda: choose_device(cfg.device, env.local_rank))
+    ranks = gather_objects(RankInfo(env.rank, env.local_rank, probes.host))
+    device = raise_together(lambda: choose_device(cfg.device, env.local_rank))
     groups = [check_versions(probes.versions(), ranks), check_config(cfg, ranks)]
-    kinds = gathered(device.type)
+    kinds = gather_objects(device.type)
     if len(set(kinds)) > 1:
         advice = "computes on cpu; set device, or repair its GPUs"
         problems = problems_by_rank(ranks, kinds, lambda kind: advice if kind == "cpu" else None)
@@ -79,7 +79,7 @@ def check_all(cfg: RunConfig, env: Environment, *, limits: Limits, probes: Probe
     else:
         groups += [check_storage(cfg, ranks, free_bytes=probes.free_bytes), check_data(cfg, ranks)]
     # One verdict, whatever each rank saw.
-    return gathered(groups)[0]
+    return gather_objects(groups)[0]
 
 
 def run(cfg: RunConfig, env: Environment, *, limits: Limits, probes: Probes, console: Console) -> None:
@@ -99,7 +99,9 @@ def run(cfg: RunConfig, env: Environment, *, limits: Limits, probes: Probes, con
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="launcher/preflight.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", required=True, help="YAML file, see configs/")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     parser.add_argument("--timeout-s", type=float, default=300.0, help="how long to wait for all ranks")
@@ -131,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.min_gbps is not None and args.min_gbps <= 0:
             raise ConfigError(f"--min-gbps {args.min_gbps} must be positive")
         join_process_group(env, os.environ, timeout_s=args.timeout_s, host=probes.host)
-        cfg = agreed(lambda: load(args, env, probes.host))
+        cfg = raise_together(lambda: load(args, env, probes.host))
         limits = Limits(max_skew_s=args.max_skew_s, min_gbps=args.min_gbps)
         run(cfg, env, limits=limits, probes=probes, console=console)
     except (ConfigError, RunError) as error:

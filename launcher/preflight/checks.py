@@ -13,7 +13,7 @@ import psutil
 import torch
 
 from deco_scale.config import RunConfig, dump_config
-from deco_scale.training.processes import gathered
+from deco_scale.distributed.collectives import gather_objects
 from launcher.preflight.report import Check, CheckGroup, RankInfo, check_same, format_range, problems_by_rank
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,20 +54,20 @@ def source_digest() -> str:
 
 def check_versions(versions: dict[str, str], ranks: Sequence[RankInfo]) -> CheckGroup:
     """All ranks together."""
-    return CheckGroup("versions", check_same(gathered(versions), ranks, advice="install the same there"))
+    return CheckGroup("versions", check_same(gather_objects(versions), ranks, advice="install the same there"))
 
 
 def check_config(cfg: RunConfig, ranks: Sequence[RankInfo]) -> CheckGroup:
     """Whether all ranks resolved the same configuration. All ranks together."""
     digest = hashlib.sha256(dump_config(cfg).encode()).hexdigest()[:16]
     advice = "give every node the same --config file and the same overrides"
-    return CheckGroup("configuration", check_same(gathered({"digest": digest}), ranks, advice=advice))
+    return CheckGroup("configuration", check_same(gather_objects({"digest": digest}), ranks, advice=advice))
 
 
 def check_devices(device: torch.device, ranks: Sequence[RankInfo]) -> CheckGroup:
     """Kind, memory, arithmetic and speed of every rank's device. All ranks together."""
     names, exact, speeds, memory, smi = zip(
-        *gathered(
+        *gather_objects(
             (
                 {"device": device_name(device)},
                 products_are_exact(device),

@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 
 from data_pipeline.text import human_bytes
-from deco_scale.environment import Environment, start_processes
+from deco_scale.distributed.bootstrap import Environment, init_distributed
+from deco_scale.distributed.collectives import gather_objects
 from deco_scale.errors import RunError
-from deco_scale.training.processes import gathered
-from launcher.preflight.report import Check, CheckGroup, RankInfo, format_range
+from launcher.preflight.report import Check, CheckGroup, RankInfo, format_range, problems_by_rank
 
 ROUNDS = 5
 PINGS = 8
@@ -30,7 +30,7 @@ SIZES = {
 
 @dataclass(frozen=True, slots=True)
 class Offset:
-    """How far a clock is ahead of rank 0's, and how wrong that may be, in seconds."""
+    """How far a clock is ahead of rank 0's, with its uncertainty, in seconds."""
 
     seconds: float
     uncertainty: float
@@ -41,7 +41,7 @@ def join_process_group(env: Environment, variables: Mapping[str, str], *, timeou
     if dist.is_initialized():
         return
     if "MASTER_ADDR" not in variables or "MASTER_PORT" not in variables:
-        start_processes(env, torch.device("cpu"))
+        init_distributed(env, torch.device("cpu"))
         return
     address, port = variables["MASTER_ADDR"], int(variables["MASTER_PORT"])
     # torchrun's agent has the store already.
@@ -100,16 +100,15 @@ def check_collectives(
     if world == 1:
         return CheckGroup("collectives", (Check("all_reduce, all_gather", "one process: nothing to measure"),))
     checks = []
+    advice = "wrong sums arrived: check its network card and cables"
     for name, run, factor in (("all_reduce", _all_reduce, 2.0), ("all_gather", _all_gather, 1.0)):
         for size in sizes or SIZES[device.type]:
             times, right = _timed(partial(run, size, device, group, world))
-            everywhere = gathered((statistics.median(times), right))
-            slowest = max(found[0] for found in everywhere)
-            bus = factor * (world - 1) / world * size / slowest / 1e9
-            wrong = [p for p, found in zip(ranks, everywhere, strict=True) if not found[1]]
-            advice = "wrong sums arrived: check its network card and cables"
-            value = f"{1e6 * slowest:,.0f} us, {bus:.3g} GB/s"
-            checks.append(Check(f"{name} of {human_bytes(size)}", value, tuple(f"{p}: {advice}" for p in wrong)))
+            medians, correct = zip(*gather_objects((statistics.median(times), right)), strict=True)
+            bus = factor * (world - 1) / world * size / max(medians) / 1e9
+            problems = problems_by_rank(ranks, correct, lambda ok: None if ok else advice)
+            value = f"{1e6 * max(medians):,.0f} us, {bus:.3g} GB/s"
+            checks.append(Check(f"{name} of {human_bytes(size)}", value, problems))
     return CheckGroup("collectives", (*checks, _links(device, group, ranks, min_gbps)))
 
 
@@ -150,7 +149,7 @@ def _links(
             seconds[rank] = _exchange(values, rank + 1, group, device)
         elif (rank - first) % 2 == 1 and rank > first:
             _exchange(values, rank - 1, group, device)
-    speeds = {r: values.nbytes / s / 1e9 for part in gathered(seconds) for r, s in part.items()}
+    speeds = {r: values.nbytes / s / 1e9 for part in gather_objects(seconds) for r, s in part.items()}
     order = sorted(speeds)
     value = format_range([speeds[r] for r in order], [ranks[r] for r in order], "GB/s to the next rank")
     problems = [
@@ -189,7 +188,7 @@ def check_clocks(ranks: Sequence[RankInfo], *, max_skew_s: float, clock: Callabl
         elif dist.get_rank() == leader:
             _answer(clock)
         dist.barrier()
-    offsets = gathered(mine)[0]
+    offsets = gather_objects(mine)[0]
     if not offsets:
         return CheckGroup("clocks", (Check("clock", "one node: nothing to compare"),))
     problems = [

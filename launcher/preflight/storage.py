@@ -16,12 +16,12 @@ from data_pipeline.errors import DataError
 from data_pipeline.index.format import load_index
 from data_pipeline.storage.base import Store, open_store
 from data_pipeline.stream.loader import access_of
+from deco_scale.checkpoint.storage import LocalStorage
+from deco_scale.cli.plan import workload
 from deco_scale.config import RunConfig
-from deco_scale.parallel.layout import Layout, ParallelConfig
-from deco_scale.plan_command import workload
+from deco_scale.distributed.collectives import gather_objects
+from deco_scale.parallel.mesh import ParallelConfig, ParallelDims
 from deco_scale.planning.memory import state_bytes
-from deco_scale.training.processes import gathered
-from deco_scale.training.storage import FolderTarget
 from launcher.preflight.report import Check, CheckGroup, RankInfo, check_same, format_range, problems_by_rank
 
 PROBE_BYTES = 16 * 2**20
@@ -32,7 +32,7 @@ _STORED_PARTS = ("weights", "moments", "average")
 
 def checkpoint_bytes(cfg: RunConfig) -> tuple[int, int]:
     """Bytes of a checkpoint (weights, two moments, EMA; fp32; no EMA of the REPA head) and of an export (EMA)."""
-    parts = state_bytes(workload(cfg)[0], ParallelConfig(), Layout(1, 1))
+    parts = state_bytes(workload(cfg)[0], ParallelConfig(), ParallelDims(1, 1))
     return round(sum(parts[name] for name in _STORED_PARTS)), round(parts["average"])
 
 
@@ -75,7 +75,7 @@ def check_storage(
 def check_data(cfg: RunConfig, ranks: Sequence[RankInfo]) -> CheckGroup:
     """Index and first sample of every data set, text states and encoders, from every node. All ranks together."""
     me = ranks[dist.get_rank()]
-    gathered_facts = gathered(_data_facts(cfg) if me.local_rank == 0 else {})
+    gathered_facts = gather_objects(_data_facts(cfg) if me.local_rank == 0 else {})
     leaders = [rank for rank in ranks if rank.local_rank == 0]
     facts = [gathered_facts[rank.rank] for rank in leaders]
     checks = []
@@ -151,7 +151,7 @@ def _on_each_node(
             outcome = str(error)
         except OSError as error:
             outcome = f"{error.filename or name}: {error.strerror}"
-    outcomes = gathered(outcome)
+    outcomes = gather_objects(outcome)
     failed = problems_by_rank(ranks, outcomes, lambda o: f"{o}; {advice}" if isinstance(o, str) else None)
     good = [(rank, speed) for rank, speed in zip(ranks, outcomes, strict=True) if isinstance(speed, float)]
     value = format_range([speed for _, speed in good], [rank for rank, _ in good], unit) if good else "failed"
@@ -181,7 +181,7 @@ def _disk_check(folder: Path, me: RankInfo, ranks: Sequence[RankInfo]) -> Check:
 
 def _shared_check(folder: Path, me: RankInfo, ranks: Sequence[RankInfo], wait_s: float) -> Check:
     """Whether all nodes see one folder: what rank 0 writes, every node must read."""
-    token = gathered(secrets.token_hex(16))[0]
+    token = gather_objects(secrets.token_hex(16))[0]
     path = folder / f".preflight_shared_{token}"
     try:
         if me.rank == 0:
@@ -190,9 +190,9 @@ def _shared_check(folder: Path, me: RankInfo, ranks: Sequence[RankInfo], wait_s:
     except OSError:
         # The row before says why.
         written = False
-    if not all(gathered(written)):
+    if not all(gather_objects(written)):
         return Check("one folder for all nodes", "not checked: rank 0 cannot write", ())
-    seen = gathered(me.local_rank != 0 or _appears(path, token, wait_s))
+    seen = gather_objects(me.local_rank != 0 or _appears(path, token, wait_s))
     if me.rank == 0:
         path.unlink(missing_ok=True)
     advice = f"run.dir={folder} is not the folder that {ranks[0]} sees; checkpoints need a shared file system"
@@ -233,10 +233,10 @@ def _room_check(
     cfg: RunConfig, folder: Path, ranks: Sequence[RankInfo], free_bytes: Callable[[Path], int]
 ) -> Check:
     (one, export), (count, exports) = checkpoint_bytes(cfg), max_checkpoints(cfg)
-    here = len(FolderTarget(folder / "checkpoints").steps())
+    here = len(LocalStorage(folder / "checkpoints").steps())
     # Those that lie here have their rank already; the next needs its own in any case.
     need = one * max(count - here, 1) + export * exports
-    free = gathered(free_bytes(folder) if folder.is_dir() else None)[0]
+    free = gather_objects(free_bytes(folder) if folder.is_dir() else None)[0]
     value = f"{_gib(one)} each, at most {count} checkpoints and {exports} exports, {here} here"
     if free is None:
         return Check("room for checkpoints", f"{value}; not checked: no folder", ())

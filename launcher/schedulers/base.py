@@ -15,8 +15,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from deco_scale.config import RunConfig, load_config
 from deco_scale.errors import ConfigError
 from deco_scale.observability.redact import holds_secret, looks_secret
-from deco_scale.parallel.layout import Layout, accumulation_steps, resolve_layout
-from deco_scale.parallel.plan import check_tp
+from deco_scale.parallel.mesh import ParallelDims, accumulation_steps, resolve_parallel_dims
+from deco_scale.parallel.tp_plan import check_tp
 
 TEMPLATES = Path(__file__).with_name("templates")
 _SECRET = "looks like a secret, which would be written in plain text"
@@ -117,13 +117,13 @@ def parse_variables(given: Sequence[str]) -> tuple[tuple[tuple[str, str], ...], 
     return tuple(literals.items()), tuple(references)
 
 
-def fit(config: Path, overrides: Sequence[str], *, ranks: int) -> tuple[RunConfig, Layout, list[str]]:
+def fit(config: Path, overrides: Sequence[str], *, ranks: int) -> tuple[RunConfig, ParallelDims, list[str]]:
     """The configuration on ``ranks`` processes, and a line about each stage.
 
     Raises :class:`ConfigError` where they do not fit each other.
     """
     cfg = load_config(config, overrides)
-    layout = resolve_layout(cfg.parallel, ranks)
+    layout = resolve_parallel_dims(cfg.parallel, ranks)
     check_tp(cfg.model, layout.tp)
     lines = [f"{ranks} ranks: dp_replicate {layout.dp_replicate} x dp_shard {layout.dp_shard} x tp {layout.tp}"]
     for stage in cfg.stages:

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from checkpoints_tools.cli import main as verify_checkpoint
+from deco_scale.cli.simulate import measured_seconds
 from deco_scale.observability.goodput import CLASSES, Goodput
 from deco_scale.observability.run_dir import RunDir
+from deco_scale.observability.run_logger import read_metrics
 from deco_scale.planning.goodput_sim import Faults, expected_s, segments_of, simulate
-from deco_scale.simulate_command import measured_seconds
-from deco_scale.training.report import read_metrics
 from tests.chaos.faults import complete_steps, folder_of, is_good
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from data_pipeline.storage.dev_server import S3Server
+from deco_scale.checkpoint.format import COMPLETE, STEP, verify
 from deco_scale.errors import ConfigError
-from deco_scale.training.checkpoint_format import COMPLETE, STEP, verify
 from tests.chaos.cluster import Attempt, Cluster
 from tests.chaos.watch import Watch
 

@@ -9,7 +9,7 @@ from typing import Any
 import google_crc32c
 import pytest
 
-from deco_scale.training.checkpoint_format import COMPLETE, sums_text
+from deco_scale.checkpoint.format import COMPLETE, sums_text
 from tests.chaos.checks import compare_samples, compare_traces, lost_checkpoints
 from tests.chaos.faults import KINDS, folder_of
 from tests.chaos.scenario import LONG, SHORT, Scenario, make_nans, make_plan

@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.distributed.tensor import DTensor, Replicate
 
-from deco_scale.training.report import read_metrics
+from deco_scale.observability.run_logger import read_metrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,7 @@ def _worker(rank: int, variables: dict[str, str], jobs: list[Job], world: int, s
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29501", "OMP_NUM_THREADS": "1"}
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     from deco_scale.config import build_config
-    from deco_scale.environment import Environment
+    from deco_scale.distributed.bootstrap import Environment
     from launcher.train import run
 
     with open(os.devnull, "w") as nothing:

@@ -15,7 +15,7 @@ import torch._dynamo
 import torch.distributed.fsdp
 from transformers import Dinov2Model, PreTrainedTokenizerFast, Qwen3Model
 
-import deco_scale.parallel.deepspeed
-import deco_scale.parallel.fsdp
+import deco_scale.parallel.engines.deepspeed
+import deco_scale.parallel.engines.fsdp
 import launcher.train
 import tests.faults.crash

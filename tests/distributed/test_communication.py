@@ -13,13 +13,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from deco_scale.models import Denoiser, ModelConfig
 from deco_scale.objectives import Objective, ObjectiveConfig
-from deco_scale.parallel.deepspeed import ZeroStage
-from deco_scale.parallel.layout import Layout
+from deco_scale.optim.config import OptimizerConfig
+from deco_scale.parallel.engines.base import Engine
+from deco_scale.parallel.engines.deepspeed import ZeroStage
+from deco_scale.parallel.mesh import ParallelDims
 from deco_scale.planning.comms import StepShape, Traffic, fsdp_traffic, zero_traffic
-from deco_scale.precision import Compute, PrecisionConfig
-from deco_scale.training.batch import ObjectiveInputs
-from deco_scale.training.engine import Engine
-from deco_scale.training.settings import OptimizerConfig
+from deco_scale.precision import Compute
+from deco_scale.precision.config import PrecisionConfig
+from deco_scale.training.inputs import ObjectiveInputs
 from tests.distributed.harness import in_group
 
 MODEL = ModelConfig(
@@ -95,12 +96,12 @@ def _build() -> Objective:
 
 
 def _count_fsdp(replicate: int, shard: int, tp: int, out: str) -> None:
-    from deco_scale.parallel.fsdp import FsdpEngine
+    from deco_scale.parallel.engines.fsdp import FsdpEngine
 
     counts = []
     for compute in COMPUTES:
         engine = FsdpEngine(
-            _build, layout=Layout(replicate, shard, tp), device=torch.device("cpu"), optimizer=OptimizerConfig(),
+            _build, layout=ParallelDims(replicate, shard, tp), device=torch.device("cpu"), optimizer=OptimizerConfig(),
             precision=PrecisionConfig(compute=compute), compile_blocks=False, recompute="none", seed=0,
         )  # fmt: skip
         with Counting() as counting:
@@ -111,12 +112,12 @@ def _count_fsdp(replicate: int, shard: int, tp: int, out: str) -> None:
 
 
 def _count_zero(dp: int, tp: int, settings: list[tuple[ZeroStage, Compute]], out: str) -> None:
-    from deco_scale.parallel.deepspeed import DeepSpeedEngine
+    from deco_scale.parallel.engines.deepspeed import DeepSpeedEngine
 
     counts = []
     for stage, compute in settings:
         engine = DeepSpeedEngine(
-            _build, layout=Layout(1, dp, tp), stage=stage, micro_batch=2, device=torch.device("cpu"),
+            _build, layout=ParallelDims(1, dp, tp), stage=stage, micro_batch=2, device=torch.device("cpu"),
             optimizer=OptimizerConfig(), precision=PrecisionConfig(compute=compute), compile_blocks=False,
             recompute="none", seed=0,
             overrides={"zero_optimization": ZERO3_SETTINGS},
@@ -144,7 +145,7 @@ def test_bytes_of_a_step_are_those_of_the_plan(mesh: tuple[int, int, int], tmp_p
     out = tmp_path / "count.json"
     in_group(_count_fsdp, mesh[0] * mesh[1] * mesh[2], tmp_path, *mesh, str(out))
     for compute, counted in zip(COMPUTES, json.loads(out.read_text()), strict=True):
-        planned = _total(fsdp_traffic(MODEL, Layout(*mesh), _shape(compute)))
+        planned = _total(fsdp_traffic(MODEL, ParallelDims(*mesh), _shape(compute)))
         print(mesh, compute, counted, dict(planned))
         assert Counter(counted) == planned
 
@@ -164,7 +165,7 @@ def test_bytes_of_a_deepspeed_step_are_those_of_the_plan(mesh: tuple[int, int], 
     in_group(_count_zero, dp * tp, tmp_path, dp, tp, settings, str(out))
     wrong = []
     for (stage, compute), counted in zip(settings, json.loads(out.read_text()), strict=True):
-        layout = Layout(1, dp, tp)
+        layout = ParallelDims(1, dp, tp)
         planned = _total(zero_traffic(MODEL, layout, _shape(compute), stage=stage, persistent=PERSISTENT))
         print(f"ZeRO-{stage} {dp}x{tp} {compute}", counted, dict(planned))
         if Counter(counted) != planned:

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from deco_scale.models import graphs
-from deco_scale.parallel.layout import Layout
-from deco_scale.precision import PrecisionConfig
-from deco_scale.training.settings import OptimizerConfig
+from deco_scale.models import compile
+from deco_scale.optim.config import OptimizerConfig
+from deco_scale.parallel.mesh import ParallelDims
+from deco_scale.precision.config import PrecisionConfig
 from tests.assets import tiny_config
 from tests.distributed.harness import Job, in_group, run_jobs, trace, worst_difference
 
@@ -44,14 +44,14 @@ def test_compiled_blocks_follow_the_eager_trace(
 
 
 def _zero3_past_the_limit() -> None:
-    from deco_scale.parallel.deepspeed import DeepSpeedEngine
+    from deco_scale.parallel.engines.deepspeed import DeepSpeedEngine
     from tests.distributed.test_communication import _build, _step
 
-    graphs.RECOMPILE_LIMIT = 1
+    compile.RECOMPILE_LIMIT = 1
     # Traced and run as it is.
     nn.Module.compile = functools.partialmethod(nn.Module.compile, backend="eager")  # type: ignore[assignment]
     engine = DeepSpeedEngine(
-        _build, layout=Layout(1, 1, 1), stage=3, micro_batch=2, device=torch.device("cpu"),
+        _build, layout=ParallelDims(1, 1, 1), stage=3, micro_batch=2, device=torch.device("cpu"),
         optimizer=OptimizerConfig(), precision=PrecisionConfig(compute="fp32"), compile_blocks=True,
         recompute="none", seed=0, overrides={"zero_optimization": {"stage3_param_persistence_threshold": 0}},
     )  # fmt: skip

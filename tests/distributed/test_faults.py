@@ -11,11 +11,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from deco_scale.checkpoint.format import read_meta, read_tensors
 from deco_scale.config import build_config
-from deco_scale.environment import Environment
+from deco_scale.distributed.bootstrap import Environment
 from deco_scale.errors import RunError
 from deco_scale.observability.run_dir import RunDir
-from deco_scale.training.checkpoint_format import read_meta, read_tensors
 from tests.assets import tiny_config
 from tests.distributed.harness import in_group
 
@@ -38,8 +38,8 @@ SKIPPING: dict[str, dict[str, Any]] = {
 @contextmanager
 def after_update(action: Callable[[Any, int], None]) -> Iterator[None]:
     """Call ``action(engine, number of the update)`` after each update of either engine in this process."""
-    from deco_scale.parallel.deepspeed import DeepSpeedEngine
-    from deco_scale.parallel.fsdp import FsdpEngine
+    from deco_scale.parallel.engines.deepspeed import DeepSpeedEngine
+    from deco_scale.parallel.engines.fsdp import FsdpEngine
 
     count = 0
     originals = {kind: kind.update for kind in (FsdpEngine, DeepSpeedEngine)}
@@ -75,11 +75,11 @@ class Told:
     """Replaces what all ranks are told of a step's loss; ``added`` by the number of the step since it was set."""
 
     def __init__(self) -> None:
-        from deco_scale.training import step
+        from deco_scale.training import train_step
 
         self.added: dict[int, float] = {}
         self._count = 0
-        self._original, step._mean_over_ranks = step._mean_over_ranks, self._told
+        self._original, train_step._mean_over_ranks = train_step._mean_over_ranks, self._told
 
     def set(self, **added: float) -> None:
         self.added, self._count = {int(name.removeprefix("step")): value for name, value in added.items()}, 0
@@ -176,7 +176,7 @@ def test_one_flipped_bit_is_found_at_the_next_check(runs: Path, layout: str) -> 
 
 
 def test_the_odd_one_of_many_is_named() -> None:
-    from deco_scale.training.replicas import Odd, _odd_of, bit_digest
+    from deco_scale.distributed.replica_check import ReplicaMismatch, _odd_of, bit_digest
 
     generator = torch.Generator().manual_seed(0)
     tensors = [torch.randn(shape, generator=generator) for shape in ((3, 5), (1,), (0,), (7,))]
@@ -184,7 +184,7 @@ def test_the_odd_one_of_many_is_named() -> None:
     assert _odd_of(rows, "abcd", [4, 5, 6, 7]) == []
     tensors[3].view(torch.int32)[2] ^= 1 << 30
     rows[2] = bit_digest(tensors)
-    assert _odd_of(rows, "abcd", [4, 5, 6, 7]) == [Odd(6, 1, "d", True)]
+    assert _odd_of(rows, "abcd", [4, 5, 6, 7]) == [ReplicaMismatch(6, 1, "d", True)]
     for place in range(7):
         for bit in range(32):
             flipped = tensors[3].clone()

@@ -9,13 +9,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from checkpoints_tools.canonical import write_canonical
-from checkpoints_tools.infer import denoiser_shapes
-from checkpoints_tools.source import TensorSpec
+from checkpoints_tools.base import TensorSpec
+from checkpoints_tools.formats.canonical import write_canonical
+from checkpoints_tools.infer_config import denoiser_shapes
+from deco_scale.checkpoint.config import CheckpointConfig
+from deco_scale.checkpoint.manager import CheckpointManager, CheckpointMeta
 from deco_scale.models import Denoiser, ModelConfig
 from deco_scale.planning.memory import state_copies
-from deco_scale.training.checkpoint import CheckpointMeta, Checkpoints
-from deco_scale.training.settings import CheckpointConfig
 from tests.distributed.harness import in_group
 
 WORLDS = (1, 2, 4)
@@ -36,11 +36,11 @@ def allocated_bytes() -> int:
 
 def _measure(engine_name: str, out: str) -> None:
     from deco_scale.objectives import Objective, ObjectiveConfig
-    from deco_scale.parallel.deepspeed import DeepSpeedEngine
-    from deco_scale.parallel.fsdp import FsdpEngine
-    from deco_scale.parallel.layout import Layout
-    from deco_scale.precision import PrecisionConfig
-    from deco_scale.training.settings import OptimizerConfig
+    from deco_scale.optim.config import OptimizerConfig
+    from deco_scale.parallel.engines.deepspeed import DeepSpeedEngine
+    from deco_scale.parallel.engines.fsdp import FsdpEngine
+    from deco_scale.parallel.mesh import ParallelDims
+    from deco_scale.precision.config import PrecisionConfig
 
     model = ModelConfig(
         kind="t2i_deco", dim=256, num_heads=4, num_blocks=4, num_text_blocks=1, patch_size=8, decoder_width=16,
@@ -57,7 +57,7 @@ def _measure(engine_name: str, out: str) -> None:
     engine: object
     if engine_name == "fsdp":
         engine = FsdpEngine(
-            build, layout=Layout(1, world), device=device, optimizer=optimizer, precision=precision,
+            build, layout=ParallelDims(1, world), device=device, optimizer=optimizer, precision=precision,
             compile_blocks=False, recompute="none", seed=0,
         )  # fmt: skip
     else:
@@ -66,7 +66,7 @@ def _measure(engine_name: str, out: str) -> None:
         zero = {"stage3_param_persistence_threshold": 0, "reduce_bucket_size": 1000}
         overrides = {"zero_optimization": zero}
         engine = DeepSpeedEngine(
-            build, layout=Layout(1, world), stage=3, micro_batch=1, device=device, optimizer=optimizer,
+            build, layout=ParallelDims(1, world), stage=3, micro_batch=1, device=device, optimizer=optimizer,
             precision=precision, compile_blocks=False, recompute="none", seed=0, overrides=overrides,
         )  # fmt: skip
     used = allocated_bytes() - before
@@ -107,20 +107,20 @@ def _peak() -> int:
 
 def _load_under_deepspeed(folder: str, out: str) -> None:
     from deco_scale.objectives import Objective, ObjectiveConfig
-    from deco_scale.parallel.deepspeed import DeepSpeedEngine
-    from deco_scale.parallel.layout import Layout
-    from deco_scale.precision import PrecisionConfig
-    from deco_scale.training.settings import OptimizerConfig
+    from deco_scale.optim.config import OptimizerConfig
+    from deco_scale.parallel.engines.deepspeed import DeepSpeedEngine
+    from deco_scale.parallel.mesh import ParallelDims
+    from deco_scale.precision.config import PrecisionConfig
 
     world = dist.get_world_size()
     engine = DeepSpeedEngine(
         lambda: Objective(Denoiser(LOADED), ObjectiveConfig(repa_weight=0.0), encoder_dim=0),
-        layout=Layout(1, world), stage=3, micro_batch=1, device=torch.device("cpu"), optimizer=OptimizerConfig(),
+        layout=ParallelDims(1, world), stage=3, micro_batch=1, device=torch.device("cpu"), optimizer=OptimizerConfig(),
         precision=PrecisionConfig(compute="fp32"), compile_blocks=False, recompute="none", seed=0,
         overrides={"zero_optimization": {"stage3_param_persistence_threshold": 0}},
     )  # fmt: skip
     before = _peak()
-    Checkpoints(Path(out) / f"run{dist.get_rank()}", CheckpointConfig()).load(engine, Path(folder))
+    CheckpointManager(Path(out) / f"run{dist.get_rank()}", CheckpointConfig()).load(engine, Path(folder))
     grown = [0] * world
     dist.all_gather_object(grown, _peak() - before)
     if dist.get_rank() == 0:

@@ -9,14 +9,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from checkpoints_tools.canonical import CanonicalReader, write_canonical
-from checkpoints_tools.formats import open_checkpoint
-from checkpoints_tools.infer import denoiser_shapes, repa_shapes
+from checkpoints_tools.base import CheckpointReader, TensorSpec
+from checkpoints_tools.formats.canonical import CanonicalReader, write_canonical
+from checkpoints_tools.formats.zero.writer import ZeroLayout
+from checkpoints_tools.infer_config import denoiser_shapes, repa_shapes
+from checkpoints_tools.registry import open_checkpoint
 from checkpoints_tools.reshard import plan_reshard
-from checkpoints_tools.source import Source, TensorSpec
-from checkpoints_tools.zero_writer import ZeroLayout
+from deco_scale.checkpoint.manager import CheckpointMeta
 from deco_scale.models import ModelConfig
-from deco_scale.training.checkpoint import CheckpointMeta
 from tests.distributed.harness import in_group
 
 # 5 text tokens and 30 text features: neither divides by four.
@@ -42,7 +42,7 @@ def make_canonical(folder: Path) -> CanonicalReader:
     return CanonicalReader(folder)
 
 
-def check_equal(found: Source, wanted: Source, *, ema: bool) -> None:
+def check_equal(found: CheckpointReader, wanted: CheckpointReader, *, ema: bool) -> None:
     names = [n for n in wanted.specs if ema or not n.startswith("ema.")]
     assert sorted(names) == sorted(found.specs)
     for name in names:
@@ -53,7 +53,7 @@ def _plain(stage: int, *, bf16: bool = False, universal: bool = False) -> Any:
     """An engine of somebody else's script: our model, PyTorch's optimizer, DeepSpeed's settings."""
     from deco_scale.models import Denoiser
     from deco_scale.objectives import Objective, ObjectiveConfig
-    from deco_scale.parallel.deepspeed_imports import import_deepspeed
+    from deco_scale.parallel.engines.deepspeed_imports import import_deepspeed
 
     deepspeed = import_deepspeed(torch.device("cpu"))
     deepspeed.utils.groups.mpu = None
@@ -73,14 +73,14 @@ def _ours(stage: int, tp: int) -> Any:
     """The DeepSpeed engine inside of our engine, with Megatron's layers."""
     from deco_scale.models import Denoiser
     from deco_scale.objectives import Objective, ObjectiveConfig
-    from deco_scale.parallel.deepspeed import DeepSpeedEngine
-    from deco_scale.parallel.layout import Layout
-    from deco_scale.precision import PrecisionConfig
-    from deco_scale.training.settings import OptimizerConfig
+    from deco_scale.optim.config import OptimizerConfig
+    from deco_scale.parallel.engines.deepspeed import DeepSpeedEngine
+    from deco_scale.parallel.mesh import ParallelDims
+    from deco_scale.precision.config import PrecisionConfig
 
     engine = DeepSpeedEngine(
         lambda: Objective(Denoiser(MODEL), ObjectiveConfig(repa_layer=1), encoder_dim=ENCODER_DIM),
-        layout=Layout(1, dist.get_world_size() // tp, tp), stage=stage, micro_batch=1,  # type: ignore[arg-type]
+        layout=ParallelDims(1, dist.get_world_size() // tp, tp), stage=stage, micro_batch=1,  # type: ignore[arg-type]
         device=torch.device("cpu"), optimizer=OptimizerConfig(ema_decay=0.9),
         precision=PrecisionConfig(compute="fp32"), compile_blocks=False, recompute="none", seed=0, overrides={},
     )  # fmt: skip
@@ -103,7 +103,7 @@ def _through_deepspeed(root: str, cases: list[str]) -> None:
         dist.barrier()
 
 
-def _check_computing(engine: Any, wanted: Source, stage: int) -> None:
+def _check_computing(engine: Any, wanted: CheckpointReader, stage: int) -> None:
     import deepspeed
 
     parameters: dict[str, Tensor] = dict(engine.module.named_parameters())

@@ -28,16 +28,17 @@ SHORT = {"fsdp 2x2": ("zero1 2x2", "hsdp 2x1x2", "zero3 4x1"), "zero3 2x2": ("fs
 
 
 def _visit(root: str, ways: dict[str, tuple[str, ...]]) -> None:
+    from deco_scale.checkpoint.config import CheckpointConfig
+    from deco_scale.checkpoint.manager import CheckpointManager, CheckpointMeta, read_tensors
     from deco_scale.models import Denoiser, ModelConfig
     from deco_scale.objectives import Objective, ObjectiveConfig
-    from deco_scale.parallel.deepspeed import DeepSpeedEngine
-    from deco_scale.parallel.fsdp import FsdpEngine
-    from deco_scale.parallel.layout import Layout
-    from deco_scale.precision import PrecisionConfig
-    from deco_scale.training.batch import ObjectiveInputs
-    from deco_scale.training.checkpoint import CheckpointMeta, Checkpoints, read_tensors
-    from deco_scale.training.engine import Engine
-    from deco_scale.training.settings import CheckpointConfig, OptimizerConfig
+    from deco_scale.optim.config import OptimizerConfig
+    from deco_scale.parallel.engines.base import Engine
+    from deco_scale.parallel.engines.deepspeed import DeepSpeedEngine
+    from deco_scale.parallel.engines.fsdp import FsdpEngine
+    from deco_scale.parallel.mesh import ParallelDims
+    from deco_scale.precision.config import PrecisionConfig
+    from deco_scale.training.inputs import ObjectiveInputs
 
     # 9 image tokens, 5 text tokens and 30 text features: none divides by four.
     model = ModelConfig(
@@ -51,7 +52,7 @@ def _visit(root: str, ways: dict[str, tuple[str, ...]]) -> None:
     def engine_of(name: str) -> Engine:
         replicate, shard, tp, stage = LAYOUTS[name]
         shared: dict[str, Any] = {
-            "layout": Layout(replicate, shard, tp), "device": torch.device("cpu"),
+            "layout": ParallelDims(replicate, shard, tp), "device": torch.device("cpu"),
             "optimizer": OptimizerConfig(ema_decay=0.9), "precision": PrecisionConfig(compute="fp32"),
             "compile_blocks": False, "recompute": "none", "seed": 0,
         }  # fmt: skip
@@ -59,8 +60,8 @@ def _visit(root: str, ways: dict[str, tuple[str, ...]]) -> None:
             return FsdpEngine(build, **shared)
         return DeepSpeedEngine(build, stage=stage, micro_batch=2, overrides={}, **shared)  # type: ignore[arg-type]
 
-    def store(name: str) -> Checkpoints:
-        return Checkpoints(Path(root) / name.replace(" ", "_"), CheckpointConfig())
+    def store(name: str) -> CheckpointManager:
+        return CheckpointManager(Path(root) / name.replace(" ", "_"), CheckpointConfig())
 
     def save(engine: Engine, name: str) -> Path:
         checkpoints = store(name)

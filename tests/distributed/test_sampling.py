@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from deco_scale import cli
+from deco_scale.cli import main
 from deco_scale.config import build_config
 from deco_scale.models import Denoiser
 from tests.assets import tiny_config
@@ -68,16 +68,16 @@ def read(folder: Path) -> tuple[list[dict[str, Any]], Pictures]:
 
 def _on_two(root: str) -> None:
     """What two processes draw: half each, together, and what a killed process left."""
-    assert cli.main(command(Path(root), "two", "--batch", "4")) == 0
-    assert cli.main(command(Path(root), "tp", "--tp", "2", "--batch", "4")) == 0
-    assert cli.main(command(Path(root), "resumed_by_two", "--batch", "4")) == 0
+    assert main.main(command(Path(root), "two", "--batch", "4")) == 0
+    assert main.main(command(Path(root), "tp", "--tp", "2", "--batch", "4")) == 0
+    assert main.main(command(Path(root), "resumed_by_two", "--batch", "4")) == 0
 
 
 def _kill_midway(arguments: list[str], out: Path) -> None:
     """Start a command and kill it when it has finished two pictures."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [sys.executable, "-m", "deco_scale.cli", *arguments],
+        [sys.executable, "-m", "deco_scale.cli.main", *arguments],
         env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     lines = out / "pictures.part00000.jsonl"
@@ -91,15 +91,15 @@ def _kill_midway(arguments: list[str], out: Path) -> None:
 
 @pytest.fixture(scope="module")
 def drawn(root: Path) -> Iterator[Path]:
-    assert cli.main(command(root, "one", "--batch", "15")) == 0
-    assert cli.main(command(root, "small_batches", "--batch", "2")) == 0
+    assert main.main(command(root, "one", "--batch", "15")) == 0
+    assert main.main(command(root, "small_batches", "--batch", "2")) == 0
     _kill_midway(command(root, "killed", "--batch", "1"), root / "killed")
     # Half a line, as a process leaves that dies while it writes.
     with (root / "killed" / "pictures.part00000.jsonl").open("a") as lines:
         lines.write('{"file": "00002_')
     shutil.copytree(root / "killed", root / "resumed_by_two")
     shutil.copytree(root / "killed", root / "resumed")
-    assert cli.main(command(root, "resumed", "--batch", "7")) == 0
+    assert main.main(command(root, "resumed", "--batch", "7")) == 0
     in_group(_on_two, 2, root, str(root))
     yield root
 
@@ -141,7 +141,7 @@ def test_launchers_share_the_pictures(drawn: Path, launcher: tuple[str, ...]) ->
     arguments = command(drawn, launcher[0], "--batch", "4")
     port = ["--master_port", str(free_port())]
     done = subprocess.run(
-        [program, *port, *launcher[1:], "deco_scale.cli", *arguments],
+        [program, *port, *launcher[1:], "deco_scale.cli.main", *arguments],
         env=environment, cwd=ROOT, text=True, capture_output=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

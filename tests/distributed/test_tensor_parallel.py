@@ -15,13 +15,13 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from data_pipeline.index.build import build_index, save_index
 from data_pipeline.storage.base import open_store
+from deco_scale.checkpoint.manager import read_tensors
 from deco_scale.models import ModelConfig
 from deco_scale.objectives import Objective, ObjectiveConfig
-from deco_scale.parallel.plan import check_tp, layout_rows
-from deco_scale.parallel.sequence import TokenShard, encode_shared, part_sizes
-from deco_scale.training.batch import ObjectiveInputs
-from deco_scale.training.checkpoint import read_tensors
-from deco_scale.training.engine import Engine
+from deco_scale.parallel.engines.base import Engine
+from deco_scale.parallel.sequence_parallel import TokenShard, encode_shared, part_sizes
+from deco_scale.parallel.tp_plan import check_tp, layout_rows
+from deco_scale.training.inputs import ObjectiveInputs
 from tests.assets import tiny_config
 from tests.distributed.harness import Job, full_tensor, in_group, run_jobs, trace, worst_difference
 from tests.sets import image_bytes, tar_of
@@ -172,13 +172,13 @@ SMALL = ModelConfig(
 
 def _collectives_and_gradients() -> None:
     """Everything that needs the group of four, in one spawn."""
-    import deco_scale.parallel.sequence as sequence
+    import deco_scale.parallel.sequence_parallel as sequence
     from deco_scale.models import Denoiser
-    from deco_scale.parallel.deepspeed import DeepSpeedEngine
-    from deco_scale.parallel.fsdp import FsdpEngine
-    from deco_scale.parallel.layout import Layout
-    from deco_scale.precision import PrecisionConfig
-    from deco_scale.training.settings import OptimizerConfig
+    from deco_scale.optim.config import OptimizerConfig
+    from deco_scale.parallel.engines.deepspeed import DeepSpeedEngine
+    from deco_scale.parallel.engines.fsdp import FsdpEngine
+    from deco_scale.parallel.mesh import ParallelDims
+    from deco_scale.precision.config import PrecisionConfig
 
     shard = TokenShard(dist.group.WORLD)
     generator = torch.Generator().manual_seed(0)
@@ -216,7 +216,7 @@ def _collectives_and_gradients() -> None:
         device=torch.device("cpu"), optimizer=OptimizerConfig(clip_norm=1e9), compile_blocks=False,
         precision=PrecisionConfig(compute="fp32"), recompute="none", seed=0,
     )  # fmt: skip
-    engine = FsdpEngine(build, layout=Layout(1, 1, 4), **settings)
+    engine = FsdpEngine(build, layout=ParallelDims(1, 1, 4), **settings)
     plain = build()
     step_calls = _check_named_gradients(engine, plain, calls)
     # Two gathers and two scatters a block, and one gather of the text; backward has their adjoints.
@@ -234,7 +234,7 @@ def _collectives_and_gradients() -> None:
     # One token for four ranks: three have nothing to score.
     _check_named_gradients(engine, plain, calls, side=8)
 
-    for stage, layout in ((1, Layout(1, 2, 2)), (3, Layout(1, 1, 4))):
+    for stage, layout in ((1, ParallelDims(1, 2, 2)), (3, ParallelDims(1, 1, 4))):
         zero = DeepSpeedEngine(build, layout=layout, stage=stage, micro_batch=2, overrides={}, **settings)
         _check_named_gradients(zero, plain, calls)
 
@@ -298,14 +298,14 @@ def test_parts_differ_by_at_most_one() -> None:
 
 
 def test_plan_adds_up() -> None:
-    from deco_scale.parallel.layout import Layout
+    from deco_scale.parallel.mesh import ParallelDims
 
-    whole = sum(row.local_bytes for row in layout_rows(SMALL, Layout(1, 1, 1)))
-    halves = list(layout_rows(SMALL, Layout(1, 1, 2)))
+    whole = sum(row.local_bytes for row in layout_rows(SMALL, ParallelDims(1, 1, 1)))
+    halves = list(layout_rows(SMALL, ParallelDims(1, 1, 2)))
     split = sum(r.local_bytes for r in halves if r.split != "replicated")
     replicated = sum(r.local_bytes for r in halves if r.split == "replicated")
     assert 2 * split + replicated == whole
-    assert sum(r.local_bytes for r in layout_rows(SMALL, Layout(1, 2, 1))) < 0.6 * whole
+    assert sum(r.local_bytes for r in layout_rows(SMALL, ParallelDims(1, 2, 1))) < 0.6 * whole
 
 
 def test_impossible_degrees_are_refused_with_the_possible_ones() -> None:

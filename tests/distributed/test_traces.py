@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from deco_scale.training.checkpoint import read_tensors
+from deco_scale.checkpoint.manager import read_tensors
 from tests.assets import tiny_config
 from tests.distributed.harness import Job, run_jobs, trace, worst_difference
 

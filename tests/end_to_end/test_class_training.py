@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipeline.tools import cli as data_cli
-from deco_scale import cli
-from deco_scale.training.report import read_metrics
+from data_pipeline.tools import main as data_cli
+from deco_scale.cli import main
+from deco_scale.observability.run_logger import read_metrics
 from deco_scale.yaml import load_yaml
 from tests.conftest import ROOT
 from tests.distributed.harness import Job, run_jobs, trace, worst_difference
@@ -124,7 +124,7 @@ def test_samples_show_the_class_that_was_asked_for(runs: Path) -> None:
 
     out = runs / "out"
     command = ["sample", "--checkpoint", str(runs / "whole"), "--classes", "0-9", "--per-prompt", "10"]
-    assert cli.main([*command, "--batch", "100", "--out", str(out)]) == 0
+    assert main.main([*command, "--batch", "100", "--out", str(out)]) == 0
     records = [json.loads(line) for line in (out / "pictures.jsonl").read_text().splitlines()]
     assert len(records) == 100
     pictures = [np.asarray(Image.open(out / record["file"]).convert("L").resize((8, 8), Image.Resampling.BOX))

@@ -23,13 +23,13 @@ import pytest
 import torch
 from PIL import Image
 
-from checkpoints_tools.canonical import write_canonical
-from checkpoints_tools.source import TensorSpec
+from checkpoints_tools.base import TensorSpec
+from checkpoints_tools.formats.canonical import write_canonical
+from deco_scale.checkpoint.manager import CheckpointMeta
 from deco_scale.cli import main as deco
 from deco_scale.config import build_config
 from deco_scale.errors import RunError
 from deco_scale.models import Denoiser
-from deco_scale.training.checkpoint import CheckpointMeta
 from tests.assets import tiny_config
 from tests.conftest import ROOT
 from tests.page import GOOD, Page, call, draws, request, serve
@@ -85,14 +85,14 @@ def test_a_port_in_use_and_an_address_that_others_reach(
     import uvicorn
     from rich.console import Console
 
-    from deco_scale import demo_command
+    from deco_scale.cli import demo
 
     monkeypatch.setattr(uvicorn.Server, "run", lambda self, sockets: None)
     port = int(page.host.split(":")[1])
     with pytest.raises(RunError, match=f"--port {port}: .*in use"):
-        demo_command._serve(None, "127.0.0.1", port, Console())
+        demo._serve(None, "127.0.0.1", port, Console())
     for host, warns in (("127.0.0.1", False), ("0.0.0.0", True)):
-        demo_command._serve(None, host, 0, Console(width=160))
+        demo._serve(None, host, 0, Console(width=160))
         assert ("no login" in capsys.readouterr().out) == warns
 
 

@@ -10,7 +10,7 @@ from data_pipeline.errors import DataError
 from data_pipeline.index.format import load_index
 from data_pipeline.storage.base import open_store
 from data_pipeline.text_embeddings import TextEmbeddingStore
-from deco_scale import cli
+from deco_scale.cli import main
 from deco_scale.config import build_config, dump_config
 from tests.assets import TEXT_TOKENS, tiny_config
 from tests.distributed.harness import Job, run_jobs, trace
@@ -33,7 +33,7 @@ def run_embed(config: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPa
     for rank in reversed(range(world)):
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("WORLD_SIZE", str(world))
-        codes.append(cli.main(["embed", "--config", str(path), f"data.text_states={folder / 'states'}"]))
+        codes.append(main.main(["embed", "--config", str(path), f"data.text_states={folder / 'states'}"]))
     return codes
 
 
@@ -69,7 +69,7 @@ def test_states_of_another_encoder_length_or_index_are_refused(
     members = states._columns["size"]
     assert members.max() < 2 * TEXT_TOKENS * 24 * 15 and members.min() < 2 * TEXT_TOKENS * 24 * 5
     for change, word in (
-        ({"max_tokens": 7}, "max_tokens 6, wanted 7"),
+        ({"max_tokens": 7}, "max_tokens is 6, not 7"),
         ({"zero_padding": False}, "zero_padding True, wanted False"),
         ({"revision": "other"}, "revision"),
     ):

@@ -18,8 +18,8 @@ from urllib.request import urlopen
 import pytest
 
 from data_pipeline.storage.dev_server import S3Server
-from data_pipeline.tools import cli as data_cli
-from deco_scale import cli
+from data_pipeline.tools import main as data_cli
+from deco_scale.cli import main
 from deco_scale.yaml import dump_yaml
 from launcher import train
 from tests.assets import make_images_folder, tiny_config
@@ -203,7 +203,7 @@ def test_nothing_that_a_run_writes_or_says_holds_a_secret(
     # In this process: one more that does not begin, and what is made of a finished run.
     monkeypatch.setenv("DECO_ALERTS", environment["DECO_ALERTS"])
     arguments = ["--config", str(tmp_path / "good.yaml"), f"data.url={signed}"]
-    assert train.main(arguments) == 2 and cli.main(["report", str(tmp_path / "good")]) == 0
+    assert train.main(arguments) == 2 and main.main(["report", str(tmp_path / "good")]) == 0
     here = capfd.readouterr()
 
     # Each was used.

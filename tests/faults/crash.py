@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from deco_scale.training.checkpoint import CheckpointMeta, Checkpoints
-from deco_scale.training.settings import CheckpointConfig
-from launcher.objects import open_objects
+from deco_scale.checkpoint.config import CheckpointConfig
+from deco_scale.checkpoint.manager import CheckpointManager, CheckpointMeta
+from deco_scale.checkpoint.object_storage import open_objects
 from tests.distributed.harness import fork_server
 
 SHAPES = {"denoiser.blocks.weight": (600, 1000), "denoiser.bias": (37,), "projection.weight": (50, 60)}
@@ -71,7 +71,7 @@ def work(
     def tell(line: str) -> None:
         channel.sendall(f"{line}\n".encode())
 
-    checkpoints = Checkpoints(folder / "run", CheckpointConfig(**settings), open_objects=open_objects)
+    checkpoints = CheckpointManager(folder / "run", CheckpointConfig(**settings), open_objects=open_objects)
     checkpoints.prepare()
     engine, step = PlainEngine(content(0, scale)), 0
     found = checkpoints.resume(engine, "auto")  # type: ignore[arg-type]

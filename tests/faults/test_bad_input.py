@@ -89,7 +89,7 @@ def test_missing_config_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("url", "variables", "said"),
     [
-        ("s3://empty/x", {}, "nothing is here"),
+        ("s3://empty/x", {}, "no shards and no index"),
         ("s3://absent/x", {}, "no such bucket"),
         ("s3://empty/x", {"AWS_SECRET_ACCESS_KEY": "planted-secret"}, "access denied"),
         ("s3://empty/x", {"AWS_ENDPOINT_URL_S3": "http://127.0.0.1:9"}, "127.0.0.1:9"),

@@ -25,14 +25,14 @@ import torch
 from safetensors.torch import save_file
 
 from checkpoints_tools import cli
-from checkpoints_tools.archive import Archive
-from checkpoints_tools.canonical import CanonicalReader
-from checkpoints_tools.formats import open_checkpoint
+from checkpoints_tools.formats.canonical import CanonicalReader
+from checkpoints_tools.formats.torch_zip import Archive
+from checkpoints_tools.registry import open_checkpoint
 from checkpoints_tools.safetensors_out import SETTINGS_SUM, SUMS, as_json
 from checkpoints_tools.verify import problems_of
+from deco_scale.checkpoint.dcp_metadata import read_index
+from deco_scale.checkpoint.manager import stored_shapes
 from deco_scale.errors import ConfigError
-from deco_scale.training.checkpoint import stored_shapes
-from deco_scale.training.dcp_index import read_index
 from tests.checkpoints import META, SMALL, save, tensors_of
 
 COUNTS = [pytest.param(60, id="some"), pytest.param(2000, id="2000", marks=pytest.mark.long)]

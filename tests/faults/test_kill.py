@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from deco_scale.training.checkpoint import read_meta, read_tensors
+from deco_scale.checkpoint.manager import read_meta, read_tensors
 from deco_scale.yaml import dump_yaml
 from tests.assets import tiny_config
 from tests.conftest import ROOT

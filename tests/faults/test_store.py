@@ -176,7 +176,7 @@ def test_refusals_fail_at_once_without_credentials(server: S3Server, connect: Ca
         ({}, URL, QUICK, "nothing", (0, 1), "no such object"),
         ({}, "s3://nowhere/p", QUICK, "x", (0, 1), "no such bucket"),
         ({}, URL, QUICK, "object", (0, 1, "0" * 32), "changed since it was indexed"),
-        ({}, URL, QUICK, "object", (len(DATA) - 10, 20), "wanted 4000010: changed since"),
+        ({}, URL, QUICK, "object", (len(DATA) - 10, 20), "expected 4000010: changed since"),
         ({}, URL, QUICK, "object", (len(DATA), 20), "shorter than the index says"),
         ({}, URL, anonymous, "object", (0, 1), "access denied to an anonymous reader"),
         (wrong, URL, QUICK, "object", (0, 1), "the secret key is wrong"),

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from deco_scale.models.attention import KERNELS, AttentionTable, attention, check_backend, kernel_missing
-from deco_scale.models.attention_choice import RACED, AttentionShape, choose_backend, error_bound, table_of
+from deco_scale.models.attention.autotune import RACED, AttentionShape, choose_backend, error_bound, table_of
 from deco_scale.models.layers import Attention
 
 pytestmark = [

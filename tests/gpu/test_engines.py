@@ -25,7 +25,7 @@ GPU = "cuda"
 
 def _train(rank: int, config: dict[str, Any]) -> None:
     from deco_scale.config import build_config
-    from deco_scale.environment import Environment
+    from deco_scale.distributed.bootstrap import Environment
     from launcher.train import run
 
     run(build_config(config, source="test"), Environment(rank, 1, 0), resume="none")

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from deco_scale.training.judge import Judge
-from deco_scale.training.meter import OwnWork
-from deco_scale.training.replicas import bit_digest
-from deco_scale.training.settings import FaultsConfig
+from deco_scale.distributed.replica_check import bit_digest
+from deco_scale.training.anomalies import AnomalyDetector
+from deco_scale.training.config import FaultsConfig
+from deco_scale.training.metrics import RankComputeTimer
 
 pytestmark = [
     pytest.mark.gpu,
@@ -34,13 +34,13 @@ def test_a_spike_is_judged_and_read_as_on_a_cpu() -> None:
     found = []
     for device in (torch.device("cpu"), torch.device("cuda")):
         cfg = FaultsConfig(spike="skip", spike_window=4)
-        judge = Judge(cfg, max_bad_steps=9, device=device)
+        judge = AnomalyDetector(cfg, max_bad_steps=9, device=device)
         kinds = []
         for step, loss in enumerate(losses, start=1):
             value = torch.tensor(loss, device=device)
-            unwanted = judge.unwanted(value)
-            assert unwanted is not None
-            judge.add(step, loss=value, skipped=torch.maximum(unwanted, (~torch.isfinite(value)).float()))
+            should_skip = judge.should_skip(value)
+            assert should_skip is not None
+            judge.add(step, loss=value, skipped=torch.maximum(should_skip, (~torch.isfinite(value)).float()))
             kinds += [(one.step, one.kind, step) for one in judge.read()]
         kinds += [(one.step, one.kind, 0) for one in judge.read(everything=True)]
         found.append(kinds)
@@ -49,7 +49,7 @@ def test_a_spike_is_judged_and_read_as_on_a_cpu() -> None:
 
 def test_own_work_is_the_linears_time_on_the_device() -> None:
     block = torch.nn.Sequential(torch.nn.Linear(4096, 4096), torch.nn.ReLU(), torch.nn.Linear(4096, 4096)).cuda()
-    own = OwnWork([block], torch.device("cuda"), whole_blocks=False)
+    own = RankComputeTimer([block], torch.device("cuda"), whole_blocks=False)
     x = torch.randn(8192, 4096, device="cuda")
     block(x)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -9,9 +9,8 @@ from torch import Tensor
 
 from deco_scale.errors import ConfigError
 from deco_scale.models import Denoiser, ModelConfig
-from deco_scale.parallel.recompute import apply_recompute
-from deco_scale.precision import PrecisionConfig, autocast
-from deco_scale.precision.choice import Fp8Choice, choose_fp8
+from deco_scale.parallel.activation_checkpoint import apply_activation_checkpointing
+from deco_scale.precision.config import PrecisionConfig, autocast
 from deco_scale.precision.fp8 import (
     apply_fp8,
     fp8_context,
@@ -19,7 +18,8 @@ from deco_scale.precision.fp8 import (
     recompute_function,
     scaling_state,
 )
-from deco_scale.precision.modules import BatchShape, Fp8Plan, plan_fp8
+from deco_scale.precision.fp8_plan import BatchShape, Fp8Plan, plan_fp8
+from deco_scale.precision.recipe import Fp8Choice, choose_fp8
 
 pytestmark = [
     pytest.mark.gpu,
@@ -104,7 +104,7 @@ def test_gradients_are_those_of_fp32_but_for_fp8_rounding(settings: dict[str, An
 def test_recomputing_blocks_gives_the_same_gradients(settings: dict[str, Any]) -> None:
     model, plan = swapped(settings)
     again, _ = swapped(settings)
-    apply_recompute(again.transformer_blocks, "full", function=recompute_function(plan))
+    apply_activation_checkpointing(again.transformer_blocks, "full", function=recompute_function(plan))
     for _ in range(3):
         wanted, found = gradients(model, plan), gradients(again, plan)
     # Order of sums in the products' kernels is the same, atomics of attention's backward are not.

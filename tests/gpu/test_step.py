@@ -11,9 +11,9 @@ from torch import Tensor
 from deco_scale.kernels import Kernels
 from deco_scale.models import Denoiser
 from deco_scale.sampling import SamplerConfig
-from deco_scale.sampling.graphs import Graphed
+from deco_scale.sampling.cuda_graphs import CudaGraphedVelocity
 from deco_scale.sampling.guidance import VelocityFn
-from deco_scale.sampling.pictures import make_pictures, velocity_of
+from deco_scale.sampling.images import generate_images, velocity_of
 from tests.unit.test_step import CLASSES, MODEL, SmallRun
 
 pytestmark = [
@@ -76,8 +76,8 @@ def test_pictures_from_graphs_are_those_of_the_eager_model() -> None:
         calls.clear()
         velocity: VelocityFn = velocity_of(predict, CLASSES.patch_size)
         drawn.append(
-            make_pictures(
-                Graphed(velocity, device) if cuda_graphs else velocity,
+            generate_images(
+                CudaGraphedVelocity(velocity, device) if cuda_graphs else velocity,
                 torch.tensor([1, 2, 3], device=device),
                 torch.tensor(10, device=device),
                 [5, 6, 7],
@@ -95,7 +95,7 @@ def test_pictures_from_graphs_are_those_of_the_eager_model() -> None:
 def test_a_graph_sees_new_weights_and_keeps_old_outputs() -> None:
     device = torch.device("cuda")
     weight = torch.ones(4, device=device)
-    graphed = Graphed(lambda x, t: x * weight + t, device)
+    graphed = CudaGraphedVelocity(lambda x, t: x * weight + t, device)
     first = graphed(torch.full((4,), 2.0, device=device), torch.zeros((), device=device).expand(4))
     weight.fill_(5.0)
     second = graphed(torch.full((4,), 3.0, device=device), torch.ones((), device=device).expand(4))

@@ -22,10 +22,10 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from checkpoints_tools import release
+from checkpoints_tools.formats import release
 from deco_scale.models import Denoiser, ModelConfig, patchify, unpatchify
 from deco_scale.objectives import Objective, ObjectiveConfig
-from deco_scale.objectives.flow import base_time, flow_loss, noised, shift_time
+from deco_scale.objectives.flow_matching import base_time, flow_loss, noised, shift_time
 from deco_scale.objectives.frequency import (
     dct_matrix,
     frequency_loss,

@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from checkpoints_tools import release
+from checkpoints_tools.formats import release
 from deco_scale.models import Denoiser
 from tests.parity import check_golden
 

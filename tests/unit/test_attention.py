@@ -17,7 +17,7 @@ from deco_scale.models.attention import (
     attention,
     check_backend,
 )
-from deco_scale.models.attention_choice import (
+from deco_scale.models.attention.autotune import (
     AttentionShape,
     BackendChoice,
     choose_backend,

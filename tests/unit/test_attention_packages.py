@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from deco_scale.models import attention as attention_module
-from deco_scale.models import attention_packages
-from deco_scale.models.attention import KERNELS, attention, check_backend, kernel_missing
+from deco_scale.models.attention import KERNELS, attention, backends, check_backend, kernel_missing
 from tests.unit.test_attention import dynamo, inputs, results  # noqa: F401
 
 
@@ -53,7 +52,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def _forget() -> None:
-    for cached in (attention_packages._import_error, attention_packages._core_attention):
+    for cached in (backends._import_error, backends._core_attention):
         cached.cache_clear()
     attention_module._newest_flash.cache_clear()
 
@@ -94,11 +93,11 @@ def test_packages_with_operators_are_traced(kernel: str, namespace: str, monkeyp
 
 @pytest.mark.usefixtures("stand_ins")
 def test_packages_are_asked_by_chip_dtype_and_width(monkeypatch: pytest.MonkeyPatch) -> None:
-    missing = attention_packages.package_missing
+    missing = backends.package_missing
     half = torch.bfloat16
 
     def usable(major: int, width: int = 64) -> list[str]:
-        return [name for name in attention_packages.PACKAGES if missing(name, (major, 0), half, width) is None]
+        return [name for name in backends.PACKAGES if missing(name, (major, 0), half, width) is None]
 
     assert usable(7) == []
     assert usable(8) == ["flash2", "te"]

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from checkpoints_tools.averaging import fit_width, power_of
-from checkpoints_tools.source import EMA, MODEL
+from checkpoints_tools.average import fit_width, power_of
+from checkpoints_tools.base import EMA, MODEL
+from deco_scale.checkpoint.manager import read_tensors
 from deco_scale.errors import ConfigError
-from deco_scale.training.checkpoint import read_tensors
 from tests.checkpoints import META, SMALL, run, save, tensors_of, trained_tensors
 
 

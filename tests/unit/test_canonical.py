@@ -19,10 +19,10 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from checkpoints_tools.canonical import CanonicalReader, write_canonical
-from checkpoints_tools.source import TensorSpec
+from checkpoints_tools.base import TensorSpec
+from checkpoints_tools.formats.canonical import CanonicalReader, write_canonical
+from deco_scale.checkpoint.manager import read_tensors
 from deco_scale.errors import ConfigError, RunError
-from deco_scale.training.checkpoint import read_tensors
 from tests.checkpoints import META, SMALL, assert_same_bits, complete, save, trained_tensors
 
 

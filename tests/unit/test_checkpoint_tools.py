@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from checkpoints_tools.source import EMA
-from deco_scale.training.checkpoint import read_meta
+from checkpoints_tools.base import EMA
+from deco_scale.checkpoint.manager import read_meta
 from tests.checkpoints import complete, release_state, run, save, trained_tensors
 
 

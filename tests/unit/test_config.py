@@ -6,12 +6,7 @@ from pathlib import Path
 import pytest
 
 from deco_scale.config import ConfigError, dump_config, load_config
-from deco_scale.parallel.layout import (
-    Layout,
-    ParallelConfig,
-    accumulation_steps,
-    resolve_layout,
-)
+from deco_scale.parallel.mesh import ParallelConfig, ParallelDims, accumulation_steps, resolve_parallel_dims
 from deco_scale.yaml import load_yaml
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -168,13 +163,13 @@ def test_compile_under_tp_refuses_what_it_cannot_do() -> None:
 
 
 def test_layouts() -> None:
-    assert resolve_layout(ParallelConfig(dp_replicate=2), 8) == Layout(2, 4)
-    layout = resolve_layout(ParallelConfig(dp_replicate=2, tp=2), 8)
-    assert layout == Layout(2, 2, 2) and layout.dp == 4
+    assert resolve_parallel_dims(ParallelConfig(dp_replicate=2), 8) == ParallelDims(2, 4)
+    layout = resolve_parallel_dims(ParallelConfig(dp_replicate=2, tp=2), 8)
+    assert layout == ParallelDims(2, 2, 2) and layout.dp == 4
     assert [layout.dp_rank(r) for r in range(8)] == [0, 0, 1, 1, 2, 2, 3, 3]
     with pytest.raises(ConfigError, match=r"dp_replicate=3 does not divide 8 of 8 ranks.*\[1, 2, 4, 8\]"):
-        resolve_layout(ParallelConfig(dp_replicate=3), 8)
+        resolve_parallel_dims(ParallelConfig(dp_replicate=3), 8)
     with pytest.raises(ConfigError, match="possible: dp_shard=8 or -1"):
-        resolve_layout(ParallelConfig(dp_shard=3), 8)
+        resolve_parallel_dims(ParallelConfig(dp_shard=3), 8)
     with pytest.raises(ValueError, match="HSDP"):
         ParallelConfig(engine="deepspeed", dp_replicate=2)

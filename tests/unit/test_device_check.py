@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from deco_scale.models.position import rope_angles
+from deco_scale.models.embeddings import rope_angles
 from tests.device_check import DeviceCheck, DeviceFault
 from tests.fake_cuda import fake_cuda, meta_device
 
@@ -97,9 +97,9 @@ def test_copies_that_do_not_wait_are_told_from_those_that_do() -> None:
 
 def operators() -> dict[str, list[tuple[object, ...]]]:
     """Arguments for each custom operator: transposed and sliced tensors, bf16 and fp32."""
-    from deco_scale.kernels import losses_triton, norms_triton, pixels_triton, residual_triton, rotary_triton
+    from deco_scale.kernels.triton import gated_residual, losses, norm_modulate, pixel_decoder, rope
 
-    assert all((losses_triton, norms_triton, pixels_triton, residual_triton, rotary_triton))
+    assert all((losses, norm_modulate, pixel_decoder, gated_residual, rope))
     where = "cuda" if torch.cuda.is_available() else "cpu"
 
     def made(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

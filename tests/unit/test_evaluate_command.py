@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from checkpoints_tools.cli import main as deco_ckpt
-from deco_scale import evaluate_command
+from deco_scale.cli import evaluate
 from deco_scale.cli import main as deco
 from deco_scale.evaluation import fid
 from deco_scale.evaluation.inception import WEIGHTS_NAME, Inception
@@ -113,13 +113,13 @@ class Breaking:
 def test_a_broken_off_command_goes_on(
     benchmark: str, whole: Path, material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    load, drawn = evaluate_command.load_generator, []
+    load, drawn = evaluate.load_generator, []
 
     def breaking(*args: Any, **options: Any) -> Any:
         generator, *rest = load(*args, **options)
         return Breaking(generator), *rest
 
-    monkeypatch.setattr(evaluate_command, "load_generator", breaking)
+    monkeypatch.setattr(evaluate, "load_generator", breaking)
     assert deco(arguments(benchmark, material, tmp_path)) == 130
     before = files_of(tmp_path)
     assert len(before) > 1
@@ -130,7 +130,7 @@ def test_a_broken_off_command_goes_on(
         generator.pictures = lambda jobs, **more: drawn.extend(jobs) or pictures(jobs, **more)
         return generator, *rest
 
-    monkeypatch.setattr(evaluate_command, "load_generator", counting)
+    monkeypatch.setattr(evaluate, "load_generator", counting)
     assert deco(arguments(benchmark, material, tmp_path)) == 0
     whole_set = {"imagenet": 23, "geneval": 8, "dpg": 8}[benchmark]
     assert 0 < len(drawn) < whole_set
@@ -140,7 +140,7 @@ def test_a_broken_off_command_goes_on(
         if name.endswith(".png"):
             assert_same_picture(tmp_path / benchmark / name, whole / benchmark / name)
     # Nothing is left to do, and no model is loaded for it.
-    monkeypatch.setattr(evaluate_command, "load_generator", None)
+    monkeypatch.setattr(evaluate, "load_generator", None)
     assert deco(arguments(benchmark, material, tmp_path)) == 0
 
 
@@ -202,7 +202,7 @@ def test_scores_are_shown_and_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     judge = small_judge(monkeypatch, fid)
-    monkeypatch.setattr(evaluate_command, "load_inception", lambda path, device: judge)
+    monkeypatch.setattr(evaluate, "load_inception", lambda path, device: judge)
     np.savez(tmp_path / "x.npz", pictures(20, 1))
     np.savez(tmp_path / "y.npz", mu=np.zeros(12), sigma=np.eye(12))
     files = ["--samples", str(tmp_path / "x.npz"), "--reference", str(tmp_path / "y.npz")]

@@ -19,8 +19,8 @@ from torchmetrics.image.inception import InceptionScore as OtherInceptionScore
 from deco_scale.errors import ConfigError, RunError
 from deco_scale.evaluation import fid
 from deco_scale.evaluation.files import claim_folder
-from deco_scale.evaluation.imagenet import PictureSet, draw_pieces, join_pieces, missing_pieces
-from deco_scale.evaluation.npz import array_names, pictures_shape, read_floats, read_pictures, write_pictures
+from deco_scale.evaluation.imagenet import ImageSet, generate_parts, join_pieces, missing_pieces
+from deco_scale.evaluation.npz import array_names, images_shape, read_floats, read_images, write_images
 from deco_scale.evaluation.statistics import (
     ClassSpread,
     Gaussian,
@@ -165,15 +165,15 @@ def test_npz_is_numpys_whatever_the_pieces(tmp_path: Path) -> None:
     files = []
     for sizes in ([23], [1] * 23, [10, 13]):
         path = tmp_path / f"{len(sizes)}.npz"
-        write_pictures(path, x.shape, np.split(x, np.cumsum(sizes)[:-1]))
+        write_images(path, x.shape, np.split(x, np.cumsum(sizes)[:-1]))
         with np.load(path, allow_pickle=False) as found:
             assert found.files == ["arr_0"] and np.array_equal(found["arr_0"], x)
         files.append(path.read_bytes())
     assert files[0] == files[1] == files[2]
-    assert pictures_shape(path) == x.shape and array_names(path) == ["arr_0"]
+    assert images_shape(path) == x.shape and array_names(path) == ["arr_0"]
     np.savez_compressed(tmp_path / "z.npz", x)
     for each in (path, tmp_path / "z.npz"):
-        batches = list(read_pictures(each, 5))
+        batches = list(read_images(each, 5))
         assert [len(b) for b in batches] == [5, 5, 5, 5, 3] and np.array_equal(np.concatenate(batches), x)
     assert {p.suffix for p in tmp_path.iterdir()} == {".npz"}
 
@@ -181,8 +181,8 @@ def test_npz_is_numpys_whatever_the_pieces(tmp_path: Path) -> None:
 def test_writing_and_reading_hold_a_piece_at_a_time(tmp_path: Path) -> None:
     piece = np.zeros((16, 128, 128, 3), np.uint8)
     tracemalloc.start()
-    write_pictures(tmp_path / "x.npz", (1024, 128, 128, 3), (piece for _ in range(64)))
-    assert sum(len(batch) for batch in read_pictures(tmp_path / "x.npz", 16)) == 1024
+    write_images(tmp_path / "x.npz", (1024, 128, 128, 3), (piece for _ in range(64)))
+    assert sum(len(batch) for batch in read_images(tmp_path / "x.npz", 16)) == 1024
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert (tmp_path / "x.npz").stat().st_size > 1024 * 128 * 128 * 3 > 8 * peak
@@ -192,7 +192,7 @@ def test_pieces_that_do_not_make_up_the_shape_leave_nothing(tmp_path: Path) -> N
     x = pictures(4)
     for shape, pieces in (((5, *x.shape[1:]), [x]), (x.shape, [x[:, :3]]), (x.shape, [x.astype(np.int32)])):
         with pytest.raises(ValueError):
-            write_pictures(tmp_path / "x.npz", shape, pieces)
+            write_images(tmp_path / "x.npz", shape, pieces)
         assert not (tmp_path / "x.npz").exists()
 
 
@@ -207,7 +207,7 @@ def test_arrays_of_another_kind_are_refused(tmp_path: Path) -> None:
     ):
         np.savez(path, arr_0=wrong)
         with pytest.raises(RunError, match="arr_0"):
-            list(read_pictures(path, 2))
+            list(read_images(path, 2))
     np.savez(path, mu=np.zeros(7), sigma=np.eye(3, dtype=np.int64), other=np.array([1, "a"], dtype=object))
     for name, shape in (("mu", (8,)), ("sigma", (3, 3)), ("other", (2,)), ("absent", (1,))):
         with pytest.raises(RunError, match=name):
@@ -231,7 +231,7 @@ def test_damaged_npz_are_named_or_right(random: Any) -> None:
         path = Path(folder) / "x.npz"
         path.write_bytes(data)
         try:
-            found = np.concatenate(list(read_pictures(path, 4)))
+            found = np.concatenate(list(read_images(path, 4)))
         except RunError as error:
             assert str(path) in str(error)
         else:
@@ -245,7 +245,7 @@ def test_a_header_that_promises_too_much_reserves_nothing(tmp_path: Path) -> Non
         header = {"descr": "|u1", "fortran_order": False, "shape": (2, 10**6, 10**6, 3)}
         np.lib.format.write_array_header_1_0(member, header)
     with pytest.raises(RunError, match="ends after 0 of"):
-        list(read_pictures(path, 1))
+        list(read_images(path, 1))
 
 
 def test_a_folder_keeps_to_its_settings(tmp_path: Path) -> None:
@@ -325,7 +325,7 @@ def test_references_without_use_are_refused(judge: Any, tmp_path: Path) -> None:
 @settings(max_examples=50, deadline=None)
 @given(st.integers(1, 90), st.integers(1, 7), st.integers(1, 40))
 def test_classes_are_balanced_everywhere_and_no_noise_is_used_twice(count: int, classes: int, piece: int) -> None:
-    wanted = PictureSet(count=count, num_classes=classes, size=(6, 8), first_seed=5, piece=piece)
+    wanted = ImageSet(count=count, num_classes=classes, size=(6, 8), first_seed=5, piece=piece)
     jobs = [job for i in range(wanted.num_pieces) for job in wanted.jobs(i)]
     assert [job.seed for job in jobs] == list(range(5, 5 + count))
     for start in range(0, count, 10):
@@ -335,13 +335,13 @@ def test_classes_are_balanced_everywhere_and_no_noise_is_used_twice(count: int, 
 
 
 def test_broken_off_resumed_and_shared_pieces_give_the_same_file(tmp_path: Path) -> None:
-    wanted = PictureSet(count=37, num_classes=4, size=(6, 8), piece=8)
-    draw_pieces(drawing(), wanted, tmp_path / "a", missing_pieces(wanted, tmp_path / "a"), on_picture=nothing)
+    wanted = ImageSet(count=37, num_classes=4, size=(6, 8), piece=8)
+    generate_parts(drawing(), wanted, tmp_path / "a", missing_pieces(wanted, tmp_path / "a"), on_picture=nothing)
     first = join_pieces(wanted, tmp_path / "a")
     assert first.name == "samples_37x6x8x3.npz" and missing_pieces(wanted, tmp_path / "a") == []
     assert [p.name for p in (tmp_path / "a").iterdir()] == [first.name]
     with pytest.raises(KeyboardInterrupt):
-        draw_pieces(drawing(fail_at=20), wanted, tmp_path / "b", [0, 1, 2, 3, 4], on_picture=nothing)
+        generate_parts(drawing(fail_at=20), wanted, tmp_path / "b", [0, 1, 2, 3, 4], on_picture=nothing)
     assert missing_pieces(wanted, tmp_path / "b") == [2, 3, 4]
     with pytest.raises(RunError, match="piece_000002"):
         join_pieces(wanted, tmp_path / "b")
@@ -349,5 +349,5 @@ def test_broken_off_resumed_and_shared_pieces_give_the_same_file(tmp_path: Path)
     cut = tmp_path / "b" / "piece_000001.npy"
     cut.write_bytes(cut.read_bytes()[:-1])
     for share in ([3, 4], [1, 2]):
-        draw_pieces(drawing(), wanted, tmp_path / "b", share, on_picture=nothing)
+        generate_parts(drawing(), wanted, tmp_path / "b", share, on_picture=nothing)
     assert join_pieces(wanted, tmp_path / "b").read_bytes() == first.read_bytes()

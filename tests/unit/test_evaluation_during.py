@@ -12,10 +12,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from deco_scale.errors import ConfigError, RunError
-from deco_scale.evaluation import during, fid
+from deco_scale.evaluation import fid, in_training
 from deco_scale.evaluation.clip_score import ClipScorer
-from deco_scale.evaluation.settings import EvaluationConfig
-from deco_scale.sampling.generator import Job
+from deco_scale.evaluation.config import EvaluationConfig
+from deco_scale.sampling.generate import SampleRequest
 from tests.evaluations import (
     Judge,
     drawing,
@@ -51,7 +51,7 @@ def test_settings_that_cannot_be_are_refused() -> None:
 def test_jobs_take_turns(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("a cat\n\n a dog \n")
     cfg = EvaluationConfig(count=5, prompts_file=str(tmp_path / "p.txt"))
-    jobs = during.evaluation_jobs(cfg, num_classes=0)
+    jobs = in_training.evaluation_jobs(cfg, num_classes=0)
     assert [(j.condition, j.seed) for j in jobs] == [
         ("a cat", 0),
         ("a dog", 0),
@@ -60,8 +60,13 @@ def test_jobs_take_turns(tmp_path: Path) -> None:
         ("a cat", 2),
     ]
     cfg = EvaluationConfig(count=5, classes=(7, 2))
-    assert [j.condition for j in during.evaluation_jobs(cfg, num_classes=8)] == [7, 2, 7, 2, 7]
-    assert [j.condition for j in during.evaluation_jobs(EvaluationConfig(count=4), num_classes=3)] == [0, 1, 2, 0]
+    assert [j.condition for j in in_training.evaluation_jobs(cfg, num_classes=8)] == [7, 2, 7, 2, 7]
+    assert [j.condition for j in in_training.evaluation_jobs(EvaluationConfig(count=4), num_classes=3)] == [
+        0,
+        1,
+        2,
+        0,
+    ]
     for wrong, classes, message in (
         (EvaluationConfig(classes=(8,)), 8, "classes 0 to 7"),
         (EvaluationConfig(prompts_file="p"), 8, "text models"),
@@ -69,13 +74,13 @@ def test_jobs_take_turns(tmp_path: Path) -> None:
         (EvaluationConfig(prompts_file=str(tmp_path / "none")), 0, "none"),
     ):
         with pytest.raises(ConfigError, match=message):
-            during.evaluation_jobs(wrong, num_classes=classes)
+            in_training.evaluation_jobs(wrong, num_classes=classes)
 
 
 @pytest.fixture
 def judge(monkeypatch: pytest.MonkeyPatch) -> Judge:
     small_judge(monkeypatch, fid)
-    return small_judge(monkeypatch, during)
+    return small_judge(monkeypatch, in_training)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 11])
@@ -92,22 +97,22 @@ def test_shares_add_up_to_one_process(
         mu_s=spatial.mean_F.numpy(),
         sigma_s=spatial.covariance_FF.numpy(),
     )
-    monkeypatch.setattr(during, "load_inception", lambda path, device: judge)
+    monkeypatch.setattr(in_training, "load_inception", lambda path, device: judge)
     cfg = EvaluationConfig(
         count=10, batch=3, grid=5, npz=True, inception_weights="w", reference=str(tmp_path / "r.npz")
     )
-    jobs = during.evaluation_jobs(cfg, num_classes=4)
-    scorer = during.Scorer(cfg, torch.device("cpu"))
+    jobs = in_training.evaluation_jobs(cfg, num_classes=4)
+    scorer = in_training.Scorer(cfg, torch.device("cpu"))
     drawn: list[int] = []
 
-    def share(rank: int, gather: Callable[[Any], list[Any]]) -> during.Report:
-        def draw(jobs: Sequence[Job]) -> Iterator[tuple[Job, Any]]:
+    def share(rank: int, gather: Callable[[Any], list[Any]]) -> in_training.Report:
+        def draw(jobs: Sequence[SampleRequest]) -> Iterator[tuple[SampleRequest, Any]]:
             drawn.append(len(jobs))
             return drawing()(jobs)
 
-        return during.evaluate_share(
+        return in_training.evaluate_share(
             cfg,
-            during.draw_share(draw, jobs, rank=rank, world=world),
+            in_training.draw_share(draw, jobs, rank=rank, world=world),
             scorer,
             rank=rank,
             folder=tmp_path / "out",
@@ -134,10 +139,10 @@ def test_shares_add_up_to_one_process(
 
 
 def test_pictures_that_another_disk_has_are_named(tmp_path: Path) -> None:
-    share = during.draw_share(drawing(), [Job(0, 0, i) for i in range(4)], rank=0, world=2)
-    during.keep_share(share, tmp_path, 3)
+    share = in_training.draw_share(drawing(), [SampleRequest(0, 0, i) for i in range(4)], rank=0, world=2)
+    in_training.keep_share(share, tmp_path, 3)
     with pytest.raises(RunError, match="a disk that all ranks see"):
-        during.keep_all(4, tmp_path, 3)
+        in_training.keep_all(4, tmp_path, 3)
 
 
 @pytest.mark.parametrize("refused", [0, 2])
@@ -145,14 +150,14 @@ def test_all_shares_raise_what_one_disk_refuses(refused: int, tmp_path: Path) ->
     """Each rank has a disk of its own here; that of one is a file, where no folder can be."""
     (tmp_path / f"disk_{refused}").write_text("not a folder")
     cfg = EvaluationConfig(count=7, batch=2, grid=1, npz=True)
-    jobs = during.evaluation_jobs(cfg, num_classes=4)
-    scorer = during.Scorer(cfg, torch.device("cpu"))
+    jobs = in_training.evaluation_jobs(cfg, num_classes=4)
+    scorer = in_training.Scorer(cfg, torch.device("cpu"))
 
     def share(rank: int, gather: Callable[[Any], list[Any]]) -> str:
         folder = tmp_path / f"disk_{rank}"
-        drawn = during.draw_share(drawing(), jobs, rank=rank, world=3)
+        drawn = in_training.draw_share(drawing(), jobs, rank=rank, world=3)
         with pytest.raises(RunError) as raised:
-            during.evaluate_share(
+            in_training.evaluate_share(
                 cfg, drawn, scorer, rank=rank, folder=folder, step=3, total=lambda sums: sums, gather=gather
             )
         return str(raised.value)
@@ -163,9 +168,9 @@ def test_all_shares_raise_what_one_disk_refuses(refused: int, tmp_path: Path) ->
 
 def test_a_sheet_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
-    drawn = during.draw_share(drawing(), [Job(0)], rank=0, world=1)
+    drawn = in_training.draw_share(drawing(), [SampleRequest(0)], rank=0, world=1)
     with pytest.raises(RunError, match="step_00000003.png: Not a directory"):
-        during.save_sheet(drawn, tmp_path / "file" / "below", 3)
+        in_training.save_sheet(drawn, tmp_path / "file" / "below", 3)
 
 
 def test_judges_that_are_not_there_are_named(tmp_path: Path) -> None:
@@ -177,18 +182,18 @@ def test_judges_that_are_not_there_are_named(tmp_path: Path) -> None:
         (EvaluationConfig(prompts_file="p", clip_folder=str(tmp_path / "clip")), "config.json"),
     ):
         with pytest.raises(ConfigError, match=message):
-            during.Scorer(cfg, device)
+            in_training.Scorer(cfg, device)
 
 
 def test_a_reference_without_statistics_is_named(
     judge: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(during, "load_inception", lambda path, device: judge)
+    monkeypatch.setattr(in_training, "load_inception", lambda path, device: judge)
     for name, arrays, message in (("a", {"arr_0": pictures(3)}, "no mu"), ("b", {"mu": 1, "sigma": 2}, "mu is")):
         np.savez(tmp_path / name, **arrays)
         cfg = EvaluationConfig(inception_weights="w", reference=str(tmp_path / f"{name}.npz"))
         with pytest.raises(ConfigError, match=message):
-            during.Scorer(cfg, torch.device("cpu"))
+            in_training.Scorer(cfg, torch.device("cpu"))
 
 
 # CLIP.
@@ -222,11 +227,11 @@ def test_clip_score_is_that_of_transformers_own_processing(clip_folder: Path, si
 def test_clip_score_over_shares(clip_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("\n".join(PROMPTS) + "\n" + "red " * 50)
     cfg = EvaluationConfig(count=7, batch=2, prompts_file=str(tmp_path / "p.txt"), clip_folder=str(clip_folder))
-    jobs = during.evaluation_jobs(cfg, num_classes=0)
-    scorer = during.Scorer(cfg, torch.device("cpu"))
+    jobs = in_training.evaluation_jobs(cfg, num_classes=0)
+    scorer = in_training.Scorer(cfg, torch.device("cpu"))
 
     def share(rank: int, gather: Callable[[Any], list[Any]]) -> dict[str, float]:
-        mine = during.draw_share(drawing((30, 28)), jobs, rank=rank, world=2)
+        mine = in_training.draw_share(drawing((30, 28)), jobs, rank=rank, world=2)
         return scorer.scalars(mine, lambda sums: torch.stack(gather(sums)).sum(dim=0))
 
     drawn = list(drawing((30, 28))(jobs))

@@ -20,10 +20,10 @@ from deco_scale.config import load_config
 from deco_scale.kernels import Kernels
 from deco_scale.models import ModelConfig
 from deco_scale.models.attention import attention
-from deco_scale.training.batch import Batch, Part, Prepare, pinned
-from deco_scale.training.judge import Judge
-from deco_scale.training.settings import FaultsConfig, StageConfig
-from deco_scale.training.step import train_step
+from deco_scale.training.anomalies import AnomalyDetector
+from deco_scale.training.config import FaultsConfig, StageConfig
+from deco_scale.training.inputs import Batch, InputBuilder, MicroBatch, pinned
+from deco_scale.training.train_step import train_step
 from tests.device_check import ROOT, Call, DeviceCheck
 from tests.fake_cuda import fake_cuda, meta_device
 from tests.plain_engine import PlainEngine, make_objective
@@ -94,7 +94,7 @@ def batch_of(stage: StageConfig, device: str) -> Batch:
     """Images and text states as the data's workers give them."""
     size, side = stage.micro_batch, stage.resolution
     states = [np.zeros((3 + i % 90, CONFIG.model.text_dim), np.uint16) for i in range(size)]
-    made = Part(np.zeros((size, side, side, 3), np.uint8), [""] * size, [0] * size, range(size), states)
+    made = MicroBatch(np.zeros((size, side, side, 3), np.uint8), [""] * size, [0] * size, range(size), states)
     shape = (CONFIG.model.text_tokens, CONFIG.model.text_dim)
     return pinned(made, shape) if device == "cuda" else made
 
@@ -107,15 +107,15 @@ def step(device: str, stage: StageConfig, kernels: Kernels) -> tuple[list[Call],
     engine = PlainEngine(objective, CONFIG, place, kernels="torch")
     tokens = (stage.resolution // CONFIG.model.patch_size) ** 2
     features = torch.empty(stage.micro_batch, tokens, ENCODER_DIM, dtype=BF16, device=device)
-    prepare = Prepare(
+    prepare = InputBuilder(
         seed=0, device=place, objective=CONFIG.objective, encode_image=lambda image: features,
         null=torch.empty(CONFIG.model.text_tokens, CONFIG.model.text_dim, device=device),
     )  # fmt: skip
-    judge = Judge(FaultsConfig(spike="skip"), max_bad_steps=2, device=place)
+    judge = AnomalyDetector(FaultsConfig(spike="skip"), max_bad_steps=2, device=place)
     with DeviceCheck(device, allowed=STEP) as check:
         inputs = prepare(batch_of(stage, device), stage.timestep_shift)
         result = train_step(
-            engine, [inputs], num_micro_batches=1, lr=stage.lr, betas=stage.betas, unwanted=judge.unwanted
+            engine, [inputs], num_micro_batches=1, lr=stage.lr, betas=stage.betas, should_skip=judge.should_skip
         )
         judge.add(1, loss=result.losses["loss"], skipped=result.skipped)
     assert check.host_calls == STEP.keys() - ({"training/batch.py:pinned"} if device == "meta" else set())
@@ -267,7 +267,7 @@ def test_attention_backends_that_need_no_package(backend: Any, device: str) -> N
 
 def test_fused_optimizer_stays_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """All that is around the launch, whose arguments are looked at; the kernel itself takes addresses."""
-    from deco_scale.kernels import adamw_triton
+    from deco_scale.kernels.triton import adamw
 
     launched: list[tuple[Any, ...]] = []
 
@@ -275,7 +275,7 @@ def test_fused_optimizer_stays_on_the_device(monkeypatch: pytest.MonkeyPatch) ->
         def __getitem__(self, grid: tuple[int]) -> Any:
             return lambda *args, **kwargs: launched.append((grid, *args))
 
-    monkeypatch.setattr(adamw_triton, "_averaged_adamw", Launch())
+    monkeypatch.setattr(adamw, "_averaged_adamw", Launch())
     addresses = {
         "kernels/adamw_triton.py:averaged_adamw_triton": ("compute", "send"),
         "kernels/adamw_triton.py:averaged_adamw_triton.<locals>.<listcomp>": ("compute",),

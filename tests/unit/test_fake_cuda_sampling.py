@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from deco_scale.generators import _predictor
+from deco_scale.cli.model_loading import _predictor
 from deco_scale.kernels import Kernels
 from deco_scale.models import ModelConfig
 from deco_scale.models.encoders import ImageEncoder, TextEncoder
-from deco_scale.sampling import Generator, Job, SamplerConfig
+from deco_scale.sampling import Generator, SamplerConfig, SampleRequest
 from deco_scale.sampling.config import Solver
-from deco_scale.sampling.pictures import velocity_of
+from deco_scale.sampling.images import velocity_of
 from tests.device_check import DeviceCheck
 from tests.fake_cuda import fake_cuda
 from tests.plain_engine import make_objective, put_on
@@ -41,7 +41,10 @@ def test_sampling_stays_on_the_device(kernels: Kernels) -> None:
     """The solver of the samples of a run with the whole model; the other solvers with a short one."""
     short = dataclasses.replace(CONFIG.model, num_blocks=1, num_text_blocks=1)
     cases: list[tuple[Solver, ModelConfig]] = [("adams", CONFIG.model), ("heun", short), ("euler", short)]
-    jobs = [Job("a photo of a bench", seed=0), Job("a bowl of ramen", seed=1, negative="blurry")]
+    jobs = [
+        SampleRequest("a photo of a bench", seed=0),
+        SampleRequest("a bowl of ramen", seed=1, negative="blurry"),
+    ]
     shape = (CONFIG.model.text_tokens, CONFIG.model.text_dim)
     for solver, model in cases:
         cfg = dataclasses.replace(

@@ -12,11 +12,12 @@ from torchao.float8.float8_linear import Float8Linear
 
 from deco_scale.errors import ConfigError
 from deco_scale.models import Denoiser, ModelConfig
-from deco_scale.parallel.layout import ActivationCheckpointing
-from deco_scale.parallel.recompute import apply_recompute
-from deco_scale.precision import PrecisionConfig, autocast, fp8
-from deco_scale.precision.choice import Fp8Choice, Machine, choose_fp8, planned_machine, resolve_fp8
-from deco_scale.precision.modules import BatchShape, Fp8Plan, plan_fp8, precision_rows
+from deco_scale.parallel.activation_checkpoint import apply_activation_checkpointing
+from deco_scale.parallel.mesh import ActivationCheckpointing
+from deco_scale.precision import fp8
+from deco_scale.precision.config import PrecisionConfig, autocast
+from deco_scale.precision.fp8_plan import BatchShape, Fp8Plan, plan_fp8, precision_rows
+from deco_scale.precision.recipe import Fp8Choice, Machine, choose_fp8, planned_machine, resolve_fp8
 
 CPU = torch.device("cpu")
 MODEL = ModelConfig(
@@ -276,7 +277,7 @@ def test_recomputing_changes_nothing(mode: ActivationCheckpointing) -> None:
     plan = plan_of(choose_fp8(EMULATED, CPU))
     for m in (model, again):
         fp8.apply_fp8(m, plan)
-    apply_recompute(again.transformer_blocks, mode, function=fp8.recompute_function(plan))
+    apply_activation_checkpointing(again.transformer_blocks, mode, function=fp8.recompute_function(plan))
     found, wanted = result(again, EMULATED), result(model, EMULATED)
     assert torch.equal(found[0], wanted[0])
     assert all(torch.equal(found[1][n], wanted[1][n]) for n in wanted[1])

@@ -12,12 +12,13 @@ from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._dynamo.utils import counters
 
 from deco_scale.models import Denoiser, ModelConfig
-from deco_scale.models.graphs import RECOMPILE_LIMIT, limit_recompiles
-from deco_scale.parallel.layout import ActivationCheckpointing
-from deco_scale.parallel.recompute import apply_recompute
-from deco_scale.precision import PrecisionConfig, autocast, fp8
-from deco_scale.precision.choice import Fp8Choice
-from deco_scale.precision.modules import BatchShape, Fp8Plan, plan_fp8
+from deco_scale.models.compile import RECOMPILE_LIMIT, limit_recompiles
+from deco_scale.parallel.activation_checkpoint import apply_activation_checkpointing
+from deco_scale.parallel.mesh import ActivationCheckpointing
+from deco_scale.precision import fp8
+from deco_scale.precision.config import PrecisionConfig, autocast
+from deco_scale.precision.fp8_plan import BatchShape, Fp8Plan, plan_fp8
+from deco_scale.precision.recipe import Fp8Choice
 from tests.unit.test_fp8_te import stand_in
 
 __all__ = ["stand_in"]
@@ -81,7 +82,9 @@ class Run:
             )
             assert len(self.plan.linears) == 5 * text_blocks + 6 * blocks
             fp8.apply_fp8(self.model, self.plan)
-        apply_recompute(self.model.transformer_blocks, recompute, function=fp8.recompute_function(self.plan))
+        apply_activation_checkpointing(
+            self.model.transformer_blocks, recompute, function=fp8.recompute_function(self.plan)
+        )
         for block in self.model.transformer_blocks:
             block.compile(backend=self.graphs)
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from deco_scale.errors import ConfigError
 from deco_scale.precision import fp8
-from deco_scale.precision.choice import Fp8Choice
-from deco_scale.precision.modules import Fp8Plan
+from deco_scale.precision.fp8_plan import Fp8Plan
+from deco_scale.precision.recipe import Fp8Choice
 from deco_scale.precision.scaling import unmatched_scaling
-from deco_scale.precision.te import te_recipe
+from deco_scale.precision.transformer_engine import te_recipe
 from tests.unit.test_fp8 import denoiser, inputs, plan_of
 
 LINEAR_MODULE = "deco_scale.precision.linear_te"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from deco_scale.models import ModelConfig
-from deco_scale.sampling import Generator, Job, SamplerConfig
+from deco_scale.sampling import Generator, SamplerConfig, SampleRequest
 
 MODEL = ModelConfig(
     kind="t2i_deco", dim=16, num_heads=2, num_blocks=1, patch_size=4, decoder_width=4, decoder_blocks=1,
@@ -44,7 +44,7 @@ def generator_of(encode: TextMemory) -> Generator:
 def test_text_embeddings_are_released_after_the_last_image_that_needs_them() -> None:
     """``a`` is needed again by the third and fourth image, the others once."""
     memory = TextMemory()
-    jobs = [Job(text, seed=seed) for seed, text in enumerate("abaac")]
+    jobs = [SampleRequest(text, seed=seed) for seed, text in enumerate("abaac")]
     drawn = generator_of(memory).pictures(jobs, size=(4, 4), sampler=SamplerConfig(num_steps=2), batch=1)
     alive = []
     for _ in drawn:
@@ -55,7 +55,13 @@ def test_text_embeddings_are_released_after_the_last_image_that_needs_them() -> 
 def test_negative_prompt_is_kept_until_its_last_image() -> None:
     memory = TextMemory()
     # The first image encodes the negative prompt alone: its prompt is the same text.
-    jobs = [Job("blur", negative="blur"), Job("a"), Job("b"), Job("blur", negative="blur"), Job("c")]
+    jobs = [
+        SampleRequest("blur", negative="blur"),
+        SampleRequest("a"),
+        SampleRequest("b"),
+        SampleRequest("blur", negative="blur"),
+        SampleRequest("c"),
+    ]
     drawn = generator_of(memory).pictures(jobs, size=(4, 4), sampler=SamplerConfig(num_steps=2), batch=1)
     assert [memory.alive for _ in drawn] == [{"blur"}, {"blur"}, {"blur"}, set(), set()]
 
@@ -63,7 +69,7 @@ def test_negative_prompt_is_kept_until_its_last_image() -> None:
 def test_memory_does_not_grow_with_the_number_of_images() -> None:
     """Of 20 images that the caller throws away, the generator holds at most this batch and the last one."""
     memory = TextMemory()
-    jobs = [Job(f"text {seed}", seed=seed) for seed in range(20)]
+    jobs = [SampleRequest(f"text {seed}", seed=seed) for seed in range(20)]
     drawn = generator_of(memory).pictures(jobs, size=(4, 4), sampler=SamplerConfig(num_steps=2), batch=1)
     images: list[weakref.ref[np.ndarray]] = []
     for _, image in drawn:

@@ -23,7 +23,7 @@ from benchmarks.gpu_suite import sums_s
 from benchmarks.jobs import CheckFailed, Job, NotAvailable, Where, run_jobs
 from deco_scale.errors import ConfigError
 from deco_scale.models.pixel_decoder import PixelDecoder
-from deco_scale.training.step import StepResult
+from deco_scale.training.train_step import StepResult
 from tests.saving import alone
 
 TRACE = [(2.0, 1.0), (1.5, 0.5)]

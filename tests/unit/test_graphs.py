@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
-from deco_scale.models.graphs import constant_in_graphs, outside_graphs
+from deco_scale.models.compile import constant_in_graphs, outside_graphs
 from tests.conftest import ROOT
 
 
@@ -57,5 +57,5 @@ def test_marks_are_those_of_pytorch() -> None:
 
 
 def test_starting_the_trainer_imports_no_tracer() -> None:
-    code = "import sys, launcher.train, deco_scale.cli; sys.exit('torch._dynamo' in sys.modules)"
+    code = "import sys, launcher.train, deco_scale.cli.main; sys.exit('torch._dynamo' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

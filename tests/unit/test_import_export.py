@@ -15,17 +15,18 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from checkpoints_tools import cli, release
-from checkpoints_tools.canonical import CanonicalReader
-from checkpoints_tools.exporting import export_checkpoint, plan_export
-from checkpoints_tools.formats import open_checkpoint
-from checkpoints_tools.importing import import_checkpoint, plan_import
-from checkpoints_tools.infer import denoiser_shapes, infer_model, release_shapes
-from checkpoints_tools.source import EMA, MODEL
+from checkpoints_tools import cli
+from checkpoints_tools.base import EMA, MODEL
+from checkpoints_tools.export_weights import export_checkpoint, plan_export
+from checkpoints_tools.formats import release
+from checkpoints_tools.formats.canonical import CanonicalReader
+from checkpoints_tools.import_weights import import_checkpoint, plan_import
+from checkpoints_tools.infer_config import denoiser_shapes, infer_model, release_shapes
+from checkpoints_tools.registry import open_checkpoint
+from deco_scale.checkpoint.manager import read_meta, read_tensors, verify
 from deco_scale.config import build_config
 from deco_scale.errors import ConfigError
 from deco_scale.models import ModelConfig
-from deco_scale.training.checkpoint import read_meta, read_tensors, verify
 from tests.checkpoints import CLASSES, TEXT, assert_same_bits, release_file, release_state, save, tensors_of
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"

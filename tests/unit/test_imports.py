@@ -14,7 +14,7 @@ ON_DEMAND = (
     "flash_attn", "triton", "transformers", "gradio", "matplotlib", "pyarrow", "webdataset",
 )  # fmt: skip
 MODULES = (
-    "launcher.train", "launcher.assemble", "deco_scale.cli", "data_pipeline.tools.cli", "checkpoints_tools.cli",
+    "launcher.train", "launcher.assemble", "deco_scale.cli.main", "data_pipeline.tools.cli", "checkpoints_tools.cli",
 )  # fmt: skip
 
 
@@ -51,7 +51,7 @@ SHOWS_A_GPU = """
 import os, sys, torch
 torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 1
 torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=0, world_size=1)
-from deco_scale.parallel.deepspeed_imports import import_deepspeed
+from deco_scale.parallel.engines.deepspeed_imports import import_deepspeed
 """
 
 

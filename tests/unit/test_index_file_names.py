@@ -16,11 +16,11 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from checkpoints_tools.canonical import CanonicalReader
-from checkpoints_tools.formats import open_checkpoint
+from checkpoints_tools.formats.canonical import CanonicalReader
+from checkpoints_tools.registry import open_checkpoint
+from deco_scale.checkpoint.dcp_metadata import read_index
+from deco_scale.checkpoint.manager import read_tensors, verify
 from deco_scale.errors import ConfigError
-from deco_scale.training.checkpoint import read_tensors, verify
-from deco_scale.training.dcp_index import read_index
 from tests.checkpoints import complete
 
 NAME = "model.x"

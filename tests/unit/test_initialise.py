@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from deco_scale.checkpoint.config import CheckpointConfig
+from deco_scale.checkpoint.manager import CheckpointManager
 from deco_scale.errors import ConfigError
-from deco_scale.training.checkpoint import Checkpoints
-from deco_scale.training.engine import Engine
-from deco_scale.training.settings import CheckpointConfig
+from deco_scale.parallel.engines.base import Engine
 from tests.checkpoints import CLASSES, run, save, tensors_of
 from tests.faults.crash import PlainEngine, content, meta_of
 from tests.saving import alone, engine_of, make
@@ -26,7 +26,7 @@ class TestInitialise:
             yield
 
     def initialise(self, folder: Path, state: dict[str, Tensor], **settings: Any) -> tuple[PlainEngine, list[str]]:
-        source = Checkpoints(folder / "source", CheckpointConfig())
+        source = CheckpointManager(folder / "source", CheckpointConfig())
         source.prepare()
         path = source.save(engine_of(7), meta_of(7))
         said: list[str] = []

@@ -8,22 +8,24 @@ import pytest
 import torch
 
 from deco_scale.errors import RunError
-from deco_scale.training.judge import LAG, Judge, Judgement, RollBack
-from deco_scale.training.settings import FaultsConfig
+from deco_scale.training.anomalies import LAG, Anomaly, AnomalyDetector, RollbackRequested
+from deco_scale.training.config import FaultsConfig
 
 CPU = torch.device("cpu")
 NAN = float("nan")
 
 
-def play(cfg: FaultsConfig, losses: Sequence[float], *, max_bad_steps: int = 100) -> tuple[Judge, list[Judgement]]:
+def play(
+    cfg: FaultsConfig, losses: Sequence[float], *, max_bad_steps: int = 100
+) -> tuple[AnomalyDetector, list[Anomaly]]:
     """Show a judge these losses; an update is left out where it says so or the loss is not finite."""
-    judge = Judge(cfg, max_bad_steps=max_bad_steps, device=CPU)
+    judge = AnomalyDetector(cfg, max_bad_steps=max_bad_steps, device=CPU)
     for step, loss in enumerate(losses, start=1):
         value = torch.tensor(loss)
-        unwanted = judge.unwanted(value)
+        should_skip = judge.should_skip(value)
         skipped = torch.tensor(float(not math.isfinite(loss)))
-        if unwanted is not None:
-            skipped = torch.maximum(skipped, unwanted)
+        if should_skip is not None:
+            skipped = torch.maximum(skipped, should_skip)
         judge.add(step, loss=value, skipped=skipped)
     return judge, judge.read(everything=True)
 
@@ -70,11 +72,11 @@ def test_spikes_do_not_raise_the_limit() -> None:
 
 
 def test_policies() -> None:
-    bad = Judgement(7, NAN, "skip", 1)
-    spike = Judgement(9, 8.0, "spike", 1)
+    bad = Anomaly(7, NAN, "skip", 1)
+    spike = Anomaly(9, 8.0, "spike", 1)
 
-    def act(one: Judgement, limit: int = 10, **policies: Any) -> None:
-        judge = Judge(FaultsConfig(**policies), max_bad_steps=limit, device=CPU)
+    def act(one: Anomaly, limit: int = 10, **policies: Any) -> None:
+        judge = AnomalyDetector(FaultsConfig(**policies), max_bad_steps=limit, device=CPU)
         judge.act([one], 11, 1100)
 
     act(bad)
@@ -84,15 +86,15 @@ def test_policies() -> None:
     with pytest.raises(RunError, match="step 9: a spike of the loss to 8, and faults.spike=stop"):
         act(spike, spike="stop")
     for one, policies in ((bad, {"non_finite": "rollback"}), (spike, {"spike": "rollback"})):
-        with pytest.raises(RollBack) as wanted:
+        with pytest.raises(RollbackRequested) as wanted:
             act(one, **policies)
         assert (wanted.value.step, wanted.value.at_step, wanted.value.samples) == (one.step, 11, 1100)
     with pytest.raises(RunError, match="in 3 steps in a row .run.max_bad_steps=3"):
-        act(Judgement(7, NAN, "skip", 3), limit=3)
+        act(Anomaly(7, NAN, "skip", 3), limit=3)
 
 
 def test_what_is_read_lags_and_a_run_that_never_logs_ends_soon() -> None:
-    judge = Judge(FaultsConfig(), max_bad_steps=2, device=CPU)
+    judge = AnomalyDetector(FaultsConfig(), max_bad_steps=2, device=CPU)
     ends = None
     for step in range(1, 20):
         judge.add(step, loss=torch.tensor(1.0), skipped=torch.tensor(float(step > 5)))

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from deco_scale.kernels import pixels
+from deco_scale.kernels import pixel_decoder
+from deco_scale.models.embeddings import PixelFeatures
 from deco_scale.models.pixel_decoder import PixelDecoder
-from deco_scale.models.position import PixelFeatures
 from tests.straightforward import StraightforwardDecoder, saved_bytes
 
 
@@ -37,7 +37,7 @@ def run(decoder: PixelDecoder, dtype: torch.dtype, patch: int, tokens: int) -> l
 def test_pixel_decoder_is_its_formula(
     features: PixelFeatures, patch: int, width: int, tokens: int, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(pixels.CHUNK_PIXELS, "cpu", chunk)
+    monkeypatch.setitem(pixel_decoder.CHUNK_PIXELS, "cpu", chunk)
     wanted = run(made(StraightforwardDecoder, features, patch, width), torch.float64, patch, tokens)
     for dtype, tolerance in ((torch.float64, 1e-13), (torch.float32, 3e-6)):
         found = run(made(PixelDecoder, features, patch, width), dtype, patch, tokens)
@@ -48,7 +48,7 @@ def test_pixel_decoder_is_its_formula(
 
 
 def test_pixel_decoder_keeps_only_its_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(pixels.CHUNK_PIXELS, "cpu", 256)
+    monkeypatch.setitem(pixel_decoder.CHUNK_PIXELS, "cpu", 256)
 
     def kept(kind: type[PixelDecoder]) -> int:
         decoder = made(kind, "rotary", 16, 32)

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from checkpoints_tools.canonical import CanonicalReader
-from checkpoints_tools.formats import open_checkpoint
+from checkpoints_tools.formats.canonical import CanonicalReader
+from checkpoints_tools.formats.zero.writer import ZeroLayout
+from checkpoints_tools.registry import open_checkpoint
 from checkpoints_tools.reshard import plan_reshard
-from checkpoints_tools.zero_writer import ZeroLayout
 from deco_scale.errors import ConfigError
 from deco_scale.models import ModelConfig
 from tests.checkpoints import META, save, tensors_of
@@ -189,7 +189,7 @@ def in_groups_again(content: Any, step: int) -> None:
 def test_groups_of_one_file_of_two_steps_are_refused(
     written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("checkpoints_tools.zero_layout.SUB_GROUP_ELEMENTS", 200)
+    monkeypatch.setattr("checkpoints_tools.formats.zero.layout.SUB_GROUP_ELEMENTS", 200)
     source = CanonicalReader(written / "canonical")
     layout = ZeroLayout(2, 1, 3)
     plan_reshard(source, to="deepspeed", layout=layout).write(tmp_path / "groups", lambda name: None)

@@ -5,7 +5,7 @@ import torch
 
 from deco_scale.models import Denoiser, ModelConfig, patchify, unpatchify
 from deco_scale.objectives import Objective, ObjectiveConfig
-from deco_scale.parallel.initial import initial_tensors
+from deco_scale.parallel.init_weights import initial_tensors
 
 XXL = ModelConfig(
     kind="t2i_deco",

@@ -7,7 +7,7 @@ from torch import Tensor
 from deco_scale.kernels import use_kernels
 from deco_scale.models import Denoiser, ModelConfig, patchify, unpatchify
 from deco_scale.objectives import Objective, ObjectiveConfig, drop_condition
-from deco_scale.objectives.flow import base_time, noised, shift_time, velocity_from_image
+from deco_scale.objectives.flow_matching import base_time, noised, shift_time, velocity_from_image
 from deco_scale.objectives.frequency import (
     block_dct,
     block_transform,

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
+from deco_scale.demo_app.limits import is_loopback
+from deco_scale.demo_app.service import KEPT_ORDERS, DemoService
+from deco_scale.demo_app.validation import FIELDS, MAX_SEED, SOLVERS, CheckError, Limits, check_request
 from deco_scale.models import ModelConfig
-from deco_scale.page.checks import FIELDS, MAX_SEED, SOLVERS, CheckError, Limits, check_order
-from deco_scale.page.guard import is_loopback
-from deco_scale.page.studio import KEPT_ORDERS, Studio
 from deco_scale.sampling import SamplerConfig
-from deco_scale.sampling.generator import Generator
+from deco_scale.sampling.generate import Generator
 from tests.page import GOOD, LIMITS
 
 JSON_VALUES = st.recursive(
@@ -39,7 +39,7 @@ def test_any_values_are_an_order_within_the_limits_or_a_plain_error(
 ) -> None:
     raw = GOOD | ({"subject": 4} if num_classes else {}) | changed | numbers
     try:
-        order = check_order(raw, LIMITS, patch_size=16, num_classes=num_classes)
+        order = check_request(raw, LIMITS, patch_size=16, num_classes=num_classes)
     except CheckError as error:
         assert len(str(error)) < 200 and str(error).endswith(".")
         return
@@ -69,11 +69,11 @@ def test_any_values_are_an_order_within_the_limits_or_a_plain_error(
 )
 def test_messages_name_the_field_and_what_is_allowed(change: dict[str, Any], message: str) -> None:
     with pytest.raises(CheckError) as error:
-        check_order(GOOD | change, LIMITS, patch_size=16, num_classes=0)
+        check_request(GOOD | change, LIMITS, patch_size=16, num_classes=0)
     assert str(error.value) == message
 
 
-def class_studio(folder: Path, max_seconds: float = 60.0) -> Studio:
+def class_studio(folder: Path, max_seconds: float = 60.0) -> DemoService:
     """A class model that draws towards a colour of its class."""
     model = ModelConfig(kind="c2i_baseline", dim=8, num_heads=1, num_blocks=1, patch_size=4, num_classes=5)
 
@@ -84,7 +84,7 @@ def class_studio(folder: Path, max_seconds: float = 60.0) -> Studio:
         velocity, model, encode=None, null=torch.tensor(5), device=torch.device("cpu"), digest="abc"
     )
     limits = Limits(max_side=8, max_pictures=2, max_steps=5)
-    return Studio(generator, SamplerConfig(), folder, limits=limits, batch=2, max_seconds=max_seconds)
+    return DemoService(generator, SamplerConfig(), folder, limits=limits, batch=2, max_seconds=max_seconds)
 
 
 def test_a_class_model_draws_again_what_its_settings_say_and_old_pictures_go(tmp_path: Path) -> None:

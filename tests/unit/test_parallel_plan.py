@@ -6,8 +6,8 @@ import pytest
 
 from deco_scale.errors import ConfigError
 from deco_scale.models import ModelConfig
-from deco_scale.parallel.layout import Layout
-from deco_scale.parallel.plan import check_tp, layout_rows
+from deco_scale.parallel.mesh import ParallelDims
+from deco_scale.parallel.tp_plan import check_tp, layout_rows
 from deco_scale.planning.layouts import tp_degrees
 
 TEXT = ModelConfig(
@@ -20,13 +20,13 @@ TEXT = ModelConfig(
 def test_blocks_of_the_frequency_loss_must_lie_inside_patches_with_tp(patch_size: int) -> None:
     model = dataclasses.replace(TEXT, patch_size=patch_size)
     check_tp(model, 1)
-    assert layout_rows(model, Layout(1, 2, 1))
+    assert layout_rows(model, ParallelDims(1, 2, 1))
     for tp in (2, 4):
         match = rf"parallel.tp={tp} needs model.patch_size={patch_size} to be a multiple of 8"
         with pytest.raises(ConfigError, match=match):
             check_tp(model, tp)
         with pytest.raises(ConfigError, match=match):
-            layout_rows(model, Layout(1, 1, tp))
+            layout_rows(model, ParallelDims(1, 1, tp))
     assert tp_degrees(model, 8) == [1]
 
 

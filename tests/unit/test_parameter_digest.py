@@ -23,9 +23,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from checkpoints_tools.canonical import CanonicalReader, digest_of_sums, word_sum
-from deco_scale.training.digest import parameter_digest, snapshot_digest
-from deco_scale.training.staging import Staging
+from checkpoints_tools.formats.canonical import CanonicalReader, digest_of_sums, word_sum
+from deco_scale.checkpoint.digest import parameter_digest, snapshot_digest
+from deco_scale.checkpoint.staging import Staging
 from tests.checkpoints import assert_same_bits, complete, save
 
 RANKS = 4

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from checkpoints_tools import cli
-from checkpoints_tools.source import EMA
+from checkpoints_tools.base import EMA
 from deco_scale.cli import main as deco
 from deco_scale.models import Denoiser, ModelConfig
 from deco_scale.sampling import SamplerConfig
-from deco_scale.sampling.pictures import make_pictures, velocity_of
+from deco_scale.sampling.images import generate_images, velocity_of
 from deco_scale.sampling.pipeline import DecoPipeline, PipelineError
 from tests.assets import TEXT_DIM, TEXT_TOKENS
 from tests.checkpoints import CLASSES, TEXT, release_file, release_state, save, tensors_of
@@ -33,7 +33,7 @@ def _drawn(
     denoiser = Denoiser(model)
     denoiser.load_state_dict({n.removeprefix(EMA): t for n, t in tensors.items() if n.startswith(EMA)})
     velocity = velocity_of(lambda p, t, c, g: denoiser(p, t, c, grid=g).prediction_BNK, model.patch_size)
-    return make_pictures(velocity, states, null, [3, 4], size=(8, 8), cfg=cfg, batch=2)
+    return generate_images(velocity, states, null, [3, 4], size=(8, 8), cfg=cfg, batch=2)
 
 
 def test_the_pipeline_draws_classes(tmp_path: Path) -> None:

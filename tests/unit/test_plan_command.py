@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from deco_scale import cli
+from deco_scale.cli import main
 from deco_scale.config import load_config
-from deco_scale.parallel.layout import Layout, resolve_layout
-from deco_scale.parallel.plan import check_tp, layout_rows
+from deco_scale.parallel.mesh import ParallelDims, resolve_parallel_dims
+from deco_scale.parallel.tp_plan import check_tp, layout_rows
 from deco_scale.planning.flops import Workload
 from deco_scale.planning.forecast import fits, plan_as_configured
 from deco_scale.planning.hardware import gpu_device
@@ -31,7 +31,7 @@ TINY = ROOT / "configs" / "t2i_tiny.yaml"
     ],
 )
 def test_the_impossible_is_refused(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["plan", "--config", str(XXL), *arguments]) == 2
+    assert main.main(["plan", "--config", str(XXL), *arguments]) == 2
     assert said in capsys.readouterr().err
 
 
@@ -40,17 +40,17 @@ def test_the_table_has_both_engines_the_cost_and_the_recommendation(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     command = ["plan", "--config", str(XXL), "--gpus", "8", "--gpu", "h100", "--results", str(tmp_path)]
-    assert cli.main([*command, "--price", "3"]) == 0
+    assert main.main([*command, "--price", "3"]) == 0
     shown = capsys.readouterr().out
     for part in ("fsdp", "ZeRO-3", "recommended: parallel.engine=", "cost", "assumed", "measured", "own"):
         assert part in shown, part
     assert f"no measured throughput result in {tmp_path}" in shown
-    assert cli.main(command) == 0
+    assert main.main(command) == 0
     assert "cost" not in capsys.readouterr().out
     # What is recommended can be given to the trainer as it stands.
     line = next(line for line in shown.splitlines() if line.startswith("recommended: "))
     cfg = load_config(XXL, line.removeprefix("recommended: ").split())
-    layout = resolve_layout(cfg.parallel, 8)
+    layout = resolve_parallel_dims(cfg.parallel, 8)
     check_tp(cfg.model, layout.tp)
     device = gpu_device("h100", compute=cfg.precision.compute)
     plan = plan_as_configured(
@@ -63,8 +63,8 @@ def test_layout_table_still_lists_every_parameter(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    assert cli.main(["plan", "--config", str(TINY), "--gpus", "2", "--layout"]) == 0
+    assert main.main(["plan", "--config", str(TINY), "--gpus", "2", "--layout"]) == 0
     shown = capsys.readouterr().out
-    for row in layout_rows(load_config(TINY).model, Layout(1, 2)):
+    for row in layout_rows(load_config(TINY).model, ParallelDims(1, 2)):
         assert row.name in shown
     assert "state of a rank" in shown and "all-gather" in shown

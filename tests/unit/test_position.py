@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from deco_scale.models.position import PixelFeatures, PositionScale, pixel_position_features, rope_angles
+from deco_scale.models.embeddings import PixelFeatures, PositionScale, pixel_position_features, rope_angles
 from tests import formulas
 
 CPU = torch.device("cpu")

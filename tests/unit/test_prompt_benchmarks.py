@@ -16,7 +16,7 @@ from PIL import Image
 from deco_scale.errors import ConfigError
 from deco_scale.evaluation import dpg, geneval
 from deco_scale.evaluation.files import read_json_lines
-from deco_scale.sampling.generator import Job
+from deco_scale.sampling.generate import SampleRequest
 from tests.evaluations import (
     METADATA,
     OFFICIAL_DPG,
@@ -33,18 +33,18 @@ def test_geneval_layout_is_what_its_scorer_reads(tmp_path: Path) -> None:
     tasks = geneval.read_tasks(tmp_path / "m.jsonl")
     out = tmp_path / "out"
     geneval.write_metadata(tasks, out)
-    work = geneval.missing_pictures(tasks, out, 4)
+    work = geneval.missing_images(tasks, out, 4)
     assert len(work) == 8
     with pytest.raises(KeyboardInterrupt):
-        geneval.draw_pictures(drawing(fail_at=3), work, out, on_picture=nothing)
-    left = geneval.missing_pictures(tasks, out, 4)
+        geneval.generate_images(drawing(fail_at=3), work, out, on_picture=nothing)
+    left = geneval.missing_images(tasks, out, 4)
     assert left == work[3:]
-    geneval.draw_pictures(drawing(), left, out, on_picture=nothing)
+    geneval.generate_images(drawing(), left, out, on_picture=nothing)
     names = [f"{i:05d}.png" for i in range(4)]
     assert official_geneval(out) == {entry["prompt"]: names for entry in METADATA}
     assert sorted(p.name for p in out.iterdir()) == ["00000", "00001"]
     for task, i in work:
-        _, wanted = next(drawing()([Job(task.prompt, i, seed=i)]))
+        _, wanted = next(drawing()([SampleRequest(task.prompt, i, seed=i)]))
         found = np.asarray(Image.open(out / task.folder / "samples" / f"{i:05d}.png"))
         assert np.array_equal(found, wanted)
 
@@ -174,17 +174,17 @@ def test_dpg_grids_are_what_its_scorer_cuts(tmp_path: Path) -> None:
     prompts = [dpg.Prompt(f"p{i}", f"text {i}") for i in range(3)]
     folder = tmp_path / "out" / "pictures"
     with pytest.raises(KeyboardInterrupt):
-        dpg.draw_prompts(drawing((8, 8), fail_at=6), prompts, folder, on_picture=nothing)
+        dpg.generate_images(drawing((8, 8), fail_at=6), prompts, folder, on_picture=nothing)
     left = dpg.missing_prompts(prompts, folder)
     assert left == prompts[1:] and [p.name for p in folder.iterdir()] == ["p0.png"]
-    dpg.draw_prompts(drawing((8, 8)), left, folder, on_picture=nothing)
+    dpg.generate_images(drawing((8, 8)), left, folder, on_picture=nothing)
     assert sorted(p.name for p in folder.iterdir()) == ["p0.png", "p1.png", "p2.png"]
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["pictures"]
     corners = [(0, 0, 8, 8), (8, 0, 16, 8), (0, 8, 8, 16), (8, 8, 16, 16)]
     for prompt in prompts:
         grid = Image.open(folder / f"{prompt.id}.png")
         for i, corner in enumerate(corners):
-            _, wanted = next(drawing((8, 8))([Job(prompt.text, i, seed=i)]))
+            _, wanted = next(drawing((8, 8))([SampleRequest(prompt.text, i, seed=i)]))
             assert np.array_equal(np.asarray(grid.crop(corner)), wanted)
 
 

@@ -26,7 +26,11 @@ def test_another_version_than_the_gpu_machine_s_is_named(monkeypatch: pytest.Mon
 
 def test_every_module_of_the_project_is_found() -> None:
     names = set(rehearsal.modules())
-    assert {"launcher.train", "launcher.schedulers.slurm", "deco_scale.kernels.pixels_device"} <= names
+    assert {
+        "launcher.train",
+        "launcher.schedulers.slurm",
+        "deco_scale.kernels.triton.pixel_decoder_device",
+    } <= names
     assert {"benchmarks.gpu_suite", "data_pipeline.storage.s3", "checkpoints_tools.cli"} <= names
 
 

@@ -15,16 +15,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from checkpoints_tools import cli, reshard
-from checkpoints_tools.canonical import CanonicalReader, write_canonical
-from checkpoints_tools.formats import open_checkpoint
-from checkpoints_tools.infer import denoiser_shapes, repa_shapes
+from checkpoints_tools.base import CheckpointReader, TensorSpec
+from checkpoints_tools.formats.canonical import CanonicalReader, write_canonical
+from checkpoints_tools.formats.zero.layout import partitions, sub_groups
+from checkpoints_tools.formats.zero.writer import ZeroLayout
+from checkpoints_tools.infer_config import denoiser_shapes, repa_shapes
+from checkpoints_tools.registry import open_checkpoint
 from checkpoints_tools.reshard import byte_count, plan_reshard
-from checkpoints_tools.source import Source, TensorSpec
-from checkpoints_tools.zero_layout import partitions, sub_groups
-from checkpoints_tools.zero_writer import ZeroLayout
+from deco_scale.checkpoint.manager import CheckpointMeta, verify
 from deco_scale.errors import ConfigError
 from deco_scale.models import ModelConfig
-from deco_scale.training.checkpoint import CheckpointMeta, verify
 
 META = CheckpointMeta(
     step=7, stage="a", samples=70, seed=0, optimizer_steps=6, data_state={"at": 70}, parameter_digest="", config={}
@@ -51,12 +51,12 @@ def make_canonical(
     return CanonicalReader(folder)
 
 
-def write(source: Source, target: Path, **options: Any) -> Source:
+def write(source: CheckpointReader, target: Path, **options: Any) -> CheckpointReader:
     plan_reshard(source, **options).write(target, lambda name: None)
     return open_checkpoint(target)
 
 
-def check_equal(found: Source, wanted: Source) -> None:
+def check_equal(found: CheckpointReader, wanted: CheckpointReader) -> None:
     assert list(found.specs) == list(wanted.specs)
     for name, spec in wanted.specs.items():
         assert torch.equal(found.read(name), wanted.read(name)), name
@@ -127,7 +127,7 @@ def test_every_element_has_one_place(shapes: list[list[int]], dp: int, stage: in
 
 
 def test_tensor_parallel_1_2_4_1(canonical: CanonicalReader, tmp_path: Path) -> None:
-    source: Source = canonical
+    source: CheckpointReader = canonical
     for tp, stage in ((1, 3), (2, 1), (4, 3), (1, 2)):
         layout = ZeroLayout(dp=2, tp=tp, stage=stage)
         source = write(source, tmp_path / f"native_{tp}_{stage}", to="deepspeed", layout=layout)
@@ -144,7 +144,7 @@ def test_universal_and_number_of_files(canonical: CanonicalReader, tmp_path: Pat
 
 
 def test_large_models_have_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("checkpoints_tools.zero_layout.SUB_GROUP_ELEMENTS", 500)
+    monkeypatch.setattr("checkpoints_tools.formats.zero.layout.SUB_GROUP_ELEMENTS", 500)
     wanted = make_canonical(tmp_path / "canonical")
     shapes = {f"denoiser.{n}": s for n, s in denoiser_shapes(MODEL).items()}
     assert len(sub_groups(shapes, dp=2, stage=3)) > 2

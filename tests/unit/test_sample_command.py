@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from checkpoints_tools import cli as checkpoint_cli
-from deco_scale import cli
+from checkpoints_tools import main as checkpoint_cli
+from deco_scale.cli import main
+from deco_scale.cli.sample import parse_classes, parse_size
 from deco_scale.config import build_config
 from deco_scale.errors import ConfigError, RunError
-from deco_scale.picture_folder import PictureFolder
-from deco_scale.sample_command import parse_classes, parse_size
+from deco_scale.sampling.output_dir import PictureFolder
 from tests.assets import tiny_config
 from tests.checkpoints import META, save, tensors_of
 from tests.conftest import ROOT
@@ -50,7 +50,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory, text_encoder: Path) -> 
 
 def sample(checkpoint: Path, out: Path, *more: str) -> int:
     quick = ["--num-steps", "2", "--size", "32"]
-    return cli.main(["sample", "--checkpoint", str(checkpoint), "--out", str(out), *quick, *more])
+    return main.main(["sample", "--checkpoint", str(checkpoint), "--out", str(out), *quick, *more])
 
 
 def read(out: Path) -> dict[str, tuple[dict[str, Any], np.ndarray[Any, Any]]]:

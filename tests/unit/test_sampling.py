@@ -15,17 +15,17 @@ from deco_scale.models import Denoiser, ModelConfig
 from deco_scale.sampling import (
     Generator,
     Guidance,
-    Job,
     SamplerConfig,
+    SampleRequest,
     guided_velocity,
     sample,
     time_grid,
 )
-from deco_scale.sampling.generator import check_size
-from deco_scale.sampling.graphs import Graphed
+from deco_scale.sampling.cuda_graphs import CudaGraphedVelocity
+from deco_scale.sampling.generate import check_size
 from deco_scale.sampling.guidance import rescaled
-from deco_scale.sampling.pictures import make_pictures, save_grid, to_uint8, velocity_of
-from deco_scale.sampling.solvers import adams_weights
+from deco_scale.sampling.images import generate_images, save_grid, to_uint8, velocity_of
+from deco_scale.sampling.samplers import adams_weights
 
 SOLVERS: list[dict[str, Any]] = [
     {"solver": "euler"}, {"solver": "heun"}, *({"solver": "adams", "order": order} for order in (1, 2, 3, 4)),
@@ -164,7 +164,7 @@ def test_pictures_do_not_depend_on_the_batch(tmp_path: Path) -> None:
 
     cfg = SamplerConfig(num_steps=4)
     conditions, null = torch.tensor([0.1, 0.2, 0.3]), torch.tensor(0.0)
-    made = [make_pictures(velocity, conditions, null, [5, 6, 7], size=(8, 8), cfg=cfg, batch=b) for b in (1, 3)]
+    made = [generate_images(velocity, conditions, null, [5, 6, 7], size=(8, 8), cfg=cfg, batch=b) for b in (1, 3)]
     assert np.array_equal(*made)
     save_grid(made[0], tmp_path / "grid.png", columns=2, labels=["a", "b", "c"], scale=4)
     assert (tmp_path / "grid.png").stat().st_size > 100
@@ -172,7 +172,7 @@ def test_pictures_do_not_depend_on_the_batch(tmp_path: Path) -> None:
 
 def test_graphs_without_a_gpu_are_refused() -> None:
     with pytest.raises(ValueError, match="need a GPU, this process computes on cpu"):
-        Graphed(lambda x, t, condition: x, torch.device("cpu"))
+        CudaGraphedVelocity(lambda x, t, condition: x, torch.device("cpu"))
 
 
 def test_rounding_to_bytes() -> None:
@@ -221,7 +221,7 @@ def generator_of(words: Words) -> Generator:
 def test_each_text_is_encoded_once_and_a_picture_depends_on_its_job_alone() -> None:
     words, cfg = Words(), SamplerConfig(num_steps=3)
     generator = generator_of(words)
-    jobs = [Job(prompt, index, index, negative) for prompt in ("cat", "bird") for index in range(3)
+    jobs = [SampleRequest(prompt, index, index, negative) for prompt in ("cat", "bird") for index in range(3)
             for negative in ("", "blur")]  # fmt: skip
     steps: list[tuple[int, int]] = []
 
@@ -239,9 +239,9 @@ def test_each_text_is_encoded_once_and_a_picture_depends_on_its_job_alone() -> N
 
 def test_a_negative_prompt_leaves_no_trace() -> None:
     generator, cfg = generator_of(Words()), SamplerConfig(num_steps=3)
-    plain = [Job("cat"), Job("dog", 1, 1)]
+    plain = [SampleRequest("cat"), SampleRequest("dog", 1, 1)]
 
-    def draw(jobs: list[Job]) -> list[bytes]:
+    def draw(jobs: list[SampleRequest]) -> list[bytes]:
         return [p.tobytes() for _, p in generator.pictures(jobs, size=(4, 4), sampler=cfg, batch=4)]
 
     before, null = draw(plain), generator.null
@@ -255,25 +255,25 @@ def test_a_negative_prompt_leaves_no_trace() -> None:
 @pytest.mark.parametrize(
     ("job", "size", "batch", "message"),
     [
-        (Job(3), (4, 4), 1, "classes from 0 to 2, not 3"),
-        (Job("cat"), (4, 4), 1, "classes from 0 to 2, not 'cat'"),
-        (Job(1, negative="x"), (4, 4), 1, "no negative prompt"),
-        (Job(1), (4, 6), 1, "4x6: both sides must be positive multiples of 4"),
-        (Job(1), (0, 4), 1, "0x4"),
-        (Job(1), (4000, 4000), 1, "1000000 patches of 4, at most 16384"),
-        (Job(1), (4, 4), 0, "batch=0"),
+        (SampleRequest(3), (4, 4), 1, "classes from 0 to 2, not 3"),
+        (SampleRequest("cat"), (4, 4), 1, "classes from 0 to 2, not 'cat'"),
+        (SampleRequest(1, negative="x"), (4, 4), 1, "no negative prompt"),
+        (SampleRequest(1), (4, 6), 1, "4x6: both sides must be positive multiples of 4"),
+        (SampleRequest(1), (0, 4), 1, "0x4"),
+        (SampleRequest(1), (4000, 4000), 1, "1000000 patches of 4, at most 16384"),
+        (SampleRequest(1), (4, 4), 0, "batch=0"),
     ],
     ids=str,
 )
 def test_impossible_pictures_are_refused_before_any_is_drawn(
-    job: Job, size: tuple[int, int], batch: int, message: str
+    job: SampleRequest, size: tuple[int, int], batch: int, message: str
 ) -> None:
     def velocity(x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
         raise AssertionError("nothing may be drawn")
 
     generator = Generator(velocity, CLASS_MODEL, encode=None, null=torch.tensor(3), device=torch.device("cpu"))
     with pytest.raises(ValueError, match=message):
-        generator.pictures([Job(0), job], size=size, sampler=SamplerConfig(), batch=batch)
+        generator.pictures([SampleRequest(0), job], size=size, sampler=SamplerConfig(), batch=batch)
 
 
 def test_sizes_that_fit_are_taken() -> None:

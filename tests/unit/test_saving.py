@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from data_pipeline.storage.dev_server import S3Server
+from deco_scale.checkpoint import manager
+from deco_scale.checkpoint.config import CheckpointConfig, KeepBest
+from deco_scale.checkpoint.format import shared_lock
+from deco_scale.checkpoint.manager import read_meta, read_tensors, verify
+from deco_scale.checkpoint.object_storage import open_objects
 from deco_scale.config import build_config
 from deco_scale.errors import ConfigError, RunError
-from deco_scale.training import checkpoint
-from deco_scale.training.checkpoint import read_meta, read_tensors, reading, verify
-from deco_scale.training.engine import Engine
-from deco_scale.training.settings import CheckpointConfig, KeepBest
-from launcher.objects import open_objects
+from deco_scale.parallel.engines.base import Engine
 from tests.faults.crash import PlainEngine, content, meta_of
 from tests.saving import alone, engine_of, make
 
@@ -37,13 +38,13 @@ class TestSaving:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         checkpoints, engine, written = make(tmp_path), engine_of(1), threading.Event()
-        whole = checkpoint.write_snapshot
+        whole = manager.write_snapshot
 
         def slow(*arguments: Any) -> Any:
             assert written.wait(60)
             return whole(*arguments)
 
-        monkeypatch.setattr(checkpoint, "write_snapshot", slow)
+        monkeypatch.setattr(manager, "write_snapshot", slow)
         assert checkpoints.start(engine, meta_of(1)) is None
         assert checkpoints.finished() is None
         for tensor in engine.state().values():
@@ -97,7 +98,7 @@ class TestSaving:
 
     def test_a_bug_is_not_taken_for_a_full_disk(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         checkpoints = make(tmp_path)
-        monkeypatch.setattr(checkpoint, "snapshot_digest", lambda *a: 1 / 0)
+        monkeypatch.setattr(manager, "snapshot_digest", lambda *a: 1 / 0)
         checkpoints.start(engine_of(1), meta_of(1))
         with pytest.raises(ZeroDivisionError):
             checkpoints.finished(wait=True)
@@ -125,7 +126,7 @@ class TestSaving:
         for step in (2, 3, 4):
             checkpoints.save(engine_of(step), meta_of(step))
         assert steps_of(tmp_path / "run") == [1, 4]
-        with reading(tmp_path / "run" / "step_00000004"):
+        with shared_lock(tmp_path / "run" / "step_00000004"):
             checkpoints.save(engine_of(5), meta_of(5))
             assert steps_of(tmp_path / "run") == [1, 4, 5]
             with (tmp_path / "run" / "step_00000004" / "COMPLETE").open() as file, pytest.raises(BlockingIOError):
@@ -199,18 +200,18 @@ class TestSaving:
 
 def limited(action: Any, device: str, folder: Path) -> None:
     """Run ``action`` with every file of a save being ``device``."""
-    from deco_scale.training import writing
+    from deco_scale.checkpoint import writer
 
-    whole = writing.DcpFile.__init__
+    whole = writer.DcpFile.__init__
 
     def redirected(self: Any, path: Path) -> None:
         whole(self, Path(device))
 
-    writing.DcpFile.__init__ = redirected  # type: ignore[method-assign]
+    writer.DcpFile.__init__ = redirected  # type: ignore[method-assign]
     try:
         action()
     finally:
-        writing.DcpFile.__init__ = whole  # type: ignore[method-assign]
+        writer.DcpFile.__init__ = whole  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from data_pipeline.storage.dev_server import S3Server
-from deco_scale.training import checkpoint
-from deco_scale.training.checkpoint import Checkpoints, read_meta
-from deco_scale.training.engine import Engine
-from deco_scale.training.settings import CheckpointConfig
-from deco_scale.training.staging import local_part
-from launcher.objects import open_objects
+from deco_scale.checkpoint import manager
+from deco_scale.checkpoint.config import CheckpointConfig
+from deco_scale.checkpoint.manager import CheckpointManager, read_meta
+from deco_scale.checkpoint.object_storage import open_objects
+from deco_scale.checkpoint.staging import local_part
+from deco_scale.parallel.engines.base import Engine
 from tests.distributed.harness import in_group
 from tests.faults.crash import PlainEngine, meta_of
 from tests.saving import alone, make
@@ -42,15 +42,15 @@ def _sharded(seed: int) -> dict[str, Tensor]:
 
 
 def _export(root: str) -> None:
-    checkpoints = Checkpoints(Path(root) / "run", CheckpointConfig(ema_every=2, ema_steps=(3,)))
+    checkpoints = CheckpointManager(Path(root) / "run", CheckpointConfig(ema_every=2, ema_steps=(3,)))
     if dist.get_rank() == 0:
         checkpoints.prepare()
     dist.barrier()
     assert [checkpoints.export_due(s) for s in (1, 2, 3, 4, 5)] == [False, True, True, True, False]
     meta = meta_of(2, config={"model": {"dim": 3}})
     state = _sharded(0)
-    checkpoints.start(cast(Engine, PlainEngine(state)), meta, checkpoint=False, export=True)
-    both = checkpoints.start(cast(Engine, PlainEngine(_sharded(1))), meta_of(3), checkpoint=True, export=True)
+    checkpoints.start(cast(Engine, PlainEngine(state)), meta, manager=False, export=True)
+    both = checkpoints.start(cast(Engine, PlainEngine(_sharded(1))), meta_of(3), manager=True, export=True)
     assert both is not None and both.error is None and "EMA export" in both.said, both
     saved = checkpoints.finished(wait=True)
     assert saved is not None and saved.error is None and "checkpoint" in saved.said, saved
@@ -63,7 +63,7 @@ def _export(root: str) -> None:
             assert torch.equal(found[name], whole), name
         assert found.keys() == SHARDED.keys()
     # The digest that was taken of the staged parts is that of the live ones.
-    assert read_meta(Path(root) / "run" / "step_00000003").parameter_digest == checkpoint.parameter_digest(
+    assert read_meta(Path(root) / "run" / "step_00000003").parameter_digest == manager.parameter_digest(
         _sharded(1)
     )
     target = {name: torch.zeros_like(tensor) for name, tensor in _sharded(0).items()}
@@ -81,12 +81,12 @@ def _export(root: str) -> None:
 
 def _through_s3(folder: Path, url: str) -> None:
     """Every rank uploads its own files, rank 0 the export; what comes back is equal on every rank."""
-    checkpoints = Checkpoints(folder / "run", CheckpointConfig(url=url), open_objects=open_objects)
+    checkpoints = CheckpointManager(folder / "run", CheckpointConfig(url=url), open_objects=open_objects)
     if dist.get_rank() == 0:
         checkpoints.prepare()
     dist.barrier()
     state = _sharded(4)
-    checkpoints.start(cast(Engine, PlainEngine(state)), meta_of(4), checkpoint=True, export=True)
+    checkpoints.start(cast(Engine, PlainEngine(state)), meta_of(4), manager=True, export=True)
     saved = checkpoints.finished(wait=True)
     assert saved is not None and saved.error is None and f"{url}/exports/ema_step_00000004" in saved.said, saved
     dist.barrier()
@@ -123,7 +123,7 @@ def _big(fill: float) -> dict[str, Tensor]:
 
 
 def _load_big(root: str, limit: int) -> None:
-    checkpoints = Checkpoints(Path(root) / "run", CheckpointConfig())
+    checkpoints = CheckpointManager(Path(root) / "run", CheckpointConfig())
     if dist.get_rank() == 0:
         checkpoints.prepare()
     dist.barrier()

@@ -16,7 +16,7 @@ from data_pipeline.storage.base import ObjectInfo, open_store
 from data_pipeline.stream.loader import Loader
 from data_pipeline.stream.mixture import BLOCK_POSITIONS, MixtureSampler, Schedule
 from data_pipeline.stream.sampler import CHUNK_SAMPLES, ElasticSampler, generator
-from deco_scale.training.randomness import draw, mix
+from deco_scale.training.noise import draw, mix
 from tests.sets import image_bytes, tar_of
 
 

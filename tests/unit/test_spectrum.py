@@ -12,18 +12,18 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from checkpoints_tools.canonical import write_canonical
+from checkpoints_tools.base import TensorSpec
 from checkpoints_tools.cli import main as deco_ckpt
-from checkpoints_tools.source import TensorSpec
+from checkpoints_tools.formats.canonical import write_canonical
+from deco_scale.checkpoint.manager import CheckpointMeta
 from deco_scale.cli import main as deco
+from deco_scale.cli.spectrum import DATA_TIMES
 from deco_scale.config import build_config
 from deco_scale.evaluation.spectrum import Probe, block_energies, normalised, probe_pictures, probe_samples, zigzag
 from deco_scale.models import Denoiser, ModelConfig, patchify
 from deco_scale.objectives.frequency import frequency_weights
 from deco_scale.sampling import SamplerConfig, time_grid
-from deco_scale.sampling.pictures import velocity_of
-from deco_scale.spectrum_command import DATA_TIMES
-from deco_scale.training.checkpoint import CheckpointMeta
+from deco_scale.sampling.images import velocity_of
 from tests import assets
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"

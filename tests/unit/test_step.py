@@ -14,14 +14,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from deco_scale.kernels import Kernels
 from deco_scale.models import Denoiser, ModelConfig
 from deco_scale.objectives import Objective, ObjectiveConfig
-from deco_scale.parallel.fsdp import FsdpEngine
-from deco_scale.parallel.layout import Layout
-from deco_scale.precision import PrecisionConfig
-from deco_scale.training.batch import Part, Prepare, pinned
-from deco_scale.training.judge import Judge
-from deco_scale.training.loop import Loop, Stage
-from deco_scale.training.settings import FaultsConfig, OptimizerConfig, RunSettings, StageConfig
-from deco_scale.training.step import StepResult
+from deco_scale.optim.config import OptimizerConfig
+from deco_scale.parallel.engines.fsdp import FsdpEngine
+from deco_scale.parallel.mesh import ParallelDims
+from deco_scale.precision.config import PrecisionConfig
+from deco_scale.training.anomalies import AnomalyDetector
+from deco_scale.training.config import FaultsConfig, RunSettings, StageConfig
+from deco_scale.training.inputs import InputBuilder, MicroBatch, pinned
+from deco_scale.training.train_step import StepResult
+from deco_scale.training.trainer import Stage, Trainer
 from tests.device_check import reads_host
 
 MODEL = ModelConfig(
@@ -45,11 +46,11 @@ class SmallRun:
         features = torch.randn(SAMPLES // MICROS, 9, 6, generator=generator).to(device)
         self.device, self.model = device, model
         self.engine = FsdpEngine(
-            lambda: Objective(Denoiser(model), objective, encoder_dim=6), layout=Layout(1, 1, 1), device=device,
+            lambda: Objective(Denoiser(model), objective, encoder_dim=6), layout=ParallelDims(1, 1, 1), device=device,
             optimizer=OptimizerConfig(), precision=PrecisionConfig(compute="fp32"), compile_blocks=False,
             recompute="none", seed=0, kernels=kernels,
         )  # fmt: skip
-        prepare = Prepare(
+        prepare = InputBuilder(
             seed=0,
             device=device,
             objective=objective,
@@ -61,15 +62,15 @@ class SmallRun:
             name="a", resolution=24, steps=9, global_batch=SAMPLES, micro_batch=SAMPLES // MICROS, lr=1e-3
         )
         self.stage = Stage(cfg=stage, accumulation=MICROS, image_flops=1.0)
-        self.judge = Judge(FaultsConfig(spike="skip", spike_window=2), max_bad_steps=2, device=device)
+        self.judge = AnomalyDetector(FaultsConfig(spike="skip", spike_window=2), max_bad_steps=2, device=device)
         nothing = cast(Any, None)
-        self.loop = Loop(
+        self.loop = Trainer(
             settings=RunSettings(dir="x"), stages=[self.stage], engine=self.engine, prepare=prepare,
             open_data=nothing, checkpoints=nothing, reporter=nothing, device=device, config={},
             after_step=lambda step: None, peak_flops=None,
         )  # fmt: skip
 
-    def batch(self, step: int) -> Part:
+    def batch(self, step: int) -> MicroBatch:
         """Pictures, and text states of different lengths or labels; in page-locked memory for a GPU."""
         random = np.random.default_rng(step)
         states: Sequence[Any] | None = None
@@ -77,10 +78,10 @@ class SmallRun:
             states = [random.integers(0, 16_000, (2 + i % 3, 12)).astype(np.uint16) for i in range(SAMPLES)]
         images = random.integers(0, 256, (SAMPLES, 24, 24, 3), dtype=np.uint8)
         numbers = range(step * SAMPLES, (step + 1) * SAMPLES)
-        made = Part(images, [""] * SAMPLES, [3] * SAMPLES, numbers, states)
-        return cast(Part, pinned(made, (5, 12))) if self.device.type == "cuda" else made
+        made = MicroBatch(images, [""] * SAMPLES, [3] * SAMPLES, numbers, states)
+        return cast(MicroBatch, pinned(made, (5, 12))) if self.device.type == "cuda" else made
 
-    def step(self, number: int, batch: Part) -> StepResult:
+    def step(self, number: int, batch: MicroBatch) -> StepResult:
         """What the loop does in a step that does not log."""
         result = self.loop.step(self.stage, batch, judge=self.judge)
         self.judge.add(number, loss=result.losses["loss"], skipped=result.skipped)
@@ -126,7 +127,7 @@ def test_no_operation_of_a_step_reads_a_value_on_the_host(
 ) -> None:
     if kernels == "triton":
         # The interpreter itself reads values; what is around the launch is looked at.
-        adamw_triton = pytest.importorskip("deco_scale.kernels.adamw_triton")
+        adamw_triton = pytest.importorskip("deco_scale.kernels.triton.adamw")
         launched: list[Any] = []
         monkeypatch.setattr(adamw_triton, "_averaged_adamw", {(n,): launch_into(launched) for n in range(1000)})
     run = SmallRun(torch.device("cpu"), model=model, kernels=kernels)
@@ -174,7 +175,7 @@ def test_the_kernels_take_the_same_step() -> None:
 
 def test_packed_states_are_the_bits_that_were_stored(tmp_path: Path) -> None:
     from deco_scale.errors import RunError
-    from deco_scale.training.batch import packed_states, padded_states
+    from deco_scale.training.inputs import packed_states, padded_states
 
     exact = torch.randn(3, 4).bfloat16()
     bits = exact.view(torch.int16).numpy().view(np.uint16)

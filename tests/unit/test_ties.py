@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from data_pipeline.stream.buckets import assign
-from deco_scale.training.retention import kept
-from deco_scale.training.settings import CheckpointConfig, KeepBest
+from deco_scale.checkpoint.config import CheckpointConfig, KeepBest
+from deco_scale.checkpoint.retention import retained
 
 PAIR = [(16, 32), (32, 16)]
 """Of a square, a wide and a tall bucket are equally far."""
@@ -43,7 +43,7 @@ def best(scores: dict[int, float], count: int = 1, mode: str = "min") -> set[int
         keep_best=KeepBest(metric="loss", mode=mode, count=count),  # type: ignore[arg-type]
     )
     metrics = {step: {"loss": score} for step, score in scores.items()}
-    return kept([*scores, 99], cfg, lambda step: metrics.get(step, {})) - {99}
+    return retained([*scores, 99], cfg, lambda step: metrics.get(step, {})) - {99}
 
 
 @pytest.mark.parametrize("mode", ["min", "max"])
@@ -74,5 +74,5 @@ def test_a_score_that_is_not_finite_is_never_the_best(score: float, mode: str) -
 def test_the_last_every_kth_the_best_and_those_held_are_kept_together() -> None:
     scores = {step: abs(step - 5) for step in range(1, 13)}
     cfg = CheckpointConfig(every=1, keep_last=2, keep_every=4, keep_best=KeepBest(metric="loss"))
-    found = kept(scores, cfg, lambda step: {"loss": scores[step]}, held={3, 50})
+    found = retained(scores, cfg, lambda step: {"loss": scores[step]}, held={3, 50})
     assert found == {11, 12} | {4, 8} | {5} | {3}

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from deco_scale.parallel.deepspeed import DeepSpeedEngine
-from deco_scale.parallel.layout import Layout
-from deco_scale.training.batch import ObjectiveInputs
-from deco_scale.training.engine import Engine, Update
-from deco_scale.training.step import train_step
+from deco_scale.parallel.engines.base import Engine, Update
+from deco_scale.parallel.engines.deepspeed import DeepSpeedEngine
+from deco_scale.parallel.mesh import ParallelDims
+from deco_scale.training.inputs import ObjectiveInputs
+from deco_scale.training.train_step import train_step
 from tests.saving import alone
 
 
@@ -35,9 +35,9 @@ class RecordingEngine:
         losses = {"loss": value, "loss_flow": 10 * value, "loss_repa": 100 * value}
         return {name: torch.tensor(loss) for name, loss in losses.items()}
 
-    def update(self, *, lr: float, betas: tuple[float, float], unwanted: Tensor | None = None) -> Update:
-        self.updates.append((lr, betas, unwanted))
-        return Update(torch.tensor(self.grad), torch.tensor(0.0 if unwanted is None else unwanted.item()))
+    def update(self, *, lr: float, betas: tuple[float, float], should_skip: Tensor | None = None) -> Update:
+        self.updates.append((lr, betas, should_skip))
+        return Update(torch.tensor(self.grad), torch.tensor(0.0 if should_skip is None else should_skip.item()))
 
 
 def step(engine: RecordingEngine, values: list[float], **fields: Any) -> Any:
@@ -63,11 +63,11 @@ def test_gradient_and_losses_are_means_over_the_micro_batches(values: list[float
 def test_the_loss_of_the_whole_step_decides_whether_it_is_unwanted() -> None:
     engine, shown = RecordingEngine(), []
 
-    def unwanted(loss: Tensor) -> Tensor:
+    def should_skip(loss: Tensor) -> Tensor:
         shown.append(loss.item())
         return torch.tensor(1.0)
 
-    assert step(engine, [1.0, 2.0, 6.0], unwanted=unwanted).skipped.item() == 1.0
+    assert step(engine, [1.0, 2.0, 6.0], should_skip=should_skip).skipped.item() == 1.0
     assert shown == [3.0] and len(engine.updates) == 1
 
 
@@ -83,7 +83,7 @@ def test_deepspeed_gets_the_loss_times_its_scale_and_divides_no_more(tp: int) ->
             self.differentiated, self.options = loss, options
 
     engine, library = object.__new__(DeepSpeedEngine), Library()
-    engine._engine, engine._fp8_plan, engine._layout = library, None, Layout(1, 1, tp)
+    engine._engine, engine._fp8_plan, engine._layout = library, None, ParallelDims(1, 1, tp)
     inputs = cast(ObjectiveInputs, (torch.tensor(6.0),))
     losses = engine.forward_backward(inputs, scale=0.25, last=False)
     assert library.differentiated.item() == 1.5 and library.options == {"scale_wrt_gas": False}

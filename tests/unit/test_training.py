@@ -16,20 +16,22 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from deco_scale.checkpoint import manager
+from deco_scale.checkpoint.config import CheckpointConfig
+from deco_scale.checkpoint.manager import CheckpointManager, CheckpointMeta
 from deco_scale.config import load_config
 from deco_scale.errors import ConfigError
 from deco_scale.kernels import Kernels
+from deco_scale.observability.config import WandbConfig
+from deco_scale.observability.run_logger import RunLogger, read_metrics
+from deco_scale.optim.adamw_ema import AdamWWithEMA, nan_if_nonfinite
+from deco_scale.optim.config import OptimizerConfig
+from deco_scale.parallel.engines.base import Engine
 from deco_scale.planning.flops import training_flops
-from deco_scale.training import checkpoint
-from deco_scale.training.ahead import Ahead
-from deco_scale.training.batch import Batch, Encoded
-from deco_scale.training.checkpoint import CheckpointMeta, Checkpoints
-from deco_scale.training.engine import Engine
-from deco_scale.training.feed import Feed
-from deco_scale.training.optimizer import AveragedAdamW, poisoned
-from deco_scale.training.randomness import draw, mix
-from deco_scale.training.report import Reporter, read_metrics
-from deco_scale.training.settings import CheckpointConfig, OptimizerConfig, WandbConfig
+from deco_scale.training.encoder_prefetch import EncoderPrefetcher
+from deco_scale.training.host_prefetch import HostPrefetcher
+from deco_scale.training.inputs import Batch, EncoderOutputs
+from deco_scale.training.noise import draw, mix
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 CPU = torch.device("cpu")
@@ -50,11 +52,11 @@ def test_draws_belong_to_the_sample_not_to_the_batch() -> None:
 
 def test_a_loss_that_is_not_finite_poisons_every_gradient() -> None:
     weight = torch.ones(3, requires_grad=True)
-    poisoned((weight * torch.tensor([1.0, 2.0, 3.0])).sum()).backward()
+    nan_if_nonfinite((weight * torch.tensor([1.0, 2.0, 3.0])).sum()).backward()
     assert weight.grad is not None and weight.grad.tolist() == [1, 2, 3]
     weight.grad = None
     # Infinite in value, finite in gradient: without the poison nobody would notice.
-    poisoned(weight.sum() + torch.tensor(float("inf"))).backward()
+    nan_if_nonfinite(weight.sum() + torch.tensor(float("inf"))).backward()
     assert weight.grad is not None and bool(torch.isnan(weight.grad).all())  # type: ignore[unreachable]
 
 
@@ -65,7 +67,7 @@ def test_optimizer_is_adamw_with_clipping_and_skips_cleanly(kernels: Kernels) ->
     ours, theirs = start.clone(), torch.nn.Parameter(start.clone())
     shards = {"w": ours, "empty": torch.zeros(0), "head": torch.ones(2)}
     cfg = OptimizerConfig(clip_norm=0.5, ema_decay=0.9, weight_decay=0.1)
-    optimizer = AveragedAdamW(shards.values(), cfg, kernels=kernels)
+    optimizer = AdamWWithEMA(shards.values(), cfg, kernels=kernels)
     optimizer.track(shards, averaged={"w", "empty"})
     assert (
         optimizer.tensors("ema").keys() == {"w", "empty"} and optimizer.tensors("exp_avg").keys() == shards.keys()
@@ -107,7 +109,7 @@ def test_optimizer_steps_group_by_group_count_as_one_update() -> None:
     together, apart = torch.randn(2, 7), torch.randn(2, 7)
     apart.copy_(together)
     cfg = OptimizerConfig(weight_decay=0.1)
-    whole, grouped = (AveragedAdamW(list(t), cfg, kernels="torch") for t in (together, apart))
+    whole, grouped = (AdamWWithEMA(list(t), cfg, kernels="torch") for t in (together, apart))
     for optimizer in (whole, grouped):
         parameters = optimizer.param_groups[0]["params"]
         optimizer.track({str(i): p for i, p in enumerate(parameters)}, averaged={"0", "1"})
@@ -169,8 +171,8 @@ def engine(width: int = 3) -> Engine:
 
 @pytest.mark.usefixtures("group")
 class TestCheckpoint:
-    def checkpoints(self, folder: Path, **settings: int) -> Checkpoints:
-        made = Checkpoints(folder / "c", CheckpointConfig(every=1, **settings))
+    def checkpoints(self, folder: Path, **settings: int) -> CheckpointManager:
+        made = CheckpointManager(folder / "c", CheckpointConfig(every=1, **settings))
         made.prepare()
         return made
 
@@ -190,9 +192,9 @@ class TestCheckpoint:
         loaded = checkpoints.load(target, path)
         assert (loaded.step, loaded.samples, loaded.optimizer_steps) == (7, 56, 5)
         assert target.optimizer_steps == 5
-        assert loaded.parameter_digest == checkpoint.parameter_digest(target.state())
+        assert loaded.parameter_digest == manager.parameter_digest(target.state())
         assert all(torch.equal(a, source.state()[n]) for n, a in target.state().items())
-        assert checkpoint.read_tensors(path, "ema.").keys() == {"denoiser.w"}
+        assert manager.read_tensors(path, "ema.").keys() == {"denoiser.w"}
 
     def test_a_flipped_byte_anywhere_is_found_with_the_files_name(self, tmp_path: Path) -> None:
         checkpoints = self.checkpoints(tmp_path)
@@ -242,17 +244,17 @@ class TestCheckpoint:
 
         (path / ".metadata").write_bytes(pickle.dumps(Evil()))
         with pytest.raises(ConfigError, match="mkdir does not belong"):
-            checkpoint.stored_shapes(path)
+            manager.stored_shapes(path)
         assert not witness.exists()
 
     def test_a_folder_that_cannot_be_written_is_named(self, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("")
         with pytest.raises(ConfigError, match="cannot write to"):
-            Checkpoints(tmp_path / "file" / "c", CheckpointConfig()).prepare()
+            CheckpointManager(tmp_path / "file" / "c", CheckpointConfig()).prepare()
 
 
 def test_metrics_survive_a_cut_line_and_count_the_last_doing(tmp_path: Path) -> None:
-    reporter = Reporter(tmp_path, active=True, total_steps=4, wandb=WandbConfig(mode="disabled"), config={})
+    reporter = RunLogger(tmp_path, active=True, total_steps=4, wandb=WandbConfig(mode="disabled"), config={})
     base = {"loss_flow": 1.0, "grad_norm": 1.0, "images_per_s": 1.0, "data_wait_s": 0.0, "step_s": 1.0}
     for step, loss in ((1, 4.0), (2, 3.0), (2, 2.5), (3, 2.0)):
         reporter.metrics({"step": step, "loss": loss, **base})
@@ -281,13 +283,13 @@ def test_encoders_are_one_batch_ahead() -> None:
         numbers: tuple[int, ...] = (0, 1)
         states: None = None
 
-    def encode(part: Batch) -> Encoded:
+    def encode(part: Batch) -> EncoderOutputs:
         events.append("encode " + ",".join(part.captions))
-        return Encoded(text=torch.tensor([[float(c)] for c in part.captions]))
+        return EncoderOutputs(text=torch.tensor([[float(c)] for c in part.captions]))
 
     # Three batches and no more: a fourth would be fetched in vain.
     source: Iterator[Batch] = iter([Captions([f"{i}", f"{i}.5"]) for i in range(3)])
-    for batch, encoded in Ahead(encode, torch.device("cpu")).over(source, parts=2, count=3):
+    for batch, encoded in EncoderPrefetcher(encode, torch.device("cpu")).over(source, parts=2, count=3):
         events.append("step " + batch.captions[0])
         texts = [part.text for part in encoded]
         assert [t.tolist() for t in texts if t is not None] == [[[float(c)]] for c in batch.captions]
@@ -307,7 +309,7 @@ def test_feed_keeps_order_is_bounded_hands_on_errors_and_ends() -> None:
             pulled.append(i)
             yield i
 
-    feed = Feed(source(5), depth=2)
+    feed = HostPrefetcher(source(5), depth=2)
     found = []
     with pytest.raises(ValueError, match="broken shard"):
         for batch in feed:
@@ -317,7 +319,7 @@ def test_feed_keeps_order_is_bounded_hands_on_errors_and_ends() -> None:
             assert len(pulled) <= len(found) + 3
     assert found == [0, 1, 2, 3, 4] and list(feed) == []  # type: ignore[comparison-overlap]
     feed.close()
-    endless = Feed(source(1000), depth=1)
+    endless = HostPrefetcher(source(1000), depth=1)
     assert next(endless) == 0  # type: ignore[comparison-overlap]
     endless.close()
     assert list(endless) == [] and not any(t.name == "feed" for t in threading.enumerate())

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from deco_scale.models import Denoiser, ModelConfig
 from deco_scale.objectives import Objective, ObjectiveConfig
-from deco_scale.parallel.fsdp import FsdpEngine
-from deco_scale.parallel.layout import Layout
-from deco_scale.precision import PrecisionConfig
-from deco_scale.training.batch import Part, Prepare
-from deco_scale.training.loop import Loop, Stage
-from deco_scale.training.settings import OptimizerConfig, RunSettings, StageConfig
+from deco_scale.optim.config import OptimizerConfig
+from deco_scale.parallel.engines.fsdp import FsdpEngine
+from deco_scale.parallel.mesh import ParallelDims
+from deco_scale.precision.config import PrecisionConfig
+from deco_scale.training.config import RunSettings, StageConfig
+from deco_scale.training.inputs import InputBuilder, MicroBatch
+from deco_scale.training.trainer import Stage, Trainer
 from tests import formulas
 from tests.saving import alone
 
@@ -56,20 +57,20 @@ def texts() -> Tensor:
     return torch.randn(CLASSES + 1, TEXT_TOKENS, TEXT_DIM, generator=torch.Generator().manual_seed(5))
 
 
-def batch_of(step: int) -> Part:
+def batch_of(step: int) -> MicroBatch:
     random = np.random.default_rng(step)
     # A coarse image and fine noise: both low and high frequencies count.
     coarse = random.integers(0, 200, (SAMPLES, ROWS, COLS, 3)).repeat(PATCH, axis=1).repeat(PATCH, axis=2)
     images = (coarse + random.integers(0, 56, coarse.shape)).astype(np.uint8)
     labels = [int(label) for label in random.permutation(np.arange(SAMPLES) % CLASSES)]
     numbers = range(step * SAMPLES, (step + 1) * SAMPLES)
-    return Part(images, [str(label) for label in labels], labels, numbers, None)
+    return MicroBatch(images, [str(label) for label in labels], labels, numbers, None)
 
 
 def engine_with_all_weights_at_work(model: ModelConfig) -> FsdpEngine:
     """Fresh models give zero everywhere; here every parameter matters, and averages differ from weights."""
     engine = FsdpEngine(
-        lambda: Objective(Denoiser(model), objective_config(), encoder_dim=FEATURES), layout=Layout(1, 1, 1),
+        lambda: Objective(Denoiser(model), objective_config(), encoder_dim=FEATURES), layout=ParallelDims(1, 1, 1),
         device=CPU, optimizer=OptimizerConfig(
             weight_decay=WEIGHT_DECAY, eps=EPS, clip_norm=CLIP_NORM, ema_decay=EMA_DECAY
         ), precision=PrecisionConfig(compute="fp32"), compile_blocks=False, recompute="none", seed=0,
@@ -90,7 +91,7 @@ def state_of(engine: FsdpEngine, *kinds: str) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in state.items() if name.split(".")[0] in kinds}
 
 
-def loop_of(engine: FsdpEngine, model: ModelConfig) -> tuple[Loop, Stage]:
+def loop_of(engine: FsdpEngine, model: ModelConfig) -> tuple[Trainer, Stage]:
     stage = Stage(
         cfg=StageConfig(
             name="a", resolution=PATCH, steps=9, global_batch=SAMPLES, micro_batch=SAMPLES // MICROS, lr=LR,
@@ -100,14 +101,14 @@ def loop_of(engine: FsdpEngine, model: ModelConfig) -> tuple[Loop, Stage]:
         image_flops=1.0,
     )  # fmt: skip
     is_text = model.kind == "t2i_deco"
-    prepare = Prepare(
+    prepare = InputBuilder(
         seed=SEED, device=CPU, objective=objective_config(),
         null=texts()[-1] if is_text else torch.tensor(CLASSES), num_classes=model.num_classes,
         encode_image=encode_image,
         encode_text=(lambda captions: texts()[[int(c) for c in captions]]) if is_text else None,
     )  # fmt: skip
     nothing = cast(Any, None)
-    loop = Loop(
+    loop = Trainer(
         settings=RunSettings(dir="x"), stages=[stage], engine=engine, prepare=prepare, open_data=nothing,
         checkpoints=nothing, reporter=nothing, device=CPU, config={}, after_step=lambda step: None,
         peak_flops=None,
@@ -129,7 +130,7 @@ class Expected:
         self.shape = formulas.Shape(ROWS, COLS, PATCH, HEADS, self.is_text, repa_layer=1)
         self.dropped: list[bool] = []
 
-    def step(self, batch: Part) -> tuple[dict[str, float], float]:
+    def step(self, batch: MicroBatch) -> tuple[dict[str, float], float]:
         image = torch.tensor(np.array(batch.images), dtype=torch.float64).permute(0, 3, 1, 2) / 255 * 2 - 1
         times, noises, conditions = [], [], []
         for number, label in zip(batch.sample_ids, batch.labels, strict=True):

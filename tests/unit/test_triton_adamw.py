@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from deco_scale.kernels.adamw import AdamWStep, AdamWTensors, averaged_adamw
-from deco_scale.kernels.choice import Kernels
+from deco_scale.kernels.select import Kernels
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 KERNELS: tuple[Kernels, ...] = ("torch", "triton")

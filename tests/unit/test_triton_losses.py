@@ -16,7 +16,7 @@ from deco_scale.objectives.frequency import (
 
 pytest.importorskip("triton")
 
-from deco_scale.kernels.losses_triton import flow_and_frequency
+from deco_scale.kernels.triton.losses import flow_and_frequency
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Sums of products with 64 terms in fp32; a GPU takes them as three products of TF32 parts.

@@ -165,7 +165,7 @@ def test_only_inputs_are_kept_for_backward() -> None:
 
 
 def test_operator_keeps_the_rules_of_torch() -> None:
-    from deco_scale.kernels.pixels_triton import _render
+    from deco_scale.kernels.triton.pixel_decoder import _render
 
     patches, condition, folded, blocks, *head = arguments(patches=2, pixels=4, width=7)
     block = blocks[0]
@@ -242,7 +242,7 @@ def test_a_gpu_with_too_little_shared_memory_is_refused(kernel: str, monkeypatch
     """Triton finds that out when it launches; here a stand-in of a kernel does."""
     from triton.runtime.errors import OutOfResources
 
-    from deco_scale.kernels import pixels_triton
+    from deco_scale.kernels.triton import pixel_decoder
 
     class TooLarge:
         def __getitem__(self, grid: object) -> Callable[..., None]:
@@ -251,7 +251,7 @@ def test_a_gpu_with_too_little_shared_memory_is_refused(kernel: str, monkeypatch
         def launch(self, *args: object, **kwargs: object) -> None:
             raise OutOfResources(110592, 101376, "shared memory")
 
-    monkeypatch.setattr(pixels_triton, kernel, TooLarge())
+    monkeypatch.setattr(pixel_decoder, kernel, TooLarge())
     message = (
         "width 64 in torch.float32 .* shared memory, 110592 needed, 101376 there; use bf16, .* 32, or kernels"
     )

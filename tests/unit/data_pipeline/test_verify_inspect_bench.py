@@ -86,8 +86,8 @@ def test_verify_finds_replaced_missing_unknown_and_cut_shards(packed: Path) -> N
     found = "\n".join(problems_of(packed))
     for part in (
         "shard-00000.tar: " + f"{len(raw) - 1024} bytes, the index says {len(raw)}",
-        "shard-00001.tar: in the index, not there",
-        f"shard-00001.tar: in {MANIFEST_KEY}, not there",
+        "shard-00001.tar: in the index, but missing",
+        f"shard-00001.tar: in {MANIFEST_KEY}, but missing",
         "new.tar: is not in the index",
     ):
         assert part in found
@@ -179,8 +179,8 @@ def test_bench_measures_both_modes(packed: Path, capsys: pytest.CaptureFixture[s
         (["inspect", "gs://bucket/x"], 1, "only s3:// URLs"),
         (["index", "pipe:cat /etc/passwd"], 1, "no such folder"),
         (["index", "{}"], 1, "no .tar shards"),
-        (["verify", "{}"], 1, "nothing is here"),
-        (["bench", "{}"], 1, "nothing is here"),
+        (["verify", "{}"], 1, "no shards and no index"),
+        (["bench", "{}"], 1, "no shards and no index"),
         (["pack", "{}/nowhere", "{}/out"], 1, "no such folder or file"),
         (["pack", "{}", "{}/out"], 1, "holds no images"),
         (["pack", "{}", "{}/out", "--shard-mb", "0"], 2, "not above 0"),

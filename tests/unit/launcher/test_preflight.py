@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from data_pipeline.storage.base import open_store
 from data_pipeline.storage.dev_server import S3Server
 from deco_scale.config import build_config
-from deco_scale.environment import Environment, start_processes
+from deco_scale.distributed.bootstrap import Environment, init_distributed
 from deco_scale.errors import ConfigError, RunError
 from deco_scale.models import Denoiser
 from deco_scale.yaml import dump_yaml
@@ -270,4 +270,4 @@ def test_torchrun_with_restarts_and_one_store_is_refused(monkeypatch: pytest.Mon
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
-        start_processes(Environment(0, 1, 0), torch.device("cpu"))
+        init_distributed(Environment(0, 1, 0), torch.device("cpu"))

@@ -23,17 +23,17 @@ from hypothesis import strategies as st
 from PIL import Image
 from wandb.proto.wandb_internal_pb2 import Record
 
-from deco_scale import cli
+from deco_scale.cli import main
+from deco_scale.observability.config import WandbConfig
 from deco_scale.observability.curves import curves_svg
 from deco_scale.observability.events import Event, append_event, is_number
 from deco_scale.observability.goodput import compute_goodput
 from deco_scale.observability.html_report import MAX_IMAGES, MAX_SIDE, gpu_hours, render_report
 from deco_scale.observability.redact import REMOVED
 from deco_scale.observability.run_dir import RunDir
+from deco_scale.observability.run_logger import RunLogger
 from deco_scale.observability.summary import summary_rows
-from deco_scale.training.report import Reporter
-from deco_scale.training.settings import WandbConfig
-from deco_scale.training.tracking import run_id
+from deco_scale.observability.wandb import run_id
 from deco_scale.yaml import dump_yaml
 
 BEGAN = 1_700_000_000.0
@@ -127,7 +127,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> str:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SOME_API_KEY", SECRETS["environment"])
         write_run(folder, images=20)
-        assert cli.main(["report", str(folder), "--usd-per-gpu-hour", "3"]) == 0
+        assert main.main(["report", str(folder), "--usd-per-gpu-hour", "3"]) == 0
     return (folder / "report.html").read_text(encoding="utf-8")
 
 
@@ -202,13 +202,13 @@ def test_an_empty_folder_gives_a_page_and_wrong_use_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out" / "page.html"
-    assert cli.main(["report", str(tmp_path), "--out", str(out)]) == 0
+    assert main.main(["report", str(tmp_path), "--out", str(out)]) == 0
     made = Elements()
     made.feed(out.read_text())
     assert made.open == [] and "has not started" in out.read_text()
-    assert cli.main(["report", str(tmp_path / "none")]) == 2
-    assert cli.main(["report", str(tmp_path), "--usd-per-gpu-hour", "nan"]) == 2
-    assert cli.main(["report", str(tmp_path), "--out", str(out.parent)]) == 1
+    assert main.main(["report", str(tmp_path / "none")]) == 2
+    assert main.main(["report", str(tmp_path), "--usd-per-gpu-hour", "nan"]) == 2
+    assert main.main(["report", str(tmp_path), "--out", str(out.parent)]) == 1
     assert [path.name for path in out.parent.iterdir()] == ["page.html"]
     assert "no such folder" in capsys.readouterr().err
 
@@ -269,7 +269,9 @@ def test_both_attempts_are_one_run_in_wandb(tmp_path: Path) -> None:
     config = {"data": {"url": f"s3://user:{SECRETS['password']}@bucket/x"}, "model": {"dim": 192}}
     base = {"loss_flow": 1.0, "grad_norm": 1.0, "images_per_s": 1.0, "data_wait_s": 0.0, "step_s": 1.0}
     for steps in ((1, 2, 3), (2, 3, 4)):
-        reporter = Reporter(tmp_path, active=True, total_steps=4, wandb=WandbConfig(mode="offline"), config=config)
+        reporter = RunLogger(
+            tmp_path, active=True, total_steps=4, wandb=WandbConfig(mode="offline"), config=config
+        )
         for step in steps:
             reporter.metrics({"step": step, "loss": 1.0 / step, **base})
         reporter.evaluation(steps[-1], {"fid": 5.0})
@@ -296,7 +298,7 @@ def test_both_attempts_are_one_run_in_wandb(tmp_path: Path) -> None:
 def test_wandb_that_cannot_start_does_not_stop_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", SECRETS["wandb"])
     monkeypatch.setenv("WANDB_BASE_URL", f"no-url-{SECRETS['environment']}")
-    reporter = Reporter(tmp_path, active=True, total_steps=4, wandb=WandbConfig(mode="online"), config={})
+    reporter = RunLogger(tmp_path, active=True, total_steps=4, wandb=WandbConfig(mode="online"), config={})
     base = {"loss_flow": 1.0, "grad_norm": 1.0, "images_per_s": 1.0, "data_wait_s": 0.0, "step_s": 1.0}
     reporter.metrics({"step": 1, "loss": 1.0, **base})
     reporter.close()

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from data_pipeline.text import duration
-from deco_scale import cli, watch_command
+from deco_scale.cli import main, watch
 from deco_scale.observability import run_dir
 from deco_scale.observability.events import Event, append_event
 from deco_scale.observability.run_dir import RunDir
@@ -129,18 +129,18 @@ def test_once_prints_plain_lines_without_a_terminal_and_a_panel_on_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_run(tmp_path)
-    assert cli.main(["watch", str(tmp_path), "--once"]) == 0
+    assert main.main(["watch", str(tmp_path), "--once"]) == 0
     shown = capsys.readouterr().out
     assert "step: 40 of 150, stage small\n" in shown and shown.isascii()
     console = Console(force_terminal=True, width=120, record=True)
-    watch_command._print(summary_rows(RunDir(tmp_path), now=BEGAN), console)
+    watch._print(summary_rows(RunDir(tmp_path), now=BEGAN), console)
     assert "deco watch" in console.export_text()
-    assert cli.main(["watch", str(tmp_path / "new"), "--once"]) == 2
+    assert main.main(["watch", str(tmp_path / "new"), "--once"]) == 2
     assert "no such folder" in capsys.readouterr().err
     (tmp_path / "new").mkdir()
-    assert cli.main(["watch", str(tmp_path / "new"), "--once"]) == 0
+    assert main.main(["watch", str(tmp_path / "new"), "--once"]) == 0
     assert "has not started" in capsys.readouterr().out
-    assert cli.main(["watch", str(tmp_path), "--every", "0"]) == 2
+    assert main.main(["watch", str(tmp_path), "--every", "0"]) == 2
 
 
 def test_the_view_follows_until_it_is_interrupted(
@@ -156,15 +156,15 @@ def test_the_view_follows_until_it_is_interrupted(
             raise KeyboardInterrupt
         action()
 
-    monkeypatch.setattr(watch_command.time, "sleep", sleep)
-    assert cli.main(["watch", str(tmp_path), "--every", "0.5"]) == 130
+    monkeypatch.setattr(watch.time, "sleep", sleep)
+    assert main.main(["watch", str(tmp_path), "--every", "0.5"]) == 130
     shown = capsys.readouterr().out
     # Shown again only where something came.
     assert shown.count("step: 5 of 150") == 1 and shown.count("step: 6 of 150") == 1
     console = Console(force_terminal=True, width=120, file=(tmp_path / "screen").open("w"))
     looks = iter([lambda: write_more(tmp_path, 7)])
     with pytest.raises(KeyboardInterrupt):
-        watch_command._live(RunDir(tmp_path), console, 0.5)
+        watch._live(RunDir(tmp_path), console, 0.5)
     console.file.close()
     assert "7 of 150" in (tmp_path / "screen").read_text()
 

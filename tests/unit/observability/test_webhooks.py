@@ -22,13 +22,12 @@ from rich.console import Console
 
 from deco_scale.errors import ConfigError, RunError
 from deco_scale.observability import webhooks
-from deco_scale.observability.config import MonitorConfig
+from deco_scale.observability.config import MonitorConfig, WandbConfig
 from deco_scale.observability.events import Event
 from deco_scale.observability.prometheus import PrometheusExporter
 from deco_scale.observability.redact import REMOVED, scrub
+from deco_scale.observability.run_logger import RunLogger
 from deco_scale.observability.webhooks import AlertSender, check_webhook, send_alert
-from deco_scale.training.report import Reporter
-from deco_scale.training.settings import WandbConfig
 from tests.ports import free_port
 
 PATH = "/x/b8TqPlantedPath"
@@ -344,8 +343,8 @@ def test_an_address_that_cannot_be_used_has_a_name(host: str) -> None:
 # --- The reporter ---
 
 
-def a_reporter(folder: Path, monitor: MonitorConfig) -> Reporter:
-    return Reporter(
+def a_reporter(folder: Path, monitor: MonitorConfig) -> RunLogger:
+    return RunLogger(
         folder, active=True, total_steps=4, wandb=WandbConfig(mode="disabled"), config={}, monitor=monitor,
         console=Console(width=200),
     )  # fmt: skip

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from deco_scale import cli
+from deco_scale.cli import main
 from deco_scale.config import load_config
 from deco_scale.errors import ConfigError
 from deco_scale.planning.calibration import ceilings_of, compare, median_errors, predict, read_results
@@ -55,7 +55,7 @@ def test_error_is_stated_for_every_result_file(tmp_path: Path, capsys: pytest.Ca
     assert len(ceilings_of(measured, "h100", "bf16")) == 2
     assert not ceilings_of(measured, "h100", "fp32") and not ceilings_of(measured, "h200", "bf16")
     arguments = ["plan", "--config", str(XXL), "--gpus", "8", "--gpu", "h100", "--results", str(tmp_path)]
-    assert cli.main(arguments) == 0
+    assert main.main(arguments) == 0
     shown = capsys.readouterr().out
     assert "throughput_a.json (1 x NVIDIA H100 80GB HBM3): step" in shown and "measured (-50%)" in shown
     assert "throughput_b.json" in shown and "measured (+50%)" in shown

@@ -13,13 +13,13 @@ from torch.utils._pytree import tree_leaves
 
 from deco_scale.config import load_config
 from deco_scale.models import Denoiser, ModelConfig
+from deco_scale.models.embeddings import rope_angles
 from deco_scale.models.layers import Block
 from deco_scale.models.pixel_decoder import PixelDecoder
-from deco_scale.models.position import rope_angles
 from deco_scale.objectives import Objective, ObjectiveConfig
-from deco_scale.parallel.layout import ActivationCheckpointing, Layout, ParallelConfig
-from deco_scale.parallel.plan import layout_rows
-from deco_scale.parallel.recompute import apply_recompute
+from deco_scale.parallel.activation_checkpoint import apply_activation_checkpointing
+from deco_scale.parallel.mesh import ActivationCheckpointing, ParallelConfig, ParallelDims
+from deco_scale.parallel.tp_plan import layout_rows
 from deco_scale.planning.flops import Workload, forward_flops, training_flops
 from deco_scale.planning.memory import activation_bytes, state_by_part, state_bytes, state_copies
 from deco_scale.planning.step_time import block_moved, decoder_moved
@@ -74,7 +74,7 @@ def test_flops_are_those_that_pytorch_counts(model: ModelConfig) -> None:
 def test_state_is_as_often_as_held(engine: Any, stage: Any, mesh: tuple[int, int]) -> None:
     if stage == 0 and (engine == "deepspeed" and mesh[1] > 1):
         pytest.skip("ZeRO-0 has no tensor parallelism")
-    layout = Layout(1, *mesh)
+    layout = ParallelDims(1, *mesh)
     parallel = ParallelConfig(engine=engine, zero_stage=stage, dp_shard=mesh[0], tp=mesh[1])
     rows = layout_rows(SMALL, layout)
     cut, whole = sum(row.local_bytes for row in rows), sum(4 * row.tp_numel for row in rows)
@@ -91,7 +91,7 @@ def test_state_is_as_often_as_held(engine: Any, stage: Any, mesh: tuple[int, int
 
 
 def test_the_repa_head_has_state_but_no_average() -> None:
-    parallel, layout = ParallelConfig(dp_shard=1), Layout(1, 1)
+    parallel, layout = ParallelConfig(dp_shard=1), ParallelDims(1, 1)
     without = state_bytes(Workload(model=SMALL, compute="fp32"), parallel, layout)
     work = Workload(model=SMALL, compute="fp32", repa_dim=REPA_DIM)
     head = Objective(Denoiser(SMALL), ObjectiveConfig(repa_layer=1), encoder_dim=REPA_DIM).repa_head
@@ -105,7 +105,7 @@ def test_the_repa_head_has_state_but_no_average() -> None:
 def _objective(model: ModelConfig, mode: ActivationCheckpointing) -> tuple[Objective, Callable[[], Tensor]]:
     torch.manual_seed(0)
     objective = Objective(Denoiser(model), ObjectiveConfig(repa_layer=2), encoder_dim=REPA_DIM)
-    apply_recompute(objective.denoiser.transformer_blocks, mode)
+    apply_activation_checkpointing(objective.denoiser.transformer_blocks, mode)
     images, tokens = 1, 64
     condition = torch.zeros(images, dtype=torch.int64)
     if model.kind == "t2i_deco":
@@ -129,7 +129,7 @@ def test_activations_are_what_autograd_keeps(
         kept -= _cast_weights(objective, forward)
     work = Workload(model=model, compute=compute, repa_dim=REPA_DIM)
     parallel = ParallelConfig(dp_shard=1, activation_checkpointing=mode)
-    planned = activation_bytes(work, parallel, Layout(1, 1), images=1, resolution=128, kind="cpu")
+    planned = activation_bytes(work, parallel, ParallelDims(1, 1), images=1, resolution=128, kind="cpu")
     # Picture and noise are inputs that no operation keeps; what is held for a moment comes in backward.
     total = sum(planned.values()) - planned["moment"] - 2 * 4 * 3 * 128**2
     print(model.kind, compute, mode, f"{total / 2**20:.2f} MiB planned, {kept / 2**20:.2f} kept")

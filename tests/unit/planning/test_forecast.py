@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 
 from deco_scale.config import load_config
-from deco_scale.parallel.layout import (
+from deco_scale.parallel.mesh import (
     ActivationCheckpointing,
-    Layout,
     ParallelConfig,
+    ParallelDims,
     accumulation_steps,
-    resolve_layout,
+    resolve_parallel_dims,
 )
-from deco_scale.parallel.plan import check_tp
+from deco_scale.parallel.tp_plan import check_tp
 from deco_scale.planning.comms import Traffic, seconds_of
 from deco_scale.planning.flops import Workload
 from deco_scale.planning.forecast import all_plans, forecast_stage, recommend
@@ -22,7 +22,7 @@ from deco_scale.planning.hardware import GPUS, Device, gpu_device, gpu_named
 from deco_scale.planning.layouts import enumerate_layouts
 from deco_scale.planning.memory import memory_by_part
 from deco_scale.planning.step_time import step_by_part
-from deco_scale.training.settings import StageConfig
+from deco_scale.training.config import StageConfig
 
 XXL = Path(__file__).resolve().parents[3] / "configs" / "t2i_xxl.yaml"
 
@@ -44,7 +44,7 @@ def test_every_layout_is_one_that_a_run_accepts(gpus: int) -> None:
     assert len(layouts) == len(set(map(repr, layouts)))
     plans = all_plans(Workload(model=model, compute="bf16"), stages, layouts, device, gpus=gpus)
     for plan in plans:
-        layout = resolve_layout(plan.parallel, gpus)
+        layout = resolve_parallel_dims(plan.parallel, gpus)
         assert layout.dp * layout.tp == gpus and layout.tp <= 8
         check_tp(model, layout.tp)
         for forecast in plan.stages:
@@ -68,7 +68,7 @@ def test_more_gpus_never_need_more_memory(engine: Any, tp: int) -> None:
         sizes = []
         for gpus in (2, 4, 8, 16, 64):
             parallel = ParallelConfig(engine=engine, zero_stage=stage, tp=tp)
-            layout = resolve_layout(parallel, gpus)
+            layout = resolve_parallel_dims(parallel, gpus)
             parts = memory_by_part(work, parallel, layout, images=4, accumulation=2, resolution=256, kind="cuda")
             sizes.append(sum(parts.values()))
         assert sizes == sorted(sizes, reverse=True) and sizes[0] > sizes[-1]
@@ -79,7 +79,7 @@ def test_more_gpus_never_need_more_memory(engine: Any, tp: int) -> None:
 def test_bigger_batches_never_take_less(mode: ActivationCheckpointing, fused: bool) -> None:
     work = Workload(model=load_config(XXL).model, compute="bf16", fused=fused)
     device, parallel = gpu_device("h100", compute="bf16"), ParallelConfig(activation_checkpointing=mode)
-    layout, sizes = resolve_layout(parallel, 16), (1, 2, 4, 8, 16, 64)
+    layout, sizes = resolve_parallel_dims(parallel, 16), (1, 2, 4, 8, 16, 64)
     options: dict[str, Any] = {"accumulation": 2, "resolution": 256}
     seconds = [sum(step_by_part(work, parallel, layout, device, images=n, **options).values()) for n in sizes]
     memory = [
@@ -107,18 +107,18 @@ def test_recomputation_trades_time_for_memory() -> None:
 def test_links_are_as_fast_as_the_slower_of_node_and_network() -> None:
     device = gpu_device("h100", compute="bf16", network_gbps=400)
     line = Traffic("weights", "all-gather", "dp_shard", 10**9)
-    inside = seconds_of(line, Layout(1, 8), device)
+    inside = seconds_of(line, ParallelDims(1, 8), device)
     assert inside == pytest.approx(1e9 * 7 / 8 / (450e9 * 0.8))
     # Two nodes: half of it enters each through eight adapters.
-    assert seconds_of(line, Layout(1, 16), device) == pytest.approx(
+    assert seconds_of(line, ParallelDims(1, 16), device) == pytest.approx(
         max(1e9 * 15 / 16 / (450e9 * 0.8), 1e9 / 2 / (8 * 50e9 * 0.8))
     )
     # One rank of each replica group in a node: one adapter.
     replicas = Traffic("gradients", "all-reduce", "dp_replicate", 10**9)
-    assert seconds_of(replicas, Layout(2, 8), device) == pytest.approx(2 * 1e9 / 2 / (50e9 * 0.8))
+    assert seconds_of(replicas, ParallelDims(2, 8), device) == pytest.approx(2 * 1e9 / 2 / (50e9 * 0.8))
     slow = gpu_device("h100", compute="bf16", network_gbps=100)
-    assert seconds_of(replicas, Layout(2, 8), slow) == pytest.approx(4 * 2 * 1e9 / 2 / (50e9 * 0.8))
-    assert seconds_of(line, Layout(1, 1), device) == 0
+    assert seconds_of(replicas, ParallelDims(2, 8), slow) == pytest.approx(4 * 2 * 1e9 / 2 / (50e9 * 0.8))
+    assert seconds_of(line, ParallelDims(1, 1), device) == 0
 
 
 def test_rates_say_whether_they_were_measured() -> None:

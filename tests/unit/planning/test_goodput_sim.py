@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from deco_scale import cli
+from deco_scale.cli import main
 from deco_scale.errors import ConfigError
 from deco_scale.observability.events import Event, append_event
 from deco_scale.planning.goodput_sim import (
@@ -92,7 +92,7 @@ def test_llama_3s_interruptions_give_the_mtbf_that_is_cited() -> None:
 
 
 def _plan(*arguments: str) -> int:
-    return cli.main(["plan", "--simulate", "--config", str(TINY), "--runs", "50", *arguments])
+    return main.main(["plan", "--simulate", "--config", str(TINY), "--runs", "50", *arguments])
 
 
 def test_the_command_shows_8_to_4096_gpus_and_says_where_numbers_are_from(

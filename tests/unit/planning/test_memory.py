@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from deco_scale.parallel.layout import Layout, ParallelConfig
 
 from deco_scale.models import Denoiser, ModelConfig
+from deco_scale.parallel.mesh import ParallelConfig, ParallelDims
 from deco_scale.planning.flops import Encoder, Workload
 from deco_scale.planning.memory import RESERVE_BYTES, activation_bytes, block_saved, memory_by_part, working_bytes
 
@@ -53,7 +53,7 @@ def test_fsdp_gathers_the_root_and_two_units_and_reduces_one(
     # Until the last micro-batch gradients stay whole, in fp32.
     kept = 4 * (root + sum(units) + work.repa_parameters) if accumulation > 1 else 0
     for shard in (1, 4):
-        parallel, layout = ParallelConfig(dp_shard=shard, tp=tp), Layout(1, shard, tp)
+        parallel, layout = ParallelConfig(dp_shard=shard, tp=tp), ParallelDims(1, shard, tp)
         assert working_bytes(work, parallel, layout, accumulation=accumulation) == gathered + reduced + kept
 
 
@@ -86,7 +86,7 @@ def test_deepspeed_has_buckets_and_copies_of_the_linears(compute: Any, stage: An
         3: 1000 * (6 if is_mixed else 4) + (2 if is_mixed else 4) * (300 + 2 * max(counts)) + 4 * small,
     }[stage]
     parallel = ParallelConfig(engine="deepspeed", zero_stage=stage, dp_shard=2)
-    assert working_bytes(work, parallel, Layout(1, 2), accumulation=4) == expected
+    assert working_bytes(work, parallel, ParallelDims(1, 2), accumulation=4) == expected
 
 
 @pytest.mark.parametrize("mode", ["none", "selective", "full"])
@@ -95,7 +95,7 @@ def test_what_backward_holds_for_a_moment(mode: Any, tp: int) -> None:
     """Gradients of gate, up and their product; a block's activations as well where they are recomputed."""
     work = Workload(model=LARGE_BLOCKS, compute="bf16", fused=True)
     parallel, tokens = ParallelConfig(dp_shard=1, tp=tp, activation_checkpointing=mode), (64 // 16) ** 2
-    found = activation_bytes(work, parallel, Layout(1, 1, tp), images=3, resolution=64, kind="cuda")
+    found = activation_bytes(work, parallel, ParallelDims(1, 1, tp), images=3, resolution=64, kind="cuda")
     expected = 2 * 3 * tokens * 4 * LARGE_BLOCKS.dim / tp
     if mode != "none":
         expected += block_saved(work, tokens=tokens, context=LARGE_BLOCKS.text_tokens, tp=tp)
@@ -106,7 +106,7 @@ def test_what_backward_holds_for_a_moment(mode: Any, tp: int) -> None:
 def test_what_is_kept_grows_with_the_images(model: ModelConfig) -> None:
     work, parallel = Workload(model=model, compute="bf16", fused=True), ParallelConfig(dp_shard=1)
     one, five = (
-        activation_bytes(work, parallel, Layout(1, 1), images=images, resolution=64, kind="cuda")
+        activation_bytes(work, parallel, ParallelDims(1, 1), images=images, resolution=64, kind="cuda")
         for images in (1, 5)
     )
     assert five == pytest.approx({part: 5 * size for part, size in one.items()})
@@ -119,7 +119,7 @@ def test_the_parts_are_all_there(kind: str, size: int) -> None:
         Encoder(name="b", parameters=2e6, multiplied=1e6),
     )
     work = Workload(model=LARGE_DECODER, compute="bf16", encoders=encoders)
-    parallel, layout = ParallelConfig(dp_shard=2), Layout(1, 2)
+    parallel, layout = ParallelConfig(dp_shard=2), ParallelDims(1, 2)
     parts = memory_by_part(work, parallel, layout, images=2, accumulation=1, resolution=64, kind=kind)
     assert parts["encoders"] == size * 3e6 and parts["reserve"] == RESERVE_BYTES[kind]
     assert parts["working weights"] == working_bytes(work, parallel, layout, accumulation=1)

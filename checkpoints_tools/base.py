@@ -1,0 +1,87 @@
+"""What every checkpoint looks like to the tools: named tensors that are read one at a time.
+
+Names are the canonical checkpoint's, whatever the file holds: ``model.denoiser.*``, ``model.repa_head.*``,
+``ema.denoiser.*``, ``exp_avg.*``, ``exp_avg_sq.*``, with the single-device model's names and shapes.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from deco_scale.checkpoint.format import CheckpointMeta
+from deco_scale.models import ModelConfig
+
+MODEL, EMA, REPA = "model.denoiser.", "ema.denoiser.", "model.repa_head."
+SETS = ("model", "ema", "exp_avg", "exp_avg_sq", "fp8")
+"""The kinds of tensors: the first part of a canonical name; ``fp8`` are scaling factors."""
+
+Advance = Callable[[str], None]
+"""Told the name of each tensor that is done."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """Shape and type of a stored tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+
+class CheckpointReader(Protocol):
+    """A checkpoint that is open for reading. Reading is safe from several threads at once.
+
+    Opening looks at headers only. It raises :class:`ConfigError` for what is damaged or unknown, after comparing
+    every claimed size with the files' sizes, so no header can make a reader allocate more than the files hold.
+    """
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def format(self) -> str:
+        """What the path holds, in words, such as ``canonical`` or ``release .ckpt``."""
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """All tensors by canonical name, sorted."""
+
+    @property
+    def model(self) -> ModelConfig:
+        """Architecture, from the tensors' names and shapes; a contradicting configuration is an error."""
+
+    @property
+    def meta(self) -> CheckpointMeta | None:
+        """Where the run stood; None for formats that do not say."""
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """Further facts to show, such as a Lightning file's ``global_step``."""
+
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
+        """The tensor on the CPU in its stored type, contiguous and owned by the caller.
+
+        ``rows`` are start and end along dimension 0. Formats that store another layout may read a whole stored
+        tensor for it. Raises :class:`ConfigError` naming file and tensor where data are damaged.
+        """
+
+
+def pieces(spec: TensorSpec, *, max_elements: int) -> list[tuple[int, int] | None]:
+    """Row ranges of at most ``max_elements`` each (one row at least), in order; None for a 0-dim tensor."""
+    if not spec.shape:
+        return [None]
+    width = max(1, spec.numel // max(1, spec.shape[0]))
+    step = max(1, max_elements // width)
+    return [(start, min(start + step, spec.shape[0])) for start in range(0, spec.shape[0], step)]

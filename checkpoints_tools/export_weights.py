@@ -1,0 +1,246 @@
+"""Canonical weights as the release's ``.ckpt``, as safetensors, or as a diffusers-style folder."""
+
+import dataclasses
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from checkpoints_tools.base import EMA, MODEL, REPA, Advance, CheckpointReader, TensorSpec
+from checkpoints_tools.formats import release
+from checkpoints_tools.import_weights import sampler_of
+from checkpoints_tools.infer_config import meta_state
+from checkpoints_tools.registry import DIFFUSERS_WEIGHTS, PIPELINE, TRANSFORMER
+from checkpoints_tools.safetensors_out import (
+    SETTINGS_SUM,
+    SUMS,
+    Sums,
+    as_json,
+    raw_bytes,
+    settings_sum,
+    write_safetensors,
+    write_summed,
+)
+from data_pipeline.storage.files import make_durable
+from deco_scale.checkpoint.format import ChecksummedFile
+from deco_scale.errors import ConfigError, RunError
+
+Format = Literal["release", "safetensors", "diffusers"]
+Weights = Literal["model", "ema", "both"]
+STEM = "model"
+_PREFIX = {"model": MODEL, "ema": EMA}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ExportPlan:
+    """Names in the target's own terms, with the type they are written in, and how each is made."""
+
+    format: Format
+    specs: dict[str, TensorSpec]
+    make: dict[str, Callable[[], Tensor]]
+    settings: dict[str, Any]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(spec.nbytes for spec in self.specs.values())
+
+
+def plan_export(source: CheckpointReader, *, format: Format, weights: Weights, dtype: torch.dtype) -> ExportPlan:
+    """Decide everything without reading tensor data.
+
+    The release's layout and safetensors carry the REPA head with ``model`` and ``both``; the diffusers-style
+    folder is one denoiser. Raises :class:`ConfigError` for sets that the source lacks.
+    """
+    kinds: list[str] = ["model", "ema"] if weights == "both" else [weights]
+    for kind in kinds:
+        if not any(n.startswith(_PREFIX[kind]) for n in source.specs):
+            raise ConfigError(f"{source.path} has no {_PREFIX[kind]}* tensors; choose other --weights")
+    if format == "diffusers" and weights == "both":
+        raise ConfigError("a diffusers-style folder holds one denoiser: --weights ema or model")
+    settings = _settings(source, weights, dtype)
+    if format == "release" and settings["prediction"] != "velocity":
+        raise ConfigError(f"{source.path} predicts the image; the release would take it for a velocity")
+    if format == "release":
+        specs, make = _release_tensors(source, kinds, dtype)
+    else:
+        names = [n for n in source.specs if n.startswith(tuple(_PREFIX[k] for k in kinds))]
+        if format == "safetensors" and "model" in kinds:
+            names += [n for n in source.specs if n.startswith(REPA)]
+        cut = _PREFIX[kinds[0]] if format == "diffusers" else ""
+        specs = {n.removeprefix(cut): TensorSpec(source.specs[n].shape, dtype) for n in names}
+        make = {n.removeprefix(cut): _reader(source, n) for n in names}
+    return ExportPlan(format, specs, make, settings)
+
+
+def export_checkpoint(
+    plan: ExportPlan,
+    target: Path,
+    *,
+    max_shard_bytes: int | None = None,
+    advance: Advance = lambda name: None,
+) -> None:
+    """Write what ``plan`` says to a new file (``release``) or folder, under a temporary name first.
+
+    A release file comes with ``<name>.json`` beside it, a folder with ``checksums.json``: both hold size and
+    CRC32C of what was written, which ``deco-ckpt verify`` compares. Raises :class:`RunError` where the disk
+    refuses; then nothing is left behind.
+    """
+    if target.exists():
+        raise ConfigError(f"{target} exists already; name a new one")
+    if plan.format == "release" and target.suffix != ".ckpt":
+        raise ConfigError(f"{target}: the release's files are named *.ckpt")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".saving_{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise RunError(f"cannot write {target}: {error.strerror or error}") from error
+    try:
+        if plan.format == "release":
+            _write_release(plan, temporary, target, advance)
+        else:
+            write = _write_folder if plan.format == "safetensors" else _write_pipeline
+            sums = write(plan, temporary, max_shard_bytes, advance)
+            write_summed(temporary / SUMS, as_json(sums))
+            make_durable(temporary)
+            temporary.chmod(0o755)
+            os.rename(temporary, target)
+        make_durable(target.parent)
+    except OSError as error:
+        raise RunError(f"cannot write {target}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _settings(source: CheckpointReader, weights: Weights, dtype: torch.dtype) -> dict[str, Any]:
+    meta = source.meta
+    config: Mapping[str, Any] = meta.config if meta is not None else {}
+    stages = config.get("stages") or [{}]
+    objective = config.get("objective") or {}
+    return {
+        "model": dataclasses.asdict(source.model),
+        "prediction": objective.get("prediction", "velocity"),
+        "t_eps": objective.get("t_eps", 0.05),
+        "sampler": config.get("samples", {}).get("sampler") or sampler_of(source.model),
+        "resolution": stages[-1].get("resolution", 16 * source.model.patch_size),
+        "text_encoder": config.get("text_encoder"),
+        "weights": weights,
+        "dtype": str(dtype).removeprefix("torch."),
+        "provenance": {
+            "format": source.format,
+            "step": meta.step if meta is not None else None,
+            "stage": meta.stage if meta is not None else None,
+            "parameter_digest": meta.parameter_digest if meta is not None else None,
+        },
+    }
+
+
+def _reader(source: CheckpointReader, name: str) -> Callable[[], Tensor]:
+    return lambda: source.read(name)
+
+
+def _release_tensors(
+    source: CheckpointReader, kinds: list[str], dtype: torch.dtype
+) -> tuple[dict[str, TensorSpec], dict[str, Callable[[], Tensor]]]:
+    cfg = source.model
+    shapes = {n: tuple(t.shape) for n, t in release.denoiser_to_release(meta_state(cfg), cfg).items()}
+    specs: dict[str, TensorSpec] = {}
+    make: dict[str, Callable[[], Tensor]] = {}
+    for kind in kinds:
+        theirs = release.DENOISER if kind == "model" else release.EMA
+        for rule in release.denoiser_rules(cfg):
+            parts = [_PREFIX[kind] + name for name in rule.ours]
+            lacking = [name for name in parts if name not in source.specs]
+            if lacking:
+                raise ConfigError(f"{source.path} lacks {lacking[0]}")
+            specs[theirs + rule.release] = TensorSpec(shapes[rule.release], dtype)
+            make[theirs + rule.release] = _joined(source, rule, parts)
+    if "model" in kinds:
+        for name in source.specs:
+            if name.startswith(REPA):
+                there = release.REPA + name.removeprefix(f"{REPA}layers.")
+                specs[there] = TensorSpec(source.specs[name].shape, dtype)
+                make[there] = _reader(source, name)
+    return specs, make
+
+
+def _joined(source: CheckpointReader, rule: release.Rule, parts: list[str]) -> Callable[[], Tensor]:
+    return lambda: rule.join(tuple(source.read(name) for name in parts), source.model)
+
+
+def _write_release(plan: ExportPlan, temporary: Path, target: Path, advance: Advance) -> None:
+    """One ``torch.save`` archive; its tensors lie in a file mapped into memory, so they need not fit into it."""
+    scratch = temporary / "scratch"
+    places: dict[str, int] = {}
+    with scratch.open("wb") as raw:
+        for name, spec in plan.specs.items():
+            tensor = plan.make[name]().to(spec.dtype).contiguous()
+            if tuple(tensor.shape) != spec.shape:
+                raise ConfigError(f"{name} has shape {tuple(tensor.shape)}, expected {spec.shape}")
+            places[name] = raw.tell()
+            if tensor.numel():
+                raw.write(raw_bytes(tensor))
+            advance(name)
+    storage = torch.UntypedStorage.from_file(str(scratch), False, scratch.stat().st_size)
+    state: dict[str, Tensor] = {}
+    for name, spec in plan.specs.items():
+        # A storage of its own each, as in a model: torch.save writes whole storages.
+        part = storage[places[name] : places[name] + spec.nbytes]
+        state[name] = torch.empty(0, dtype=spec.dtype).set_(part, 0, spec.shape)  # type: ignore[call-overload]
+    file = temporary / target.name
+    with file.open("wb") as raw:
+        out = ChecksummedFile(raw)
+        torch.save({"state_dict": state}, out)  # type: ignore[arg-type]
+        raw.flush()
+        os.fsync(raw.fileno())
+    beside = target.with_name(f"{target.name}.json")
+    facts = {
+        **plan.settings,
+        "files": {target.name: (out.size, out.crc)},
+        SETTINGS_SUM: settings_sum(plan.settings),
+    }
+    write_summed(temporary / beside.name, as_json(facts))
+    os.rename(temporary / beside.name, beside)
+    os.rename(file, target)
+
+
+def _write_folder(plan: ExportPlan, folder: Path, limit: int | None, advance: Advance) -> Sums:
+    sums = write_safetensors(
+        folder, STEM, plan.specs, lambda n: plan.make[n](), max_shard_bytes=limit, advance=advance
+    )
+    sums["config.json"] = write_summed(folder / "config.json", as_json(plan.settings))
+    return sums
+
+
+def _write_pipeline(plan: ExportPlan, folder: Path, limit: int | None, advance: Advance) -> Sums:
+    settings = dict(plan.settings)
+    sampler, encoder = settings.pop("sampler"), settings.pop("text_encoder")
+    (folder / TRANSFORMER).mkdir()
+    (folder / "scheduler").mkdir()
+    files = {
+        PIPELINE: {
+            "_class_name": "DecoPipeline",
+            TRANSFORMER: ["deco_scale.models", "Denoiser"],
+            "scheduler": ["deco_scale.sampling", "SamplerConfig"],
+            "text_encoder": encoder,
+            "resolution": settings.pop("resolution"),
+        },
+        f"{TRANSFORMER}/config.json": {"_class_name": "Denoiser", **settings},
+        "scheduler/scheduler_config.json": {"_class_name": "SamplerConfig", **sampler},
+    }
+    sums = {name: write_summed(folder / name, as_json(content)) for name, content in files.items()}
+    written = write_safetensors(
+        folder / TRANSFORMER,
+        DIFFUSERS_WEIGHTS,
+        plan.specs,
+        lambda n: plan.make[n](),
+        max_shard_bytes=limit,
+        advance=advance,
+    )
+    for name in (TRANSFORMER, "scheduler"):
+        make_durable(folder / name)
+    return sums | {f"{TRANSFORMER}/{name}": entry for name, entry in written.items()}

@@ -1,0 +1,136 @@
+"""Files of named tensors, whatever the names mean: Lightning ``.ckpt`` and safetensors, read tensor by tensor."""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from checkpoints_tools.base import TensorSpec
+from checkpoints_tools.formats.torch_zip import Archive
+from deco_scale.errors import ConfigError
+
+MAX_JSON_BYTES = 64 * 2**20
+"""Larger JSON files are refused."""
+INDEX_SUFFIX = ".safetensors.index.json"
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool,
+}  # fmt: skip
+
+
+class Store(Protocol):
+    """Named tensors of one or several files; ``facts`` are what else the files say."""
+
+    path: Path
+    specs: dict[str, TensorSpec]
+    facts: dict[str, Any]
+
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
+        """A tensor or some of its rows, contiguous, in its stored type."""
+
+
+class LightningStore:
+    """The ``state_dict`` of a Lightning ``.ckpt``, without its prefix-less rest.
+
+    Raises :class:`ConfigError` for a file that is no archive of ``torch.save``, is cut short, holds anything that
+    ``weights_only`` does not permit, has no ``state_dict``, or has something else than dense tensors in it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        archive = Archive(path)
+        content = archive.content
+        if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
+            found = sorted(map(str, content))[:8] if isinstance(content, dict) else type(content).__name__
+            raise ConfigError(f"{path} has no state_dict, so it is no Lightning checkpoint (found: {found})")
+        state = content["state_dict"]
+        strangers = [repr(n)[:80] for n in state if not isinstance(n, str)]
+        if strangers:
+            raise ConfigError(f"{path}: {strangers[0]} is no name of a tensor")
+        self._stored = {name: archive.stored(tensor, name) for name, tensor in state.items()}
+        self.specs = {n: TensorSpec(s.shape, s.dtype) for n, s in sorted(self._stored.items())}
+        plain = {k: content.get(k) for k in ("global_step", "epoch", "pytorch-lightning_version")}
+        self.facts = {k: v for k, v in plain.items() if isinstance(v, int | str)}
+
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
+        return self._stored[name].read(rows)
+
+
+class SafetensorsStore:
+    """One safetensors file, or the files of an index; ``facts`` are the metadata strings.
+
+    The library compares the header with the file's size. Raises :class:`ConfigError` naming the file.
+    """
+
+    def __init__(self, path: Path, files: Iterable[Path]) -> None:
+        self.path = path
+        self.specs: dict[str, TensorSpec] = {}
+        self.facts: dict[str, Any] = {}
+        self._file_of: dict[str, Path] = {}
+        for file in files:
+            try:
+                with safe_open(file, framework="pt") as opened:
+                    self.facts |= opened.metadata() or {}
+                    for name in opened.keys():  # noqa: SIM118
+                        part = opened.get_slice(name)
+                        if name in self.specs:
+                            raise ConfigError(f"{file}: {name} is in another file already")
+                        if part.get_dtype() not in _DTYPES:
+                            raise ConfigError(f"{file}: {name} has the type {part.get_dtype()}, not supported")
+                        spec = TensorSpec(tuple(part.get_shape()), _DTYPES[part.get_dtype()])
+                        self.specs[name], self._file_of[name] = spec, file
+            except (OSError, SafetensorError) as error:
+                raise ConfigError(f"{file} is damaged or missing: {error}") from error
+
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
+        file = self._file_of[name]
+        try:
+            with safe_open(file, framework="pt") as opened:
+                if rows is None:
+                    return opened.get_tensor(name).clone()
+                return opened.get_slice(name)[rows[0] : rows[1]].clone()
+        except (OSError, SafetensorError) as error:
+            raise ConfigError(f"{file}: {name} cannot be read: {error}") from error
+
+    def file_of(self, name: str) -> Path:
+        return self._file_of[name]
+
+
+def open_safetensors(path: Path) -> SafetensorsStore:
+    """A ``.safetensors`` file, or a sharded set by its index JSON, whose table must name each tensor's file."""
+    if not path.name.endswith(INDEX_SUFFIX):
+        return SafetensorsStore(path, [path])
+    table = read_json(path).get("weight_map")
+    if not isinstance(table, dict) or not all(isinstance(v, str) for v in table.values()):
+        raise ConfigError(f"{path} has no weight_map from tensors to files")
+    files = sorted(set(table.values()))
+    outside = [f for f in files if "/" in f or f in ("", ".", "..")]
+    if outside:
+        raise ConfigError(f"{path} names {outside[0]!r}, which is no file beside it")
+    store = SafetensorsStore(path, [path.parent / f for f in files])
+    for name in sorted(set(table) | set(store.specs)):
+        if name not in store.specs:
+            raise ConfigError(f"{path}: {name} is not in {table[name]}")
+        if name not in table or store.file_of(name).name != table[name]:
+            raise ConfigError(f"{store.file_of(name)}: {name} is not as {path.name} says")
+    return store
+
+
+def read_json(path: Path) -> Mapping[str, Any]:
+    """A JSON object; raises :class:`ConfigError` naming the file."""
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise ConfigError(f"{path}: {path.stat().st_size} bytes of JSON are refused")
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{path} is damaged or missing: {error}") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path} does not hold a JSON object")
+    return found

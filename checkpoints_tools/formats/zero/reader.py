@@ -1,0 +1,276 @@
+"""A folder that DeepSpeed's ``save_checkpoint`` wrote under ZeRO-1, 2 or 3, read tensor by tensor."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from checkpoints_tools.base import TensorSpec
+from checkpoints_tools.formats.torch_zip import Archive, StoredTensor
+from checkpoints_tools.formats.zero.layout import Extent, Partitions, Shape, overlaps, partitions, whole_shape
+from checkpoints_tools.formats.zero.side_file import (
+    MODEL_STATES,
+    OPTIM,
+    Progress,
+    check_sets,
+    entry,
+    model_progress,
+    open_archive,
+    parameter_shapes,
+    read_side,
+    resolve_tag,
+    stored_number,
+)
+from deco_scale.errors import ConfigError
+from deco_scale.parallel.tp_plan import split_dim
+
+_KINDS = {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq", "ema": "ema"}
+_SET_OF_FP32 = "model"
+
+
+def is_zero(path: Path) -> bool:
+    """Whether a folder is, or points by its ``latest`` to, files of DeepSpeed's optimizer partitions."""
+    return (path / "latest").is_file() or any(OPTIM.fullmatch(f.name) for f in path.glob("*optim_states.pt"))
+
+
+@dataclass(frozen=True, slots=True)
+class OptimContent:
+    """The tensors of an optimizer file: masters by group, and each group's optimizer state."""
+
+    masters: list[Tensor]
+    states: list[Mapping[str, Any]]
+    stage: int
+
+
+def optim_content(content: Any, file: Path) -> OptimContent:
+    """Find masters and optimizer state in the header of an optimizer file; the lists have one entry a group."""
+    inner = entry(content, "optimizer_state_dict", file=file)
+    stage = entry(inner, "zero_stage", file=file)
+    if not isinstance(stage, int) or stage not in (1, 2, 3):
+        raise ConfigError(f"{file} is of ZeRO stage {stage!r}; 1, 2 and 3 are supported")
+    masters = entry(inner, "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups", file=file)
+    base = entry(inner, "optimizer_state_dict" if stage == 3 else "base_optimizer_state", file=file)
+    if isinstance(base, list):
+        states = dict(enumerate(base))
+    else:
+        states = entry(base, "state", file=file)
+        listed = entry(base, "param_groups", file=file)
+        if not isinstance(listed, list) or not isinstance(states, Mapping):
+            raise ConfigError(f"{file}: the optimizer's state is not one that PyTorch's optimizers save")
+        steps = [group.get("step") for group in listed if isinstance(group, Mapping)]
+        if any(step is not None for step in steps):
+            # Fused optimizers count in the group.
+            states = {i: {"step": steps[min(i, len(steps) - 1)], **state} for i, state in states.items()}
+    if not isinstance(masters, list) or not all(isinstance(s, Mapping) for s in states.values()):
+        raise ConfigError(f"{file}: masters or optimizer state are not lists by group")
+    paddings = inner.get("param_alignment_paddings")
+    if paddings and not all(isinstance(group, list) and not any(group) for group in paddings):
+        raise ConfigError(f"{file} was saved with zero_optimization.parameter_alignment, which is not supported")
+    lacking = [i for i in range(len(masters)) if states and i not in states]
+    if lacking:
+        raise ConfigError(f"{file} has no optimizer state of group {lacking[0]}")
+    return OptimContent(masters, [states.get(i, {}) for i in range(len(masters))], int(stage))
+
+
+class ZeroSource:
+    """DeepSpeed's partitions as whole tensors; implements :class:`checkpoints_tools.base.Source`.
+
+    Weights are the fp32 masters. With tensor parallelism, parameters that every tp rank holds whole are taken from
+    the first. Raises :class:`ConfigError` for missing files, files of different steps and sizes that do not fit.
+    """
+
+    meta = None
+
+    def __init__(self, path: Path) -> None:
+        self.path = resolve_tag(path, "latest")
+        grid = _grid(self.path)
+        self.tp, self.dp = len(grid), len(grid[0])
+        shapes = self._read_model_states()
+        self._masters: dict[tuple[int, int], list[StoredTensor]] = {}
+        self._states: dict[tuple[int, int, str], list[StoredTensor]] = {}
+        self._kinds: set[str] | None = None
+        self._stage, steps = 0, set()
+        for tp, files in enumerate(grid):
+            for dp, file in enumerate(files):
+                steps.add(self._read_optim(file, tp, dp))
+        if len(steps) != 1:
+            raise ConfigError(f"{self.path} mixes optimizer files of steps {sorted(map(str, steps))}")
+        counted = next(iter(steps))
+        step, skipped, samples = self._model_progress
+        self.progress = Progress(step, step - skipped if counted is None else counted, samples)
+        self.format = f"DeepSpeed ZeRO-{self._stage}"
+        self._parts: list[Partitions] = [partitions(s, dp=self.dp, stage=self._stage) for s in shapes]
+        self._local: list[dict[str, Shape]] = [{n: s for g in groups for n, s in g.items()} for groups in shapes]
+        self._check_sizes()
+        self._side, self.side_meta = read_side(self.path, step)
+        self.specs = self._specs()
+        self.model = check_sets(self.specs, self.path)
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        return {"step": self.progress.step, "data parallel": self.dp, "tensor parallel": self.tp}
+
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
+        if self._side is not None and name in self._side.specs:
+            return self._side.read(name, rows)
+        kind, _, parameter = name.partition(".")
+        dim = split_dim(parameter) if self.tp > 1 else None
+        shape = self.specs[name].shape
+        first, end = rows if rows is not None else (0, shape[0] if shape else 1)
+        out = torch.empty((end - first, *shape[1:]), dtype=self.specs[name].dtype)
+        if dim is None:
+            self._fill(out, kind, parameter, 0, first)
+        elif dim == 1:
+            for tp, columns in enumerate(out.chunk(self.tp, dim=1)):
+                part = torch.empty(columns.shape, dtype=out.dtype)
+                self._fill(part, kind, parameter, tp, first)
+                columns.copy_(part)
+        else:
+            height = self._local[0][parameter][0]
+            for tp in range(self.tp):
+                start, stop = max(first, tp * height), min(end, (tp + 1) * height)
+                if start < stop:
+                    self._fill(out[start - first : stop - first], kind, parameter, tp, start - tp * height)
+        return out if shape else out.view(())
+
+    def _fill(self, out: Tensor, kind: str, name: str, tp: int, row: int) -> None:
+        """Fill ``out`` with a tp rank's rows of a parameter from ``row`` on."""
+        flat, done = out.view(-1), 0
+        first = row * TensorSpec(out.shape[1:]).numel
+        for extent in overlaps(self._parts[tp].extents[name], first, flat.numel()):
+            self._flat(kind, tp, extent).read_into(flat[done : done + extent.count], extent.start)
+            done += extent.count
+
+    def _flat(self, kind: str, tp: int, extent: Extent) -> StoredTensor:
+        if kind == _SET_OF_FP32:
+            return self._masters[tp, extent.rank][extent.group]
+        return self._states[tp, extent.rank, kind][extent.group]
+
+    def _read_model_states(self) -> list[list[dict[str, Shape]]]:
+        """Check all model-states files against each other; the groups' shapes by tp rank."""
+        found: dict[int, list[dict[str, Shape]]] = {}
+        said: dict[tuple[int, int, int], Path] = {}
+        sizes: set[tuple[int, int]] = set()
+        ranks: set[tuple[int, int | None]] = set()
+        for file in sorted(self.path.glob("*model_states.pt")):
+            match = MODEL_STATES.fullmatch(file.name)
+            if match is None:
+                raise ConfigError(f"{file} is a file of pipeline or expert parallelism, which is not supported")
+            content = open_archive(file).content
+            tp = int(match[2])
+            ranks.add((tp, int(match[1]) if match[1] else None))
+            groups = parameter_shapes(content, file)
+            if found.setdefault(tp, groups) != groups:
+                raise ConfigError(f"{file} lists other parameters than another file of the same mp_rank")
+            said[model_progress(content, file)] = file
+            stated = [entry(content, key, file=file) for key in ("dp_world_size", "mp_world_size")]
+            if not all(isinstance(size, int) for size in stated):
+                raise ConfigError(f"{file}: dp_world_size and mp_world_size are {stated}")
+            sizes.add((stated[0], stated[1]))
+        if len(said) > 1:
+            (one, a), (other, b) = sorted(said.items())[:2]
+            raise ConfigError(
+                f"{self.path} mixes steps: {a.name} is of step {one[0]}, {b.name} of step {other[0]}"
+            )
+        if not said or sizes != {(self.dp, self.tp)}:
+            found_sizes = sorted(sizes) or "no *_model_states.pt file"
+            raise ConfigError(
+                f"{self.path} has optimizer files of {self.dp} data parallel x {self.tp} tensor parallel ranks, "
+                f"but (dp_world_size, mp_world_size) of the model files: {found_sizes}"
+            )
+        by_rank = any(dp is not None for _, dp in ranks)
+        places = [(tp, dp) for tp in range(self.tp) for dp in (range(self.dp) if by_rank else (None,))]
+        missing = [place for place in places if place not in ranks]
+        if missing:
+            tp, rank = missing[0]
+            of = f"rank {rank}, " if by_rank else ""
+            raise ConfigError(f"{self.path}: the model_states.pt file of {of}mp_rank {tp} is missing")
+        self._model_progress = next(iter(said))
+        return [found[tp] for tp in range(self.tp)]
+
+    def _read_optim(self, file: Path, tp: int, dp: int) -> int | None:
+        """Note where the tensors of an optimizer file are; its count of optimizer steps, if it says one."""
+        archive: Archive = open_archive(file)
+        optim = optim_content(archive.content, file)
+        if self._stage not in (0, optim.stage):
+            raise ConfigError(f"{file} is of ZeRO stage {optim.stage}, another file of stage {self._stage}")
+        self._stage = optim.stage
+        kinds = {k for k in _KINDS if optim.states and all(k in state for state in optim.states)}
+        if self._kinds not in (None, kinds):
+            raise ConfigError(f"{file} has {sorted(kinds)} in its optimizer state, another file {self._kinds}")
+        if kinds and not {"exp_avg", "exp_avg_sq"} <= kinds:
+            raise ConfigError(f"{file} has only {sorted(kinds)} of Adam's moments")
+        self._kinds = kinds
+        self._masters[tp, dp] = [archive.stored(t, f"masters of group {i}") for i, t in enumerate(optim.masters)]
+        for kind in kinds:
+            self._states[tp, dp, kind] = [
+                archive.stored(state[kind], f"{kind} of group {i}") for i, state in enumerate(optim.states)
+            ]
+        steps = {stored_number(archive, s.get("step"), name="step", file=file) for s in optim.states}
+        if len(steps) > 1:
+            raise ConfigError(f"{file}: its groups are of optimizer steps {sorted(map(str, steps))}")
+        return next(iter(steps)) if steps else None
+
+    def _check_sizes(self) -> None:
+        """Each flat buffer has the elements that the parameters' shapes give it, and the type of the others."""
+        for (tp, dp), masters in self._masters.items():
+            parts = self._parts[tp]
+            if len(masters) != len(parts.sizes):
+                raise ConfigError(
+                    f"{self.path}: rank {dp} of mp_rank {tp} has {len(masters)} groups, "
+                    f"the model file lists {len(parts.sizes)}"
+                )
+            for group, master in enumerate(masters):
+                allowed = {parts.sizes[group], parts.used[dp][group]}
+                kinds = sorted(self._kinds or ())
+                flats = [master] + [self._states[tp, dp, kind][group] for kind in kinds]
+                firsts = [self._masters[0, 0][0]] + [self._states[0, 0, kind][0] for kind in kinds]
+                for flat, first in zip(flats, firsts, strict=True):
+                    if flat.dtype != first.dtype:
+                        raise ConfigError(f"{flat.file} holds {flat.dtype} where {first.file} holds {first.dtype}")
+                    if len(flat.shape) != 1 or flat.shape[0] not in allowed or not flat.contiguous:
+                        raise ConfigError(
+                            f"{flat.file}: a flat buffer of group {group} has shape {flat.shape}, "
+                            f"expected {' or '.join(map(str, sorted(allowed)))} elements"
+                        )
+
+    def _specs(self) -> dict[str, TensorSpec]:
+        specs: dict[str, TensorSpec] = {}
+        for name, part in self._local[0].items():
+            shape = whole_shape(name, part, self.tp)
+            if any(local.get(name) != part for local in self._local):
+                raise ConfigError(f"{self.path}: {name} has different shapes on different mp_ranks")
+            for kind in (_SET_OF_FP32, *sorted(self._kinds or ())):
+                if kind != "ema" or name.startswith("denoiser."):
+                    flats = self._masters if kind == _SET_OF_FP32 else None
+                    first = flats[0, 0] if flats is not None else self._states[0, 0, kind]
+                    specs[f"{kind}.{name}"] = TensorSpec(shape, first[0].dtype)
+        if self._side is not None:
+            specs |= self._side.specs
+        return dict(sorted(specs.items()))
+
+
+def _grid(folder: Path) -> list[list[Path]]:
+    """Optimizer files by mp_rank and then data parallel rank, none missing."""
+    found: dict[tuple[int, int], Path] = {}
+    for file in sorted(folder.glob("*optim_states.pt")):
+        match = OPTIM.fullmatch(file.name)
+        if match is None:
+            raise ConfigError(f"{file} is a file of pipeline or expert parallelism, which is not supported")
+        place = (int(match[2]), int(match[1]))
+        if place in found:
+            raise ConfigError(f"{file} and {found[place].name} are of the same rank: two checkpoints are mixed")
+        found[place] = file
+    if not found:
+        raise ConfigError(f"{folder} has no *_optim_states.pt file of ZeRO")
+    tps, dps = max(tp for tp, _ in found) + 1, max(dp for _, dp in found) + 1
+    if tps * dps > 10 * len(found):
+        raise ConfigError(f"{folder} has {len(found)} optimizer files for {tps * dps} ranks")
+    for tp in range(tps):
+        for dp in range(dps):
+            if (tp, dp) not in found:
+                raise ConfigError(f"{folder}: the optimizer file of rank {dp}, mp_rank {tp} is missing")
+    return [[found[tp, dp] for dp in range(dps)] for tp in range(tps)]

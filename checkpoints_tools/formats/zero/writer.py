@@ -1,0 +1,293 @@
+"""Canonical tensors as the files that DeepSpeed's ``load_checkpoint`` reads under ZeRO-1, 2 or 3.
+
+Files are laid out first, by ``torch.save`` without data, and then filled in place, some rows of one tensor after
+another. So memory does not grow with a rank's share. The CRC-32 of the archives' records are those of blank
+records: ``torch.load`` does not look at them, ``unzip`` complains.
+"""
+
+import os
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from checkpoints_tools.base import Advance, CheckpointReader, TensorSpec, pieces
+from checkpoints_tools.formats.torch_zip import StoredTensor
+from checkpoints_tools.formats.zero.layout import Partitions, Shape, overlaps, partitions, sub_groups, tp_shape
+from checkpoints_tools.formats.zero.reader import optim_content
+from checkpoints_tools.formats.zero.side_file import CARRIED, VERSION, open_archive
+from checkpoints_tools.infer_config import denoiser_shapes
+from checkpoints_tools.memory_budget import SYNC_THREADS, in_threads
+from checkpoints_tools.safetensors_out import raw_bytes
+from deco_scale.checkpoint.format import WRITE_BYTES, CheckpointMeta, start_flush
+from deco_scale.errors import ConfigError
+from deco_scale.models import ModelConfig
+from deco_scale.parallel.tp_plan import check_tp, split_dim
+
+_REPA_LAYERS = (0, 2, 4)
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True, slots=True)
+class ZeroLayout:
+    """How a checkpoint is cut: ranks, stage, and whether the run has ``bf16.enabled`` in DeepSpeed's settings."""
+
+    dp: int
+    tp: int
+    stage: int
+    bf16: bool = False
+
+    def optim_file(self, tp: int, dp: int) -> str:
+        return f"{'bf16_' if self.bf16 else ''}zero_pp_rank_{dp}_mp_rank_{tp:02d}_optim_states.pt"
+
+    def model_files(self, tp: int) -> list[str]:
+        name = f"mp_rank_{tp:02d}_model_states.pt"
+        return [f"zero_pp_rank_{dp}_{name}" for dp in range(self.dp)] if self.stage == 3 else [name]
+
+
+def parameter_order(source: CheckpointReader) -> dict[str, Shape]:
+    """Parameters in the order of the module that is trained, which is the order in the flat buffers."""
+    order = [f"denoiser.{name}" for name in denoiser_shapes(source.model)]
+    order += [f"repa_head.layers.{i}.{kind}" for i in _REPA_LAYERS for kind in ("weight", "bias")]
+    found = {name: source.specs[f"model.{name}"].shape for name in order if f"model.{name}" in source.specs}
+    strangers = [n for n in source.specs if n.startswith("model.") and n.removeprefix("model.") not in found]
+    if strangers:
+        raise ConfigError(f"{source.path}: unknown parameter {strangers[0]}")
+    return found
+
+
+def check_zero(model: ModelConfig, layout: ZeroLayout) -> None:
+    """Raise :class:`ConfigError` for ranks or stages that cannot be."""
+    if layout.stage not in (1, 2, 3):
+        raise ConfigError(f"--zero-stage {layout.stage}: DeepSpeed's optimizer partitions are of stage 1, 2 or 3")
+    if layout.dp < 1 or layout.tp < 1:
+        raise ConfigError(f"--dp {layout.dp} --tp {layout.tp}: both must be at least 1")
+    check_tp(model, layout.tp)
+
+
+def model_states(
+    groups: list[dict[str, Shape]], meta: CheckpointMeta, layout: ZeroLayout, module: Mapping[str, Tensor | None]
+) -> dict[str, Any]:
+    """What a model-states file says; ``groups`` are the local shapes by group."""
+    return {
+        "module": OrderedDict(module),
+        "buffer_names": [],
+        "optimizer": None,
+        "param_shapes": [OrderedDict((n, torch.Size(s)) for n, s in group.items()) for group in groups],
+        "frozen_param_shapes": OrderedDict() if layout.stage == 3 else None,
+        "shared_params": {},
+        "frozen_param_fragments": OrderedDict() if layout.stage == 3 else None,
+        "lr_scheduler": None,
+        "data_sampler": None,
+        "random_ltd": None,
+        "skipped_steps": max(0, meta.step - meta.optimizer_steps),
+        "global_steps": meta.step,
+        "global_samples": meta.samples,
+        "dp_world_size": layout.dp,
+        "mp_world_size": layout.tp,
+        "checkpoint_parallel_dimensions": {"pp_degree": 1, "tp_degree": layout.tp},
+        "ds_config": {"zero_optimization": {"stage": layout.stage}},
+        "ds_version": VERSION,
+    }
+
+
+def adamw_group(meta: CheckpointMeta, ids: list[int]) -> dict[str, Any]:
+    """An optimizer group as ``torch.optim.AdamW`` saves it, with what the configuration says of the stage."""
+    optimizer = meta.config.get("optimizer") or {}
+    stages = meta.config.get("stages") or []
+    stage: Mapping[str, Any] = next((s for s in stages if s.get("name") == meta.stage), {})
+    known = {key: optimizer[key] for key in ("eps", "weight_decay") if key in optimizer}
+    known |= {"lr": stage["lr"]} if "lr" in stage else {}
+    known |= {"betas": tuple(stage["betas"])} if "betas" in stage else {}
+    made: dict[str, Any] = torch.optim.AdamW([torch.zeros(1)], **known).state_dict()["param_groups"][0]
+    return made | {"params": ids}
+
+
+def write_zero(
+    folder: Path,
+    source: CheckpointReader,
+    meta: CheckpointMeta,
+    layout: ZeroLayout,
+    *,
+    workers: int = 1,
+    piece_elements: int = 2**23,
+    advance: Advance = lambda name: None,
+) -> None:
+    """Write the files of all ranks into ``folder``, which exists; a worker holds ``piece_elements`` of a tensor.
+
+    A weight or moment that ``source`` lacks stays out; EMA is not written here. All files are made durable.
+    """
+    shapes = parameter_order(source)
+    local = {name: tp_shape(name, shape, layout.tp) for name, shape in shapes.items()}
+    groups = sub_groups(local, dp=layout.dp, stage=layout.stage)
+    parts = partitions(groups, dp=layout.dp, stage=layout.stage)
+    has_moments = f"exp_avg.{next(iter(shapes))}" in source.specs
+    module = _module(local, layout)
+    optim: dict[tuple[int, int], _Blank] = {}
+    models: dict[int, dict[str, StoredTensor]] = {}
+    with ExitStack() as files:
+        for tp in range(layout.tp):
+            for name in layout.model_files(tp):
+                file = folder / name
+                _save_blank(file, model_states(groups, meta, layout, module))
+                models[tp] = _module_places(file) if layout.stage != 3 else {}
+            for dp in range(layout.dp):
+                file = folder / layout.optim_file(tp, dp)
+                _save_blank(file, _optim_states(groups, parts, dp, meta, layout, has_moments))
+                optim[tp, dp] = _Blank(file, meta.optimizer_steps, files)
+        descriptors = {tp: _descriptor(folder / layout.model_files(tp)[0], files) for tp in range(layout.tp)}
+
+        def fill(name: str) -> None:
+            kind, _, parameter = name.partition(".")
+            for first, part, tp in _tp_pieces(source, name, layout.tp, piece_elements):
+                for extent in overlaps(parts.extents[parameter], first, part.numel()):
+                    values = part[extent.first - first : extent.first - first + extent.count]
+                    optim[tp, extent.rank].put(kind, extent.group, extent.start, values)
+                if kind == "model" and layout.stage != 3:
+                    place = models[tp][parameter]
+                    _put(descriptors[tp], place, first, part)
+            advance(name)
+
+        kinds = CARRIED if has_moments else CARRIED[:1]
+        names = [f"{kind}.{name}" for kind in kinds for name in shapes]
+        in_threads(fill, names, workers)
+        in_threads(
+            os.fsync, [*(blank.descriptor for blank in optim.values()), *descriptors.values()], SYNC_THREADS
+        )
+
+
+class _Blank:
+    """An optimizer file that is laid out and is to be filled."""
+
+    def __init__(self, file: Path, steps: int, files: ExitStack) -> None:
+        archive = open_archive(file)
+        content = optim_content(archive.content, file)
+        self.descriptor = _descriptor(file, files)
+        self._places = {("model", i): archive.stored(t, "masters") for i, t in enumerate(content.masters)}
+        for i, state in enumerate(content.states):
+            for kind in MOMENTS:
+                if kind in state:
+                    self._places[kind, i] = archive.stored(state[kind], kind)
+            if "step" in state:
+                _put(self.descriptor, archive.stored(state["step"], "step"), 0, torch.tensor([float(steps)]))
+
+    def put(self, kind: str, group: int, start: int, values: Tensor) -> None:
+        _put(self.descriptor, self._places[kind, group], start, values)
+
+
+def _module(local: Mapping[str, Shape], layout: ZeroLayout) -> dict[str, Tensor | None]:
+    """The module's state: blank weights, or the empty stand-ins that ZeRO-3 saves."""
+    dtype = torch.bfloat16 if layout.bf16 else torch.float32
+    module: dict[str, Tensor | None] = {}
+    for name, shape in local.items():
+        module[name] = torch.empty(0 if layout.stage == 3 else shape, dtype=dtype)
+        if layout.tp > 1 and split_dim(name) is not None:
+            # Megatron's layers have a state of their own, which is empty.
+            module[f"{name.rpartition('.')[0]}._extra_state"] = None
+    return module
+
+
+def _optim_states(
+    groups: list[dict[str, Shape]],
+    parts: Partitions,
+    dp: int,
+    meta: CheckpointMeta,
+    layout: ZeroLayout,
+    has_moments: bool,
+) -> dict[str, Any]:
+    try:
+        from deepspeed.runtime.fp16.loss_scaler import LossScaler
+        from deepspeed.runtime.zero.config import ZeroStageEnum
+        from deepspeed.utils.tensor_fragment import fragment_address
+    except ImportError as error:
+        raise ConfigError("--to deepspeed needs DeepSpeed: pip install 'deco-scale[deepspeed]'") from error
+    state: dict[int, dict[str, Tensor]] = {}
+    if has_moments:
+        for i, size in enumerate(parts.sizes):
+            state[i] = {"step": torch.empty(()), **{kind: torch.empty(size) for kind in MOMENTS}}
+    base = {"state": state, "param_groups": [adamw_group(meta, list(range(len(groups))))]}
+    inner: dict[str, Any] = {
+        "zero_stage": ZeroStageEnum(layout.stage),
+        "loss_scaler": LossScaler(scale=1.0),
+        "dynamic_loss_scale": False,
+        "overflow": False,
+    }
+    masters = [torch.empty(size) for size in parts.used[dp]]
+    if layout.stage == 3:
+        inner |= {"partition_count": layout.dp, "optimizer_state_dict": base, "fp32_flat_groups": masters}
+    else:
+        optimizer = meta.config.get("optimizer") or {}
+        inner |= {
+            "clip_grad": float(optimizer.get("clip_norm", 0.0)),
+            "base_optimizer_state": base,
+            "single_partition_of_fp32_groups": masters,
+            "group_paddings": [size - used for size, used in zip(parts.sizes, parts.used[dp], strict=True)],
+            "param_alignment_paddings": [[0] * len(group) for group in groups],
+            "partition_count": [layout.dp] * len(groups),
+            "ds_version": VERSION,
+            "param_slice_mappings": [
+                OrderedDict(
+                    (name, fragment_address(numel=e.count, start=e.start))
+                    for name in group
+                    for e in parts.extents[name]
+                    if e.rank == dp
+                )
+                for group in groups
+            ],
+        }
+    return {
+        "optimizer_state_dict": inner,
+        "ds_config": {"zero_optimization": {"stage": layout.stage}},
+        "ds_version": VERSION,
+    }
+
+
+def _save_blank(file: Path, content: dict[str, Any]) -> None:
+    """Save without the tensors' data; what is not filled later reads as zeros."""
+    with torch.serialization.skip_data():
+        torch.save(content, file)
+
+
+def _module_places(file: Path) -> dict[str, StoredTensor]:
+    archive = open_archive(file)
+    module = archive.content["module"]
+    return {name: archive.stored(t, name) for name, t in module.items() if isinstance(t, Tensor)}
+
+
+def _descriptor(file: Path, files: ExitStack) -> int:
+    return files.enter_context(file.open("r+b")).fileno()
+
+
+def _put(descriptor: int, place: StoredTensor, start: int, values: Tensor) -> None:
+    """Write elements of a flattened stored tensor from ``start`` on."""
+    data = raw_bytes(values.to(place.dtype).contiguous())
+    at = first = place.start + start * place.dtype.itemsize
+    while len(data):
+        done = os.pwrite(descriptor, data[:WRITE_BYTES], at)
+        data, at = data[done:], at + done
+    start_flush(descriptor, first, at - first)
+
+
+def _tp_pieces(source: CheckpointReader, name: str, tp: int, elements: int) -> Iterator[tuple[int, Tensor, int]]:
+    """First element, values (flat, fp32) and tp rank of each piece of each tp rank's part of a tensor."""
+    spec = source.specs[name]
+    dim = split_dim(name) if tp > 1 else None
+    for rows in pieces(spec, max_elements=elements):
+        values = source.read(name, rows).float()
+        start = rows[0] if rows is not None else 0
+        width = TensorSpec(spec.shape[1:]).numel
+        for rank in range(tp):
+            if dim is None:
+                yield start * width, values.reshape(-1), rank
+            elif dim == 1:
+                yield start * (width // tp), values.chunk(tp, dim=1)[rank].reshape(-1), rank
+            else:
+                height = spec.shape[0] // tp
+                first, end = max(start, rank * height), min(start + len(values), (rank + 1) * height)
+                if first < end:
+                    yield (first - rank * height) * width, values[first - start : end - start].reshape(-1), rank

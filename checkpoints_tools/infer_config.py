@@ -1,0 +1,145 @@
+"""A model's settings from its tensors' names and shapes, in our names or in the release's."""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from math import isqrt
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from checkpoints_tools.base import EMA, MODEL, TensorSpec
+from checkpoints_tools.formats import release
+from deco_scale.errors import ConfigError
+from deco_scale.models import Denoiser, ModelConfig
+
+_LISTED = 5
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def model_of(specs: Mapping[str, TensorSpec], stated: Mapping[str, Any] | None, *, where: str) -> ModelConfig:
+    """Settings of the denoiser of a canonical set of tensors, which must be complete for them.
+
+    ``stated`` (a configuration's ``model`` section) must agree. Raises :class:`ConfigError` naming the key.
+    """
+    prefix = MODEL if any(n.startswith(MODEL) for n in specs) else EMA
+    shapes = {n.removeprefix(prefix): s.shape for n, s in specs.items() if n.startswith(prefix)}
+    cfg = infer_model(shapes, where=where, stated=stated)
+    check_shapes(shapes, denoiser_shapes(cfg), where=where)
+    return cfg
+
+
+def infer_model(shapes: Shapes, *, where: str, stated: Mapping[str, Any] | None = None) -> ModelConfig:
+    """Settings that give a denoiser of these tensors (without prefix; our names or the release's).
+
+    Heads come from the q-norm's length, the patch from the embedding, and so on. The baseline's tensors say only
+    channels x patch_size^2; three channels are taken, unless ``stated`` divides it otherwise. Whether all tensors
+    fit the result is for :func:`check_shapes` to say. Raises :class:`ConfigError` naming ``where``.
+    """
+
+    def size(dimension: int, *names: str) -> int:
+        for name in names:
+            if name in shapes and len(shapes[name]) > dimension:
+                return shapes[name][dimension]
+        raise ConfigError(f"{where} is no DeCo model: it has no tensor {' or '.join(names)} of a fitting shape")
+
+    embed = ("patch_embed.weight", "s_embedder.proj.weight", "x_embedder.proj.weight")
+    dim, patch_values = size(0, *embed), size(1, *embed)
+    head_dim = size(0, "blocks.0.attn.q_norm.weight")
+    found: dict[str, Any] = {
+        "dim": dim,
+        "num_heads": dim // head_dim if head_dim else 0,
+        "num_blocks": _count(shapes, "blocks", where),
+    }
+    if "text_embed.position" in shapes or "y_pos_embedding" in shapes:
+        found |= {
+            "kind": "t2i_deco",
+            "num_text_blocks": _count(shapes, "(?:text_blocks|text_refine_blocks)", where),
+            "text_dim": size(1, "text_embed.proj.weight", "y_embedder.proj.weight"),
+            "text_tokens": size(1, "text_embed.position", "y_pos_embedding"),
+        }
+    else:
+        is_baseline = "final.head.weight" in shapes or "final_layer.linear.weight" in shapes
+        found["kind"] = "c2i_baseline" if is_baseline else "c2i_deco"
+        found["num_classes"] = size(0, "label_embed.table.weight", "y_embedder.embedding_table.weight") - 1
+    if found["kind"] == "c2i_baseline":
+        found["channels"] = _channels(patch_values, stated)
+    else:
+        found["channels"] = size(0, "decoder.head.weight", "dec_net.final_layer.linear.weight")
+        found["decoder_width"] = size(0, "decoder.input_proj.weight", "dec_net.input_proj.weight")
+        found["decoder_blocks"] = _count(shapes, r"(?:decoder\.blocks|dec_net\.res_blocks)", where)
+    found["patch_size"] = isqrt(patch_values // max(1, found["channels"]))
+    try:
+        cfg = ModelConfig(**found)
+    except ValueError as error:
+        raise ConfigError(f"{where}: its tensors describe no possible model: {error}") from error
+    if stated is not None:
+        _check_stated(cfg, stated, where)
+    return cfg
+
+
+def denoiser_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Names (without prefix) and shapes of a denoiser's tensors."""
+    return {name: tuple(tensor.shape) for name, tensor in meta_state(cfg).items()}
+
+
+def release_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The same in the release's names."""
+    return {n: tuple(t.shape) for n, t in release.denoiser_to_release(meta_state(cfg), cfg).items()}
+
+
+def meta_state(cfg: ModelConfig) -> dict[str, Tensor]:
+    """A denoiser's tensors without data."""
+    try:
+        with torch.device("meta"):
+            return dict(Denoiser(cfg).state_dict())
+    except RuntimeError as error:
+        raise ConfigError(f"a model of such sizes cannot exist: {error}") from error
+
+
+def repa_shapes(dim: int, encoder_dim: int) -> dict[str, tuple[int, ...]]:
+    """Names (without prefix) and shapes of the REPA head."""
+    sizes = {0: (dim, dim), 2: (dim, dim), 4: (encoder_dim, dim)}
+    weights = {f"layers.{i}.weight": shape for i, shape in sizes.items()}
+    return weights | {f"layers.{i}.bias": shape[:1] for i, shape in sizes.items()}
+
+
+def check_shapes(found: Shapes, wanted: Shapes, *, where: str) -> None:
+    """Raise :class:`ConfigError` naming missing, unexpected and misshapen tensors."""
+    problems = [f"missing {n}" for n in sorted(set(wanted) - set(found))]
+    problems += [f"unexpected {n}" for n in sorted(set(found) - set(wanted))]
+    problems += [
+        f"{n} has shape {found[n]}, expected {wanted[n]}"
+        for n in sorted(set(found) & set(wanted))
+        if found[n] != wanted[n]
+    ]
+    if problems:
+        more = f" and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
+        raise ConfigError(f"{where}: {'; '.join(problems[:_LISTED])}{more}")
+
+
+def _count(shapes: Shapes, pattern: str, where: str) -> int:
+    """Number of blocks, which must be numbered from 0 without a gap."""
+    matches = (re.match(rf"{pattern}\.(\d{{1,6}})\.", name) for name in shapes)
+    numbers = {int(match[1]) for match in matches if match}
+    if numbers and max(numbers) != len(numbers) - 1:
+        lacking = next(i for i in range(len(numbers)) if i not in numbers)
+        raise ConfigError(f"{where}: the tensors of block {lacking} ({pattern}) are missing")
+    return len(numbers)
+
+
+def _channels(patch_values: int, stated: Mapping[str, Any] | None) -> int:
+    if stated is not None:
+        channels, side = stated.get("channels", 3), stated.get("patch_size", 16)
+        if isinstance(channels, int) and isinstance(side, int) and channels * side * side == patch_values:
+            return channels
+    return 3
+
+
+def _check_stated(cfg: ModelConfig, stated: Mapping[str, Any], where: str) -> None:
+    for key, value in dataclasses.asdict(cfg).items():
+        if key in stated and stated[key] != value:
+            raise ConfigError(
+                f"model.{key}={stated[key]} of the configuration contradicts {where}, whose tensors say {value}"
+            )

@@ -1,0 +1,121 @@
+"""Files of a snapshot, written by all ranks, with checksums taken on the way to the disk."""
+
+import io
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystem
+
+from deco_scale.checkpoint.async_save import CheckpointGroup, first_failure
+from deco_scale.checkpoint.format import ChecksummedFile, FileSums, without_record_sums
+from deco_scale.checkpoint.staging import Snapshot, StagedPlanner
+from deco_scale.errors import RunError
+
+
+class DcpFile(io.RawIOBase):
+    """A new file for DCP that is only appended to, with :attr:`sums` (size, CRC32C) of what was written."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path, self._file = path, path.open("wb")
+        self._summed = ChecksummedFile(self._file)
+        self.problem: OSError | None = None
+
+    @property
+    def sums(self) -> tuple[int, int]:
+        return self._summed.size, self._summed.crc
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        """Write all of ``data``; the first error is kept, because torch.save hides it behind its own."""
+        try:
+            return self._summed.write(data)
+        except OSError as error:
+            self.problem = self.problem or OSError(error.errno, error.strerror, str(self._path))
+            raise
+
+    def tell(self) -> int:
+        return self._summed.size
+
+    def fileno(self) -> int:
+        # DCP asks for it to make the file durable, and does not flush its index before.
+        self._file.flush()
+        return self._file.fileno()
+
+    def flush(self) -> None:
+        if not self._file.closed:
+            self._file.flush()
+
+    def close(self) -> None:
+        """Close the file even where its last bytes do not reach the disk."""
+        try:
+            self._file.close()
+        finally:
+            super().close()
+
+
+class ChecksumFileSystem(FileSystem):
+    """DCP's files, with :attr:`sums` of those that this rank wrote and the first :attr:`problem` it met."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sums: FileSums = {}
+        self.problem: OSError | None = None
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:  # type: ignore[override]
+        assert mode == "wb", mode
+        file: DcpFile | None = None
+        try:
+            file = DcpFile(Path(path))
+            yield file
+            file.close()
+        except OSError as error:
+            self.problem = self.problem or (file.problem if file else None) or error
+            raise
+        except BaseException:
+            self.problem = self.problem or (file.problem if file else None)
+            raise
+        finally:
+            if file is not None and not file.closed:
+                with suppress(OSError):
+                    file.close()
+        self.sums[Path(path).name] = file.sums
+
+    def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
+        super().rename(path, new_path)
+        self.sums[Path(new_path).name] = self.sums.pop(Path(path).name)
+
+
+def write_snapshot(snapshot: Snapshot, folder: Path, team: CheckpointGroup) -> FileSums:
+    """Write and make durable all files of DCP, all ranks together; returns those of this rank.
+
+    Raises :class:`RunError` on the ranks that failed; all others return as if nothing had happened, so the caller
+    lets the ranks agree.
+    """
+    files = ChecksumFileSystem()
+    writer = dcp.FileSystemWriter(folder, single_file_per_rank=True, sync_files=True, per_thread_copy_ahead=0)
+    writer.fs = files
+    try:
+        with without_record_sums():
+            dcp.save(
+                # The planner has the tensors already.
+                {},
+                storage_writer=writer,
+                planner=StagedPlanner(snapshot),
+                process_group=team.group,
+            )
+    except CheckpointException as error:
+        if files.problem is not None:
+            raise RunError(f"{files.problem.filename or folder}: {files.problem.strerror}") from error
+        rank, failure = first_failure(error)
+        if rank == team.rank:
+            raise RunError(f"{folder}: {type(failure).__name__}: {failure}") from error
+    return files.sums

@@ -1,0 +1,166 @@
+"""A checkpoint as a :class:`Generator`: its EMA weights, its text encoder, on this process's device or a tp group.
+
+This is where sampling meets configuration, checkpoints and parallelism; nothing here knows a solver.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from deco_scale.checkpoint.manager import CheckpointMeta, read_meta, read_tensors
+from deco_scale.config import RunConfig, build_config
+from deco_scale.errors import ConfigError
+from deco_scale.models import Denoiser
+from deco_scale.models.encoders import EncoderError, TextEncoder
+from deco_scale.objectives import Objective, ObjectiveConfig
+from deco_scale.parallel.sequence_parallel import TokenShard, encode_shared
+from deco_scale.parallel.tensor_parallel import apply_tensor_parallel
+from deco_scale.parallel.tp_plan import check_tp
+from deco_scale.precision.config import PrecisionConfig, autocast
+from deco_scale.sampling.cuda_graphs import CudaGraphedVelocity
+from deco_scale.sampling.generate import EncodeFn, Generator
+from deco_scale.sampling.images import PredictFn, velocity_of
+
+Compute = Literal["fp32", "bf16"]
+"""What a generator computes in; bf16 is autocast over fp32 weights."""
+
+
+def load_generator(
+    checkpoint: Path,
+    *,
+    text_encoder: str | None = None,
+    device: torch.device | None = None,
+    compile: bool = False,
+    cuda_graphs: bool = False,
+    tp: DeviceMesh | None = None,
+    compute: Compute | None = None,
+) -> tuple[Generator, RunConfig, CheckpointMeta]:
+    """A generator with a checkpoint's EMA weights, and what the checkpoint says of itself.
+
+    ``checkpoint`` is a step folder, or a run's folder, whose newest complete step is taken. ``text_encoder`` is a
+    folder that takes the place of the configured one; ``device`` None means the first GPU, or the CPU where there
+    is none; ``compute`` None means what :func:`sampling_compute` says. ``compile`` compiles the
+    transformer blocks, ``cuda_graphs`` replays the whole model as graphs. With a one-dimensional mesh ``tp`` its
+    ranks share the model and all of them draw the same pictures together.
+
+    Raises :class:`ConfigError` for a checkpoint or an encoder that is missing, damaged or does not fit, and for
+    settings that exclude each other.
+    """
+    path, cfg, meta = read_checkpoint(checkpoint)
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if tp is not None and tp.size() > 1 and cuda_graphs:
+        raise ConfigError("CUDA graphs need a whole model on each GPU: leave out graphs, or tensor parallelism")
+    if tp is not None:
+        check_tp(cfg.model, tp.size())
+    denoiser = load_denoiser(cfg, path).to(device)
+    precision = PrecisionConfig(compute=compute or sampling_compute(cfg, device))
+    predict, shard = _predictor(denoiser, precision, device, compile=compile, tp=tp)
+    velocity = velocity_of(
+        predict, cfg.model.patch_size, prediction=cfg.objective.prediction, t_eps=cfg.objective.t_eps
+    )
+    if cuda_graphs:
+        try:
+            velocity = CudaGraphedVelocity(velocity, device)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+    encode, null = _conditions(cfg, text_encoder, device, shard)
+    generator = Generator(
+        velocity,
+        cfg.model,
+        encode=encode,
+        null=null,
+        device=device,
+        digest=meta.parameter_digest,
+        step=meta.step,
+    )
+    return generator, cfg, meta
+
+
+def sampling_compute(cfg: RunConfig, device: torch.device) -> Compute:
+    """A GPU computes in the run's precision (``fp8`` as ``bf16``), a CPU in fp32."""
+    return "bf16" if device.type == "cuda" and cfg.precision.compute != "fp32" else "fp32"
+
+
+def read_checkpoint(checkpoint: Path) -> tuple[Path, RunConfig, CheckpointMeta]:
+    """The step folder that ``checkpoint`` means (see :func:`find_checkpoint`), and what it says of itself."""
+    path = find_checkpoint(checkpoint)
+    meta = read_meta(path)
+    return path, build_config(meta.config, source=str(path / "meta.json")), meta
+
+
+def find_checkpoint(path: Path) -> Path:
+    """A step folder itself, or the newest complete one of a run's folder; :class:`ConfigError` without any."""
+    if (path / "COMPLETE").is_file():
+        return path
+    complete = sorted(p.parent for p in path.glob("checkpoints/step_*/COMPLETE"))
+    if not complete:
+        raise ConfigError(f"{path}: neither a complete checkpoint nor a run with one")
+    return complete[-1]
+
+
+def load_denoiser(cfg: RunConfig, path: Path) -> Denoiser:
+    """Plain denoiser with a checkpoint's EMA weights, on the CPU, ready for inference."""
+    with torch.device("meta"):
+        denoiser = Denoiser(cfg.model)
+    tensors = read_tensors(path, "ema.denoiser.")
+    try:
+        denoiser.load_state_dict(tensors, strict=True, assign=True)
+    except RuntimeError as error:
+        raise ConfigError(f"{path} does not fit its own configuration: {error}") from error
+    return denoiser.eval().requires_grad_(False)
+
+
+def _predictor(
+    denoiser: Denoiser,
+    precision: PrecisionConfig,
+    device: torch.device,
+    *,
+    compile: bool,
+    tp: DeviceMesh | None,
+) -> tuple[PredictFn, TokenShard | None]:
+    """The denoiser's prediction, whole on every rank, and the tp group where there is one."""
+    shard: TokenShard | None = None
+    objective = Objective(denoiser, ObjectiveConfig(repa_weight=0.0), encoder_dim=0)
+    if tp is not None and tp.size() > 1:
+        shard = apply_tensor_parallel(objective, tp, compile_blocks=compile)
+    elif compile:
+        for block in denoiser.transformer_blocks:
+            block.compile()
+
+    def predict(patches: Tensor, t: Tensor, condition: Tensor, grid: tuple[int, int]) -> Tensor:
+        with autocast(precision, device):
+            prediction = objective.predict(patches, t, condition, grid)
+        return prediction if shard is None else shard.gather(prediction, patches.shape[1])
+
+    return predict, shard
+
+
+def _conditions(
+    cfg: RunConfig, text_encoder: str | None, device: torch.device, shard: TokenShard | None
+) -> tuple[EncodeFn | None, Tensor]:
+    """Text encoder (shared by a tp group) and null condition."""
+    if cfg.model.kind != "t2i_deco":
+        if text_encoder is not None:
+            raise ConfigError(f"a {cfg.model.kind} model draws classes and takes no text encoder")
+        return None, torch.tensor(cfg.model.num_classes)
+    assert cfg.text_encoder is not None
+    settings = dataclasses.replace(cfg.text_encoder, path=text_encoder or cfg.text_encoder.path)
+    try:
+        text = TextEncoder.load(settings, device)
+    except EncoderError as error:
+        raise ConfigError(str(error)) from error
+    if text.width != cfg.model.text_dim:
+        raise ConfigError(
+            f"text encoder {settings.path} gives {text.width} values a token, "
+            f"model.text_dim is {cfg.model.text_dim}"
+        )
+    encode: Callable[..., Tensor] = text.encode
+    if shard is not None:
+        group = shard
+        return lambda texts: encode_shared(encode, list(texts), len(texts), group), text.null
+    return encode, text.null

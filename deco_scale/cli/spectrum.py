@@ -1,0 +1,285 @@
+"""``deco spectrum``: DCT energy of the DiT's tokens and of the velocity, of one or several checkpoints.
+
+    deco spectrum --checkpoint runs/deco --checkpoint runs/baseline --label DeCo --label baseline --out spectrum
+
+:mod:`deco_scale.evaluation.spectrum` says what is computed and where it comes from. The paper uses 10,000
+pictures.
+"""
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor
+
+from data_pipeline.config import DataConfig
+from data_pipeline.decode import DecodeError, decode
+from data_pipeline.errors import Reject
+from data_pipeline.pack.readers import read_source
+from data_pipeline.stream.loader import Loader
+from deco_scale.cli.model_loading import load_denoiser, read_checkpoint, sampling_compute
+from deco_scale.config import RunConfig
+from deco_scale.errors import ConfigError
+from deco_scale.evaluation.spectrum import (
+    BLOCK,
+    SIGNALS,
+    Probe,
+    Spectrum,
+    draw,
+    normalised,
+    probe_pictures,
+    probe_samples,
+    write_csv,
+)
+from deco_scale.models import Denoiser
+from deco_scale.models.encoders import EncoderError, TextEncoder
+from deco_scale.precision.config import PrecisionConfig, autocast
+from deco_scale.sampling import SamplerConfig, VelocityFn, time_grid
+from deco_scale.sampling.images import seeded_noise, velocity_of
+from deco_scale.sampling.prompts import read_prompts
+
+DATA_TIMES = tuple((i + 0.5) / 10 for i in range(10))
+_HIGH = 32
+"""Zig-zag index from which a frequency counts as high in the printed share: the upper half."""
+
+
+class Inputs(NamedTuple):
+    """Pictures ``(P, Y, X, 3)`` in uint8, None where the model samples its own, and P prompts or classes."""
+
+    pictures: Any
+    conditions: list[str] | list[int]
+
+
+class _Model(NamedTuple):
+    """A checkpoint's denoiser, its velocity, its text encoder (None for class models) and its null condition."""
+
+    denoiser: Denoiser
+    velocity: VelocityFn
+    encoder: TextEncoder | None
+    null: Tensor
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Writes spectrum.csv and spectrum.png. Without --data or --folder each model samples pictures of its own "
+        "(Euler, no guidance) and all of its steps are measured, as in the paper; else the pictures are noised to "
+        "--times. EMA weights; the same noise for every checkpoint."
+    )
+    parser.add_argument(
+        "--checkpoint", type=Path, action="append", required=True, help="may be given several times"
+    )
+    parser.add_argument("--label", action="append", help="one per checkpoint; default: its folder's name")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--data", help="URL of packed and indexed shards; a shuffled part of them is taken")
+    source.add_argument("--folder", help="pictures with .txt, .json or .cls beside them; the first ones are taken")
+    parser.add_argument("--prompts", type=Path, help="file with one prompt per line, for sampling by text models")
+    parser.add_argument("--pictures", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--size", type=int, help="side in pixels; default: the last stage's")
+    parser.add_argument("--num-steps", type=int, default=100, help="Euler steps, while sampling")
+    parser.add_argument("--timestep-shift", type=float, default=1.0, help="of the time grid, while sampling")
+    parser.add_argument("--times", type=float, nargs="+", help="between 0 and 1, with --data or --folder")
+    parser.add_argument("--seed", type=int, default=0, help="of the first picture's noise")
+    parser.add_argument("--text-encoder", help="folder, where it has moved since training")
+
+
+def run(args: argparse.Namespace, console: Console) -> int:
+    """One spectrum per checkpoint, then one table of curves and one figure of all."""
+    labels = _labels(args)
+    if args.pictures < 1 or args.batch < 1:
+        raise ConfigError("--pictures and --batch must be at least 1")
+    sampler = _sampler(args)
+    times = _times(args, sampler)
+    spectra: dict[str, Spectrum] = {}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for label, checkpoint in zip(labels, args.checkpoint, strict=True):
+        path, cfg, _ = read_checkpoint(checkpoint)
+        size = _size(args, cfg)
+        inputs = _inputs(args, cfg, size)
+        model = _load(path, cfg, args.text_encoder, device)
+        with (
+            Progress(console=console, transient=True) as progress,
+            Probe(model.denoiser, model.velocity, times=times) as probe,
+        ):
+            task = progress.add_task(label, total=len(inputs.conditions))
+            for start in range(0, len(inputs.conditions), args.batch):
+                image, noise, condition = _batch(model, inputs, start, args, size)
+                if image is None:
+                    probe_samples(probe, noise, condition, model.null, sampler=sampler)
+                else:
+                    probe_pictures(probe, image, noise, condition, times=times)
+                progress.update(task, completed=start + len(noise))
+        spectra[label] = probe.spectrum()
+        _tell(label, spectra[label], console)
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_csv(args.out / "spectrum.csv", spectra)
+    draw(args.out / "spectrum.png", spectra)
+    console.print(f"curves in {args.out / 'spectrum.csv'}, figure in {args.out / 'spectrum.png'}", soft_wrap=True)
+    return 0
+
+
+def _load(path: Path, cfg: RunConfig, text_encoder: str | None, device: torch.device) -> _Model:
+    denoiser = load_denoiser(cfg, path).to(device)
+    precision = PrecisionConfig(compute=sampling_compute(cfg, device))
+    encoder = _text_encoder(cfg, text_encoder, device)
+    null = torch.tensor(cfg.model.num_classes, device=device) if encoder is None else encoder.null.to(device)
+
+    def predict(patches: Tensor, t: Tensor, condition: Tensor, grid: tuple[int, int]) -> Tensor:
+        with autocast(precision, device):
+            return denoiser(patches, t, condition, grid=grid).prediction_BNK
+
+    velocity = velocity_of(
+        predict, cfg.model.patch_size, prediction=cfg.objective.prediction, t_eps=cfg.objective.t_eps
+    )
+    return _Model(denoiser, velocity, encoder, null)
+
+
+def _batch(
+    model: _Model, inputs: Inputs, start: int, args: argparse.Namespace, size: int
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Images in [-1, 1] where there are any, noise and conditions of the batch that begins at ``start``."""
+    part = inputs.conditions[start : start + args.batch]
+    device = model.null.device
+    seeds = range(args.seed + start, args.seed + start + len(part))
+    noise = seeded_noise(seeds, (model.denoiser.cfg.channels, size, size)).to(device)
+    if model.encoder is None:
+        condition = torch.tensor(part, device=device)
+    else:
+        condition = model.encoder.encode([str(text) for text in part])
+    if inputs.pictures is None:
+        return None, noise, condition
+    pixels = torch.from_numpy(inputs.pictures[start : start + len(part)]).to(device)
+    return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1, noise, condition
+
+
+def _inputs(args: argparse.Namespace, cfg: RunConfig, size: int) -> Inputs:
+    """Conditions of the model's kind, with pictures where a data set is given."""
+    is_text = cfg.model.kind == "t2i_deco"
+    if args.data:
+        loader = Loader(
+            DataConfig(url=args.data, target="caption" if is_text else "label", workers=0, prefix_probability=0.0),
+            resolution=size,
+            seed=args.seed,
+            global_batch=args.pictures,
+            rank=0,
+            world=1,
+            start=0,
+        )
+        try:
+            batch = next(iter(loader))
+        finally:
+            loader.close()
+        return Inputs(batch.images, batch.captions if is_text else _known(batch.labels, cfg, args.data))
+    if args.folder:
+        return _read_folder(args, cfg, size)
+    if not is_text:
+        return Inputs(None, [i % cfg.model.num_classes for i in range(args.pictures)])
+    prompts = read_prompts(args.prompts) if args.prompts else list(cfg.samples.prompts)
+    if not prompts:
+        raise ConfigError("the run has no samples.prompts: give --prompts FILE, --data or --folder")
+    return Inputs(None, [prompts[i % len(prompts)] for i in range(args.pictures)])
+
+
+def _read_folder(args: argparse.Namespace, cfg: RunConfig, size: int) -> Inputs:
+    is_text = cfg.model.kind == "t2i_deco"
+    rejects: list[Reject] = []
+    pictures: list[Any] = []
+    captions: list[str] = []
+    labels: list[int] = []
+    for sample in read_source(args.folder, rejects):
+        if len(pictures) == args.pictures:
+            break
+        if not sample.captions if is_text else sample.label is None:
+            rejects.append(Reject(sample.name, f"no {'caption' if is_text else 'class number'}"))
+            continue
+        try:
+            pixels = decode(sample.image, (size, size), mode="exact", max_pixels=DataConfig(url="-").max_pixels)
+        except DecodeError as error:
+            rejects.append(Reject(sample.name, str(error)))
+            continue
+        pictures.append(pixels)
+        captions.extend(sample.captions[:1])
+        labels.extend([] if sample.label is None else [sample.label])
+    if len(pictures) < args.pictures:
+        why = f"; {len(rejects)} were left out, the first: {rejects[0]}" if rejects else ""
+        raise ConfigError(f"--folder {args.folder} gives {len(pictures)} of --pictures {args.pictures}{why}")
+    conditions = captions if is_text else _known(labels, cfg, args.folder)
+    return Inputs(np.stack(pictures), conditions)
+
+
+def _known(labels: list[int], cfg: RunConfig, where: str) -> list[int]:
+    strange = [label for label in labels if not 0 <= label < cfg.model.num_classes]
+    if strange:
+        raise ConfigError(f"{where} has class {strange[0]}, the model knows 0 to {cfg.model.num_classes - 1}")
+    return labels
+
+
+def _text_encoder(cfg: RunConfig, given: str | None, device: torch.device) -> TextEncoder | None:
+    """The run's text encoder, None for class models."""
+    if cfg.model.kind != "t2i_deco":
+        return None
+    assert cfg.text_encoder is not None
+    try:
+        return TextEncoder.load(dataclasses.replace(cfg.text_encoder, path=given or cfg.text_encoder.path), device)
+    except EncoderError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _labels(args: argparse.Namespace) -> list[str]:
+    labels = args.label or [path.resolve().name for path in args.checkpoint]
+    if len(labels) != len(args.checkpoint):
+        raise ConfigError(f"{len(labels)} --label for {len(args.checkpoint)} --checkpoint")
+    if len(set(labels)) < len(labels):
+        raise ConfigError(f"labels must differ, got {labels}: give one --label per --checkpoint")
+    return labels
+
+
+def _sampler(args: argparse.Namespace) -> SamplerConfig:
+    try:
+        return SamplerConfig(
+            solver="euler", num_steps=args.num_steps, guidance=1.0, timestep_shift=args.timestep_shift
+        )
+    except ValueError as error:
+        raise ConfigError(f"--num-steps and --timestep-shift: {error}") from error
+
+
+def _times(args: argparse.Namespace, sampler: SamplerConfig) -> Tensor:
+    """Times that are measured, rising: those asked for, or the solver's."""
+    if not args.data and not args.folder:
+        if args.times:
+            raise ConfigError("--times goes with --data or --folder; a sampler has its own")
+        return time_grid(sampler.num_steps, sampler.timestep_shift)[:-1]
+    times = sorted(set(args.times or DATA_TIMES))
+    if not all(0 <= t < 1 for t in times):
+        raise ConfigError(f"--times must lie in [0, 1), got {times}")
+    return torch.tensor(times)
+
+
+def _size(args: argparse.Namespace, cfg: RunConfig) -> int:
+    side = args.size or cfg.stages[-1].resolution
+    least = BLOCK * cfg.model.patch_size
+    if side < least or side % cfg.model.patch_size:
+        raise ConfigError(
+            f"--size {side}: a block of {BLOCK} x {BLOCK} tokens needs at least {least} pixels, and a multiple of "
+            f"the patch, {cfg.model.patch_size}"
+        )
+    return int(side)
+
+
+def _tell(label: str, spectrum: Spectrum, console: Console) -> None:
+    for signal in SIGNALS:
+        energy = spectrum.overall(signal)
+        high = float(energy[_HIGH:].sum() / energy.sum().clamp_min(torch.finfo(energy.dtype).tiny))
+        level = float(normalised(energy)[_HIGH:].mean())
+        console.print(
+            f"{label}, {signal}, {spectrum.pictures} pictures at {len(spectrum.times)} times: the upper half of "
+            f"the frequencies has {high:.2%} of the energy and a mean normalised log energy of {level:.3f}",
+            soft_wrap=True,
+            markup=False,
+        )

@@ -1,0 +1,147 @@
+"""The page itself: gradio's components, and what happens when they are used."""
+
+import html
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from deco_scale.demo_app.service import DemoService
+from deco_scale.demo_app.validation import FIELDS, MAX_SEED, SOLVERS, CheckError
+
+_SESSIONS = 64
+"""Visitors whose last settings are remembered."""
+
+
+def build_page(studio: DemoService, *, title: str, size: tuple[int, int], queue: int, example: str) -> Any:
+    """Blocks with one queued computation at a time; ``size`` is the default (height, width) in pixels.
+
+    ``queue`` orders may wait. Every value is checked by :meth:`DemoService.draw`; messages are shown in a text box,
+    where markup is never rendered.
+    """
+    import gradio as gr
+
+    with gr.Blocks(title=title, analytics_enabled=False) as page:
+        records, chosen = gr.State([]), gr.State(0)
+        gr.HTML(f"<h2>{html.escape(title)}</h2>")
+        with gr.Row():
+            with gr.Column(scale=2):
+                inputs = [*_subject_fields(studio, example), *_number_fields(studio, size)]
+                go = gr.Button("Draw", variant="primary", elem_id="go")
+                message = gr.Textbox(label="Message", interactive=False, lines=2, elem_id="message")
+            with gr.Column(scale=3):
+                gallery, files, shown = _results()
+                again = gr.Button("Use these settings", elem_id="again")
+
+        def draw(*values: Any, progress: Any = gr.Progress()) -> list[Any]:
+            try:
+                drawn = studio.draw(
+                    dict(zip(FIELDS, values, strict=True)),
+                    lambda done, total: progress((done, total), desc="drawing", unit="steps"),
+                )
+            except CheckError as error:
+                # What was drawn before stays.
+                return [f"Error. {error}", *[gr.skip()] * 5]
+            paths = [str(picture.path) for picture in drawn]
+            settings = [picture.settings for picture in drawn]
+            captioned = [(path, f"seed {each['seed']}") for path, each in zip(paths, settings, strict=True)]
+            done = f"{len(drawn)} picture{'s' if len(drawn) > 1 else ''} drawn."
+            return [done, captioned, paths, settings, _text(settings[0]), 0]
+
+        def choose(known: Any, event: gr.SelectData) -> tuple[str, int]:
+            index = event.index if isinstance(event.index, int) and 0 <= event.index < len(known) else 0
+            return (_text(known[index]) if known else ""), index
+
+        def use(known: Sequence[dict[str, Any]], index: int) -> list[Any]:
+            if not known:
+                return [gr.skip()] * len(FIELDS)
+            return _as_inputs(known[index if index < len(known) else 0])
+
+        # Values come as they were sent: the check is one function, not a part of each component.
+        outputs = [message, gallery, files, records, shown, chosen]
+        go.click(draw, inputs, outputs, preprocess=False, api_name="generate")
+        gallery.select(choose, [records], [shown, chosen], api_visibility="private")
+        again.click(use, [records, chosen], inputs, api_visibility="private")
+    page.queue(max_size=queue, default_concurrency_limit=1, api_open=False)
+    page.state_session_capacity = _SESSIONS
+    return page
+
+
+def _subject_fields(studio: DemoService, example: str) -> list[Any]:
+    """The first two of :data:`FIELDS`."""
+    import gradio as gr
+
+    if studio.is_text:
+        subject: Any = gr.Textbox(example, label="Prompt", lines=2, elem_id="subject")
+    else:
+        label = f"Class, 0 to {studio.generator.num_classes - 1}"
+        subject = gr.Number(0, label=label, precision=0, elem_id="subject")
+    return [subject, gr.Textbox("", label="Negative prompt", visible=studio.is_text, elem_id="negative")]
+
+
+def _number_fields(studio: DemoService, size: tuple[int, int]) -> list[Any]:
+    """The other :data:`FIELDS`."""
+    import gradio as gr
+
+    limits, default, patch = studio.limits, studio.default, studio.generator.patch_size
+
+    def whole(value: int, name: str, label: str) -> Any:
+        return gr.Number(value, label=label, precision=0, elem_id=name)
+
+    with gr.Row():
+        seed = whole(0, "seed", f"Seed, 0 to {MAX_SEED}")
+        random = gr.Checkbox(False, label="Random seed", elem_id="random")
+    with gr.Row():
+        steps = whole(min(default.num_steps, limits.max_steps), "steps", f"Steps, up to {limits.max_steps}")
+        guidance = gr.Number(default.guidance, label="Guidance", elem_id="guidance")
+        solver = gr.Dropdown(list(SOLVERS), value=default.solver, label="Solver", elem_id="solver")
+    with gr.Row():
+        width = whole(size[1], "width", f"Width, multiple of {patch}")
+        height = whole(size[0], "height", f"Height, multiple of {patch}")
+        count = whole(1, "count", f"Pictures, up to {limits.max_pictures}")
+    return [seed, random, steps, guidance, solver, width, height, count]
+
+
+def _results() -> tuple[Any, Any, Any]:
+    """Gallery, files to download, and the settings of the chosen picture."""
+    import gradio as gr
+
+    gallery = gr.Gallery(
+        label="Pictures",
+        columns=4,
+        object_fit="contain",
+        interactive=False,
+        elem_id="gallery",
+        buttons=["download", "fullscreen"],
+    )
+    files = gr.File(label="PNG files", file_count="multiple", interactive=False, elem_id="files")
+    settings = gr.Textbox(
+        label="Settings of the chosen picture",
+        interactive=False,
+        lines=6,
+        max_lines=12,
+        buttons=["copy"],
+        elem_id="settings",
+    )
+    return gallery, files, settings
+
+
+def _text(settings: dict[str, Any]) -> str:
+    return json.dumps(settings, indent=1)
+
+
+def _as_inputs(settings: dict[str, Any]) -> list[Any]:
+    """Values of :data:`FIELDS` that draw this picture again, alone."""
+    sampler = settings["sampler"]
+    values = {
+        "subject": settings["prompt"] if "prompt" in settings else settings["class"],
+        "negative": settings["negative"],
+        "seed": settings["seed"],
+        "random": False,
+        "steps": sampler["num_steps"],
+        "guidance": sampler["guidance"],
+        "solver": sampler["solver"],
+        "width": settings["width"],
+        "height": settings["height"],
+        "count": 1,
+    }
+    return [values[name] for name in FIELDS]

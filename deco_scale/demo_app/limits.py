@@ -1,0 +1,162 @@
+"""What reaches gradio at all: an ASGI application around it that lets only the page's own requests through.
+
+Gradio serves more than the page needs (uploads, a proxy, direct calls beside the queue, files given as URLs, which
+it fetches). Here a request is answered 403, 404, 413 or 400 unless its path is one of the page's, its body is
+small and its data are plain values, and the file it wants is one of the page's pictures.
+"""
+
+import ipaddress
+import json
+from collections.abc import Awaitable, Callable, MutableMapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+MAX_BODY_BYTES = 2**16
+MAX_VALUES = 32
+_MAX_NAME_CHARS = 64
+_API = "/gradio_api"
+_FILE = f"{_API}/file="
+_READ = {
+    "/", "/config", "/theme.css", "/favicon.ico", "/manifest.json", "/robots.txt", f"{_API}/info",
+    f"{_API}/app_id", f"{_API}/startup-events", f"{_API}/queue/data", f"{_API}/queue/status",
+}  # fmt: skip
+_READ_BELOW = ("/assets/", "/static/", "/svelte/", f"{_API}/heartbeat/", f"{_API}/call/generate/")
+_JOIN = {f"{_API}/queue/join", f"{_API}/call/generate"}
+_POST = _JOIN | {f"{_API}/cancel", f"{_API}/reset"}
+_HEADERS = (
+    (
+        b"content-security-policy",
+        # Gradio's page holds scripts and styles in its text. Nothing is fetched from elsewhere.
+        b"default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; frame-ancestors 'none'; base-uri 'self'",
+    ),
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a name or address without a port means this machine only."""
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+class RequestLimits:
+    """Wraps ``app``; ``folder`` holds the pictures that may be fetched.
+
+    With ``local_only`` a request must also name this machine as its host, so that a page of another site cannot
+    reach this one under a name that it made point here.
+    """
+
+    def __init__(self, app: App, *, folder: Path, local_only: bool) -> None:
+        self._app, self._folder, self._local_only = app, folder.resolve(), local_only
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        if scope["type"] != "http":
+            return
+        refused = self._refuse(scope)
+        if refused is None and scope["method"] == "POST":
+            body = await _read_body(receive)
+            refused = (413, "the request is too large") if body is None else None
+            if body is not None and scope["path"] in _JOIN and not _is_plain(body):
+                refused = (400, "the data must be a list of plain values")
+            receive = _replayed(body or b"", receive)
+        if refused is not None:
+            await _answer(send, *refused)
+            return
+        await self._app(scope, receive, _with_headers(send))
+
+    def _refuse(self, scope: Scope) -> tuple[int, str] | None:
+        """Status and reason, None for a request that may pass."""
+        method, path = scope["method"], scope["path"]
+        host = next((v.decode("latin-1") for k, v in scope["headers"] if k == b"host"), "")
+        if self._local_only and not is_loopback(_host_name(host)):
+            return 403, "this page is for the machine that it runs on"
+        if path.startswith(_FILE):
+            known = method in ("GET", "HEAD") and self._is_picture(path.removeprefix(_FILE))
+            return None if known else (403, "no such picture")
+        if method in ("GET", "HEAD") and (path in _READ or path.startswith(_READ_BELOW)):
+            return None
+        return None if method == "POST" and path in _POST else (404, "not part of this page")
+
+    def _is_picture(self, name: str) -> bool:
+        try:
+            path = Path(name)
+            return path.suffix == ".png" and path.resolve().is_relative_to(self._folder) and path.is_file()
+        except (OSError, ValueError):
+            return False
+
+
+def _host_name(host: str) -> str:
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""
+
+
+async def _read_body(receive: Receive) -> bytes | None:
+    """The whole body, None where it is larger than allowed or breaks off."""
+    body = b""
+    while True:
+        message = await receive()
+        if message["type"] != "http.request":
+            return None
+        body += message.get("body", b"")
+        if len(body) > MAX_BODY_BYTES:
+            return None
+        if not message.get("more_body", False):
+            return body
+
+
+def _replayed(body: bytes, receive: Receive) -> Receive:
+    left = [body]
+
+    async def replay() -> Message:
+        if left:
+            return {"type": "http.request", "body": left.pop(), "more_body": False}
+        return await receive()
+
+    return replay
+
+
+def _is_plain(body: bytes) -> bool:
+    """Whether a call's data are numbers, texts and flags: gradio fetches what looks like a file, from anywhere."""
+    try:
+        call = json.loads(body)
+    except (ValueError, RecursionError):
+        return False
+    if not isinstance(call, dict) or not isinstance(call.get("data"), list) or len(call["data"]) > MAX_VALUES:
+        return False
+    session = call.get("session_hash")
+    if session is not None and not (isinstance(session, str) and len(session) <= _MAX_NAME_CHARS):
+        return False
+    return all(value is None or isinstance(value, str | int | float) for value in call["data"])
+
+
+def _with_headers(send: Send) -> Send:
+    async def wrapped(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message["headers"] = [*message.get("headers", []), *_HEADERS]
+        await send(message)
+
+    return wrapped
+
+
+async def _answer(send: Send, status: int, reason: str) -> None:
+    body = json.dumps({"error": reason}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": [*headers, *_HEADERS]})
+    await send({"type": "http.response.body", "body": body})

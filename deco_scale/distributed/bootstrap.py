@@ -1,0 +1,106 @@
+"""Rank, world size and device from whatever started this process; process group set-up.
+
+``deepspeed`` and ``torchrun`` set RANK, WORLD_SIZE and LOCAL_RANK; ``srun`` its own variables; plain
+``python`` none, which means one process.
+"""
+
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from deco_scale.errors import ConfigError, RunError
+
+TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """This process among the others."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+
+
+def read_environment(variables: Mapping[str, str]) -> Environment:
+    """Environment from launcher variables; raises :class:`ConfigError` where they do not make sense."""
+    names = [("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")]
+    for rank, world, local in names:
+        if rank in variables and world in variables:
+            try:
+                found = Environment(int(variables[rank]), int(variables[world]), int(variables.get(local, "0")))
+            except ValueError as error:
+                raise ConfigError(f"{rank}/{world}/{local} are not numbers: {error}") from error
+            if not 0 <= found.rank < found.world_size:
+                raise ConfigError(f"{rank}={found.rank} with {world}={found.world_size}")
+            return found
+    return Environment(0, 1, 0)
+
+
+def choose_device(setting: str, local_rank: int) -> torch.device:
+    """``auto`` takes the local rank's GPU where there is one."""
+    if setting == "cpu" or (setting == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError("device=cuda, but PyTorch sees no GPU here; use device=auto or cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"local rank {local_rank}, but this node has {torch.cuda.device_count()} GPUs: start fewer "
+            "processes per node"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def init_distributed(env: Environment, device: torch.device) -> None:
+    """Join the process group, unless the caller already has one."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        # PyTorch takes all cores in each process; several on one machine would fight for them.
+        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", env.world_size))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))
+    if dist.is_initialized():
+        return
+    _check_restarts(os.environ)
+    os.environ.setdefault("MASTER_ADDR", _slurm_head() or "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", str(_free_port() if env.world_size == 1 else 29500))
+    os.environ["RANK"], os.environ["WORLD_SIZE"] = str(env.rank), str(env.world_size)
+    os.environ["LOCAL_RANK"] = str(env.local_rank)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    try:
+        dist.init_process_group(f"cpu:gloo,cuda:{backend}" if device.type == "cuda" else backend, timeout=TIMEOUT)
+    except (RuntimeError, ValueError, dist.DistError) as error:
+        raise RunError(f"the processes did not find each other: {error}") from error
+
+
+def _check_restarts(variables: Mapping[str, str]) -> None:
+    """torchrun's restarts must not share one store: gloo would meet the addresses of processes that are gone."""
+    shared = variables.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if shared and int(variables.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
+        raise ConfigError(
+            "torchrun --max-restarts keeps one store for all attempts, in which PyTorch finds the addresses of "
+            "the attempt before: no restart would succeed. Start torchrun with "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment, on every node"
+        )
+
+
+def _slurm_head() -> str | None:
+    """First host of SLURM's list, ``node[03-05],other`` giving ``node03``."""
+    hosts = os.environ.get("SLURM_JOB_NODELIST")
+    if not hosts:
+        return None
+    first, bracket, rest = hosts.partition("[")
+    if not bracket or "," in first:
+        return first.split(",")[0]
+    return first + rest.split("]")[0].split(",")[0].split("-")[0]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,131 @@
+"""A run in wandb: one run across all attempts, and never a reason for training to stop."""
+
+import contextlib
+import os
+import re
+import threading
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.storage.files import atomic_write, make_durable
+from deco_scale.observability.config import WandbConfig
+from deco_scale.observability.redact import scrub_known
+
+ID_FILE = "wandb_id"
+INIT_TIMEOUT_S = 60.0
+FINISH_TIMEOUT_S = 120.0
+
+
+class WandbRun:
+    """Logs to wandb until something there fails, which is said once; then it is silent.
+
+    ``step`` is a value like the others: steps that are done again after a fault would be refused by wandb's own
+    count, which only grows.
+    """
+
+    def __init__(
+        self, folder: Path, cfg: WandbConfig, config: Mapping[str, Any], say: Callable[[str], None]
+    ) -> None:
+        self._folder, self._say = folder, say
+        self._run: Any = None
+        self._ended = False
+        self._try(lambda: self._start(folder, cfg, config))
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        """Numbers of a step."""
+        self._try(lambda: self._run.log({**values, "step": step}))
+
+    def picture(self, step: int, name: str, path: Path) -> None:
+        def send() -> None:
+            import wandb
+
+            self._run.log({name: wandb.Image(str(path)), "step": step})
+
+        self._try(send)
+
+    def close(self) -> None:
+        """Send what is left and end wandb's process, for two minutes at most: it would try without end."""
+        if not self._ended:
+            self._ended = True
+            self._end()
+
+    def _end(self) -> None:
+        import wandb
+
+        run, self._run = self._run, None
+        problems: list[str] = []
+
+        def end() -> None:
+            try:
+                if run is not None:
+                    run.finish()
+                wandb.teardown()
+            except Exception as error:  # as in _try
+                problems.append(f"{type(error).__name__}: {error}")
+
+        thread = threading.Thread(target=end, daemon=True, name="wandb")
+        thread.start()
+        thread.join(FINISH_TIMEOUT_S)
+        if thread.is_alive():
+            problems.append(f"it did not end within {FINISH_TIMEOUT_S:g} s")
+        for problem in problems:
+            self._say(f"WARNING: wandb: {' '.join(problem.split())}; its files lie in {self._folder / 'wandb'}")
+        _clean_logs(self._folder / "wandb")
+
+    def _start(self, folder: Path, cfg: WandbConfig, config: Mapping[str, Any]) -> None:
+        import wandb
+
+        mode = cfg.mode
+        if mode == "auto":
+            mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"
+        self._run = wandb.init(
+            project=cfg.project,
+            name=cfg.name,
+            dir=folder,
+            mode=mode,
+            config=dict(config),
+            id=run_id(folder),
+            resume="allow",
+            # The remote of a checkout may hold a password.
+            settings=wandb.Settings(silent=True, init_timeout=INIT_TIMEOUT_S, disable_git=True),
+        )
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+
+    def _try(self, action: Callable[[], Any]) -> None:
+        if self._ended:
+            return
+        try:
+            action()
+        except Exception as error:  # whatever its services and files do: training is worth more
+            self._say(f"WARNING: no wandb from here on: {type(error).__name__}: {' '.join(str(error).split())}")
+            self.close()
+
+
+def _clean_logs(folder: Path) -> None:
+    """wandb's own process writes down what servers answer, and those may repeat what they were sent."""
+    for path in folder.rglob("*.log"):
+        if path.is_symlink():
+            continue
+        with contextlib.suppress(OSError):
+            text = path.read_text(encoding="utf-8", errors="surrogateescape")
+            clean = scrub_known(text)
+            if clean != text:
+                path.write_text(clean, encoding="utf-8", errors="surrogateescape")
+
+
+def run_id(folder: Path) -> str:
+    """The run's name in wandb, made once and kept in ``wandb_id``; raises ``OSError``."""
+    path = folder / ID_FILE
+    try:
+        found = path.read_text(encoding="ascii").strip()
+        if re.fullmatch(r"[a-z0-9]{8,64}", found):
+            return found
+    except (FileNotFoundError, UnicodeDecodeError):
+        pass
+    made = uuid.uuid4().hex[:12]
+    atomic_write(path, f"{made}\n".encode())
+    make_durable(folder)
+    return made

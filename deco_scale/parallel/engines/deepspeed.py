@@ -1,0 +1,384 @@
+"""DeepSpeed ZeRO-0/1/2/3 behind the same engine interface and the same canonical state.
+
+DeepSpeed keeps fp32 masters as flat partitions; AdamW's moments and the EMA are three more sets of such
+partitions. State is read and written parameter by parameter: the wanted set is put in the masters' place,
+and DeepSpeed's accessors assemble or scatter one parameter at a time.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Literal, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from deco_scale.errors import ConfigError
+from deco_scale.kernels import Kernels
+from deco_scale.models.compile import limit_recompiles
+from deco_scale.objectives import Objective
+from deco_scale.optim.adamw_ema import MOMENTS, AdamWWithEMA, nan_if_nonfinite
+from deco_scale.optim.config import OptimizerConfig
+from deco_scale.parallel.activation_checkpoint import apply_activation_checkpointing
+from deco_scale.parallel.engines.base import EMA_PREFIX, Replicas, TokenGroup, Update
+from deco_scale.parallel.engines.deepspeed_imports import import_deepspeed, import_megatron
+from deco_scale.parallel.init_weights import initial_tensors
+from deco_scale.parallel.mesh import ActivationCheckpointing, ParallelDims
+from deco_scale.parallel.sequence_parallel import TokenShard
+from deco_scale.parallel.tensor_parallel import tp_part, tp_placement
+from deco_scale.parallel.tp_plan import split_dim
+from deco_scale.precision import fp8
+from deco_scale.precision.config import PrecisionConfig, autocast
+from deco_scale.precision.fp8_plan import Fp8Plan
+from deco_scale.training.inputs import ObjectiveInputs
+
+ZeroStage = Literal[0, 1, 2, 3]
+ZERO3_PERSISTENT = 100_000
+"""Weights of at most so many elements stay whole on every rank under ZeRO-3 (DeepSpeed's own default)."""
+_LINEARS = ("torch.nn.Linear", "deco_scale.models.layers.PatchEmbed")
+_MEGATRON_LINEARS = (
+    "deco_scale.parallel.engines.megatron_tp.ColumnLinear",
+    "deco_scale.parallel.engines.megatron_tp.RowLinear",
+)
+
+
+def deepspeed_json(
+    *,
+    device: torch.device,
+    stage: ZeroStage,
+    tp: int,
+    micro_batch: int,
+    optimizer: OptimizerConfig,
+    precision: PrecisionConfig,
+    overrides: dict[str, Any],
+    fp8_plan: Fp8Plan | None = None,
+) -> dict[str, Any]:
+    """DeepSpeed's configuration from ours; ``overrides`` (the YAML's ``deepspeed:``) are merged over it.
+
+    The loop owns the accumulation boundary and the learning rate, so DeepSpeed is given neither.
+    """
+    generated: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        # ZeRO-0 leaves clipping and the finite gate to the optimizer below.
+        "gradient_clipping": optimizer.clip_norm if stage else 0.0,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 1_000_000_000,
+        "zero_optimization": {
+            "stage": stage,
+            "contiguous_gradients": True,
+            "overlap_comm": stage == 2 and device.type == "cuda",
+            "stage3_param_persistence_threshold": ZERO3_PERSISTENT,
+            # Release every weight after use: memory that does not depend on the model's size.
+            "stage3_max_reuse_distance": 0,
+        },
+    }
+    if precision.compute != "fp32":
+        linears = [
+            *_LINEARS,
+            *(_MEGATRON_LINEARS if tp > 1 else ()),
+            *([fp8.linear_class(fp8_plan)] if fp8_plan else ()),
+        ]
+        generated["torch_autocast"] = {
+            "enabled": True,
+            "dtype": "bfloat16",
+            # Whose weights and gradients are sent in bf16.
+            "lower_precision_safe_modules": linears,
+        }
+    for key in ("managed_gradient_accumulation", "optimizer", "scheduler", "fp16", "bf16"):
+        if key in overrides:
+            raise ConfigError(f"parallel.deepspeed.{key} is owned by the configuration; remove it")
+    return _merged(generated, overrides)
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    out = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(out.get(key), dict)
+        out[key] = _merged(out[key], value) if both else value
+    return out
+
+
+class DeepSpeedEngine:
+    """Engine over DeepSpeed; see :class:`deco_scale.parallel.engines.base.Engine`."""
+
+    def __init__(
+        self,
+        build: Callable[[], Objective],
+        *,
+        layout: ParallelDims,
+        stage: ZeroStage,
+        micro_batch: int,
+        device: torch.device,
+        optimizer: OptimizerConfig,
+        precision: PrecisionConfig,
+        compile_blocks: bool,
+        recompute: ActivationCheckpointing,
+        seed: int,
+        overrides: dict[str, Any],
+        fp8_plan: Fp8Plan | None = None,
+        kernels: Kernels = "torch",
+    ) -> None:
+        fp8.check_plan(precision, fp8_plan)
+        deepspeed = import_deepspeed(device)
+        self._fp8_plan = fp8_plan
+        self._device, self._precision, self._stage, self._layout = device, precision, stage, layout
+        config = deepspeed_json(
+            device=device,
+            stage=stage,
+            tp=layout.tp,
+            micro_batch=micro_batch,
+            optimizer=optimizer,
+            precision=precision,
+            overrides=overrides,
+            fp8_plan=fp8_plan,
+        )
+        with torch.device("meta"):
+            template = build()
+        megatron = import_megatron() if layout.tp > 1 else None
+        mpu = megatron.initialize(layout.tp) if megatron else None
+        # An earlier engine of this process may have left another one.
+        deepspeed.utils.groups.mpu = mpu
+        # tp first: a parameter is cut over tp, and each part over dp.
+        ranks = torch.arange(dist.get_world_size()).view(layout.dp, layout.tp).T
+        self._mesh = DeviceMesh(device.type, ranks, mesh_dim_names=("tp", "dp"))
+        if stage == 3:
+            group = self._mesh.get_group("dp")
+            place: AbstractContextManager[Any] = deepspeed.zero.Init(
+                data_parallel_group=group, config_dict_or_path=config, mpu=mpu
+            )
+        else:
+            place = torch.device("meta")
+        with place:
+            objective = build()
+            if megatron:
+                megatron.apply_megatron(objective)
+        if fp8_plan is not None:
+            # PyTorch's checkpointing keeps no gathered weight of a block that it recomputes.
+            release = stage == 3 and recompute == "none" and not compile_blocks
+            fp8.apply_fp8(objective.denoiser, fp8_plan, bias_share=layout.tp, release_weights=release)
+        self._tokens: TokenShard | None = megatron.install_collectives(objective) if megatron else None
+        if stage != 3:
+            objective.to_empty(device=device)
+            self._fill(objective, template, seed)
+        if megatron:
+            megatron.mark_parameters(objective, self._tokens)
+        blocks = objective.denoiser.transformer_blocks
+        apply_activation_checkpointing(blocks, recompute, function=fp8.recompute_function(fp8_plan))
+        if stage == 3 and objective.denoiser.decoder is not None:
+            # It computes with its linears' weights without calling them, so all are gathered at once.
+            deepspeed.utils.set_z3_leaf_modules(objective, [type(objective.denoiser.decoder)])
+        if compile_blocks:
+            if stage < 3:
+                limit_recompiles()
+            else:
+                # Its hooks are traced too and make graphs for each module: to reach a limit is no error.
+                logging.getLogger(__name__).warning(
+                    "compile=true under ZeRO-3: much of the blocks runs uncompiled between DeepSpeed's hooks; "
+                    "parallel.engine=fsdp compiles all of it"
+                )
+            for block in objective.denoiser.transformer_blocks:
+                block.compile()
+        self._client = AdamWWithEMA(objective.parameters(), optimizer, kernels=kernels)
+        self._engine, *_ = deepspeed.initialize(model=objective, optimizer=self._client, config=config, mpu=mpu)
+        self._parameters: dict[str, nn.Parameter] = dict(self._engine.module.named_parameters())
+        if stage == 3:
+            self._fill(self._engine.module, template, seed)
+            self._refresh()
+        masters = self._masters()
+        if kernels == "triton" and any(master.device.type != device.type for master in masters.values()):
+            raise ConfigError(
+                "parallel.deepspeed keeps optimizer state in host memory, which Triton kernels cannot reach; "
+                "set kernels: torch"
+            )
+        self._client.track(masters, averaged=masters.keys())
+
+    def _fill(self, objective: nn.Module, template: nn.Module, seed: int) -> None:
+        """Initial weights, this rank's part over tp of each."""
+        parameters = dict(objective.named_parameters())
+        for name, tensor in initial_tensors(template, seed):
+            part = tp_part(name, tensor, self._mesh.get_local_rank("tp"), self._layout.tp)
+            if self._stage == 3:
+                self._set_full(parameters[name], part.to(self._device))
+            else:
+                parameters[name].data.copy_(part)
+
+    @property
+    def tokens(self) -> TokenGroup | None:
+        return self._tokens
+
+    @property
+    def optimizer_steps(self) -> int:
+        return self._client.steps
+
+    def forward_backward(self, inputs: ObjectiveInputs, *, scale: float, last: bool) -> dict[str, Tensor]:
+        with fp8.fp8_context(self._fp8_plan):
+            losses = self._engine(*inputs)
+        self._engine.backward(nan_if_nonfinite(losses["loss"] * scale), scale_wrt_gas=False)
+        # A tp rank has its part of a loss; the mean over all ranks wants tp times that.
+        return {name: value.detach() * self._layout.tp for name, value in losses.items()}
+
+    def update(self, *, lr: float, betas: tuple[float, float], should_skip: Tensor | None = None) -> Update:
+        # DeepSpeed clips and checks itself, but for ZeRO-0, where every rank holds all gradients.
+        self._client.begin(lr=lr, betas=betas, measure_norm=self._stage == 0, should_skip=should_skip)
+        self._engine.step()
+        if self._stage == 0:
+            assert self._client.norm is not None and self._client.skipped is not None
+            norm, skipped = self._client.norm, self._client.skipped
+        else:
+            optimizer = self._engine.optimizer
+            norm = torch.as_tensor(optimizer._global_grad_norm, dtype=torch.float32).to(self._device)
+            skipped = torch.full((), float(optimizer.overflow), device=self._device)
+            if should_skip is not None:
+                skipped = torch.maximum(skipped, should_skip)
+        self._client.end(skipped)
+        return Update(norm, skipped)
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        return self._engine.module.denoiser.transformer_blocks
+
+    def replicas(self) -> Sequence[Replicas]:
+        found = []
+        # ZeRO-3 keeps small parameters whole between steps, but only parts of them are state.
+        weights = {n: getattr(p, "ds_tensor", p).data for n, p in self._parameters.items()}
+        if self._stage < 3 and self._layout.dp > 1:
+            state = {f"model.{name}": weight for name, weight in weights.items()}
+            for kind in ("ema", *MOMENTS) if self._stage == 0 else ():
+                state |= {f"{kind}.{name}": value for name, value in self._client.tensors(kind).items()}
+            found.append(Replicas(self._mesh.get_group("dp"), state))
+        if self._layout.tp > 1:
+            alike = {f"model.{name}": weight for name, weight in weights.items() if split_dim(name) is None}
+            found.append(Replicas(self._mesh.get_group("tp"), alike))
+        return found
+
+    def state(self) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = {}
+        for kind in ("model", "ema", *MOMENTS):
+            with self._in_masters(kind):
+                for name, parameter in self._parameters.items():
+                    if kind != "ema" or name.startswith(EMA_PREFIX):
+                        state[f"{kind}.{name}"] = self._spread(name, self._get_full(parameter))
+        return state | fp8.scaling_state(self._engine.module.denoiser, self._fp8_plan)
+
+    def load(self, state: dict[str, Tensor], optimizer_steps: int) -> None:
+        for kind in ("ema", *MOMENTS, "model"):
+            with self._in_masters(kind, keep=True):
+                for name, parameter in self._parameters.items():
+                    # Let go of as soon as it is taken over.
+                    value = state.pop(f"{kind}.{name}", None)
+                    if value is not None:
+                        assert isinstance(value, DTensor)
+                        whole = value.redistribute(placements=[value.placements[0], Replicate()])
+                        self._set_full(parameter, whole.to_local())
+        self._client.set_steps(optimizer_steps)
+        fp8.load_scaling_state(self._engine.module.denoiser, self._fp8_plan, state)
+        self._refresh()
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        try:
+            with self._client.swapped():
+                self._refresh()
+                yield
+        finally:
+            self._refresh()
+
+    @torch.no_grad()
+    def predict(self, patches: Tensor, t: Tensor, condition: Tensor, grid: tuple[int, int]) -> Tensor:
+        with autocast(self._precision, self._device):
+            prediction = self._engine.module.predict(patches, t, condition, grid)
+        return self._tokens.gather(prediction, patches.shape[1]) if self._tokens else prediction
+
+    def _spread(self, name: str, part: Tensor) -> DTensor:
+        """A parameter's part over tp, whole on each dp rank, as a tensor that is cut over both."""
+        shape, dim = list(part.shape), split_dim(name)
+        if dim is not None:
+            shape[dim] *= self._layout.tp
+        chunks = part.chunk(self._layout.dp)
+        place = self._mesh.get_local_rank("dp")
+        # A chunk is a view: a copy lets the whole parameter go.
+        local = chunks[place].clone() if place < len(chunks) else part.new_empty(0, *part.shape[1:])
+        return DTensor.from_local(
+            local,
+            self._mesh,
+            [tp_placement(name), Shard(0)],
+            run_check=False,
+            shape=torch.Size(shape),
+            stride=torch.empty(shape, device="meta").stride(),
+        )
+
+    def _masters(self) -> dict[str, Tensor]:
+        """The fp32 tensors that the optimizer steps: flat partitions, or the parameters under ZeRO-0."""
+        if self._stage == 0:
+            return dict(self._parameters)
+        optimizer = self._engine.optimizer
+        flats = (
+            optimizer.fp32_partitioned_groups_flat
+            if self._stage == 3
+            else optimizer.single_partition_of_fp32_groups
+        )
+        return {f"flat.{i}": flat for i, flat in enumerate(flats)}
+
+    @contextmanager
+    def _in_masters(self, kind: str, *, keep: bool = False) -> Iterator[None]:
+        """Put a set of partitions where the masters are; ``keep`` takes what was written back to it."""
+        if kind == "model":
+            yield
+            return
+        masters = self._masters()
+        others = self._client.tensors(kind)
+        held = {n: m.detach().clone() for n, m in masters.items()}
+        for name, master in masters.items():
+            master.data.copy_(others[name])
+        try:
+            yield
+            if keep:
+                for name, master in masters.items():
+                    others[name].copy_(master.data)
+        finally:
+            for name, master in masters.items():
+                master.data.copy_(held[name])
+
+    def _get_full(self, parameter: nn.Parameter) -> Tensor:
+        if self._stage == 0:
+            return parameter.detach().clone()
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        full = safe_get_full_fp32_param(parameter)
+        return full.detach().reshape(getattr(parameter, "ds_shape", parameter.shape))
+
+    def _set_full(self, parameter: nn.Parameter, value: Tensor) -> None:
+        if self._stage == 0:
+            parameter.data.copy_(value)
+        elif self._stage == 3:
+            from deepspeed.utils import safe_set_local_fp32_param
+
+            # Partitions are equal slices of the flattened parameter, the last one padded.
+            size = cast(Any, parameter).ds_tensor.ds_numel
+            flat = value.float().flatten()
+            padded = torch.nn.functional.pad(flat, (0, size * self._layout.dp - flat.numel()))
+            place = self._mesh.get_local_rank("dp")
+            safe_set_local_fp32_param(parameter, padded.narrow(0, size * place, size))
+        else:
+            from deepspeed.utils import safe_set_full_fp32_param
+
+            safe_set_full_fp32_param(parameter, value.float())
+
+    def _refresh(self) -> None:
+        """Bring the computing weights in line with the masters."""
+        if self._stage in (1, 2):
+            self._engine.optimizer.update_lp_params()
+        if self._stage == 3:
+            optimizer = self._engine.optimizer
+            for group in range(len(optimizer.fp32_partitioned_groups_flat)):
+                optimizer._reassign_or_swap_out_partitioned_parameters(group)
+            persistent = optimizer.persistent_parameters
+            if persistent:
+                # Small parameters stay gathered between steps; gather them anew.
+                persistent[0].partition(persistent)
+                persistent[0].all_gather(persistent)

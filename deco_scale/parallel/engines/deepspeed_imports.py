@@ -1,0 +1,50 @@
+"""Importing DeepSpeed and megatron-core, which are optional, for the device that a run computes on."""
+
+import os
+from typing import Any
+
+import torch
+
+from deco_scale.errors import ConfigError
+
+
+def import_deepspeed(device: torch.device) -> Any:
+    """DeepSpeed with ``device``'s accelerator, without the shared-memory op that a CPU would compile for minutes.
+
+    DeepSpeed settles on one accelerator per process when it is imported, and takes a GPU wherever there is one.
+    Raises :class:`ConfigError` where it is missing, or has settled on another accelerator.
+    """
+    by_user = "DS_ACCELERATOR" in os.environ
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise ConfigError(
+            f"parallel.engine=deepspeed needs DeepSpeed: pip install 'deco-scale[deepspeed]' ({error})"
+        ) from error
+    finally:
+        if not by_user:
+            del os.environ["DS_ACCELERATOR"]
+    accelerator = deepspeed.accelerator.get_accelerator().device_name()
+    if accelerator != device.type:
+        raise ConfigError(
+            f"device={device.type}, but DeepSpeed has settled on {accelerator} in this process: set "
+            f"DS_ACCELERATOR={device.type} in its environment, or use parallel.engine=fsdp"
+        )
+    if accelerator == "cpu":
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not deepspeed.comm.is_initialized():
+        deepspeed.init_distributed("nccl" if accelerator == "cuda" else "gloo", verbose=False)
+    return deepspeed
+
+
+def import_megatron() -> Any:
+    """Our Megatron module, which needs megatron-core."""
+    try:
+        from deco_scale.parallel.engines import megatron_tp
+    except ImportError as error:
+        raise ConfigError(
+            "parallel.engine=deepspeed with parallel.tp > 1 needs megatron-core: "
+            f"pip install 'deco-scale[deepspeed]' ({error})"
+        ) from error
+    return megatron_tp

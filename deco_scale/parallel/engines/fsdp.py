@@ -1,0 +1,225 @@
+"""FSDP2 and HSDP, with tensor and sequence parallelism inside.
+
+Every parameter, gradient, moment and average is sharded over ``dp_shard``, linears of blocks over ``tp`` too.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor
+
+from deco_scale.kernels import Kernels
+from deco_scale.models.compile import limit_recompiles
+from deco_scale.objectives import Objective
+from deco_scale.optim.adamw_ema import MOMENTS, AdamWWithEMA, nan_if_nonfinite
+from deco_scale.optim.config import OptimizerConfig
+from deco_scale.parallel.activation_checkpoint import apply_activation_checkpointing
+from deco_scale.parallel.engines.base import EMA_PREFIX, Replicas, TokenGroup, Update
+from deco_scale.parallel.init_weights import initial_tensors
+from deco_scale.parallel.mesh import ActivationCheckpointing, ParallelDims
+from deco_scale.parallel.sequence_parallel import TokenShard
+from deco_scale.parallel.tensor_parallel import apply_tensor_parallel, tp_part
+from deco_scale.precision import fp8
+from deco_scale.precision.config import PrecisionConfig, autocast
+from deco_scale.precision.fp8_plan import Fp8Plan
+from deco_scale.training.inputs import ObjectiveInputs
+
+
+def shard(objective: Objective, *, mesh: DeviceMesh, precision: PrecisionConfig, compile_blocks: bool) -> None:
+    """Apply per-block compile and FSDP2 to a finished objective, block by block, then the rest."""
+    policy = MixedPrecisionPolicy()
+    if precision.compute != "fp32":
+        # Weights travel in bf16, gradients are reduced in fp32; autocast decides what computes in what.
+        policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+    denoiser = objective.denoiser
+    units = list(denoiser.transformer_blocks)
+    if denoiser.decoder is not None:
+        units.append(denoiser.decoder)
+    for unit in units:
+        if compile_blocks:
+            unit.compile()
+        fully_shard(unit, mesh=mesh, mp_policy=policy)
+    fully_shard(objective, mesh=mesh, mp_policy=policy)
+    register_fsdp_forward_method(objective, "predict")
+
+
+class FsdpEngine:
+    """Engine over FSDP2; see :class:`deco_scale.parallel.engines.base.Engine`."""
+
+    def __init__(
+        self,
+        build: Callable[[], Objective],
+        *,
+        layout: ParallelDims,
+        device: torch.device,
+        optimizer: OptimizerConfig,
+        precision: PrecisionConfig,
+        compile_blocks: bool,
+        recompute: ActivationCheckpointing,
+        seed: int,
+        fp8_plan: Fp8Plan | None = None,
+        kernels: Kernels = "torch",
+    ) -> None:
+        fp8.check_plan(precision, fp8_plan)
+        self._fp8_plan = fp8_plan
+        self._device, self._precision, self._layout = device, precision, layout
+        with torch.device("meta"):
+            template, self._objective = build(), build()
+        mesh = init_device_mesh(
+            device.type,
+            (layout.dp_replicate, layout.dp_shard, layout.tp),
+            mesh_dim_names=("dp_replicate", "dp_shard", "tp"),
+        )
+        if fp8_plan is not None:
+            fp8.apply_fp8(self._objective.denoiser, fp8_plan)
+        if compile_blocks:
+            limit_recompiles()
+        self._tokens: TokenShard | None = None
+        if layout.tp > 1:
+            self._tokens = apply_tensor_parallel(self._objective, mesh["tp"], compile_blocks=compile_blocks)
+        blocks = self._objective.denoiser.transformer_blocks
+        apply_activation_checkpointing(blocks, recompute, function=fp8.recompute_function(fp8_plan))
+        shard(
+            self._objective,
+            mesh=mesh["dp_replicate", "dp_shard"] if layout.dp_replicate > 1 else mesh["dp_shard"],
+            precision=precision,
+            # With tp, blocks are compiled inside of what shows them their local weights.
+            compile_blocks=compile_blocks and layout.tp == 1,
+        )
+        self._objective.to_empty(device=device)
+        self._parameters = {n: cast(DTensor, p) for n, p in self._objective.named_parameters()}
+        for name, tensor in initial_tensors(template, seed):
+            target = self._parameters[name]
+            part = tp_part(name, tensor, mesh.get_local_rank("tp"), layout.tp)
+            # FSDP cuts what tp leaves along dimension 0, in chunks of equal size but for the last ones.
+            chunks = part.chunk(layout.dp_shard)
+            place = mesh.get_local_rank("dp_shard")
+            if place < len(chunks):
+                _local(target).copy_(chunks[place])
+        self._mesh = mesh
+        self._cut_by_tp = {n for n, p in self._parameters.items() if _is_cut(p, "tp")}
+        self._shards = {n: _local(p) for n, p in self._parameters.items()}
+        self._optimizer = AdamWWithEMA(self._shards.values(), optimizer, kernels=kernels)
+        self._optimizer.track(self._shards, averaged={n for n in self._shards if n.startswith(EMA_PREFIX)})
+
+    @property
+    def tokens(self) -> TokenGroup | None:
+        return self._tokens
+
+    @property
+    def optimizer_steps(self) -> int:
+        return self._optimizer.steps
+
+    def forward_backward(self, inputs: ObjectiveInputs, *, scale: float, last: bool) -> dict[str, Tensor]:
+        cast(FSDPModule, self._objective).set_requires_gradient_sync(last)
+        with autocast(self._precision, self._device), fp8.fp8_context(self._fp8_plan):
+            losses = self._objective(*inputs)
+        nan_if_nonfinite(losses["loss"] * scale).backward()
+        # A tp rank has its part of a loss; the mean over all ranks wants tp times that.
+        return {name: value.detach() * self._layout.tp for name, value in losses.items()}
+
+    @torch.no_grad()
+    def update(self, *, lr: float, betas: tuple[float, float], should_skip: Tensor | None = None) -> Update:
+        grads: dict[str, Tensor] = {}
+        for name, parameter in self._parameters.items():
+            if parameter.grad is not None:
+                grads[name] = self._shards[name].grad = cast(DTensor, parameter.grad).to_local()
+                parameter.grad = None
+        norm = self._norm(grads)
+        self._optimizer.begin(lr=lr, betas=betas, norm=norm, should_skip=should_skip)
+        self._optimizer.step()
+        for local in self._shards.values():
+            local.grad = None
+        assert self._optimizer.skipped is not None
+        self._optimizer.end(self._optimizer.skipped)
+        return Update(norm, self._optimizer.skipped)
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        return self._objective.denoiser.transformer_blocks
+
+    def replicas(self) -> Sequence[Replicas]:
+        state = {f"model.{name}": local for name, local in self._shards.items()}
+        for kind in ("ema", *MOMENTS):
+            state |= {f"{kind}.{name}": local for name, local in self._optimizer.tensors(kind).items()}
+        found = []
+        if self._layout.dp_replicate > 1:
+            found.append(Replicas(self._mesh.get_group("dp_replicate"), state))
+        if self._layout.tp > 1:
+            alike = {key: local for key, local in state.items() if key.partition(".")[2] not in self._cut_by_tp}
+            found.append(Replicas(self._mesh.get_group("tp"), alike))
+        return found
+
+    def _norm(self, grads: Mapping[str, Tensor]) -> Tensor:
+        """Norm (0-dim) of the whole gradient from local parts; what tp ranks hold alike counts once.
+
+        PyTorch's own function would dispatch operations on DTensors for each parameter.
+        """
+        cut = [g for n, g in grads.items() if n in self._cut_by_tp and g.numel()]
+        whole = [g for n, g in grads.items() if n not in self._cut_by_tp and g.numel()]
+        squares = torch.stack([_sum_of_squares(part, self._device) for part in (cut, whole)])
+        dist.all_reduce(squares, group=self._mesh.get_group("dp_shard"))
+        if self._layout.tp > 1:
+            dist.all_reduce(squares[:1], group=self._mesh.get_group("tp"))
+        return squares.sum().sqrt()
+
+    def state(self) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = {f"model.{n}": p.detach() for n, p in self._parameters.items()}
+        for kind in ("ema", *MOMENTS):
+            for name, local in self._optimizer.tensors(kind).items():
+                like = self._parameters[name]
+                state[f"{kind}.{name}"] = DTensor.from_local(
+                    local,
+                    like.device_mesh,
+                    like.placements,
+                    run_check=False,
+                    shape=like.shape,
+                    stride=like.stride(),
+                )
+        return state | fp8.scaling_state(self._objective.denoiser, self._fp8_plan)
+
+    def load(self, state: dict[str, Tensor], optimizer_steps: int) -> None:
+        # The other tensors of state() are the live ones, already filled in place.
+        fp8.load_scaling_state(self._objective.denoiser, self._fp8_plan, state)
+        self._optimizer.set_steps(optimizer_steps)
+
+    def averaged(self) -> AbstractContextManager[None]:
+        return self._optimizer.swapped()
+
+    @torch.no_grad()
+    def predict(self, patches: Tensor, t: Tensor, condition: Tensor, grid: tuple[int, int]) -> Tensor:
+        with autocast(self._precision, self._device):
+            prediction = self._objective.predict(patches, t, condition, grid)
+        # The root's weights stay gathered after a forward pass; they may be the averaged ones.
+        cast(FSDPModule, self._objective).reshard()
+        return self._tokens.gather(prediction, patches.shape[1]) if self._tokens else prediction
+
+
+def _local(tensor: DTensor) -> Tensor:
+    """This rank's part, sharing storage."""
+    return cast(DTensor, tensor.detach()).to_local()
+
+
+def _is_cut(parameter: DTensor, axis: str) -> bool:
+    """Whether ranks along this axis of the mesh hold different parts of a parameter."""
+    axes = parameter.device_mesh.mesh_dim_names or ()
+    return any(a == axis and not p.is_replicate() for a, p in zip(axes, parameter.placements, strict=True))
+
+
+def _sum_of_squares(tensors: list[Tensor], device: torch.device) -> Tensor:
+    if not tensors:
+        return torch.zeros((), device=device)
+    return torch.stack(torch._foreach_norm(tensors)).square().sum()

@@ -1,0 +1,98 @@
+"""The mesh of processes, and which settings fit it; all checks run before any process group is built."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from deco_scale.errors import ConfigError
+
+EngineName = Literal["fsdp", "deepspeed"]
+ActivationCheckpointing = Literal["none", "selective", "full"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParallelConfig:
+    """How the model is spread; ``dp_shard`` -1 takes all ranks that are left.
+
+    ``activation_checkpointing`` recomputes blocks in backward: all of them, or all but matrix products and
+    attention (``selective``).
+    """
+
+    engine: EngineName = "fsdp"
+    dp_replicate: int = 1
+    dp_shard: int = -1
+    tp: int = 1
+    activation_checkpointing: ActivationCheckpointing = "none"
+    zero_stage: Literal[0, 1, 2, 3] = 3
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.dp_replicate < 1:
+            raise ValueError(f"dp_replicate={self.dp_replicate} must be at least 1")
+        if self.dp_shard < 1 and self.dp_shard != -1:
+            raise ValueError(f"dp_shard={self.dp_shard} must be positive, or -1 for all other ranks")
+        if self.tp < 1:
+            raise ValueError(f"tp={self.tp} must be at least 1")
+        if self.engine == "deepspeed" and self.tp > 1 and self.zero_stage == 0:
+            raise ValueError(f"zero_stage=0 does not work with tp={self.tp}; possible: 1, 2, 3")
+        if self.engine == "deepspeed" and self.zero_stage == 3 and self.activation_checkpointing == "selective":
+            # ZeRO-3 gathers weights inside the block, and those operations differ between the two passes.
+            raise ValueError(
+                "activation_checkpointing=selective does not work with zero_stage=3; possible: none, full, "
+                "or selective with zero_stage 0, 1, 2 or engine: fsdp"
+            )
+        if self.engine == "deepspeed" and self.dp_replicate > 1:
+            raise ValueError("dp_replicate > 1 (HSDP) needs engine: fsdp")
+
+
+@dataclass(frozen=True, slots=True)
+class ParallelDims:
+    """A resolved mesh: ``dp_replicate`` x ``dp_shard`` x ``tp`` ranks, tp innermost."""
+
+    dp_replicate: int
+    dp_shard: int
+    tp: int = 1
+
+    @property
+    def dp(self) -> int:
+        return self.dp_replicate * self.dp_shard
+
+    def dp_rank(self, rank: int) -> int:
+        """Which share of the global batch a rank works on."""
+        return rank // self.tp
+
+
+def resolve_parallel_dims(cfg: ParallelConfig, world_size: int) -> ParallelDims:
+    """Fit ``cfg`` to ``world_size`` ranks; raises :class:`ConfigError` with the possible values."""
+    rest = world_size
+    for name in ("tp", "dp_replicate"):
+        value = getattr(cfg, name)
+        if rest % value:
+            divisors = [n for n in range(1, rest + 1) if rest % n == 0]
+            raise ConfigError(
+                f"parallel.{name}={value} does not divide {rest} of {world_size} ranks; possible: {divisors}"
+            )
+        rest //= value
+    if cfg.dp_shard not in (-1, rest):
+        raise ConfigError(
+            f"parallel.dp_replicate={cfg.dp_replicate} x dp_shard={cfg.dp_shard} x tp={cfg.tp} is not the "
+            f"world size {world_size}; possible: dp_shard={rest} or -1"
+        )
+    return ParallelDims(cfg.dp_replicate, rest, cfg.tp)
+
+
+def accumulation_steps(*, global_batch: int, micro_batch: int, dp: int, where: str) -> int:
+    """Micro-batches per step; raises :class:`ConfigError` listing the micro-batches that would fit."""
+    if global_batch % dp:
+        options = [n for n in range(1, min(global_batch, 4096) + 1) if global_batch % n == 0]
+        raise ConfigError(
+            f"{where}.global_batch={global_batch} does not divide over {dp} data-parallel ranks; "
+            f"possible numbers of ranks: {options}"
+        )
+    per_rank = global_batch // dp
+    if per_rank % micro_batch:
+        options = [n for n in range(1, per_rank + 1) if per_rank % n == 0]
+        raise ConfigError(
+            f"{where}.micro_batch={micro_batch} does not divide the {per_rank} samples of a rank "
+            f"(global_batch={global_batch} over {dp} ranks); possible: {options}"
+        )
+    return per_rank // micro_batch

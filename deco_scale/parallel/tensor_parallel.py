@@ -1,0 +1,144 @@
+"""Tensor and sequence parallelism applied to a finished objective, from outside, by hooks.
+
+Between blocks each rank holds its own tokens. Attention and MLP gather tokens at their entry, compute on local
+heads or hidden units, and scatter the sum of the partial results; everything else (norms, modulation, pixel
+decoder, losses) works on the rank's own tokens without communication. Modules stay as they are: a hook shows
+them the local part of each weight while they run.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+
+from deco_scale.models.layers import Attention, Block, SwiGLU
+from deco_scale.objectives import Objective
+from deco_scale.parallel.sequence_parallel import TokenShard
+from deco_scale.parallel.tp_plan import split_dim
+
+
+def apply_tensor_parallel(objective: Objective, mesh: DeviceMesh, *, compile_blocks: bool) -> TokenShard:
+    """Split parameters over the tp ``mesh`` (meta device or real), install the collectives, compile blocks.
+
+    A compiled block sees local weights as plain tensors: DTensors are unwrapped outside of what is compiled.
+    """
+    shard = TokenShard(mesh.get_group())
+    for path, module in objective.named_modules():
+        for name, parameter in dict(module.named_parameters(recurse=False)).items():
+            setattr(module, name, _distribute(f"{path}.{name}", parameter, mesh))
+    route_tokens(objective, shard)
+    objective.tokens = shard
+    blocks, decoder = objective.denoiser.transformer_blocks, objective.denoiser.decoder
+    # The decoder computes with the weights of modules that it does not call.
+    units = blocks if decoder is None else (*blocks, decoder)
+    inside = {module for unit in units for module in unit.modules()}
+    for unit in units:
+        forward = torch.compile(unit.forward) if compile_blocks and unit is not decoder else unit.forward
+        unit.forward = functools.partial(_with_local_weights, unit, mesh.size(), forward)  # type: ignore[method-assign]
+    for module in objective.modules():
+        if module not in inside and any(True for _ in module.parameters(recurse=False)):
+            module.register_forward_pre_hook(lambda m, args: _show_local_weights(m, mesh.size()))
+            module.register_forward_hook(lambda m, args, output: _hide_local_weights(m), always_call=True)
+    return shard
+
+
+def _with_local_weights(block: nn.Module, size: int, forward: Callable[..., Any], *args: Any) -> Any:
+    for module in block.modules():
+        _show_local_weights(module, size)
+    try:
+        return forward(*args)
+    finally:
+        for module in block.modules():
+            _hide_local_weights(module)
+
+
+def tp_part(name: str, full: Tensor, rank: int, size: int) -> Tensor:
+    """The tp rank's slice of a full tensor."""
+    dim = split_dim(name)
+    return full if dim is None else full.chunk(size, dim)[rank]
+
+
+def tp_placement(name: str) -> Placement:
+    """How a parameter lies on the tp axis of a mesh."""
+    dim = split_dim(name)
+    return Replicate() if dim is None else Shard(dim)
+
+
+def _distribute(name: str, parameter: nn.Parameter, mesh: DeviceMesh) -> nn.Parameter:
+    local = tp_part(name, parameter.detach(), mesh.get_local_rank(), mesh.size()).contiguous()
+    return nn.Parameter(DTensor.from_local(local, mesh, [tp_placement(name)], run_check=False))
+
+
+def _show_local_weights(module: nn.Module, size: int) -> None:
+    """Put the local part of each weight where the module will look it up first.
+
+    Each rank computes a replicated weight's gradient from its own tokens or heads only, so the ranks' results
+    are parts of a sum. A row-split linear is followed by a sum over ranks: its bias goes in once.
+    """
+    weight = getattr(module, "weight", None)
+    row_split = isinstance(weight, DTensor) and weight.placements == (Shard(1),)
+    for name, parameter in module.named_parameters(recurse=False):
+        if not isinstance(parameter, DTensor):
+            continue
+        placements = [Partial() if p == Replicate() else p for p in parameter.placements]
+        local = parameter.to_local(grad_placements=placements)
+        if row_split and name == "bias":
+            local = local / size
+        module.__dict__[name] = local
+
+
+def _hide_local_weights(module: nn.Module) -> None:
+    for name, _ in module.named_parameters(recurse=False):
+        module.__dict__.pop(name, None)
+
+
+def route_tokens(objective: Objective, shard: TokenShard) -> None:
+    """Hooks that hand each rank its own tokens, gather them for attention and MLP, and scatter the sums."""
+    denoiser = objective.denoiser
+    counts: dict[str, int] = {}
+
+    def own_patches(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        counts["image"] = args[0].shape[1]
+        return (shard.own(args[0]), *args[1:])
+
+    def own_text(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        counts["text"] = output.shape[1]
+        return shard.own(output)
+
+    def gather_text(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        # A copy: FSDP hooks into the block's output, which must not be a view.
+        return shard.gather(output, counts["text"]).clone()
+
+    denoiser.patch_embed.register_forward_pre_hook(own_patches)
+    if denoiser.decoder is not None:
+        denoiser.decoder.register_forward_pre_hook(lambda m, args: (shard.own(args[0]), *args[1:]))
+    if denoiser.text_embed is not None and len(denoiser.text_blocks):
+        denoiser.text_embed.register_forward_hook(own_text)
+        denoiser.text_blocks[-1].register_forward_hook(gather_text)
+    for kind, blocks in (("image", denoiser.blocks), ("text", denoiser.text_blocks)):
+        for block in blocks:
+            assert isinstance(block, Block)
+            _gather_around(block.attn, block.attn.proj, shard, counts, kind)
+            _gather_around(block.mlp, block.mlp.down, shard, counts, kind)
+
+
+def _gather_around(
+    module: Attention | SwiGLU, last: nn.Linear, shard: TokenShard, counts: dict[str, int], kind: str
+) -> None:
+    """All tokens in, partial sums out of ``last``, own tokens on."""
+
+    def all_tokens(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return shard.gather(_as_computed(args[0]), counts[kind]), *args[1:]
+
+    module.register_forward_pre_hook(all_tokens)
+    last.register_forward_hook(lambda m, args, output: shard.scatter_sum(output))
+
+
+def _as_computed(x: Tensor) -> Tensor:
+    """In autocast's type, to which the linears would cast it: half the bytes to send."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x

@@ -1,0 +1,211 @@
+"""Which linears compute in FP8, decided by name and size before a model is built, and what each module runs in.
+
+Shapes are those that a rank computes with: linears split over tp by their local sizes, tokens as gathered.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from deco_scale.errors import ConfigError
+from deco_scale.models import Denoiser, ModelConfig
+from deco_scale.parallel.mesh import ActivationCheckpointing
+from deco_scale.parallel.sequence_parallel import part_sizes
+from deco_scale.parallel.tp_plan import Split, split_of
+from deco_scale.precision.config import PrecisionConfig
+from deco_scale.precision.recipe import Fp8Choice
+
+BLOCK_LINEARS = ("attn.qkv", "attn.context_kv", "attn.proj", "mlp.gate", "mlp.up", "mlp.down")
+"""Linears of blocks and text blocks that FP8 takes."""
+DECODER_CONDITION = "decoder.cond_proj"
+_KEPT = "kept in higher precision by design"
+
+
+@dataclass(frozen=True, slots=True)
+class BatchShape:
+    """A micro-batch of a rank: samples, and tokens of each sample (``text_tokens`` 0 without text)."""
+
+    batch: int
+    image_tokens: int
+    text_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Fp8Linear:
+    """A linear of the denoiser as a rank computes it; ``name`` is its path in the denoiser."""
+
+    name: str
+    in_features: int
+    out_features: int
+    has_bias: bool
+    split: Split
+
+
+@dataclass(frozen=True, slots=True)
+class Fp8Plan:
+    """The linears that compute in FP8, and the reason for each that could by name but not by size."""
+
+    choice: Fp8Choice
+    linears: tuple[Fp8Linear, ...]
+    left: tuple[tuple[str, str], ...]
+
+    def messages(self) -> list[str]:
+        """One line on what computes in FP8, and one for each reason that leaves linears in bf16."""
+        lines = [f"FP8 ({self.choice}): {len(self.linears)} linears: {_listed([f.name for f in self.linears])}"]
+        for reason in dict.fromkeys(reason for _, reason in self.left):
+            names = [name for name, why in self.left if why == reason]
+            lines.append(f"FP8: {len(names)} linears stay in bf16, {reason}: {_listed(names)}")
+        return lines
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleRow:
+    """A row of the precision table: sizes of a rank's part, what its product or norm computes in, why not FP8."""
+
+    name: str
+    in_features: int
+    out_features: int
+    computes: str
+    why: str
+
+
+def plan_fp8(
+    model: ModelConfig,
+    cfg: PrecisionConfig,
+    choice: Fp8Choice,
+    *,
+    tp: int,
+    batches: Sequence[BatchShape],
+    recompute: ActivationCheckpointing,
+    compile_blocks: bool,
+) -> Fp8Plan:
+    """Sort the linears by name and size; ``batches`` are all shapes that training will see.
+
+    Raises :class:`ConfigError` where nothing would compute in FP8, and for what Transformer Engine cannot be
+    combined with: its products are not seen by selective recomputing, and its own checkpointing, which restores
+    FP8 in backward, is not compiled.
+    """
+    if choice.backend == "te" and recompute == "selective":
+        raise ConfigError(
+            "parallel.activation_checkpointing=selective does not see Transformer Engine's products; "
+            "possible: none, full, or precision.fp8_backend=torchao"
+        )
+    if choice.backend == "te" and recompute == "full" and compile_blocks:
+        raise ConfigError(
+            "compile=true with Transformer Engine does not work with parallel.activation_checkpointing=full; "
+            "possible: compile=false, activation_checkpointing=none, or precision.fp8_backend=torchao"
+        )
+    linears, left = [], []
+    for linear in _linears(model, tp):
+        if not _wanted(linear.name, cfg):
+            continue
+        reason = _unfit(linear, model, choice, tp=tp, batches=batches)
+        if reason:
+            left.append((linear.name, reason))
+        else:
+            linears.append(linear)
+    if not linears:
+        reasons = "; ".join(dict.fromkeys(reason for _, reason in left))
+        raise ConfigError(f"precision.compute=fp8: no linear can compute in FP8 ({reasons}); possible: bf16, fp32")
+    return Fp8Plan(choice, tuple(linears), tuple(left))
+
+
+def precision_rows(
+    model: ModelConfig, cfg: PrecisionConfig, plan: Fp8Plan | None, *, tp: int
+) -> Iterator[ModuleRow]:
+    """What each module with weights computes in, in the model's order.
+
+    ``plan`` is that of :func:`plan_fp8`, None unless ``cfg.compute`` is ``fp8``. Norms compute their statistics
+    in fp32. Masters, moments, EMA and losses are fp32 in any case and no rows here.
+    """
+    if (plan is not None) != (cfg.compute == "fp8"):
+        raise ValueError(f"precision.compute={cfg.compute} with {'a' if plan else 'no'} plan of FP8")
+    taken = {linear.name for linear in plan.linears} if plan else set()
+    reasons = dict(plan.left) if plan else {}
+    linears = {linear.name: linear for linear in _linears(model, tp)}
+    lower = "fp32" if cfg.compute == "fp32" else "bf16"
+    with torch.device("meta"):
+        denoiser = Denoiser(model)
+    for name, module in denoiser.named_modules():
+        if name in taken:
+            assert plan is not None
+            linear = linears[name]
+            yield ModuleRow(name, linear.in_features, linear.out_features, plan.choice.formats, "")
+        elif name in linears:
+            linear, why = linears[name], ""
+            if plan:
+                off = f"{_KEPT}; precision.fp8_decoder_condition=true adds it"
+                why = reasons.get(name, off if name == DECODER_CONDITION else _KEPT)
+            yield ModuleRow(name, linear.in_features, linear.out_features, lower, why)
+        elif isinstance(module, nn.Embedding):
+            yield ModuleRow(name, module.num_embeddings, module.embedding_dim, lower, _KEPT if plan else "")
+        elif isinstance(getattr(module, "weight", None), nn.Parameter):
+            dim = module.weight.shape[0]
+            yield ModuleRow(name, dim, dim, "fp32", "norm" if plan else "")
+
+
+def _linears(model: ModelConfig, tp: int) -> Iterator[Fp8Linear]:
+    """Every linear of the denoiser with the sizes of a tp rank."""
+    with torch.device("meta"):
+        denoiser = Denoiser(model)
+    for name, module in denoiser.named_modules():
+        if isinstance(module, nn.Linear):
+            split = split_of(f"{name}.weight")
+            yield Fp8Linear(
+                name,
+                module.in_features // (tp if split == "row" else 1),
+                module.out_features // (tp if split == "column" else 1),
+                module.bias is not None,
+                split,
+            )
+
+
+def _wanted(name: str, cfg: PrecisionConfig) -> bool:
+    if name == DECODER_CONDITION:
+        return cfg.fp8_decoder_condition
+    return name.startswith(("blocks.", "text_blocks.")) and name.endswith(BLOCK_LINEARS)
+
+
+def _unfit(
+    linear: Fp8Linear, model: ModelConfig, choice: Fp8Choice, *, tp: int, batches: Sequence[BatchShape]
+) -> str:
+    """Why FP8 cannot take it, or nothing."""
+    multiple = choice.feature_multiple
+    if linear.in_features % multiple or linear.out_features % multiple:
+        return f"{linear.in_features} x {linear.out_features} is not in multiples of {multiple}"
+    for shape in batches:
+        for tokens in _tokens(linear.name, shape, tp):
+            if tokens % choice.token_multiple:
+                return f"a micro-batch has {tokens} tokens, not a multiple of {choice.token_multiple}"
+    return ""
+
+
+def _tokens(name: str, shape: BatchShape, tp: int) -> list[int]:
+    """Tokens that a linear sees at once; several where ranks of tp have different numbers."""
+    if name == DECODER_CONDITION:
+        return [shape.batch * part for part in part_sizes(shape.image_tokens, tp)]
+    of_text = name.startswith("text_blocks.") or name.endswith("attn.context_kv")
+    return [shape.batch * (shape.text_tokens if of_text else shape.image_tokens)]
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Names with the numbers of blocks as ranges: ``blocks.{0-3,7}.attn.qkv``."""
+    numbers: dict[tuple[str, str], list[int]] = {}
+    for name in names:
+        match = re.fullmatch(r"((?:text_)?blocks)\.(\d+)\.(.+)", name)
+        key = (match[1], match[3]) if match else (name, "")
+        numbers.setdefault(key, []).extend([int(match[2])] if match else [])
+    return ", ".join(f"{a}.{{{_ranges(found)}}}.{b}" if found else a for (a, b), found in numbers.items())
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

@@ -1,0 +1,156 @@
+"""From ``precision.fp8_*`` and a machine to one backend and one recipe; every impossible wish is an error.
+
+Sources: Transformer Engine 2.x, ``pytorch/quantization.py`` (which chip has which recipe) and the API page of
+``te.autocast`` (sizes); torchao 0.18, ``float8`` (compute capability 8.9, sizes by 16).
+"""
+
+import importlib.util
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from deco_scale.errors import ConfigError
+from deco_scale.precision.config import PrecisionConfig
+
+Backend = Literal["te", "torchao"]
+Recipe = Literal["delayed", "current", "block", "mxfp8"]
+CHIPS = {"a100": (8, 0), "l40s": (8, 9), "h100": (9, 0), "h200": (9, 0), "b200": (10, 0)}
+"""Compute capability of chips that can be planned for."""
+_BLOCK_CUDA = (12, 9)
+"""First CUDA whose cuBLAS has block-scaled products for Hopper."""
+_SIZES: dict[Recipe, tuple[int, int]] = {
+    # (tokens, features). Transformer Engine documents 16 for both; its own check would take 8 tokens.
+    "delayed": (16, 16),
+    "current": (16, 16),
+    "block": (128, 128),
+    "mxfp8": (32, 32),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What FP8 depends on; ``capability`` is None without a GPU, ``cuda`` None without CUDA."""
+
+    capability: tuple[int, int] | None
+    cuda: tuple[int, int] | None
+    te: bool
+    torchao: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Fp8Choice:
+    """What was chosen; ``block`` scales 1 x 128 and 128 x 128 blocks, ``mxfp8`` groups of 32 by powers of two."""
+
+    backend: Backend
+    recipe: Recipe
+    emulate: bool = False
+
+    @property
+    def token_multiple(self) -> int:
+        """What the tokens of a micro-batch must be a multiple of."""
+        return _SIZES[self.recipe][0]
+
+    @property
+    def feature_multiple(self) -> int:
+        """What inputs and outputs of a linear must be a multiple of."""
+        return _SIZES[self.recipe][1]
+
+    @property
+    def formats(self) -> str:
+        """Forward and backward format, as printed."""
+        return "fp8 e4m3" if self.recipe in ("block", "mxfp8") else "fp8 e4m3, gradients e5m2"
+
+    def __str__(self) -> str:
+        return f"{self.backend}, {self.recipe} scaling{', emulated' if self.emulate else ''}"
+
+
+def this_machine(device: torch.device) -> Machine:
+    """The facts of the machine that this runs on."""
+    on_gpu = device.type == "cuda"
+    major, _, minor = (torch.version.cuda or "").partition(".")
+    return Machine(
+        capability=torch.cuda.get_device_capability(device) if on_gpu else None,
+        cuda=(int(major), int(minor)) if major else None,
+        te=importlib.util.find_spec("transformer_engine") is not None,
+        torchao=importlib.util.find_spec("torchao") is not None,
+    )
+
+
+def planned_machine(chip: str) -> Machine:
+    """A machine with a chip of :data:`CHIPS`, a recent CUDA and both backends; for planning without it."""
+    if chip not in CHIPS:
+        raise ConfigError(f"chip {chip}: possible are {', '.join(CHIPS)}")
+    return Machine(capability=CHIPS[chip], cuda=_BLOCK_CUDA, te=True, torchao=True)
+
+
+def resolve_fp8(cfg: PrecisionConfig, machine: Machine) -> Fp8Choice:
+    """Backend and recipe of ``cfg`` on ``machine``; raises :class:`ConfigError` with what is possible.
+
+    ``auto`` takes Transformer Engine where it is installed, MXFP8 on compute capability 10, whose tensor cores
+    scale in blocks by themselves, and current scaling elsewhere: on Hopper blocks of 128 are scaled outside of
+    the tensor cores, and no measurement here speaks for them.
+    """
+    if cfg.fp8_emulate:
+        if not machine.torchao:
+            raise ConfigError("precision.fp8_emulate=true needs torchao: pip install torchao")
+        return Fp8Choice("torchao", "current", emulate=True)
+    if machine.capability is None or machine.capability < (8, 9):
+        has = "has none" if machine.capability is None else "has {}.{}".format(*machine.capability)
+        raise ConfigError(
+            "precision.compute=fp8 needs a GPU of compute capability 8.9 or higher (Ada, Hopper, Blackwell), this "
+            f"machine {has}; possible: bf16, fp32, or precision.fp8_emulate=true to test the wiring"
+        )
+    backend = _backend(cfg, machine)
+    if backend == "torchao":
+        if cfg.fp8_recipe not in ("auto", "current"):
+            raise ConfigError(
+                f"precision.fp8_recipe={cfg.fp8_recipe} needs Transformer Engine: {TE_INSTALL}; "
+                "possible with torchao: auto, current"
+            )
+        return Fp8Choice("torchao", "current")
+    return Fp8Choice("te", _te_recipe(cfg, machine))
+
+
+TE_INSTALL = "pip install --no-build-isolation 'transformer_engine[pytorch]'"
+
+
+def _backend(cfg: PrecisionConfig, machine: Machine) -> Backend:
+    if cfg.fp8_backend in ("auto", "te") and machine.te:
+        return "te"
+    if cfg.fp8_backend in ("auto", "torchao") and machine.torchao:
+        return "torchao"
+    wanted = {"te": TE_INSTALL, "torchao": "pip install torchao"}
+    names = ("te", "torchao") if cfg.fp8_backend == "auto" else (cfg.fp8_backend,)
+    raise ConfigError(
+        f"precision.compute=fp8 with fp8_backend={cfg.fp8_backend} needs " + " or ".join(wanted[n] for n in names)
+    )
+
+
+def _te_recipe(cfg: PrecisionConfig, machine: Machine) -> Recipe:
+    assert machine.capability is not None
+    blackwell = machine.capability[0] == 10
+    if cfg.fp8_recipe == "auto":
+        return "mxfp8" if blackwell else "current"
+    if cfg.fp8_recipe != "block":
+        return cfg.fp8_recipe
+    if blackwell:
+        return "mxfp8"
+    if machine.capability[0] == 9 and machine.cuda is not None and machine.cuda >= _BLOCK_CUDA:
+        return "block"
+    raise ConfigError(
+        "precision.fp8_recipe=block needs compute capability 9.x with CUDA 12.9 or newer, or 10.x; this machine "
+        "has {}.{} with CUDA {}; possible: auto, current, delayed".format(
+            *machine.capability, "{}.{}".format(*machine.cuda) if machine.cuda else "none"
+        )
+    )
+
+
+def choose_fp8(cfg: PrecisionConfig, device: torch.device) -> Fp8Choice:
+    """:func:`resolve_fp8` for ``device``, with the backend imported once to see that it works."""
+    choice = resolve_fp8(cfg, this_machine(device))
+    if choice.backend == "te":
+        from deco_scale.precision.transformer_engine import import_te
+
+        import_te()
+    return choice

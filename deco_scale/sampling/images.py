@@ -1,0 +1,99 @@
+"""Pictures from a model given as a callable: noise by seed, guidance, solver, uint8, grids.
+
+Shape letters: P pictures, C channels, Y X pixels.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from data_pipeline.storage.files import atomic_path
+from deco_scale.models import patchify, unpatchify
+from deco_scale.objectives.flow_matching import Prediction, velocity_from_image
+from deco_scale.sampling.config import SamplerConfig
+from deco_scale.sampling.guidance import VelocityFn
+from deco_scale.sampling.samplers import integrate
+
+PredictFn = Callable[[Tensor, Tensor, Tensor, tuple[int, int]], Tensor]
+"""``predict(patches, t, condition, grid)``, as an engine or a plain denoiser offers it."""
+
+
+def velocity_of(
+    predict: PredictFn, patch_size: int, *, prediction: Prediction = "velocity", t_eps: float = 0.05
+) -> VelocityFn:
+    """Velocity over images from a network's output over patches, which is the velocity or the clean image.
+
+    ``t_eps`` is that of :func:`deco_scale.objectives.flow_matching.velocity_from_image`, for images.
+    """
+
+    def velocity(x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        grid = (x.shape[-2] // patch_size, x.shape[-1] // patch_size)
+        output = unpatchify(predict(patchify(x, patch_size), t, condition, grid).float(), grid, patch_size)
+        return output if prediction == "velocity" else velocity_from_image(output, x, t, t_eps)
+
+    return velocity
+
+
+def seeded_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> Tensor:
+    """Noise ``(P, C, Y, X)``, each picture from a CPU generator of its own seed."""
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
+@torch.no_grad()
+def generate_images(
+    velocity: VelocityFn,
+    conditions: Tensor,
+    null: Tensor,
+    seeds: Sequence[int],
+    *,
+    size: tuple[int, int],
+    cfg: SamplerConfig,
+    batch: int,
+    channels: int = 3,
+    on_step: Callable[[], None] | None = None,
+) -> Any:
+    """Pictures (P, Y, X, 3) uint8; ``conditions`` (P, ...), and one ``null`` condition or one for each picture.
+
+    ``on_step`` is called after each step of the solver.
+    """
+    parts = []
+    for start in range(0, len(seeds), batch):
+        condition = conditions[start : start + batch]
+        away = null[start : start + batch] if null.ndim == conditions.ndim else null.expand_as(condition)
+        noise = seeded_noise(seeds[start : start + batch], (channels, *size)).to(condition.device)
+        x = noise
+        for state in integrate(velocity, noise, condition, away, cfg):
+            x = state
+            if on_step is not None:
+                on_step()
+        parts.append(to_uint8(x))
+    return np.concatenate(parts)
+
+
+def to_uint8(x_PCYX: Tensor) -> Any:
+    """[-1, 1] to uint8 (P, Y, X, C), rounded to the nearest."""
+    pixels = ((x_PCYX.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return pixels.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def save_grid(pictures: Any, path: Path, *, columns: int, labels: Sequence[str] = (), scale: int = 1) -> None:
+    """One PNG with all pictures, row by row, each with its label below; appears whole or not at all."""
+    count, height, width, _ = pictures.shape
+    height, width = height * scale, width * scale
+    text = 14 if labels else 0
+    rows = -(-count // columns)
+    sheet = Image.new("RGB", (columns * (width + 2), rows * (height + text + 2)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, pixels in enumerate(pictures):
+        left, top = (i % columns) * (width + 2), (i // columns) * (height + text + 2)
+        picture = Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST)
+        sheet.paste(picture, (left, top))
+        if labels:
+            draw.text((left + 1, top + height), labels[i][: max(1, width // 6)], fill="black")
+    with atomic_path(path, durable=False) as partial:
+        sheet.save(partial, format="PNG")

@@ -1,0 +1,84 @@
+"""Settings of the training loop, its stages, its optimizer and its checkpoints."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunSettings:
+    """Where a run lives and how it behaves; ``stop_at_step`` ends this launch early, after a checkpoint."""
+
+    dir: str
+    seed: int = 0
+    log_every: int = 10
+    max_bad_steps: int = 10
+    stop_at_step: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.dir:
+            raise ValueError("dir must name a folder")
+        if self.log_every < 1 or self.max_bad_steps < 1:
+            raise ValueError("log_every and max_bad_steps must be at least 1")
+        if self.stop_at_step is not None and self.stop_at_step < 1:
+            raise ValueError(f"stop_at_step={self.stop_at_step} must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageConfig:
+    """One stage of a run; ``data`` overrides where the samples come from."""
+
+    name: str
+    resolution: int
+    steps: int
+    global_batch: int
+    micro_batch: int
+    lr: float
+    betas: tuple[float, float] = (0.9, 0.95)
+    timestep_shift: float = 1.0
+    data: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("resolution", "steps", "global_batch", "micro_batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.lr < 0 or self.timestep_shift <= 0:
+            raise ValueError("lr must not be negative and timestep_shift must be positive")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas={self.betas} must be in [0, 1)")
+
+
+FaultPolicy = Literal["skip", "rollback", "stop"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FaultsConfig:
+    """What happens when a step goes wrong, and how that is noticed.
+
+    A step is bad where loss or gradient norm is not finite; ``run.max_bad_steps`` of them in a row end the run in
+    any case. A step is a spike where its loss is more than ``spike_deviations`` standard deviations above the mean
+    of about the last ``spike_window`` good steps, after that many since the start.
+
+    ``skip`` leaves the update out. ``rollback`` goes back to the newest checkpoint at least ``rollback_steps``
+    before the step, and goes on with the data after it; more than ``max_rollbacks`` of them end the run. ``stop``
+    ends the run. Every ``check_replicas_every`` steps (0: never) ranks compare what they hold alike, bit by bit.
+    A rank is a straggler where its own work takes ``straggler_factor`` times the median rank's.
+    """
+
+    non_finite: FaultPolicy = "skip"
+    spike: Literal["ignore", "skip", "rollback", "stop"] = "ignore"
+    spike_deviations: float = 6.0
+    spike_window: int = 100
+    rollback_steps: int = 1
+    max_rollbacks: int = 3
+    check_replicas_every: int = 100
+    straggler_factor: float = 1.3
+
+    def __post_init__(self) -> None:
+        if self.spike_deviations <= 0 or self.spike_window < 2:
+            raise ValueError("spike_deviations must be positive and spike_window at least 2")
+        if self.rollback_steps < 1 or self.max_rollbacks < 1 or self.check_replicas_every < 0:
+            raise ValueError(
+                "rollback_steps and max_rollbacks must be at least 1, check_replicas_every not negative"
+            )
+        if self.straggler_factor <= 1:
+            raise ValueError(f"straggler_factor={self.straggler_factor} must be above 1")
