@@ -70,12 +70,12 @@ def test_states_of_another_encoder_length_or_index_are_refused(
     assert members.max() < 2 * TEXT_TOKENS * 24 * 15 and members.min() < 2 * TEXT_TOKENS * 24 * 5
     for change, word in (
         ({"max_tokens": 7}, "max_tokens is 6, not 7"),
-        ({"zero_padding": False}, "zero_padding True, wanted False"),
+        ({"zero_padding": False}, "zero_padding is True, not False"),
         ({"revision": "other"}, "revision"),
     ):
-        wanted = type(states.identity)(**{**{n: getattr(states.identity, n) for n in FIELDS}, **change})
+        expected = type(states.identity)(**{**{n: getattr(states.identity, n) for n in FIELDS}, **change})
         with pytest.raises(DataError, match=word):
-            TextEmbeddingStore(store, index, wanted)
+            TextEmbeddingStore(store, index, expected)
     copy = tmp_path / "other"
     shutil.copytree(shards, copy)
     other = index.__class__(**{**index.__dict__, "whole_digest": "changed"})
