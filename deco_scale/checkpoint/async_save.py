@@ -54,9 +54,9 @@ class CheckpointGroup:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskResult:
-    """How a job ended: what it says of itself, or the error that all ranks share."""
+    """How a task ended: a line for the log, or the error that all ranks share."""
 
-    said: str
+    message: str
     error: str | None
     total_s: float
 
@@ -68,7 +68,7 @@ class SaveResult:
     ``checkpoint`` is False where weights alone were exported.
     """
 
-    said: str
+    message: str
     error: str | None
     checkpoint: bool
     step: int
@@ -96,14 +96,14 @@ class BackgroundTask:
         assert self._thread is None and self._outcome is None
 
         def work() -> None:
-            said, error = "", None
+            message, error = "", None
             try:
-                said = job()
+                message = job()
             except RunError as failure:
                 error = str(failure)
             except BaseException as bug:
                 self._bug = bug
-            self._outcome = TaskResult(said=said, error=error, total_s=time.perf_counter() - began)
+            self._outcome = TaskResult(message=message, error=error, total_s=time.perf_counter() - began)
 
         if inline:
             work()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import fnmatch
+import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -33,7 +34,7 @@ from deco_scale.errors import ConfigError, RunError
 from deco_scale.parallel.engines.base import EMA_PREFIX, Engine
 from deco_scale.precision.scaling import unmatched_scaling
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +79,7 @@ def open_checkpoint(
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def load(engine: Engine, source: OpenCheckpoint, say: Say) -> CheckpointMeta:
+def load(engine: Engine, source: OpenCheckpoint) -> CheckpointMeta:
     """Fill the engine with the whole state; raises :class:`ConfigError` for a checkpoint that does not fit."""
     meta = raise_together(lambda: read_meta(source.folder))
     state = engine.state()
@@ -93,14 +94,14 @@ def load(engine: Engine, source: OpenCheckpoint, say: Say) -> CheckpointMeta:
 
     apart, lines = raise_together(check)
     for line in lines:
-        say(line)
+        logger.info(line)
     state = {name: tensor for name, tensor in state.items() if name not in apart}
     _read(state, source)
     engine.load(state, meta.optimizer_steps)
     return meta
 
 
-def initialise(engine: Engine, source: OpenCheckpoint, cfg: CheckpointConfig, say: Say) -> None:
+def initialise(engine: Engine, source: OpenCheckpoint, cfg: CheckpointConfig) -> None:
     """Take weights for a fresh run: EMA equal to them, moments zero, no updates counted.
 
     ``ema`` stands for the denoiser's average; what has none (the REPA head) comes from the weights. Parameters
@@ -132,9 +133,9 @@ def initialise(engine: Engine, source: OpenCheckpoint, cfg: CheckpointConfig, sa
                 part = local_part(state[f"{kind}.{name}"])
                 part.copy_(weights) if kind == "ema" else part.zero_()
     engine.load(state, 0)
-    say(f"weights from {source.name} ({cfg.init_weights}), {len(origin)} parameters; fresh optimizer")
+    logger.info("weights from %s (%s), %d parameters; fresh optimizer", source.name, cfg.init_weights, len(origin))
     if skipped:
-        say(f"not taken over by checkpoint.init_skip: {', '.join(sorted(skipped))}")
+        logger.info("not taken over by checkpoint.init_skip: %s", ", ".join(sorted(skipped)))
 
 
 def _read(state: Mapping[str, Tensor], source: OpenCheckpoint) -> None:

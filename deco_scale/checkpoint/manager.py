@@ -7,10 +7,11 @@ their place. Loading checks files, names and shapes before a tensor is touched.
 
 import dataclasses
 import json
+import logging
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,8 @@ from deco_scale.checkpoint.writer import write_snapshot
 from deco_scale.distributed.collectives import raise_together, run_on_rank_zero
 from deco_scale.errors import ConfigError, Damaged, RunError
 from deco_scale.parallel.engines.base import Engine
+
+logger = logging.getLogger(__name__)
 
 __all__ = [
     "COMPLETE",
@@ -162,7 +165,7 @@ class CheckpointManager:
             return None
         times = f"in {outcome.total_s:.1f} s (checkpoint_stall_s {self._stall_s:.2f})"
         return SaveResult(
-            said=f"{outcome.said} {times}",
+            message=f"{outcome.message} {times}",
             error=outcome.error,
             checkpoint=self._saving_whole,
             step=self._saving_step,
@@ -203,51 +206,46 @@ class CheckpointManager:
             raise ConfigError(f"--resume {resume}: not a complete checkpoint (no {COMPLETE} file)")
         return path
 
-    def resume(
-        self, engine: Engine, resume: str, *, say: Callable[[str], None] = lambda line: None
-    ) -> tuple[CheckpointMeta, Path | str] | None:
-        """Load what ``resume`` names; with ``auto`` the newest that is undamaged. None if there is nothing.
+    def resume(self, engine: Engine, resume: str) -> tuple[CheckpointMeta, Path | str] | None:
+        """Load what ``resume`` names; with ``auto`` the newest undamaged one. None if there is nothing to load.
 
-        Damaged ones are told of and left where they are. Raises :class:`ConfigError` where one is named or none
-        is left: a run never starts anew because its checkpoints cannot be read.
+        Damaged checkpoints are skipped with a warning and left where they are. Raises :class:`ConfigError` where
+        ``resume`` names a damaged one or all are damaged: a run never starts anew because its checkpoints cannot
+        be read.
         """
         if resume != "auto":
             named = run_on_rank_zero(lambda: self.resolve(resume))
-            return None if named is None else (self.load(engine, named, say=say), named)
+            return None if named is None else (self.load(engine, named), named)
         found = run_on_rank_zero(lambda: [where for _, where in self.complete()])
-        return self._load_first(engine, found, say) if found else None
+        return self._load_first(engine, found) if found else None
 
-    def rollback(
-        self, engine: Engine, *, at_most: int, say: Callable[[str], None] = lambda line: None
-    ) -> CheckpointMeta:
-        """Load the newest undamaged checkpoint of step ``at_most`` or before, and remove those after it.
+    def rollback(self, engine: Engine, *, max_step: int) -> CheckpointMeta:
+        """Load the newest undamaged checkpoint of step ``max_step`` or before, and remove those after it.
 
         Raises :class:`RunError` where there is none.
         """
         everything = run_on_rank_zero(self.complete)
-        old_enough = [where for step, where in everything if step <= at_most]
+        old_enough = [where for step, where in everything if step <= max_step]
         if not old_enough:
             raise RunError(
-                f"no checkpoint of step {at_most} or before to roll back to; save more often (checkpoint.every), "
+                f"no checkpoint of step {max_step} or before to roll back to; save more often (checkpoint.every), "
                 "keep more (checkpoint.keep_last), or lower faults.rollback_steps"
             )
-        meta, _ = self._load_first(engine, old_enough, say)
+        meta, _ = self._load_first(engine, old_enough)
         newer = sorted({step for step, _ in everything if step > meta.step})
         raise_together(lambda: self._remove(newer) if dist.get_rank() == 0 else None)
         if newer:
-            say(f"checkpoints of steps {', '.join(map(str, newer))} are removed: they hold what was rolled back")
+            logger.info("removed the checkpoints of steps %s, which were rolled back", ", ".join(map(str, newer)))
         return meta
 
-    def _load_first(
-        self, engine: Engine, places: Sequence[Path | str], say: Callable[[str], None]
-    ) -> tuple[CheckpointMeta, Path | str]:
+    def _load_first(self, engine: Engine, places: Sequence[Path | str]) -> tuple[CheckpointMeta, Path | str]:
         damaged: list[str] = []
         for where in places:
             try:
-                return self.load(engine, where, say=say), where
+                return self.load(engine, where), where
             except Damaged as error:
                 damaged.append(str(error))
-                say(f"WARNING: {error}: not used; the checkpoint before it is tried")
+                logger.warning("%s: skipped; trying the checkpoint before it", error)
         raise ConfigError(f"all {len(places)} complete checkpoints are damaged: {'; '.join(damaged)}")
 
     def _remove(self, steps: Sequence[int]) -> None:
@@ -257,25 +255,24 @@ class CheckpointManager:
             if self._cfg.url is not None and step in self._place.steps():
                 self._place.remove(step)
 
-    def load(
-        self, engine: Engine, where: Path | str, *, say: Callable[[str], None] = lambda line: None
-    ) -> CheckpointMeta:
+    def load(self, engine: Engine, where: Path | str) -> CheckpointMeta:
         """Check and load all of a checkpoint; raises :class:`ConfigError` for one that does not fit.
 
         The checkpoint that a run goes on from is not retired by it.
         """
         with loader.open_checkpoint(where, self._folder, self._open_objects) as source:
-            meta = loader.load(engine, source, say)
+            meta = loader.load(engine, source)
         if str(where) in (str(self._local.where(meta.step)), self._cfg.url and str(self._place.where(meta.step))):
             self._held = {meta.step}
         return meta
 
-    def initialise(self, engine: Engine, say: Callable[[str], None]) -> None:
-        """Fill a fresh engine as ``init_from`` says; raises :class:`ConfigError` naming what does not fit."""
-        assert self._cfg.init_from is not None
+    def initialise(self, engine: Engine) -> None:
+        """Fill a fresh engine from ``init_from``, if set; raises :class:`ConfigError` naming what does not fit."""
+        if self._cfg.init_from is None:
+            return
         where = self._cfg.init_from if "://" in self._cfg.init_from else Path(self._cfg.init_from)
         with loader.open_checkpoint(where, self._folder, self._open_objects) as source:
-            loader.initialise(engine, source, self._cfg, say)
+            loader.initialise(engine, source, self._cfg)
 
     @property
     def _place(self) -> CheckpointStorage:
@@ -350,7 +347,7 @@ class CheckpointManager:
             team.agree(lambda: self._place.discard(meta.step) if first else None)
             team.agree(lambda: self._place.publish(temporary, meta.step, sorted(mine), mine))
             meta = dataclasses.replace(meta, parameter_digest=digest)
-            notes = team.agree(lambda: self._complete(temporary, meta, sums) if first else "")
+            team.agree(lambda: self._complete(temporary, meta, sums) if first else None)
         except RunError as error:
             if first:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -359,13 +356,10 @@ class CheckpointManager:
                     with suppress(RunError):
                         self._place.discard(meta.step)
             raise RunError(f"checkpoint at step {meta.step} could not be written: {error}") from error
-        return f"{self._place.where(meta.step)}{notes}"
+        return str(self._place.where(meta.step))
 
-    def _complete(self, temporary: Path, meta: CheckpointMeta, sums: FileSums) -> str:
-        """Write what makes a checkpoint complete, show it, and retire others; rank 0 only.
-
-        Returns what to say of checkpoints that should have gone and did not, which is no reason to fail.
-        """
+    def _complete(self, temporary: Path, meta: CheckpointMeta, sums: FileSums) -> None:
+        """Write what makes a checkpoint complete, publish it, and retire old ones; rank 0 only."""
         text = json.dumps(dataclasses.asdict(meta), indent=1).encode()
         write_durably(temporary / META, text)
         sums[META] = len(text), google_crc32c.value(text)
@@ -378,10 +372,9 @@ class CheckpointManager:
             for step in set(steps) - retained(steps, self._cfg, self._place.metrics, held=self._held):
                 self._place.remove(step)
         except RunError as error:
-            return f"; WARNING: an old checkpoint could not be removed: {error}"
+            logger.warning("an old checkpoint could not be removed: %s", error)
         except OSError as error:
-            return f"; WARNING: an old checkpoint could not be removed: {error.filename}: {error.strerror}"
-        return ""
+            logger.warning("an old checkpoint could not be removed: %s: %s", error.filename, error.strerror)
 
 
 def _make_empty(folder: Path) -> None:

@@ -96,7 +96,7 @@ def work(
 
 def report(saved: Any, tell: Any) -> None:
     if saved is not None:
-        tell(f"failed {saved.error}" if saved.error else f"saved {saved.said.split()[1].rpartition('_')[2]}")
+        tell(f"failed {saved.error}" if saved.error else f"saved {saved.message.split()[1].rpartition('_')[2]}")
 
 
 class Process:

@@ -1,5 +1,6 @@
 """What a fresh run starts from."""
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -17,6 +18,11 @@ from tests.faults.crash import PlainEngine, content, meta_of
 from tests.saving import alone, engine_of, make
 
 
+@pytest.fixture(autouse=True)
+def _log_level(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+
+
 class TestInitialise:
     """``init_from``: weights of another run, and nothing else of it."""
 
@@ -25,20 +31,21 @@ class TestInitialise:
         with alone():
             yield
 
-    def initialise(self, folder: Path, state: dict[str, Tensor], **settings: Any) -> tuple[PlainEngine, list[str]]:
+    def initialise(self, folder: Path, state: dict[str, Tensor], **settings: Any) -> PlainEngine:
         source = CheckpointManager(folder / "source", CheckpointConfig())
         source.prepare()
         path = source.save(engine_of(7), meta_of(7))
-        said: list[str] = []
         target = PlainEngine(state)
         target.optimizer_steps = 99
-        make(folder, init_from=str(path), **settings).initialise(cast(Engine, target), said.append)
-        return target, said
+        make(folder, init_from=str(path), **settings).initialise(cast(Engine, target))
+        return target
 
     @pytest.mark.parametrize("weights", ["model", "ema"])
-    def test_weights_or_their_average(self, tmp_path: Path, weights: str) -> None:
+    def test_weights_or_their_average(
+        self, tmp_path: Path, weights: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
         state = {n: t for n, t in content(1).items() if n != "ema.projection.weight"}
-        target, said = self.initialise(tmp_path, state, init_weights=weights)
+        target = self.initialise(tmp_path, state, init_weights=weights)
         there, found = content(7), target.tensors
         for name in ("denoiser.blocks.weight", "denoiser.bias"):
             assert torch.equal(found[f"model.{name}"], there[f"{weights}.{name}"])
@@ -46,9 +53,12 @@ class TestInitialise:
             assert not found[f"exp_avg.{name}"].any() and not found[f"exp_avg_sq.{name}"].any()
         # There is no average outside the denoiser.
         assert torch.equal(found["model.projection.weight"], there["model.projection.weight"])
-        assert target.optimizer_steps == 0 and f"({weights})" in said[0] and "fresh optimizer" in said[0]
+        assert target.optimizer_steps == 0 and f"({weights})" in caplog.messages[0]
+        assert "fresh optimizer" in caplog.messages[0]
 
-    def test_patterns_leave_out_what_they_name_and_no_more(self, tmp_path: Path) -> None:
+    def test_patterns_leave_out_what_they_name_and_no_more(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
         state = content(1)
         for kind in ("model", "ema", "exp_avg", "exp_avg_sq"):
             state[f"{kind}.denoiser.bias"] = torch.ones(5)
@@ -58,8 +68,8 @@ class TestInitialise:
         ):
             self.initialise(tmp_path, state)
         skip = ("denoiser.b[i]as", "denoiser.new.*", "proj*")
-        target, said = self.initialise(tmp_path, state, init_skip=skip)
-        assert said[1] == (
+        target = self.initialise(tmp_path, state, init_skip=skip)
+        assert caplog.messages[1] == (
             "not taken over by checkpoint.init_skip: denoiser.bias, denoiser.new.weight, projection.weight"
         )
         assert (
@@ -79,7 +89,7 @@ class TestInitialise:
         path = make(tmp_path).save(cast(Engine, PlainEngine(bare)), meta_of(0))
         target = PlainEngine(content(1))
         checkpoints = make(tmp_path, init_from=str(path))
-        checkpoints.initialise(cast(Engine, target), lambda line: None)
+        checkpoints.initialise(cast(Engine, target))
         assert torch.equal(target.tensors["model.denoiser.bias"], bare["model.denoiser.bias"])
         with pytest.raises(ConfigError, match="missing exp_avg.denoiser.bias"):
             checkpoints.load(cast(Engine, target), path)
@@ -95,7 +105,7 @@ class TestInitialise:
         state = {k + n: torch.ones_like(theirs["model." + n]) for k in kinds for n in names}
         target = PlainEngine(state)
         start = make(tmp_path, init_from=str(tmp_path / "imported"), init_weights="ema")
-        start.initialise(cast(Engine, target), lambda line: None)
+        start.initialise(cast(Engine, target))
         for name in names:
             assert torch.equal(target.tensors["model." + name], theirs["ema." + name]), name
             assert torch.equal(target.tensors["ema." + name], theirs["ema." + name]), name

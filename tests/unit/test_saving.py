@@ -51,7 +51,7 @@ class TestSaving:
             tensor.zero_()
         written.set()
         saved = checkpoints.finished(wait=True)
-        assert saved is not None and saved.error is None and "step_00000001 in" in saved.said
+        assert saved is not None and saved.error is None and "step_00000001 in" in saved.message
         path = tmp_path / "run" / "step_00000001"
         found = read_tensors(path, "")
         assert all(torch.equal(found[n], t) for n, t in content(1).items())
@@ -63,7 +63,7 @@ class TestSaving:
         held = {n: t.data_ptr() for n, t in checkpoints._staging._buffers.items()}
         for step in (2, 3):
             before = checkpoints.start(engine_of(step), meta_of(step))
-            assert before is not None and f"step_0000000{step - 1} in" in before.said
+            assert before is not None and f"step_0000000{step - 1} in" in before.message
         checkpoints.finished(wait=True)
         assert checkpoints.finished(wait=True) is None
         assert {n: t.data_ptr() for n, t in checkpoints._staging._buffers.items()} == held

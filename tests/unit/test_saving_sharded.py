@@ -51,9 +51,9 @@ def _export(root: str) -> None:
     state = _sharded(0)
     checkpoints.start(cast(Engine, PlainEngine(state)), meta, manager=False, export=True)
     both = checkpoints.start(cast(Engine, PlainEngine(_sharded(1))), meta_of(3), manager=True, export=True)
-    assert both is not None and both.error is None and "EMA export" in both.said, both
+    assert both is not None and both.error is None and "EMA export" in both.message, both
     saved = checkpoints.finished(wait=True)
-    assert saved is not None and saved.error is None and "checkpoint" in saved.said, saved
+    assert saved is not None and saved.error is None and "checkpoint" in saved.message, saved
     for step in (2, 3):
         found = load_file(Path(root) / "exports" / f"ema_step_{step:08d}" / "model.safetensors")
         wanted = _sharded(step - 2)
@@ -88,7 +88,7 @@ def _through_s3(folder: Path, url: str) -> None:
     state = _sharded(4)
     checkpoints.start(cast(Engine, PlainEngine(state)), meta_of(4), manager=True, export=True)
     saved = checkpoints.finished(wait=True)
-    assert saved is not None and saved.error is None and f"{url}/exports/ema_step_00000004" in saved.said, saved
+    assert saved is not None and saved.error is None and f"{url}/exports/ema_step_00000004" in saved.message, saved
     dist.barrier()
     assert list((folder / "run").iterdir()) == [] and list((folder / "exports").iterdir()) == []
     target = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
