@@ -18,7 +18,6 @@ import torch.distributed as dist
 
 from benchmarks.parts import Timeline
 from benchmarks.plain_engine import PlainEngine
-from data_pipeline.stream.loader import Loader
 from deco_scale.config import RunConfig
 from deco_scale.distributed.bootstrap import Environment, choose_device, init_distributed
 from deco_scale.errors import ConfigError
@@ -29,21 +28,14 @@ from deco_scale.objectives import Objective
 from deco_scale.parallel.engines.base import Engine, Update
 from deco_scale.parallel.mesh import ParallelDims, resolve_parallel_dims
 from deco_scale.parallel.tp_plan import check_tp
-from deco_scale.training.host_prefetch import HostPrefetcher
 from deco_scale.training.inputs import Batch, InputBuilder, MicroBatch, ObjectiveInputs, pinned, split
+from deco_scale.training.prefetch import HostPrefetcher
 from deco_scale.training.train_step import StepResult, train_step
-from deco_scale.training.trainer import Stage
-from launcher.assemble import (
-    SyntheticData,
-    build_engine,
-    choose_attention,
-    data_opener,
-    derive_stages,
-    fp8_plan_of,
-    load_encoders,
-    objective_builder,
-    shared_over_tp,
-)
+from deco_scale.training.trainer import Data, Stage
+from launcher.build.data import data_opener, load_encoders, shared_over_tp, synthetic_opener
+from launcher.build.engine import build_engine
+from launcher.build.model import choose_attention, objective_builder, plan_fp8_linears
+from launcher.build.trainer import derive_stages
 from tests.straightforward import make_straightforward
 
 ENCODER_DIM = 768
@@ -137,8 +129,8 @@ class TrainingSteps:
         if self.attention:
             attention = table_of(self.attention)
         else:
-            attention, self.attention = choose_attention(self.cfg, self.layout, self.device)
-        plan = fp8_plan_of(self.cfg, self.layout, self.device)
+            attention, self.attention = choose_attention(self.cfg, self.layout.tp, self.device)
+        plan = plan_fp8_linears(self.cfg, self.layout.tp, self.device)
         build = self._remembering(encoder_dim, attention)
         if plain:
             return PlainEngine(build, self.cfg, device=self.device, kernels=self.kernels, fp8_plan=plan)
@@ -211,13 +203,20 @@ def _checked(cfg: RunConfig, device: torch.device) -> Kernels:
         raise ConfigError(str(error)) from error
 
 
-def _open(cfg: RunConfig, layout: ParallelDims, stage: Stage, data: bool) -> "SyntheticData | Loader":
+def _open(cfg: RunConfig, layout: ParallelDims, stage: Stage, data: bool) -> Data:
+    if not data:
+        return synthetic_opener(layout)(stage.cfg, 0)
     folder = Path(cfg.run.dir)
-    if data:
-        folder.mkdir(parents=True, exist_ok=True)
-    opened = data_opener(cfg, layout, folder, synthetic=not data, identity=None)(stage.cfg, 0)
-    assert isinstance(opened, SyntheticData | Loader)
-    return opened
+    folder.mkdir(parents=True, exist_ok=True)
+    opener = data_opener(
+        cfg.data,
+        layout,
+        patch_size=cfg.model.patch_size,
+        seed=cfg.run.seed,
+        quarantine=folder / "quarantine.jsonl",
+        text_identity=None,
+    )
+    return opener(stage.cfg, 0)
 
 
 def _constant_features(

@@ -6,7 +6,8 @@ Everything that is written or shown here has been scrubbed of secrets.
 import json
 import logging
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,17 @@ from deco_scale.observability.run_dir import METRICS, RunDir
 from deco_scale.observability.wandb import WandbRun
 from deco_scale.observability.webhooks import AlertSender
 
+logger = logging.getLogger(__name__)
+
 LOG, CURVES = "log.txt", "curves.png"
+PACKAGES = ("deco_scale", "data_pipeline", "checkpoints_tools", "launcher")
 
 
 class RunLogger:
     """Writes on rank 0 and is silent elsewhere.
 
-    wandb, Prometheus and alerts that do not work are warned of and do not stop training;
+    While it is open, the packages' loggers go to the console and to ``log.txt``. wandb, Prometheus and alerts that
+    do not work are warned of and do not stop training;
     :func:`~deco_scale.observability.webhooks.check_webhook` finds a wrong ``monitor`` before.
     """
 
@@ -52,17 +57,16 @@ class RunLogger:
         self._step: int | None = None
         self._progress: Progress | None = None
         self._task: Any = None
-        self._tracking: WandbRun | None = None
-        self._metrics_server: PrometheusExporter | None = None
+        self._wandb: WandbRun | None = None
+        self._prometheus: PrometheusExporter | None = None
         self._alerts: AlertSender | None = None
         self._open = ExitStack()
         if not active:
+            # Every rank would repeat what rank 0 logs.
+            self._open.enter_context(logged_to(logging.NullHandler()))
             return
-        self._log, self._metrics, self._events = (self._lines(folder / n) for n in (LOG, METRICS, EVENTS))
-        handler = _ConsoleHandler(self)
-        for package in map(logging.getLogger, ("deco_scale", "data_pipeline")):
-            package.addHandler(handler)
-            self._open.callback(package.removeHandler, handler)
+        self._log, self._metrics, self._events = (self._writer(folder / n) for n in (LOG, METRICS, EVENTS))
+        self._open.enter_context(logged_to(_Handler(self._console, self._log)))
         self._start_monitor(monitor or MonitorConfig())
         if self._console.is_terminal:
             self._progress = Progress(
@@ -75,19 +79,15 @@ class RunLogger:
             self._progress.start()
             self._task = self._progress.add_task("", total=total_steps, shown="")
         if wandb.mode != "disabled":
-            self._tracking = WandbRun(folder, wandb, redacted(config), self.say)
-            self._open.callback(self._tracking.close)
+            self._wandb = WandbRun(folder, wandb, redacted(config))
+            self._open.callback(self._wandb.close)
         if self._progress is not None:
             self._open.callback(self._progress.stop)
 
-    def _lines(self, path: Path) -> JsonlWriter:
-        lines = JsonlWriter(path)
-        self._open.callback(lines.close)
-        return lines
-
-    def _show(self, line: str) -> None:
-        """On the console only."""
-        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+    def _writer(self, path: Path) -> JsonlWriter:
+        writer = JsonlWriter(path)
+        self._open.callback(writer.close)
+        return writer
 
     def _start_monitor(self, cfg: MonitorConfig) -> None:
         if cfg.webhook_env is not None:
@@ -97,22 +97,15 @@ class RunLogger:
             return
         host, port = cfg.prometheus_host, cfg.prometheus_port
         try:
-            self._metrics_server = PrometheusExporter(host=host, port=port, total_steps=self._total)
+            self._prometheus = PrometheusExporter(host=host, port=port, total_steps=self._total)
         except RunError as error:
-            self.say(f"WARNING: {error}; training goes on without them")
+            logger.warning("%s; training goes on without them", error)
             return
-        self._open.callback(self._metrics_server.close)
-        self.say(f"Prometheus metrics: http://{host}:{port}/metrics")
+        self._open.callback(self._prometheus.close)
+        logger.info("Prometheus metrics: http://%s:%d/metrics", host, port)
 
-    def say(self, message: str) -> None:
-        """One plain line, on the console and in ``log.txt``."""
-        if self._active:
-            line = f"{time.strftime('%H:%M:%S')} {scrub(message)}"
-            self._show(line)
-            self._log.write(line + "\n")
-
-    def begin(self, **fields: Any) -> None:
-        """The start of an attempt, numbered after those that the run's folder knows."""
+    def start(self, **fields: Any) -> None:
+        """The start of an attempt, numbered after those that the run's folder has."""
         if self._active:
             events = JsonlTailer(self._folder / EVENTS).read()
             attempt = 1 + sum(e.get("kind") == "start" for e in events)
@@ -126,8 +119,8 @@ class RunLogger:
         # First what needs no disk: a full one is worth an alert.
         if self._alerts is not None:
             self._alerts.event(event, self._step)
-        if self._metrics_server is not None:
-            self._metrics_server.log_event(event)
+        if self._prometheus is not None:
+            self._prometheus.log_event(event)
         self._events.write(event.line())
 
     def metrics(self, values: dict[str, Any]) -> None:
@@ -150,9 +143,9 @@ class RunLogger:
             self._progress.update(self._task, completed=values["step"], shown=shown)
             self._log.write(f"step {values['step']} {shown}\n")
         else:
-            self.say(f"step {values['step']}/{self._total} {shown} | ETA {duration(remaining)}")
-        if self._tracking is not None:
-            self._tracking.log(values["step"], {k: v for k, v in values.items() if isinstance(v, int | float)})
+            logger.info("step %d/%d %s | ETA %s", values["step"], self._total, shown, duration(remaining))
+        if self._wandb is not None:
+            self._wandb.log(values["step"], {k: v for k, v in values.items() if isinstance(v, int | float)})
 
     def evaluation(self, step: int, scores: dict[str, float]) -> None:
         """Scores of an evaluation, as a line of its own with names that begin with ``eval.``."""
@@ -160,15 +153,15 @@ class RunLogger:
             return
         named = {f"eval.{name}": value for name, value in scores.items()}
         self._write({"step": step, **named})
-        self.say(f"step {step} evaluation: " + ", ".join(f"{n} {v:.4f}" for n, v in scores.items()))
-        if self._tracking is not None:
-            self._tracking.log(step, named)
+        logger.info("step %d evaluation: %s", step, ", ".join(f"{n} {v:.4f}" for n, v in scores.items()))
+        if self._wandb is not None:
+            self._wandb.log(step, named)
 
-    def picture(self, name: str, path: Path, step: int) -> None:
-        """Tell of a picture that was written."""
-        self.say(f"{name}: {path}")
-        if self._tracking is not None:
-            self._tracking.picture(step, name, path)
+    def image(self, name: str, path: Path, step: int) -> None:
+        """An image that was written."""
+        logger.info("%s: %s", name, path)
+        if self._wandb is not None:
+            self._wandb.image(step, name, path)
 
     def close(self) -> None:
         """Draw the curves and end what runs."""
@@ -184,30 +177,33 @@ class RunLogger:
         try:
             save_curves_png(entries, self._folder / CURVES)
         except OSError as error:
-            self.say(f"WARNING: no loss curves: {error.filename or CURVES}: {error.strerror}")
+            logger.warning("no loss curves: %s: %s", error.filename or CURVES, error.strerror)
         else:
-            self.say(f"loss curves: {self._folder / CURVES}")
+            logger.info("loss curves: %s", self._folder / CURVES)
 
     def _write(self, values: dict[str, Any]) -> dict[str, Any]:
-        """A line of ``metrics.jsonl``; returns what it says."""
+        """A line of ``metrics.jsonl``; returns its redacted values."""
         line: dict[str, Any] = redacted_fields(values)
         self._metrics.write(json.dumps(line) + "\n")
-        if self._metrics_server is not None:
-            self._metrics_server.log_metrics(line)
+        if self._prometheus is not None:
+            self._prometheus.log_metrics(line)
         return line
 
     def _goodput(self) -> None:
-        """Say where the run's time has gone, all attempts together; the last line of ``metrics.jsonl``."""
+        """Log where the run's time went, all attempts together; the last line of ``metrics.jsonl``."""
         run = RunDir(self._folder)
         run.refresh()
-        found = run.goodput(time.time())
-        if found is None:
+        goodput = run.goodput(time.time())
+        if goodput is None:
             return
-        self._write(found.as_metrics())
-        parts = [f"{name} {found.seconds(name):.0f} s" for name in CLASSES if found.seconds(name) >= 0.5]
-        self.say(
-            f"of {found.wall_s:.0f} s in {len(found.attempts)} attempt(s): {', '.join(parts)}; "
-            f"effective training time {found.effective:.1%}"
+        self._write(goodput.as_metrics())
+        parts = [f"{name} {goodput.seconds(name):.0f} s" for name in CLASSES if goodput.seconds(name) >= 0.5]
+        logger.info(
+            "of %.0f s in %d attempt(s): %s; effective training time %.1f%%",
+            goodput.wall_s,
+            len(goodput.attempts),
+            ", ".join(parts),
+            100 * goodput.effective,
         )
 
 
@@ -218,12 +214,31 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return run.steps()
 
 
-class _ConsoleHandler(logging.Handler):
-    """Shows warnings of the packages' loggers like the reporter's own lines."""
+class _Handler(logging.Handler):
+    """Plain lines with the time, on the console and in ``log.txt``, scrubbed of secrets."""
 
-    def __init__(self, reporter: RunLogger) -> None:
-        super().__init__(logging.WARNING)
-        self._reporter = reporter
+    def __init__(self, console: Console, log: JsonlWriter) -> None:
+        super().__init__(logging.INFO)
+        self._console, self._log = console, log
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._reporter.say(f"{record.levelname}: {record.getMessage()}")
+        level = f"{record.levelname}: " if record.levelno >= logging.WARNING else ""
+        line = f"{time.strftime('%H:%M:%S')} {level}{scrub(record.getMessage())}"
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+        self._log.write(line + "\n")
+
+
+@contextmanager
+def logged_to(handler: logging.Handler) -> Iterator[None]:
+    """Within, the loggers of the product's packages write to ``handler`` from INFO on."""
+    loggers = [logging.getLogger(name) for name in PACKAGES]
+    levels = [each.level for each in loggers]
+    for each in loggers:
+        each.addHandler(handler)
+        each.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        for each, level in zip(loggers, levels, strict=True):
+            each.removeHandler(handler)
+            each.setLevel(level)

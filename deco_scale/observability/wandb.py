@@ -1,6 +1,7 @@
 """A run in wandb: one run across all attempts, and never a reason for training to stop."""
 
 import contextlib
+import logging
 import os
 import re
 import threading
@@ -13,22 +14,22 @@ from data_pipeline.storage.files import atomic_write, make_durable
 from deco_scale.observability.config import WandbConfig
 from deco_scale.observability.redact import scrub_known
 
+logger = logging.getLogger(__name__)
+
 ID_FILE = "wandb_id"
 INIT_TIMEOUT_S = 60.0
 FINISH_TIMEOUT_S = 120.0
 
 
 class WandbRun:
-    """Logs to wandb until something there fails, which is said once; then it is silent.
+    """Logs to wandb until something there fails, which is warned of once; then it is silent.
 
     ``step`` is a value like the others: steps that are done again after a fault would be refused by wandb's own
     count, which only grows.
     """
 
-    def __init__(
-        self, folder: Path, cfg: WandbConfig, config: Mapping[str, Any], say: Callable[[str], None]
-    ) -> None:
-        self._folder, self._say = folder, say
+    def __init__(self, folder: Path, cfg: WandbConfig, config: Mapping[str, Any]) -> None:
+        self._folder = folder
         self._run: Any = None
         self._ended = False
         self._try(lambda: self._start(folder, cfg, config))
@@ -37,7 +38,7 @@ class WandbRun:
         """Numbers of a step."""
         self._try(lambda: self._run.log({**values, "step": step}))
 
-    def picture(self, step: int, name: str, path: Path) -> None:
+    def image(self, step: int, name: str, path: Path) -> None:
         def send() -> None:
             import wandb
 
@@ -71,7 +72,7 @@ class WandbRun:
         if thread.is_alive():
             problems.append(f"it did not end within {FINISH_TIMEOUT_S:g} s")
         for problem in problems:
-            self._say(f"WARNING: wandb: {' '.join(problem.split())}; its files lie in {self._folder / 'wandb'}")
+            logger.warning("wandb: %s; its files are in %s", " ".join(problem.split()), self._folder / "wandb")
         _clean_logs(self._folder / "wandb")
 
     def _start(self, folder: Path, cfg: WandbConfig, config: Mapping[str, Any]) -> None:
@@ -100,7 +101,8 @@ class WandbRun:
         try:
             action()
         except Exception as error:  # whatever its services and files do: training is worth more
-            self._say(f"WARNING: no wandb from here on: {type(error).__name__}: {' '.join(str(error).split())}")
+            reason = " ".join(str(error).split())
+            logger.warning("no wandb from here on: %s: %s", type(error).__name__, reason)
             self.close()
 
 

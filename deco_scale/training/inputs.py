@@ -35,7 +35,7 @@ class Batch(Protocol):
 
     @property
     def text_embeddings(self) -> "Sequence[np.ndarray[Any, np.dtype[np.uint16]]] | Tensor | None":
-        """Text states where they were computed before: (tokens, T) of each caption as bfloat16 bits, or packed."""
+        """Text embeddings where they were computed before: (tokens, T) of each caption as bfloat16 bits, or packed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,42 +54,44 @@ def split(batch: Batch, parts: int) -> Iterator[Batch]:
     size = len(batch.sample_ids) // parts
     for start in range(0, size * parts, size):
         cut = slice(start, start + size)
-        states = None if batch.text_embeddings is None else batch.text_embeddings[cut]
-        yield MicroBatch(batch.images[cut], batch.captions[cut], batch.labels[cut], batch.sample_ids[cut], states)
+        embeddings = None if batch.text_embeddings is None else batch.text_embeddings[cut]
+        yield MicroBatch(
+            batch.images[cut], batch.captions[cut], batch.labels[cut], batch.sample_ids[cut], embeddings
+        )
 
 
-def packed_states(states: Sequence[Any], shape: Sequence[int], *, pin: bool = False) -> Tensor:
-    """Text states ``(B, L, T)`` in bfloat16 from their bits (tokens, T) each; zero behind the last token.
+def packed_text_embeddings(embeddings: Sequence[Any], shape: Sequence[int], *, pin: bool = False) -> Tensor:
+    """Text embeddings ``(B, L, T)`` in bfloat16 from their bits (tokens, T) each; zero behind the last token.
 
-    ``shape`` is (L, T); ``pin`` page-locks the memory, which needs CUDA. Raises :class:`RunError` for states of
+    ``shape`` is (L, T); ``pin`` page-locks the memory, which needs CUDA. Raises :class:`RunError` for embeddings of
     another width or too many tokens.
     """
     length, width = shape
-    packed = torch.zeros(len(states), length, width, dtype=torch.bfloat16, pin_memory=pin)
-    for row, bits in zip(packed, states, strict=True):
+    packed = torch.zeros(len(embeddings), length, width, dtype=torch.bfloat16, pin_memory=pin)
+    for row, bits in zip(packed, embeddings, strict=True):
         if bits.shape[0] > length or bits.shape[1] != width:
-            raise RunError(f"text states of {bits.shape}, the model takes {length} tokens of {width}")
+            raise RunError(f"text embeddings of {bits.shape}, the model takes {length} tokens of {width}")
         row[: len(bits)] = torch.from_numpy(np.array(bits).view(np.int16)).view(torch.bfloat16)
     return packed
 
 
-def padded_states(states: Sequence[Any], shape: Sequence[int]) -> Tensor:
-    """:func:`packed_states` in fp32."""
-    return packed_states(states, shape).float()
+def padded_text_embeddings(embeddings: Sequence[Any], shape: Sequence[int]) -> Tensor:
+    """:func:`packed_text_embeddings` in fp32."""
+    return packed_text_embeddings(embeddings, shape).float()
 
 
 def pinned(batch: Batch, null_shape: Sequence[int]) -> Batch:
     """The batch in page-locked memory, from which copies to the device do not hold up the host; needs CUDA.
 
-    Text states are packed to ``null_shape`` (L, T) on the way.
+    Text embeddings are packed to ``null_shape`` (L, T) on the way.
     """
     images = torch.as_tensor(batch.images).pin_memory()
-    states = batch.text_embeddings
-    if isinstance(states, Tensor):
-        states = states.pin_memory()
-    elif states is not None:
-        states = packed_states(states, null_shape, pin=True)
-    return MicroBatch(images, batch.captions, batch.labels, batch.sample_ids, states)
+    embeddings = batch.text_embeddings
+    if isinstance(embeddings, Tensor):
+        embeddings = embeddings.pin_memory()
+    elif embeddings is not None:
+        embeddings = packed_text_embeddings(embeddings, null_shape, pin=True)
+    return MicroBatch(images, batch.captions, batch.labels, batch.sample_ids, embeddings)
 
 
 class ObjectiveInputs(NamedTuple):
@@ -140,7 +142,7 @@ class InputBuilder:
         if encoded.text is not None:
             condition = encoded.text
         elif batch.text_embeddings is not None:
-            condition = self._states(batch.text_embeddings)
+            condition = self._embeddings(batch.text_embeddings)
         elif self.encode_text is not None:
             condition = self.encode_text(batch.captions)
         else:
@@ -163,15 +165,19 @@ class InputBuilder:
         pixels = torch.as_tensor(batch.images).to(self.device, non_blocking=True)
         return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1.0
 
-    def _states(self, states: "Sequence[Any] | Tensor") -> Tensor:
+    def _embeddings(self, embeddings: "Sequence[Any] | Tensor") -> Tensor:
         """(B, L, T) in fp32 on the device; they travel in bfloat16."""
         on_gpu = self.device.type == "cuda"
-        packed = states if isinstance(states, Tensor) else packed_states(states, self.null.shape, pin=on_gpu)
+        packed = (
+            embeddings
+            if isinstance(embeddings, Tensor)
+            else packed_text_embeddings(embeddings, self.null.shape, pin=on_gpu)
+        )
         return packed.to(self.device, non_blocking=True).float()
 
     def _labels(self, labels: Sequence[int]) -> Tensor:
         if max(labels) >= self.num_classes:
             raise RunError(f"the data have class {max(labels)}, the model {self.num_classes} classes")
         # From page-locked memory: else the host waits for the device here.
-        held = torch.tensor(list(labels), pin_memory=self.device.type == "cuda")
-        return held.to(self.device, non_blocking=True)
+        pinned_labels = torch.tensor(list(labels), pin_memory=self.device.type == "cuda")
+        return pinned_labels.to(self.device, non_blocking=True)

@@ -32,7 +32,7 @@ def train_step(
 ) -> StepResult:
     """Accumulate gradients over the micro-batches and update once.
 
-    ``unwanted`` is shown the loss of the global batch and says (0-dim, 1.0) whether to leave the update out.
+    ``should_skip`` takes the mean loss of the global batch and returns 1.0 (0-dim) where to skip the update.
     """
     totals: dict[str, Tensor] = {}
     for index, inputs in enumerate(micro_batches):

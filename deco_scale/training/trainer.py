@@ -1,28 +1,34 @@
-"""The training loop: stages in order, steps within, and everything that happens between steps."""
+"""The trainer: stages in order, steps within, checkpoints when due, rollback where a step went wrong.
 
+What is not training (logs, images, evaluation, checks) is done by callbacks.
+"""
+
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 
-from deco_scale.checkpoint.manager import CheckpointManager, CheckpointMeta, SaveResult
-from deco_scale.distributed.collectives import gather_objects, sum_counters
-from deco_scale.distributed.replica_check import ReplicaCheck, ReplicaMismatchError
+from deco_scale.checkpoint.async_save import SaveResult
+from deco_scale.checkpoint.format import CheckpointMeta
+from deco_scale.checkpoint.manager import CheckpointManager
+from deco_scale.distributed.collectives import gather_objects
 from deco_scale.distributed.signals import StopRequest
-from deco_scale.errors import RunError
-from deco_scale.observability.run_logger import RunLogger
+from deco_scale.errors import ConfigError, RunError, Stopped
 from deco_scale.parallel.engines.base import Engine
 from deco_scale.training.anomalies import AnomalyDetector, RollbackRequested
+from deco_scale.training.callbacks import Callback
 from deco_scale.training.config import FaultsConfig, RunSettings, StageConfig
-from deco_scale.training.encoder_prefetch import EncoderPrefetcher
-from deco_scale.training.host_prefetch import HostPrefetcher
 from deco_scale.training.inputs import NOT_ENCODED, Batch, EncoderOutputs, InputBuilder, pinned, split
-from deco_scale.training.metrics import RankComputeTimer, StepTimer, StragglerDetector, memory_bytes, rank_times
+from deco_scale.training.metrics import MetricsCollector, RankComputeTimer, memory_bytes
+from deco_scale.training.prefetch import EncoderPrefetcher, HostPrefetcher
 from deco_scale.training.train_step import StepResult, train_step
-from deco_scale.watchdog.client import NoWatchdog
 from deco_scale.watchdog.heartbeat import Phase
+
+logger = logging.getLogger(__name__)
 
 
 class Data(Protocol):
@@ -33,7 +39,7 @@ class Data(Protocol):
         """What happened to the data on this rank so far, by name."""
 
     def state(self, samples: int) -> dict[str, Any]:
-        """The data's place after ``samples`` samples of the run, the same on every rank."""
+        """Where the data stand after ``samples`` samples of the run, the same on every rank."""
 
     def __iter__(self) -> Iterator[Batch]: ...
 
@@ -41,20 +47,32 @@ class Data(Protocol):
 
 
 class Heartbeat(Protocol):
-    """What a rank tells that it makes progress; see :mod:`deco_scale.watchdog`."""
+    """Tells the watchdog that this rank goes on; see :mod:`deco_scale.watchdog`."""
 
     def beat(self, step: int, phase: Phase) -> None:
-        """The rank starts ``phase`` of ``step``: start-up, a step, or an operation that may take long."""
+        """The rank begins ``phase`` of ``step``: start-up, a step, or what may take long."""
+
+
+class NoHeartbeat:
+    """Without a watchdog."""
+
+    def beat(self, step: int, phase: Phase) -> None:
+        """No-op."""
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Where a run stands: updates attempted, samples seen, their stage, and the data's place after them."""
+    """Where a run stands: updates attempted, samples seen, their stage, and the state of the data after them."""
 
     step: int = 0
     samples: int = 0
     stage: str = ""
     data_state: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_meta(cls, meta: CheckpointMeta) -> "Progress":
+        """The progress that a checkpoint was saved at."""
+        return cls(meta.step, meta.samples, meta.stage, meta.data_state)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,196 +86,280 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class Trainer:
-    """Everything a run needs, put together by the launcher.
+    """A run, put together by :func:`launcher.build.trainer.build_trainer`.
 
-    ``open_data`` gives the samples of a stage from a number of samples on; ``after_step`` is called with
-    the step just done (all ranks), for pictures and the like; ``peak_flops`` is the sum over ranks; ``hosts`` are
-    the ranks' nodes.
+    ``open_data`` opens a stage's data from a number of samples on; ``peak_flops`` is the sum over ranks (None:
+    unknown); ``hosts`` are the ranks' nodes; ``config`` is stored in checkpoints. Callbacks are called in order.
     """
 
     settings: RunSettings
     stages: Sequence[Stage]
     engine: Engine
-    prepare: InputBuilder
+    build_inputs: InputBuilder
     open_data: Callable[[StageConfig, int], Data]
     checkpoints: CheckpointManager
-    reporter: RunLogger
     device: torch.device
     config: dict[str, Any]
-    after_step: Callable[[int], None]
-    peak_flops: float | None
-    ahead: EncoderPrefetcher | None = None
+    peak_flops: float | None = None
+    callbacks: Sequence[Callback] = ()
+    encoder_prefetcher: EncoderPrefetcher | None = None
     stop: StopRequest | None = None
     faults: FaultsConfig = FaultsConfig()
-    heartbeat: Heartbeat = field(default_factory=NoWatchdog)
+    heartbeat: Heartbeat = field(default_factory=NoHeartbeat)
     hosts: Sequence[str] = ("localhost",)
-    own_work: RankComputeTimer | None = None
+    rank_compute: RankComputeTimer | None = None
 
     @property
     def total_steps(self) -> int:
         return sum(stage.cfg.steps for stage in self.stages)
 
     @property
+    def last_step(self) -> int:
+        """The step at which this launch ends."""
+        return min(self.settings.stop_at_step or self.total_steps, self.total_steps)
+
+    @property
     def stopped(self) -> str | None:
         """Name of the signal that ended the run early."""
         return self.stop.met if self.stop is not None else None
 
-    def run(self, progress: Progress) -> Progress:
-        """Train from ``progress`` to the end, or to ``stop_at_step``."""
+    def fit(self, resume: str = "auto") -> Progress:
+        """Resume as ``--resume`` says, or start anew, and train to the end or to ``run.stop_at_step``.
+
+        Raises :class:`Stopped` after a signal and a checkpoint, :class:`ConfigError` for a checkpoint that does
+        not fit, :class:`RunError` where training cannot go on.
+        """
+        with self._reported():
+            self._call("on_fit_start")
+            progress = self._restore(resume)
+            self._call("on_train_start")
+            progress = self.train(progress)
+            self._call("on_train_end")
+        if self.stopped is not None:
+            raise Stopped(f"stopped by {self.stopped}")
+        return progress
+
+    def train(self, progress: Progress) -> Progress:
+        """Train from ``progress``; rolls back and goes on where the policy on bad steps says so."""
         self.checkpoints.reserve(self.engine)
+        rollbacks = 0
         try:
-            return self._run(progress)
+            while True:
+                try:
+                    return self._run_stages(progress)
+                except RollbackRequested as request:
+                    rollbacks += 1
+                    if rollbacks > self.faults.max_rollbacks:
+                        raise RunError(
+                            f"{request}; the run was rolled back {self.faults.max_rollbacks} times already "
+                            "(faults.max_rollbacks): lower the learning rate, or look at the data"
+                        ) from None
+                    progress = self._roll_back(request)
         finally:
-            # Also after an error: a save on its way to the disk is worth the wait.
-            self._tell(self.checkpoints.finished(wait=True))
+            # Also after an error: a save that is still being written is worth the wait.
+            self._saved(self.checkpoints.finished(wait=True))
 
-    @property
-    def _limit(self) -> int:
-        """The step at which this launch ends."""
-        return min(self.settings.stop_at_step or self.total_steps, self.total_steps)
-
-    def _run(self, progress: Progress) -> Progress:
-        rolled_back = 0
-        while True:
-            try:
-                return self._run_stages(progress)
-            except RollbackRequested as wanted:
-                rolled_back += 1
-                if rolled_back > self.faults.max_rollbacks:
-                    raise RunError(
-                        f"{wanted}; the run was rolled back {self.faults.max_rollbacks} times already "
-                        "(faults.max_rollbacks): lower the learning rate, or look at the data"
-                    ) from None
-                progress = self._go_back(wanted)
-
-    def _go_back(self, wanted: RollbackRequested) -> Progress:
-        """Load the checkpoint that the policy asks for; the data go on after what was trained on."""
-        self.heartbeat.beat(wanted.at_step, "long_op")
-        self._tell(self.checkpoints.finished(wait=True))
-        at_most = wanted.step - self.faults.rollback_steps
-        meta = self.checkpoints.rollback(self.engine, at_most=at_most, say=self.reporter.say)
-        self.reporter.event("rollback", step=wanted.at_step, to_step=meta.step)
-        skipped = wanted.samples - meta.samples
-        self.reporter.say(
-            f"WARNING: {wanted}: rolled back from step {wanted.at_step} to {meta.step}; "
-            f"{skipped} samples are skipped"
+    def dry_run(self) -> None:
+        """Log the outcome of one step of the first stage, and each rank's peak memory."""
+        stage = self.stages[0]
+        result = self.step(stage, next(iter(self.open_data(stage.cfg, 0))))
+        logger.info(
+            "dry run: one step of stage %s on synthetic data, loss %.4f, gradient norm %.4f",
+            stage.cfg.name,
+            result.losses["loss"].item(),
+            result.grad_norm.item(),
         )
-        # Of no stage, since its data no longer stand where its count of steps says.
-        return Progress(meta.step, wanted.samples)
-
-    def _run_stages(self, progress: Progress) -> Progress:
-        limit, end = self._limit, 0
-        for stage in self.stages:
-            end += stage.cfg.steps
-            if progress.step >= min(end, limit):
-                continue
-            self.reporter.say(
-                f"stage {stage.cfg.name}: {stage.cfg.resolution} px, to step {end}, global batch "
-                f"{stage.cfg.global_batch} (accumulation {stage.accumulation})"
-            )
-            progress = self._run_stage(stage, progress, min(end, limit))
-            if self.stopped is not None:
-                self.reporter.say(f"stopped by {self.stopped} after step {progress.step}")
-                break
-        return progress
-
-    def _run_stage(self, stage: Stage, progress: Progress, end: int) -> Progress:
-        self.heartbeat.beat(progress.step, "start")
-        data = self.open_data(stage.cfg, progress.samples)
-        state = data.state(progress.samples)
-        if progress.stage == stage.cfg.name and progress.data_state != state:
-            self.reporter.say(
-                f"WARNING: the data are not those of the checkpoint ({state}, was {progress.data_state}): "
-                "from here on other samples are seen than without the break"
-            )
-        judge = AnomalyDetector(self.faults, max_bad_steps=self.settings.max_bad_steps, device=self.device)
-        replicas = ReplicaCheck(self.faults.check_replicas_every, self.hosts)
-        log = MetricsCollector(self, stage, progress.step)
-        on_gpu, null_shape = self.device.type == "cuda", self.prepare.null.shape
-        feed = HostPrefetcher(
-            iter(data), depth=2, prepare=(lambda batch: pinned(batch, null_shape)) if on_gpu else None
-        )
-        batches: Iterator[tuple[Batch, list[EncoderOutputs] | None]] = ((batch, None) for batch in feed)
-        if self.ahead is not None:
-            count = end - progress.step
-            batches = iter(self.ahead.over(feed, parts=stage.accumulation, count=count))
-        try:
-            first = progress.step + 1
-            while progress.step < end and self.stopped is None:
-                step = progress.step + 1
-                logs = step % self.settings.log_every == 0 or step == end
-                self.heartbeat.beat(step, "start" if step == first else "step")
-                started = time.perf_counter()
-                batch, encoded = next(batches)
-                log.waited(time.perf_counter() - started)
-                if logs:
-                    log.watch_step()
-                result = self.step(stage, batch, encoded, judge)
-                samples = progress.samples + stage.cfg.global_batch
-                progress = Progress(step, samples, stage.cfg.name, data.state(samples))
-                judge.add(step, loss=result.losses["loss"], skipped=result.skipped)
-                if step == first:
-                    self.reporter.event("first_step", step=step, seconds=time.perf_counter() - started)
-                if self.stop is not None and self.stop.agreed():
-                    self.reporter.event("stop_signal", signal=self.stop.met)
-                found = judge.read(everything=logs or self.stopped is not None)
-                for one in found:
-                    self.reporter.event(one.kind, step=one.step, **one.details)
-                if logs:
-                    metrics = log.read(result, progress, judge.skipped, data.counters)
-                    self.reporter.metrics(metrics)
-                    self.checkpoints.observe(metrics)
-                judge.act(found, progress.step, progress.samples)
-                self._check(replicas, step)
-                began = time.perf_counter()
-                self.after_step(step)
-                self._save(stage, progress, end=end)
-                log.other(time.perf_counter() - began)
-        finally:
-            self.heartbeat.beat(progress.step, "long_op")
-            # The workers first: their end wakes a feed that waits for them.
-            data.close()
-            feed.close()
-        return progress
-
-    def _check(self, replicas: ReplicaCheck, step: int) -> None:
-        try:
-            replicas.check(self.engine, step)
-        except ReplicaMismatchError as error:
-            for odd in error.odd:
-                host = self.hosts[odd.rank]
-                self.reporter.event("corruption", rank=odd.rank, host=host, tensors=odd.count, first=odd.first)
-            raise
+        for rank, peak in enumerate(gather_objects(memory_bytes(self.device))):
+            logger.info("rank %d: %.2f GiB at its peak", rank, peak / 2**30)
 
     def step(
         self,
         stage: Stage,
         batch: Batch,
         encoded: Sequence[EncoderOutputs] | None = None,
-        judge: AnomalyDetector | None = None,
+        anomalies: AnomalyDetector | None = None,
     ) -> StepResult:
         """One update on this rank's share of a global batch; ``encoded`` is what is already, by micro-batch."""
-        parts = split(batch, stage.accumulation)
+        micro_batches = split(batch, stage.accumulation)
         shift = stage.cfg.timestep_shift
-        known = encoded or [NOT_ENCODED] * stage.accumulation
-        inputs = (self.prepare(part, shift, each) for part, each in zip(parts, known, strict=True))
+        outputs = encoded or [NOT_ENCODED] * stage.accumulation
         return train_step(
             self.engine,
-            inputs,
+            (self.build_inputs(micro, shift, each) for micro, each in zip(micro_batches, outputs, strict=True)),
             num_micro_batches=stage.accumulation,
             lr=stage.cfg.lr,
             betas=stage.cfg.betas,
-            should_skip=judge.should_skip if judge is not None else None,
+            should_skip=anomalies.should_skip if anomalies is not None else None,
         )
 
+    def emit(self, kind: str, **fields: Any) -> None:
+        """Record an event."""
+        self._call("on_event", kind, fields)
+
+    def _call(self, hook: str, *args: Any) -> None:
+        for callback in self.callbacks:
+            getattr(callback, hook)(self, *args)
+
+    @contextmanager
+    def _reported(self) -> Iterator[None]:
+        """Show an error to all callbacks, and raise it."""
+        try:
+            yield
+        except BaseException as error:
+            self._call("on_exception", error)
+            raise
+
+    def _restore(self, resume: str) -> Progress:
+        """Weights and progress of a checkpoint, the weights of ``checkpoint.init_from``, or a fresh start."""
+        loaded = self.checkpoints.resume(self.engine, resume)
+        if loaded is None:
+            self.checkpoints.initialise(self.engine)
+            return Progress()
+        meta, path = loaded
+        if meta.seed != self.settings.seed:
+            raise ConfigError(
+                f"{path} was trained with run.seed={meta.seed}, not {self.settings.seed}: another seed would show "
+                "other samples and noise; set it back, or start anew in another run.dir"
+            )
+        # The weights fit whatever the network predicts, so nothing else would notice.
+        stored = meta.config.get("objective", {}).get("prediction", "velocity")
+        if stored != self.build_inputs.objective.prediction:
+            raise ConfigError(
+                f"{path} was trained with objective.prediction={stored}, not "
+                f"{self.build_inputs.objective.prediction}: set it back, or start anew in another run.dir"
+            )
+        logger.info("resumed from %s: step %d, %d samples seen", path, meta.step, meta.samples)
+        return Progress.from_meta(meta)
+
+    def _roll_back(self, request: RollbackRequested) -> Progress:
+        """Load the checkpoint that the policy asks for; the data go on after what was trained on."""
+        self.heartbeat.beat(request.at_step, "long_op")
+        self._saved(self.checkpoints.finished(wait=True))
+        meta = self.checkpoints.rollback(self.engine, max_step=request.step - self.faults.rollback_steps)
+        self.emit("rollback", step=request.at_step, to_step=meta.step)
+        logger.warning(
+            "%s: rolled back from step %d to %d; %d samples are skipped",
+            request,
+            request.at_step,
+            meta.step,
+            request.samples - meta.samples,
+        )
+        # Of no stage, since its data no longer stand where its count of steps says.
+        return Progress(meta.step, request.samples)
+
+    def _run_stages(self, progress: Progress) -> Progress:
+        end = 0
+        for stage in self.stages:
+            end += stage.cfg.steps
+            if progress.step >= min(end, self.last_step):
+                continue
+            logger.info(
+                "stage %s: %d px, to step %d, global batch %d (accumulation %d)",
+                stage.cfg.name,
+                stage.cfg.resolution,
+                end,
+                stage.cfg.global_batch,
+                stage.accumulation,
+            )
+            progress = self._run_stage(stage, progress, min(end, self.last_step))
+            if self.stopped is not None:
+                logger.info("stopped by %s after step %d", self.stopped, progress.step)
+                break
+        return progress
+
+    def _run_stage(self, stage: Stage, progress: Progress, end: int) -> Progress:
+        self.heartbeat.beat(progress.step, "start")
+        data = self.open_data(stage.cfg, progress.samples)
+        _check_data_state(progress, stage.cfg.name, data.state(progress.samples))
+        prefetcher = self._prefetcher(data)
+        batches = self._encoded(prefetcher, stage, end - progress.step)
+        anomalies = AnomalyDetector(self.faults, max_bad_steps=self.settings.max_bad_steps, device=self.device)
+        metrics = MetricsCollector(
+            step=progress.step,
+            stage=stage.cfg,
+            image_flops=stage.image_flops,
+            peak_flops=self.peak_flops,
+            straggler_factor=self.faults.straggler_factor,
+            rank_compute=self.rank_compute,
+            device=self.device,
+        )
+        first = progress.step + 1
+        try:
+            while progress.step < end and self.stopped is None:
+                step = progress.step + 1
+                logged = step % self.settings.log_every == 0 or step == end
+                self.heartbeat.beat(step, "start" if step == first else "step")
+                start = time.perf_counter()
+                batch, encoded = next(batches)
+                metrics.data_wait(time.perf_counter() - start)
+                if logged:
+                    metrics.time_rank()
+                result = self.step(stage, batch, encoded, anomalies)
+                samples = progress.samples + stage.cfg.global_batch
+                progress = Progress(step, samples, stage.cfg.name, data.state(samples))
+                anomalies.add(step, loss=result.losses["loss"], skipped=result.skipped)
+                if step == first:
+                    self.emit("first_step", step=step, seconds=time.perf_counter() - start)
+                if self.stop is not None and self.stop.agreed():
+                    self.emit("stop_signal", signal=self.stop.met)
+                found = anomalies.read(everything=logged or self.stopped is not None)
+                for anomaly in found:
+                    self.emit(anomaly.kind, step=anomaly.step, **anomaly.details)
+                if logged:
+                    self._log(metrics, result, progress, anomalies.skipped, data.counters)
+                anomalies.apply_policy(found, progress.step, progress.samples)
+                with metrics.excluded():
+                    self._call("on_step_end", step)
+                    self._save(stage, progress, end=end)
+        finally:
+            self.heartbeat.beat(progress.step, "long_op")
+            # The workers first: their end wakes a prefetcher that waits for them.
+            data.close()
+            prefetcher.close()
+        return progress
+
+    def _prefetcher(self, data: Data) -> HostPrefetcher:
+        null_shape = self.build_inputs.null.shape
+        pin = (lambda batch: pinned(batch, null_shape)) if self.device.type == "cuda" else None
+        return HostPrefetcher(iter(data), depth=2, prepare=pin)
+
+    def _encoded(
+        self, batches: Iterator[Batch], stage: Stage, count: int
+    ) -> Iterator[tuple[Batch, Sequence[EncoderOutputs] | None]]:
+        """``count`` batches, with what the encoders made of them ahead of their step."""
+        if self.encoder_prefetcher is None:
+            return ((batch, None) for batch in batches)
+        return self.encoder_prefetcher.iterate(batches, accumulation=stage.accumulation, count=count)
+
+    def _log(
+        self,
+        metrics: MetricsCollector,
+        result: StepResult,
+        progress: Progress,
+        skipped: int,
+        counters: Mapping[str, int],
+    ) -> None:
+        values, stragglers = metrics.read(
+            result, step=progress.step, samples=progress.samples, skipped=skipped, counters=counters
+        )
+        for rank, factor in stragglers.items():
+            host = self.hosts[rank]
+            self.emit("straggler", rank=rank, host=host, factor=factor, step=progress.step)
+            logger.warning("rank %d on %s is slow: %.1f times the median rank's own work", rank, host, factor)
+        stall_s = self.checkpoints.take_stall()
+        if stall_s is not None:
+            values["checkpoint_stall_s"] = stall_s
+        self._call("on_log", values)
+        self.checkpoints.observe(values)
+
     def _save(self, stage: Stage, progress: Progress, *, end: int) -> None:
-        """Tell of a save that has ended, and begin one where it is time; the last of a run must succeed."""
+        """Report a save that has ended, and begin one where it is time; the last of a run must succeed."""
         step = progress.step
-        last = step == self._limit or self.stopped is not None
-        whole = self.checkpoints.due(step) or step == end or last
+        last = step == self.last_step or self.stopped is not None
+        checkpoint = self.checkpoints.due(step) or step == end or last
         export = self.checkpoints.export_due(step)
-        if not whole and not export:
-            self._tell(self.checkpoints.finished())
+        if not checkpoint and not export:
+            self._saved(self.checkpoints.finished())
             return
         self.heartbeat.beat(step, "long_op")
         meta = CheckpointMeta(
@@ -270,79 +372,28 @@ class Trainer:
             parameter_digest="",
             config=self.config,
         )
-        self._tell(self.checkpoints.start(self.engine, meta, checkpoint=whole, export=export))
+        self._saved(self.checkpoints.start(self.engine, meta, checkpoint=checkpoint, export=export))
         if last:
-            self._tell(self.checkpoints.finished(wait=True), must_succeed=True)
+            self._saved(self.checkpoints.finished(wait=True), must_succeed=True)
 
-    def _tell(self, saved: SaveResult | None, *, must_succeed: bool = False) -> None:
-        if saved is None:
+    def _saved(self, result: SaveResult | None, *, must_succeed: bool = False) -> None:
+        if result is None:
             return
-        times = {"step": saved.step, "stall_s": saved.stall_s, "total_s": saved.total_s}
-        if saved.error is None:
-            self.reporter.event("checkpoint" if saved.checkpoint else "export", **times)
-            self.reporter.say(saved.said)
-            return
-        self.reporter.event("checkpoint_failed", **times, reason=saved.error)
-        if must_succeed:
-            raise RunError(saved.error)
-        # Training is worth more than one checkpoint: the previous one is untouched.
-        self.reporter.say(f"WARNING: {saved.error}; training goes on")
+        self._call("on_save", result)
+        if result.error is None:
+            logger.info(result.message)
+        elif must_succeed:
+            raise RunError(result.error)
+        else:
+            # Training is worth more than one checkpoint: the previous one is untouched.
+            logger.warning("%s; training goes on", result.error)
 
 
-class MetricsCollector:
-    """What a logged step says: times since the last one, losses, ranks' own times, counters of the data."""
-
-    def __init__(self, loop: Trainer, stage: Stage, step: int) -> None:
-        self._loop, self._stage = loop, stage
-        self._meter = StepTimer(step)
-        self._stragglers = StragglerDetector(loop.faults.straggler_factor)
-        self.waited, self.other = self._meter.waited, self._meter.other
-
-    def watch_step(self) -> None:
-        """The step that begins now will be logged: measure this rank's own work in it."""
-        if self._loop.own_work is not None:
-            self._loop.own_work.start()
-
-    def read(
-        self, result: StepResult, progress: Progress, skipped: int, counters: Mapping[str, int]
-    ) -> dict[str, Any]:
-        """Metrics since the last call; waits for the device. All ranks together; ``counters`` are this rank's."""
-        stage, loop = self._stage, self._loop
-        losses = {name: value.item() for name, value in result.losses.items()}
-        grad_norm = result.grad_norm.item()
-        step_s, wait_s = self._meter.read(progress.step)
-        own_s = wait_s + (loop.own_work.stop() if loop.own_work is not None else 0.0)
-        ranks = gather_objects((dict(counters), own_s))
-        seconds = [each for _, each in ranks]
-        for rank, factor in self._stragglers.find(seconds, step_s).items():
-            host = loop.hosts[rank]
-            loop.reporter.event("straggler", rank=rank, host=host, factor=factor, step=progress.step)
-            loop.reporter.say(f"WARNING: rank {rank} on {host} is slow: {factor:.1f} times the median's own work")
-        images_per_s = stage.cfg.global_batch / step_s
-        achieved = stage.image_flops * images_per_s
-        metrics = {
-            "time": time.time(),
-            "step": progress.step,
-            "stage": stage.cfg.name,
-            "samples": progress.samples,
-            **{name: losses.get(name) for name in ("loss", "loss_flow", "loss_freq", "loss_repa")},
-            "grad_norm": grad_norm,
-            "lr": stage.cfg.lr,
-            "images_per_s": images_per_s,
-            "mfu": achieved / loop.peak_flops if loop.peak_flops else None,
-            "step_s": step_s,
-            "data_wait_s": wait_s,
-            **rank_times(seconds),
-            "memory_bytes": memory_bytes(loop.device),
-            "skipped": skipped,
-            **{f"data.{name}": count for name, count in sorted(sum_counters(each for each, _ in ranks).items())},
-        }
-        stall_s = loop.checkpoints.take_stall()
-        if stall_s is not None:
-            metrics["checkpoint_stall_s"] = stall_s
-        return metrics
-
-
-def resumed(meta: CheckpointMeta) -> Progress:
-    """Progress that a checkpoint stands for."""
-    return Progress(meta.step, meta.samples, meta.stage, meta.data_state)
+def _check_data_state(progress: Progress, stage: str, state: Mapping[str, Any]) -> None:
+    if progress.stage == stage and progress.data_state != state:
+        logger.warning(
+            "the data are not those of the checkpoint (%s, was %s): from here on other samples are seen than "
+            "without the interruption",
+            state,
+            progress.data_state,
+        )

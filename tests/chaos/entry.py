@@ -18,65 +18,69 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from deco_scale.training.callbacks import Callback  # noqa: E402
+
 
 class Recorded:
     """The inputs' preparation, noting which samples it was given since the last step."""
 
     def __init__(self, prepare: Any) -> None:
         self._prepare = prepare
-        self.numbers: list[int] = []
+        self.sample_ids: list[int] = []
         self.sums: list[int] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._prepare, name)
 
     def __call__(self, batch: Any, *more: Any, **named: Any) -> Any:
-        self.numbers += [int(number) for number in batch.sample_ids]
+        self.sample_ids += [int(number) for number in batch.sample_ids]
         pictures = [zlib.crc32(bytes(memoryview(picture).cast("B"))) for picture in batch.images]
         self.sums += [zlib.crc32(c.encode(), s) for c, s in zip(batch.captions, pictures, strict=True)]
         return self._prepare(batch, *more, **named)
 
     def take(self) -> dict[str, list[int]]:
-        taken = {"numbers": self.numbers, "sums": self.sums}
-        self.numbers, self.sums = [], []
+        taken = {"numbers": self.sample_ids, "sums": self.sums}
+        self.sample_ids, self.sums = [], []
         return taken
 
 
-def watched(loop: Any) -> Any:
-    """The loop with its steps recorded and its gradients poisoned as the environment says."""
+def watched(trainer: Any) -> Any:
+    """The trainer with its steps recorded and its gradients poisoned as the environment says."""
     rank = int(os.environ["RANK"])
     folder = Path(os.environ["CHAOS_SAMPLES"])
     file = os.open(folder / f"samples_rank_{rank}.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     poisoned = {int(step) for step, victim in json.loads(os.environ["CHAOS_NAN"]).items() if victim == rank}
-    recorded, after_step, update = Recorded(loop.prepare), loop.after_step, loop.engine.update
-    batch = loop.stages[0].cfg.global_batch
+    recorded, update = Recorded(trainer.build_inputs), trainer.engine.update
+    batch = trainer.stages[0].cfg.global_batch
 
-    def note(step: int) -> None:
-        line = {"attempt": int(os.environ["CHAOS_ATTEMPT"]), "step": step, **recorded.take()}
-        os.write(file, json.dumps(line).encode() + b"\n")
-        after_step(step)
+    class Record(Callback):
+        def on_step_end(self, trainer: Any, step: int) -> None:
+            line = {"attempt": int(os.environ["CHAOS_ATTEMPT"]), "step": step, **recorded.take()}
+            os.write(file, json.dumps(line).encode() + b"\n")
 
     def poison(*arguments: Any, **named: Any) -> Any:
         # All stages have the same global batch; the first sample's number tells the step.
         if recorded.sample_ids[0] // batch + 1 in poisoned:
-            for parameter in loop.engine._parameters.values():
+            for parameter in trainer.engine._parameters.values():
                 if parameter.grad is not None:
                     parameter.grad.to_local().fill_(float("nan"))
         return update(*arguments, **named)
 
-    loop.engine.update = poison
-    return dataclasses.replace(loop, prepare=recorded, after_step=note)
+    trainer.engine.update = poison
+    # The record of a step comes before what may end the run at it.
+    return dataclasses.replace(trainer, build_inputs=recorded, callbacks=[Record(), *trainer.callbacks])
 
 
 def main() -> None:
-    import launcher.assemble
+    import launcher.build.trainer
 
-    assemble = launcher.assemble.assemble
+    build = launcher.build.trainer.build_trainer
 
-    def assembled(*arguments: Any, **named: Any) -> Any:
-        return watched(assemble(*arguments, **named))
+    def build_watched(*arguments: Any, **named: Any) -> Any:
+        trainer, run_logger = build(*arguments, **named)
+        return watched(trainer), run_logger
 
-    launcher.assemble.assemble = assembled
+    launcher.build.trainer.build_trainer = build_watched
     runpy.run_path(str(ROOT / "launcher" / "train.py"), run_name="__main__")
 
 

@@ -68,7 +68,7 @@ def test_spikes_do_not_raise_the_limit() -> None:
     losses = [*noisy(40), *[5.0] * 10, *noisy(5)]
     found = play(FaultsConfig(spike="skip", spike_window=20), losses)[1]
     assert [one.step for one in found] == list(range(41, 51))
-    assert [one.in_a_row for one in found] == list(range(1, 11))
+    assert [one.consecutive for one in found] == list(range(1, 11))
 
 
 def test_policies() -> None:
@@ -77,7 +77,7 @@ def test_policies() -> None:
 
     def act(one: Anomaly, limit: int = 10, **policies: Any) -> None:
         judge = AnomalyDetector(FaultsConfig(**policies), max_bad_steps=limit, device=CPU)
-        judge.act([one], 11, 1100)
+        judge.apply_policy([one], 11, 1100)
 
     act(bad)
     act(spike, spike="skip", non_finite="stop")
@@ -99,7 +99,7 @@ def test_what_is_read_lags_and_a_run_that_never_logs_ends_soon() -> None:
     for step in range(1, 20):
         judge.add(step, loss=torch.tensor(1.0), skipped=torch.tensor(float(step > 5)))
         try:
-            judge.act(judge.read(), step, 0)
+            judge.apply_policy(judge.read(), step, 0)
         except RunError as error:
             ends = step
             assert "step 7" in str(error) and "2 steps in a row" in str(error)

@@ -50,7 +50,7 @@ class SmallRun:
             optimizer=OptimizerConfig(), precision=PrecisionConfig(compute="fp32"), compile_blocks=False,
             recompute="none", seed=0, kernels=kernels,
         )  # fmt: skip
-        prepare = InputBuilder(
+        build_inputs = InputBuilder(
             seed=0,
             device=device,
             objective=objective,
@@ -62,12 +62,13 @@ class SmallRun:
             name="a", resolution=24, steps=9, global_batch=SAMPLES, micro_batch=SAMPLES // MICROS, lr=1e-3
         )
         self.stage = Stage(cfg=stage, accumulation=MICROS, image_flops=1.0)
-        self.judge = AnomalyDetector(FaultsConfig(spike="skip", spike_window=2), max_bad_steps=2, device=device)
+        self.anomalies = AnomalyDetector(
+            FaultsConfig(spike="skip", spike_window=2), max_bad_steps=2, device=device
+        )
         nothing = cast(Any, None)
-        self.loop = Trainer(
-            settings=RunSettings(dir="x"), stages=[self.stage], engine=self.engine, prepare=prepare,
-            open_data=nothing, checkpoints=nothing, reporter=nothing, device=device, config={},
-            after_step=lambda step: None, peak_flops=None,
+        self.trainer = Trainer(
+            settings=RunSettings(dir="x"), stages=[self.stage], engine=self.engine, build_inputs=build_inputs,
+            open_data=nothing, checkpoints=nothing, device=device, config={},
         )  # fmt: skip
 
     def batch(self, step: int) -> MicroBatch:
@@ -83,9 +84,9 @@ class SmallRun:
 
     def step(self, number: int, batch: MicroBatch) -> StepResult:
         """What the loop does in a step that does not log."""
-        result = self.loop.step(self.stage, batch, judge=self.judge)
-        self.judge.add(number, loss=result.losses["loss"], skipped=result.skipped)
-        self.judge.act(self.judge.read(), number, number * SAMPLES)
+        result = self.trainer.step(self.stage, batch, anomalies=self.anomalies)
+        self.anomalies.add(number, loss=result.losses["loss"], skipped=result.skipped)
+        self.anomalies.apply_policy(self.anomalies.read(), number, number * SAMPLES)
         return result
 
 
@@ -175,14 +176,14 @@ def test_the_kernels_take_the_same_step() -> None:
 
 def test_packed_states_are_the_bits_that_were_stored(tmp_path: Path) -> None:
     from deco_scale.errors import RunError
-    from deco_scale.training.inputs import packed_states, padded_states
+    from deco_scale.training.inputs import packed_text_embeddings, padded_text_embeddings
 
     exact = torch.randn(3, 4).bfloat16()
     bits = exact.view(torch.int16).numpy().view(np.uint16)
-    packed = packed_states([bits, bits[:1]], (5, 4))
+    packed = packed_text_embeddings([bits, bits[:1]], (5, 4))
     assert torch.equal(packed[0, :3], exact) and torch.equal(packed[1, :1], exact[:1])
     assert not packed[0, 3:].any() and not packed[1, 1:].any()
-    assert torch.equal(padded_states([bits], (5, 4))[0, :3], exact.float())
+    assert torch.equal(padded_text_embeddings([bits], (5, 4))[0, :3], exact.float())
     for shape in ((2, 4), (5, 3)):
         with pytest.raises(RunError, match="the model takes"):
-            packed_states([bits], shape)
+            packed_text_embeddings([bits], shape)

@@ -28,10 +28,9 @@ from deco_scale.optim.adamw_ema import AdamWWithEMA, nan_if_nonfinite
 from deco_scale.optim.config import OptimizerConfig
 from deco_scale.parallel.engines.base import Engine
 from deco_scale.planning.flops import training_flops
-from deco_scale.training.encoder_prefetch import EncoderPrefetcher
-from deco_scale.training.host_prefetch import HostPrefetcher
 from deco_scale.training.inputs import Batch, EncoderOutputs
 from deco_scale.training.noise import draw, mix
+from deco_scale.training.prefetch import EncoderPrefetcher, HostPrefetcher
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 CPU = torch.device("cpu")
@@ -289,7 +288,7 @@ def test_encoders_are_one_batch_ahead() -> None:
 
     # Three batches and no more: a fourth would be fetched in vain.
     source: Iterator[Batch] = iter([Captions([f"{i}", f"{i}.5"]) for i in range(3)])
-    for batch, encoded in EncoderPrefetcher(encode, torch.device("cpu")).over(source, parts=2, count=3):
+    for batch, encoded in EncoderPrefetcher(encode, torch.device("cpu")).iterate(source, accumulation=2, count=3):
         events.append("step " + batch.captions[0])
         texts = [part.text for part in encoded]
         assert [t.tolist() for t in texts if t is not None] == [[[float(c)]] for c in batch.captions]
@@ -322,4 +321,4 @@ def test_feed_keeps_order_is_bounded_hands_on_errors_and_ends() -> None:
     endless = HostPrefetcher(source(1000), depth=1)
     assert next(endless) == 0  # type: ignore[comparison-overlap]
     endless.close()
-    assert list(endless) == [] and not any(t.name == "feed" for t in threading.enumerate())
+    assert list(endless) == [] and not any(t.name == "host_prefetch" for t in threading.enumerate())

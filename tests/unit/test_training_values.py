@@ -101,19 +101,18 @@ def loop_of(engine: FsdpEngine, model: ModelConfig) -> tuple[Trainer, Stage]:
         image_flops=1.0,
     )  # fmt: skip
     is_text = model.kind == "t2i_deco"
-    prepare = InputBuilder(
+    build_inputs = InputBuilder(
         seed=SEED, device=CPU, objective=objective_config(),
         null=texts()[-1] if is_text else torch.tensor(CLASSES), num_classes=model.num_classes,
         encode_image=encode_image,
         encode_text=(lambda captions: texts()[[int(c) for c in captions]]) if is_text else None,
     )  # fmt: skip
     nothing = cast(Any, None)
-    loop = Trainer(
-        settings=RunSettings(dir="x"), stages=[stage], engine=engine, prepare=prepare, open_data=nothing,
-        checkpoints=nothing, reporter=nothing, device=CPU, config={}, after_step=lambda step: None,
-        peak_flops=None,
+    trainer = Trainer(
+        settings=RunSettings(dir="x"), stages=[stage], engine=engine, build_inputs=build_inputs, open_data=nothing,
+        checkpoints=nothing, device=CPU, config={},
     )  # fmt: skip
-    return loop, stage
+    return trainer, stage
 
 
 class Expected:
@@ -164,9 +163,9 @@ def test_two_steps_have_the_values_of_the_formulas(kind: str) -> None:
     model = MODELS[kind]
     engine = engine_with_all_weights_at_work(model)
     start = {name: tensor.clone() for name, tensor in state_of(engine, "model", "ema").items()}
-    expected, (loop, stage) = Expected(engine, model), loop_of(engine, model)
+    expected, (trainer, stage) = Expected(engine, model), loop_of(engine, model)
     for step in (1, 2):
-        result = loop.step(stage, batch_of(step))
+        result = trainer.step(stage, batch_of(step))
         losses, norm = expected.step(batch_of(step))
         assert norm > 2 * CLIP_NORM, "the gradient must be one that is clipped"
         actual = {name: value.item() for name, value in result.losses.items()}
@@ -200,8 +199,8 @@ def test_the_batch_of_a_step_is_used_in_order_whatever_the_accumulation() -> Non
     found = []
     for micros in (1, 2, 6):
         engine = engine_with_all_weights_at_work(MODELS["c2i_deco"])
-        loop, stage = loop_of(engine, MODELS["c2i_deco"])
-        result = loop.step(Stage(cfg=stage.cfg, accumulation=micros, image_flops=1.0), batch_of(1))
+        trainer, stage = loop_of(engine, MODELS["c2i_deco"])
+        result = trainer.step(Stage(cfg=stage.cfg, accumulation=micros, image_flops=1.0), batch_of(1))
         found.append((result, {n: t.clone() for n, t in state_of(engine, "model", "exp_avg").items()}))
     (first, weights), *others = found
     for result, other in others:
@@ -220,8 +219,8 @@ def test_an_engine_differentiates_the_scaled_loss_and_tells_the_loss_itself() ->
     found = []
     for scales in ((1.0,), (0.25,), (0.5, 0.5), (1.0, -0.5)):
         engine = engine_with_all_weights_at_work(model)
-        loop, _ = loop_of(engine, model)
-        inputs = loop.prepare(batch_of(1), SHIFT)
+        trainer, _ = loop_of(engine, model)
+        inputs = trainer.build_inputs(batch_of(1), SHIFT)
         losses = [
             engine.forward_backward(inputs, scale=scale, last=index == len(scales) - 1)["loss"].item()
             for index, scale in enumerate(scales)

@@ -353,7 +353,7 @@ def a_reporter(folder: Path, monitor: MonitorConfig) -> RunLogger:
 def test_a_run_tells_of_itself(hook: Hook, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     port = free_port()
     reporter = a_reporter(tmp_path, MonitorConfig(prometheus_port=port, webhook_env="THE_HOOK"))
-    reporter.begin(world_size=1, layout={}, hosts=["here"])
+    reporter.start(world_size=1, layout={}, hosts=["here"])
     reporter.event("first_step", step=1, seconds=1.0)
     reporter.metrics({"step": 2, **STEP})
     reporter.event("hang", rank=1, host="node1")
@@ -378,7 +378,7 @@ def test_a_secret_that_is_the_name_of_a_field_stops_no_run(
 ) -> None:
     monkeypatch.setenv("A_PASSWORD", secret)
     reporter = a_reporter(tmp_path, MonitorConfig())
-    reporter.begin(world_size=1, layout={}, hosts=[f"node-{secret}"])
+    reporter.start(world_size=1, layout={}, hosts=[f"node-{secret}"])
     reporter.metrics({"step": 1, **STEP})
     reporter.close()
     (event,) = map(json.loads, (tmp_path / "events.jsonl").read_text().splitlines())
@@ -394,7 +394,7 @@ def test_neither_a_taken_port_nor_a_dead_webhook_stops_a_run(
     with socket.create_server(("127.0.0.1", 0)) as taken:
         monitor = MonitorConfig(prometheus_port=taken.getsockname()[1], webhook_env="THE_HOOK")
         reporter = a_reporter(tmp_path, monitor)
-        reporter.begin(world_size=1, layout={}, hosts=["here"])
+        reporter.start(world_size=1, layout={}, hosts=["here"])
         reporter.metrics({"step": 1, **STEP})
         reporter.event("end", reason="done", exit_code=0)
         reporter.close()

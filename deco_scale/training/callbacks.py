@@ -1,0 +1,39 @@
+"""What may be done beside training: images, evaluation, checks and logs, without the trainer knowing them."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from deco_scale.checkpoint.async_save import SaveResult
+    from deco_scale.training.trainer import Trainer
+
+
+class Callback:
+    """Called by the trainer on all ranks together, callback after callback; each method does nothing here.
+
+    An error that a method raises ends the run, as one of training does.
+    """
+
+    def on_fit_start(self, trainer: "Trainer") -> None:
+        """Everything is built; nothing has been loaded yet."""
+
+    def on_train_start(self, trainer: "Trainer") -> None:
+        """Weights and progress are in place; the first stage comes next."""
+
+    def on_step_end(self, trainer: "Trainer", step: int) -> None:
+        """After update ``step`` (from 1) and its metrics, before a checkpoint; not part of the step's time."""
+
+    def on_log(self, trainer: "Trainer", metrics: Mapping[str, Any]) -> None:
+        """A logged step: the line of ``metrics.jsonl``."""
+
+    def on_event(self, trainer: "Trainer", kind: str, fields: Mapping[str, Any]) -> None:
+        """Something that ``events.jsonl`` records; see :mod:`deco_scale.observability.events`."""
+
+    def on_save(self, trainer: "Trainer", result: "SaveResult") -> None:
+        """A checkpoint or export has been written, or could not be."""
+
+    def on_exception(self, trainer: "Trainer", error: BaseException) -> None:
+        """Training ends by ``error``, which is raised after this; other ranks may be elsewhere."""
+
+    def on_train_end(self, trainer: "Trainer") -> None:
+        """Training is done, or was stopped by a signal (``trainer.stopped``)."""

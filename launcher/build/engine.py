@@ -1,0 +1,54 @@
+"""The engine that a configuration names."""
+
+from collections.abc import Callable
+
+import torch
+
+from deco_scale.config import RunConfig
+from deco_scale.kernels import choose_kernels
+from deco_scale.objectives import Objective
+from deco_scale.parallel.engines.base import Engine
+from deco_scale.parallel.mesh import ParallelDims
+from deco_scale.precision.fp8_plan import Fp8Plan
+
+
+def build_engine(
+    cfg: RunConfig,
+    dims: ParallelDims,
+    device: torch.device,
+    build: Callable[[], Objective],
+    fp8_plan: Fp8Plan | None = None,
+) -> Engine:
+    """The configured engine around a freshly initialised objective; ``fp8_plan`` goes with ``compute: fp8``."""
+    if cfg.parallel.engine == "deepspeed":
+        from deco_scale.parallel.engines.deepspeed import DeepSpeedEngine
+
+        return DeepSpeedEngine(
+            build,
+            layout=dims,
+            stage=cfg.parallel.zero_stage,
+            micro_batch=cfg.stages[0].micro_batch,
+            device=device,
+            optimizer=cfg.optimizer,
+            kernels=choose_kernels(cfg.kernels, device),
+            precision=cfg.precision,
+            fp8_plan=fp8_plan,
+            compile_blocks=cfg.compile,
+            recompute=cfg.parallel.activation_checkpointing,
+            seed=cfg.run.seed,
+            overrides=cfg.parallel.deepspeed,
+        )
+    from deco_scale.parallel.engines.fsdp import FsdpEngine
+
+    return FsdpEngine(
+        build,
+        layout=dims,
+        device=device,
+        optimizer=cfg.optimizer,
+        kernels=choose_kernels(cfg.kernels, device),
+        precision=cfg.precision,
+        fp8_plan=fp8_plan,
+        compile_blocks=cfg.compile,
+        recompute=cfg.parallel.activation_checkpointing,
+        seed=cfg.run.seed,
+    )

@@ -1,0 +1,80 @@
+"""How a training process ends: errors become exit codes, messages and the watchdog's reports."""
+
+import os
+import socket
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+
+from data_pipeline.errors import DataError
+from deco_scale.distributed.bootstrap import Environment
+from deco_scale.errors import ConfigError, RunError, Stopped
+from deco_scale.observability.events import REQUEUE, Event, append_event
+from deco_scale.observability.redact import scrub
+from deco_scale.watchdog.client import NoWatchdog, Watchdog
+
+VERDICT_S = 15.0
+"""How long a rank with an error that has no name waits to hear whether another one was lost."""
+
+
+class ExitStatus:
+    """A context that takes the errors of a launch: shows them once, tells the watchdog, sets :attr:`code`.
+
+    Codes: 0 done, 1 the run failed, 2 wrong use or configuration, 75 stopped by a signal after a checkpoint, 130
+    interrupted.
+    """
+
+    def __init__(self) -> None:
+        self.code = 0
+        self.env = Environment(0, 1, 0)
+        self.run_dir: Path | None = None
+        self.watchdog: Watchdog = NoWatchdog()
+
+    def __enter__(self) -> "ExitStatus":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        reason = "done"
+        if isinstance(error, Stopped):
+            reason, self.code = str(error), REQUEUE
+        elif isinstance(error, ConfigError | RunError | DataError):
+            reason, self.code = str(error), getattr(error, "exit_code", 1)
+            self._show(error)
+        elif isinstance(error, KeyboardInterrupt):
+            reason, self.code = "interrupted", 130
+        elif isinstance(error, Exception):
+            # A bug, or what remains of a collective when another rank is lost: the watchdog knows which.
+            sys.excepthook(type(error), error, trace)
+            reason, self.code = f"{type(error).__name__}: {error}", 1
+            self.watchdog.report_exit(reason, self.code)
+            self.watchdog.wait_for_verdict(VERDICT_S)
+            self._record_end(reason)
+        elif error is not None:
+            return False
+        self.watchdog.report_exit(reason, self.code)
+        self.watchdog.close()
+        return True
+
+    def _show(self, error: Exception) -> None:
+        """Errors that all ranks share are shown once per node; a rank that is alone with one names itself."""
+        if self.env.local_rank == 0 or isinstance(error, DataError):
+            where = f" [rank {self.env.rank} on {socket.gethostname()}]" if self.env.rank else ""
+            print(scrub(f"error{where}: {error}"), file=sys.stderr, flush=True)
+
+    def _record_end(self, reason: str) -> None:
+        """The event of an end without a name; one that came from a lost rank has the watchdog's event."""
+        if self.env.rank == 0 and self.run_dir is not None:
+            with suppress(OSError):
+                fields = {"reason": scrub(reason), "exit_code": self.code}
+                append_event(self.run_dir, Event(time.time(), "end", fields))
+
+
+def exit_now(code: int) -> None:
+    """End the process without waiting for ranks that may be in a collective that will never complete."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
