@@ -19,7 +19,8 @@ from data_pipeline.decode import centre_crop
 from deco_scale.evaluation.statistics import Gaussian, Moments, frechet_distance
 from deco_scale.models import Denoiser, ModelConfig
 from deco_scale.objectives import Objective, ObjectiveConfig
-from deco_scale.objectives.flow_matching import Prediction, noised
+from deco_scale.objectives.config import Prediction
+from deco_scale.objectives.flow_matching import noised
 from deco_scale.optim.adamw_ema import AdamWWithEMA
 from deco_scale.optim.config import OptimizerConfig
 from deco_scale.parallel.init_weights import initial_tensors

@@ -24,10 +24,10 @@ from deco_scale.errors import ConfigError
 from deco_scale.kernels import Kernels, choose_kernels
 from deco_scale.models.attention import AttentionSetting, check_backend
 from deco_scale.models.attention.autotune import BackendChoice, table_of
+from deco_scale.models.tp_plan import check_tp
 from deco_scale.objectives import Objective
 from deco_scale.parallel.engines.base import Engine, Update
 from deco_scale.parallel.mesh import ParallelDims, resolve_parallel_dims
-from deco_scale.parallel.tp_plan import check_tp
 from deco_scale.training.inputs import Batch, InputBuilder, MicroBatch, ObjectiveInputs, pinned, split
 from deco_scale.training.prefetch import HostPrefetcher
 from deco_scale.training.train_step import StepResult, train_step

@@ -16,18 +16,17 @@ from typing import Any, Literal
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from data_pipeline.config import DataConfig
+from data_pipeline.stream.buckets import bucket_sizes
 from deco_scale.checkpoint.config import CheckpointConfig
 from deco_scale.errors import ConfigError
 from deco_scale.evaluation.config import EvaluationConfig
-from deco_scale.kernels import KernelSetting
-from deco_scale.models import ModelConfig
-from deco_scale.models.attention import AttentionConfig
-from deco_scale.models.encoder_config import ImageEncoderConfig, TextEncoderConfig
-from deco_scale.objectives import ObjectiveConfig
+from deco_scale.kernels.config import KernelSetting
+from deco_scale.models.config import AttentionConfig, ImageEncoderConfig, ModelConfig, TextEncoderConfig
+from deco_scale.objectives.config import ObjectiveConfig
 from deco_scale.observability.config import MonitorConfig, WandbConfig
 from deco_scale.observability.redact import REMOVED, is_secret_name, looks_secret, redacted, scrub
 from deco_scale.optim.config import OptimizerConfig
-from deco_scale.parallel.mesh import ParallelConfig
+from deco_scale.parallel.config import ParallelConfig
 from deco_scale.precision.config import PrecisionConfig
 from deco_scale.sampling.config import SampleImagesConfig
 from deco_scale.training.config import FaultsConfig, RunSettings, StageConfig
@@ -109,6 +108,15 @@ class RunConfig:
                 f"objective.repa_layer={self.objective.repa_layer} is beyond "
                 f"model.num_blocks={self.model.num_blocks}"
             )
+
+    def batch_shapes(self) -> Iterator[tuple[int, int, int]]:
+        """(samples, image tokens, text tokens) of a rank's micro-batch, for every bucket of every stage."""
+        for stage in self.stages:
+            for height, width in bucket_sizes(
+                stage.resolution, multiple=self.model.patch_size, max_aspect=self.data.bucket_aspect
+            ):
+                rows, cols = self.model.grid(height, width)
+                yield stage.micro_batch, rows * cols, self.model.text_tokens
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

@@ -36,7 +36,7 @@ from checkpoints_tools.memory_budget import SYNC_THREADS, Budget, held_bytes, in
 from data_pipeline.storage.files import make_durable
 from deco_scale.checkpoint.format import CheckpointMeta, ChecksummedFile, without_record_sums
 from deco_scale.errors import ConfigError
-from deco_scale.parallel.tp_plan import split_dim
+from deco_scale.models.tp_plan import split_dim
 
 _FILES = {"fp32": "model", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
 _OPTIMIZER = "optimizer_state.pt"

@@ -16,11 +16,11 @@ from deco_scale.checkpoint.manager import CheckpointMeta, read_meta, read_tensor
 from deco_scale.config import RunConfig, build_config
 from deco_scale.errors import ConfigError
 from deco_scale.models import Denoiser
-from deco_scale.models.encoders import EncoderError, TextEncoder
+from deco_scale.models.encoders import EncoderError, load_text_encoder
+from deco_scale.models.tp_plan import check_tp
 from deco_scale.objectives import Objective, ObjectiveConfig
 from deco_scale.parallel.sequence_parallel import TokenShard, encode_shared
 from deco_scale.parallel.tensor_parallel import apply_tensor_parallel
-from deco_scale.parallel.tp_plan import check_tp
 from deco_scale.precision.config import PrecisionConfig, autocast
 from deco_scale.sampling.cuda_graphs import CudaGraphedVelocity
 from deco_scale.sampling.generate import EncodeFn, Generator
@@ -151,14 +151,9 @@ def _conditions(
     assert cfg.text_encoder is not None
     settings = dataclasses.replace(cfg.text_encoder, path=text_encoder or cfg.text_encoder.path)
     try:
-        text = TextEncoder.load(settings, device)
+        text = load_text_encoder(settings, cfg.model.text_dim, device)
     except EncoderError as error:
         raise ConfigError(str(error)) from error
-    if text.width != cfg.model.text_dim:
-        raise ConfigError(
-            f"text encoder {settings.path} gives {text.width} values a token, "
-            f"model.text_dim is {cfg.model.text_dim}"
-        )
     encode: Callable[..., Tensor] = text.encode
     if shard is not None:
         group = shard

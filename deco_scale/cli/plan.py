@@ -12,9 +12,10 @@ from deco_scale.cli import simulate
 from deco_scale.cli.plan_tables import print_assumptions, print_errors, print_plan, print_plans
 from deco_scale.config import RunConfig, load_config
 from deco_scale.errors import ConfigError
+from deco_scale.models.tp_plan import check_tp
+from deco_scale.parallel.config import ParallelConfig
 from deco_scale.parallel.engines.deepspeed import ZERO3_PERSISTENT
-from deco_scale.parallel.mesh import ParallelConfig, ParallelDims, accumulation_steps, resolve_parallel_dims
-from deco_scale.parallel.tp_plan import check_tp, layout_rows
+from deco_scale.parallel.mesh import ParallelDims, accumulation_steps, resolve_parallel_dims
 from deco_scale.planning.calibration import Measured, ceilings_of, read_results
 from deco_scale.planning.comms import StepShape, Traffic, fsdp_traffic, seconds_of, zero_traffic
 from deco_scale.planning.flops import (
@@ -28,9 +29,9 @@ from deco_scale.planning.forecast import Plan, all_plans, plan_as_configured, re
 from deco_scale.planning.hardware import GPUS, Device, gpu_device
 from deco_scale.planning.layouts import enumerate_layouts
 from deco_scale.planning.memory import state_copies
-from deco_scale.precision.fp8_plan import precision_rows
+from deco_scale.planning.parameters import layout_rows
+from deco_scale.precision.fp8_plan import BatchShape, plan_fp8, precision_rows
 from deco_scale.precision.recipe import CHIPS, planned_machine, resolve_fp8
-from launcher.build.precision import plan_precision
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 
@@ -106,7 +107,15 @@ def show_precision(cfg: RunConfig, args: argparse.Namespace, console: Console) -
     if cfg.precision.compute == "fp8":
         if chip not in CHIPS:
             raise ConfigError(f"--gpu {chip}: unknown; possible: {', '.join(sorted(CHIPS))}")
-        plan = plan_precision(cfg, layout.tp, resolve_fp8(cfg.precision, planned_machine(chip)))
+        plan = plan_fp8(
+            cfg.model,
+            cfg.precision,
+            resolve_fp8(cfg.precision, planned_machine(chip)),
+            tp=layout.tp,
+            batches=[BatchShape(*shape) for shape in cfg.batch_shapes()],
+            recompute=cfg.parallel.activation_checkpointing,
+            compile_blocks=cfg.compile,
+        )
     where = f" on {chip}" if plan else ""
     table = Table("module", "in x out", "computes", "why not FP8", title=f"precision.compute{where}")
     for row in precision_rows(cfg.model, cfg.precision, plan, tp=layout.tp):

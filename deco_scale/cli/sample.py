@@ -22,7 +22,7 @@ from deco_scale.config import RunConfig
 from deco_scale.distributed.bootstrap import Environment, choose_device, init_distributed, read_environment
 from deco_scale.distributed.collectives import broadcast_object, together
 from deco_scale.errors import ConfigError
-from deco_scale.parallel.tp_plan import check_tp
+from deco_scale.models.tp_plan import check_tp
 from deco_scale.sampling import SamplerConfig
 from deco_scale.sampling.config import Solver
 from deco_scale.sampling.generate import Generator, SampleRequest, check_requests, check_size
@@ -224,7 +224,7 @@ def _draw(
     mine = left[number::shares]
     with Progress(console=console, disable=place.env.rank > 0) as progress:
         task = progress.add_task(f"sampling {len(left)} pictures", total=None)
-        drawn = generator.pictures(
+        drawn = generator.images(
             [picture.job for picture in mine],
             size=(settings["height"], settings["width"]),
             sampler=SamplerConfig(**settings["sampler"]),

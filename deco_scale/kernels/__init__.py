@@ -1,7 +1,8 @@
 """Computations written for speed, each with the plain formula as its twin in the tests."""
 
+from deco_scale.kernels.config import KernelSetting
 from deco_scale.kernels.pixel_decoder import BlockWeights, Folded, fold, render_pixels
-from deco_scale.kernels.select import Kernels, KernelSetting, choose_kernels, use_kernels
+from deco_scale.kernels.select import Kernels, choose_kernels, use_kernels
 
 __all__ = [
     "BlockWeights",

@@ -6,8 +6,9 @@ from typing import Literal
 import torch
 from torch import nn
 
+from deco_scale.kernels.config import KernelSetting
+
 Kernels = Literal["triton", "torch"]
-KernelSetting = Literal["auto", "triton", "torch"]
 
 
 def choose_kernels(setting: KernelSetting, device: torch.device) -> Kernels:

@@ -1,12 +1,6 @@
 """Plain single-device models; see denoiser.py."""
 
-from deco_scale.models.denoiser import (
-    Denoiser,
-    DenoiserOutput,
-    ModelConfig,
-    ModelKind,
-    patchify,
-    unpatchify,
-)
+from deco_scale.models.config import ModelConfig, ModelKind
+from deco_scale.models.denoiser import Denoiser, DenoiserOutput, patchify, unpatchify
 
 __all__ = ["Denoiser", "DenoiserOutput", "ModelConfig", "ModelKind", "patchify", "unpatchify"]

@@ -6,13 +6,13 @@ It knows no device, rank or file; precision, sharding and kernels are applied fr
 Shape letters: B batch, N patches, D model width, K values of a patch (channel-major C * P), L text tokens.
 """
 
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deco_scale.kernels.norm import modulate
+from deco_scale.models.config import ModelConfig
 from deco_scale.models.embeddings import rope_angles
 from deco_scale.models.layers import (
     NORM_EPS,
@@ -23,68 +23,6 @@ from deco_scale.models.layers import (
     TimestepEmbedder,
 )
 from deco_scale.models.pixel_decoder import PixelDecoder
-
-ModelKind = Literal["t2i_deco", "c2i_deco", "c2i_baseline"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ModelConfig:
-    """Architecture of a denoiser; the field names are the paper's quantities.
-
-    ``text_dim``, ``text_tokens`` and ``num_text_blocks`` belong to t2i, ``num_classes`` to c2i,
-    ``decoder_width`` and ``decoder_blocks`` to the two DeCo kinds; the others leave them at 0.
-    """
-
-    kind: ModelKind
-    dim: int
-    num_heads: int
-    num_blocks: int
-    patch_size: int = 16
-    channels: int = 3
-    decoder_width: int = 0
-    decoder_blocks: int = 0
-    num_text_blocks: int = 0
-    text_dim: int = 0
-    text_tokens: int = 0
-    num_classes: int = 0
-
-    def __post_init__(self) -> None:
-        wanted = {
-            "t2i_deco": {"decoder_width", "decoder_blocks", "text_dim", "text_tokens"},
-            "c2i_deco": {"decoder_width", "decoder_blocks", "num_classes"},
-            "c2i_baseline": {"num_classes"},
-        }[self.kind]
-        always = {"dim", "num_heads", "num_blocks", "patch_size", "channels"}
-        for name in wanted | always:
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be positive for {self.kind}")
-        optional = {"num_text_blocks"} if self.kind == "t2i_deco" else set()
-        for name in set(type(self).__slots__) - wanted - always - optional - {"kind"}:
-            if getattr(self, name) != 0:
-                raise ValueError(f"{name}={getattr(self, name)} has no meaning for {self.kind}")
-        if self.num_text_blocks < 0:
-            raise ValueError(f"num_text_blocks={self.num_text_blocks} must not be negative")
-        if self.dim % self.num_heads or (self.dim // self.num_heads) % 4:
-            raise ValueError(f"dim={self.dim} must be num_heads={self.num_heads} times a multiple of 4 (2-D RoPE)")
-
-    @property
-    def head_dim(self) -> int:
-        return self.dim // self.num_heads
-
-    @property
-    def patch_values(self) -> int:
-        return self.channels * self.patch_size**2
-
-    @property
-    def mlp_hidden_dim(self) -> int:
-        """4D for the text model, two thirds of it for the class models (same parameters as a plain MLP)."""
-        return 4 * self.dim if self.kind == "t2i_deco" else int(2 * (4 * self.dim) / 3)
-
-    def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of patches of an image of ``height`` x ``width`` pixels."""
-        if height % self.patch_size or width % self.patch_size:
-            raise ValueError(f"image {height}x{width} is not a multiple of patch_size={self.patch_size}")
-        return height // self.patch_size, width // self.patch_size
 
 
 class DenoiserOutput(NamedTuple):

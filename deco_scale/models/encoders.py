@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deco_scale.models.encoder_config import ImageEncoderConfig, TextEncoderConfig
+from deco_scale.models.config import ImageEncoderConfig, TextEncoderConfig
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -167,6 +167,16 @@ class TextEncoder:
         if self._device.type == "cuda":
             tokens = tokens.pin_memory()
         return tokens.to(self._device, non_blocking=True)
+
+
+def load_text_encoder(cfg: TextEncoderConfig, text_dim: int, device: torch.device) -> TextEncoder:
+    """The encoder of a model with ``text_dim`` values per token; raises :class:`EncoderError` for another width."""
+    encoder = TextEncoder.load(cfg, device)
+    if encoder.width != text_dim:
+        raise EncoderError(
+            f"text_encoder.path={cfg.path} gives {encoder.width} values per token, model.text_dim is {text_dim}"
+        )
+    return encoder
 
 
 def _is_causal(model: Any) -> bool | None:

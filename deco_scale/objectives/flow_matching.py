@@ -5,14 +5,10 @@ that predicts the image: JiT (arXiv 2511.13720).
 Shape letters: B batch.
 """
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-TimeLaw = Literal["logit_normal", "uniform"]
-Prediction = Literal["velocity", "image"]
-"""What a network's output stands for."""
+from deco_scale.objectives.config import TimeLaw
 
 
 def base_time(draw_B: Tensor, law: TimeLaw) -> Tensor:

@@ -6,13 +6,13 @@ Shape letters: M images or patches, Y X pixels, U V frequencies.
 
 import math
 from functools import lru_cache
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-FrequencyMode = Literal["inv_gamma", "inv"]
+from deco_scale.objectives.config import FrequencyMode
+
 BLOCK = 8
 
 _LUMA = (

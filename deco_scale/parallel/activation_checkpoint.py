@@ -12,7 +12,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from deco_scale.parallel.mesh import ActivationCheckpointing
+from deco_scale.models.config import ActivationCheckpointing
 
 _ATEN = torch.ops.aten
 _SAVED = {

@@ -1,47 +1,9 @@
-"""The mesh of processes, and which settings fit it; all checks run before any process group is built."""
+"""Sizes of the device mesh for a number of ranks; all checks run before any process group is built."""
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
 
 from deco_scale.errors import ConfigError
-
-EngineName = Literal["fsdp", "deepspeed"]
-ActivationCheckpointing = Literal["none", "selective", "full"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ParallelConfig:
-    """How the model is spread; ``dp_shard`` -1 takes all ranks that are left.
-
-    ``activation_checkpointing`` recomputes blocks in backward: all of them, or all but matrix products and
-    attention (``selective``).
-    """
-
-    engine: EngineName = "fsdp"
-    dp_replicate: int = 1
-    dp_shard: int = -1
-    tp: int = 1
-    activation_checkpointing: ActivationCheckpointing = "none"
-    zero_stage: Literal[0, 1, 2, 3] = 3
-    deepspeed: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.dp_replicate < 1:
-            raise ValueError(f"dp_replicate={self.dp_replicate} must be at least 1")
-        if self.dp_shard < 1 and self.dp_shard != -1:
-            raise ValueError(f"dp_shard={self.dp_shard} must be positive, or -1 for all other ranks")
-        if self.tp < 1:
-            raise ValueError(f"tp={self.tp} must be at least 1")
-        if self.engine == "deepspeed" and self.tp > 1 and self.zero_stage == 0:
-            raise ValueError(f"zero_stage=0 does not work with tp={self.tp}; possible: 1, 2, 3")
-        if self.engine == "deepspeed" and self.zero_stage == 3 and self.activation_checkpointing == "selective":
-            # ZeRO-3 gathers weights inside the block, and those operations differ between the two passes.
-            raise ValueError(
-                "activation_checkpointing=selective does not work with zero_stage=3; possible: none, full, "
-                "or selective with zero_stage 0, 1, 2 or engine: fsdp"
-            )
-        if self.engine == "deepspeed" and self.dp_replicate > 1:
-            raise ValueError("dp_replicate > 1 (HSDP) needs engine: fsdp")
+from deco_scale.parallel.config import ParallelConfig
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,13 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deco_scale.models.compile import outside_graphs
+from deco_scale.models.tp_plan import part_sizes
 from deco_scale.parallel.engines.base import TokenGroup
-
-
-def part_sizes(count: int, parts: int) -> list[int]:
-    """Sizes of ``parts`` consecutive parts of ``count`` that differ by at most one."""
-    short, longer = divmod(count, parts)
-    return [short + (i < longer) for i in range(parts)]
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from deco_scale.models.layers import Attention, Block, SwiGLU
+from deco_scale.models.tp_plan import split_dim
 from deco_scale.objectives import Objective
 from deco_scale.parallel.sequence_parallel import TokenShard
-from deco_scale.parallel.tp_plan import split_dim
 
 
 def apply_tensor_parallel(objective: Objective, mesh: DeviceMesh, *, compile_blocks: bool) -> TokenShard:

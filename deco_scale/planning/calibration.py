@@ -9,7 +9,7 @@ from typing import Any
 
 from deco_scale.errors import ConfigError
 from deco_scale.models import ModelConfig
-from deco_scale.parallel.mesh import ParallelConfig
+from deco_scale.parallel.config import ParallelConfig
 from deco_scale.planning.flops import IMAGE_ENCODER_DIM, Workload
 from deco_scale.planning.forecast import StageForecast, forecast_stage
 from deco_scale.planning.hardware import Ceiling, Device, gpu_device, gpu_named, measured_device

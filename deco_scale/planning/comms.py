@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from deco_scale.models import ModelConfig
-from deco_scale.parallel.mesh import ActivationCheckpointing, ParallelDims
-from deco_scale.parallel.sequence_parallel import part_sizes
-from deco_scale.parallel.tp_plan import layout_rows, weights_of_linears
+from deco_scale.models.config import ActivationCheckpointing
+from deco_scale.models.tp_plan import part_sizes
+from deco_scale.parallel.mesh import ParallelDims
 from deco_scale.planning.hardware import GPUS_PER_NODE, Device
+from deco_scale.planning.parameters import layout_rows, weights_of_linears
 
 Kind = Literal["all-gather", "reduce-scatter", "all-reduce"]
 FP32_BYTES = 4

@@ -4,7 +4,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from deco_scale.errors import ConfigError
-from deco_scale.parallel.mesh import ParallelConfig, accumulation_steps, resolve_parallel_dims
+from deco_scale.parallel.config import ParallelConfig
+from deco_scale.parallel.mesh import accumulation_steps, resolve_parallel_dims
 from deco_scale.planning.flops import Workload, training_flops
 from deco_scale.planning.hardware import Device
 from deco_scale.planning.layouts import micro_batches

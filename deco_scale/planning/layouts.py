@@ -5,8 +5,10 @@ from typing import Literal, get_args
 
 from deco_scale.errors import ConfigError
 from deco_scale.models import ModelConfig
-from deco_scale.parallel.mesh import ActivationCheckpointing, ParallelConfig, resolve_parallel_dims
-from deco_scale.parallel.tp_plan import check_tp
+from deco_scale.models.config import ActivationCheckpointing
+from deco_scale.models.tp_plan import check_tp
+from deco_scale.parallel.config import ParallelConfig
+from deco_scale.parallel.mesh import resolve_parallel_dims
 from deco_scale.planning.hardware import GPUS_PER_NODE
 
 ZERO_STAGES: tuple[Literal[1, 2, 3], ...] = (1, 2, 3)

@@ -13,9 +13,11 @@ from functools import lru_cache
 
 from deco_scale.kernels.pixel_decoder import CHUNK_PIXELS
 from deco_scale.models import ModelConfig
-from deco_scale.parallel.mesh import ActivationCheckpointing, ParallelConfig, ParallelDims
-from deco_scale.parallel.tp_plan import layout_rows, weights_of_linears
+from deco_scale.models.config import ActivationCheckpointing
+from deco_scale.parallel.config import ParallelConfig
+from deco_scale.parallel.mesh import ParallelDims
 from deco_scale.planning.flops import Workload
+from deco_scale.planning.parameters import layout_rows, weights_of_linears
 
 FP32 = 4
 STATE_PARTS = ("weights", "masters", "gradients", "moments", "average")

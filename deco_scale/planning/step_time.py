@@ -17,7 +17,8 @@ Letters: a bytes of an element in the compute type, h hidden units over D, r tex
 from collections.abc import Iterator
 from typing import Literal
 
-from deco_scale.parallel.mesh import ParallelConfig, ParallelDims
+from deco_scale.parallel.config import ParallelConfig
+from deco_scale.parallel.mesh import ParallelDims
 from deco_scale.planning.comms import StepShape, Traffic, fsdp_traffic, split_by_overlap, zero_traffic
 from deco_scale.planning.flops import Workload, forward_flops_by_part
 from deco_scale.planning.hardware import Device

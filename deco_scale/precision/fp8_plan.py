@@ -12,9 +12,8 @@ from torch import nn
 
 from deco_scale.errors import ConfigError
 from deco_scale.models import Denoiser, ModelConfig
-from deco_scale.parallel.mesh import ActivationCheckpointing
-from deco_scale.parallel.sequence_parallel import part_sizes
-from deco_scale.parallel.tp_plan import Split, split_of
+from deco_scale.models.config import ActivationCheckpointing
+from deco_scale.models.tp_plan import Split, part_sizes, split_of
 from deco_scale.precision.config import PrecisionConfig
 from deco_scale.precision.recipe import Fp8Choice
 

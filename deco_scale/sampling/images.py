@@ -14,7 +14,8 @@ from torch import Tensor
 
 from data_pipeline.storage.files import atomic_path
 from deco_scale.models import patchify, unpatchify
-from deco_scale.objectives.flow_matching import Prediction, velocity_from_image
+from deco_scale.objectives.config import Prediction
+from deco_scale.objectives.flow_matching import velocity_from_image
 from deco_scale.sampling.config import SamplerConfig
 from deco_scale.sampling.guidance import VelocityFn
 from deco_scale.sampling.samplers import integrate

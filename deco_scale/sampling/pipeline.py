@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from deco_scale.models import Denoiser, ModelConfig
-from deco_scale.models.encoder_config import TextEncoderConfig
+from deco_scale.models.config import TextEncoderConfig
 from deco_scale.models.encoders import TextEncoder
-from deco_scale.objectives.flow_matching import Prediction
+from deco_scale.objectives.config import Prediction
 from deco_scale.sampling.config import SamplerConfig
 from deco_scale.sampling.images import generate_images, velocity_of
 

@@ -22,10 +22,10 @@ from deco_scale.errors import ConfigError
 from deco_scale.kernels import choose_kernels
 from deco_scale.models.attention import check_backend
 from deco_scale.models.encoders import EncoderError, TextEncoder, text_identity
+from deco_scale.models.tp_plan import check_tp
 from deco_scale.observability.run_logger import RunLogger
 from deco_scale.parallel.engines.base import Engine
 from deco_scale.parallel.mesh import ParallelDims, accumulation_steps, resolve_parallel_dims
-from deco_scale.parallel.tp_plan import check_tp
 from deco_scale.planning.flops import peak_flops, training_flops
 from deco_scale.sampling import Generator
 from deco_scale.sampling.images import velocity_of

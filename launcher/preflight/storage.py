@@ -20,7 +20,8 @@ from deco_scale.checkpoint.storage import LocalStorage
 from deco_scale.cli.plan import workload
 from deco_scale.config import RunConfig
 from deco_scale.distributed.collectives import gather_objects
-from deco_scale.parallel.mesh import ParallelConfig, ParallelDims
+from deco_scale.parallel.config import ParallelConfig
+from deco_scale.parallel.mesh import ParallelDims
 from deco_scale.planning.memory import state_bytes
 from launcher.preflight.report import Check, CheckGroup, RankInfo, check_same, format_range, problems_by_rank
 

@@ -14,9 +14,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from deco_scale.config import RunConfig, load_config
 from deco_scale.errors import ConfigError
+from deco_scale.models.tp_plan import check_tp
 from deco_scale.observability.redact import holds_secret, looks_secret
 from deco_scale.parallel.mesh import ParallelDims, accumulation_steps, resolve_parallel_dims
-from deco_scale.parallel.tp_plan import check_tp
 
 TEMPLATES = Path(__file__).with_name("templates")
 _SECRET = "looks like a secret, which would be written in plain text"

@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from deco_scale.models import Denoiser, ModelConfig
 from deco_scale.objectives import Objective, ObjectiveConfig
 from deco_scale.optim.config import OptimizerConfig
+from deco_scale.parallel.config import ZeroStage
 from deco_scale.parallel.engines.base import Engine
-from deco_scale.parallel.engines.deepspeed import ZeroStage
 from deco_scale.parallel.mesh import ParallelDims
 from deco_scale.planning.comms import StepShape, Traffic, fsdp_traffic, zero_traffic
 from deco_scale.precision import Compute

@@ -14,10 +14,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.func import functional_call
 
 from deco_scale.models import Denoiser, ModelConfig
+from deco_scale.models.config import ActivationCheckpointing
 from deco_scale.objectives import Objective, ObjectiveConfig
 from deco_scale.optim.config import OptimizerConfig
 from deco_scale.parallel.engines.base import Engine
-from deco_scale.parallel.mesh import ActivationCheckpointing, ParallelDims
+from deco_scale.parallel.mesh import ParallelDims
 from deco_scale.precision import Compute
 from deco_scale.precision.config import PrecisionConfig, autocast
 from deco_scale.precision.fp8 import apply_fp8

@@ -17,10 +17,11 @@ from data_pipeline.index.build import build_index, save_index
 from data_pipeline.storage.base import open_store
 from deco_scale.checkpoint.manager import read_tensors
 from deco_scale.models import ModelConfig
+from deco_scale.models.tp_plan import check_tp, part_sizes
 from deco_scale.objectives import Objective, ObjectiveConfig
 from deco_scale.parallel.engines.base import Engine
-from deco_scale.parallel.sequence_parallel import TokenShard, encode_shared, part_sizes
-from deco_scale.parallel.tp_plan import check_tp, layout_rows
+from deco_scale.parallel.sequence_parallel import TokenShard, encode_shared
+from deco_scale.planning.parameters import layout_rows
 from deco_scale.training.inputs import ObjectiveInputs
 from tests.assets import tiny_config
 from tests.distributed.harness import Job, full_tensor, in_group, run_jobs, trace, worst_difference

@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from deco_scale.models import attention as attention_module
-from deco_scale.models.attention import KERNELS, attention, backends, check_backend, kernel_missing
+from deco_scale.models.attention import KERNELS, attention, backends, check_backend, dispatch, kernel_missing
 from tests.unit.test_attention import dynamo, inputs, results  # noqa: F401
 
 
@@ -54,7 +53,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def _forget() -> None:
     for cached in (backends._import_error, backends._core_attention):
         cached.cache_clear()
-    attention_module._newest_flash.cache_clear()
+    dispatch._newest_flash.cache_clear()
 
 
 @pytest.mark.usefixtures("stand_ins", "dynamo")
@@ -124,7 +123,7 @@ def test_flash_is_the_newest_that_fits(
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
     device = torch.device("cuda", 0)
-    assert attention_module._newest_flash(device, torch.bfloat16, width) == kernel
+    assert dispatch._newest_flash(device, torch.bfloat16, width) == kernel
     check_backend("flash", device, head_dim=width)
     with pytest.raises(ValueError, match=r"float32.*Use auto, sdpa or math"):
         check_backend("te", device, dtype=torch.float32)

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from deco_scale.config import ConfigError, dump_config, load_config
-from deco_scale.parallel.mesh import ParallelConfig, ParallelDims, accumulation_steps, resolve_parallel_dims
+from deco_scale.parallel.config import ParallelConfig
+from deco_scale.parallel.mesh import ParallelDims, accumulation_steps, resolve_parallel_dims
 from deco_scale.yaml import load_yaml
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from deco_scale.models.encoder_config import ImageEncoderConfig, TextEncoderConfig
+from deco_scale.models.config import ImageEncoderConfig, TextEncoderConfig
 from deco_scale.models.encoders import (
     EncoderError,
     ImageEncoder,

@@ -6,11 +6,12 @@ import pytest
 
 from deco_scale.cli import main
 from deco_scale.config import load_config
+from deco_scale.models.tp_plan import check_tp
 from deco_scale.parallel.mesh import ParallelDims, resolve_parallel_dims
-from deco_scale.parallel.tp_plan import check_tp, layout_rows
 from deco_scale.planning.flops import Workload
 from deco_scale.planning.forecast import fits, plan_as_configured
 from deco_scale.planning.hardware import gpu_device
+from deco_scale.planning.parameters import layout_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 XXL = ROOT / "configs" / "t2i_xxl.yaml"

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
-from deco_scale.parallel.tp_plan import split_dim
+from deco_scale.models.tp_plan import split_dim
 
 Shape = tuple[int, ...]
 ALIGNMENT = 2

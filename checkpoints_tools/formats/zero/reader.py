@@ -25,7 +25,7 @@ from checkpoints_tools.formats.zero.side_file import (
     stored_number,
 )
 from deco_scale.errors import ConfigError
-from deco_scale.parallel.tp_plan import split_dim
+from deco_scale.models.tp_plan import split_dim
 
 _KINDS = {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq", "ema": "ema"}
 _SET_OF_FP32 = "model"

@@ -27,7 +27,7 @@ from checkpoints_tools.safetensors_out import raw_bytes
 from deco_scale.checkpoint.format import WRITE_BYTES, CheckpointMeta, start_flush
 from deco_scale.errors import ConfigError
 from deco_scale.models import ModelConfig
-from deco_scale.parallel.tp_plan import check_tp, split_dim
+from deco_scale.models.tp_plan import check_tp, split_dim
 
 _REPA_LAYERS = (0, 2, 4)
 MOMENTS = ("exp_avg", "exp_avg_sq")

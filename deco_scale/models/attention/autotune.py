@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from deco_scale.models.attention import KERNELS, AttentionTable, KernelFunction, kernel_missing
-from deco_scale.models.denoiser import ModelConfig
+from deco_scale.models.config import ModelConfig
 
 Timer = Callable[[Callable[[], object], torch.device], float]
 RACED = ("flash4", "flash3", "flash2", "flash_torch", "te", "cudnn", "sdpa")

@@ -77,7 +77,7 @@ class Engine(Protocol):
     def load(self, state: dict[str, Tensor], optimizer_steps: int) -> None:
         """Take over tensors that :meth:`state` returned and someone filled; may empty it. All ranks together."""
 
-    def averaged(self) -> AbstractContextManager[None]:
+    def ema_weights(self) -> AbstractContextManager[None]:
         """Within the context the model computes with the EMA weights. All ranks together."""
 
     def predict(self, patches: Tensor, t: Tensor, condition: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -8,7 +8,7 @@ and DeepSpeed's accessors assemble or scatter one parameter at a time.
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -19,23 +19,24 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from deco_scale.errors import ConfigError
 from deco_scale.kernels import Kernels
 from deco_scale.models.compile import limit_recompiles
+from deco_scale.models.config import ActivationCheckpointing
+from deco_scale.models.tp_plan import split_dim
 from deco_scale.objectives import Objective
 from deco_scale.optim.adamw_ema import MOMENTS, AdamWWithEMA, nan_if_nonfinite
 from deco_scale.optim.config import OptimizerConfig
 from deco_scale.parallel.activation_checkpoint import apply_activation_checkpointing
+from deco_scale.parallel.config import ZeroStage
 from deco_scale.parallel.engines.base import EMA_PREFIX, Replicas, TokenGroup, Update
 from deco_scale.parallel.engines.deepspeed_imports import import_deepspeed, import_megatron
 from deco_scale.parallel.init_weights import initial_tensors
-from deco_scale.parallel.mesh import ActivationCheckpointing, ParallelDims
+from deco_scale.parallel.mesh import ParallelDims
 from deco_scale.parallel.sequence_parallel import TokenShard
 from deco_scale.parallel.tensor_parallel import tp_part, tp_placement
-from deco_scale.parallel.tp_plan import split_dim
 from deco_scale.precision import fp8
 from deco_scale.precision.config import PrecisionConfig, autocast
 from deco_scale.precision.fp8_plan import Fp8Plan
 from deco_scale.training.inputs import ObjectiveInputs
 
-ZeroStage = Literal[0, 1, 2, 3]
 ZERO3_PERSISTENT = 100_000
 """Weights of at most so many elements stay whole on every rank under ZeRO-3 (DeepSpeed's own default)."""
 _LINEARS = ("torch.nn.Linear", "deco_scale.models.layers.PatchEmbed")
@@ -280,7 +281,7 @@ class DeepSpeedEngine:
         self._refresh()
 
     @contextmanager
-    def averaged(self) -> Iterator[None]:
+    def ema_weights(self) -> Iterator[None]:
         try:
             with self._client.swapped():
                 self._refresh()

@@ -21,13 +21,14 @@ from torch.distributed.tensor import DTensor
 
 from deco_scale.kernels import Kernels
 from deco_scale.models.compile import limit_recompiles
+from deco_scale.models.config import ActivationCheckpointing
 from deco_scale.objectives import Objective
 from deco_scale.optim.adamw_ema import MOMENTS, AdamWWithEMA, nan_if_nonfinite
 from deco_scale.optim.config import OptimizerConfig
 from deco_scale.parallel.activation_checkpoint import apply_activation_checkpointing
 from deco_scale.parallel.engines.base import EMA_PREFIX, Replicas, TokenGroup, Update
 from deco_scale.parallel.init_weights import initial_tensors
-from deco_scale.parallel.mesh import ActivationCheckpointing, ParallelDims
+from deco_scale.parallel.mesh import ParallelDims
 from deco_scale.parallel.sequence_parallel import TokenShard
 from deco_scale.parallel.tensor_parallel import apply_tensor_parallel, tp_part
 from deco_scale.precision import fp8
@@ -196,7 +197,7 @@ class FsdpEngine:
         fp8.load_scaling_state(self._objective.denoiser, self._fp8_plan, state)
         self._optimizer.set_steps(optimizer_steps)
 
-    def averaged(self) -> AbstractContextManager[None]:
+    def ema_weights(self) -> AbstractContextManager[None]:
         return self._optimizer.swapped()
 
     @torch.no_grad()

@@ -14,10 +14,10 @@ from megatron.core import ModelParallelConfig, parallel_state
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor, nn
 
+from deco_scale.models.tp_plan import split_dim, split_of
 from deco_scale.objectives import Objective
 from deco_scale.parallel.sequence_parallel import TokenShard
 from deco_scale.parallel.tensor_parallel import route_tokens
-from deco_scale.parallel.tp_plan import split_dim, split_of
 
 
 class ModelParallelUnit:

@@ -13,15 +13,17 @@ from torch.utils._pytree import tree_leaves
 
 from deco_scale.config import load_config
 from deco_scale.models import Denoiser, ModelConfig
+from deco_scale.models.config import ActivationCheckpointing
 from deco_scale.models.embeddings import rope_angles
 from deco_scale.models.layers import Block
 from deco_scale.models.pixel_decoder import PixelDecoder
 from deco_scale.objectives import Objective, ObjectiveConfig
 from deco_scale.parallel.activation_checkpoint import apply_activation_checkpointing
-from deco_scale.parallel.mesh import ActivationCheckpointing, ParallelConfig, ParallelDims
-from deco_scale.parallel.tp_plan import layout_rows
+from deco_scale.parallel.config import ParallelConfig
+from deco_scale.parallel.mesh import ParallelDims
 from deco_scale.planning.flops import Workload, forward_flops, training_flops
 from deco_scale.planning.memory import activation_bytes, state_by_part, state_bytes, state_copies
+from deco_scale.planning.parameters import layout_rows
 from deco_scale.planning.step_time import block_moved, decoder_moved
 from tests.straightforward import saved_bytes
 

@@ -7,14 +7,10 @@ from typing import Any
 import pytest
 
 from deco_scale.config import load_config
-from deco_scale.parallel.mesh import (
-    ActivationCheckpointing,
-    ParallelConfig,
-    ParallelDims,
-    accumulation_steps,
-    resolve_parallel_dims,
-)
-from deco_scale.parallel.tp_plan import check_tp
+from deco_scale.models.config import ActivationCheckpointing
+from deco_scale.models.tp_plan import check_tp
+from deco_scale.parallel.config import ParallelConfig
+from deco_scale.parallel.mesh import ParallelDims, accumulation_steps, resolve_parallel_dims
 from deco_scale.planning.comms import Traffic, seconds_of
 from deco_scale.planning.flops import Workload
 from deco_scale.planning.forecast import all_plans, forecast_stage, recommend

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from deco_scale.models import Denoiser, ModelConfig
-from deco_scale.parallel.mesh import ParallelConfig, ParallelDims
+from deco_scale.parallel.config import ParallelConfig
+from deco_scale.parallel.mesh import ParallelDims
 from deco_scale.planning.flops import Encoder, Workload
 from deco_scale.planning.memory import RESERVE_BYTES, activation_bytes, block_saved, memory_by_part, working_bytes
 

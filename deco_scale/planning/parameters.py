@@ -1,61 +1,16 @@
-"""The parallel plan: for every parameter, how it is split over the tp axis. One table for every engine.
-
-Linears inside attention and MLP are split by heads or hidden units; all else is replicated, and its gradient,
-of which each rank computes the part of its own tokens, is summed over tp.
-"""
+"""Every parameter of a denoiser with its part on a rank, for a mesh that need not exist."""
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
 
 import torch
 from torch import nn
 
-from deco_scale.errors import ConfigError
 from deco_scale.models import Denoiser, ModelConfig
+from deco_scale.models.tp_plan import Split, check_tp, split_dim, split_of
 from deco_scale.parallel.mesh import ParallelDims
-
-Split = Literal["column", "row", "replicated"]
-COLUMN = ("attn.qkv", "attn.context_kv", "mlp.gate", "mlp.up")
-"""Outputs split: dimension 0 of the weight; whole heads, since their rows are ordered by head."""
-ROW = ("attn.proj", "mlp.down")
-"""Inputs split: dimension 1 of the weight; outputs are partial sums, the bias is replicated."""
-
-
-def split_of(name: str) -> Split:
-    """How the parameter ``name`` (canonical, with or without prefix) is split over tp."""
-    module, _, kind = name.rpartition(".")
-    if kind == "weight" and module.endswith(COLUMN):
-        return "column"
-    if kind == "weight" and module.endswith(ROW):
-        return "row"
-    return "replicated"
-
-
-def split_dim(name: str) -> int | None:
-    """Dimension that is cut over tp, or None."""
-    return {"column": 0, "row": 1, "replicated": None}[split_of(name)]
-
-
-def check_tp(cfg: ModelConfig, tp: int) -> None:
-    """Raise :class:`ConfigError` with the possible degrees where ``tp`` does not fit the model."""
-    possible = [n for n in range(1, cfg.num_heads + 1) if _fits(cfg, n)]
-    if not _fits(cfg, tp):
-        raise ConfigError(
-            f"parallel.tp={tp} must divide model.num_heads={cfg.num_heads} and the MLP's "
-            f"{cfg.mlp_hidden_dim} hidden units; possible: {possible}"
-        )
-    if tp > 1 and cfg.patch_size % 8:
-        raise ConfigError(
-            f"parallel.tp={tp} needs model.patch_size={cfg.patch_size} to be a multiple of 8: DCT blocks of "
-            "the frequency loss must lie inside patches, which are spread over ranks"
-        )
-
-
-def _fits(cfg: ModelConfig, tp: int) -> bool:
-    return cfg.num_heads % tp == 0 and cfg.mlp_hidden_dim % tp == 0
 
 
 @dataclass(frozen=True, slots=True)

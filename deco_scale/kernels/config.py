@@ -1,0 +1,5 @@
+"""Setting of the kernels."""
+
+from typing import Literal
+
+KernelSetting = Literal["auto", "triton", "torch"]

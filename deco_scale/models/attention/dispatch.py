@@ -1,0 +1,203 @@
+"""One attention function in front of the kernels that can compute it.
+
+``backend`` is what a configuration asks for, ``kernel`` what computes. ``flash`` is the newest FlashAttention that
+is installed and fits; ``auto`` is PyTorch's choice until a table of measured kernels takes its place
+(autotune.py). A backend asked for by name and not usable here is an error.
+Shape letters: B batch, N queries, M keys, H heads, K head width.
+"""
+
+import functools
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.backends.cuda import SDPAParams, can_use_cudnn_attention, can_use_flash_attention
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from deco_scale.models.attention.backends import (
+    HALF_PRECISION,
+    PACKAGES,
+    flash2,
+    flash3,
+    flash4,
+    package_missing,
+    transformer_engine,
+)
+from deco_scale.models.compile import constant_in_graphs
+from deco_scale.models.config import AttentionBackend
+
+AttentionKernel = Literal["flash4", "flash3", "flash2", "flash_torch", "te", "cudnn", "sdpa", "math"]
+KernelFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
+FLASH_KERNELS: tuple[AttentionKernel, ...] = ("flash4", "flash3", "flash2", "flash_torch")
+_TORCH_NEEDS = "a CUDA build of PyTorch and a GPU of compute capability 8.0 or more"
+
+
+@dataclass(frozen=True)
+class AttentionTable:
+    """Kernels by number of queries and keys, ``((N, M, kernel), ...)``; ``default`` for all other shapes.
+
+    ``torch.compile`` reads it while tracing: a graph holds one kernel, and no call looks anything up.
+    Raises ``ValueError`` for a kernel that does not exist.
+    """
+
+    default: AttentionKernel
+    by_shape: tuple[tuple[int, int, AttentionKernel], ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in (self.default, *(kernel for _, _, kernel in self.by_shape)):
+            if name not in KERNELS:
+                raise ValueError(f"attention kernel {name!r} is none of {sorted(KERNELS)}")
+
+    def kernel(self, queries: int, keys: int) -> AttentionKernel:
+        for num_queries, num_keys, name in self.by_shape:
+            if num_queries == queries and num_keys == keys:
+                return name
+        return self.default
+
+
+AttentionSetting = AttentionBackend | AttentionKernel | AttentionTable
+
+
+def attention(q_BNHK: Tensor, k_BMHK: Tensor, v_BMHK: Tensor, backend: AttentionSetting) -> Tensor:
+    """Softmax attention without mask, scaled by ``K ** -0.5``; returns ``(B, N, H, K)`` in the values' dtype.
+
+    Raises ``ValueError`` for an unknown name, and for ``flash`` where no FlashAttention can compute.
+    """
+    if isinstance(backend, AttentionTable):
+        name: str = backend.kernel(q_BNHK.shape[1], k_BMHK.shape[1])
+    elif backend == "auto":
+        name = "sdpa"
+    elif backend == "flash":
+        name = _flash_kernel(v_BMHK.device, v_BMHK.dtype, v_BMHK.shape[-1])
+    else:
+        name = backend
+    if name not in KERNELS:
+        raise ValueError(f"attention backend {name!r} is none of {get_args(AttentionBackend)}")
+    return KERNELS[name](q_BNHK, k_BMHK, v_BMHK)
+
+
+def check_backend(
+    backend: AttentionBackend,
+    device: torch.device,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    head_dim: int | None = None,
+) -> None:
+    """Raise ``ValueError`` when ``backend`` cannot run on ``device``; says why, how to get it and which ones can.
+
+    ``dtype`` is what attention computes in; ``head_dim`` None leaves the head width unchecked.
+    """
+    if backend not in get_args(AttentionBackend):
+        raise ValueError(f"attention backend {backend!r} is none of {get_args(AttentionBackend)}")
+    reasons = _backend_missing(backend, device, dtype, head_dim)
+    if reasons:
+        usable = [b for b in get_args(AttentionBackend) if not _backend_missing(b, device, dtype, head_dim)]
+        raise ValueError(
+            f"attention.backend={backend} cannot run here: {'; '.join(reasons)}. "
+            f"Use {', '.join(usable[:-1])} or {usable[-1]}"
+        )
+
+
+def kernel_missing(
+    kernel: AttentionKernel, device: torch.device, dtype: torch.dtype, head_dim: int | None
+) -> str | None:
+    """Why ``kernel`` cannot compute on ``device`` in ``dtype`` with heads of this width, or None where it can."""
+    if kernel in ("sdpa", "math"):
+        return None
+    needs = PACKAGES[kernel].needs if kernel in PACKAGES else _TORCH_NEEDS
+    if device.type != "cuda":
+        return f"needs {needs} (this process computes on {device.type})"
+    if torch.version.cuda is None:
+        return f"needs {needs} (this PyTorch {torch.__version__} is not built for CUDA)"
+    capability = torch.cuda.get_device_capability(device)
+    if kernel in PACKAGES:
+        return package_missing(kernel, capability, dtype, head_dim)
+    if dtype not in HALF_PRECISION:
+        return f"PyTorch's {kernel} kernel takes float16 and bfloat16, not {dtype}"
+    return _torch_refusal(kernel, device, dtype, head_dim or 64)
+
+
+def _backend_missing(
+    backend: AttentionBackend, device: torch.device, dtype: torch.dtype, head_dim: int | None
+) -> list[str]:
+    """Reasons, empty where the backend can run."""
+    if backend == "auto":
+        return []
+    kernels = FLASH_KERNELS if backend == "flash" else (backend,)
+    reasons = []
+    for kernel in kernels:
+        reason = kernel_missing(kernel, device, dtype, head_dim)
+        if reason is None:
+            return []
+        reasons.append(f"{kernel} {reason}")
+    return reasons
+
+
+@constant_in_graphs
+def _flash_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    return _newest_flash(device, dtype, head_dim)
+
+
+@functools.cache
+def _newest_flash(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """Name of the first of ``FLASH_KERNELS`` that can compute; ``ValueError`` where there is none."""
+    for kernel in FLASH_KERNELS:
+        if kernel_missing(kernel, device, dtype, head_dim) is None:
+            return kernel
+    check_backend("flash", device, dtype=dtype, head_dim=head_dim)
+    raise AssertionError("a flash kernel that can and cannot compute")
+
+
+def _torch_refusal(kernel: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """PyTorch's own reason against its kernel, asked with a small example; not yet run on a GPU."""
+    can_use = can_use_flash_attention if kernel == "flash_torch" else can_use_cudnn_attention
+    example = torch.zeros(1, 1, 128, head_dim, device=device, dtype=dtype, requires_grad=True)
+    params = SDPAParams(example, example, example, None, 0.0, False, False)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        if can_use(params, True):
+            return None
+    why = " ".join(str(one.message) for one in said) or "PyTorch gives no reason"
+    return f"needs {_TORCH_NEEDS} (refused for heads of width {head_dim} in {dtype}: {why})"
+
+
+def _sdpa(q_BNHK: Tensor, k_BMHK: Tensor, v_BMHK: Tensor) -> Tensor:
+    out_BHNK = F.scaled_dot_product_attention(
+        q_BNHK.transpose(1, 2), k_BMHK.transpose(1, 2), v_BMHK.transpose(1, 2)
+    )
+    return out_BHNK.transpose(1, 2)
+
+
+def _flash_torch(q_BNHK: Tensor, k_BMHK: Tensor, v_BMHK: Tensor) -> Tensor:
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return _sdpa(q_BNHK, k_BMHK, v_BMHK)
+
+
+def _cudnn(q_BNHK: Tensor, k_BMHK: Tensor, v_BMHK: Tensor) -> Tensor:
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return _sdpa(q_BNHK, k_BMHK, v_BMHK)
+
+
+def _math(q_BNHK: Tensor, k_BMHK: Tensor, v_BMHK: Tensor) -> Tensor:
+    """The formula in fp32 or better, whatever autocast says; keeps the (N, M) weights of every head."""
+    wide = torch.promote_types(v_BMHK.dtype, torch.float32)
+    with torch.autocast(v_BMHK.device.type, enabled=False):
+        scores_BHNM = torch.einsum("bnhk,bmhk->bhnm", q_BNHK.to(wide), k_BMHK.to(wide))
+        weights_BHNM = (scores_BHNM * q_BNHK.shape[-1] ** -0.5).softmax(dim=-1)
+        return torch.einsum("bhnm,bmhk->bnhk", weights_BHNM, v_BMHK.to(wide)).to(v_BMHK.dtype)
+
+
+KERNELS: dict[str, KernelFunction] = {
+    "flash4": flash4,
+    "flash3": flash3,
+    "flash2": flash2,
+    "flash_torch": _flash_torch,
+    "te": transformer_engine,
+    "cudnn": _cudnn,
+    "sdpa": _sdpa,
+    "math": _math,
+}
