@@ -48,7 +48,7 @@ class DataConfig:
     """Where the samples are and how they are read.
 
     ``url`` is ``s3://bucket/prefix`` or a local folder with tar shards and their index; ``mixture`` lists
-    several with weights in its place. ``target: label`` reads class numbers (``.cls``) in place of captions.
+    several with weights instead. ``target: label`` reads class numbers (``.cls``) instead of captions.
 
     ``streams``, ``window``, ``filters``, ``mixture``, ``small`` and ``bucket_aspect`` shape the order and are part
     of a run's identity: changing them changes which samples a step sees. ``bucket_aspect`` above 1 keeps images
@@ -59,7 +59,7 @@ class DataConfig:
 
     ``decode`` is ``exact`` (the public release's preprocessing) or ``fast`` (docs/data.md has the difference).
     ``ahead`` samples per rank are fetched and decoded before they are needed; ``workers`` of ``worker_kind``
-    decode them (0: none beside the loop itself), ``fetchers`` read chunks, of which ``buffer_bytes`` are held.
+    decode them (0: the training loop decodes), ``fetchers`` read chunks into up to ``buffer_bytes`` of memory.
     ``cache_dir`` keeps up to ``cache_bytes`` of chunks on a local disk, shared by the processes of a node.
     ``text_states`` is the URL where ``deco embed`` wrote text states; empty encodes captions while training.
 

@@ -60,7 +60,7 @@ class DiskCache:
             self._failed(error)
 
     def get(self, key: str) -> bytes | None:
-        """Payload of a key, or None where there is none that is whole."""
+        """Payload of a key, or None where there is none, or a damaged one."""
         path = self._path(key)
         try:
             with path.open("rb") as file:

@@ -40,6 +40,10 @@ class BucketSource:
         return self.sampler.chunks
 
 
+Buckets = list[dict[int, BucketSource]]
+"""For each bucket that is not empty, the samples of each data set (by its number) in it."""
+
+
 @dataclass(frozen=True, slots=True)
 class RawSample:
     """A sample's tar members (a view of its chunk), its location, and its text embeddings' member."""

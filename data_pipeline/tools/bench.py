@@ -11,7 +11,7 @@ from data_pipeline.stream.loader import Loader
 
 BATCH = 32
 _GAUGES = ("queue_ready", "chunks_held", "bytes_held")
-"""Counters that tell a state, not a sum."""
+"""Counters of a present state, not sums."""
 
 
 @dataclass(frozen=True, slots=True)

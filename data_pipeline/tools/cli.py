@@ -25,7 +25,7 @@ from data_pipeline.console import (
     print_line,
     print_list,
     progress_bar,
-)  # fmt: skip
+)
 from data_pipeline.errors import DataError, Reject
 from data_pipeline.index.build import TEXT_SUFFIXES, ScanSettings, build_index, save_index
 from data_pipeline.index.format import load_index
@@ -157,9 +157,8 @@ def _index(args: argparse.Namespace, console: Console) -> int:
 
 def _scan(args: argparse.Namespace, console: Console, *, left_out: Sequence[object], fresh: bool) -> int:
     given = {"caption_fields": args.caption_field, "text": args.text}
-    settings = ScanSettings(
-        scores=tuple(dict.fromkeys(args.score)), **{n: tuple(v) for n, v in given.items() if v}
-    )
+    scores = tuple(dict.fromkeys(args.score))
+    settings = ScanSettings(scores=scores, **{n: tuple(v) for n, v in given.items() if v})
     access, start = _access(args), time.perf_counter()
     store = open_store(args.url, access)
     with progress_bar(console, "indexing") as progress:
