@@ -187,7 +187,7 @@ def replaced(folder: Path, *, seed: int = 0, rank: int = 0, world: int = 1) -> d
     loader = Loader(cfg, resolution=16, multiple=8, seed=seed, global_batch=64, rank=rank, world=world, start=0)
     batch = next(iter(loader))
     loader.close()
-    return dict(zip(batch.numbers, batch.captions, strict=True))
+    return dict(zip(batch.sample_ids, batch.captions, strict=True))
 
 
 def test_bad_samples_are_replaced_by_others_that_no_rank_changes(half_bad: Path) -> None:
