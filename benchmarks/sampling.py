@@ -3,7 +3,7 @@
     python -m benchmarks.sampling
 
 The plain loop calls the model twice a step, for the condition and for the null condition, and encodes the prompts
-and the empty prompt in every step. Ours is ``Generator.pictures``: both halves of guidance in one call, only one
+and the empty prompt in every step. Ours is ``Generator.images``: both halves of guidance in one call, only one
 half where guidance is off, each prompt encoded once. Same weights, batch, seeds, sampler and pictures (compared to
 1 of 255). The two ways in between show where the time goes. All take turns within a round; the speeds are of the
 medians over the rounds. The weights are random: the time does not depend on them.
@@ -36,7 +36,7 @@ EncodeFn = Callable[[Sequence[str]], Tensor]
 PLAIN = "two calls a step, text in every step"
 TEXT_ONCE = "two calls a step, text once a batch"
 ONE_CALL = "one call a step, text in every step"
-OURS = "Generator.pictures"
+OURS = "Generator.images"
 
 
 def plain_pictures(
@@ -105,7 +105,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         TEXT_ONCE: partial(plain, one_call=False, text_once=True),
         ONE_CALL: partial(plain, one_call=True, text_once=False),
         OURS: lambda: np.stack(
-            [p for _, p in generator.pictures(jobs, size=(side, side), sampler=sampler, batch=args.batch)]
+            [p for _, p in generator.images(jobs, size=(side, side), sampler=sampler, batch=args.batch)]
         ),
     }
     drawn = {name: draw().astype(int) for name, draw in ways.items()}

@@ -107,7 +107,7 @@ class _Drawing(NamedTuple):
             compute=self.settings["compute"],
         )
         sampler = SamplerConfig(**self.settings["sampler"])
-        return partial(generator.pictures, size=self.size, sampler=sampler, batch=self.args.batch)
+        return partial(generator.images, size=self.size, sampler=sampler, batch=self.args.batch)
 
 
 def _drawing(args: argparse.Namespace, wanted: Literal["classes", "prompts"]) -> _Drawing:

@@ -37,7 +37,7 @@ from deco_scale.evaluation.spectrum import (
     write_csv,
 )
 from deco_scale.models import Denoiser
-from deco_scale.models.encoders import EncoderError, TextEncoder
+from deco_scale.models.encoders import EncoderError, TextEncoder, load_text_encoder
 from deco_scale.precision.config import PrecisionConfig, autocast
 from deco_scale.sampling import SamplerConfig, VelocityFn, time_grid
 from deco_scale.sampling.images import seeded_noise, velocity_of
@@ -226,7 +226,8 @@ def _text_encoder(cfg: RunConfig, given: str | None, device: torch.device) -> Te
         return None
     assert cfg.text_encoder is not None
     try:
-        return TextEncoder.load(dataclasses.replace(cfg.text_encoder, path=given or cfg.text_encoder.path), device)
+        settings = dataclasses.replace(cfg.text_encoder, path=given or cfg.text_encoder.path)
+        return load_text_encoder(settings, cfg.model.text_dim, device)
     except EncoderError as error:
         raise ConfigError(str(error)) from error
 

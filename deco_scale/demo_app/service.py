@@ -81,7 +81,7 @@ class DemoService:
         target.mkdir(parents=True)
         drawn = []
         try:
-            for job, pixels in self.generator.pictures(
+            for job, pixels in self.generator.images(
                 jobs, size=(order.height, order.width), sampler=sampler, batch=self._batch, on_step=step
             ):
                 settings = self._settings(job, order, sampler)

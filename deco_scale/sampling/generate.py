@@ -103,7 +103,7 @@ class Generator:
             raise ValueError(f"a {self.kind} model draws classes and encodes no text")
         return self._encode(texts).to(self.device).float()
 
-    def pictures(
+    def images(
         self,
         jobs: Sequence[SampleRequest],
         *,
@@ -145,7 +145,7 @@ class Generator:
         for start in range(0, len(jobs), batch):
             part = jobs[start : start + batch]
             condition, null = texts.conditions(part)
-            pictures = generate_images(
+            images = generate_images(
                 self.velocity,
                 condition,
                 null,
@@ -156,7 +156,7 @@ class Generator:
                 channels=self.model.channels,
                 on_step=stepped,
             )
-            yield from zip(part, pictures, strict=True)
+            yield from zip(part, images, strict=True)
 
 
 class _Texts:

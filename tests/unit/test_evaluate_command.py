@@ -102,8 +102,8 @@ class Breaking:
     def __init__(self, generator: Any) -> None:
         self._generator = generator
 
-    def pictures(self, jobs: Any, **options: Any) -> Iterator[Any]:
-        for number, drawn in enumerate(self._generator.pictures(jobs, **options)):
+    def images(self, jobs: Any, **options: Any) -> Iterator[Any]:
+        for number, drawn in enumerate(self._generator.images(jobs, **options)):
             if number == 5:
                 raise KeyboardInterrupt
             yield drawn
@@ -126,8 +126,8 @@ def test_a_broken_off_command_goes_on(
 
     def counting(*args: Any, **options: Any) -> Any:
         generator, *rest = load(*args, **options)
-        pictures = generator.pictures
-        generator.pictures = lambda jobs, **more: drawn.extend(jobs) or pictures(jobs, **more)
+        images = generator.images
+        generator.images = lambda jobs, **more: drawn.extend(jobs) or images(jobs, **more)
         return generator, *rest
 
     monkeypatch.setattr(evaluate, "load_generator", counting)

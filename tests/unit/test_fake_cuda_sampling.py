@@ -22,16 +22,16 @@ from tests.plain_engine import make_objective, put_on
 from tests.unit.test_fake_cuda import BF16, CONFIG, ENCODER_DIM, FP32, KERNELS, PRODUCTS, custom, expected_custom
 
 SAMPLER = {
-    "sampling/solvers.py:time_grid": ("compute",),
-    "objectives/flow.py:shift_time": ("compute",),
-    "sampling/solvers.py:adams_weights": ("compute",),
+    "sampling/samplers.py:time_grid": ("compute",),
+    "objectives/flow_matching.py:shift_time": ("compute",),
+    "sampling/samplers.py:adams_weights": ("compute",),
     "sampling/guidance.py:Guidance.scale_at": ("compute",),
-    "sampling/solvers.py:integrate": ("compute", "send_pageable"),
-    "sampling/solvers.py:integrate.<locals>.guided": ("compute",),
-    "sampling/pictures.py:seeded_noise": ("compute",),
-    "sampling/pictures.py:seeded_noise.<locals>.<listcomp>": ("compute",),
-    "sampling/pictures.py:make_pictures": ("send_pageable",),
-    "sampling/pictures.py:to_uint8": ("read", "compute"),
+    "sampling/samplers.py:integrate": ("compute", "send_pageable"),
+    "sampling/samplers.py:integrate.<locals>.guided": ("compute",),
+    "sampling/images.py:seeded_noise": ("compute",),
+    "sampling/images.py:seeded_noise.<locals>.<listcomp>": ("compute",),
+    "sampling/images.py:make_pictures": ("send_pageable",),
+    "sampling/images.py:to_uint8": ("read", "compute"),
 }
 """Of a call, not of its steps: times and noise are the host's, and the finished images go there."""
 
@@ -65,9 +65,7 @@ def test_sampling_stays_on_the_device(kernels: Kernels) -> None:
                 device=device,
             )
             with DeviceCheck("cuda", allowed=SAMPLER) as check:
-                images = [
-                    image for _, image in generator.pictures(jobs, size=(512, 512), sampler=settings, batch=2)
-                ]
+                images = [image for _, image in generator.images(jobs, size=(512, 512), sampler=settings, batch=2)]
         assert [image.shape for image in images] == [(512, 512, 3)] * 2 and images[0].dtype == np.uint8
         renders = [c for c in check.calls if c.place.key == "models/pixel_decoder.py:PixelDecoder.forward"]
         # Three steps, and the second half of two of Heun's; without guidance the batch is not doubled.

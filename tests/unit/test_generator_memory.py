@@ -45,7 +45,7 @@ def test_text_embeddings_are_released_after_the_last_image_that_needs_them() -> 
     """``a`` is needed again by the third and fourth image, the others once."""
     memory = TextMemory()
     jobs = [SampleRequest(text, seed=seed) for seed, text in enumerate("abaac")]
-    drawn = generator_of(memory).pictures(jobs, size=(4, 4), sampler=SamplerConfig(num_steps=2), batch=1)
+    drawn = generator_of(memory).images(jobs, size=(4, 4), sampler=SamplerConfig(num_steps=2), batch=1)
     alive = []
     for _ in drawn:
         alive.append(memory.alive)
@@ -62,7 +62,7 @@ def test_negative_prompt_is_kept_until_its_last_image() -> None:
         SampleRequest("blur", negative="blur"),
         SampleRequest("c"),
     ]
-    drawn = generator_of(memory).pictures(jobs, size=(4, 4), sampler=SamplerConfig(num_steps=2), batch=1)
+    drawn = generator_of(memory).images(jobs, size=(4, 4), sampler=SamplerConfig(num_steps=2), batch=1)
     assert [memory.alive for _ in drawn] == [{"blur"}, {"blur"}, {"blur"}, set(), set()]
 
 
@@ -70,7 +70,7 @@ def test_memory_does_not_grow_with_the_number_of_images() -> None:
     """Of 20 images that the caller throws away, the generator holds at most this batch and the last one."""
     memory = TextMemory()
     jobs = [SampleRequest(f"text {seed}", seed=seed) for seed in range(20)]
-    drawn = generator_of(memory).pictures(jobs, size=(4, 4), sampler=SamplerConfig(num_steps=2), batch=1)
+    drawn = generator_of(memory).images(jobs, size=(4, 4), sampler=SamplerConfig(num_steps=2), batch=1)
     images: list[weakref.ref[np.ndarray]] = []
     for _, image in drawn:
         images.append(weakref.ref(image if image.base is None else image.base))

@@ -228,11 +228,11 @@ def test_each_text_is_encoded_once_and_a_picture_depends_on_its_job_alone() -> N
     def on_step(done: int, total: int) -> None:
         steps.append((done, total))
 
-    drawn = list(generator.pictures(jobs, size=(8, 4), sampler=cfg, batch=5, on_step=on_step))
+    drawn = list(generator.images(jobs, size=(8, 4), sampler=cfg, batch=5, on_step=on_step))
     assert [job for job, _ in drawn] == jobs and drawn[0][1].shape == (8, 4, 3)
     assert sorted(words.seen) == ["", "bird", "blur", "cat"]
     assert steps == [(i, 9) for i in range(1, 10)]
-    backwards = dict(generator.pictures(jobs[::-1], size=(8, 4), sampler=cfg, batch=2))
+    backwards = dict(generator.images(jobs[::-1], size=(8, 4), sampler=cfg, batch=2))
     assert all(np.array_equal(backwards[job], pixels) for job, pixels in drawn)
     assert len({pixels.tobytes() for _, pixels in drawn}) == len(jobs)
 
@@ -242,7 +242,7 @@ def test_a_negative_prompt_leaves_no_trace() -> None:
     plain = [SampleRequest("cat"), SampleRequest("dog", 1, 1)]
 
     def draw(jobs: list[SampleRequest]) -> list[bytes]:
-        return [p.tobytes() for _, p in generator.pictures(jobs, size=(4, 4), sampler=cfg, batch=4)]
+        return [p.tobytes() for _, p in generator.images(jobs, size=(4, 4), sampler=cfg, batch=4)]
 
     before, null = draw(plain), generator.null
     mixed = draw([plain[0], plain[0]._replace(negative="x"), plain[1]])
@@ -273,7 +273,7 @@ def test_impossible_pictures_are_refused_before_any_is_drawn(
 
     generator = Generator(velocity, CLASS_MODEL, encode=None, null=torch.tensor(3), device=torch.device("cpu"))
     with pytest.raises(ValueError, match=message):
-        generator.pictures([SampleRequest(0), job], size=size, sampler=SamplerConfig(), batch=batch)
+        generator.images([SampleRequest(0), job], size=size, sampler=SamplerConfig(), batch=batch)
 
 
 def test_sizes_that_fit_are_taken() -> None:
