@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from deco_scale.cli import main as deco
+from deco_scale.cli.main import main as deco
 from deco_scale.evaluation.statistics import Gaussian, InceptionScore, Moments, frechet_distance, precision_recall
 from deco_scale.sampling.generate import SampleRequest
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from deco_scale.cli import main
+from deco_scale.cli.main import main
 from deco_scale.config import build_config
 from deco_scale.models import Denoiser
 from tests.assets import tiny_config

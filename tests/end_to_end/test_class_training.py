@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipeline.tools import main as data_cli
-from deco_scale.cli import main
+from data_pipeline.tools import cli as data_cli
+from deco_scale.cli.main import main
 from deco_scale.observability.run_logger import read_metrics
 from deco_scale.yaml import load_yaml
 from tests.conftest import ROOT

@@ -26,7 +26,7 @@ from PIL import Image
 from checkpoints_tools.base import TensorSpec
 from checkpoints_tools.formats.canonical import write_canonical
 from deco_scale.checkpoint.manager import CheckpointMeta
-from deco_scale.cli import main as deco
+from deco_scale.cli.main import main as deco
 from deco_scale.config import build_config
 from deco_scale.errors import RunError
 from deco_scale.models import Denoiser

@@ -10,7 +10,7 @@ from data_pipeline.errors import DataError
 from data_pipeline.index.format import load_index
 from data_pipeline.storage.base import open_store
 from data_pipeline.text_embeddings import TextEmbeddingStore
-from deco_scale.cli import main
+from deco_scale.cli.main import main
 from deco_scale.config import build_config, dump_config
 from tests.assets import TEXT_TOKENS, tiny_config
 from tests.distributed.harness import Job, run_jobs, trace

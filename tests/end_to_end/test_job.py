@@ -15,8 +15,8 @@ from PIL import Image
 from data_pipeline.errors import StoreError
 from data_pipeline.storage.base import open_store
 from data_pipeline.storage.dev_server import S3Server
-from data_pipeline.tools import main as data_cli
-from deco_scale.cli import main
+from data_pipeline.tools import cli as data_cli
+from deco_scale.cli.main import main
 from deco_scale.observability.run_logger import read_metrics
 from deco_scale.yaml import dump_yaml, load_yaml
 from tests.assets import make_images_folder, tiny_config

@@ -18,8 +18,8 @@ from urllib.request import urlopen
 import pytest
 
 from data_pipeline.storage.dev_server import S3Server
-from data_pipeline.tools import main as data_cli
-from deco_scale.cli import main
+from data_pipeline.tools import cli as data_cli
+from deco_scale.cli.main import main
 from deco_scale.yaml import dump_yaml
 from launcher import train
 from tests.assets import make_images_folder, tiny_config

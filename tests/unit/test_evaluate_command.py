@@ -13,7 +13,7 @@ from PIL import Image
 
 from checkpoints_tools.cli import main as deco_ckpt
 from deco_scale.cli import evaluate
-from deco_scale.cli import main as deco
+from deco_scale.cli.main import main as deco
 from deco_scale.evaluation import fid
 from deco_scale.evaluation.inception import WEIGHTS_NAME, Inception
 from tests import assets

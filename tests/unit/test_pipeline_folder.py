@@ -10,7 +10,7 @@ from torch import Tensor
 
 from checkpoints_tools import cli
 from checkpoints_tools.base import EMA
-from deco_scale.cli import main as deco
+from deco_scale.cli.main import main as deco
 from deco_scale.models import Denoiser, ModelConfig
 from deco_scale.sampling import SamplerConfig
 from deco_scale.sampling.images import generate_images, velocity_of

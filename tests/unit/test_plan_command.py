@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from deco_scale.cli import main
+from deco_scale.cli.main import main
 from deco_scale.config import load_config
 from deco_scale.models.tp_plan import check_tp
 from deco_scale.parallel.mesh import ParallelDims, resolve_parallel_dims
@@ -51,8 +51,8 @@ def test_the_table_has_both_engines_the_cost_and_the_recommendation(
     # What is recommended can be given to the trainer as it stands.
     line = next(line for line in shown.splitlines() if line.startswith("recommended: "))
     cfg = load_config(XXL, line.removeprefix("recommended: ").split())
-    layout = resolve_parallel_dims(cfg.parallel, 8)
-    check_tp(cfg.model, layout.tp)
+    dims = resolve_parallel_dims(cfg.parallel, 8)
+    check_tp(cfg.model, dims.tp)
     device = gpu_device("h100", compute=cfg.precision.compute)
     plan = plan_as_configured(
         Workload(model=cfg.model, compute="bf16", fused=True), cfg.stages, cfg.parallel, device, gpus=8

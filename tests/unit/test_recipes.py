@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from deco_scale.cli import main
+from deco_scale.cli.main import main
 from deco_scale.config import RunConfig, load_config
 from deco_scale.models import Denoiser
 from deco_scale.yaml import load_yaml

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from checkpoints_tools import main as checkpoint_cli
-from deco_scale.cli import main
+from checkpoints_tools import cli as checkpoint_cli
+from deco_scale.cli.main import main
 from deco_scale.cli.sample import parse_classes, parse_size
 from deco_scale.config import build_config
 from deco_scale.errors import ConfigError, RunError

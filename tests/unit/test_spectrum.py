@@ -16,7 +16,7 @@ from checkpoints_tools.base import TensorSpec
 from checkpoints_tools.cli import main as deco_ckpt
 from checkpoints_tools.formats.canonical import write_canonical
 from deco_scale.checkpoint.manager import CheckpointMeta
-from deco_scale.cli import main as deco
+from deco_scale.cli.main import main as deco
 from deco_scale.cli.spectrum import DATA_TIMES
 from deco_scale.config import build_config
 from deco_scale.evaluation.spectrum import Probe, block_energies, normalised, probe_pictures, probe_samples, zigzag

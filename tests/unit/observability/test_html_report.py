@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from wandb.proto.wandb_internal_pb2 import Record
 
-from deco_scale.cli import main
+from deco_scale.cli.main import main
 from deco_scale.observability.config import WandbConfig
 from deco_scale.observability.curves import curves_svg
 from deco_scale.observability.events import Event, append_event, is_number

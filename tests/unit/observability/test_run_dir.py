@@ -8,7 +8,8 @@ import pytest
 from rich.console import Console
 
 from data_pipeline.text import duration
-from deco_scale.cli import main, watch
+from deco_scale.cli import watch
+from deco_scale.cli.main import main
 from deco_scale.observability import run_dir
 from deco_scale.observability.events import Event, append_event
 from deco_scale.observability.run_dir import RunDir

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from deco_scale.cli import main
+from deco_scale.cli.main import main
 from deco_scale.config import load_config
 from deco_scale.errors import ConfigError
 from deco_scale.planning.calibration import ceilings_of, compare, median_errors, predict, read_results

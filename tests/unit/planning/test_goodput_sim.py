@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from deco_scale.cli import main
+from deco_scale.cli.main import main
 from deco_scale.errors import ConfigError
 from deco_scale.observability.events import Event, append_event
 from deco_scale.planning.goodput_sim import (
