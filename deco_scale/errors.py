@@ -1,4 +1,7 @@
-"""The two ways in which a command ends badly, with their exit codes."""
+"""The errors of the package; :class:`ConfigError` and :class:`RunError` carry a command's exit code."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 
 class ConfigError(ValueError):
@@ -19,3 +22,24 @@ class RunError(RuntimeError):
 
 class Stopped(Exception):
     """A signal ended the run, after a checkpoint."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaMismatch:
+    """A rank that differs from the majority of its group in ``count`` tensors, of which ``first`` is the first.
+
+    Without a majority, as between two ranks, every rank of the group is listed.
+    """
+
+    rank: int
+    count: int
+    first: str
+    has_majority: bool
+
+
+class ReplicaMismatchError(RunError):
+    """Tensors that ranks replicate differ between them."""
+
+    def __init__(self, message: str, mismatches: Sequence[ReplicaMismatch]) -> None:
+        super().__init__(message)
+        self.mismatches = tuple(mismatches)

@@ -17,7 +17,7 @@ from data_pipeline.stream.loader import access_of, text_embedding_identity
 from data_pipeline.text_embeddings import embed
 from deco_scale.config import load_config
 from deco_scale.errors import ConfigError
-from deco_scale.models.encoders import EncoderError, TextEncoder, text_identity
+from deco_scale.models.encoders import TextEncoder, text_identity
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,11 +51,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else None
     settings = dataclasses.replace(cfg.text_encoder, cache_captions=0)
-    try:
-        encoder = TextEncoder.load(settings, device or torch.device("cpu"))
-        identity = text_embedding_identity(cfg.data, text_identity(settings, encoder.width))
-    except EncoderError as error:
-        raise ConfigError(str(error)) from error
+    encoder = TextEncoder.load(settings, device or torch.device("cpu"))
+    identity = text_embedding_identity(cfg.data, text_identity(settings, encoder.width))
 
     def encode(texts: Sequence[str]) -> list[Any]:
         states = encoder.encode_ragged(texts)

@@ -19,7 +19,7 @@ from deco_scale.cli.evaluate_tables import print_dpg, print_geneval, print_score
 from deco_scale.cli.model_loading import Compute, load_generator, read_checkpoint, sampling_compute
 from deco_scale.cli.sample import add_sampler_arguments, parse_size, sampler_of
 from deco_scale.distributed.bootstrap import choose_device, init_distributed, read_environment
-from deco_scale.distributed.collectives import broadcast_object, together
+from deco_scale.distributed.collectives import broadcast_object, raise_together
 from deco_scale.errors import ConfigError
 from deco_scale.evaluation import dpg, geneval
 from deco_scale.evaluation.fid import check_files, score_files
@@ -158,18 +158,18 @@ def _draw_missing(
         claim_folder(drawing.args.out, drawing.settings)
         return begin()
 
-    left = broadcast_object(together(listed if first else list))
+    left = broadcast_object(raise_together(listed if first else list))
     if left:
-        make = together(drawing.load)
+        make = raise_together(drawing.load)
         # Neighbours stay together: pictures of one prompt share its encoding.
         start, end = (len(left) * r // env.world_size for r in (env.rank, env.rank + 1))
         mine = left[start:end]
         with Progress(console=console, disable=not first) as progress:
             task = progress.add_task(f"sampling {pictures_of(left)} pictures", total=pictures_of(mine))
-            together(lambda: draw(make, mine, lambda: progress.advance(task)))
+            raise_together(lambda: draw(make, mine, lambda: progress.advance(task)))
     elif first:
         console.print(f"all pictures are in {drawing.args.out} already", soft_wrap=True)
-    together(finish if first else lambda: None)
+    raise_together(finish if first else lambda: None)
     if joins:
         dist.destroy_process_group()
 

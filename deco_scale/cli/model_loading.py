@@ -16,7 +16,7 @@ from deco_scale.checkpoint.manager import CheckpointMeta, read_meta, read_tensor
 from deco_scale.config import RunConfig, build_config
 from deco_scale.errors import ConfigError
 from deco_scale.models import Denoiser
-from deco_scale.models.encoders import EncoderError, load_text_encoder
+from deco_scale.models.encoders import load_text_encoder
 from deco_scale.models.tp_plan import check_tp
 from deco_scale.objectives import Objective, ObjectiveConfig
 from deco_scale.parallel.sequence_parallel import TokenShard, encode_shared
@@ -150,10 +150,7 @@ def _conditions(
         return None, torch.tensor(cfg.model.num_classes)
     assert cfg.text_encoder is not None
     settings = dataclasses.replace(cfg.text_encoder, path=text_encoder or cfg.text_encoder.path)
-    try:
-        text = load_text_encoder(settings, cfg.model.text_dim, device)
-    except EncoderError as error:
-        raise ConfigError(str(error)) from error
+    text = load_text_encoder(settings, cfg.model.text_dim, device)
     encode: Callable[..., Tensor] = text.encode
     if shard is not None:
         group = shard

@@ -81,9 +81,9 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
 def show_layout(cfg: RunConfig, args: argparse.Namespace, console: Console) -> None:
     """Each parameter's split, the state of a rank, and what a step sends."""
-    layout = resolve_parallel_dims(cfg.parallel, args.gpus)
-    rows = layout_rows(cfg.model, layout)
-    mesh = f"dp_replicate {layout.dp_replicate} x dp_shard {layout.dp_shard} x tp {layout.tp}"
+    dims = resolve_parallel_dims(cfg.parallel, args.gpus)
+    rows = layout_rows(cfg.model, dims)
+    mesh = f"dp_replicate {dims.dp_replicate} x dp_shard {dims.dp_shard} x tp {dims.tp}"
     table = Table("parameter", "global shape", "split over tp", "tp shape", "bytes a rank, fp32", title=mesh)
     for row in rows:
         shapes = ["x".join(map(str, shape)) for shape in (row.global_shape, row.tp_shape)]
@@ -96,13 +96,13 @@ def show_layout(cfg: RunConfig, args: argparse.Namespace, console: Console) -> N
         f"{parts} x {part / 2**30:.3f} (cut over dp) + {wholes} x {whole / 2**30:.3f} (whole) "
         "of weights, masters, gradients, two moments and average (REPA head aside)"
     )
-    print_traffic(cfg, layout, console)
+    print_traffic(cfg, dims, console)
 
 
 def show_precision(cfg: RunConfig, args: argparse.Namespace, console: Console) -> None:
     """Module by module what computes in which number format, and why not in FP8."""
-    layout = resolve_parallel_dims(cfg.parallel, args.gpus)
-    check_tp(cfg.model, layout.tp)
+    dims = resolve_parallel_dims(cfg.parallel, args.gpus)
+    check_tp(cfg.model, dims.tp)
     plan, chip = None, args.gpu or "h100"
     if cfg.precision.compute == "fp8":
         if chip not in CHIPS:
@@ -111,14 +111,14 @@ def show_precision(cfg: RunConfig, args: argparse.Namespace, console: Console) -
             cfg.model,
             cfg.precision,
             resolve_fp8(cfg.precision, planned_machine(chip)),
-            tp=layout.tp,
+            tp=dims.tp,
             batches=[BatchShape(*shape) for shape in cfg.batch_shapes()],
             recompute=cfg.parallel.activation_checkpointing,
             compile_blocks=cfg.compile,
         )
     where = f" on {chip}" if plan else ""
     table = Table("module", "in x out", "computes", "why not FP8", title=f"precision.compute{where}")
-    for row in precision_rows(cfg.model, cfg.precision, plan, tp=layout.tp):
+    for row in precision_rows(cfg.model, cfg.precision, plan, tp=dims.tp):
         table.add_row(row.name, f"{row.in_features}x{row.out_features}", row.computes, row.why)
     console.print(table)
 
@@ -128,14 +128,14 @@ def _zero_setting(cfg: RunConfig, name: str, default: int) -> int:
     return int(cfg.parallel.deepspeed.get("zero_optimization", {}).get(name, default))
 
 
-def _traffic(cfg: RunConfig, layout: ParallelDims, shape: StepShape) -> Iterator[Traffic]:
+def _traffic(cfg: RunConfig, dims: ParallelDims, shape: StepShape) -> Iterator[Traffic]:
     if cfg.parallel.engine == "fsdp":
-        return fsdp_traffic(cfg.model, layout, shape)
+        return fsdp_traffic(cfg.model, dims, shape)
     persistent = _zero_setting(cfg, "stage3_param_persistence_threshold", ZERO3_PERSISTENT)
-    return zero_traffic(cfg.model, layout, shape, stage=cfg.parallel.zero_stage, persistent=persistent)
+    return zero_traffic(cfg.model, dims, shape, stage=cfg.parallel.zero_stage, persistent=persistent)
 
 
-def print_traffic(cfg: RunConfig, layout: ParallelDims, console: Console, device: Device | None = None) -> None:
+def print_traffic(cfg: RunConfig, dims: ParallelDims, console: Console, device: Device | None = None) -> None:
     """What a step of each stage sends, from the same formulas that a test holds against a real step.
 
     ``device`` adds the time that each line takes alone on the links.
@@ -147,7 +147,7 @@ def print_traffic(cfg: RunConfig, layout: ParallelDims, console: Console, device
         steps = accumulation_steps(
             global_batch=stage.global_batch,
             micro_batch=stage.micro_batch,
-            dp=layout.dp,
+            dp=dims.dp,
             where=f"stages.{stage.name}",
         )
         shape = StepShape(
@@ -157,9 +157,9 @@ def print_traffic(cfg: RunConfig, layout: ParallelDims, console: Console, device
             compute_bytes=4 if cfg.precision.compute == "fp32" else 2,
             recompute=cfg.parallel.activation_checkpointing,
         )
-        for line in _traffic(cfg, layout, shape):
+        for line in _traffic(cfg, dims, shape):
             cells = [stage.name, line.what, line.kind, line.axis, f"{line.bytes / 2**20:,.1f}"]
-            table.add_row(*cells, *([f"{1e3 * seconds_of(line, layout, device):,.1f}"] if device else []))
+            table.add_row(*cells, *([f"{1e3 * seconds_of(line, dims, device):,.1f}"] if device else []))
     if table.row_count:
         console.print(table)
 

@@ -20,7 +20,7 @@ from deco_scale.checkpoint.manager import CheckpointMeta
 from deco_scale.cli.model_loading import Compute, load_generator, read_checkpoint, sampling_compute
 from deco_scale.config import RunConfig
 from deco_scale.distributed.bootstrap import Environment, choose_device, init_distributed, read_environment
-from deco_scale.distributed.collectives import broadcast_object, together
+from deco_scale.distributed.collectives import broadcast_object, raise_together
 from deco_scale.errors import ConfigError
 from deco_scale.models.tp_plan import check_tp
 from deco_scale.sampling import SamplerConfig
@@ -178,12 +178,12 @@ def _run_in_place(
             held.enter_context(folder.locked())
             return folder.open(records, settings)
 
-        done = broadcast_object(together(begin))
+        done = broadcast_object(raise_together(begin))
         left = [picture for picture in pictures if picture.record["file"] not in done]
         if done and first:
             console.print(f"{len(done)} of {len(pictures)} pictures are in {args.out} already")
         if left:
-            generator, _, _ = together(
+            generator, _, _ = raise_together(
                 lambda: load_generator(
                     checkpoint,
                     text_encoder=args.text_encoder,
@@ -199,13 +199,13 @@ def _run_in_place(
                 _draw(args, generator, left, settings, place, folder, console)
 
             if place.tp is None:
-                together(draw)
+                raise_together(draw)
             else:
                 # The others of a tp group would wait for one that cannot write: the launcher has to end them.
                 draw()
         if dist.is_initialized():
             dist.barrier()
-        together(lambda: folder.finish(records) if first else None)
+        raise_together(lambda: folder.finish(records) if first else None)
     if first:
         _show(args, pictures, (settings["height"], settings["width"]), console)
 

@@ -37,7 +37,7 @@ from deco_scale.evaluation.spectrum import (
     write_csv,
 )
 from deco_scale.models import Denoiser
-from deco_scale.models.encoders import EncoderError, TextEncoder, load_text_encoder
+from deco_scale.models.encoders import TextEncoder, load_text_encoder
 from deco_scale.precision.config import PrecisionConfig, autocast
 from deco_scale.sampling import SamplerConfig, VelocityFn, time_grid
 from deco_scale.sampling.images import seeded_noise, velocity_of
@@ -225,11 +225,8 @@ def _text_encoder(cfg: RunConfig, given: str | None, device: torch.device) -> Te
     if cfg.model.kind != "t2i_deco":
         return None
     assert cfg.text_encoder is not None
-    try:
-        settings = dataclasses.replace(cfg.text_encoder, path=given or cfg.text_encoder.path)
-        return load_text_encoder(settings, cfg.model.text_dim, device)
-    except EncoderError as error:
-        raise ConfigError(str(error)) from error
+    settings = dataclasses.replace(cfg.text_encoder, path=given or cfg.text_encoder.path)
+    return load_text_encoder(settings, cfg.model.text_dim, device)
 
 
 def _labels(args: argparse.Namespace) -> list[str]:

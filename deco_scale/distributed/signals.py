@@ -1,4 +1,4 @@
-"""Stopping in time: a signal to any rank ends the run on all of them, after a checkpoint."""
+"""Graceful stop: a signal to any rank makes all ranks save a checkpoint and stop at the same step."""
 
 import signal
 from types import FrameType
@@ -12,41 +12,41 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequest:
-    """Notes a signal, and lets all ranks learn of it at the same step; a second signal ends the process."""
+    """Records a signal and shares it between ranks; a second signal ends the process at once."""
 
     def __init__(self) -> None:
-        self._here = 0
-        self.met: str | None = None
-        """What :meth:`agreed` found, once it has."""
-        self._asked: tuple[Tensor, dist.Work | None] | None = None
+        self.signal_name: str | None = None
+        """Name of the signal, once :meth:`poll` has returned True."""
+        self._received = 0
+        self._pending: tuple[Tensor, dist.Work | None] | None = None
 
     def install(self) -> None:
-        """Take over :data:`SIGNALS` in this process; to be called in its main thread."""
+        """Handle :data:`SIGNALS`; call it in the main thread."""
         for number in SIGNALS:
-            signal.signal(number, self._note)
+            signal.signal(number, self._handle)
 
-    def agreed(self) -> bool:
-        """Whether some rank had met a signal at its last call, told to every rank at once; :attr:`met` names it.
+    def poll(self) -> bool:
+        """Whether any rank had received a signal by the previous call; a collective, the same on every rank.
 
-        Each call begins a reduction that the next one waits for, so that it passes beside a step.
+        Each call starts an asynchronous reduction that the next one waits for, so that it overlaps with a step.
         """
-        if self._asked is not None:
-            value, work = self._asked
+        if self._pending is not None:
+            value, work = self._pending
             if work is not None:
                 work.wait()
             if int(value):
-                self.met = signal.Signals(int(value)).name
+                self.signal_name = signal.Signals(int(value)).name
                 return True
-        value = torch.tensor(self._here)
+        value = torch.tensor(self._received)
         work = None
         if dist.get_world_size() > 1:
             work = dist.all_reduce(value, dist.ReduceOp.MAX, async_op=True)
-        self._asked = value, work
+        self._pending = value, work
         return False
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self._here:
-            # Whoever asks twice does not want to wait for a step.
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._received:
+            # The second request is not to wait for a step.
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        self._here = number
+        self._received = number

@@ -1,7 +1,7 @@
 """Frozen encoders: text states by any ``transformers`` encoder, image tokens by DINOv2.
 
 ``transformers`` is imported when an encoder is loaded. Nothing is downloaded unless the config says so; a
-missing path is an error that says what to fetch. Raises :class:`EncoderError` for what a user can mend.
+missing path is an error that says what to fetch. Raises :class:`ConfigError` for what a user can mend.
 
 Shape letters: B batch, L text tokens, T text width, C channels, Y X pixels, N patches, F encoder width.
 """
@@ -18,15 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deco_scale.errors import ConfigError
 from deco_scale.models.config import ImageEncoderConfig, TextEncoderConfig
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 DINO_PATCH = 14
-
-
-class EncoderError(ValueError):
-    """An encoder that cannot be loaded, with what to do about it."""
 
 
 class TextEncoder:
@@ -65,7 +62,7 @@ class TextEncoder:
         if not folder.is_dir() and not cfg.allow_download and os.sep in cfg.path.rstrip(os.sep):
             looks_like_hub_id = cfg.path.count("/") == 1 and not cfg.path.startswith((".", "~", "/"))
             if not looks_like_hub_id:
-                raise EncoderError(_text_hint(cfg.path))
+                raise ConfigError(_text_hint(cfg.path))
         # transformers first: BertModel must be importable before anything imitates torchvision.
         from transformers import AutoModel, AutoTokenizer
 
@@ -83,7 +80,7 @@ class TextEncoder:
             )
         except (OSError, ValueError, KeyError) as error:
             first = str(error).strip().splitlines()[0]
-            raise EncoderError(f"{_text_hint(cfg.path)} ({first})") from error
+            raise ConfigError(f"{_text_hint(cfg.path)} ({first})") from error
         _check_complete(source, loading)
         tokenizer.padding_side = "right"
         if tokenizer.pad_token is None:
@@ -170,10 +167,10 @@ class TextEncoder:
 
 
 def load_text_encoder(cfg: TextEncoderConfig, text_dim: int, device: torch.device) -> TextEncoder:
-    """The encoder of a model with ``text_dim`` values per token; raises :class:`EncoderError` for another width."""
+    """The encoder of a model with ``text_dim`` values per token; raises :class:`ConfigError` for another width."""
     encoder = TextEncoder.load(cfg, device)
     if encoder.width != text_dim:
-        raise EncoderError(
+        raise ConfigError(
             f"text_encoder.path={cfg.path} gives {encoder.width} values per token, model.text_dim is {text_dim}"
         )
     return encoder
@@ -195,7 +192,7 @@ def _is_causal(model: Any) -> bool | None:
 def text_identity(cfg: TextEncoderConfig, width: int) -> dict[str, Any]:
     """What precomputed states of this encoder depend on; reads its files, loads nothing.
 
-    ``revision`` is a digest of the weights, configuration and tokenizer. Raises :class:`EncoderError` where the
+    ``revision`` is a digest of the weights, configuration and tokenizer. Raises :class:`ConfigError` where the
     encoder's files are not here.
     """
     folder = Path(cfg.path).expanduser()
@@ -205,7 +202,7 @@ def text_identity(cfg: TextEncoderConfig, width: int) -> dict[str, Any]:
         try:
             folder = Path(snapshot_download(cfg.path, local_files_only=not cfg.allow_download))
         except (OSError, ValueError) as error:
-            raise EncoderError(_text_hint(cfg.path)) from error
+            raise ConfigError(_text_hint(cfg.path)) from error
     files = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".json", ".txt", ".model"))
     digest = hashlib.sha256()
     for path in files:
@@ -230,13 +227,13 @@ def _quiet() -> None:
 
 
 def _check_complete(source: str, loading: Any) -> None:
-    """Raise :class:`EncoderError` for weights that the files lack; ``transformers`` would draw them at random.
+    """Raise :class:`ConfigError` for weights that the files lack; ``transformers`` would draw them at random.
 
     A pooler has no part in the token states that are used.
     """
     missing = sorted(key for key in loading["missing_keys"] if not key.startswith("pooler."))
     if missing:
-        raise EncoderError(f"{source} lacks {len(missing)} weights of its model, such as {missing[0]}")
+        raise ConfigError(f"{source} lacks {len(missing)} weights of its model, such as {missing[0]}")
 
 
 def _text_hint(path: str) -> str:
@@ -265,7 +262,7 @@ class ImageEncoder:
             "image_encoder.path to it; without REPA set objective.repa_weight=0"
         )
         if not path.exists():
-            raise EncoderError(hint)
+            raise ConfigError(hint)
         from transformers import Dinov2Model
 
         _quiet()
@@ -282,7 +279,7 @@ class ImageEncoder:
             else:
                 model = _from_original(path)
         except (OSError, KeyError, RuntimeError) as error:
-            raise EncoderError(f"{hint} ({str(error).strip().splitlines()[0]})") from error
+            raise ConfigError(f"{hint} ({str(error).strip().splitlines()[0]})") from error
         if device.type == "cuda":
             model = cast(Any, model).to(torch.bfloat16)
         return cls(model, device)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from deco_scale.training.noise import mix
+from deco_scale.seeding import derive_seed
 
 
 def _units(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -31,7 +31,7 @@ def initial_tensors(template: nn.Module, seed: int) -> Iterator[tuple[str, Tenso
     for path, unit in _units(template):
         real = copy.deepcopy(unit).to_empty(device="cpu")
         with torch.random.fork_rng(devices=[]), torch.no_grad():
-            torch.manual_seed(mix(seed, *path.encode()) >> 1)
+            torch.manual_seed(derive_seed(seed, *path.encode()) >> 1)
             for module in reversed(list(real.modules())):
                 reset = getattr(module, "reset_parameters", None)
                 if reset is not None:

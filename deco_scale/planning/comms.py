@@ -45,10 +45,10 @@ class StepShape:
     recompute: ActivationCheckpointing = "none"
 
 
-def fsdp_traffic(cfg: ModelConfig, layout: ParallelDims, step: StepShape) -> Iterator[Traffic]:
+def fsdp_traffic(cfg: ModelConfig, dims: ParallelDims, step: StepShape) -> Iterator[Traffic]:
     """Lines for the denoiser (REPA head aside); axes of one rank send nothing."""
-    rows = layout_rows(cfg, layout)
-    shards, micros = layout.dp_shard, step.accumulation
+    rows = layout_rows(cfg, dims)
+    shards, micros = dims.dp_shard, step.accumulation
 
     def padded(row_shape: tuple[int, ...]) -> int:
         """Elements as FSDP sends them: dimension 0 padded to a multiple of the ranks."""
@@ -65,15 +65,15 @@ def fsdp_traffic(cfg: ModelConfig, layout: ParallelDims, step: StepShape) -> Ite
         gathered = micros * (2 * units + root) * step.compute_bytes
         yield Traffic("weights", "all-gather", "dp_shard", gathered)
         yield Traffic("gradients", "reduce-scatter", "dp_shard", (units + root) * FP32_BYTES)
-    if layout.dp_replicate > 1:
+    if dims.dp_replicate > 1:
         yield Traffic("gradients", "all-reduce", "dp_replicate", (units + root) * FP32_BYTES // shards)
-    if layout.tp > 1:
+    if dims.tp > 1:
         # FSDP hands every block its inputs in the compute type, the text tokens too.
-        yield from _tensor_parallel(cfg, layout, step, reductions=1, text_bytes=step.compute_bytes)
+        yield from _tensor_parallel(cfg, dims, step, reductions=1, text_bytes=step.compute_bytes)
 
 
 def zero_traffic(
-    cfg: ModelConfig, layout: ParallelDims, step: StepShape, *, stage: int, persistent: int
+    cfg: ModelConfig, dims: ParallelDims, step: StepShape, *, stage: int, persistent: int
 ) -> Iterator[Traffic]:
     """The same for DeepSpeed's ZeRO.
 
@@ -81,9 +81,9 @@ def zero_traffic(
     ``stage3_param_persistence_threshold``). Its prefetch may find up to one bucket of weights still there
     when backward begins; that saving is left out.
     """
-    rows = layout_rows(cfg, layout)
+    rows = layout_rows(cfg, dims)
     linear = weights_of_linears(cfg)
-    dp, micros = layout.dp, step.accumulation
+    dp, micros = dims.dp, step.accumulation
 
     def sent(name: str) -> int:
         """Bytes an element: ZeRO sends what linears own in the compute type, the rest in fp32."""
@@ -108,19 +108,19 @@ def zero_traffic(
                 gathered += 2 * micros * part * sent(row.name)
         yield Traffic("weights", "all-gather", "dp", gathered)
         yield Traffic("gradients", "reduce-scatter", "dp", reduced)
-    if layout.tp > 1:
-        yield from _tensor_parallel(cfg, layout, step, reductions=micros, text_bytes=FP32_BYTES)
+    if dims.tp > 1:
+        yield from _tensor_parallel(cfg, dims, step, reductions=micros, text_bytes=FP32_BYTES)
 
 
 def _tensor_parallel(
-    cfg: ModelConfig, layout: ParallelDims, step: StepShape, *, reductions: int, text_bytes: int
+    cfg: ModelConfig, dims: ParallelDims, step: StepShape, *, reductions: int, text_bytes: int
 ) -> Iterator[Traffic]:
     """``reductions``: how often in a step the gradients of replicated weights are summed.
 
     ``text_bytes``: size of an element of the text tokens as they leave the last text block.
     """
-    tp = layout.tp
-    replicated = sum(row.tp_numel for row in layout_rows(cfg, layout) if row.split == "replicated")
+    tp = dims.tp
+    replicated = sum(row.tp_numel for row in layout_rows(cfg, dims) if row.split == "replicated")
 
     def sent(tokens: int, element_bytes: int = step.compute_bytes) -> int:
         """Bytes of one gather or scatter of a sequence, parts padded to the longest."""
@@ -140,21 +140,21 @@ def _tensor_parallel(
     yield Traffic("gradients of replicated weights", "all-reduce", "tp", reductions * replicated * FP32_BYTES)
 
 
-def ranks_per_node(layout: ParallelDims, axis: str, world: int) -> tuple[int, int]:
+def ranks_per_node(dims: ParallelDims, axis: str, world: int) -> tuple[int, int]:
     """Ranks of one group along ``axis``, and how many of them share a node; tp is innermost."""
     size, inner = {
-        "tp": (layout.tp, 1),
-        "dp_shard": (layout.dp_shard, layout.tp),
-        "dp": (layout.dp, layout.tp),
-        "dp_replicate": (layout.dp_replicate, layout.tp * layout.dp_shard),
+        "tp": (dims.tp, 1),
+        "dp_shard": (dims.dp_shard, dims.tp),
+        "dp": (dims.dp, dims.tp),
+        "dp_replicate": (dims.dp_replicate, dims.tp * dims.dp_shard),
     }[axis]
     return size, max(1, min(size, min(world, GPUS_PER_NODE) // inner))
 
 
-def seconds_of(line: Traffic, layout: ParallelDims, device: Device) -> float:
+def seconds_of(line: Traffic, dims: ParallelDims, device: Device) -> float:
     """Time of one line of the traffic table, alone on the links."""
-    world = layout.dp * layout.tp
-    size, together = ranks_per_node(layout, line.axis, world)
+    world = dims.dp * dims.tp
+    size, together = ranks_per_node(dims, line.axis, world)
     if size == 1:
         return 0.0
     ways = 2 if line.kind == "all-reduce" else 1
@@ -165,7 +165,7 @@ def seconds_of(line: Traffic, layout: ParallelDims, device: Device) -> float:
 
 
 def split_by_overlap(
-    lines: Iterable[Traffic], layout: ParallelDims, device: Device, *, engine: str, zero_stage: int
+    lines: Iterable[Traffic], dims: ParallelDims, device: Device, *, engine: str, zero_stage: int
 ) -> tuple[float, float]:
     """Seconds of a step that may hide behind computation, and seconds that cannot.
 
@@ -174,7 +174,7 @@ def split_by_overlap(
     """
     hidden = exposed = 0.0
     for line in lines:
-        seconds = seconds_of(line, layout, device)
+        seconds = seconds_of(line, dims, device)
         gradients = line.what == "gradients"
         if line.axis == "tp":
             overlaps = False

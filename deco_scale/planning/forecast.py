@@ -86,11 +86,11 @@ def forecast_stage(
     work: Workload, stage: StageConfig, parallel: ParallelConfig, device: Device, *, gpus: int
 ) -> StageForecast:
     """Forecast with the stage's own micro-batch; raises :class:`ConfigError` where sizes do not divide."""
-    layout = resolve_parallel_dims(parallel, gpus)
+    dims = resolve_parallel_dims(parallel, gpus)
     accumulation = accumulation_steps(
         global_batch=stage.global_batch,
         micro_batch=stage.micro_batch,
-        dp=layout.dp,
+        dp=dims.dp,
         where=f"stages.{stage.name}",
     )
     sizes = {"images": stage.micro_batch, "accumulation": accumulation, "resolution": stage.resolution}
@@ -99,8 +99,8 @@ def forecast_stage(
         accumulation=accumulation,
         gpus=gpus,
         image_flops=training_flops(work.model, stage.resolution, stage.resolution),
-        memory=memory_by_part(work, parallel, layout, kind=device.kind, **sizes),
-        seconds=step_by_part(work, parallel, layout, device, **sizes),
+        memory=memory_by_part(work, parallel, dims, kind=device.kind, **sizes),
+        seconds=step_by_part(work, parallel, dims, device, **sizes),
     )
 
 
@@ -120,9 +120,9 @@ def fastest_micro_batches(
     None where a global batch does not divide over the ranks.
     """
     chosen = []
-    layout = resolve_parallel_dims(parallel, gpus)
+    dims = resolve_parallel_dims(parallel, gpus)
     for stage in stages:
-        sizes = micro_batches(stage.global_batch, layout.dp)
+        sizes = micro_batches(stage.global_batch, dims.dp)
         if not sizes:
             return None
         found = [

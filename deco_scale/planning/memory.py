@@ -157,12 +157,12 @@ class RankElements:
 
 
 @lru_cache(maxsize=512)
-def rank_elements(model: ModelConfig, layout: ParallelDims, persistent: int) -> RankElements:
+def rank_elements(model: ModelConfig, dims: ParallelDims, persistent: int) -> RankElements:
     """Counts for a mesh; ``persistent`` is ZeRO-3's limit below which a weight stays whole."""
     units: dict[str, int] = {}
     whole = cut = root = largest = of_linears = kept = 0
     linears = weights_of_linears(model)
-    for row in layout_rows(model, layout):
+    for row in layout_rows(model, dims):
         count = row.tp_numel
         whole, cut = whole + count, cut + row.local_bytes // FP32
         largest = max(largest, count)
@@ -176,12 +176,12 @@ def rank_elements(model: ModelConfig, layout: ParallelDims, persistent: int) -> 
     return RankElements(whole, cut, root, max(units.values()), largest, of_linears, kept)
 
 
-def state_bytes(work: Workload, parallel: ParallelConfig, layout: ParallelDims) -> dict[str, float]:
+def state_bytes(work: Workload, parallel: ParallelConfig, dims: ParallelDims) -> dict[str, float]:
     """fp32 weights, masters, gradients, moments and average of a rank; the REPA head has no average."""
-    held = rank_elements(work.model, layout, work.persistent)
+    held = rank_elements(work.model, dims, work.persistent)
     head = work.repa_parameters
     found: dict[str, float] = {}
-    head_cut = head / (layout.dp_shard if parallel.engine == "fsdp" else layout.dp)
+    head_cut = head / (dims.dp_shard if parallel.engine == "fsdp" else dims.dp)
     for part, (cut, whole) in state_by_part(parallel.engine, parallel.zero_stage).items():
         elements: float = cut * held.sharded + whole * held.full
         if part != "average":
@@ -190,14 +190,14 @@ def state_bytes(work: Workload, parallel: ParallelConfig, layout: ParallelDims) 
     return found
 
 
-def working_bytes(work: Workload, parallel: ParallelConfig, layout: ParallelDims, *, accumulation: int) -> float:
+def working_bytes(work: Workload, parallel: ParallelConfig, dims: ParallelDims, *, accumulation: int) -> float:
     """Gathered or cast weights, and buffers of the engine's reductions.
 
     fsdp: the root stays gathered, one unit computes while the next arrives, one unit's gradient is reduced in
     fp32; before the last micro-batch gradients are kept whole. DeepSpeed: its buckets, one for each number
     format; ZeRO-0 to 2 keep bf16 copies of the linears' weights between the passes, ZeRO-3 gathers ahead.
     """
-    held, a = rank_elements(work.model, layout, work.persistent), work.compute_bytes
+    held, a = rank_elements(work.model, dims, work.persistent), work.compute_bytes
     if parallel.engine == "fsdp":
         gathered = a * (held.root + work.repa_parameters + 2 * held.largest_unit)
         reduced = (a + FP32) * held.largest_unit
@@ -215,10 +215,10 @@ def working_bytes(work: Workload, parallel: ParallelConfig, layout: ParallelDims
 
 
 def activation_bytes(
-    work: Workload, parallel: ParallelConfig, layout: ParallelDims, *, images: int, resolution: int, kind: str
+    work: Workload, parallel: ParallelConfig, dims: ParallelDims, *, images: int, resolution: int, kind: str
 ) -> dict[str, float]:
     """Of a micro-batch of ``images``: kept by blocks and outside, and what backward holds for a moment."""
-    model, mode, tp = work.model, parallel.activation_checkpointing, layout.tp
+    model, mode, tp = work.model, parallel.activation_checkpointing, dims.tp
     rows, cols = model.grid(resolution, resolution)
     tokens, text = rows * cols, model.text_tokens
     image_block = {"tokens": tokens, "context": text, "tp": tp}
@@ -239,7 +239,7 @@ def activation_bytes(
 def memory_by_part(
     work: Workload,
     parallel: ParallelConfig,
-    layout: ParallelDims,
+    dims: ParallelDims,
     *,
     images: int,
     accumulation: int,
@@ -247,11 +247,11 @@ def memory_by_part(
     kind: str,
 ) -> dict[str, float]:
     """Bytes of a rank at its peak, in backward of the last micro-batch; the parts sum to the whole."""
-    activations = activation_bytes(work, parallel, layout, images=images, resolution=resolution, kind=kind)
+    activations = activation_bytes(work, parallel, dims, images=images, resolution=resolution, kind=kind)
     size = 2 if kind == "cuda" else FP32
     return {
-        **state_bytes(work, parallel, layout),
-        "working weights": working_bytes(work, parallel, layout, accumulation=accumulation),
+        **state_bytes(work, parallel, dims),
+        "working weights": working_bytes(work, parallel, dims, accumulation=accumulation),
         "activations of blocks": activations["blocks"],
         "inputs": activations["inputs"],
         "losses": activations["losses"],

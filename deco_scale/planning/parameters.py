@@ -47,17 +47,17 @@ def weights_of_linears(cfg: ModelConfig) -> frozenset[str]:
 
 
 @lru_cache(maxsize=512)
-def layout_rows(cfg: ModelConfig, layout: ParallelDims) -> tuple[Row, ...]:
+def layout_rows(cfg: ModelConfig, dims: ParallelDims) -> tuple[Row, ...]:
     """The plan of each parameter of the denoiser for a mesh; FSDP and ZeRO-3 cut ``tp_shape`` over dp_shard."""
-    return tuple(_rows(cfg, layout))
+    return tuple(_rows(cfg, dims))
 
 
-def _rows(cfg: ModelConfig, layout: ParallelDims) -> Iterator[Row]:
-    check_tp(cfg, layout.tp)
+def _rows(cfg: ModelConfig, dims: ParallelDims) -> Iterator[Row]:
+    check_tp(cfg, dims.tp)
     for name, whole, _ in _parameters(cfg):
         shape = list(whole)
         dim = split_dim(name)
         if dim is not None:
-            shape[dim] //= layout.tp
-        local = -(-shape[0] // layout.dp_shard) * int(torch.Size(shape[1:]).numel())
+            shape[dim] //= dims.tp
+        local = -(-shape[0] // dims.dp_shard) * int(torch.Size(shape[1:]).numel())
         yield Row(name, whole, split_of(name), tuple(shape), 4 * local)

@@ -113,7 +113,7 @@ REPLICATED = ("modulation",)
 def step_traffic(
     work: Workload,
     parallel: ParallelConfig,
-    layout: ParallelDims,
+    dims: ParallelDims,
     *,
     images: int,
     accumulation: int,
@@ -129,15 +129,15 @@ def step_traffic(
         recompute=parallel.activation_checkpointing,
     )
     if parallel.engine == "fsdp":
-        return fsdp_traffic(work.model, layout, shape)
-    return zero_traffic(work.model, layout, shape, stage=parallel.zero_stage, persistent=work.persistent)
+        return fsdp_traffic(work.model, dims, shape)
+    return zero_traffic(work.model, dims, shape, stage=parallel.zero_stage, persistent=work.persistent)
 
 
 def compute_seconds(
-    work: Workload, parallel: ParallelConfig, layout: ParallelDims, device: Device, *, images: int, resolution: int
+    work: Workload, parallel: ParallelConfig, dims: ParallelDims, device: Device, *, images: int, resolution: int
 ) -> dict[str, float]:
     """Seconds of a micro-batch on one rank by part, both passes; ``images`` are those of its dp rank."""
-    model, tp, mode = work.model, layout.tp, parallel.activation_checkpointing
+    model, tp, mode = work.model, dims.tp, parallel.activation_checkpointing
     flops = forward_flops_by_part(model, resolution, resolution)
     rate = {name: device.gemm_flops for name in flops}
     rate["attention"] = device.attention_flops
@@ -173,11 +173,11 @@ def _blocks_moved(work: Workload, *, tokens: int, tp: int, device: Device, recom
     return total
 
 
-def optimizer_seconds(work: Workload, parallel: ParallelConfig, layout: ParallelDims, device: Device) -> float:
+def optimizer_seconds(work: Workload, parallel: ParallelConfig, dims: ParallelDims, device: Device) -> float:
     """Norm, clipping, AdamW and average over what a rank updates."""
-    held = rank_elements(work.model, layout, work.persistent)
+    held = rank_elements(work.model, dims, work.persistent)
     whole = parallel.engine == "deepspeed" and parallel.zero_stage == 0
-    ranks = 1 if whole else layout.dp_shard
+    ranks = 1 if whole else dims.dp_shard
     elements = (held.full if whole else held.sharded) + work.repa_parameters / ranks
     return ADAMW_BYTES[work.fused] * elements / device.copy_bytes_per_s
 
@@ -185,7 +185,7 @@ def optimizer_seconds(work: Workload, parallel: ParallelConfig, layout: Parallel
 def step_by_part(
     work: Workload,
     parallel: ParallelConfig,
-    layout: ParallelDims,
+    dims: ParallelDims,
     device: Device,
     *,
     images: int,
@@ -193,16 +193,16 @@ def step_by_part(
     resolution: int,
 ) -> dict[str, float]:
     """Seconds of a step by part; they sum to the step."""
-    parts = compute_seconds(work, parallel, layout, device, images=images, resolution=resolution)
+    parts = compute_seconds(work, parallel, dims, device, images=images, resolution=resolution)
     issue = operations(work, recomputed=parallel.activation_checkpointing != "none") * device.launch_s
     idle = issue if device.kind == "cpu" else max(0.0, issue - sum(parts.values()))
     found = {name: accumulation * seconds for name, seconds in {**parts, "host": idle}.items()}
     computing = sum(found.values())
-    lines = step_traffic(work, parallel, layout, images=images, accumulation=accumulation, resolution=resolution)
+    lines = step_traffic(work, parallel, dims, images=images, accumulation=accumulation, resolution=resolution)
     hidden, exposed = split_by_overlap(
-        lines, layout, device, engine=parallel.engine, zero_stage=parallel.zero_stage
+        lines, dims, device, engine=parallel.engine, zero_stage=parallel.zero_stage
     )
     units = work.model.num_blocks + work.model.num_text_blocks + 1
     found["communication"] = exposed + max(hidden - computing, hidden / units)
-    found["optimizer"] = optimizer_seconds(work, parallel, layout, device)
+    found["optimizer"] = optimizer_seconds(work, parallel, dims, device)
     return found

@@ -65,7 +65,7 @@ class DecoPipeline:
 
         ``text_encoder`` is a ``transformers`` folder or hub id, or a function from captions to text states;
         without it the path that the folder names is taken. ``dtype`` converts the weights (default: as stored).
-        Raises :class:`PipelineError` naming file or tensor, :class:`EncoderError` for a missing text encoder.
+        Raises :class:`PipelineError` naming file or tensor, :class:`ConfigError` for a missing text encoder.
         """
         folder, device = Path(folder), torch.device(device)
         index = _read_json(folder / "model_index.json")

@@ -14,6 +14,7 @@ from torch import Tensor
 from deco_scale.errors import RunError
 from deco_scale.objectives import ObjectiveConfig, drop_condition
 from deco_scale.objectives.flow_matching import base_time, shift_time
+from deco_scale.objectives.inputs import ObjectiveInputs
 from deco_scale.training.noise import draw
 
 
@@ -92,16 +93,6 @@ def pinned(batch: Batch, null_shape: Sequence[int]) -> Batch:
     elif embeddings is not None:
         embeddings = packed_text_embeddings(embeddings, null_shape, pin=True)
     return MicroBatch(images, batch.captions, batch.labels, batch.sample_ids, embeddings)
-
-
-class ObjectiveInputs(NamedTuple):
-    """Arguments of ``Objective.forward``, on the device."""
-
-    image: Tensor
-    noise: Tensor
-    t: Tensor
-    condition: Tensor
-    features: Tensor | None
 
 
 class EncoderOutputs(NamedTuple):

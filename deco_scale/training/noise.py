@@ -10,18 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_MASK = (1 << 64) - 1
-
-
-def mix(*parts: int) -> int:
-    """64-bit key of some integers (splitmix64's finaliser, folded)."""
-    key = 0
-    for part in parts:
-        key = (key ^ (part & _MASK)) + 0x9E3779B97F4A7C15 & _MASK
-        key = (key ^ (key >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
-        key = (key ^ (key >> 27)) * 0x94D049BB133111EB & _MASK
-        key ^= key >> 31
-    return key
+from deco_scale.seeding import derive_seed
 
 
 class SampleDraws(NamedTuple):
@@ -40,7 +29,7 @@ def draw(seed: int, numbers: list[int], shape: tuple[int, int, int], device: tor
     normal, uniform = torch.empty(count, device=device), torch.empty(count, 2, device=device)
     noise = torch.empty(count, *shape, device=device)
     for row, number in enumerate(numbers):
-        generator.manual_seed(mix(seed, number))
+        generator.manual_seed(derive_seed(seed, number))
         uniform[row].uniform_(generator=generator)
         normal[row : row + 1].normal_(generator=generator)
         noise[row].normal_(generator=generator)

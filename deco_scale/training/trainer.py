@@ -121,7 +121,7 @@ class Trainer:
     @property
     def stopped(self) -> str | None:
         """Name of the signal that ended the run early."""
-        return self.stop.met if self.stop is not None else None
+        return self.stop.signal_name if self.stop is not None else None
 
     def fit(self, resume: str = "auto") -> Progress:
         """Resume as ``--resume`` says, or start anew, and train to the end or to ``run.stop_at_step``.
@@ -300,8 +300,8 @@ class Trainer:
                 anomalies.add(step, loss=result.losses["loss"], skipped=result.skipped)
                 if step == first:
                     self.emit("first_step", step=step, seconds=time.perf_counter() - start)
-                if self.stop is not None and self.stop.agreed():
-                    self.emit("stop_signal", signal=self.stop.met)
+                if self.stop is not None and self.stop.poll():
+                    self.emit("stop_signal", signal=self.stop.signal_name)
                 found = anomalies.read(everything=logged or self.stopped is not None)
                 for anomaly in found:
                     self.emit(anomaly.kind, step=anomaly.step, **anomaly.details)

@@ -14,8 +14,8 @@ from torch import Tensor
 from deco_scale.checkpoint.async_save import SaveResult
 from deco_scale.config import RunConfig, dump_config
 from deco_scale.distributed.collectives import gather_objects, raise_together
-from deco_scale.distributed.replica_check import ReplicaCheck, ReplicaMismatchError
-from deco_scale.errors import RunError
+from deco_scale.distributed.replica_check import ReplicaCheck
+from deco_scale.errors import ReplicaMismatchError, RunError
 from deco_scale.evaluation.config import EvaluationConfig
 from deco_scale.evaluation.in_training import Report, Scorer, draw_share, evaluate_share, evaluation_jobs
 from deco_scale.observability.events import REQUEUE

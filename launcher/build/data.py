@@ -15,8 +15,8 @@ from data_pipeline.errors import DataError
 from data_pipeline.stream.loader import Batch, Loader
 from deco_scale.config import RunConfig
 from deco_scale.distributed.collectives import raise_together
-from deco_scale.errors import ConfigError, RunError
-from deco_scale.models.encoders import EncoderError, ImageEncoder, TextEncoder, load_text_encoder
+from deco_scale.errors import RunError
+from deco_scale.models.encoders import ImageEncoder, TextEncoder, load_text_encoder
 from deco_scale.parallel.engines.base import Engine
 from deco_scale.parallel.mesh import ParallelDims
 from deco_scale.parallel.sequence_parallel import encode_shared
@@ -29,13 +29,10 @@ def load_encoders(
 ) -> tuple[TextEncoder | None, ImageEncoder | None]:
     """Frozen encoders that the configuration asks for, checked against the model."""
     text = image = None
-    try:
-        if cfg.text_encoder is not None and cfg.model.kind == "t2i_deco" and need_text:
-            text = load_text_encoder(cfg.text_encoder, cfg.model.text_dim, device)
-        if cfg.image_encoder is not None and cfg.objective.repa_weight > 0:
-            image = ImageEncoder.load(cfg.image_encoder, device)
-    except EncoderError as error:
-        raise ConfigError(str(error)) from error
+    if cfg.text_encoder is not None and cfg.model.kind == "t2i_deco" and need_text:
+        text = load_text_encoder(cfg.text_encoder, cfg.model.text_dim, device)
+    if cfg.image_encoder is not None and cfg.objective.repa_weight > 0:
+        image = ImageEncoder.load(cfg.image_encoder, device)
     return text, image
 
 

@@ -25,7 +25,7 @@ def build_engine(
 
         return DeepSpeedEngine(
             build,
-            layout=dims,
+            dims=dims,
             stage=cfg.parallel.zero_stage,
             micro_batch=cfg.stages[0].micro_batch,
             device=device,
@@ -34,7 +34,7 @@ def build_engine(
             precision=cfg.precision,
             fp8_plan=fp8_plan,
             compile_blocks=cfg.compile,
-            recompute=cfg.parallel.activation_checkpointing,
+            activation_checkpointing=cfg.parallel.activation_checkpointing,
             seed=cfg.run.seed,
             overrides=cfg.parallel.deepspeed,
         )
@@ -42,13 +42,13 @@ def build_engine(
 
     return FsdpEngine(
         build,
-        layout=dims,
+        dims=dims,
         device=device,
         optimizer=cfg.optimizer,
         kernels=choose_kernels(cfg.kernels, device),
         precision=cfg.precision,
         fp8_plan=fp8_plan,
         compile_blocks=cfg.compile,
-        recompute=cfg.parallel.activation_checkpointing,
+        activation_checkpointing=cfg.parallel.activation_checkpointing,
         seed=cfg.run.seed,
     )

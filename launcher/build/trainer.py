@@ -21,7 +21,7 @@ from deco_scale.distributed.signals import StopRequest
 from deco_scale.errors import ConfigError
 from deco_scale.kernels import choose_kernels
 from deco_scale.models.attention import check_backend
-from deco_scale.models.encoders import EncoderError, TextEncoder, text_identity
+from deco_scale.models.encoders import TextEncoder, text_identity
 from deco_scale.models.tp_plan import check_tp
 from deco_scale.observability.run_logger import RunLogger
 from deco_scale.parallel.engines.base import Engine
@@ -242,10 +242,7 @@ def _encoder_prefetcher(
 
 def _text_identity(cfg: RunConfig) -> dict[str, Any]:
     assert cfg.text_encoder is not None
-    try:
-        return text_identity(cfg.text_encoder, cfg.model.text_dim)
-    except EncoderError as error:
-        raise ConfigError(str(error)) from error
+    return text_identity(cfg.text_encoder, cfg.model.text_dim)
 
 
 def _prepare_folder(folder: Path, checkpoints: CheckpointManager) -> None:

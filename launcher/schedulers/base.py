@@ -123,17 +123,17 @@ def fit(config: Path, overrides: Sequence[str], *, ranks: int) -> tuple[RunConfi
     Raises :class:`ConfigError` where they do not fit each other.
     """
     cfg = load_config(config, overrides)
-    layout = resolve_parallel_dims(cfg.parallel, ranks)
-    check_tp(cfg.model, layout.tp)
-    lines = [f"{ranks} ranks: dp_replicate {layout.dp_replicate} x dp_shard {layout.dp_shard} x tp {layout.tp}"]
+    dims = resolve_parallel_dims(cfg.parallel, ranks)
+    check_tp(cfg.model, dims.tp)
+    lines = [f"{ranks} ranks: dp_replicate {dims.dp_replicate} x dp_shard {dims.dp_shard} x tp {dims.tp}"]
     for stage in cfg.stages:
         batch, micro_batch, where = stage.global_batch, stage.micro_batch, f"stages.{stage.name}"
-        steps = accumulation_steps(global_batch=batch, micro_batch=micro_batch, dp=layout.dp, where=where)
+        steps = accumulation_steps(global_batch=batch, micro_batch=micro_batch, dp=dims.dp, where=where)
         lines.append(
             f"stage {stage.name}: {stage.steps} steps at {stage.resolution} px, global batch {batch} = "
-            f"micro-batch {micro_batch} x accumulation {steps} x dp {layout.dp}"
+            f"micro-batch {micro_batch} x accumulation {steps} x dp {dims.dp}"
         )
-    return cfg, layout, lines
+    return cfg, dims, lines
 
 
 def render_template(file: Path | None, default: str, variables: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from deco_scale.models import Denoiser, ModelConfig
 from deco_scale.objectives import Objective, ObjectiveConfig
+from deco_scale.objectives.inputs import ObjectiveInputs
 from deco_scale.optim.config import OptimizerConfig
 from deco_scale.parallel.config import ZeroStage
 from deco_scale.parallel.engines.base import Engine
@@ -20,7 +21,6 @@ from deco_scale.parallel.mesh import ParallelDims
 from deco_scale.planning.comms import StepShape, Traffic, fsdp_traffic, zero_traffic
 from deco_scale.precision import Compute
 from deco_scale.precision.config import PrecisionConfig
-from deco_scale.training.inputs import ObjectiveInputs
 from tests.distributed.harness import in_group
 
 MODEL = ModelConfig(
@@ -101,8 +101,8 @@ def _count_fsdp(replicate: int, shard: int, tp: int, out: str) -> None:
     counts = []
     for compute in COMPUTES:
         engine = FsdpEngine(
-            _build, layout=ParallelDims(replicate, shard, tp), device=torch.device("cpu"), optimizer=OptimizerConfig(),
-            precision=PrecisionConfig(compute=compute), compile_blocks=False, recompute="none", seed=0,
+            _build, dims=ParallelDims(replicate, shard, tp), device=torch.device("cpu"), optimizer=OptimizerConfig(),
+            precision=PrecisionConfig(compute=compute), compile_blocks=False, activation_checkpointing="none", seed=0,
         )  # fmt: skip
         with Counting() as counting:
             _step(engine)
@@ -117,9 +117,9 @@ def _count_zero(dp: int, tp: int, settings: list[tuple[ZeroStage, Compute]], out
     counts = []
     for stage, compute in settings:
         engine = DeepSpeedEngine(
-            _build, layout=ParallelDims(1, dp, tp), stage=stage, micro_batch=2, device=torch.device("cpu"),
+            _build, dims=ParallelDims(1, dp, tp), stage=stage, micro_batch=2, device=torch.device("cpu"),
             optimizer=OptimizerConfig(), precision=PrecisionConfig(compute=compute), compile_blocks=False,
-            recompute="none", seed=0,
+            activation_checkpointing="none", seed=0,
             overrides={"zero_optimization": ZERO3_SETTINGS},
         )  # fmt: skip
         # ZeRO-3 records the order of its first step.
@@ -165,8 +165,8 @@ def test_bytes_of_a_deepspeed_step_are_those_of_the_plan(mesh: tuple[int, int], 
     in_group(_count_zero, dp * tp, tmp_path, dp, tp, settings, str(out))
     wrong = []
     for (stage, compute), counted in zip(settings, json.loads(out.read_text()), strict=True):
-        layout = ParallelDims(1, dp, tp)
-        planned = _total(zero_traffic(MODEL, layout, _shape(compute), stage=stage, persistent=PERSISTENT))
+        dims = ParallelDims(1, dp, tp)
+        planned = _total(zero_traffic(MODEL, dims, _shape(compute), stage=stage, persistent=PERSISTENT))
         print(f"ZeRO-{stage} {dp}x{tp} {compute}", counted, dict(planned))
         if Counter(counted) != planned:
             wrong.append((stage, compute))

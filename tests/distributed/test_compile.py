@@ -51,9 +51,9 @@ def _zero3_past_the_limit() -> None:
     # Traced and run as it is.
     nn.Module.compile = functools.partialmethod(nn.Module.compile, backend="eager")  # type: ignore[assignment]
     engine = DeepSpeedEngine(
-        _build, layout=ParallelDims(1, 1, 1), stage=3, micro_batch=2, device=torch.device("cpu"),
+        _build, dims=ParallelDims(1, 1, 1), stage=3, micro_batch=2, device=torch.device("cpu"),
         optimizer=OptimizerConfig(), precision=PrecisionConfig(compute="fp32"), compile_blocks=True,
-        recompute="none", seed=0, overrides={"zero_optimization": {"stage3_param_persistence_threshold": 0}},
+        activation_checkpointing="none", seed=0, overrides={"zero_optimization": {"stage3_param_persistence_threshold": 0}},
     )  # fmt: skip
     _step(engine)
     assert engine.optimizer_steps == 1

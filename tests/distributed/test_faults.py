@@ -176,15 +176,16 @@ def test_one_flipped_bit_is_found_at_the_next_check(runs: Path, layout: str) -> 
 
 
 def test_the_odd_one_of_many_is_named() -> None:
-    from deco_scale.distributed.replica_check import ReplicaMismatch, _odd_of, bit_digest
+    from deco_scale.distributed.replica_check import bit_digest, compare_digests
+    from deco_scale.errors import ReplicaMismatch
 
     generator = torch.Generator().manual_seed(0)
     tensors = [torch.randn(shape, generator=generator) for shape in ((3, 5), (1,), (0,), (7,))]
     rows = torch.stack([bit_digest(tensors)] * 4)
-    assert _odd_of(rows, "abcd", [4, 5, 6, 7]) == []
+    assert compare_digests(rows, "abcd", [4, 5, 6, 7]) == []
     tensors[3].view(torch.int32)[2] ^= 1 << 30
     rows[2] = bit_digest(tensors)
-    assert _odd_of(rows, "abcd", [4, 5, 6, 7]) == [ReplicaMismatch(6, 1, "d", True)]
+    assert compare_digests(rows, "abcd", [4, 5, 6, 7]) == [ReplicaMismatch(6, 1, "d", True)]
     for place in range(7):
         for bit in range(32):
             flipped = tensors[3].clone()

@@ -16,6 +16,7 @@ from torch.func import functional_call
 from deco_scale.models import Denoiser, ModelConfig
 from deco_scale.models.config import ActivationCheckpointing
 from deco_scale.objectives import Objective, ObjectiveConfig
+from deco_scale.objectives.inputs import ObjectiveInputs
 from deco_scale.optim.config import OptimizerConfig
 from deco_scale.parallel.engines.base import Engine
 from deco_scale.parallel.mesh import ParallelDims
@@ -24,7 +25,6 @@ from deco_scale.precision.config import PrecisionConfig, autocast
 from deco_scale.precision.fp8 import apply_fp8
 from deco_scale.precision.fp8_plan import BatchShape, Fp8Plan, plan_fp8
 from deco_scale.precision.recipe import choose_fp8
-from deco_scale.training.inputs import ObjectiveInputs
 from tests.distributed.harness import full_tensor, in_group
 
 CPU = torch.device("cpu")
@@ -113,9 +113,9 @@ def engine_of(
 ) -> Engine:
     """``kind`` is ``fsdp`` or ``zero`` and a stage."""
     settings: dict[str, Any] = dict(
-        layout=ParallelDims(1, 2 // tp, tp), device=CPU, optimizer=OptimizerConfig(clip_norm=1e9), seed=0,
+        dims=ParallelDims(1, 2 // tp, tp), device=CPU, optimizer=OptimizerConfig(clip_norm=1e9), seed=0,
         precision=PrecisionConfig(compute=compute, fp8_emulate=compute == "fp8"), compile_blocks=compiled,
-        recompute=recompute, fp8_plan=plan(tp) if compute == "fp8" else None,
+        activation_checkpointing=recompute, fp8_plan=plan(tp) if compute == "fp8" else None,
     )  # fmt: skip
     if kind == "fsdp":
         from deco_scale.parallel.engines.fsdp import FsdpEngine

@@ -57,8 +57,8 @@ def _measure(engine_name: str, out: str) -> None:
     engine: object
     if engine_name == "fsdp":
         engine = FsdpEngine(
-            build, layout=ParallelDims(1, world), device=device, optimizer=optimizer, precision=precision,
-            compile_blocks=False, recompute="none", seed=0,
+            build, dims=ParallelDims(1, world), device=device, optimizer=optimizer, precision=precision,
+            compile_blocks=False, activation_checkpointing="none", seed=0,
         )  # fmt: skip
     else:
         # Without parameters that stay whole on every rank, and with a small buffer for reductions, whose
@@ -66,8 +66,8 @@ def _measure(engine_name: str, out: str) -> None:
         zero = {"stage3_param_persistence_threshold": 0, "reduce_bucket_size": 1000}
         overrides = {"zero_optimization": zero}
         engine = DeepSpeedEngine(
-            build, layout=ParallelDims(1, world), stage=3, micro_batch=1, device=device, optimizer=optimizer,
-            precision=precision, compile_blocks=False, recompute="none", seed=0, overrides=overrides,
+            build, dims=ParallelDims(1, world), stage=3, micro_batch=1, device=device, optimizer=optimizer,
+            precision=precision, compile_blocks=False, activation_checkpointing="none", seed=0, overrides=overrides,
         )  # fmt: skip
     used = allocated_bytes() - before
     parameters = sum(p.numel() for p in build().parameters())
@@ -115,8 +115,8 @@ def _load_under_deepspeed(folder: str, out: str) -> None:
     world = dist.get_world_size()
     engine = DeepSpeedEngine(
         lambda: Objective(Denoiser(LOADED), ObjectiveConfig(repa_weight=0.0), encoder_dim=0),
-        layout=ParallelDims(1, world), stage=3, micro_batch=1, device=torch.device("cpu"), optimizer=OptimizerConfig(),
-        precision=PrecisionConfig(compute="fp32"), compile_blocks=False, recompute="none", seed=0,
+        dims=ParallelDims(1, world), stage=3, micro_batch=1, device=torch.device("cpu"), optimizer=OptimizerConfig(),
+        precision=PrecisionConfig(compute="fp32"), compile_blocks=False, activation_checkpointing="none", seed=0,
         overrides={"zero_optimization": {"stage3_param_persistence_threshold": 0}},
     )  # fmt: skip
     before = _peak()

@@ -80,9 +80,9 @@ def _ours(stage: int, tp: int) -> Any:
 
     engine = DeepSpeedEngine(
         lambda: Objective(Denoiser(MODEL), ObjectiveConfig(repa_layer=1), encoder_dim=ENCODER_DIM),
-        layout=ParallelDims(1, dist.get_world_size() // tp, tp), stage=stage, micro_batch=1,  # type: ignore[arg-type]
+        dims=ParallelDims(1, dist.get_world_size() // tp, tp), stage=stage, micro_batch=1,  # type: ignore[arg-type]
         device=torch.device("cpu"), optimizer=OptimizerConfig(ema_decay=0.9),
-        precision=PrecisionConfig(compute="fp32"), compile_blocks=False, recompute="none", seed=0, overrides={},
+        precision=PrecisionConfig(compute="fp32"), compile_blocks=False, activation_checkpointing="none", seed=0, overrides={},
     )  # fmt: skip
     return engine._engine
 

@@ -32,13 +32,13 @@ def _visit(root: str, ways: dict[str, tuple[str, ...]]) -> None:
     from deco_scale.checkpoint.manager import CheckpointManager, CheckpointMeta, read_tensors
     from deco_scale.models import Denoiser, ModelConfig
     from deco_scale.objectives import Objective, ObjectiveConfig
+    from deco_scale.objectives.inputs import ObjectiveInputs
     from deco_scale.optim.config import OptimizerConfig
     from deco_scale.parallel.engines.base import Engine
     from deco_scale.parallel.engines.deepspeed import DeepSpeedEngine
     from deco_scale.parallel.engines.fsdp import FsdpEngine
     from deco_scale.parallel.mesh import ParallelDims
     from deco_scale.precision.config import PrecisionConfig
-    from deco_scale.training.inputs import ObjectiveInputs
 
     # 9 image tokens, 5 text tokens and 30 text features: none divides by four.
     model = ModelConfig(
@@ -52,9 +52,9 @@ def _visit(root: str, ways: dict[str, tuple[str, ...]]) -> None:
     def engine_of(name: str) -> Engine:
         replicate, shard, tp, stage = LAYOUTS[name]
         shared: dict[str, Any] = {
-            "layout": ParallelDims(replicate, shard, tp), "device": torch.device("cpu"),
+            "dims": ParallelDims(replicate, shard, tp), "device": torch.device("cpu"),
             "optimizer": OptimizerConfig(ema_decay=0.9), "precision": PrecisionConfig(compute="fp32"),
-            "compile_blocks": False, "recompute": "none", "seed": 0,
+            "compile_blocks": False, "activation_checkpointing": "none", "seed": 0,
         }  # fmt: skip
         if stage is None:
             return FsdpEngine(build, **shared)

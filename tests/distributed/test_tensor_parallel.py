@@ -19,10 +19,10 @@ from deco_scale.checkpoint.manager import read_tensors
 from deco_scale.models import ModelConfig
 from deco_scale.models.tp_plan import check_tp, part_sizes
 from deco_scale.objectives import Objective, ObjectiveConfig
+from deco_scale.objectives.inputs import ObjectiveInputs
 from deco_scale.parallel.engines.base import Engine
 from deco_scale.parallel.sequence_parallel import TokenShard, encode_shared
 from deco_scale.planning.parameters import layout_rows
-from deco_scale.training.inputs import ObjectiveInputs
 from tests.assets import tiny_config
 from tests.distributed.harness import Job, full_tensor, in_group, run_jobs, trace, worst_difference
 from tests.sets import image_bytes, tar_of
@@ -215,9 +215,9 @@ def _collectives_and_gradients() -> None:
 
     settings: dict[str, Any] = dict(
         device=torch.device("cpu"), optimizer=OptimizerConfig(clip_norm=1e9), compile_blocks=False,
-        precision=PrecisionConfig(compute="fp32"), recompute="none", seed=0,
+        precision=PrecisionConfig(compute="fp32"), activation_checkpointing="none", seed=0,
     )  # fmt: skip
-    engine = FsdpEngine(build, layout=ParallelDims(1, 1, 4), **settings)
+    engine = FsdpEngine(build, dims=ParallelDims(1, 1, 4), **settings)
     plain = build()
     step_calls = _check_named_gradients(engine, plain, calls)
     # Two gathers and two scatters a block, and one gather of the text; backward has their adjoints.
@@ -235,8 +235,8 @@ def _collectives_and_gradients() -> None:
     # One token for four ranks: three have nothing to score.
     _check_named_gradients(engine, plain, calls, side=8)
 
-    for stage, layout in ((1, ParallelDims(1, 2, 2)), (3, ParallelDims(1, 1, 4))):
-        zero = DeepSpeedEngine(build, layout=layout, stage=stage, micro_batch=2, overrides={}, **settings)
+    for stage, dims in ((1, ParallelDims(1, 2, 2)), (3, ParallelDims(1, 1, 4))):
+        zero = DeepSpeedEngine(build, dims=dims, stage=stage, micro_batch=2, overrides={}, **settings)
         _check_named_gradients(zero, plain, calls)
 
 

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from deco_scale.models import Denoiser, ModelConfig
 from deco_scale.objectives import Objective, ObjectiveConfig
+from deco_scale.objectives.inputs import ObjectiveInputs
 from deco_scale.parallel.init_weights import initial_tensors
 from deco_scale.precision.config import PrecisionConfig, autocast
 from deco_scale.precision.fp8 import apply_fp8
 from deco_scale.precision.fp8_plan import BatchShape, plan_fp8
 from deco_scale.precision.recipe import choose_fp8
-from deco_scale.training.inputs import ObjectiveInputs
 
 MODEL = ModelConfig(
     kind="t2i_deco", dim=32, num_heads=4, num_blocks=2, num_text_blocks=1, patch_size=16, decoder_width=8,

@@ -10,8 +10,8 @@ from rich.console import Console
 pytest.importorskip("skimage")
 pytest.importorskip("sklearn")
 
-from benchmarks import ablation
-from benchmarks.ablation_cells import COMPARISONS, VARIANTS, build, prepare_pictures, run_cell
+from benchmarks.ablation import run as ablation
+from benchmarks.ablation.cells import COMPARISONS, VARIANTS, build, prepare_pictures, run_cell
 
 QUIET = Console(quiet=True)
 

@@ -14,12 +14,14 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from benchmarks import kernels, measure, straightforward, throughput
-from benchmarks.parts import PARTS, Timeline, watch
+from benchmarks import measure, throughput
+from benchmarks.kernels import run as kernels
+from benchmarks.train import compare as straightforward
+from benchmarks.train.eager_reference import REFERENCE_CLASSES, make_reference
+from benchmarks.train.parts import PARTS, Timeline, watch
 from deco_scale.models import Denoiser, ModelConfig
 from deco_scale.objectives import Objective, ObjectiveConfig
 from deco_scale.yaml import dump_yaml
-from tests.straightforward import TWINS, make_straightforward
 
 CPU = torch.device("cpu")
 SIZES: dict[str, Any] = {"dim": 48, "num_heads": 4, "num_blocks": 3, "patch_size": 16}
@@ -50,8 +52,8 @@ def made(kind: str) -> tuple[Objective, tuple[Tensor, ...]]:
 @pytest.mark.parametrize("kind", MODELS)
 def test_the_model_is_its_formulas_written_op_by_op(kind: str) -> None:
     objective, inputs = made(kind)
-    twin = make_straightforward(copy.deepcopy(objective)).double()
-    assert not {type(module) for module in twin.modules()} & set(TWINS)
+    twin = make_reference(copy.deepcopy(objective)).double()
+    assert not {type(module) for module in twin.modules()} & set(REFERENCE_CLASSES)
     found = objective(*inputs)
     wanted = twin(*(x.double() if x.is_floating_point() else x for x in inputs))
     assert set(found) == set(wanted) == {"loss", "loss_flow", "loss_freq", "loss_repa"}
@@ -68,7 +70,7 @@ def test_the_model_is_its_formulas_written_op_by_op(kind: str) -> None:
 
 def test_differing_gradients_are_seen() -> None:
     objective, inputs = made("c2i_deco")
-    twin = make_straightforward(copy.deepcopy(objective))
+    twin = make_reference(copy.deepcopy(objective))
     with torch.no_grad():
         twin.denoiser.blocks[0].norm1.weight *= 1 + 1e-3  # type: ignore[union-attr,operator]
     for module in (objective, twin):

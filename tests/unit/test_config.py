@@ -165,9 +165,9 @@ def test_compile_under_tp_refuses_what_it_cannot_do() -> None:
 
 def test_layouts() -> None:
     assert resolve_parallel_dims(ParallelConfig(dp_replicate=2), 8) == ParallelDims(2, 4)
-    layout = resolve_parallel_dims(ParallelConfig(dp_replicate=2, tp=2), 8)
-    assert layout == ParallelDims(2, 2, 2) and layout.dp == 4
-    assert [layout.dp_rank(r) for r in range(8)] == [0, 0, 1, 1, 2, 2, 3, 3]
+    dims = resolve_parallel_dims(ParallelConfig(dp_replicate=2, tp=2), 8)
+    assert dims == ParallelDims(2, 2, 2) and dims.dp == 4
+    assert [dims.dp_rank(r) for r in range(8)] == [0, 0, 1, 1, 2, 2, 3, 3]
     with pytest.raises(ConfigError, match=r"dp_replicate=3 does not divide 8 of 8 ranks.*\[1, 2, 4, 8\]"):
         resolve_parallel_dims(ParallelConfig(dp_replicate=3), 8)
     with pytest.raises(ConfigError, match="possible: dp_shard=8 or -1"):

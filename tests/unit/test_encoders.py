@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from deco_scale.errors import ConfigError
 from deco_scale.models.config import ImageEncoderConfig, TextEncoderConfig
 from deco_scale.models.encoders import (
-    EncoderError,
     ImageEncoder,
     TextEncoder,
     dinov2_from_original,
@@ -88,7 +88,7 @@ def test_attention_of_another_kind_is_left_to_transformers(caplog: pytest.LogCap
 
 @pytest.mark.parametrize("path", ["/nowhere/encoder", "Qwen/Qwen3-1.7B", "./missing"])
 def test_missing_text_encoder_says_what_to_fetch(path: str) -> None:
-    with pytest.raises(EncoderError, match="text_encoder.path") as caught:
+    with pytest.raises(ConfigError, match="text_encoder.path") as caught:
         TextEncoder.load(TextEncoderConfig(path=path), CPU)
     assert "Qwen/Qwen3-1.7B" in str(caught.value)
 
@@ -141,12 +141,12 @@ def test_dinov2_converts_from_the_original_file(tmp_path: Path) -> None:
         dinov2_from_original({"head.weight.x": torch.zeros(1)})
     del original["blocks.1.attn.proj.weight"]
     torch.save(original, tmp_path / "dinov2.pth")
-    with pytest.raises(EncoderError, match=r"dinov2.pth lacks 1 weights of its model, such as encoder.layer.1"):
+    with pytest.raises(ConfigError, match=r"dinov2.pth lacks 1 weights of its model, such as encoder.layer.1"):
         ImageEncoder.load(ImageEncoderConfig(path=str(tmp_path / "dinov2.pth")), CPU)
 
 
 def test_missing_image_encoder_says_what_to_fetch() -> None:
-    with pytest.raises(EncoderError, match="dinov2_vitb14_pretrain.pth"):
+    with pytest.raises(ConfigError, match="dinov2_vitb14_pretrain.pth"):
         ImageEncoder.load(ImageEncoderConfig(path="/nowhere/dino.pth"), CPU)
 
 
@@ -160,7 +160,7 @@ def test_weights_that_files_lack_are_not_drawn_at_random(
     state = load_file(folder / "model.safetensors")
     lost = next(name for name in sorted(state) if "layer" in name)
     save_file({n: v for n, v in state.items() if n != lost}, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(EncoderError, match="lacks 1 weights"):
+    with pytest.raises(ConfigError, match="lacks 1 weights"):
         if kind == "text":
             load_text(folder)
         else:

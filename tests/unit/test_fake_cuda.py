@@ -26,7 +26,7 @@ from deco_scale.training.inputs import Batch, InputBuilder, MicroBatch, pinned
 from deco_scale.training.train_step import train_step
 from tests.device_check import ROOT, Call, DeviceCheck
 from tests.fake_cuda import fake_cuda, meta_device
-from tests.plain_engine import PlainEngine, make_objective
+from tests.support.plain_engine import PlainEngine, make_objective
 
 CONFIG = load_config(ROOT / "configs" / "t2i_xxl.yaml")
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -39,25 +39,25 @@ CONSTANTS = {
 }
 """Made and copied once per process, in the first step."""
 STEP = {
-    "training/batch.py:pinned": ("compute",),
-    "training/batch.py:packed_states": ("compute",),
-    "training/batch.py:Prepare._image": ("compute", "send"),
-    "training/batch.py:Prepare._states": ("send",),
-    "training/judge.py:Judge.add": ("compute", "fetch"),
+    "training/inputs.py:pinned": ("compute",),
+    "training/inputs.py:packed_text_embeddings": ("compute",),
+    "training/inputs.py:InputBuilder._image": ("compute", "send"),
+    "training/inputs.py:InputBuilder._embeddings": ("send",),
+    "training/anomalies.py:AnomalyDetector.add": ("compute", "fetch"),
 }
 """Where the host's tensors are planned in every step."""
 PRODUCTS = {f"aten::{name}" for name in ("mm", "addmm", "bmm", "baddbmm", "convolution")}
 WIDENED = {
-    "training/batch.py:Prepare._states", "kernels/norms.py:_accurate", "objectives/repa.py:repa_loss",
-    "kernels/pixels.py:_render_in_chunks.<locals>.render", "objectives/objective.py:Objective._pixel_losses",
+    "training/inputs.py:InputBuilder._embeddings", "kernels/norm.py:_accurate", "objectives/repa.py:repa_loss",
+    "kernels/pixel_decoder.py:_render_in_chunks.<locals>.render", "objectives/objective.py:Objective._pixel_losses",
 }  # fmt: skip
 """Where a tensor of 16 bits is written anew in 32, forward: norms, rotary position, losses, and the layer norms
 of the pixel decoder."""
-RMS_NORM = "kernels/norms.py:rms_norm"
+RMS_NORM = "kernels/norm.py:rms_norm"
 IN_FP32 = (
-    "models/position.py", "objectives/flow.py", "objectives/frequency.py", "objectives/repa.py:repa_loss",
-    "kernels/adamw.py", "training/optimizer.py", "training/judge.py", "training/randomness.py",
-    "training/step.py:train_step", "training/step.py:_mean_over_ranks",
+    "models/embeddings.py", "objectives/flow_matching.py", "objectives/frequency.py", "objectives/repa.py:repa_loss",
+    "kernels/adamw.py", "optim/adamw_ema.py", "training/anomalies.py", "training/noise.py",
+    "training/train_step.py:train_step", "training/train_step.py:_mean_over_ranks",
 )  # fmt: skip
 """Files or functions whose results are fp32, forward and in the update."""
 
@@ -118,7 +118,7 @@ def step(device: str, stage: StageConfig, kernels: Kernels) -> tuple[list[Call],
             engine, [inputs], num_micro_batches=1, lr=stage.lr, betas=stage.betas, should_skip=judge.should_skip
         )
         judge.add(1, loss=result.losses["loss"], skipped=result.skipped)
-    assert check.host_calls == STEP.keys() - ({"training/batch.py:pinned"} if device == "meta" else set())
+    assert check.host_calls == STEP.keys() - ({"training/inputs.py:pinned"} if device == "meta" else set())
     state = {n: t for kind in ("ema", "exp_avg", "exp_avg_sq") for n, t in engine.optimizer.tensors(kind).items()}
     assert len(state) == len(list(objective.parameters()))
     for tensor in (*state.values(), *objective.parameters(), *result.losses.values(), *result[1:]):
@@ -151,10 +151,10 @@ def check_types(calls: Sequence[Call], cfg: ModelConfig, *, extra: Sequence[str]
     # The position of text tokens is an fp32 parameter, and so is what the text blocks add to.
     text = 2 * cfg.num_text_blocks
     residual = [c for c in calls if c.name == "deco_scale::gated_residual"]
-    by_kernels = {"kernels/norms.py:modulate": 2 * text, "kernels/norms.py:gated_residual": text}
+    by_kernels = {"kernels/norm.py:modulate": 2 * text, "kernels/norm.py:gated_residual": text}
     if residual:
         # One copy of the decoder's weights, in which the folded ones are bf16.
-        by_kernels = {"kernels/pixels_triton.py:render_patches": 1}
+        by_kernels = {"kernels/triton/pixel_decoder.py:render_patches": 1}
     planned = {"models/layers.py:TextEmbedder.forward": 1} | by_kernels
     assert mixed == planned, f"operators of fp32 and bf16: {mixed}, planned {planned}"
     assert sum(c.outputs[0].dtype == FP32 for c in residual) == (text if residual else 0)
@@ -277,15 +277,15 @@ def test_fused_optimizer_stays_on_the_device(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(adamw, "_averaged_adamw", Launch())
     addresses = {
-        "kernels/adamw_triton.py:averaged_adamw_triton": ("compute", "send"),
-        "kernels/adamw_triton.py:averaged_adamw_triton.<locals>.<listcomp>": ("compute",),
+        "kernels/triton/adamw.py:averaged_adamw_triton": ("compute", "send"),
+        "kernels/triton/adamw.py:averaged_adamw_triton.<locals>.<listcomp>": ("compute",),
     }
     with fake_cuda():
         monkeypatch.setattr(torch.Tensor, "data_ptr", lambda tensor: 16)
         device = torch.device("cuda")
         objective = make_objective(CONFIG, device, kernels="triton")
         engine = PlainEngine(objective, CONFIG, device, kernels="triton")
-        for allowed in ({"kernels/adamw_triton.py:_chunks": ("compute", "send_pageable")}, {}):
+        for allowed in ({"kernels/triton/adamw.py:_chunks": ("compute", "send_pageable")}, {}):
             for parameter in objective.parameters():
                 parameter.grad = torch.empty_like(parameter)
             with DeviceCheck("cuda", allowed=addresses | allowed) as check:

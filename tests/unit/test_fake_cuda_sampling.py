@@ -18,7 +18,7 @@ from deco_scale.sampling.config import Solver
 from deco_scale.sampling.images import velocity_of
 from tests.device_check import DeviceCheck
 from tests.fake_cuda import fake_cuda
-from tests.plain_engine import make_objective, put_on
+from tests.support.plain_engine import make_objective, put_on
 from tests.unit.test_fake_cuda import BF16, CONFIG, ENCODER_DIM, FP32, KERNELS, PRODUCTS, custom, expected_custom
 
 SAMPLER = {

@@ -18,9 +18,14 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from benchmarks import gpu_host_time, gpu_parity, gpu_rates, gpu_second, record, straightforward
+from benchmarks import record
+from benchmarks.gpu import host_time as gpu_host_time
+from benchmarks.gpu import parity as gpu_parity
+from benchmarks.gpu import rates as gpu_rates
+from benchmarks.gpu import second as gpu_second
 from benchmarks.gpu_suite import sums_s
-from benchmarks.jobs import CheckFailed, Job, NotAvailable, Where, run_jobs
+from benchmarks.jobs.runner import CheckFailed, Job, NotAvailable, Where, run_jobs
+from benchmarks.train import compare as straightforward
 from deco_scale.errors import ConfigError
 from deco_scale.models.pixel_decoder import PixelDecoder
 from deco_scale.training.train_step import StepResult
@@ -109,7 +114,7 @@ def test_a_failure_is_in_the_log_before_the_tests_end(tmp_path: Path) -> None:
         "def test_right(): pass\n"
         "def test_endless(): time.sleep(600)\n"
     )
-    words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "benchmarks.stream_failures", str(module)]
+    words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "benchmarks.jobs.stream_failures", str(module)]
     log = tmp_path / "log"
     environment = {"PYTHONPATH": str(record.ROOT), "PYTHONUNBUFFERED": "1", "PATH": "/usr/bin:/bin"}
     with log.open("w") as out:
@@ -192,7 +197,7 @@ def test_fp8_fails_for_each_backend_by_itself(
 
 
 def test_engines_give_the_same_trace(tmp_path: Path) -> None:
-    found = in_a_process("benchmarks.gpu_parity:engines", tmp_path)
+    found = in_a_process("benchmarks.gpu.parity:engines", tmp_path)
     assert found["status"] == "pass", found
     assert 0 <= found["numbers"]["ZeRO-3 against FSDP2"] <= gpu_parity.SAME
     assert len(found["parts"]["zero3"]["trace"]) == 4
@@ -244,7 +249,7 @@ class TestHostTime:
         self.check(found.numbers, parts(where))
 
     def test_zero3_has_the_same_figures(self, tmp_path: Path) -> None:
-        found = in_a_process("benchmarks.gpu_host_time:host_time", tmp_path, engine="zero3")
+        found = in_a_process("benchmarks.gpu.host_time:host_time", tmp_path, engine="zero3")
         assert found["status"] == "pass", found
         self.check(found["numbers"], found["parts"])
 

@@ -10,9 +10,12 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import gpu_attention, gpu_first, gpu_sizes, gpu_steps
-from benchmarks.gpu_gemm import products
-from benchmarks.jobs import CheckFailed, NotAvailable, Where
+from benchmarks.gpu import attention as gpu_attention
+from benchmarks.gpu import first as gpu_first
+from benchmarks.gpu import sizes as gpu_sizes
+from benchmarks.gpu import steps as gpu_steps
+from benchmarks.gpu.gemm import products
+from benchmarks.jobs.runner import CheckFailed, NotAvailable, Where
 from deco_scale.config import load_config
 from tests.saving import alone
 
@@ -63,7 +66,7 @@ def test_straightforward_modules_are_put_back(tmp_path: Path, group: None) -> No
     inputs = next(made._inputs(batch, None))
     wanted = objective(*inputs)["loss"].item()
     with gpu_steps.straightforward(objective):
-        assert not {type(module) for module in objective.modules()} & set(gpu_steps.TWINS)
+        assert not {type(module) for module in objective.modules()} & set(gpu_steps.REFERENCE_CLASSES)
         assert objective(*inputs)["loss"].item() == pytest.approx(wanted, rel=1e-5)
     assert [type(module) for module in objective.modules()] == before
 

@@ -14,8 +14,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import gpu_first, gpu_suite, record
-from benchmarks.jobs import RESERVE_S, Job
+from benchmarks import gpu_suite, record
+from benchmarks.gpu import first as gpu_first
+from benchmarks.jobs.runner import RESERVE_S, Job
 
 
 def without_git(folder: Path) -> str:

@@ -15,12 +15,12 @@ import pytest
 from rich.console import Console
 
 from benchmarks import record
-from benchmarks.job_processes import _members
-from benchmarks.jobs import Job, Outcome, failed, pytest_job, run_jobs
-from benchmarks.jobs import tests_so_far as counted
+from benchmarks.jobs.processes import _members
+from benchmarks.jobs.runner import Job, Outcome, failed, pytest_job, run_jobs
+from benchmarks.jobs.runner import tests_so_far as counted
 
 ROOT = record.ROOT
-IMPORTS = "from pathlib import Path; from rich.console import Console; from benchmarks.jobs import *"
+IMPORTS = "from pathlib import Path; from rich.console import Console; from benchmarks.jobs.runner import *"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -257,8 +257,8 @@ def test_where_forking_fails_jobs_start_as_plain_processes(tmp_path: Path, modul
     (tmp_path / "time_hangs.py").write_text("import time; time.sleep(1000)")
     (tmp_path / "time_dies.py").write_text("import os; os._exit(1)")
     code = f"""
-from benchmarks import job_processes
-job_processes.Starter.__init__.__kwdefaults__["start_s"] = 3.0
+from benchmarks.jobs import processes
+processes.Starter.__init__.__kwdefaults__["start_s"] = 3.0
 jobs = [Job("passes", 60, function="tests.unit.suite_jobs:passes")]
 found = run_jobs(jobs, Path({str(tmp_path / "out")!r}), 100, Console(), preload=({module!r},))
 print(found["passes"]["status"])

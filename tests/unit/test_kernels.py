@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.train.eager_reference import ReferenceDecoder, saved_bytes
 from deco_scale.kernels import pixel_decoder
 from deco_scale.models.embeddings import PixelFeatures
 from deco_scale.models.pixel_decoder import PixelDecoder
-from tests.straightforward import StraightforwardDecoder, saved_bytes
 
 
 def made(kind: type[PixelDecoder], features: PixelFeatures, patch: int, width: int) -> PixelDecoder:
@@ -38,7 +38,7 @@ def test_pixel_decoder_is_its_formula(
     features: PixelFeatures, patch: int, width: int, tokens: int, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(pixel_decoder.CHUNK_PIXELS, "cpu", chunk)
-    wanted = run(made(StraightforwardDecoder, features, patch, width), torch.float64, patch, tokens)
+    wanted = run(made(ReferenceDecoder, features, patch, width), torch.float64, patch, tokens)
     for dtype, tolerance in ((torch.float64, 1e-13), (torch.float32, 3e-6)):
         found = run(made(PixelDecoder, features, patch, width), dtype, patch, tokens)
         assert len(found) == len(wanted) == 3 + 8 + 3 * 8
@@ -55,7 +55,7 @@ def test_pixel_decoder_keeps_only_its_inputs(monkeypatch: pytest.MonkeyPatch) ->
         inputs = torch.randn(2, 16, 768), torch.randn(2, 16, 24, requires_grad=True)
         return saved_bytes(decoder, lambda: decoder(*inputs))
 
-    assert kept(PixelDecoder) < kept(StraightforwardDecoder) / 4
+    assert kept(PixelDecoder) < kept(ReferenceDecoder) / 4
 
 
 def test_pixel_decoder_without_gradients_gives_the_same() -> None:

@@ -18,7 +18,7 @@ pytest.importorskip("triton", reason="the package triton is not installed")
 
 import triton
 
-from benchmarks.kernel_compile import FILE, SHARED_LIMIT
+from benchmarks.kernels.compile import FILE, SHARED_LIMIT
 from benchmarks.record import RESULTS, ROOT
 
 REWRITE = "python -m benchmarks.kernels --compile-only --out benchmarks/results"

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from deco_scale.checkpoint.digest import parameter_digest, snapshot_digest
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
@@ -24,7 +25,6 @@ from torch.distributed.tensor.placement_types import Placement
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from checkpoints_tools.formats.canonical import CanonicalReader, digest_of_sums, word_sum
-from deco_scale.checkpoint.digest import parameter_digest, snapshot_digest
 from deco_scale.checkpoint.staging import Staging
 from tests.checkpoints import assert_same_bits, complete, save
 

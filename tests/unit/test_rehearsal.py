@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import rehearsal
-from benchmarks.jobs import CheckFailed, Where
+from benchmarks.jobs.runner import CheckFailed, Where
 
 HERE = Where("cpu", True, Path())
 

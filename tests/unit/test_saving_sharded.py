@@ -7,6 +7,7 @@ from typing import cast
 
 import torch
 import torch.distributed as dist
+from deco_scale.checkpoint.object_storage import open_objects
 from safetensors.torch import load, load_file
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
@@ -16,7 +17,6 @@ from data_pipeline.storage.dev_server import S3Server
 from deco_scale.checkpoint import manager
 from deco_scale.checkpoint.config import CheckpointConfig
 from deco_scale.checkpoint.manager import CheckpointManager, read_meta
-from deco_scale.checkpoint.object_storage import open_objects
 from deco_scale.checkpoint.staging import local_part
 from deco_scale.parallel.engines.base import Engine
 from tests.distributed.harness import in_group

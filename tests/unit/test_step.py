@@ -46,9 +46,9 @@ class SmallRun:
         features = torch.randn(SAMPLES // MICROS, 9, 6, generator=generator).to(device)
         self.device, self.model = device, model
         self.engine = FsdpEngine(
-            lambda: Objective(Denoiser(model), objective, encoder_dim=6), layout=ParallelDims(1, 1, 1), device=device,
+            lambda: Objective(Denoiser(model), objective, encoder_dim=6), dims=ParallelDims(1, 1, 1), device=device,
             optimizer=OptimizerConfig(), precision=PrecisionConfig(compute="fp32"), compile_blocks=False,
-            recompute="none", seed=0, kernels=kernels,
+            activation_checkpointing="none", seed=0, kernels=kernels,
         )  # fmt: skip
         build_inputs = InputBuilder(
             seed=0,

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from deco_scale.objectives.inputs import ObjectiveInputs
 from deco_scale.parallel.engines.base import Engine, Update
 from deco_scale.parallel.engines.deepspeed import DeepSpeedEngine
 from deco_scale.parallel.mesh import ParallelDims
-from deco_scale.training.inputs import ObjectiveInputs
 from deco_scale.training.train_step import train_step
 from tests.saving import alone
 

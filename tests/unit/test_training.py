@@ -28,8 +28,9 @@ from deco_scale.optim.adamw_ema import AdamWWithEMA, nan_if_nonfinite
 from deco_scale.optim.config import OptimizerConfig
 from deco_scale.parallel.engines.base import Engine
 from deco_scale.planning.flops import training_flops
+from deco_scale.seeding import derive_seed
 from deco_scale.training.inputs import Batch, EncoderOutputs
-from deco_scale.training.noise import draw, mix
+from deco_scale.training.noise import draw
 from deco_scale.training.prefetch import EncoderPrefetcher, HostPrefetcher
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -42,7 +43,7 @@ def test_draws_belong_to_the_sample_not_to_the_batch() -> None:
     for a, b in zip(whole, part, strict=True):
         assert torch.equal(a[[2, 0]], b)
     assert not torch.equal(draw(2, [10], (3, 4, 4), CPU).noise, part.noise[1:])
-    keys = {mix(seed, n) for seed in range(50) for n in range(200)}
+    keys = {derive_seed(seed, n) for seed in range(50) for n in range(200)}
     assert len(keys) == 10_000
     draws = draw(0, list(range(4000)), (1, 1, 1), CPU)
     assert abs(draws.normal.mean().item()) < 0.06 and abs(draws.normal.std().item() - 1) < 0.05

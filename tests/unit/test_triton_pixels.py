@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks.train.eager_reference import ReferenceDecoder, saved_bytes
 from deco_scale.kernels import BlockWeights, Folded, render_pixels, use_kernels
 from deco_scale.models import Denoiser, ModelConfig
 from deco_scale.models.pixel_decoder import PixelDecoder
-from tests.straightforward import StraightforwardDecoder, saved_bytes
 
 pytest.importorskip("triton", reason="the package triton is not installed")
 
@@ -77,7 +77,7 @@ def test_output_and_every_gradient_are_the_formula(
     patch: int, width: int, blocks: int, channels: int, tokens: int
 ) -> None:
     size = (patch, width, blocks, channels)
-    wanted = run(made(StraightforwardDecoder, *size, torch.float64), tokens)
+    wanted = run(made(ReferenceDecoder, *size, torch.float64), tokens)
     found = run(made(PixelDecoder, *size, torch.float32), tokens)
     for name, error in errors(found, wanted).items():
         # Sums of up to 128 pixels and 64 columns: a few rounding errors (6e-8) of the largest entry.
@@ -90,7 +90,7 @@ def test_bf16_is_as_near_to_the_formula_as_the_twin(autocast: bool) -> None:
     size, tokens = (8, 16, 2, 3), 3
     dtype, mode = (torch.float32, torch.bfloat16) if autocast else (torch.bfloat16, None)
     given = made(PixelDecoder, *size, dtype)
-    formula = made(StraightforwardDecoder, *size, torch.float64)
+    formula = made(ReferenceDecoder, *size, torch.float64)
     # The same rounded weights in all three.
     formula.load_state_dict(given.state_dict())
     wanted = run(formula, tokens)
@@ -107,7 +107,7 @@ def test_bf16_is_as_near_to_the_formula_as_the_twin(autocast: bool) -> None:
 
 def test_half_precision_of_autocast_is_taken() -> None:
     size = (4, 16, 2, 3)
-    wanted = run(made(StraightforwardDecoder, *size, torch.float64), 2)
+    wanted = run(made(ReferenceDecoder, *size, torch.float64), 2)
     for name, error in errors(run(made(PixelDecoder, *size, torch.float32), 2, torch.float16), wanted).items():
         # fp16 rounds by 2^-11.
         assert error < 2**-11 * 16, name

@@ -1,20 +1,21 @@
-"""What the training loop asks of an engine; ``parallel`` has the two that exist."""
+"""The interface between training and a sharded model; ``fsdp`` and ``deepspeed`` implement it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol
 
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from deco_scale.training.inputs import ObjectiveInputs
+from deco_scale.distributed.replica_check import Replicas
+from deco_scale.objectives.inputs import ObjectiveInputs
 
 EMA_PREFIX = "denoiser."
 """The EMA covers the denoiser, as in the release; the REPA head is of no use after training."""
 
 
 class Update(NamedTuple):
-    """Outcome of an optimizer step: gradient norm before clipping, and 1.0 where it was skipped."""
+    """Outcome of an optimizer step: gradient norm before clipping, and 1.0 where it was skipped (both 0-dim)."""
 
     grad_norm: Tensor
     skipped: Tensor
@@ -33,13 +34,6 @@ class TokenGroup(Protocol):
     def size(self) -> int: ...
 
 
-class Replicas(NamedTuple):
-    """Tensors of this rank that are the same, bit by bit, on all ranks of ``group``."""
-
-    group: ProcessGroup
-    tensors: Mapping[str, Tensor]
-
-
 class Engine(Protocol):
     """A sharded objective with its optimizer and EMA.
 
@@ -49,36 +43,40 @@ class Engine(Protocol):
 
     @property
     def tokens(self) -> TokenGroup | None:
-        """Ranks that share each sequence, where there are several."""
-
-    @property
-    def optimizer_steps(self) -> int:
-        """Updates taken so far, skipped ones aside."""
-
-    def forward_backward(self, inputs: ObjectiveInputs, *, scale: float, last: bool) -> dict[str, Tensor]:
-        """Losses of one micro-batch (detached, this rank's); accumulates ``scale`` times the gradient."""
-
-    def update(self, *, lr: float, betas: tuple[float, float], should_skip: Tensor | None = None) -> Update:
-        """Clip, check, step, average; skipped on every rank when loss or gradient is not finite.
-
-        It is skipped, too, where ``unwanted`` (0-dim, the same on all ranks) is 1.0.
-        """
+        """Ranks that share each sequence; None without tensor parallelism."""
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
         """Transformer blocks as they compute here."""
 
+    @property
+    def optimizer_steps(self) -> int:
+        """Updates so far, without the skipped ones."""
+
+    def forward_backward(self, inputs: ObjectiveInputs, *, scale: float, last: bool) -> dict[str, Tensor]:
+        """Losses of one micro-batch (detached, this rank's); accumulates ``scale`` times the gradient.
+
+        ``last`` marks the last micro-batch of a step.
+        """
+
+    def update(self, *, lr: float, betas: tuple[float, float], should_skip: Tensor | None = None) -> Update:
+        """Clip gradients and update weights and EMA.
+
+        Every rank skips the update if a loss or gradient is not finite, or ``should_skip`` (0-dim, the same on
+        all ranks) is 1.0.
+        """
+
     def replicas(self) -> Sequence[Replicas]:
-        """Live tensors that other ranks hold, too; every rank lists the same groups' kinds in the same order."""
+        """Live tensors that other ranks hold as well; all ranks list the same kinds of groups in the same order."""
 
     def state(self) -> dict[str, Tensor]:
-        """Sharded state tensors; may be live. All ranks call it together."""
+        """Sharded state tensors, possibly live ones; a collective."""
 
     def load(self, state: dict[str, Tensor], optimizer_steps: int) -> None:
-        """Take over tensors that :meth:`state` returned and someone filled; may empty it. All ranks together."""
+        """Take over the tensors of :meth:`state` after they were filled; may empty the dict; a collective."""
 
     def ema_weights(self) -> AbstractContextManager[None]:
-        """Within the context the model computes with the EMA weights. All ranks together."""
+        """Context in which the model computes with the EMA weights; a collective."""
 
     def predict(self, patches: Tensor, t: Tensor, condition: Tensor, grid: tuple[int, int]) -> Tensor:
-        """The denoiser's prediction without gradients; with sharded weights all ranks call together."""
+        """The denoiser's prediction (B, N, K) without gradients, for all tokens; a collective."""

@@ -16,17 +16,19 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from deco_scale.distributed.replica_check import Replicas
 from deco_scale.errors import ConfigError
 from deco_scale.kernels import Kernels
 from deco_scale.models.compile import limit_recompiles
 from deco_scale.models.config import ActivationCheckpointing
 from deco_scale.models.tp_plan import split_dim
 from deco_scale.objectives import Objective
+from deco_scale.objectives.inputs import ObjectiveInputs
 from deco_scale.optim.adamw_ema import MOMENTS, AdamWWithEMA, nan_if_nonfinite
 from deco_scale.optim.config import OptimizerConfig
 from deco_scale.parallel.activation_checkpoint import apply_activation_checkpointing
 from deco_scale.parallel.config import ZeroStage
-from deco_scale.parallel.engines.base import EMA_PREFIX, Replicas, TokenGroup, Update
+from deco_scale.parallel.engines.base import EMA_PREFIX, TokenGroup, Update
 from deco_scale.parallel.engines.deepspeed_imports import import_deepspeed, import_megatron
 from deco_scale.parallel.init_weights import initial_tensors
 from deco_scale.parallel.mesh import ParallelDims
@@ -35,7 +37,6 @@ from deco_scale.parallel.tensor_parallel import tp_part, tp_placement
 from deco_scale.precision import fp8
 from deco_scale.precision.config import PrecisionConfig, autocast
 from deco_scale.precision.fp8_plan import Fp8Plan
-from deco_scale.training.inputs import ObjectiveInputs
 
 ZERO3_PERSISTENT = 100_000
 """Weights of at most so many elements stay whole on every rank under ZeRO-3 (DeepSpeed's own default)."""
@@ -111,14 +112,14 @@ class DeepSpeedEngine:
         self,
         build: Callable[[], Objective],
         *,
-        layout: ParallelDims,
+        dims: ParallelDims,
         stage: ZeroStage,
         micro_batch: int,
         device: torch.device,
         optimizer: OptimizerConfig,
         precision: PrecisionConfig,
         compile_blocks: bool,
-        recompute: ActivationCheckpointing,
+        activation_checkpointing: ActivationCheckpointing,
         seed: int,
         overrides: dict[str, Any],
         fp8_plan: Fp8Plan | None = None,
@@ -127,11 +128,11 @@ class DeepSpeedEngine:
         fp8.check_plan(precision, fp8_plan)
         deepspeed = import_deepspeed(device)
         self._fp8_plan = fp8_plan
-        self._device, self._precision, self._stage, self._layout = device, precision, stage, layout
+        self._device, self._precision, self._stage, self._dims = device, precision, stage, dims
         config = deepspeed_json(
             device=device,
             stage=stage,
-            tp=layout.tp,
+            tp=dims.tp,
             micro_batch=micro_batch,
             optimizer=optimizer,
             precision=precision,
@@ -140,12 +141,12 @@ class DeepSpeedEngine:
         )
         with torch.device("meta"):
             template = build()
-        megatron = import_megatron() if layout.tp > 1 else None
-        mpu = megatron.initialize(layout.tp) if megatron else None
+        megatron = import_megatron() if dims.tp > 1 else None
+        mpu = megatron.initialize(dims.tp) if megatron else None
         # An earlier engine of this process may have left another one.
         deepspeed.utils.groups.mpu = mpu
         # tp first: a parameter is cut over tp, and each part over dp.
-        ranks = torch.arange(dist.get_world_size()).view(layout.dp, layout.tp).T
+        ranks = torch.arange(dist.get_world_size()).view(dims.dp, dims.tp).T
         self._mesh = DeviceMesh(device.type, ranks, mesh_dim_names=("tp", "dp"))
         if stage == 3:
             group = self._mesh.get_group("dp")
@@ -160,8 +161,8 @@ class DeepSpeedEngine:
                 megatron.apply_megatron(objective)
         if fp8_plan is not None:
             # PyTorch's checkpointing keeps no gathered weight of a block that it recomputes.
-            release = stage == 3 and recompute == "none" and not compile_blocks
-            fp8.apply_fp8(objective.denoiser, fp8_plan, bias_share=layout.tp, release_weights=release)
+            release = stage == 3 and activation_checkpointing == "none" and not compile_blocks
+            fp8.apply_fp8(objective.denoiser, fp8_plan, bias_share=dims.tp, release_weights=release)
         self._tokens: TokenShard | None = megatron.install_collectives(objective) if megatron else None
         if stage != 3:
             objective.to_empty(device=device)
@@ -169,7 +170,7 @@ class DeepSpeedEngine:
         if megatron:
             megatron.mark_parameters(objective, self._tokens)
         blocks = objective.denoiser.transformer_blocks
-        apply_activation_checkpointing(blocks, recompute, function=fp8.recompute_function(fp8_plan))
+        apply_activation_checkpointing(blocks, activation_checkpointing, function=fp8.recompute_function(fp8_plan))
         if stage == 3 and objective.denoiser.decoder is not None:
             # It computes with its linears' weights without calling them, so all are gathered at once.
             deepspeed.utils.set_z3_leaf_modules(objective, [type(objective.denoiser.decoder)])
@@ -202,7 +203,7 @@ class DeepSpeedEngine:
         """Initial weights, this rank's part over tp of each."""
         parameters = dict(objective.named_parameters())
         for name, tensor in initial_tensors(template, seed):
-            part = tp_part(name, tensor, self._mesh.get_local_rank("tp"), self._layout.tp)
+            part = tp_part(name, tensor, self._mesh.get_local_rank("tp"), self._dims.tp)
             if self._stage == 3:
                 self._set_full(parameters[name], part.to(self._device))
             else:
@@ -221,7 +222,7 @@ class DeepSpeedEngine:
             losses = self._engine(*inputs)
         self._engine.backward(nan_if_nonfinite(losses["loss"] * scale), scale_wrt_gas=False)
         # A tp rank has its part of a loss; the mean over all ranks wants tp times that.
-        return {name: value.detach() * self._layout.tp for name, value in losses.items()}
+        return {name: value.detach() * self._dims.tp for name, value in losses.items()}
 
     def update(self, *, lr: float, betas: tuple[float, float], should_skip: Tensor | None = None) -> Update:
         # DeepSpeed clips and checks itself, but for ZeRO-0, where every rank holds all gradients.
@@ -247,12 +248,12 @@ class DeepSpeedEngine:
         found = []
         # ZeRO-3 keeps small parameters whole between steps, but only parts of them are state.
         weights = {n: getattr(p, "ds_tensor", p).data for n, p in self._parameters.items()}
-        if self._stage < 3 and self._layout.dp > 1:
+        if self._stage < 3 and self._dims.dp > 1:
             state = {f"model.{name}": weight for name, weight in weights.items()}
             for kind in ("ema", *MOMENTS) if self._stage == 0 else ():
                 state |= {f"{kind}.{name}": value for name, value in self._client.tensors(kind).items()}
             found.append(Replicas(self._mesh.get_group("dp"), state))
-        if self._layout.tp > 1:
+        if self._dims.tp > 1:
             alike = {f"model.{name}": weight for name, weight in weights.items() if split_dim(name) is None}
             found.append(Replicas(self._mesh.get_group("tp"), alike))
         return found
@@ -299,8 +300,8 @@ class DeepSpeedEngine:
         """A parameter's part over tp, whole on each dp rank, as a tensor that is cut over both."""
         shape, dim = list(part.shape), split_dim(name)
         if dim is not None:
-            shape[dim] *= self._layout.tp
-        chunks = part.chunk(self._layout.dp)
+            shape[dim] *= self._dims.tp
+        chunks = part.chunk(self._dims.dp)
         place = self._mesh.get_local_rank("dp")
         # A chunk is a view: a copy lets the whole parameter go.
         local = chunks[place].clone() if place < len(chunks) else part.new_empty(0, *part.shape[1:])
@@ -362,7 +363,7 @@ class DeepSpeedEngine:
             # Partitions are equal slices of the flattened parameter, the last one padded.
             size = cast(Any, parameter).ds_tensor.ds_numel
             flat = value.float().flatten()
-            padded = torch.nn.functional.pad(flat, (0, size * self._layout.dp - flat.numel()))
+            padded = torch.nn.functional.pad(flat, (0, size * self._dims.dp - flat.numel()))
             place = self._mesh.get_local_rank("dp")
             safe_set_local_fp32_param(parameter, padded.narrow(0, size * place, size))
         else:

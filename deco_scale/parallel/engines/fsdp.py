@@ -19,14 +19,16 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
+from deco_scale.distributed.replica_check import Replicas
 from deco_scale.kernels import Kernels
 from deco_scale.models.compile import limit_recompiles
 from deco_scale.models.config import ActivationCheckpointing
 from deco_scale.objectives import Objective
+from deco_scale.objectives.inputs import ObjectiveInputs
 from deco_scale.optim.adamw_ema import MOMENTS, AdamWWithEMA, nan_if_nonfinite
 from deco_scale.optim.config import OptimizerConfig
 from deco_scale.parallel.activation_checkpoint import apply_activation_checkpointing
-from deco_scale.parallel.engines.base import EMA_PREFIX, Replicas, TokenGroup, Update
+from deco_scale.parallel.engines.base import EMA_PREFIX, TokenGroup, Update
 from deco_scale.parallel.init_weights import initial_tensors
 from deco_scale.parallel.mesh import ParallelDims
 from deco_scale.parallel.sequence_parallel import TokenShard
@@ -34,7 +36,6 @@ from deco_scale.parallel.tensor_parallel import apply_tensor_parallel, tp_part
 from deco_scale.precision import fp8
 from deco_scale.precision.config import PrecisionConfig, autocast
 from deco_scale.precision.fp8_plan import Fp8Plan
-from deco_scale.training.inputs import ObjectiveInputs
 
 
 def shard(objective: Objective, *, mesh: DeviceMesh, precision: PrecisionConfig, compile_blocks: bool) -> None:
@@ -64,24 +65,24 @@ class FsdpEngine:
         self,
         build: Callable[[], Objective],
         *,
-        layout: ParallelDims,
+        dims: ParallelDims,
         device: torch.device,
         optimizer: OptimizerConfig,
         precision: PrecisionConfig,
         compile_blocks: bool,
-        recompute: ActivationCheckpointing,
+        activation_checkpointing: ActivationCheckpointing,
         seed: int,
         fp8_plan: Fp8Plan | None = None,
         kernels: Kernels = "torch",
     ) -> None:
         fp8.check_plan(precision, fp8_plan)
         self._fp8_plan = fp8_plan
-        self._device, self._precision, self._layout = device, precision, layout
+        self._device, self._precision, self._dims = device, precision, dims
         with torch.device("meta"):
             template, self._objective = build(), build()
         mesh = init_device_mesh(
             device.type,
-            (layout.dp_replicate, layout.dp_shard, layout.tp),
+            (dims.dp_replicate, dims.dp_shard, dims.tp),
             mesh_dim_names=("dp_replicate", "dp_shard", "tp"),
         )
         if fp8_plan is not None:
@@ -89,24 +90,24 @@ class FsdpEngine:
         if compile_blocks:
             limit_recompiles()
         self._tokens: TokenShard | None = None
-        if layout.tp > 1:
+        if dims.tp > 1:
             self._tokens = apply_tensor_parallel(self._objective, mesh["tp"], compile_blocks=compile_blocks)
         blocks = self._objective.denoiser.transformer_blocks
-        apply_activation_checkpointing(blocks, recompute, function=fp8.recompute_function(fp8_plan))
+        apply_activation_checkpointing(blocks, activation_checkpointing, function=fp8.recompute_function(fp8_plan))
         shard(
             self._objective,
-            mesh=mesh["dp_replicate", "dp_shard"] if layout.dp_replicate > 1 else mesh["dp_shard"],
+            mesh=mesh["dp_replicate", "dp_shard"] if dims.dp_replicate > 1 else mesh["dp_shard"],
             precision=precision,
             # With tp, blocks are compiled inside of what shows them their local weights.
-            compile_blocks=compile_blocks and layout.tp == 1,
+            compile_blocks=compile_blocks and dims.tp == 1,
         )
         self._objective.to_empty(device=device)
         self._parameters = {n: cast(DTensor, p) for n, p in self._objective.named_parameters()}
         for name, tensor in initial_tensors(template, seed):
             target = self._parameters[name]
-            part = tp_part(name, tensor, mesh.get_local_rank("tp"), layout.tp)
+            part = tp_part(name, tensor, mesh.get_local_rank("tp"), dims.tp)
             # FSDP cuts what tp leaves along dimension 0, in chunks of equal size but for the last ones.
-            chunks = part.chunk(layout.dp_shard)
+            chunks = part.chunk(dims.dp_shard)
             place = mesh.get_local_rank("dp_shard")
             if place < len(chunks):
                 _local(target).copy_(chunks[place])
@@ -130,7 +131,7 @@ class FsdpEngine:
             losses = self._objective(*inputs)
         nan_if_nonfinite(losses["loss"] * scale).backward()
         # A tp rank has its part of a loss; the mean over all ranks wants tp times that.
-        return {name: value.detach() * self._layout.tp for name, value in losses.items()}
+        return {name: value.detach() * self._dims.tp for name, value in losses.items()}
 
     @torch.no_grad()
     def update(self, *, lr: float, betas: tuple[float, float], should_skip: Tensor | None = None) -> Update:
@@ -157,9 +158,9 @@ class FsdpEngine:
         for kind in ("ema", *MOMENTS):
             state |= {f"{kind}.{name}": local for name, local in self._optimizer.tensors(kind).items()}
         found = []
-        if self._layout.dp_replicate > 1:
+        if self._dims.dp_replicate > 1:
             found.append(Replicas(self._mesh.get_group("dp_replicate"), state))
-        if self._layout.tp > 1:
+        if self._dims.tp > 1:
             alike = {key: local for key, local in state.items() if key.partition(".")[2] not in self._cut_by_tp}
             found.append(Replicas(self._mesh.get_group("tp"), alike))
         return found
@@ -173,7 +174,7 @@ class FsdpEngine:
         whole = [g for n, g in grads.items() if n not in self._cut_by_tp and g.numel()]
         squares = torch.stack([_sum_of_squares(part, self._device) for part in (cut, whole)])
         dist.all_reduce(squares, group=self._mesh.get_group("dp_shard"))
-        if self._layout.tp > 1:
+        if self._dims.tp > 1:
             dist.all_reduce(squares[:1], group=self._mesh.get_group("tp"))
         return squares.sum().sqrt()
 

@@ -29,7 +29,7 @@ class ModelParallelUnit:
 
 
 def initialize(tp: int) -> ModelParallelUnit:
-    """Build Megatron's groups over all ranks, tp innermost as in :class:`Layout`."""
+    """Build Megatron's groups over all ranks, tp innermost as in :class:`ParallelDims`."""
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp, create_gloo_process_groups=False)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.train.eager_reference import saved_bytes
 from deco_scale.config import load_config
 from deco_scale.models import Denoiser, ModelConfig
 from deco_scale.models.config import ActivationCheckpointing
@@ -25,7 +26,6 @@ from deco_scale.planning.flops import Workload, forward_flops, training_flops
 from deco_scale.planning.memory import activation_bytes, state_by_part, state_bytes, state_copies
 from deco_scale.planning.parameters import layout_rows
 from deco_scale.planning.step_time import block_moved, decoder_moved
-from tests.straightforward import saved_bytes
 
 XXL = Path(__file__).resolve().parents[3] / "configs" / "t2i_xxl.yaml"
 SMALL = ModelConfig(
@@ -76,12 +76,12 @@ def test_flops_are_those_that_pytorch_counts(model: ModelConfig) -> None:
 def test_state_is_as_often_as_held(engine: Any, stage: Any, mesh: tuple[int, int]) -> None:
     if stage == 0 and (engine == "deepspeed" and mesh[1] > 1):
         pytest.skip("ZeRO-0 has no tensor parallelism")
-    layout = ParallelDims(1, *mesh)
+    dims = ParallelDims(1, *mesh)
     parallel = ParallelConfig(engine=engine, zero_stage=stage, dp_shard=mesh[0], tp=mesh[1])
-    rows = layout_rows(SMALL, layout)
+    rows = layout_rows(SMALL, dims)
     cut, whole = sum(row.local_bytes for row in rows), sum(4 * row.tp_numel for row in rows)
     cuts, wholes = state_copies(engine, stage)
-    found = state_bytes(Workload(model=SMALL, compute="fp32"), parallel, layout)
+    found = state_bytes(Workload(model=SMALL, compute="fp32"), parallel, dims)
     assert sum(found.values()) == cuts * cut + wholes * whole
     assert set(found) == set(state_by_part(engine, stage))
     if mesh == (1, 1):
@@ -93,14 +93,14 @@ def test_state_is_as_often_as_held(engine: Any, stage: Any, mesh: tuple[int, int
 
 
 def test_the_repa_head_has_state_but_no_average() -> None:
-    parallel, layout = ParallelConfig(dp_shard=1), ParallelDims(1, 1)
-    without = state_bytes(Workload(model=SMALL, compute="fp32"), parallel, layout)
+    parallel, dims = ParallelConfig(dp_shard=1), ParallelDims(1, 1)
+    without = state_bytes(Workload(model=SMALL, compute="fp32"), parallel, dims)
     work = Workload(model=SMALL, compute="fp32", repa_dim=REPA_DIM)
     head = Objective(Denoiser(SMALL), ObjectiveConfig(repa_layer=1), encoder_dim=REPA_DIM).repa_head
     assert head is not None
     count = sum(p.numel() for p in head.parameters())
     assert work.repa_parameters == count
-    more = {part: size - without[part] for part, size in state_bytes(work, parallel, layout).items()}
+    more = {part: size - without[part] for part, size in state_bytes(work, parallel, dims).items()}
     assert more == {"weights": 4 * count, "gradients": 4 * count, "moments": 8 * count, "average": 0}
 
 

@@ -40,14 +40,14 @@ def test_every_layout_is_one_that_a_run_accepts(gpus: int) -> None:
     assert len(layouts) == len(set(map(repr, layouts)))
     plans = all_plans(Workload(model=model, compute="bf16"), stages, layouts, device, gpus=gpus)
     for plan in plans:
-        layout = resolve_parallel_dims(plan.parallel, gpus)
-        assert layout.dp * layout.tp == gpus and layout.tp <= 8
-        check_tp(model, layout.tp)
+        dims = resolve_parallel_dims(plan.parallel, gpus)
+        assert dims.dp * dims.tp == gpus and dims.tp <= 8
+        check_tp(model, dims.tp)
         for forecast in plan.stages:
             steps = accumulation_steps(
                 global_batch=forecast.stage.global_batch,
                 micro_batch=forecast.stage.micro_batch,
-                dp=layout.dp,
+                dp=dims.dp,
                 where="here",
             )
             assert steps == forecast.accumulation
@@ -64,8 +64,8 @@ def test_more_gpus_never_need_more_memory(engine: Any, tp: int) -> None:
         sizes = []
         for gpus in (2, 4, 8, 16, 64):
             parallel = ParallelConfig(engine=engine, zero_stage=stage, tp=tp)
-            layout = resolve_parallel_dims(parallel, gpus)
-            parts = memory_by_part(work, parallel, layout, images=4, accumulation=2, resolution=256, kind="cuda")
+            dims = resolve_parallel_dims(parallel, gpus)
+            parts = memory_by_part(work, parallel, dims, images=4, accumulation=2, resolution=256, kind="cuda")
             sizes.append(sum(parts.values()))
         assert sizes == sorted(sizes, reverse=True) and sizes[0] > sizes[-1]
 
@@ -75,11 +75,11 @@ def test_more_gpus_never_need_more_memory(engine: Any, tp: int) -> None:
 def test_bigger_batches_never_take_less(mode: ActivationCheckpointing, fused: bool) -> None:
     work = Workload(model=load_config(XXL).model, compute="bf16", fused=fused)
     device, parallel = gpu_device("h100", compute="bf16"), ParallelConfig(activation_checkpointing=mode)
-    layout, sizes = resolve_parallel_dims(parallel, 16), (1, 2, 4, 8, 16, 64)
+    dims, sizes = resolve_parallel_dims(parallel, 16), (1, 2, 4, 8, 16, 64)
     options: dict[str, Any] = {"accumulation": 2, "resolution": 256}
-    seconds = [sum(step_by_part(work, parallel, layout, device, images=n, **options).values()) for n in sizes]
+    seconds = [sum(step_by_part(work, parallel, dims, device, images=n, **options).values()) for n in sizes]
     memory = [
-        sum(memory_by_part(work, parallel, layout, images=n, kind="cuda", **options).values()) for n in sizes
+        sum(memory_by_part(work, parallel, dims, images=n, kind="cuda", **options).values()) for n in sizes
     ]
     # Where the host is the limit all take the same time, but for the last digit of a sum of parts.
     assert all(later >= earlier * (1 - 1e-12) for earlier, later in itertools.pairwise(seconds))

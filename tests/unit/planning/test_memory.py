@@ -54,8 +54,8 @@ def test_fsdp_gathers_the_root_and_two_units_and_reduces_one(
     # Until the last micro-batch gradients stay whole, in fp32.
     kept = 4 * (root + sum(units) + work.repa_parameters) if accumulation > 1 else 0
     for shard in (1, 4):
-        parallel, layout = ParallelConfig(dp_shard=shard, tp=tp), ParallelDims(1, shard, tp)
-        assert working_bytes(work, parallel, layout, accumulation=accumulation) == gathered + reduced + kept
+        parallel, dims = ParallelConfig(dp_shard=shard, tp=tp), ParallelDims(1, shard, tp)
+        assert working_bytes(work, parallel, dims, accumulation=accumulation) == gathered + reduced + kept
 
 
 def test_the_two_models_differ_in_what_their_largest_unit_is() -> None:
@@ -120,11 +120,11 @@ def test_the_parts_are_all_there(kind: str, size: int) -> None:
         Encoder(name="b", parameters=2e6, multiplied=1e6),
     )
     work = Workload(model=LARGE_DECODER, compute="bf16", encoders=encoders)
-    parallel, layout = ParallelConfig(dp_shard=2), ParallelDims(1, 2)
-    parts = memory_by_part(work, parallel, layout, images=2, accumulation=1, resolution=64, kind=kind)
+    parallel, dims = ParallelConfig(dp_shard=2), ParallelDims(1, 2)
+    parts = memory_by_part(work, parallel, dims, images=2, accumulation=1, resolution=64, kind=kind)
     assert parts["encoders"] == size * 3e6 and parts["reserve"] == RESERVE_BYTES[kind]
-    assert parts["working weights"] == working_bytes(work, parallel, layout, accumulation=1)
-    activations = activation_bytes(work, parallel, layout, images=2, resolution=64, kind=kind)
+    assert parts["working weights"] == working_bytes(work, parallel, dims, accumulation=1)
+    activations = activation_bytes(work, parallel, dims, images=2, resolution=64, kind=kind)
     names = ("activations of blocks", "inputs", "losses", "decoder", "held for a moment")
     assert sum(parts[name] for name in names) == pytest.approx(sum(activations.values()))
     assert min(parts.values()) > 0
