@@ -31,10 +31,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from benchmarks import record
-from benchmarks.job_processes import end_of_process
-from benchmarks.jobs import Job, Outcome, failed, run_jobs
+from benchmarks.jobs.processes import end_of_process
+from benchmarks.jobs.runner import Job, Outcome, failed, run_jobs
 
-CALLS = {"first": "benchmarks.gpu_first", "second": "benchmarks.gpu_second"}
+CALLS = {"first": "benchmarks.gpu.first", "second": "benchmarks.gpu.second"}
 """Modules with ``jobs(device)`` and ``BUDGET_S``; they import nothing that takes seconds."""
 SPEED_UP = 3.0
 """Promised images/s against the straightforward eager model."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.jobs import first_line
+from benchmarks.jobs.runner import first_line
 from deco_scale.models.attention.autotune import keep_busy
 from deco_scale.precision.config import PrecisionConfig
 

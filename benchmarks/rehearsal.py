@@ -26,7 +26,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rich.console import Console
 
 from benchmarks import record
-from benchmarks.jobs import CheckFailed, Found, Job, Outcome, Where, failed, pytest_job, run_jobs, write_json
+from benchmarks.jobs.runner import (
+    CheckFailed,
+    Found,
+    Job,
+    Outcome,
+    Where,
+    failed,
+    pytest_job,
+    run_jobs,
+    write_json,
+)
 
 BUDGET_S = 3600.0
 """So that a busy machine does not fail it; alone on 2 cores it takes less than 20 minutes."""

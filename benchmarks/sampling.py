@@ -28,7 +28,7 @@ from benchmarks.record import RESULTS, ROOT, origin, write
 from deco_scale.config import load_config
 from deco_scale.errors import ConfigError
 from deco_scale.models import Denoiser
-from deco_scale.models.encoders import EncoderError, TextEncoder
+from deco_scale.models.encoders import TextEncoder
 from deco_scale.sampling import Generator, SamplerConfig, SampleRequest, VelocityFn, time_grid
 from deco_scale.sampling.images import seeded_noise, to_uint8, velocity_of
 
@@ -81,10 +81,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     # Without a cache: a round must not find the texts of the one before.
     settings = dataclasses.replace(cfg.text_encoder, path=str(args.text_encoder), cache_captions=0)
     device = torch.device("cpu")
-    try:
-        text = TextEncoder.load(settings, device)
-    except EncoderError as error:
-        raise ConfigError(str(error)) from error
+    text = TextEncoder.load(settings, device)
     torch.manual_seed(0)
     denoiser = Denoiser(cfg.model).eval().requires_grad_(False)
     for parameter in denoiser.parameters():

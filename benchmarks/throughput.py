@@ -4,9 +4,10 @@
     torchrun --nproc_per_node 8 benchmarks/throughput.py --config FILE [key.path=value ...]
     python -m benchmarks.throughput [--device cpu]      fast against straightforward, with the promises
 
-The engine, its step and its update are those of a run (benchmarks/steps.py). The step is timed as it is; a second
-series with marks tells the parts (benchmarks/parts.py). A printed table, a JSON file and a PNG.
-Exit codes: 0 done, 1 failed (without --config: the numbers of the two differ), 2 wrong use or configuration.
+The engine, its step and its update are those of a run (benchmarks/train/steps.py). The step is timed as it is; a
+second series with marks gives the breakdown by part (benchmarks/train/parts.py). A printed table, a JSON file
+and a PNG. Exit codes: 0 done, 1 failed (without --config: the losses of the two differ), 2 usage or
+configuration error.
 """
 
 import argparse
@@ -30,10 +31,11 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import record, straightforward
+from benchmarks import record
 from benchmarks.measure import Ceilings, Stopwatch, device_name, gemm_dtype, measure_ceilings, synchronise
-from benchmarks.parts import Timeline, watch
-from benchmarks.steps import TrainingSteps, leave, resolved_layout
+from benchmarks.train import compare as straightforward
+from benchmarks.train.parts import Timeline, watch
+from benchmarks.train.steps import TrainingSteps, leave, resolved_layout
 from deco_scale.config import RunConfig, dump_config, load_config
 from deco_scale.distributed.bootstrap import Environment, choose_device, read_environment
 from deco_scale.errors import ConfigError, RunError

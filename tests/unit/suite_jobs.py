@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 
-from benchmarks.jobs import CheckFailed, Found, NotAvailable, Where
+from benchmarks.jobs.runner import CheckFailed, Found, NotAvailable, Where
 
 ENDLESS = [sys.executable, "-c", "import time; time.sleep(1000)"]
 # Prints the number of its child, which keeps no pipe open, and ends.

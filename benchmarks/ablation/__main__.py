@@ -1,0 +1,5 @@
+import sys
+
+from benchmarks.ablation.run import main
+
+sys.exit(main())

@@ -1,0 +1,5 @@
+import sys
+
+from benchmarks.checkpoint.save import main
+
+sys.exit(main())

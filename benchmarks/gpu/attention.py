@@ -1,0 +1,85 @@
+"""The race of attention kernels at the XXL's shapes: run once in a call of the GPU suite, read by its other jobs.
+
+No GPU has run it yet.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from benchmarks.gpu.sizes import TINY_SIDE, XXL, overrides_of
+from benchmarks.jobs.runner import CheckFailed, Found, Where
+from benchmarks.measure import gpu_lost
+from deco_scale.config import load_config
+from deco_scale.models.attention import KERNELS, kernel_missing
+from deco_scale.models.attention.autotune import RACED, AttentionShape, BackendChoice, choose_backend, model_shapes
+
+OF_PYTORCH = ("sdpa", "cudnn", "flash_torch")
+"""Attention kernels that need no other package."""
+
+
+def attention(where: Where, *, sizes: Sequence[tuple[int, int]]) -> Found:
+    """Every attention kernel that can run here against the formula, and its time, for (resolution, micro-batch).
+
+    Later jobs take the fastest of each shape. PyTorch's own kernels come first, a package is imported when its
+    turn comes, and each figure is on disk at once: a package may end the process. Raises :class:`CheckFailed`
+    where a kernel is wrong or raises.
+    """
+    device, dtype = torch.device(where.device), torch.bfloat16 if where.device == "cuda" else torch.float32
+    model = load_config(XXL, overrides_of(where)).model
+    shapes: list[AttentionShape] = []
+    for resolution, micro_batch in sizes:
+        side, batch = (TINY_SIDE[resolution], 2) if where.quick else (resolution, micro_batch)
+        shapes += model_shapes(model, resolution=side, batch=batch)
+    times: dict[AttentionShape, dict[str, float]] = {}
+    missing: dict[str, str] = {}
+    wrong: list[str] = []
+    for name in sorted(RACED, key=lambda name: name not in OF_PYTORCH):
+        reason = kernel_missing(name, device, dtype, model.head_dim)  # type: ignore[arg-type]
+        if reason is not None:
+            missing[name] = reason
+            where.write("missing", missing)
+            continue
+        for shape in shapes:
+            try:
+                choice = choose_backend(shape, device=device, dtype=dtype, candidates={name: KERNELS[name]})
+            except ValueError as error:
+                wrong.append(str(error))
+                print(wrong[-1], flush=True)
+                if lost := gpu_lost(device):
+                    raise CheckFailed(f"{wrong[-1]}; the GPU answers no more ({lost})") from error
+                continue
+            times.setdefault(shape, {}).update(choice.times_ms)
+            found = {"choices": [dataclasses.asdict(choice) for choice in _ranked(times)]}
+            where.write("choices", found)
+    lines = [choice.line() for choice in _ranked(times)]
+    if wrong or not lines:
+        raise CheckFailed("; ".join([*wrong, *lines]) or f"no attention kernel can run here: {missing}")
+    return Found("; ".join(lines), {"missing": missing})
+
+
+def _ranked(times: Mapping[AttentionShape, Mapping[str, float]]) -> list[BackendChoice]:
+    """The fastest kernel of each shape so far."""
+    ranked = {shape: sorted(of.items(), key=lambda item: item[1]) for shape, of in times.items()}
+    return [BackendChoice(shape, of[0][0], tuple(of)) for shape, of in ranked.items()]
+
+
+def raced_attention(where: Where) -> list[BackendChoice]:
+    """What the attention job of this suite chose; empty where it did not, see :func:`attention_overrides`."""
+    found = where.parts_of("attention").get("choices", {"choices": []})
+    return [
+        BackendChoice(AttentionShape(**choice["shape"]), choice["kernel"], tuple(map(tuple, choice["times_ms"])))
+        for choice in found["choices"]
+    ]
+
+
+def attention_overrides(where: Where) -> list[str]:
+    """Settings of attention: the configuration's, or ``sdpa`` where the race of this suite broke off.
+
+    Each later job would run into the same otherwise. Where no race was run a job races by itself.
+    """
+    if raced_attention(where) or not (where.out.parent / "attention.log").exists():
+        return []
+    print("the race of attention kernels left no choice, see attention.log: this job takes sdpa", flush=True)
+    return ["attention.backend=sdpa"]

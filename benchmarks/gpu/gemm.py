@@ -1,0 +1,139 @@
+"""Rates of the matrix products of an XXL step at their real shapes: what share of the peak the step can reach.
+
+Products of forward, of the gradient of the input (dX) and of the weight (dW), in bf16. No GPU has run it yet.
+"""
+
+import dataclasses
+import statistics
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.gpu.sizes import XXL, overrides_of
+from benchmarks.jobs.runner import Found, Where
+from benchmarks.measure import Stopwatch, device_name, measure_ceilings, synchronise
+from deco_scale.config import load_config
+from deco_scale.models import ModelConfig
+from deco_scale.models.attention.autotune import keep_busy
+
+MICRO_BATCH = 64
+RESOLUTION = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """A linear: ``rows`` (M) by ``in_features`` (K) to ``out_features`` (N), ``count`` times a micro-batch.
+
+    No step computes the dX of one whose input is ``data``.
+    """
+
+    name: str
+    rows: int
+    in_features: int
+    out_features: int
+    count: int
+    data: bool = False
+
+    @property
+    def flops(self) -> float:
+        """Of one of its three products."""
+        return 2.0 * self.rows * self.in_features * self.out_features
+
+
+def products(model: ModelConfig, *, micro_batch: int, resolution: int) -> list[Product]:
+    """The linears of text model ``model`` that see tokens, those of modulation aside (0.1% of the work).
+
+    ``gate+up`` is the two of an image block's MLP as one product: a possible change, and not counted.
+    """
+    rows, columns = model.grid(resolution, resolution)
+    image, text = micro_batch * rows * columns, micro_batch * model.text_tokens
+    dim, hidden = model.dim, model.mlp_hidden_dim
+    found = []
+    for name, tokens, blocks in (("image", image, model.num_blocks), ("text", text, model.num_text_blocks)):
+        found += [
+            Product(f"{name} qkv", tokens, dim, 3 * dim, blocks),
+            Product(f"{name} proj", tokens, dim, dim, blocks),
+            Product(f"{name} gate, up", tokens, dim, hidden, 2 * blocks),
+            Product(f"{name} down", tokens, hidden, dim, blocks),
+        ]
+    return [
+        *found,
+        Product("context_kv", text, dim, 2 * dim, model.num_blocks),
+        Product("text_embed", text, model.text_dim, dim, 1, data=True),
+        Product("patch_embed", image, model.patch_values, dim, 1, data=True),
+        Product("cond_proj", image, dim, model.patch_size**2 * model.decoder_width, 1),
+        Product("image gate+up", image, dim, 2 * hidden, 0),
+    ]
+
+
+def gemm(where: Where) -> Found:
+    """TFLOP/s of every product, and what all of them together would take of a step."""
+    device = torch.device(where.device)
+    sizes = {"side": 256, "size": 1 << 20} if where.quick else {}
+    ceilings = measure_ceilings(device, torch.bfloat16, **sizes, repeats=5)
+    where.write("ceilings", {**dataclasses.asdict(ceilings), "device": device_name(device)})
+    model = load_config(XXL, overrides_of(where)).model
+    every = products(
+        model, micro_batch=2 if where.quick else MICRO_BATCH, resolution=64 if where.quick else RESOLUTION
+    )
+    table = Table("product", "M", "K", "N", "a step", "forward TFLOP/s", "dX", "dW")
+    kinds = {"forward": 0.0, "dX": 0.0, "dW": 0.0}
+    flops = dict(kinds)
+    for product in every:
+        times = _times_s(product, device, repeats=3 if where.quick else 7)
+        rates = {kind: product.flops / taken / 1e12 for kind, taken in times.items()}
+        where.write(
+            product.name.replace(" ", "_").replace(",", ""),
+            {**dataclasses.asdict(product), **{f"{kind}_tflops_per_s": rate for kind, rate in rates.items()}},
+        )
+        for kind, taken in times.items():
+            kinds[kind] += product.count * taken
+            flops[kind] += product.count * product.flops
+        sizes_of = map(str, (product.rows, product.in_features, product.out_features, product.count))
+        found = (f"{rates[kind]:.4g}" if kind in rates else "-" for kind in kinds)
+        table.add_row(product.name, *sizes_of, *found)
+    Console(width=120).print(table)
+    seconds = sum(kinds.values())
+    numbers = {
+        "step_gemm_s": seconds,
+        "step_gemm_tflops_per_s": sum(flops.values()) / seconds / 1e12,
+        **{f"{kind}_tflops_per_s": flops[kind] / taken / 1e12 for kind, taken in kinds.items()},
+        **dataclasses.asdict(ceilings),
+    }
+    return Found(
+        f"square {ceilings.gemm_tflops_per_s:.4g} TFLOP/s, copy {ceilings.copy_gb_per_s:.4g} GB/s; products of "
+        f"a micro-batch {1e3 * seconds:.4g} ms at {numbers['step_gemm_tflops_per_s']:.4g} TFLOP/s (forward "
+        f"{numbers['forward_tflops_per_s']:.4g}, dX {numbers['dX_tflops_per_s']:.4g}, dW "
+        f"{numbers['dW_tflops_per_s']:.4g})",
+        numbers,
+    )
+
+
+def _times_s(product: Product, device: torch.device, *, repeats: int, calls: int = 4) -> dict[str, float]:
+    """Median seconds of each product of a step. Weights come from the GPU's cache, as the ``calls`` share them."""
+    x = torch.randn(product.rows, product.in_features, device=device, dtype=torch.bfloat16)
+    weight = torch.randn(product.out_features, product.in_features, device=device, dtype=torch.bfloat16)
+    grad = torch.randn(product.rows, product.out_features, device=device, dtype=torch.bfloat16)
+    actions: dict[str, Callable[[], torch.Tensor]] = {
+        "forward": lambda: F.linear(x, weight),
+        "dX": lambda: grad @ weight,
+        "dW": lambda: grad.t() @ x,
+    }
+    if product.data:
+        del actions["dX"]
+    clock, found = Stopwatch(device), {}
+    for kind, action in actions.items():
+        action()
+        series = []
+        for _ in range(repeats):
+            synchronise(device)
+            keep_busy(device)
+            began = clock.mark()
+            for _ in range(calls):
+                action()
+            series.append(clock.seconds(began, clock.mark()) / calls)
+        found[kind] = statistics.median(series)
+    return found

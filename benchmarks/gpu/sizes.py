@@ -1,0 +1,18 @@
+"""The configuration whose sizes the GPU suite measures, and the tiny ones that it takes where quick."""
+
+from benchmarks.jobs.runner import Where
+from benchmarks.record import ROOT
+
+XXL = ROOT / "configs" / "t2i_xxl.yaml"
+TINY = (
+    "model.dim=64", "model.num_heads=4", "model.num_blocks=2", "model.num_text_blocks=1", "model.decoder_width=8",
+    "model.decoder_blocks=1", "model.text_dim=32", "model.text_tokens=16", "text_encoder.max_tokens=16",
+    "objective.repa_layer=1",
+)  # fmt: skip
+"""Sizes where quick: they show that the machinery works, and nothing about speed."""
+TINY_SIDE = {256: 32, 512: 64}
+
+
+def overrides_of(where: Where) -> tuple[str, ...]:
+    """What makes the XXL configuration tiny, where sizes are."""
+    return TINY if where.quick else ()

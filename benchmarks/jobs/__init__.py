@@ -1,0 +1,1 @@
+"""Runs jobs with time limits, each in processes of its own."""

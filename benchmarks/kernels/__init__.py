@@ -1,0 +1,1 @@
+"""Speed and resources of the kernels."""
