@@ -32,7 +32,7 @@ from deco_scale.errors import RunError
 from deco_scale.models import Denoiser
 from tests.assets import tiny_config
 from tests.conftest import ROOT
-from tests.page import GOOD, Page, call, draws, request, serve
+from tests.support.browser import GOOD, Page, call, draws, request, serve
 
 QUEUE = 3
 BROWSER_ARGUMENTS = [

@@ -21,7 +21,7 @@ from deco_scale.observability.run_logger import read_metrics
 from deco_scale.yaml import dump_yaml, load_yaml
 from tests.assets import make_images_folder, tiny_config
 from tests.conftest import ROOT
-from tests.evaluations import make_clip
+from tests.support.evaluations import make_clip
 from tests.ports import free_port
 
 
