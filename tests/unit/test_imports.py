@@ -11,10 +11,10 @@ ROOT = Path(__file__).resolve().parents[2]
 # A node has these where a setting asks for them; the GPU machine at hand lacks several.
 ON_DEMAND = (
     "boto3", "botocore", "s3transfer", "wandb", "deepspeed", "megatron", "torchao", "transformer_engine",
-    "flash_attn", "triton", "transformers", "gradio", "matplotlib", "pyarrow", "webdataset",
+    "flash_attn", "triton", "transformers", "gradio", "matplotlib", "pyarrow", "webdataset", "apprise",
 )  # fmt: skip
 MODULES = (
-    "launcher.train", "launcher.assemble", "deco_scale.cli.main", "data_pipeline.tools.cli", "checkpoints_tools.cli",
+    "launcher.train", "launcher.build.trainer", "deco_scale.cli.main", "data_pipeline.tools.cli", "checkpoints_tools.cli",
 )  # fmt: skip
 
 

@@ -280,8 +280,8 @@ def test_encoders_are_one_batch_ahead() -> None:
         captions: list[str]
         images: Any = dataclasses.field(default_factory=lambda: np.zeros((2, 1, 1, 3), np.uint8))
         labels: tuple[int, ...] = (0, 0)
-        numbers: tuple[int, ...] = (0, 1)
-        states: None = None
+        sample_ids: tuple[int, ...] = (0, 1)
+        text_embeddings: None = None
 
     def encode(part: Batch) -> EncoderOutputs:
         events.append("encode " + ",".join(part.captions))
