@@ -1,4 +1,4 @@
-"""From a batch of uint8 pictures and captions to the inputs of the objective.
+"""From a batch of uint8 images and captions to the inputs of the objective.
 
 Shape letters: B batch, Y X pixels, L text tokens, T text width, N patches, F encoder width.
 """
@@ -23,7 +23,7 @@ class Batch(Protocol):
 
     @property
     def images(self) -> "np.ndarray[Any, np.dtype[np.uint8]] | Tensor":
-        """Pictures (B, Y, X, 3)."""
+        """uint8 (B, Y, X, 3)."""
 
     @property
     def captions(self) -> Sequence[str]: ...
