@@ -30,10 +30,11 @@ def broadcast_object(value: T) -> T:
     return shared[0]
 
 
-def raise_together(action: Callable[[], T]) -> T:
-    """Run ``action`` on every rank; if it fails on any, all raise the error of the first rank that failed.
+def raise_together(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+    """Run ``action`` on every rank of ``group``; if it fails on any, all raise the first failed rank's error.
 
-    Only the errors of :mod:`deco_scale.errors` are shared; anything else is a bug and propagates as it is.
+    The errors of :mod:`deco_scale.errors` are shared, and those of the operating system as :class:`RunError` with
+    the file's name; anything else is a bug and propagates as it is.
     """
     if not dist.is_initialized():
         return action()
@@ -44,7 +45,9 @@ def raise_together(action: Callable[[], T]) -> T:
     except (ConfigError, RunError) as error:
         kinds: tuple[type[ConfigError | RunError], ...] = (Damaged, ConfigError)
         failure = next((kind for kind in kinds if isinstance(error, kind)), RunError), str(error)
-    for rank, failed in enumerate(gather_objects(failure)):
+    except OSError as error:
+        failure = RunError, f"{error.filename or 'a file'}: {error.strerror or error}"
+    for rank, failed in enumerate(gather_objects(failure, group)):
         if failed is not None:
             kind, message = failed
             raise kind(f"rank {rank}: {message}" if rank else message)
