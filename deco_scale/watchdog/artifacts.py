@@ -19,7 +19,7 @@ ALERT_S = 4.0
 
 
 def run_with_deadline(seconds: float, work: Callable[[], object]) -> str | None:
-    """Do it in a thread, which is abandoned after ``seconds``; returns what went wrong, in words."""
+    """Run ``work`` in a thread, which is abandoned after ``seconds``; returns its error as text."""
     try:
         ThreadPoolExecutor(1).submit(work).result(seconds)
     except TimeoutError:
@@ -52,16 +52,8 @@ class FaultArtifacts:
 
     def claim_event(self, rank: int) -> bool:
         """Whether this sidecar is the first to claim the event; without a shared disk, each one is."""
-        first = [True]
-
-        def claim() -> None:
-            try:
-                self._write_stack_file("told_by", f"rank {rank}\n", "x")
-            except FileExistsError:
-                first[0] = False
-
-        run_with_deadline(WRITE_S, claim)
-        return first[0]
+        problem = run_with_deadline(WRITE_S, lambda: self._write_stack_file("told_by", f"rank {rank}\n", "x"))
+        return problem is None or not problem.startswith(FileExistsError.__name__)
 
     def write_event(self, order: TerminateOrder, stack: str | None, *, end: bool) -> str:
         """Write the event and a line to the log and stderr; returns the line.
@@ -74,11 +66,12 @@ class FaultArtifacts:
             if end:
                 event = Event(time.time(), "end", {"reason": f"watchdog: {text}", "exit_code": order.fault.code})
         else:
-            step = order.report.step if order.report is not None else 0
-            fields = {"rank": order.fault.rank, "host": order.member.host, "how": text, "step": max(step, 0)}
+            step = max(order.report.step, 0) if order.report is not None else 0
+            fields = {"rank": order.fault.rank, "host": order.member.host, "how": text, "step": step}
+            kind = "lost_rank"
             if order.fault.kind == "hang":
-                fields["stack"] = scrub(stack or "none; see the stack files")
-            event = Event(time.time(), "hang" if order.fault.kind == "hang" else "lost_rank", fields)
+                kind, fields["stack"] = "hang", scrub(stack or "none; see the stack files")
+            event = Event(time.time(), kind, fields)
             text += f"; stacks of all ranks: {self.shown}/stacks/{self.started}"
 
         def write() -> None:

@@ -29,7 +29,6 @@ _CLOSE_S = 12.0
 _ASLEEP_S = 30.0
 """A sidecar that shows no life for this long, and for the watchdog's timeout, is lost."""
 _T = TypeVar("_T")
-_LOCAL = ("localhost", "127.0.0.1", "::1")
 
 
 class Watchdog:
@@ -61,7 +60,7 @@ class Watchdog:
         threading.Thread(target=self._read_answers, name="watchdog answers", daemon=True).start()
 
     def _try(self, work: Callable[[], _T]) -> _T | None:
-        """Do it unless something failed before; a failure is kept, to be shared with all ranks."""
+        """Do it unless something failed before; a failure is recorded, to be shared with all ranks."""
         if self._problem:
             return None
         try:
@@ -89,8 +88,18 @@ class Watchdog:
         if cfg.timeout_s == 0:
             return NoWatchdog()
         watchdog = cls(cfg, rank=rank)
+        settings = {
+            **asdict(cfg),
+            "rank": rank,
+            "world_size": world_size,
+            "run_dir": str(run_dir.absolute()),
+            "shown": str(run_dir),
+            "trainer": asdict(ProcessIdentity.of(os.getpid())),
+            "page": watchdog._page.descriptor,
+            "dump": watchdog._dump,
+            "webhook_env": webhook_env,
+        }
         try:
-            settings = watchdog._settings(run_dir, world_size, webhook_env)
             offer = share(watchdog._try(lambda: watchdog._begin(settings)) if rank == 0 else None)
             if rank == 0:
                 watchdog._try(lambda: watchdog._expect("ready"))
@@ -117,7 +126,7 @@ class Watchdog:
 
     def wait_for_verdict(self, seconds: float) -> None:
         """Wait to be terminated, after :meth:`report_exit` with an error that a lost rank may have caused."""
-        self._page.mark_uncertain()
+        self._page.uncertain = 1
         time.sleep(seconds)
 
     def close(self) -> None:
@@ -143,24 +152,10 @@ class Watchdog:
             self._process.kill()
             self._process.wait()
 
-    def _settings(self, run_dir: Path, world_size: int, webhook_env: str | None) -> dict[str, Any]:
-        return {
-            "rank": self._rank,
-            "world_size": world_size,
-            "timeout_s": self._cfg.timeout_s,
-            "slow_timeout_s": self._cfg.slow_timeout_s,
-            "run_dir": str(run_dir.absolute()),
-            "shown": str(run_dir),
-            "trainer": asdict(ProcessIdentity.of(os.getpid())),
-            "page": self._page.descriptor,
-            "dump": self._dump,
-            "webhook_env": webhook_env,
-        }
-
     def _begin(self, settings: dict[str, Any]) -> dict[str, Any]:
         """Rank 0: start the coordinator; returns what the others need to connect to it."""
         host = os.environ.get("MASTER_ADDR") or "127.0.0.1"
-        local = host in _LOCAL or host.startswith("127.")
+        local = host in ("localhost", "::1") or host.startswith("127.")
         offer = {
             "host": "127.0.0.1" if local else host,
             "token": secrets.token_hex(32),
@@ -184,17 +179,16 @@ class Watchdog:
 
     def _expect(self, name: str) -> dict[str, Any]:
         """The sidecar's answer with this name; raises :class:`RunError` with its error, or if there is none."""
-        deadline = time.monotonic() + _START_S
-        try:
-            message: dict[str, Any] | None = {}
-            while message is not None and name not in message and "error" not in message:
+        deadline, message = time.monotonic() + _START_S, None
+        while message is None or name not in message:
+            try:
                 message = self._answers.get(timeout=max(0.0, deadline - time.monotonic()))
-        except queue.Empty:
-            message = {"error": f"no answer within {_START_S:g} s"}
-        if message is None:
-            message = {"error": f"its process exited with code {self._sidecar.wait()}"}
-        if "error" in message:
-            raise RunError(f"the sidecar of rank {self._rank}: {message['error']}")
+            except queue.Empty:
+                message = {"error": f"no answer within {_START_S:g} s"}
+            if message is None:
+                message = {"error": f"its process exited with code {self._sidecar.wait()}"}
+            if "error" in message:
+                raise RunError(f"the sidecar of rank {self._rank}: {message['error']}")
         return message
 
     def _read_answers(self) -> None:
@@ -230,10 +224,7 @@ class Watchdog:
 class NoWatchdog(Watchdog):
     """No watchdog: heartbeats and exits go nowhere."""
 
-    def __init__(self) -> None:
-        pass
-
     def _ignore(self, *args: object, **kwargs: object) -> None:
         pass
 
-    beat = report_exit = wait_for_verdict = close = _ignore
+    __init__ = beat = report_exit = wait_for_verdict = close = _ignore  # type: ignore[assignment]

@@ -17,15 +17,6 @@ _REASON_BYTES = 15 * 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Beat:
-    """The ``count``-th heartbeat, given at the start of ``phase`` of ``step``."""
-
-    count: int
-    step: int
-    phase: Phase
-
-
-@dataclass(frozen=True, slots=True)
 class ExitReport:
     """How the trainer says that it exits; ``uncertain``: another rank may be the cause."""
 
@@ -37,7 +28,9 @@ class ExitReport:
 class HeartbeatPage(ctypes.Structure):
     """The page; the trainer makes it with :meth:`create`, the sidecar maps the same descriptor.
 
-    The sidecar counts up ``alive_count``; ``closing`` is set while the trainer waits for the sidecar to exit.
+    ``count`` heartbeats were given, the last one at the start of ``phase`` (its index) of ``step``; read while the
+    trainer writes, it may mix two. The sidecar counts up ``alive_count``. The trainer sets ``closing`` while it
+    waits for the sidecar to exit, and ``uncertain`` while it waits to hear whether another rank caused its error.
     """
 
     _fields_ = [
@@ -71,29 +64,16 @@ class HeartbeatPage(ctypes.Structure):
         self.step, self.phase = step, PHASES.index(phase)
         self.count += 1
 
-    def last_beat(self) -> Beat:
-        """The last one; read while the trainer writes it, it may mix two, until it is read again."""
-        return Beat(self.count, self.step, PHASES[self.phase])
-
     def report_exit(self, reason: str, code: int) -> None:
         """Say how the trainer exits; later calls change nothing."""
-        if self.exit_report() is not None:
-            return
-        text = reason.encode(errors="replace")[:_REASON_BYTES]
-        self.reason[: len(text)] = text
-        self.exit_code, self.reason_bytes = code, len(text)
-        self.exited = 1
+        if self.exit_report() is None:
+            text = reason.encode(errors="replace")[:_REASON_BYTES]
+            self.reason[: len(text)] = text
+            self.exit_code, self.reason_bytes = code, len(text)
+            self.exited = 1
 
     def exit_report(self) -> ExitReport | None:
         if not self.exited:
             return None
         reason = bytes(self.reason[: self.reason_bytes]).decode(errors="replace")
         return ExitReport(reason, self.exit_code, bool(self.uncertain))
-
-    def mark_uncertain(self) -> None:
-        """The trainer waits to hear whether another rank caused its error."""
-        self.uncertain = 1
-
-    def mark_alive(self) -> None:
-        """The sidecar is alive."""
-        self.alive_count += 1

@@ -44,10 +44,13 @@ class MessageSocket:
         except OSError:
             self.closed = True
         *lines, self._in = self._in.split(b"\n")
-        messages = []
+        messages: list[dict[str, Any]] = []
         for line in lines:
-            message = _decode(line) if len(line) <= self.limit else None
-            if message is None:
+            try:
+                message = json.loads(line) if len(line) <= self.limit else None
+            except (ValueError, RecursionError):
+                message = None
+            if not isinstance(message, dict):
                 self.closed = True
                 break
             messages.append(message)
@@ -124,11 +127,3 @@ def parse(kind: Any, raw: Any) -> Any:
     if not valid:
         raise TypeError(f"expected {kind}, not {raw!r}")
     return raw
-
-
-def _decode(line: bytes) -> dict[str, Any] | None:
-    try:
-        message = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return message if isinstance(message, dict) else None

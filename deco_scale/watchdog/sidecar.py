@@ -13,7 +13,7 @@ import sys
 import time
 from concurrent.futures import wait
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from deco_scale.watchdog.artifacts import ALERT_S, FaultArtifacts, log_to_stderr
 from deco_scale.watchdog.config import WatchdogConfig
 from deco_scale.watchdog.coordinator import Coordinator
 from deco_scale.watchdog.diagnosis import MAX_REASON, NO_FAULT, RankReport
-from deco_scale.watchdog.heartbeat import HeartbeatPage
+from deco_scale.watchdog.heartbeat import PHASES, HeartbeatPage
 from deco_scale.watchdog.peer import Peer
 from deco_scale.watchdog.process import ProcessIdentity, TrainerProcess, innermost_frames
 from deco_scale.watchdog.protocol import Member, TerminateOrder, parse
@@ -33,19 +33,6 @@ START_S = 60.0
 """How long all sidecars together may take to connect."""
 _CHILDREN_S = 2.0
 _IGNORED = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGTSTP", "SIGTTIN", "SIGTTOU", "SIGPIPE")
-
-
-@dataclass(slots=True)
-class Clock:
-    """Seconds, counting a pause of the machine or of this process as two at most."""
-
-    last: float
-    count: float = 0.0
-
-    def now(self) -> float:
-        before, self.last = self.last, time.monotonic()
-        self.count += min(self.last - before, 2.0)
-        return self.count
 
 
 class Sidecar:
@@ -61,12 +48,17 @@ class Sidecar:
     ) -> None:
         self._me, self._page, self._trainer, self._artifacts = me, page, trainer, artifacts
         self._webhook_env = webhook_env
-        self.now = Clock(time.monotonic()).now
-        self._beat, self._beat_at = page.last_beat(), 0.0
-        self._exit_reported = False
+        self._clock, self._seconds = time.monotonic(), 0.0
+        self._progress, self._progress_at = (page.count, page.exited), 0.0
         self._stopped_at: float | None = None
         self._finished_at: float | None = None
         self._children_at = 0.0
+
+    def now(self) -> float:
+        """Seconds, counting a pause of the machine or of this process as two at most."""
+        before, self._clock = self._clock, time.monotonic()
+        self._seconds += min(self._clock - before, 2.0)
+        return self._seconds
 
     def watch(self, link: Coordinator | Peer) -> None:
         """Until the trainer is gone or asks the sidecar to exit, or the job is terminated."""
@@ -76,7 +68,7 @@ class Sidecar:
         while True:
             link.wait(TICK_S, now)
             now = self.now()
-            self._page.mark_alive()
+            self._page.alive_count += 1
             report = self._observe(now)
             order = link.tick(now, report)
             if order is not None:
@@ -90,30 +82,29 @@ class Sidecar:
 
     def _observe(self, now: float) -> RankReport:
         # Before the page, so that what the trainer wrote last is read after its exit.
-        gone = self._trainer.gone
-        beat, exit_report = self._page.last_beat(), self._page.exit_report()
-        if beat != self._beat or (exit_report is not None and not self._exit_reported):
-            self._beat, self._beat_at = beat, now
-        self._exit_reported = exit_report is not None
+        gone, page = self._trainer.gone, self._page
+        progress, exit_report = (page.count, page.exited), page.exit_report()
+        if progress != self._progress:
+            self._progress, self._progress_at = progress, now
         if now - self._children_at > _CHILDREN_S:
             self._children_at = now
             self._trainer.track_children()
         report = RankReport(
             rank=self._me.rank,
-            phase=beat.phase if exit_report is None else "end",
-            step=beat.step,
-            silent_s=now - self._beat_at,
+            phase=PHASES[page.phase],
+            step=page.step,
+            silent_s=now - self._progress_at,
             state="X" if gone else self._trainer.state(),
             gone=gone,
-            code=None if exit_report is None else exit_report.code,
-            reason="" if exit_report is None else exit_report.reason[:MAX_REASON],
-            uncertain=exit_report is not None and exit_report.uncertain,
         )
+        if exit_report is not None:
+            exit_fields = {**asdict(exit_report), "reason": exit_report.reason[:MAX_REASON]}
+            report = replace(report, phase="end", **exit_fields)
         if not report.stopped:
             self._stopped_at = None
-            return report
-        self._stopped_at = now if self._stopped_at is None else self._stopped_at
-        return replace(report, stopped_s=now - self._stopped_at)
+        elif self._stopped_at is None:
+            self._stopped_at = now
+        return replace(report, stopped_s=0.0 if self._stopped_at is None else now - self._stopped_at)
 
     def _may_exit(self, link: Coordinator | Peer, report: RankReport) -> bool:
         exit_reported = report.code is not None
@@ -134,19 +125,18 @@ class Sidecar:
     def _terminate(self, order: TerminateOrder, link: Coordinator | Peer, report: RankReport) -> None:
         writes_event = order.report is not None and self._artifacts.claim_event(self._me.rank)
         line = ""
+        stack: str | None = None
+        if order.fault.kind != "error":
+            stack = self._dump(order, report)
+            link.send_stack(stack)
+            if writes_event and order.fault.rank != self._me.rank:
+                stack = link.stack_of(order.fault.rank, 2.5, self.now())
+        if writes_event:
+            # Of an error, rank 0 writes the event itself where it reported its exit.
+            line = self._artifacts.write_event(order, stack, end=self._me.rank == 0 and report.code is None)
         if order.fault.kind == "error":
-            if writes_event:
-                # If rank 0 reported its exit, it writes an event of its own.
-                line = self._artifacts.write_event(order, None, end=self._me.rank == 0 and report.code is None)
             answer({"exit": order.fault.code})
             self._trainer.wait(1.5)
-        else:
-            stack: str | None = self._dump(order, report)
-            link.send_stack(stack or "")
-            if writes_event:
-                if order.fault.rank != self._me.rank:
-                    stack = link.stack_of(order.fault.rank, 2.5, self.now())
-                line = self._artifacts.write_event(order, stack, end=False)
         self._stop_waking(link)
         if not self._trainer.kill():
             pid, state = self._me.trainer.pid, self._trainer.state()
@@ -172,11 +162,11 @@ class Sidecar:
             "kernel function": self._trainer.kernel_wait(),
             "the job is terminated because": order.text,
         }
+        head = "".join(f"{name}: {value}\n" for name, value in facts.items())
         try:
             stacks = self._trainer.stacks()
         except TimeoutError as error:
             stacks = f"no stacks: {error}\n"
-        head = "".join(f"{name}: {value}\n" for name, value in facts.items())
         self._artifacts.write_stacks(self._me.rank, self._me.host, f"{head}\n{stacks}")
         return innermost_frames(stacks) or stacks.strip()
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from deco_scale.watchdog.config import WatchdogConfig
 from deco_scale.watchdog.coordinator import Coordinator
 from deco_scale.watchdog.diagnosis import Fault, RankReport
-from deco_scale.watchdog.heartbeat import Beat, ExitReport, HeartbeatPage
+from deco_scale.watchdog.heartbeat import PHASES, ExitReport, HeartbeatPage
 from deco_scale.watchdog.peer import Peer
 from deco_scale.watchdog.process import ProcessIdentity, innermost_frames
 from deco_scale.watchdog.protocol import MALFORMED, MAX_LINE, Member, MessageSocket, TerminateOrder, parse
@@ -32,18 +32,17 @@ def test_the_page_carries_what_is_said(step: int, phase: Any, reason: str, code:
     trainer = HeartbeatPage.create()
     sidecar = HeartbeatPage.map(os.dup(trainer.descriptor))
     try:
-        assert sidecar.last_beat() == Beat(0, 0, "start") and sidecar.exit_report() is None
+        assert (sidecar.count, sidecar.step, sidecar.phase) == (0, 0, 0) and sidecar.exit_report() is None
         trainer.beat(step, phase)
         trainer.beat(step, phase)
-        assert sidecar.last_beat() == Beat(2, step, phase) and not sidecar.closing
+        assert (sidecar.count, sidecar.step, PHASES[sidecar.phase]) == (2, step, phase) and not sidecar.closing
         trainer.report_exit(reason, code)
         trainer.report_exit("too late", 7)
         shown = reason.encode(errors="replace").decode(errors="replace")
         assert sidecar.exit_report() == ExitReport(shown, code, False)
-        trainer.mark_uncertain()
-        trainer.closing = 1
+        trainer.uncertain = trainer.closing = 1
         assert sidecar.exit_report().uncertain and sidecar.closing
-        sidecar.mark_alive()
+        sidecar.alive_count += 1
         assert trainer.alive_count == 1
     finally:
         os.close(trainer.descriptor)
