@@ -51,7 +51,7 @@ test-fast: $(STAMP)
 
 test-long: $(STAMP)
 	$(BIN)/python -m pytest -m long tests
-	$(BIN)/python tests/two_nodes.py
+	$(BIN)/python tests/support/two_nodes.py
 
 test-gpu: $(STAMP)
 	$(BIN)/python -m benchmarks.gpu_suite --out runs/gpu_suite

@@ -116,7 +116,7 @@ def jobs(out: Path) -> list[Job]:
     bare = {"DECO_COMMIT": record.commit(), **without_git_and_boto3(out)}
     alone = {
         "kernels_sm90": ("tests/unit/test_kernels_sm90.py",),
-        "fake_cuda": ("tests/unit/test_fake_cuda.py", "tests/unit/test_fake_cuda_sampling.py"),
+        "fake_cuda": ("tests/unit/fake_cuda/test_step.py", "tests/unit/fake_cuda/test_sampling.py"),
     }
     suite = [
         Job(

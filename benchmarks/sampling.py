@@ -3,7 +3,7 @@
     python -m benchmarks.sampling
 
 The plain loop calls the model twice a step, for the condition and for the null condition, and encodes the prompts
-and the empty prompt in every step. Ours is ``Generator.images``: both halves of guidance in one call, only one
+and the empty prompt in every step. Ours is ``ImageGenerator.images``: both halves of guidance in one call, only one
 half where guidance is off, each prompt encoded once. Same weights, batch, seeds, sampler and pictures (compared to
 1 of 255). The two ways in between show where the time goes. All take turns within a round; the speeds are of the
 medians over the rounds. The weights are random: the time does not depend on them.
@@ -29,14 +29,14 @@ from deco_scale.config import load_config
 from deco_scale.errors import ConfigError
 from deco_scale.models import Denoiser
 from deco_scale.models.encoders import TextEncoder
-from deco_scale.sampling import Generator, SamplerConfig, SampleRequest, VelocityFn, time_grid
+from deco_scale.sampling import ImageGenerator, SamplerConfig, SampleRequest, VelocityFn, time_grid
 from deco_scale.sampling.images import seeded_noise, to_uint8, velocity_of
 
 EncodeFn = Callable[[Sequence[str]], Tensor]
 PLAIN = "two calls a step, text in every step"
 TEXT_ONCE = "two calls a step, text once a batch"
 ONE_CALL = "one call a step, text in every step"
-OURS = "Generator.images"
+OURS = "ImageGenerator.images"
 
 
 def plain_pictures(
@@ -92,7 +92,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         return denoiser(patches, t, condition, grid=grid).prediction_BNK
 
     velocity = velocity_of(predict, cfg.model.patch_size)
-    generator = Generator(velocity, cfg.model, encode=text.encode, null=text.null, device=device)
+    generator = ImageGenerator(velocity, cfg.model, encode=text.encode, null=text.null, device=device)
     prompts, sampler = cfg.samples.prompts, cfg.samples.sampler
     jobs = [SampleRequest(prompt, seed, seed) for prompt in prompts for seed in range(args.per_prompt)]
     side = cfg.stages[-1].resolution

@@ -14,9 +14,9 @@ from checkpoints_tools.base import EMA, MODEL, REPA, TensorSpec
 from checkpoints_tools.formats import release
 from checkpoints_tools.formats.canonical import write_canonical
 from checkpoints_tools.infer_config import denoiser_shapes, repa_shapes
-from deco_scale.checkpoint.manager import CheckpointMeta
+from deco_scale.checkpoint.format import CheckpointMeta
 from deco_scale.models import ModelConfig
-from tests.assets import TEXT_DIM, TEXT_TOKENS
+from tests.support.assets import TEXT_DIM, TEXT_TOKENS
 
 META = CheckpointMeta(
     step=7, stage="a", samples=70, seed=0, optimizer_steps=7, data_state={}, parameter_digest="", config={}

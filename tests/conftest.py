@@ -20,7 +20,7 @@ if not torch.cuda.is_available():
 
 from data_pipeline.storage.dev_server import S3Server  # noqa: E402
 from deco_scale.observability import redact  # noqa: E402
-from tests import assets  # noqa: E402
+from tests.support import assets  # noqa: E402
 
 
 @pytest.fixture(scope="module", autouse=True)

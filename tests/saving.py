@@ -9,7 +9,6 @@ import torch.distributed as dist
 
 from deco_scale.checkpoint.config import CheckpointConfig
 from deco_scale.checkpoint.manager import CheckpointManager
-from deco_scale.checkpoint.object_storage import open_objects
 from deco_scale.parallel.engines.base import Engine
 from tests.faults.crash import PlainEngine, content, join_alone
 
@@ -34,7 +33,7 @@ def engine_of(step: int) -> Engine:
 def make(folder: Path, **settings: Any) -> CheckpointManager:
     """Prepared in ``folder / "run"``, with a save at every step unless ``settings`` say otherwise."""
     made = CheckpointManager(
-        folder / "run", CheckpointConfig(**{"every": 1, **settings}), open_objects=open_objects
+        folder / "run", CheckpointConfig(**{"every": 1, **settings})
     )
     made.prepare()
     return made

@@ -27,7 +27,8 @@ from benchmarks import record
 from benchmarks.checkpoint import reshard
 from benchmarks.checkpoint.reshard import copy_seconds
 from deco_scale.checkpoint.config import CheckpointConfig
-from deco_scale.checkpoint.manager import CheckpointManager, CheckpointMeta
+from deco_scale.checkpoint.format import CheckpointMeta
+from deco_scale.checkpoint.manager import CheckpointManager
 from deco_scale.parallel.engines.base import Engine
 
 TENSOR_SHAPE = (1024, 1024)

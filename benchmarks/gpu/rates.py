@@ -23,7 +23,8 @@ from benchmarks.kernels.cases import Setting, autocast, differentiated
 from benchmarks.measure import captured, measure_ceilings, medians_s, synchronise
 from benchmarks.train.eager_reference import ReferenceDecoder
 from deco_scale.checkpoint.config import CheckpointConfig
-from deco_scale.checkpoint.manager import CheckpointManager, read_tensors
+from deco_scale.checkpoint.format import read_tensors
+from deco_scale.checkpoint.manager import CheckpointManager
 from deco_scale.config import load_config
 from deco_scale.distributed.bootstrap import Environment, init_distributed
 from deco_scale.kernels import Kernels, choose_kernels, use_kernels
@@ -32,7 +33,7 @@ from deco_scale.models.pixel_decoder import PixelDecoder
 from deco_scale.parallel.engines.base import Engine
 from deco_scale.precision.config import PrecisionConfig
 from deco_scale.precision.config import autocast as of_precision
-from deco_scale.sampling import Generator, SamplerConfig, SampleRequest, VelocityFn
+from deco_scale.sampling import ImageGenerator, SamplerConfig, SampleRequest, VelocityFn
 from deco_scale.sampling.cuda_graphs import CudaGraphedVelocity
 from deco_scale.sampling.images import velocity_of
 
@@ -278,7 +279,7 @@ def _draw(
     """Images of one batch, and the seconds of the second time they are drawn: the first captures and tunes."""
     shape = (model.text_tokens, model.text_dim)
     states = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(1)).to(device)
-    generator = Generator(
+    generator = ImageGenerator(
         velocity, model, encode=lambda texts: states[: len(texts)], null=torch.zeros(shape), device=device
     )
     jobs = [SampleRequest(f"prompt {number}", 0, number) for number in range(batch)]

@@ -19,7 +19,7 @@ SIDE_BY_SIDE_S = 55.0
 """Limit of everything that runs side by side: none of it may disturb the times that are measured afterwards."""
 SPLIT = {"tests/gpu/test_engines.py": "zero3"}
 """Modules whose tests take too long in turn: those with the word in their names are a job of their own."""
-TESTS = ("tests/unit/test_triton_*.py", "tests/gpu/test_*.py")
+TESTS = ("tests/unit/**/test_triton_*.py", "tests/gpu/test_*.py")
 SHARING = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "2", "GLOO_SOCKET_IFNAME": "lo"}
 """For processes that share the CPUs of one machine, which may have no network."""
 PARITY = {"fp8": 35, "engines": 30, "tensor_parallel": 30, "twins": 20}

@@ -24,10 +24,10 @@ from pathlib import Path
 import psutil
 
 from launcher.schedulers.slurm import EXIT_WAIT_S
-from tests.namespaces import INTERFACE, Nodes, listening_ports
-from tests.ports import free_port
+from tests.support import ROOT
+from tests.support.namespaces import INTERFACE, Nodes, listening_ports
+from tests.support.ports import free_port
 
-ROOT = Path(__file__).resolve().parents[2]
 MARK = "CHAOS_JOB"
 PORT = 29700
 LOOK_S = 1.0

@@ -29,13 +29,13 @@ from data_pipeline.storage.base import open_store
 from data_pipeline.storage.dev_server import S3Server, running_server
 from deco_scale.observability.events import REQUEUE
 from deco_scale.yaml import dump_yaml
-from tests.assets import make_images_folder, make_text_encoder, tiny_config
 from tests.chaos import checks
 from tests.chaos.cluster import Attempt, Cluster, Relay, small_disk
 from tests.chaos.faults import KINDS, good_steps, saving
 from tests.chaos.scenario import LONG, SHORT, Planned, Scenario, make_nans, make_plan
 from tests.chaos.watch import Watch
-from tests.namespaces import Nodes, why_not
+from tests.support.assets import make_images_folder, make_text_encoder, tiny_config
+from tests.support.namespaces import Nodes, why_not
 
 END_S = 240.0
 """An attempt that must end does so before, and a job says something at least as often."""

@@ -12,11 +12,11 @@ import pytest
 
 from deco_scale.observability.run_dir import RunDir
 from deco_scale.yaml import dump_yaml
-from tests.assets import tiny_config
 from tests.conftest import ROOT
-from tests.distributed.harness import trace, worst_difference
 from tests.faults.test_kill import finish, start, steps_done
-from tests.ports import free_port
+from tests.support.assets import tiny_config
+from tests.support.ports import free_port
+from tests.support.process_groups import trace, worst_difference
 
 TOLERANCE = 1e-5
 """Relative, fp32: another number of ranks only changes the order of sums."""

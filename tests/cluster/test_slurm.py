@@ -12,8 +12,8 @@ import pytest
 from deco_scale.observability.events import REQUEUE
 from deco_scale.yaml import dump_yaml
 from launcher import submit
-from tests.assets import tiny_config
-from tests.cluster.slurm import Slurm, running_slurm, why_not
+from tests.support.assets import tiny_config
+from tests.support.slurm import Slurm, running_slurm, why_not
 
 REASON = why_not()
 pytestmark = [pytest.mark.long, pytest.mark.skipif(REASON is not None, reason=f"no SLURM here: {REASON}")]

@@ -21,7 +21,7 @@ from deco_scale.parallel.mesh import ParallelDims
 from deco_scale.planning.comms import StepShape, Traffic, fsdp_traffic, zero_traffic
 from deco_scale.precision import Compute
 from deco_scale.precision.config import PrecisionConfig
-from tests.distributed.harness import in_group
+from tests.support.process_groups import in_group
 
 MODEL = ModelConfig(
     kind="t2i_deco", dim=32, num_heads=4, num_blocks=2, num_text_blocks=1, patch_size=8, decoder_width=8,
@@ -101,9 +101,15 @@ def _count_fsdp(replicate: int, shard: int, tp: int, out: str) -> None:
     counts = []
     for compute in COMPUTES:
         engine = FsdpEngine(
-            _build, dims=ParallelDims(replicate, shard, tp), device=torch.device("cpu"), optimizer=OptimizerConfig(),
-            precision=PrecisionConfig(compute=compute), compile_blocks=False, activation_checkpointing="none", seed=0,
-        )  # fmt: skip
+            _build,
+            dims=ParallelDims(replicate, shard, tp),
+            device=torch.device("cpu"),
+            optimizer=OptimizerConfig(),
+            precision=PrecisionConfig(compute=compute),
+            compile_blocks=False,
+            activation_checkpointing="none",
+            seed=0,
+        )
         with Counting() as counting:
             _step(engine)
         counts.append(counting.bytes)

@@ -12,8 +12,8 @@ from deco_scale.models import compile
 from deco_scale.optim.config import OptimizerConfig
 from deco_scale.parallel.mesh import ParallelDims
 from deco_scale.precision.config import PrecisionConfig
-from tests.assets import tiny_config
-from tests.distributed.harness import Job, in_group, run_jobs, trace, worst_difference
+from tests.support.assets import tiny_config
+from tests.support.process_groups import Job, in_group, run_jobs, trace, worst_difference
 
 TOLERANCE = 1e-5
 """Relative, fp32: fused kernels change the order of operations only."""
@@ -51,10 +51,18 @@ def _zero3_past_the_limit() -> None:
     # Traced and run as it is.
     nn.Module.compile = functools.partialmethod(nn.Module.compile, backend="eager")  # type: ignore[assignment]
     engine = DeepSpeedEngine(
-        _build, dims=ParallelDims(1, 1, 1), stage=3, micro_batch=2, device=torch.device("cpu"),
-        optimizer=OptimizerConfig(), precision=PrecisionConfig(compute="fp32"), compile_blocks=True,
-        activation_checkpointing="none", seed=0, overrides={"zero_optimization": {"stage3_param_persistence_threshold": 0}},
-    )  # fmt: skip
+        _build,
+        dims=ParallelDims(1, 1, 1),
+        stage=3,
+        micro_batch=2,
+        device=torch.device("cpu"),
+        optimizer=OptimizerConfig(),
+        precision=PrecisionConfig(compute="fp32"),
+        compile_blocks=True,
+        activation_checkpointing="none",
+        seed=0,
+        overrides={"zero_optimization": {"stage3_param_persistence_threshold": 0}},
+    )
     _step(engine)
     assert engine.optimizer_steps == 1
 

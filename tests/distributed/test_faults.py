@@ -16,8 +16,8 @@ from deco_scale.config import build_config
 from deco_scale.distributed.bootstrap import Environment
 from deco_scale.errors import RunError
 from deco_scale.observability.run_dir import RunDir
-from tests.assets import tiny_config
-from tests.distributed.harness import in_group
+from tests.support.assets import tiny_config
+from tests.support.process_groups import in_group
 
 FLIPPED_AT = 3
 LAYOUTS: dict[str, dict[str, Any]] = {

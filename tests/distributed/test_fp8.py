@@ -25,7 +25,7 @@ from deco_scale.precision.config import PrecisionConfig, autocast
 from deco_scale.precision.fp8 import apply_fp8
 from deco_scale.precision.fp8_plan import BatchShape, Fp8Plan, plan_fp8
 from deco_scale.precision.recipe import choose_fp8
-from tests.distributed.harness import full_tensor, in_group
+from tests.support.process_groups import full_tensor, in_group
 
 CPU = torch.device("cpu")
 MODEL = ModelConfig(

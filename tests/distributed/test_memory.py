@@ -13,10 +13,11 @@ from checkpoints_tools.base import TensorSpec
 from checkpoints_tools.formats.canonical import write_canonical
 from checkpoints_tools.infer_config import denoiser_shapes
 from deco_scale.checkpoint.config import CheckpointConfig
-from deco_scale.checkpoint.manager import CheckpointManager, CheckpointMeta
+from deco_scale.checkpoint.format import CheckpointMeta
+from deco_scale.checkpoint.manager import CheckpointManager
 from deco_scale.models import Denoiser, ModelConfig
 from deco_scale.planning.memory import state_copies
-from tests.distributed.harness import in_group
+from tests.support.process_groups import in_group
 
 WORLDS = (1, 2, 4)
 
@@ -66,9 +67,18 @@ def _measure(engine_name: str, out: str) -> None:
         zero = {"stage3_param_persistence_threshold": 0, "reduce_bucket_size": 1000}
         overrides = {"zero_optimization": zero}
         engine = DeepSpeedEngine(
-            build, dims=ParallelDims(1, world), stage=3, micro_batch=1, device=device, optimizer=optimizer,
-            precision=precision, compile_blocks=False, activation_checkpointing="none", seed=0, overrides=overrides,
-        )  # fmt: skip
+            build,
+            dims=ParallelDims(1, world),
+            stage=3,
+            micro_batch=1,
+            device=device,
+            optimizer=optimizer,
+            precision=precision,
+            compile_blocks=False,
+            activation_checkpointing="none",
+            seed=0,
+            overrides=overrides,
+        )
     used = allocated_bytes() - before
     parameters = sum(p.numel() for p in build().parameters())
     if dist.get_rank() == 0:
@@ -115,10 +125,17 @@ def _load_under_deepspeed(folder: str, out: str) -> None:
     world = dist.get_world_size()
     engine = DeepSpeedEngine(
         lambda: Objective(Denoiser(LOADED), ObjectiveConfig(repa_weight=0.0), encoder_dim=0),
-        dims=ParallelDims(1, world), stage=3, micro_batch=1, device=torch.device("cpu"), optimizer=OptimizerConfig(),
-        precision=PrecisionConfig(compute="fp32"), compile_blocks=False, activation_checkpointing="none", seed=0,
+        dims=ParallelDims(1, world),
+        stage=3,
+        micro_batch=1,
+        device=torch.device("cpu"),
+        optimizer=OptimizerConfig(),
+        precision=PrecisionConfig(compute="fp32"),
+        compile_blocks=False,
+        activation_checkpointing="none",
+        seed=0,
         overrides={"zero_optimization": {"stage3_param_persistence_threshold": 0}},
-    )  # fmt: skip
+    )
     before = _peak()
     CheckpointManager(Path(out) / f"run{dist.get_rank()}", CheckpointConfig()).load(engine, Path(folder))
     grown = [0] * world

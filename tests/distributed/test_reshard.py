@@ -15,9 +15,9 @@ from checkpoints_tools.formats.zero.writer import ZeroLayout
 from checkpoints_tools.infer_config import denoiser_shapes, repa_shapes
 from checkpoints_tools.registry import open_checkpoint
 from checkpoints_tools.reshard import plan_reshard
-from deco_scale.checkpoint.manager import CheckpointMeta
+from deco_scale.checkpoint.format import CheckpointMeta
 from deco_scale.models import ModelConfig
-from tests.distributed.harness import in_group
+from tests.support.process_groups import in_group
 
 # 5 text tokens and 30 text features: neither divides by four.
 MODEL = ModelConfig(
@@ -80,10 +80,17 @@ def _ours(stage: int, tp: int) -> Any:
 
     engine = DeepSpeedEngine(
         lambda: Objective(Denoiser(MODEL), ObjectiveConfig(repa_layer=1), encoder_dim=ENCODER_DIM),
-        dims=ParallelDims(1, dist.get_world_size() // tp, tp), stage=stage, micro_batch=1,  # type: ignore[arg-type]
-        device=torch.device("cpu"), optimizer=OptimizerConfig(ema_decay=0.9),
-        precision=PrecisionConfig(compute="fp32"), compile_blocks=False, activation_checkpointing="none", seed=0, overrides={},
-    )  # fmt: skip
+        dims=ParallelDims(1, dist.get_world_size() // tp, tp),
+        stage=stage,
+        micro_batch=1,  # type: ignore[arg-type]
+        device=torch.device("cpu"),
+        optimizer=OptimizerConfig(ema_decay=0.9),
+        precision=PrecisionConfig(compute="fp32"),
+        compile_blocks=False,
+        activation_checkpointing="none",
+        seed=0,
+        overrides={},
+    )
     return engine._engine
 
 

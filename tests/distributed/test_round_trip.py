@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.distributed.harness import in_group
+from tests.support.process_groups import in_group
 
 LAYOUTS: dict[str, tuple[int, int, int, int | None]] = {
     "fsdp 2x2": (1, 2, 2, None),
@@ -29,7 +29,8 @@ SHORT = {"fsdp 2x2": ("zero1 2x2", "hsdp 2x1x2", "zero3 4x1"), "zero3 2x2": ("fs
 
 def _visit(root: str, ways: dict[str, tuple[str, ...]]) -> None:
     from deco_scale.checkpoint.config import CheckpointConfig
-    from deco_scale.checkpoint.manager import CheckpointManager, CheckpointMeta, read_tensors
+    from deco_scale.checkpoint.format import CheckpointMeta, read_tensors
+    from deco_scale.checkpoint.manager import CheckpointManager
     from deco_scale.models import Denoiser, ModelConfig
     from deco_scale.objectives import Objective, ObjectiveConfig
     from deco_scale.objectives.inputs import ObjectiveInputs

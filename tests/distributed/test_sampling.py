@@ -1,4 +1,4 @@
-"""``deco sample``: the same pictures from one process, two, tensor parallelism, any batch, and after a kill."""
+"""``deco sample``: the same images from one process, two, tensor parallelism, any batch, and after a kill."""
 
 import dataclasses
 import json
@@ -20,15 +20,15 @@ from PIL import Image
 from deco_scale.cli.main import main
 from deco_scale.config import build_config
 from deco_scale.models import Denoiser
-from tests.assets import tiny_config
 from tests.checkpoints import META, save
 from tests.conftest import ROOT
-from tests.distributed.harness import in_group
-from tests.ports import free_port
+from tests.support.assets import tiny_config
+from tests.support.ports import free_port
+from tests.support.process_groups import in_group
 
 PROMPTS = ["a red circle", "the blue square on white ground", "a small photo"]
 PER_PROMPT = 5
-Pictures = list[np.ndarray[Any, Any]]
+Images = list[np.ndarray[Any, Any]]
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def root(tmp_path_factory: pytest.TempPathFactory, text_encoder: Path) -> Path:
 
 
 def _random(name: str, shape: torch.Size) -> torch.Tensor:
-    """Weights that let text and time show in the picture, which those of a fresh model do not."""
+    """Weights that let text and time show in the image, which those of a fresh model do not."""
     if len(shape) < 2:
         return torch.randn(shape) * 0.2 + ("norm" in name and name.endswith("weight"))
     return torch.randn(shape) / shape[-1] ** 0.5
@@ -61,7 +61,7 @@ def command(root: Path, out: str, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
-def read(folder: Path) -> tuple[list[dict[str, Any]], Pictures]:
+def read(folder: Path) -> tuple[list[dict[str, Any]], Images]:
     records = [json.loads(line) for line in (folder / "pictures.jsonl").read_text().splitlines()]
     return records, [np.asarray(Image.open(folder / record["file"])).astype(int) for record in records]
 
@@ -74,7 +74,7 @@ def _on_two(root: str) -> None:
 
 
 def _kill_midway(arguments: list[str], out: Path) -> None:
-    """Start a command and kill it when it has finished two pictures."""
+    """Start a command and kill it when it has finished two images."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [sys.executable, "-m", "deco_scale.cli.main", *arguments],
@@ -105,21 +105,21 @@ def drawn(root: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("other", ["small_batches", "resumed", "two", "tp", "resumed_by_two"])
-def test_pictures_are_the_same(drawn: Path, other: str) -> None:
-    records, pictures = read(drawn / "one")
+def test_images_are_the_same(drawn: Path, other: str) -> None:
+    records, images = read(drawn / "one")
     assert [(r["prompt"], r["seed"]) for r in records] == [(p, i) for p in PROMPTS for i in range(PER_PROMPT)]
-    assert pictures[0].shape == (32, 48, 3) and all(p.std() > 5 for p in pictures)
-    assert len({p.tobytes() for p in pictures}) == len(pictures)
-    assert np.abs(pictures[0] - pictures[PER_PROMPT]).max() > 5, "the prompt must matter"
+    assert images[0].shape == (32, 48, 3) and all(p.std() > 5 for p in images)
+    assert len({p.tobytes() for p in images}) == len(images)
+    assert np.abs(images[0] - images[PER_PROMPT]).max() > 5, "the prompt must matter"
     found, again = read(drawn / other)
     assert found == records
-    assert max(np.abs(a - b).max() for a, b in zip(pictures, again, strict=True)) <= 1
+    assert max(np.abs(a - b).max() for a, b in zip(images, again, strict=True)) <= 1
     left = {p.name for p in (drawn / other).iterdir()} - {r["file"] for r in records}
     assert left - {".00000_0002.png.partial"} == {"pictures.jsonl", "grid.png", ".pictures.lock"}
 
 
 @pytest.mark.parametrize("resumed", ["resumed", "resumed_by_two"])
-def test_finished_pictures_are_not_drawn_again(drawn: Path, resumed: str) -> None:
+def test_finished_images_are_not_drawn_again(drawn: Path, resumed: str) -> None:
     lines = (drawn / "killed" / "pictures.part00000.jsonl").read_text().splitlines()
     finished = [json.loads(line)["file"] for line in lines[:-1]]
     assert 2 <= len(finished) < len(PROMPTS) * PER_PROMPT
@@ -134,7 +134,7 @@ def test_finished_pictures_are_not_drawn_again(drawn: Path, resumed: str) -> Non
     [("torchrun", "--nproc_per_node", "2", "-m"), ("deepspeed", "--num_gpus", "2", "--module")],
     ids=lambda words: words[0],
 )
-def test_launchers_share_the_pictures(drawn: Path, launcher: tuple[str, ...]) -> None:
+def test_launchers_share_the_images(drawn: Path, launcher: tuple[str, ...]) -> None:
     program = str(Path(sys.executable).with_name(launcher[0]))
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
@@ -145,7 +145,7 @@ def test_launchers_share_the_pictures(drawn: Path, launcher: tuple[str, ...]) ->
         env=environment, cwd=ROOT, text=True, capture_output=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    records, pictures = read(drawn / "one")
+    records, images = read(drawn / "one")
     found, again = read(drawn / launcher[0])
     assert found == records
-    assert max(np.abs(a - b).max() for a, b in zip(pictures, again, strict=True)) <= 1
+    assert max(np.abs(a - b).max() for a, b in zip(images, again, strict=True)) <= 1

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from data_pipeline.index.build import build_index, save_index
 from data_pipeline.storage.base import open_store
-from deco_scale.checkpoint.manager import read_tensors
+from deco_scale.checkpoint.format import read_tensors
 from deco_scale.models import ModelConfig
 from deco_scale.models.tp_plan import check_tp, part_sizes
 from deco_scale.objectives import Objective, ObjectiveConfig
@@ -23,9 +23,9 @@ from deco_scale.objectives.inputs import ObjectiveInputs
 from deco_scale.parallel.engines.base import Engine
 from deco_scale.parallel.sequence_parallel import TokenShard, encode_shared
 from deco_scale.planning.parameters import layout_rows
-from tests.assets import tiny_config
-from tests.distributed.harness import Job, full_tensor, in_group, run_jobs, trace, worst_difference
-from tests.sets import image_bytes, tar_of
+from tests.support.assets import tiny_config
+from tests.support.process_groups import Job, full_tensor, in_group, run_jobs, trace, worst_difference
+from tests.support.sets import image_bytes, tar_of
 
 TOLERANCE = 1e-5
 WEIGHT_TOLERANCE = 5e-5

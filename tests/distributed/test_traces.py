@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from deco_scale.checkpoint.manager import read_tensors
-from tests.assets import tiny_config
-from tests.distributed.harness import Job, run_jobs, trace, worst_difference
+from deco_scale.checkpoint.format import read_tensors
+from tests.support.assets import tiny_config
+from tests.support.process_groups import Job, run_jobs, trace, worst_difference
 
 TOLERANCE = 1e-5
 """Relative, loss and gradient norm over 20 steps in fp32; summation order alone gives about 1e-6."""

@@ -13,7 +13,7 @@ from deco_scale.cli.main import main
 from deco_scale.observability.run_logger import read_metrics
 from deco_scale.yaml import load_yaml
 from tests.conftest import ROOT
-from tests.distributed.harness import Job, run_jobs, trace, worst_difference
+from tests.support.process_groups import Job, run_jobs, trace, worst_difference
 
 datasets = pytest.importorskip("sklearn.datasets")
 

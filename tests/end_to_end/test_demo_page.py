@@ -25,13 +25,13 @@ from PIL import Image
 
 from checkpoints_tools.base import TensorSpec
 from checkpoints_tools.formats.canonical import write_canonical
-from deco_scale.checkpoint.manager import CheckpointMeta
+from deco_scale.checkpoint.format import CheckpointMeta
 from deco_scale.cli.main import main as deco
 from deco_scale.config import build_config
 from deco_scale.errors import RunError
 from deco_scale.models import Denoiser
-from tests.assets import tiny_config
 from tests.conftest import ROOT
+from tests.support.assets import tiny_config
 from tests.support.browser import GOOD, Page, call, draws, request, serve
 
 QUEUE = 3
@@ -119,8 +119,8 @@ ORDERS: dict[str, dict[str, Any]] = {
     "guidance as text": {"guidance": "4; rm"},
     "negative seed": {"seed": -1},
     "seed beyond 64 bits": {"seed": 2**70},
-    "thousand pictures": {"count": 1000},
-    "no pictures": {"count": 0},
+    "thousand images": {"count": 1000},
+    "no images": {"count": 0},
     "null count": {"count": None},
     "null prompt": {"subject": None},
     "prompt as number": {"subject": 12},
@@ -157,7 +157,7 @@ REQUESTS: dict[str, tuple[str, str, bytes | None]] = {
 
 
 def test_fifty_hostile_inputs(page: Page) -> None:
-    """Each is answered with an error or a picture; the page stays up, small, and draws as before."""
+    """Each is answered with an error or a image; the page stays up, small, and draws as before."""
     assert len(ORDERS) + len(REQUESTS) >= 50
     assert request(page, "GET", draws(page)[0])[0] == 200
     before = page.process.memory_info().rss
@@ -176,15 +176,15 @@ def test_fifty_hostile_inputs(page: Page) -> None:
                 status, answer = request(page, method, path, body)
                 assert 400 <= status <= 500 and b"root:" not in answer, name
     assert page.process.is_running() and page.process.memory_info().rss - before < 150 * 2**20
-    with Image.open(io.BytesIO(request(page, "GET", draws(page, width=48)[1])[1])) as picture:
-        assert picture.size == (48, 16)
+    with Image.open(io.BytesIO(request(page, "GET", draws(page, width=48)[1])[1])) as image:
+        assert image.size == (48, 16)
 
 
 HARMLESS = {"markup", "template and traversal"}
-"""Prompts like any other: a picture is drawn of them."""
+"""Prompts like any other: a image is drawn of them."""
 
 
-def test_pictures_are_the_only_files(page: Page) -> None:
+def test_images_are_the_only_files(page: Page) -> None:
     path = draws(page)[0]
     folder = path.removeprefix("/gradio_api/file=").rsplit("/", 2)[0]
     assert Path(folder).is_relative_to(page.temporary)
@@ -252,7 +252,7 @@ def shows(tab: Any, text: str) -> str:
 
 
 def test_the_page_in_a_browser(page: Page, browser: Any, tmp_path: Path) -> None:
-    """It loads without the network, draws, shows settings and errors, downloads, and draws a picture again."""
+    """It loads without the network, draws, shows settings and errors, downloads, and draws a image again."""
     tab = browser.new_page(viewport={"width": 1280, "height": 900})
     tab.set_default_timeout(60_000)
     asked: list[str] = []
@@ -261,15 +261,15 @@ def test_the_page_in_a_browser(page: Page, browser: Any, tmp_path: Path) -> None
     for name, value in (("subject textarea", "a red square"), ("steps input", "3"), ("count input", "2")):
         tab.fill(f"#{name}", value)
     tab.click("#go")
-    assert shows(tab, "drawn") == "2 pictures drawn."
+    assert shows(tab, "drawn") == "2 images drawn."
     tab.wait_for_selector("#gallery img >> nth=1")
     assert tab.eval_on_selector_all("#gallery img", "all => all.every(img => img.naturalWidth === 32)")
     with tab.expect_download() as started:
         tab.locator("#files a[download]").first.click()
     started.value.save_as(tmp_path / "0.png")
-    with Image.open(tmp_path / "0.png") as picture:
-        stored = json.loads(picture.text["deco"])
-        first = np.asarray(picture)
+    with Image.open(tmp_path / "0.png") as image:
+        stored = json.loads(image.text["deco"])
+        first = np.asarray(image)
     assert stored == json.loads(tab.input_value("#settings textarea")) and stored["seed"] == 0
 
     hostile = "<img src=x onerror=\"document.title='owned'\"><b>bold</b>"
@@ -286,12 +286,12 @@ def test_the_page_in_a_browser(page: Page, browser: Any, tmp_path: Path) -> None
     tab.wait_for_function("document.querySelector('#steps input').value === '3'")
     assert tab.input_value("#subject textarea") == "a red square" and tab.input_value("#count input") == "1"
     tab.click("#go")
-    shows(tab, "1 picture drawn")
+    shows(tab, "1 image drawn")
     with tab.expect_download() as started:
         tab.locator("#files a[download]").first.click()
     started.value.save_as(tmp_path / "1.png")
-    with Image.open(tmp_path / "1.png") as picture:
-        assert np.abs(np.asarray(picture).astype(int) - first).max() <= 1
+    with Image.open(tmp_path / "1.png") as image:
+        assert np.abs(np.asarray(image).astype(int) - first).max() <= 1
 
     tab.fill("#subject textarea", hostile)
     tab.click("#go")
@@ -314,7 +314,7 @@ def test_screenshot(browser: Any, tmp_path: Path) -> None:
         tab.fill("#subject textarea", "a photo of a temple")
         tab.fill("#count input", "8")
         tab.click("#go")
-        shows(tab, "8 pictures drawn")
+        shows(tab, "8 images drawn")
         tab.wait_for_selector("#gallery img >> nth=7")
         tab.wait_for_timeout(500)
         tab.screenshot(path=str(ROOT / "docs" / "images" / "demo_page.png"), full_page=True)
@@ -324,7 +324,7 @@ def test_screenshot(browser: Any, tmp_path: Path) -> None:
 
 
 def test_it_ends_in_good_order(page: Page) -> None:
-    """The last test of this page. At SIGTERM: exit code 0, and no picture is left behind."""
+    """The last test of this page. At SIGTERM: exit code 0, and no image is left behind."""
     draws(page)
     assert list(page.temporary.glob("deco_demo_*/*/*.png"))
     page.process.send_signal(signal.SIGTERM)

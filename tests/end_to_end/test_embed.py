@@ -12,8 +12,8 @@ from data_pipeline.storage.base import open_store
 from data_pipeline.text_embeddings import TextEmbeddingStore
 from deco_scale.cli.main import main
 from deco_scale.config import build_config, dump_config
-from tests.assets import TEXT_TOKENS, tiny_config
-from tests.distributed.harness import Job, run_jobs, trace
+from tests.support.assets import TEXT_TOKENS, tiny_config
+from tests.support.process_groups import Job, run_jobs, trace
 
 
 @pytest.fixture

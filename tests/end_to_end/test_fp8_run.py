@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from tests.assets import tiny_config
-from tests.distributed.harness import Job, run_jobs, trace
+from tests.support.assets import tiny_config
+from tests.support.process_groups import Job, run_jobs, trace
 
 
 def test_a_run_in_emulated_fp8_says_what_is_fp8_and_resumes(

@@ -19,10 +19,10 @@ from data_pipeline.tools import cli as data_cli
 from deco_scale.cli.main import main
 from deco_scale.observability.run_logger import read_metrics
 from deco_scale.yaml import dump_yaml, load_yaml
-from tests.assets import make_images_folder, tiny_config
 from tests.conftest import ROOT
+from tests.support.assets import make_images_folder, tiny_config
 from tests.support.evaluations import make_clip
-from tests.ports import free_port
+from tests.support.ports import free_port
 
 
 def test_store_over_s3(s3_environment: S3Server, tmp_path: Path) -> None:

@@ -22,9 +22,9 @@ from data_pipeline.tools import cli as data_cli
 from deco_scale.cli.main import main
 from deco_scale.yaml import dump_yaml
 from launcher import train
-from tests.assets import make_images_folder, tiny_config
 from tests.conftest import ROOT
-from tests.ports import free_port
+from tests.support.assets import make_images_folder, tiny_config
+from tests.support.ports import free_port
 
 PLANTED = {
     "AWS_SECRET_ACCESS_KEY": "Pl4nted/AwsSecret+" + secrets.token_hex(11),

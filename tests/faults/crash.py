@@ -15,9 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deco_scale.checkpoint.config import CheckpointConfig
-from deco_scale.checkpoint.manager import CheckpointManager, CheckpointMeta
-from deco_scale.checkpoint.object_storage import open_objects
-from tests.distributed.harness import fork_server
+from deco_scale.checkpoint.format import CheckpointMeta
+from deco_scale.checkpoint.manager import CheckpointManager
+from tests.support.process_groups import fork_server
 
 SHAPES = {"denoiser.blocks.weight": (600, 1000), "denoiser.bias": (37,), "projection.weight": (50, 60)}
 KINDS = ("model", "ema", "exp_avg", "exp_avg_sq")
@@ -71,7 +71,7 @@ def work(
     def tell(line: str) -> None:
         channel.sendall(f"{line}\n".encode())
 
-    checkpoints = CheckpointManager(folder / "run", CheckpointConfig(**settings), open_objects=open_objects)
+    checkpoints = CheckpointManager(folder / "run", CheckpointConfig(**settings))
     checkpoints.prepare()
     engine, step = PlainEngine(content(0, scale)), 0
     found = checkpoints.resume(engine, "auto")  # type: ignore[arg-type]

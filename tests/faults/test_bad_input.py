@@ -11,9 +11,9 @@ import pytest
 
 from data_pipeline.storage.dev_server import S3Server
 from deco_scale.yaml import dump_yaml
-from tests.assets import tiny_config
 from tests.conftest import ROOT
-from tests.ports import free_port
+from tests.support.assets import tiny_config
+from tests.support.ports import free_port
 
 
 def launch(

@@ -11,7 +11,7 @@ import pytest
 
 from data_pipeline.storage.base import open_store
 from data_pipeline.storage.dev_server import S3Server
-from deco_scale.checkpoint.manager import COMPLETE, verify
+from deco_scale.checkpoint.format import COMPLETE, verify
 from tests.faults.crash import Process, context
 
 SETTINGS: dict[str, Any] = {"every": 1, "keep_last": 2}

@@ -16,8 +16,8 @@ from data_pipeline.index.build import build_index, save_index
 from data_pipeline.storage.base import open_store
 from data_pipeline.storage.dev_server import S3Server, running_server
 from data_pipeline.stream.loader import Loader
-from tests.faults.proxy import FaultProxy
-from tests.sets import tar_of
+from tests.support.proxy import FaultProxy
+from tests.support.sets import tar_of
 
 SAMPLES, SHARDS, BATCH = 5000, 5, 100
 BOUND_S = 120.0

@@ -14,7 +14,7 @@ from data_pipeline.decode import DecodeMode
 from data_pipeline.index.build import build_index, save_index
 from data_pipeline.storage.base import open_store
 from data_pipeline.stream.loader import Loader
-from tests.sets import tar_of
+from tests.support.sets import tar_of
 
 SAMPLES, WARM, TOTAL, BATCH = 20_000, 40_000, 200_000, 500
 GROWTH_BYTES = 24 * 2**20

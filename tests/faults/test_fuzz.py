@@ -22,7 +22,7 @@ from data_pipeline.index.build import ScanSettings, build_index, save_index, sca
 from data_pipeline.index.format import BLOCK, load_index
 from data_pipeline.storage.base import open_store
 from data_pipeline.stream.loader import Loader
-from tests.sets import tar_of
+from tests.support.sets import tar_of
 
 COUNTS = [pytest.param(250, id="some"), pytest.param(5000, id="5000", marks=pytest.mark.long)]
 SAMPLES = 12

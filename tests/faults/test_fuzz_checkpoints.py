@@ -31,7 +31,7 @@ from checkpoints_tools.registry import open_checkpoint
 from checkpoints_tools.safetensors_out import SETTINGS_SUM, SUMS, as_json
 from checkpoints_tools.verify import problems_of
 from deco_scale.checkpoint.dcp_metadata import read_index
-from deco_scale.checkpoint.manager import stored_shapes
+from deco_scale.checkpoint.format import stored_shapes
 from deco_scale.errors import ConfigError
 from tests.checkpoints import META, SMALL, save, tensors_of
 

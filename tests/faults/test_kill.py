@@ -14,11 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from deco_scale.checkpoint.manager import read_meta, read_tensors
+from deco_scale.checkpoint.format import read_meta, read_tensors
 from deco_scale.yaml import dump_yaml
-from tests.assets import tiny_config
 from tests.conftest import ROOT
-from tests.distributed.harness import Job, run_jobs, trace, worst_difference
+from tests.support.assets import tiny_config
+from tests.support.process_groups import Job, run_jobs, trace, worst_difference
 
 STEPS = 12
 TOLERANCE = 1e-5

@@ -18,7 +18,7 @@ from data_pipeline.storage.base import Access, Store, open_store
 from data_pipeline.storage.dev_server import S3Server, running_server
 from data_pipeline.storage.retry import FLOOR_BYTES_PER_S, Backoff, RetryBudget
 from data_pipeline.storage.s3 import PART_BYTES
-from tests.faults.proxy import FaultProxy
+from tests.support.proxy import FaultProxy
 
 DATA = np.random.default_rng(0).bytes(4_000_000)
 RANGES = [(int(o), 200_000) for o in np.random.default_rng(1).integers(0, len(DATA) - 200_000, 60)]

@@ -23,7 +23,7 @@ SOON_S = 5.0
 
 
 class Job:
-    """``actions`` of :mod:`tests.faults.watched`, one a rank, started together."""
+    """``actions`` of :mod:`tests.support.watched`, one a rank, started together."""
 
     def __init__(
         self, folder: Path, *actions: str, slow_timeout_s: float = 20.0, stderr: int | None = None
@@ -35,7 +35,7 @@ class Job:
         for rank, action in enumerate(actions):
             words = [rank, len(actions), self.run, TIMEOUT_S, slow_timeout_s, action]
             with self.stderr.open("ab") as file:
-                command = [sys.executable, "-m", "tests.faults.watched", *map(str, words)]
+                command = [sys.executable, "-m", "tests.support.watched", *map(str, words)]
                 environment = {**os.environ, "PYTHONPATH": str(ROOT), "MASTER_ADDR": "127.0.0.1"}
                 self.ranks.append(subprocess.Popen(command, stderr=stderr or file, env=environment, cwd=ROOT))
         self.sidecars: list[psutil.Process] = []

@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from tests.assets import tiny_config
-from tests.distributed.harness import trace
+from tests.support.assets import tiny_config
+from tests.support.process_groups import trace
 
 pytestmark = [
     pytest.mark.gpu,

@@ -13,9 +13,9 @@ from deco_scale.parallel.activation_checkpoint import apply_activation_checkpoin
 from deco_scale.precision.config import PrecisionConfig, autocast
 from deco_scale.precision.fp8 import (
     apply_fp8,
+    checkpoint_function,
     fp8_context,
     load_scaling_state,
-    recompute_function,
     scaling_state,
 )
 from deco_scale.precision.fp8_plan import BatchShape, Fp8Plan, plan_fp8
@@ -104,7 +104,7 @@ def test_gradients_are_those_of_fp32_but_for_fp8_rounding(settings: dict[str, An
 def test_recomputing_blocks_gives_the_same_gradients(settings: dict[str, Any]) -> None:
     model, plan = swapped(settings)
     again, _ = swapped(settings)
-    apply_activation_checkpointing(again.transformer_blocks, "full", function=recompute_function(plan))
+    apply_activation_checkpointing(again.transformer_blocks, "full", function=checkpoint_function(plan))
     for _ in range(3):
         wanted, found = gradients(model, plan), gradients(again, plan)
     # Order of sums in the products' kernels is the same, atomics of attention's backward are not.

@@ -14,7 +14,7 @@ from deco_scale.sampling import SamplerConfig
 from deco_scale.sampling.cuda_graphs import CudaGraphedVelocity
 from deco_scale.sampling.guidance import VelocityFn
 from deco_scale.sampling.images import generate_images, velocity_of
-from tests.unit.test_step import CLASSES, MODEL, SmallRun
+from tests.unit.training.test_host_reads import CLASSES, MODEL, SmallRun
 
 pytestmark = [
     pytest.mark.gpu,

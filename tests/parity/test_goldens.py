@@ -11,8 +11,9 @@ from safetensors.torch import save_file
 from checkpoints_tools.formats import release
 from deco_scale.models import Denoiser
 from tests.parity import check_golden
+from tests.support import FIXTURES
 
-FIXTURES = sorted((Path(__file__).parents[1] / "fixtures").glob("*.safetensors"))
+FIXTURES = sorted(FIXTURES.glob("*.safetensors"))
 
 
 @pytest.mark.parametrize("path", FIXTURES, ids=lambda p: p.stem)

@@ -20,11 +20,11 @@ GOOD: dict[str, Any] = {
     "subject": "a red square", "negative": "", "seed": 3, "random": False, "steps": 3, "guidance": 2.0,
     "solver": "adams", "width": 32, "height": 16, "count": 2,
 }  # fmt: skip
-LIMITS = Limits(max_side=64, max_pictures=4, max_steps=20)
+LIMITS = Limits(max_side=64, max_images=4, max_steps=20)
 
 
 class Page(NamedTuple):
-    """A running page: its process, its address, and the folder where it keeps its pictures."""
+    """A running page: its process, its address, and the folder where it keeps its images."""
 
     process: psutil.Popen
     host: str

@@ -1,4 +1,4 @@
-"""What tests of the evaluations share: pictures that depend on their job alone, a small judge, scorers' rules."""
+"""What tests of the evaluations share: images that depend on their job alone, a small judge, scorers' rules."""
 
 import json
 import re
@@ -71,7 +71,7 @@ def gaussian_of(x_NF: Tensor) -> Gaussian:
     return moments.gaussian()
 
 
-def pictures(count: int, seed: int = 0, side: int = 6) -> np.ndarray:
+def images(count: int, seed: int = 0, side: int = 6) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (count, side, side + 2, 3), dtype=np.uint8)
 
 
@@ -119,7 +119,7 @@ def wanted_scores(judge: Any, samples: np.ndarray, reference: np.ndarray) -> dic
 
 
 def drawing(side: tuple[int, int] = (6, 8), fail_at: int | None = None) -> Any:
-    """A generator's ``pictures``: each depends on its job alone; breaks off at the ``fail_at``-th."""
+    """A generator's ``images``: each depends on its job alone; breaks off at the ``fail_at``-th."""
 
     def draw(jobs: Sequence[SampleRequest]) -> Iterator[tuple[SampleRequest, Any]]:
         for number, job in enumerate(jobs):
@@ -132,7 +132,7 @@ def drawing(side: tuple[int, int] = (6, 8), fail_at: int | None = None) -> Any:
 
 
 def nothing() -> None:
-    """Hears of each picture."""
+    """Hears of each image."""
 
 
 def in_threads(world: int, share: Callable[[int, Callable[[Any], list[Any]]], Any]) -> list[Any]:

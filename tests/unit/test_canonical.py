@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from checkpoints_tools.base import TensorSpec
 from checkpoints_tools.formats.canonical import CanonicalReader, write_canonical
-from deco_scale.checkpoint.manager import read_tensors
+from deco_scale.checkpoint.format import read_tensors
 from deco_scale.errors import ConfigError, RunError
 from tests.checkpoints import META, SMALL, assert_same_bits, complete, save, trained_tensors
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from checkpoints_tools.base import EMA
-from deco_scale.checkpoint.manager import read_meta
+from deco_scale.checkpoint.format import read_meta
 from tests.checkpoints import complete, release_state, run, save, trained_tensors
 
 

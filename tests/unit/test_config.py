@@ -9,8 +9,8 @@ from deco_scale.config import ConfigError, dump_config, load_config
 from deco_scale.parallel.config import ParallelConfig
 from deco_scale.parallel.mesh import ParallelDims, accumulation_steps, resolve_parallel_dims
 from deco_scale.yaml import load_yaml
+from tests.support import CONFIGS
 
-CONFIGS = Path(__file__).parents[2] / "configs"
 TINY = CONFIGS / "t2i_tiny.yaml"
 
 

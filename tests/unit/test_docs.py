@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support import ROOT
+
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 TOP = ("benchmarks", "checkpoints_tools", "configs", "data_pipeline", "deco_scale", "docs", "launcher", "tests")
 FILES = re.compile(rf"(?<![\w/.])(?:{'|'.join(TOP)})/[\w./*-]*\w")

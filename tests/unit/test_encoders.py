@@ -14,7 +14,7 @@ from deco_scale.models.encoders import (
     TextEncoder,
     dinov2_from_original,
 )
-from tests.assets import TEXT_DIM, TEXT_TOKENS
+from tests.support.assets import TEXT_DIM, TEXT_TOKENS
 
 CPU = torch.device("cpu")
 

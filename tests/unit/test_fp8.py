@@ -277,7 +277,7 @@ def test_recomputing_changes_nothing(mode: ActivationCheckpointing) -> None:
     plan = plan_of(choose_fp8(EMULATED, CPU))
     for m in (model, again):
         fp8.apply_fp8(m, plan)
-    apply_activation_checkpointing(again.transformer_blocks, mode, function=fp8.recompute_function(plan))
+    apply_activation_checkpointing(again.transformer_blocks, mode, function=fp8.checkpoint_function(plan))
     found, wanted = result(again, EMULATED), result(model, EMULATED)
     assert torch.equal(found[0], wanted[0])
     assert all(torch.equal(found[1][n], wanted[1][n]) for n in wanted[1])

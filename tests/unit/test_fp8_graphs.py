@@ -83,7 +83,7 @@ class Run:
             assert len(self.plan.linears) == 5 * text_blocks + 6 * blocks
             fp8.apply_fp8(self.model, self.plan)
         apply_activation_checkpointing(
-            self.model.transformer_blocks, recompute, function=fp8.recompute_function(self.plan)
+            self.model.transformer_blocks, recompute, function=fp8.checkpoint_function(self.plan)
         )
         for block in self.model.transformer_blocks:
             block.compile(backend=self.graphs)

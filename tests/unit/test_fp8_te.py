@@ -110,7 +110,7 @@ def test_transformer_engine_linears_take_over_the_parameters(stand_in: types.Mod
     fp8.apply_fp8(model, plan)
     after = dict(model.named_parameters())
     assert list(after) == list(before) and all(after[n] is before[n] for n in before)
-    assert fp8.recompute_function(plan) is stand_in.checkpoint  # type: ignore[attr-defined]
+    assert fp8.checkpoint_function(plan) is stand_in.checkpoint  # type: ignore[attr-defined]
     assert fp8.scaling_state(model, plan) == {}
     with fp8.fp8_context(plan):
         found = model(*inputs(), grid=(2, 2)).prediction_BNK

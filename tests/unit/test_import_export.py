@@ -23,13 +23,13 @@ from checkpoints_tools.formats.canonical import CanonicalReader
 from checkpoints_tools.import_weights import import_checkpoint, plan_import
 from checkpoints_tools.infer_config import denoiser_shapes, infer_model, release_shapes
 from checkpoints_tools.registry import open_checkpoint
-from deco_scale.checkpoint.manager import read_meta, read_tensors, verify
+from deco_scale.checkpoint.format import read_meta, read_tensors, verify
 from deco_scale.config import build_config
 from deco_scale.errors import ConfigError
 from deco_scale.models import ModelConfig
 from tests.checkpoints import CLASSES, TEXT, assert_same_bits, release_file, release_state, save, tensors_of
+from tests.support import FIXTURES
 
-FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
 GOLDENS = ["t2i_tiny", "c2i_tiny", "c2i_baseline_tiny"]
 
 

@@ -7,15 +7,20 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support import ROOT
+
 # A node has these where a setting asks for them; the GPU machine at hand lacks several.
 ON_DEMAND = (
     "boto3", "botocore", "s3transfer", "wandb", "deepspeed", "megatron", "torchao", "transformer_engine",
     "flash_attn", "triton", "transformers", "gradio", "matplotlib", "pyarrow", "webdataset", "apprise",
 )  # fmt: skip
 MODULES = (
-    "launcher.train", "launcher.build.trainer", "deco_scale.cli.main", "data_pipeline.tools.cli", "checkpoints_tools.cli",
-)  # fmt: skip
+    "launcher.train",
+    "launcher.build.trainer",
+    "deco_scale.cli.main",
+    "data_pipeline.tools.cli",
+    "checkpoints_tools.cli",
+)
 
 
 def run(program: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

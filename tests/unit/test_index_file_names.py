@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.metadata import (
 from checkpoints_tools.formats.canonical import CanonicalReader
 from checkpoints_tools.registry import open_checkpoint
 from deco_scale.checkpoint.dcp_metadata import read_index
-from deco_scale.checkpoint.manager import read_tensors, verify
+from deco_scale.checkpoint.format import read_tensors, verify
 from deco_scale.errors import ConfigError
 from tests.checkpoints import complete
 

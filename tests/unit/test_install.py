@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support import ROOT
+
 PACKAGES = ("deco_scale", "data_pipeline", "checkpoints_tools", "launcher")
 BUILD = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
 
@@ -46,7 +47,7 @@ def test_commands_of_the_wheel_print_their_help_in_another_folder(wheel: zipfile
     for command, target in scripts["console_scripts"].items():
         module, _, function = target.partition(":")
         # As a console script does; the path of the module shows that it is the wheel's.
-        code = f"import sys, {module} as m; print(m.__file__, flush=True); sys.argv[0] = {command!r}; m.{function}()"
+        code = f"import sys, {module} as m; print(m.__file__, flush=True); sys.argv[0] = {command!r}; m.main()"
         started[command] = subprocess.Popen(
             [sys.executable, "-c", code, "--help"],
             cwd=tmp_path,

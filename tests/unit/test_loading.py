@@ -6,7 +6,7 @@ from typing import cast
 
 import pytest
 
-from deco_scale.checkpoint.manager import read_meta
+from deco_scale.checkpoint.format import read_meta
 from deco_scale.parallel.engines.base import Engine
 from tests.faults.crash import PlainEngine, content, meta_of
 from tests.saving import alone, make

@@ -22,7 +22,7 @@ from checkpoints_tools.formats.zero.writer import ZeroLayout
 from checkpoints_tools.infer_config import denoiser_shapes, repa_shapes
 from checkpoints_tools.registry import open_checkpoint
 from checkpoints_tools.reshard import byte_count, plan_reshard
-from deco_scale.checkpoint.manager import CheckpointMeta, verify
+from deco_scale.checkpoint.format import CheckpointMeta, verify
 from deco_scale.errors import ConfigError
 from deco_scale.models import ModelConfig
 

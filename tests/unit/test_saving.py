@@ -8,13 +8,13 @@ from typing import Any, cast
 
 import pytest
 import torch
-from deco_scale.checkpoint.object_storage import open_objects
+from deco_scale.checkpoint.storage import open_objects
 
 from data_pipeline.storage.dev_server import S3Server
 from deco_scale.checkpoint import manager
 from deco_scale.checkpoint.config import CheckpointConfig, KeepBest
 from deco_scale.checkpoint.format import shared_lock
-from deco_scale.checkpoint.manager import read_meta, read_tensors, verify
+from deco_scale.checkpoint.format import read_meta, read_tensors, verify
 from deco_scale.config import build_config
 from deco_scale.errors import ConfigError, RunError
 from deco_scale.parallel.engines.base import Engine

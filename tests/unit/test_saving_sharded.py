@@ -7,7 +7,7 @@ from typing import cast
 
 import torch
 import torch.distributed as dist
-from deco_scale.checkpoint.object_storage import open_objects
+from deco_scale.checkpoint.storage import open_objects
 from safetensors.torch import load, load_file
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
@@ -16,12 +16,13 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from data_pipeline.storage.dev_server import S3Server
 from deco_scale.checkpoint import manager
 from deco_scale.checkpoint.config import CheckpointConfig
-from deco_scale.checkpoint.manager import CheckpointManager, read_meta
+from deco_scale.checkpoint.format import read_meta
+from deco_scale.checkpoint.manager import CheckpointManager
 from deco_scale.checkpoint.staging import local_part
 from deco_scale.parallel.engines.base import Engine
-from tests.distributed.harness import in_group
 from tests.faults.crash import PlainEngine, meta_of
 from tests.saving import alone, make
+from tests.support.process_groups import in_group
 
 SHARDED = {"a": (7, 6), "b": (5, 8), "c": (3,), "d": (2, 4)}
 
@@ -81,7 +82,7 @@ def _export(root: str) -> None:
 
 def _through_s3(folder: Path, url: str) -> None:
     """Every rank uploads its own files, rank 0 the export; what comes back is equal on every rank."""
-    checkpoints = CheckpointManager(folder / "run", CheckpointConfig(url=url), open_objects=open_objects)
+    checkpoints = CheckpointManager(folder / "run", CheckpointConfig(url=url))
     if dist.get_rank() == 0:
         checkpoints.prepare()
     dist.barrier()

@@ -18,7 +18,8 @@ import torch.distributed as dist
 
 from deco_scale.checkpoint import manager
 from deco_scale.checkpoint.config import CheckpointConfig
-from deco_scale.checkpoint.manager import CheckpointManager, CheckpointMeta
+from deco_scale.checkpoint.format import CheckpointMeta
+from deco_scale.checkpoint.manager import CheckpointManager
 from deco_scale.config import load_config
 from deco_scale.errors import ConfigError
 from deco_scale.kernels import Kernels
@@ -32,8 +33,8 @@ from deco_scale.seeding import derive_seed
 from deco_scale.training.inputs import Batch, EncoderOutputs
 from deco_scale.training.noise import draw
 from deco_scale.training.prefetch import EncoderPrefetcher, HostPrefetcher
+from tests.support import CONFIGS
 
-CONFIGS = Path(__file__).parents[2] / "configs"
 CPU = torch.device("cpu")
 
 

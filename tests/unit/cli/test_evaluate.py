@@ -16,8 +16,7 @@ from deco_scale.cli import evaluate
 from deco_scale.cli.main import main as deco
 from deco_scale.evaluation import fid
 from deco_scale.evaluation.inception import WEIGHTS_NAME, Inception
-from tests import assets
-from tests.distributed.harness import in_group
+from tests.support import FIXTURES, assets
 from tests.support.evaluations import (
     BENCHMARKS,
     METADATA,
@@ -25,12 +24,11 @@ from tests.support.evaluations import (
     STEPS,
     arguments,
     draw_on_each,
+    images,
     official_geneval,
-    pictures,
     small_judge,
 )
-
-FIXTURES = Path(__file__).resolve().parents[2] / "fixtures"
+from tests.support.process_groups import in_group
 
 
 @pytest.fixture(scope="module")
@@ -75,12 +73,12 @@ def test_imagenet_file_has_what_sample_draws(whole: Path, material: Path, tmp_pa
     with np.load(whole / "imagenet" / "samples_23x16x16x3.npz", allow_pickle=False) as npz:
         drawn = npz["arr_0"]
     assert drawn.shape == (23, 16, 16, 3) and drawn.dtype == np.uint8
-    # Picture 13 is the second of class 3, its noise is seeded with 13.
+    # Image 13 is the second of class 3, its noise is seeded with 13.
     sample = ["sample", "--checkpoint", str(material / "classes"), "--classes", "3", "--first-seed", "13"]
     assert deco([*sample, "--out", str(tmp_path), *STEPS]) == 0
     alone = np.asarray(Image.open(tmp_path / "00003_0000.png"))
     assert np.abs(alone.astype(int) - drawn[13]).max() <= 1
-    assert len({picture.tobytes() for picture in drawn}) == 23
+    assert len({image.tobytes() for image in drawn}) == 23
 
 
 def test_prompt_benchmarks_are_what_their_scorers_read(whole: Path, material: Path, tmp_path: Path) -> None:
@@ -97,7 +95,7 @@ def test_prompt_benchmarks_are_what_their_scorers_read(whole: Path, material: Pa
 
 
 class Breaking:
-    """A generator that is interrupted at its sixth picture."""
+    """A generator that is interrupted at its sixth image."""
 
     def __init__(self, generator: Any) -> None:
         self._generator = generator
@@ -138,13 +136,13 @@ def test_a_broken_off_command_goes_on(
     assert found.keys() == wanted.keys() and found["settings.json"] == wanted["settings.json"]
     for name in found:
         if name.endswith(".png"):
-            assert_same_picture(tmp_path / benchmark / name, whole / benchmark / name)
+            assert_same_image(tmp_path / benchmark / name, whole / benchmark / name)
     # Nothing is left to do, and no model is loaded for it.
     monkeypatch.setattr(evaluate, "load_generator", None)
     assert deco(arguments(benchmark, material, tmp_path)) == 0
 
 
-def assert_same_picture(a: Path, b: Path) -> None:
+def assert_same_image(a: Path, b: Path) -> None:
     first, second = (np.asarray(Image.open(path)).astype(int) for path in (a, b))
     assert np.abs(first - second).max() <= 1
 
@@ -156,7 +154,7 @@ def test_two_processes_draw_the_same(whole: Path, material: Path, tmp_path: Path
     assert found.keys() == wanted.keys()
     for name in found:
         if name.endswith(".png"):
-            assert_same_picture(tmp_path / "out" / name, whole / name)
+            assert_same_image(tmp_path / "out" / name, whole / name)
     name = "imagenet/samples_23x16x16x3.npz"
     with np.load(tmp_path / "out" / name) as a, np.load(whole / name) as b:
         assert np.abs(a["arr_0"].astype(int) - b["arr_0"]).max() <= 1
@@ -203,7 +201,7 @@ def test_scores_are_shown_and_kept(
 ) -> None:
     judge = small_judge(monkeypatch, fid)
     monkeypatch.setattr(evaluate, "load_inception", lambda path, device: judge)
-    np.savez(tmp_path / "x.npz", pictures(20, 1))
+    np.savez(tmp_path / "x.npz", images(20, 1))
     np.savez(tmp_path / "y.npz", mu=np.zeros(12), sigma=np.eye(12))
     files = ["--samples", str(tmp_path / "x.npz"), "--reference", str(tmp_path / "y.npz")]
     weights = ["--inception-weights", str(tmp_path / "w.pth")]
@@ -216,7 +214,7 @@ def test_scores_are_shown_and_kept(
 
 
 def test_the_weight_file_that_is_missing_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    np.savez(tmp_path / "x.npz", pictures(5))
+    np.savez(tmp_path / "x.npz", images(5))
     files = ["--samples", str(tmp_path / "x.npz"), "--reference", str(tmp_path / "x.npz")]
     assert deco(["evaluate", "fid", *files, "--inception-weights", str(tmp_path / "w.pth")]) == 2
     error = capsys.readouterr().err
@@ -249,7 +247,7 @@ def test_fid_with_the_network_of_random_weights(tmp_path: Path, capsys: pytest.C
     """The whole command with a real network: a set against itself is at distance 0, and inside itself."""
     torch.manual_seed(0)
     torch.save(Inception().state_dict(), tmp_path / "w.pth")
-    np.savez(tmp_path / "x.npz", pictures(24, side=24))
+    np.savez(tmp_path / "x.npz", images(24, side=24))
     files = ["--samples", str(tmp_path / "x.npz"), "--reference", str(tmp_path / "x.npz")]
     weights = ["--inception-weights", str(tmp_path / "w.pth"), "--batch", "8"]
     assert deco(["evaluate", "fid", *files, *weights, "--out", str(tmp_path / "s.json")]) == 0

@@ -12,10 +12,10 @@ from deco_scale.planning.flops import Workload
 from deco_scale.planning.forecast import fits, plan_as_configured
 from deco_scale.planning.hardware import gpu_device
 from deco_scale.planning.parameters import layout_rows
+from tests.support import CONFIGS
 
-ROOT = Path(__file__).resolve().parents[3]
-XXL = ROOT / "configs" / "t2i_xxl.yaml"
-TINY = ROOT / "configs" / "t2i_tiny.yaml"
+XXL = CONFIGS / "t2i_xxl.yaml"
+TINY = CONFIGS / "t2i_tiny.yaml"
 
 
 @pytest.mark.parametrize(

@@ -19,15 +19,15 @@ from deco_scale.cli.main import main
 from deco_scale.cli.sample import parse_classes, parse_size
 from deco_scale.config import build_config
 from deco_scale.errors import ConfigError, RunError
-from deco_scale.sampling.output_dir import PictureFolder
-from tests.assets import tiny_config
+from deco_scale.sampling.output_dir import ImageFolder
 from tests.checkpoints import META, save, tensors_of
 from tests.conftest import ROOT
+from tests.support.assets import tiny_config
 
 
 @pytest.fixture(scope="module")
 def classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A class model with the weights of a recorded one, whose pictures show the class."""
+    """A class model with the weights of a recorded one, whose images show the class."""
     folder = tmp_path_factory.mktemp("classes") / "step"
     fixture = ROOT / "tests" / "fixtures" / "c2i_tiny.safetensors"
     assert checkpoint_cli.main(["import", str(fixture), str(folder)]) == 0
@@ -70,7 +70,7 @@ def test_a_run_is_drawn_from_its_newest_complete_step(run_folder: Path, tmp_path
     assert record["sampler"]["num_steps"] == 2 and record["sampler"]["guidance"] == 4.0
 
 
-def test_pictures_of_classes_depend_on_class_and_seed_alone(classes: Path, tmp_path: Path) -> None:
+def test_images_of_classes_depend_on_class_and_seed_alone(classes: Path, tmp_path: Path) -> None:
     assert sample(classes, tmp_path / "all", "--classes", "0-3,2,7", "--per-prompt", "2") == 0
     every = read(tmp_path / "all")
     assert [(r["class"], r["index"], r["seed"]) for r, _ in every.values()] == [
@@ -89,11 +89,11 @@ def test_only_what_is_missing_is_drawn(classes: Path, tmp_path: Path, capsys: py
     assert sample(classes, tmp_path, "--classes", "0-3") == 0
     before = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in tmp_path.glob("0*.png")}
     (tmp_path / "00002_0000.png").unlink()
-    # A picture whose line was lost counts as not drawn.
+    # A image whose line was lost counts as not drawn.
     lines = (tmp_path / "pictures.jsonl").read_text().splitlines()
     (tmp_path / "pictures.jsonl").write_text("\n".join(lines[1:]) + "\n")
     assert sample(classes, tmp_path, "--classes", "0-5") == 0
-    assert "2 of 6 pictures are in" in capsys.readouterr().out
+    assert "2 of 6 images are in" in capsys.readouterr().out
     assert [r["class"] for r, _ in read(tmp_path).values()] == list(range(6))
     for name in ("00001_0000.png", "00003_0000.png"):
         assert (tmp_path / name).stat().st_mtime_ns == before[name][0]
@@ -152,7 +152,7 @@ def test_damaged_lines_and_two_commands_at_once_are_refused(
     for line in ("{}", '{"file": "../x.png"}', "not json", '["file"]'):
         (tmp_path / "pictures.part00003.jsonl").write_text(line + "\n")
         assert sample(classes, tmp_path, "--classes", "1") == 2
-        assert "pictures.part00003.jsonl, line 1: no picture's line" in capsys.readouterr().err
+        assert "pictures.part00003.jsonl, line 1: no image's line" in capsys.readouterr().err
     (tmp_path / "pictures.part00003.jsonl").unlink()
     (tmp_path / "file").write_text("")
     assert sample(classes, tmp_path / "file", "--classes", "1") == 2
@@ -214,7 +214,7 @@ def test_sizes_and_classes_are_read() -> None:
 
 def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
-    folder = PictureFolder(tmp_path / "file", rank=0)
+    folder = ImageFolder(tmp_path / "file", rank=0)
     with pytest.raises(RunError, match="0.png could not be written"):
         folder.save({"file": "0.png"}, np.zeros((4, 4, 3), np.uint8))
 

@@ -12,7 +12,7 @@ from data_pipeline.storage.base import open_store
 from data_pipeline.storage.disk_cache import DiskCache
 from data_pipeline.storage.local import LocalStore
 from data_pipeline.stream.loader import Loader
-from tests.sets import image_bytes, tar_of
+from tests.support.sets import image_bytes, tar_of
 
 IMAGE = image_bytes(0, size=(16, 16))
 COUNT = 40

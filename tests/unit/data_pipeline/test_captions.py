@@ -16,7 +16,7 @@ from data_pipeline.captions import (
     parse_captions,
     parse_label,
 )
-from tests.sets import kind_of
+from tests.support.sets import kind_of
 
 
 def parse(value: object, **options: Any) -> Captions:

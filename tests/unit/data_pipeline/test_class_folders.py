@@ -17,7 +17,7 @@ from data_pipeline.pack.class_folders import class_names, read_class_folders
 from data_pipeline.storage.base import open_store
 from data_pipeline.stream.loader import Loader
 from data_pipeline.tools import cli
-from tests.sets import image_bytes, kind_of, samples_of
+from tests.support.sets import image_bytes, kind_of, samples_of
 
 NAMES = ["n01440764", "n01443537", "n09835506"]
 PLENTY = 10**8

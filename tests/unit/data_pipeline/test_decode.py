@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data_pipeline.decode import DecodeError, DecodeMode, centre_crop, cover_and_crop, decode, image_size
-from tests.sets import kind_of
+from tests.support.sets import kind_of
 
 MODES: tuple[DecodeMode, ...] = ("exact", "fast")
 PLENTY = 10**7

@@ -15,7 +15,7 @@ from data_pipeline.index.format import COLUMNS, SCORE, Index, make_index
 from data_pipeline.storage.base import ObjectInfo, open_store
 from data_pipeline.stream.loader import Loader
 from data_pipeline.text_embeddings import TextEmbeddingIdentity
-from tests.sets import image_bytes, tar_of
+from tests.support.sets import image_bytes, tar_of
 
 SHARDS = [ObjectInfo("a.tar", 10_000, "tag"), ObjectInfo("b.tar", 20_000, "tag")]
 COUNTS = [4, 6]

@@ -13,7 +13,7 @@ from data_pipeline.index.build import ScanSettings, build_index, save_index
 from data_pipeline.index.filter import select
 from data_pipeline.index.format import SCORE, load_index
 from data_pipeline.storage.base import open_store
-from tests.sets import png, tar_of, write_set
+from tests.support.sets import png, tar_of, write_set
 
 
 def test_unusable_samples_duplicates_and_cut_shards_are_listed_by_name(tmp_path: Path) -> None:

@@ -17,8 +17,8 @@ from data_pipeline.pack.readers import read_folder
 from data_pipeline.pack.writer import pack
 from data_pipeline.storage.base import open_store
 from data_pipeline.stream.loader import Loader
-from tests.assets import make_images_folder
-from tests.sets import png, write_set
+from tests.support.assets import make_images_folder
+from tests.support.sets import png, write_set
 
 
 def batches(url: Path | str, world: int, *, start: int = 0, steps: int = 6, **extra: Any) -> list[dict[int, Any]]:

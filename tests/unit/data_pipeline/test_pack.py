@@ -23,7 +23,7 @@ from data_pipeline.pack.writer import MANIFEST_KEY, MARK_KEY, OccupiedError, pac
 from data_pipeline.storage.base import open_store
 from data_pipeline.storage.local import LocalStore
 from data_pipeline.tools import cli
-from tests.sets import (
+from tests.support.sets import (
     IMAGE,
     LONG,
     files_form,

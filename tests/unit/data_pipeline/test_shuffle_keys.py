@@ -16,8 +16,9 @@ from data_pipeline.storage.base import ObjectInfo, open_store
 from data_pipeline.stream.loader import Loader
 from data_pipeline.stream.mixture import BLOCK_POSITIONS, MixtureSampler, Schedule
 from data_pipeline.stream.sampler import CHUNK_SAMPLES, ElasticSampler, generator
-from deco_scale.training.noise import draw, mix
-from tests.sets import image_bytes, tar_of
+from deco_scale.seeding import derive_seed
+from deco_scale.training.noise import draw
+from tests.support.sets import image_bytes, tar_of
 
 
 def index_of(count: int) -> Index:
@@ -224,7 +225,7 @@ def test_mixed_data_sets_are_told_apart_by_url(tmp_path: Path) -> None:
 
 def test_every_part_of_a_mixed_key_counts_and_so_does_its_place() -> None:
     keys = [(), (0,), (1,), (0, 0), (0, 1), (1, 0), (1, 1), (0, 0, 1), (0, 1, 0), (1, 0, 0), (1, 2, 3), (3, 2, 1)]
-    assert len({mix(*key) for key in keys}) == len(keys)
+    assert len({derive_seed(*key) for key in keys}) == len(keys)
 
 
 def test_draws_belong_to_seed_and_sample_and_to_no_rank() -> None:

@@ -19,11 +19,7 @@ from data_pipeline.pack.verify import verify
 from data_pipeline.pack.writer import MANIFEST_KEY
 from data_pipeline.storage.base import ObjectInfo, open_store
 from data_pipeline.tools import cli, inspect
-from tests.sets import (
-    IMAGE,
-    files_form,
-    tar_of,
-)
+from tests.support.sets import IMAGE, files_form, tar_of
 
 
 @pytest.fixture

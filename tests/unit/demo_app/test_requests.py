@@ -18,7 +18,7 @@ from deco_scale.demo_app.service import KEPT_ORDERS, DemoService
 from deco_scale.demo_app.validation import FIELDS, MAX_SEED, SOLVERS, CheckError, Limits, check_request
 from deco_scale.models import ModelConfig
 from deco_scale.sampling import SamplerConfig
-from deco_scale.sampling.generate import Generator
+from deco_scale.sampling.generate import ImageGenerator
 from tests.support.browser import GOOD, LIMITS
 
 JSON_VALUES = st.recursive(
@@ -58,7 +58,7 @@ def test_any_values_are_an_order_within_the_limits_or_a_plain_error(
         ({"steps": 2.5}, "Steps: 2.5 is not a whole number."),
         ({"steps": True}, "Steps: True is not a number."),
         ({"guidance": math.nan}, "Guidance: nan is not a finite number."),
-        ({"count": None}, "Pictures: nothing is not a number."),
+        ({"count": None}, "Images: nothing is not a number."),
         ({"seed": MAX_SEED}, "Seed: 2147483647 is out of range; allowed are 0 to 2.14748e+09."),
         ({"subject": " \n"}, "Prompt: it is empty, say what to draw."),
         ({"subject": "a" * 1001}, "Prompt: 1001 characters are too many; at most 1000 are allowed."),
@@ -80,14 +80,14 @@ def class_studio(folder: Path, max_seconds: float = 60.0) -> DemoService:
     def velocity(x: Tensor, t_B: Tensor, condition: Tensor) -> Tensor:
         return (condition / 5)[:, None, None, None] - x
 
-    generator = Generator(
+    generator = ImageGenerator(
         velocity, model, encode=None, null=torch.tensor(5), device=torch.device("cpu"), digest="abc"
     )
-    limits = Limits(max_side=8, max_pictures=2, max_steps=5)
+    limits = Limits(max_side=8, max_images=2, max_steps=5)
     return DemoService(generator, SamplerConfig(), folder, limits=limits, batch=2, max_seconds=max_seconds)
 
 
-def test_a_class_model_draws_again_what_its_settings_say_and_old_pictures_go(tmp_path: Path) -> None:
+def test_a_class_model_draws_again_what_its_settings_say_and_old_images_go(tmp_path: Path) -> None:
     studio = class_studio(tmp_path / "pictures")
     order = GOOD | {"subject": 4, "width": 8, "height": 4, "random": True, "seed": None}
     steps: list[tuple[int, int]] = []
@@ -99,12 +99,12 @@ def test_a_class_model_draws_again_what_its_settings_say_and_old_pictures_go(tmp
         and first["checkpoint_digest"] == "abc"
         and drawn[1].settings["seed"] == first["seed"] + 1
     )
-    with Image.open(drawn[0].path) as picture:
-        assert picture.size == (8, 4) and json.loads(picture.text["deco"]) == first
-        pixels = np.asarray(picture)
+    with Image.open(drawn[0].path) as image:
+        assert image.size == (8, 4) and json.loads(image.text["deco"]) == first
+        pixels = np.asarray(image)
     again = studio.draw(order | {"random": False, "seed": first["seed"], "count": 1}, lambda done, total: None)
-    with Image.open(again[0].path) as picture:
-        np.testing.assert_array_equal(np.asarray(picture), pixels)
+    with Image.open(again[0].path) as image:
+        np.testing.assert_array_equal(np.asarray(image), pixels)
     with pytest.raises(CheckError, match="this model draws classes"):
         studio.draw(order | {"negative": "red"}, lambda done, total: None)
     for _ in range(KEPT_ORDERS + 3):

@@ -20,9 +20,9 @@ from tests.support.evaluations import (
     Judge,
     drawing,
     gaussian_of,
+    images,
     in_threads,
     make_clip,
-    pictures,
     small_judge,
     wanted_scores,
 )
@@ -87,7 +87,7 @@ def judge(monkeypatch: pytest.MonkeyPatch) -> Judge:
 def test_shares_add_up_to_one_process(
     world: int, judge: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reference = pictures(40, 3)
+    reference = images(40, 3)
     found = judge(torch.from_numpy(reference))
     pool, spatial = gaussian_of(found.pool_BF), gaussian_of(found.spatial_BF)
     np.savez(
@@ -138,7 +138,7 @@ def test_shares_add_up_to_one_process(
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["step_00000040.npz", "step_00000040.png"]
 
 
-def test_pictures_that_another_disk_has_are_named(tmp_path: Path) -> None:
+def test_images_that_another_disk_has_are_named(tmp_path: Path) -> None:
     share = in_training.draw_share(drawing(), [SampleRequest(0, 0, i) for i in range(4)], rank=0, world=2)
     in_training.keep_share(share, tmp_path, 3)
     with pytest.raises(RunError, match="a disk that all ranks see"):
@@ -189,7 +189,7 @@ def test_a_reference_without_statistics_is_named(
     judge: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(in_training, "load_inception", lambda path, device: judge)
-    for name, arrays, message in (("a", {"arr_0": pictures(3)}, "no mu"), ("b", {"mu": 1, "sigma": 2}, "mu is")):
+    for name, arrays, message in (("a", {"arr_0": images(3)}, "no mu"), ("b", {"mu": 1, "sigma": 2}, "mu is")):
         np.savez(tmp_path / name, **arrays)
         cfg = EvaluationConfig(inception_weights="w", reference=str(tmp_path / f"{name}.npz"))
         with pytest.raises(ConfigError, match=message):
@@ -216,8 +216,8 @@ def test_clip_score_is_that_of_transformers_own_processing(clip_folder: Path, si
     found = ClipScorer.load(clip_folder).scores(x, PROMPTS)
     model, tokenizer = CLIPModel.from_pretrained(clip_folder), AutoTokenizer.from_pretrained(clip_folder)
     process = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
-    for picture, prompt, score in zip(x, PROMPTS, found, strict=True):
-        pixels = process(images=[Image.fromarray(picture)], return_tensors="pt")["pixel_values"]
+    for image, prompt, score in zip(x, PROMPTS, found, strict=True):
+        pixels = process(images=[Image.fromarray(image)], return_tensors="pt")["pixel_values"]
         with torch.no_grad():
             out = model(pixel_values=pixels, **tokenizer([prompt], return_tensors="pt"))
         wanted = 100 * torch.cosine_similarity(out.image_embeds, out.text_embeds).item()
@@ -244,7 +244,7 @@ def test_clip_score_over_shares(clip_folder: Path, tmp_path: Path) -> None:
 def test_clips_normalisation_is_that_of_its_folder(clip_folder: Path, tmp_path: Path) -> None:
     for file in clip_folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    x = pictures(3, side=28)
+    x = images(3, side=28)
     before = ClipScorer.load(tmp_path).scores(x, PROMPTS)
     (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0, 0, 0], "image_std": [1, 1, 1]}')
     assert (ClipScorer.load(tmp_path).scores(x, PROMPTS) - before).abs().min() > 1e-3

@@ -130,9 +130,9 @@ def mean_of_existing(x: Tensor) -> Tensor:
     return sums / F.conv2d(ones, kernel, padding=1)
 
 
-def second_reading(state: dict[str, Tensor], pictures: Tensor) -> tuple[Tensor, Tensor]:
+def second_reading(state: dict[str, Tensor], images: Tensor) -> tuple[Tensor, Tensor]:
     """Pool and spatial features from the tables above."""
-    x = resize_tf1(pictures.permute(0, 3, 1, 2).float(), (299, 299)) / 128 - 1
+    x = resize_tf1(images.permute(0, 3, 1, 2).float(), (299, 299)) / 128 - 1
     for name, stride in STEM.items():
         x = unit(state, f"Conv2d_{name}", x, stride)
         if name in ("2b_3x3", "4a_3x3"):
@@ -159,9 +159,9 @@ def second_reading(state: dict[str, Tensor], pictures: Tensor) -> tuple[Tensor, 
 
 
 def test_computes_what_the_published_graph_says(network: Inception, state: dict[str, Tensor]) -> None:
-    pictures = torch.randint(0, 256, (2, 40, 28, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    pool, spatial = second_reading(state, pictures)
-    found = network(pictures)
+    images = torch.randint(0, 256, (2, 40, 28, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    pool, spatial = second_reading(state, images)
+    found = network(images)
     assert found.pool_BF.shape == (2, POOL_DIM) and found.spatial_BF.shape == (2, SPATIAL_DIM)
     assert pool.std() > 1e-3 and (pool[0] - pool[1]).abs().max() > 1e-3
     torch.testing.assert_close(found.pool_BF, pool, rtol=1e-4, atol=1e-5 * pool.abs().max().item())
@@ -170,9 +170,9 @@ def test_computes_what_the_published_graph_says(network: Inception, state: dict[
     torch.testing.assert_close(network.class_scores(pool), logits)
 
 
-def test_a_picture_is_judged_alone(network: Inception) -> None:
-    pictures = torch.randint(0, 256, (3, 20, 20, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
-    together, alone = network(pictures), network(pictures[1:2])
+def test_a_image_is_judged_alone(network: Inception) -> None:
+    images = torch.randint(0, 256, (3, 20, 20, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+    together, alone = network(images), network(images[1:2])
     torch.testing.assert_close(together.pool_BF[1:2], alone.pool_BF, rtol=1e-4, atol=1e-5)
     assert not any(p.requires_grad for p in network.parameters()) and not network.training
 

@@ -36,10 +36,10 @@ def test_geneval_layout_is_what_its_scorer_reads(tmp_path: Path) -> None:
     work = geneval.missing_images(tasks, out, 4)
     assert len(work) == 8
     with pytest.raises(KeyboardInterrupt):
-        geneval.generate_images(drawing(fail_at=3), work, out, on_picture=nothing)
+        geneval.generate_images(drawing(fail_at=3), work, out, on_image=nothing)
     left = geneval.missing_images(tasks, out, 4)
     assert left == work[3:]
-    geneval.generate_images(drawing(), left, out, on_picture=nothing)
+    geneval.generate_images(drawing(), left, out, on_image=nothing)
     names = [f"{i:05d}.png" for i in range(4)]
     assert official_geneval(out) == {entry["prompt"]: names for entry in METADATA}
     assert sorted(p.name for p in out.iterdir()) == ["00000", "00001"]
@@ -74,7 +74,7 @@ def test_lines_end_where_json_lines_do(tmp_path: Path) -> None:
 
 
 def test_geneval_summary_is_its_scorers(tmp_path: Path) -> None:
-    """Two of four benches and one of two cows: tasks count alike, however many pictures they have."""
+    """Two of four benches and one of two cows: tasks count alike, however many images they have."""
     results = [("single_object", METADATA[0], c) for c in (True, False, True, False)]
     results += [("counting", METADATA[1], c) for c in (False, False, True)]
     results.append(("counting", METADATA[1] | {"prompt": "other"}, False))
@@ -86,7 +86,7 @@ def test_geneval_summary_is_its_scorers(tmp_path: Path) -> None:
     found = geneval.summarise(tmp_path / "r.jsonl")
     assert found.tasks == {"single_object": (2, 4), "counting": (1, 4)}
     assert found.overall == pytest.approx((0.5 + 0.25) / 2)
-    assert found.pictures == (3, 8) and found.prompts == (2, 3)
+    assert found.images == (3, 8) and found.prompts == (2, 3)
     (tmp_path / "r.jsonl").write_text('{"tag": "a", "correct": "yes", "metadata": "x"}')
     with pytest.raises(ConfigError, match="lacks"):
         geneval.summarise(tmp_path / "r.jsonl")
@@ -188,10 +188,10 @@ def test_dpg_grids_are_what_its_scorer_cuts(tmp_path: Path) -> None:
     prompts = [dpg.Prompt(f"p{i}", f"text {i}") for i in range(3)]
     folder = tmp_path / "out" / "pictures"
     with pytest.raises(KeyboardInterrupt):
-        dpg.generate_images(drawing((8, 8), fail_at=6), prompts, folder, on_picture=nothing)
+        dpg.generate_images(drawing((8, 8), fail_at=6), prompts, folder, on_image=nothing)
     left = dpg.missing_prompts(prompts, folder)
     assert left == prompts[1:] and [p.name for p in folder.iterdir()] == ["p0.png"]
-    dpg.generate_images(drawing((8, 8)), left, folder, on_picture=nothing)
+    dpg.generate_images(drawing((8, 8)), left, folder, on_image=nothing)
     assert sorted(p.name for p in folder.iterdir()) == ["p0.png", "p1.png", "p2.png"]
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["pictures"]
     corners = [(0, 0, 8, 8), (8, 0, 16, 8), (0, 8, 8, 16), (8, 8, 16, 16)]

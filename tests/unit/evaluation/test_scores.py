@@ -1,4 +1,4 @@
-"""Scores against other implementations, picture files against hostile ones, the ADM suite's file."""
+"""Scores against other implementations, image files against hostile ones, the ADM suite's file."""
 
 import io
 import tempfile
@@ -34,9 +34,9 @@ from tests.support.evaluations import (
     drawing,
     features,
     gaussian_of,
+    images,
     normal,
     nothing,
-    pictures,
     small_judge,
     wanted_scores,
 )
@@ -161,7 +161,7 @@ def test_precision_and_recall_of_equal_collapsed_and_far_sets() -> None:
 
 
 def test_npz_is_numpys_whatever_the_pieces(tmp_path: Path) -> None:
-    x = pictures(23)
+    x = images(23)
     files = []
     for sizes in ([23], [1] * 23, [10, 13]):
         path = tmp_path / f"{len(sizes)}.npz"
@@ -189,7 +189,7 @@ def test_writing_and_reading_hold_a_piece_at_a_time(tmp_path: Path) -> None:
 
 
 def test_pieces_that_do_not_make_up_the_shape_leave_nothing(tmp_path: Path) -> None:
-    x = pictures(4)
+    x = images(4)
     for shape, pieces in (((5, *x.shape[1:]), [x]), (x.shape, [x[:, :3]]), (x.shape, [x.astype(np.int32)])):
         with pytest.raises(ValueError):
             write_images(tmp_path / "x.npz", shape, pieces)
@@ -202,7 +202,7 @@ def test_arrays_of_another_kind_are_refused(tmp_path: Path) -> None:
         np.zeros((2, 4, 4, 3), np.float32),
         np.zeros((2, 4, 4), np.uint8),
         np.zeros((0, 4, 4, 3), np.uint8),
-        np.asfortranarray(pictures(2)),
+        np.asfortranarray(images(2)),
         np.array([{"a": 1}], dtype=object),
     ):
         np.savez(path, arr_0=wrong)
@@ -219,7 +219,7 @@ def test_arrays_of_another_kind_are_refused(tmp_path: Path) -> None:
 @settings(max_examples=60, deadline=None)
 @given(st.randoms(use_true_random=False))
 def test_damaged_npz_are_named_or_right(random: Any) -> None:
-    x = pictures(6)
+    x = images(6)
     buffer = io.BytesIO()
     np.savez_compressed(buffer, x) if random.random() < 0.5 else np.savez(buffer, x)
     data = bytearray(buffer.getvalue())
@@ -272,7 +272,7 @@ def judge(monkeypatch: pytest.MonkeyPatch) -> Judge:
 
 
 def test_scores_of_files_and_each_kind_of_reference(judge: Any, tmp_path: Path) -> None:
-    x, y = pictures(60, 1), pictures(80, 2) // 2 + 30
+    x, y = images(60, 1), images(80, 2) // 2 + 30
     np.savez(tmp_path / "x.npz", x)
     found_b = judge(torch.from_numpy(y))
     pool, spatial = gaussian_of(found_b.pool_BF), gaussian_of(found_b.spatial_BF)
@@ -295,9 +295,9 @@ def test_scores_of_files_and_each_kind_of_reference(judge: Any, tmp_path: Path) 
         assert sum(seen) == fid.check_files(tmp_path / "x.npz", tmp_path / "y.npz")
 
 
-def test_statistics_stand_before_the_references_pictures(judge: Any, tmp_path: Path) -> None:
-    """As in the ADM suite: the pictures of a reference batch are only some of those the statistics are of."""
-    x, y = pictures(20, 1), pictures(30, 2)
+def test_statistics_stand_before_the_references_images(judge: Any, tmp_path: Path) -> None:
+    """As in the ADM suite: the images of a reference batch are only some of those the statistics are of."""
+    x, y = images(20, 1), images(30, 2)
     np.savez(tmp_path / "x.npz", x)
     np.savez(tmp_path / "y.npz", arr_0=y, mu=np.full(12, 100.0), sigma=np.eye(12))
     scores = fid.score_files(judge, tmp_path / "x.npz", tmp_path / "y.npz")
@@ -305,7 +305,7 @@ def test_statistics_stand_before_the_references_pictures(judge: Any, tmp_path: P
 
 
 def test_references_without_use_are_refused(judge: Any, tmp_path: Path) -> None:
-    np.savez(tmp_path / "x.npz", pictures(5))
+    np.savez(tmp_path / "x.npz", images(5))
     for arrays, message in (
         ({"other": np.zeros(3)}, "neither arr_0 nor mu"),
         ({"mu": np.zeros(11), "sigma": np.eye(11)}, "mu is float64"),
@@ -314,8 +314,8 @@ def test_references_without_use_are_refused(judge: Any, tmp_path: Path) -> None:
         np.savez(tmp_path / "y.npz", **arrays)
         with pytest.raises(RunError, match=message):
             fid.score_files(judge, tmp_path / "x.npz", tmp_path / "y.npz")
-    np.savez(tmp_path / "y.npz", pictures(1))
-    with pytest.raises(RunError, match="one picture"):
+    np.savez(tmp_path / "y.npz", images(1))
+    with pytest.raises(RunError, match="one image"):
         fid.score_files(judge, tmp_path / "y.npz", tmp_path / "x.npz")
 
 
@@ -336,12 +336,12 @@ def test_classes_are_balanced_everywhere_and_no_noise_is_used_twice(count: int, 
 
 def test_broken_off_resumed_and_shared_pieces_give_the_same_file(tmp_path: Path) -> None:
     wanted = ImageSet(count=37, num_classes=4, size=(6, 8), piece=8)
-    generate_parts(drawing(), wanted, tmp_path / "a", missing_pieces(wanted, tmp_path / "a"), on_picture=nothing)
+    generate_parts(drawing(), wanted, tmp_path / "a", missing_pieces(wanted, tmp_path / "a"), on_image=nothing)
     first = join_pieces(wanted, tmp_path / "a")
     assert first.name == "samples_37x6x8x3.npz" and missing_pieces(wanted, tmp_path / "a") == []
     assert [p.name for p in (tmp_path / "a").iterdir()] == [first.name]
     with pytest.raises(KeyboardInterrupt):
-        generate_parts(drawing(fail_at=20), wanted, tmp_path / "b", [0, 1, 2, 3, 4], on_picture=nothing)
+        generate_parts(drawing(fail_at=20), wanted, tmp_path / "b", [0, 1, 2, 3, 4], on_image=nothing)
     assert missing_pieces(wanted, tmp_path / "b") == [2, 3, 4]
     with pytest.raises(RunError, match="piece_000002"):
         join_pieces(wanted, tmp_path / "b")
@@ -349,5 +349,5 @@ def test_broken_off_resumed_and_shared_pieces_give_the_same_file(tmp_path: Path)
     cut = tmp_path / "b" / "piece_000001.npy"
     cut.write_bytes(cut.read_bytes()[:-1])
     for share in ([3, 4], [1, 2]):
-        generate_parts(drawing(), wanted, tmp_path / "b", share, on_picture=nothing)
+        generate_parts(drawing(), wanted, tmp_path / "b", share, on_image=nothing)
     assert join_pieces(wanted, tmp_path / "b").read_bytes() == first.read_bytes()

@@ -15,18 +15,17 @@ from torch import Tensor
 from checkpoints_tools.base import TensorSpec
 from checkpoints_tools.cli import main as deco_ckpt
 from checkpoints_tools.formats.canonical import write_canonical
-from deco_scale.checkpoint.manager import CheckpointMeta
+from deco_scale.checkpoint.format import CheckpointMeta
 from deco_scale.cli.main import main as deco
 from deco_scale.cli.spectrum import DATA_TIMES
 from deco_scale.config import build_config
-from deco_scale.evaluation.spectrum import Probe, block_energies, normalised, probe_pictures, probe_samples, zigzag
+from deco_scale.evaluation.spectrum import Probe, block_energies, normalised, probe_images, probe_samples, zigzag
 from deco_scale.models import Denoiser, ModelConfig, patchify
 from deco_scale.objectives.frequency import frequency_weights
 from deco_scale.sampling import SamplerConfig, time_grid
 from deco_scale.sampling.images import velocity_of
-from tests import assets
+from tests.support import FIXTURES, assets
 
-FIXTURES = Path(__file__).resolve().parents[2] / "fixtures"
 # ITU-T T.81, figure A.6: the place of each coefficient in the zig-zag sequence.
 JPEG_ORDER = """
 0 1 5 6 14 15 27 28
@@ -104,9 +103,9 @@ def test_the_probe_sees_the_last_blocks_tokens_and_the_velocity() -> None:
     labels = torch.tensor([0, 1, 2, 3])
     with Probe(denoiser, velocity, times=times) as probe:
         for part in (slice(0, 3), slice(3, 4)):
-            probe_pictures(probe, image[part], noise[part], labels[part], times=times)
+            probe_images(probe, image[part], noise[part], labels[part], times=times)
     seen = probe.spectrum()
-    assert seen.pictures == 4 and not denoiser.blocks[-1]._forward_hooks
+    assert seen.images == 4 and not denoiser.blocks[-1]._forward_hooks
     for i, t in enumerate(times):
         x = t * image + (1 - t) * noise
         out = denoiser(patchify(x, 2), t.expand(4), labels, grid=(8, 16), hidden_after=2)
@@ -128,13 +127,13 @@ def test_sampling_measures_every_step_and_guidance_is_refused() -> None:
     times = time_grid(3, 2.0)[:-1]
     noise, null = torch.randn(2, 3, 16, 16), torch.tensor(3)
     with Probe(denoiser, velocity_of(predict, 2), times=times) as probe:
-        with pytest.raises(ValueError, match="0 pictures"):
+        with pytest.raises(ValueError, match="0 images"):
             probe.spectrum()
         probe_samples(probe, noise, torch.tensor([0, 1]), null, sampler=sampler)
         with pytest.raises(ValueError, match="without guidance"):
             probe_samples(probe, noise, torch.tensor([0, 1]), null, sampler=SamplerConfig())
     seen = probe.spectrum()
-    assert seen.times == pytest.approx(times.tolist()) and seen.pictures == 2
+    assert seen.times == pytest.approx(times.tolist()) and seen.images == 2
     # At t = 0 every model sees the same white noise; later states differ from it, and so do their spectra.
     assert not torch.allclose(seen.energies["velocity"][0], seen.energies["velocity"][2], rtol=1e-3)
 
@@ -180,7 +179,7 @@ def test_two_class_models_that_sample(checkpoints: dict[str, Path], tmp_path: Pa
         assert min(figure.size) > 500 and len(figure.convert("RGB").getcolors(2**24)) > 50
 
 
-def test_a_text_model_on_pictures(
+def test_a_text_model_on_images(
     checkpoints: dict[str, Path], shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """From a folder; the curves do not depend on the batch, up to rounding."""
@@ -209,7 +208,7 @@ def test_a_text_model_on_pictures(
 
 
 def test_indexed_shards_are_read_by_the_loader(shards: Path, text_encoder: Path, tmp_path: Path) -> None:
-    """A text model of patch 4, whose blocks of tokens fit small pictures; every model sees the same."""
+    """A text model of patch 4, whose blocks of tokens fit small images; every model sees the same."""
     run = assets.tiny_config(tmp_path / "run", shards, text_encoder)
     run["model"]["patch_size"] = 4
     cfg = build_config(run, source="test")

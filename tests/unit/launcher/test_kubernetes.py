@@ -13,7 +13,7 @@ from deco_scale.config import load_config
 from deco_scale.observability.events import REQUEUE
 from deco_scale.yaml import load_yaml
 from launcher.schedulers.base import TEMPLATES, yaml_scalar
-from tests.unit.launcher.submission import CONFIG, K8S, VOLUME, refused, rendered
+from tests.support.submission import CONFIG, K8S, VOLUME, refused, rendered
 
 
 def closed(properties: dict[str, Any], *required: str) -> dict[str, Any]:

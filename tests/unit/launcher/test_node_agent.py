@@ -13,7 +13,7 @@ import pytest
 
 from deco_scale.observability.events import REQUEUE
 from launcher.schedulers.node_agent import Node, main, probe
-from tests.unit.launcher.submission import ROOT
+from tests.support import ROOT
 
 
 def node_of(tmp_path: Path, processes: int = 2, **settings: Any) -> Node:

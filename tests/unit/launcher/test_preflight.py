@@ -27,9 +27,9 @@ from launcher.preflight.checks import check_config, check_versions, products_are
 from launcher.preflight.network import check_clocks, check_collectives, estimate_offset, join_process_group
 from launcher.preflight.report import CheckGroup, RankInfo, all_problems, check_same
 from launcher.preflight.storage import check_data, check_storage, checkpoint_bytes, max_checkpoints
-from tests.assets import tiny_config
-from tests.distributed.harness import in_group
-from tests.ports import free_port
+from tests.support.assets import tiny_config
+from tests.support.ports import free_port
+from tests.support.process_groups import in_group
 
 RANKS = [RankInfo(0, 0, "node0"), RankInfo(1, 0, "node1")]
 HALF_A_MINUTE = 30.5

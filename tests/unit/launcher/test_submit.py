@@ -15,7 +15,7 @@ from launcher import submit
 from launcher.schedulers.base import TEMPLATES, ClusterJob
 from launcher.schedulers.hosts import host_commands
 from launcher.schedulers.slurm import SlurmOptions, render_slurm
-from tests.unit.launcher.submission import HOSTILE, HOSTS, SLURM, refused, rendered
+from tests.support.submission import HOSTILE, HOSTS, SLURM, refused, rendered
 
 
 class FakeCluster:

@@ -28,7 +28,7 @@ from deco_scale.observability.prometheus import PrometheusExporter
 from deco_scale.observability.redact import REMOVED, scrub
 from deco_scale.observability.run_logger import RunLogger
 from deco_scale.observability.webhooks import AlertSender, check_webhook, send_alert
-from tests.ports import free_port
+from tests.support.ports import free_port
 
 PATH = "/x/b8TqPlantedPath"
 STEP = {

@@ -11,10 +11,10 @@ from deco_scale.cli.main import main
 from deco_scale.config import load_config
 from deco_scale.errors import ConfigError
 from deco_scale.planning.calibration import ceilings_of, compare, median_errors, predict, read_results
+from tests.support import CONFIGS
 
-ROOT = Path(__file__).resolve().parents[3]
-XXL = ROOT / "configs" / "t2i_xxl.yaml"
-TINY = ROOT / "configs" / "t2i_tiny.yaml"
+XXL = CONFIGS / "t2i_xxl.yaml"
+TINY = CONFIGS / "t2i_tiny.yaml"
 
 
 def _result(**changes: Any) -> dict[str, Any]:

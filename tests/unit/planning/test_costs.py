@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,8 +25,9 @@ from deco_scale.planning.flops import Workload, forward_flops, training_flops
 from deco_scale.planning.memory import activation_bytes, state_by_part, state_bytes, state_copies
 from deco_scale.planning.parameters import layout_rows
 from deco_scale.planning.step_time import block_moved, decoder_moved
+from tests.support import CONFIGS
 
-XXL = Path(__file__).resolve().parents[3] / "configs" / "t2i_xxl.yaml"
+XXL = CONFIGS / "t2i_xxl.yaml"
 SMALL = ModelConfig(
     kind="t2i_deco", dim=128, num_heads=4, num_blocks=3, num_text_blocks=2, patch_size=16, decoder_width=32,
     decoder_blocks=3, text_dim=96, text_tokens=32,

@@ -1,7 +1,6 @@
 """The planner over layouts, batches and links: what it takes, and how memory and time go with them."""
 
 import itertools
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,8 +18,9 @@ from deco_scale.planning.layouts import enumerate_layouts
 from deco_scale.planning.memory import memory_by_part
 from deco_scale.planning.step_time import step_by_part
 from deco_scale.training.config import StageConfig
+from tests.support import CONFIGS
 
-XXL = Path(__file__).resolve().parents[3] / "configs" / "t2i_xxl.yaml"
+XXL = CONFIGS / "t2i_xxl.yaml"
 
 
 def _any(parallel: ParallelConfig) -> bool:
@@ -78,9 +78,7 @@ def test_bigger_batches_never_take_less(mode: ActivationCheckpointing, fused: bo
     dims, sizes = resolve_parallel_dims(parallel, 16), (1, 2, 4, 8, 16, 64)
     options: dict[str, Any] = {"accumulation": 2, "resolution": 256}
     seconds = [sum(step_by_part(work, parallel, dims, device, images=n, **options).values()) for n in sizes]
-    memory = [
-        sum(memory_by_part(work, parallel, dims, images=n, kind="cuda", **options).values()) for n in sizes
-    ]
+    memory = [sum(memory_by_part(work, parallel, dims, images=n, kind="cuda", **options).values()) for n in sizes]
     # Where the host is the limit all take the same time, but for the last digit of a sum of parts.
     assert all(later >= earlier * (1 - 1e-12) for earlier, later in itertools.pairwise(seconds))
     assert memory == sorted(memory)

@@ -20,9 +20,9 @@ from deco_scale.planning.goodput_sim import (
     simulate,
     young_interval,
 )
+from tests.support import CONFIGS
 
-ROOT = Path(__file__).resolve().parents[3]
-TINY = ROOT / "configs" / "t2i_tiny.yaml"
+TINY = CONFIGS / "t2i_tiny.yaml"
 BEGAN = 1_700_000_000.0
 
 

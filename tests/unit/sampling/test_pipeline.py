@@ -1,4 +1,4 @@
-"""Checkpoints that were imported or exported draw the pictures of their weights."""
+"""Checkpoints that were imported or exported draw the images of their weights."""
 
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,11 @@ from deco_scale.models import Denoiser, ModelConfig
 from deco_scale.sampling import SamplerConfig
 from deco_scale.sampling.images import generate_images, velocity_of
 from deco_scale.sampling.pipeline import DecoPipeline, PipelineError
-from tests.assets import TEXT_DIM, TEXT_TOKENS
 from tests.checkpoints import CLASSES, TEXT, release_file, release_state, save, tensors_of
+from tests.support.assets import TEXT_DIM, TEXT_TOKENS
 
 
-def test_an_imported_checkpoint_draws_pictures(tmp_path: Path, text_encoder: Path) -> None:
+def test_an_imported_checkpoint_draws_images(tmp_path: Path, text_encoder: Path) -> None:
     path = release_file(tmp_path / "w.ckpt", {"state_dict": release_state(TEXT)})
     assert cli.main(["import", str(path), str(tmp_path / "step"), "--resolution", "16"]) == 0
     arguments = ["sample", "--checkpoint", str(tmp_path / "step"), "--text-encoder", str(text_encoder)]

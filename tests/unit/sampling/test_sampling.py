@@ -13,7 +13,7 @@ from torch import Tensor
 
 from deco_scale.models import Denoiser, ModelConfig
 from deco_scale.sampling import (
-    Generator,
+    ImageGenerator,
     Guidance,
     SamplerConfig,
     SampleRequest,
@@ -158,7 +158,7 @@ def test_guidance_extrapolates_from_the_null_condition() -> None:
     assert guided_velocity(velocity, x, torch.tensor(0.5), one, zero, 1.0).tolist() == [[1.0], [1.0]]
 
 
-def test_pictures_do_not_depend_on_the_batch(tmp_path: Path) -> None:
+def test_images_do_not_depend_on_the_batch(tmp_path: Path) -> None:
     def velocity(x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
         return condition.view(-1, 1, 1, 1) - x
 
@@ -211,14 +211,14 @@ class Words:
         return torch.tensor([[[len(t) / 10, ord(t[:1] or "@") / 200]] for t in texts])
 
 
-def generator_of(words: Words) -> Generator:
+def generator_of(words: Words) -> ImageGenerator:
     def velocity(x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
         return condition.sum((1, 2)).view(-1, 1, 1, 1) - 0.3 * x
 
-    return Generator(velocity, TEXT_MODEL, encode=words, null=words([""])[0], device=torch.device("cpu"))
+    return ImageGenerator(velocity, TEXT_MODEL, encode=words, null=words([""])[0], device=torch.device("cpu"))
 
 
-def test_each_text_is_encoded_once_and_a_picture_depends_on_its_job_alone() -> None:
+def test_each_text_is_encoded_once_and_a_image_depends_on_its_job_alone() -> None:
     words, cfg = Words(), SamplerConfig(num_steps=3)
     generator = generator_of(words)
     jobs = [SampleRequest(prompt, index, index, negative) for prompt in ("cat", "bird") for index in range(3)
@@ -265,13 +265,13 @@ def test_a_negative_prompt_leaves_no_trace() -> None:
     ],
     ids=str,
 )
-def test_impossible_pictures_are_refused_before_any_is_drawn(
+def test_impossible_images_are_refused_before_any_is_drawn(
     job: SampleRequest, size: tuple[int, int], batch: int, message: str
 ) -> None:
     def velocity(x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
         raise AssertionError("nothing may be drawn")
 
-    generator = Generator(velocity, CLASS_MODEL, encode=None, null=torch.tensor(3), device=torch.device("cpu"))
+    generator = ImageGenerator(velocity, CLASS_MODEL, encode=None, null=torch.tensor(3), device=torch.device("cpu"))
     with pytest.raises(ValueError, match=message):
         generator.images([SampleRequest(0), job], size=size, sampler=SamplerConfig(), batch=batch)
 
@@ -322,7 +322,7 @@ def transposed(denoiser: Denoiser) -> Denoiser:
 
 @pytest.mark.parametrize("kind", ["t2i_deco", "c2i_deco", "c2i_baseline"])
 @pytest.mark.parametrize("size", [(8, 8), (8, 20), (12, 4)], ids=str)
-def test_transposing_input_and_weights_transposes_the_picture(kind: str, size: tuple[int, int]) -> None:
+def test_transposing_input_and_weights_transposes_the_image(kind: str, size: tuple[int, int]) -> None:
     decoder = {} if kind == "c2i_baseline" else {"decoder_width": 6, "decoder_blocks": 2}
     condition = (
         {"text_dim": 5, "text_tokens": 3, "num_text_blocks": 1} if kind == "t2i_deco" else {"num_classes": 4}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from deco_scale.models import ModelConfig
-from deco_scale.sampling import Generator, SamplerConfig, SampleRequest
+from deco_scale.sampling import ImageGenerator, SamplerConfig, SampleRequest
 
 MODEL = ModelConfig(
     kind="t2i_deco", dim=16, num_heads=2, num_blocks=1, patch_size=4, decoder_width=4, decoder_blocks=1,
@@ -34,11 +34,11 @@ class TextMemory:
         return {text for text, array in self._arrays.items() if array() is not None}
 
 
-def generator_of(encode: TextMemory) -> Generator:
+def generator_of(encode: TextMemory) -> ImageGenerator:
     def velocity(x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
         return condition.sum((1, 2)).view(-1, 1, 1, 1) - 0.3 * x
 
-    return Generator(velocity, MODEL, encode=encode, null=torch.zeros(1, 2), device=torch.device("cpu"))
+    return ImageGenerator(velocity, MODEL, encode=encode, null=torch.zeros(1, 2), device=torch.device("cpu"))
 
 
 def test_text_embeddings_are_released_after_the_last_image_that_needs_them() -> None:

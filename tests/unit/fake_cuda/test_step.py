@@ -1,7 +1,7 @@
 """The XXL at its real sizes on a GPU that is not there: a step, attention, encoders, sampling, the optimizer.
 
-Every operator of the planned device and type, and no value read on the host; tests/fake_cuda.py has what stands in
-for a driver. What a GPU computes is for tests/gpu.
+Every operator of the planned device and type, and no value read on the host; tests/support/fake_cuda.py stands
+in for a driver. What a GPU computes is for tests/gpu.
 """
 
 import dataclasses
@@ -24,11 +24,12 @@ from deco_scale.training.anomalies import AnomalyDetector
 from deco_scale.training.config import FaultsConfig, StageConfig
 from deco_scale.training.inputs import Batch, InputBuilder, MicroBatch, pinned
 from deco_scale.training.train_step import train_step
-from tests.device_check import ROOT, Call, DeviceCheck
-from tests.fake_cuda import fake_cuda, meta_device
+from tests.support import CONFIGS
+from tests.support.device_check import Call, DeviceCheck
+from tests.support.fake_cuda import fake_cuda, meta_device
 from tests.support.plain_engine import PlainEngine, make_objective
 
-CONFIG = load_config(ROOT / "configs" / "t2i_xxl.yaml")
+CONFIG = load_config(CONFIGS / "t2i_xxl.yaml")
 BF16, FP32 = torch.bfloat16, torch.float32
 ENCODER_DIM = 768
 KERNELS: tuple[Kernels, ...] = get_args(Kernels)
@@ -48,17 +49,27 @@ STEP = {
 """Where the host's tensors are planned in every step."""
 PRODUCTS = {f"aten::{name}" for name in ("mm", "addmm", "bmm", "baddbmm", "convolution")}
 WIDENED = {
-    "training/inputs.py:InputBuilder._embeddings", "kernels/norm.py:_accurate", "objectives/repa.py:repa_loss",
-    "kernels/pixel_decoder.py:_render_in_chunks.<locals>.render", "objectives/objective.py:Objective._pixel_losses",
-}  # fmt: skip
+    "training/inputs.py:InputBuilder._embeddings",
+    "kernels/norm.py:_accurate",
+    "objectives/repa.py:repa_loss",
+    "kernels/pixel_decoder.py:_render_in_chunks.<locals>.render",
+    "objectives/objective.py:Objective._pixel_losses",
+}
 """Where a tensor of 16 bits is written anew in 32, forward: norms, rotary position, losses, and the layer norms
 of the pixel decoder."""
 RMS_NORM = "kernels/norm.py:rms_norm"
 IN_FP32 = (
-    "models/embeddings.py", "objectives/flow_matching.py", "objectives/frequency.py", "objectives/repa.py:repa_loss",
-    "kernels/adamw.py", "optim/adamw_ema.py", "training/anomalies.py", "training/noise.py",
-    "training/train_step.py:train_step", "training/train_step.py:_mean_over_ranks",
-)  # fmt: skip
+    "models/embeddings.py",
+    "objectives/flow_matching.py",
+    "objectives/frequency.py",
+    "objectives/repa.py:repa_loss",
+    "kernels/adamw.py",
+    "optim/adamw_ema.py",
+    "training/anomalies.py",
+    "training/noise.py",
+    "training/train_step.py:train_step",
+    "training/train_step.py:_mean_over_ranks",
+)
 """Files or functions whose results are fp32, forward and in the update."""
 
 

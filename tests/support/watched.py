@@ -1,6 +1,6 @@
 """A trainer without a network for the watchdog's tests: beats, and does what its rank is told at step 5.
 
-    python -m tests.faults.watched RANK WORLD_SIZE RUN_DIR TIMEOUT_S SLOW_TIMEOUT_S ACTION
+    python -m tests.support.watched RANK WORLD_SIZE RUN_DIR TIMEOUT_S SLOW_TIMEOUT_S ACTION
 
 Training is done once the file ``enough`` stands beside the run; a ``peer`` takes the file ``broken`` for a broken
 connection.

@@ -23,7 +23,7 @@ from deco_scale.training.config import FaultsConfig, RunSettings, StageConfig
 from deco_scale.training.inputs import InputBuilder, MicroBatch, pinned
 from deco_scale.training.train_step import StepResult
 from deco_scale.training.trainer import Stage, Trainer
-from tests.device_check import reads_host
+from tests.support.device_check import reads_host
 
 MODEL = ModelConfig(
     kind="t2i_deco", dim=32, num_heads=4, num_blocks=2, num_text_blocks=1, patch_size=8, decoder_width=8,
@@ -46,10 +46,16 @@ class SmallRun:
         features = torch.randn(SAMPLES // MICROS, 9, 6, generator=generator).to(device)
         self.device, self.model = device, model
         self.engine = FsdpEngine(
-            lambda: Objective(Denoiser(model), objective, encoder_dim=6), dims=ParallelDims(1, 1, 1), device=device,
-            optimizer=OptimizerConfig(), precision=PrecisionConfig(compute="fp32"), compile_blocks=False,
-            activation_checkpointing="none", seed=0, kernels=kernels,
-        )  # fmt: skip
+            lambda: Objective(Denoiser(model), objective, encoder_dim=6),
+            dims=ParallelDims(1, 1, 1),
+            device=device,
+            optimizer=OptimizerConfig(),
+            precision=PrecisionConfig(compute="fp32"),
+            compile_blocks=False,
+            activation_checkpointing="none",
+            seed=0,
+            kernels=kernels,
+        )
         build_inputs = InputBuilder(
             seed=0,
             device=device,

@@ -1,13 +1,11 @@
 """What the tests of ``launcher/submit.py`` share: its arguments, and what it prints."""
 
-from pathlib import Path
-
 import pytest
 
 from launcher import submit
+from tests.support import CONFIGS
 
-ROOT = Path(__file__).resolve().parents[3]
-CONFIG = ROOT / "configs" / "t2i_tiny.yaml"
+CONFIG = CONFIGS / "t2i_tiny.yaml"
 HOSTILE = 'run.dir=/runs/it\'s $(touch /tmp/x) `id` "a"; b'
 SLURM = ["slurm", "--config", str(CONFIG), "--nodes", "2", "--gpus-per-node", "1"]
 K8S = [

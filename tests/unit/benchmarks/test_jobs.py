@@ -38,7 +38,7 @@ def run(jobs: list[Job], out: Path, budget_s: float = 120.0, **options: Any) -> 
 
 
 def function(name: str, limit_s: float = 60.0, **options: Any) -> Job:
-    return Job(name, limit_s, function=f"tests.unit.suite_jobs:{name}", **options)
+    return Job(name, limit_s, function=f"tests.unit.benchmarks.suite_jobs:{name}", **options)
 
 
 def wait_until(holds: Callable[[], bool], seconds: float = 30.0) -> None:
@@ -123,7 +123,7 @@ def test_a_killed_job_keeps_its_parts_and_its_log_and_leaves_nothing_running(tmp
 
 @pytest.mark.parametrize("fork", [False, True])
 def test_a_suite_that_is_a_job_ends_with_its_jobs(tmp_path: Path, fork: bool) -> None:
-    job = 'Job("hangs", 100, function="tests.unit.suite_jobs:hangs")'
+    job = 'Job("hangs", 100, function="tests.unit.benchmarks.suite_jobs:hangs")'
     code = f"run_jobs([{job}], Path({str(tmp_path / 'inner')!r}), 100, Console(), fork={fork}, preload=())"
     found = run([Job("outer", 10, command=("-c", f"{IMPORTS}\n{code}"))], tmp_path)
     assert "took more than 10 s" in found["outer"]["line"]
@@ -160,7 +160,7 @@ def test_results_are_on_disk_after_each_job(tmp_path: Path) -> None:
 
 def test_a_second_run_takes_nothing_of_the_first_for_its_own(tmp_path: Path) -> None:
     assert run([function("dies")], tmp_path)["dies"]["parts"]
-    again = Job("dies", 60, function="tests.unit.suite_jobs:breaks")
+    again = Job("dies", 60, function="tests.unit.benchmarks.suite_jobs:breaks")
     assert run([again], tmp_path)["dies"]["parts"] == {}
 
 
@@ -259,7 +259,7 @@ def test_where_forking_fails_jobs_start_as_plain_processes(tmp_path: Path, modul
     code = f"""
 from benchmarks.jobs import processes
 processes.Starter.__init__.__kwdefaults__["start_s"] = 3.0
-jobs = [Job("passes", 60, function="tests.unit.suite_jobs:passes")]
+jobs = [Job("passes", 60, function="tests.unit.benchmarks.suite_jobs:passes")]
 found = run_jobs(jobs, Path({str(tmp_path / "out")!r}), 100, Console(), preload=({module!r},))
 print(found["passes"]["status"])
 import os

@@ -72,7 +72,7 @@ def fork_server() -> None:
 
     Its variables are those of its start; :func:`_prepare` gives a process those of the test.
     """
-    multiprocessing.set_forkserver_preload(["tests.distributed.preloaded"])
+    multiprocessing.set_forkserver_preload(["tests.support.preloaded"])
 
 
 def _start(enter: Callable[..., None], world: int, *args: Any) -> None:

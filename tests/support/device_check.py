@@ -3,7 +3,6 @@
 import linecache
 import sys
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -12,10 +11,11 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.support import ROOT
+
 _PROJECT = str(ROOT / "deco_scale") + "/"
 _TESTS = str(ROOT / "tests") + "/"
-_HELPERS = (__file__, str(ROOT / "tests" / "fake_cuda.py"))
+_HELPERS = (__file__, str(ROOT / "tests" / "support" / "fake_cuda.py"))
 
 _READS = frozenset(
     "aten::" + name

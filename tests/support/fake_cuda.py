@@ -1,8 +1,8 @@
 """A device that is not there: tensors on ``cuda`` or ``meta`` have shapes and types, but no values.
 
 Under :func:`fake_cuda` tensors say that they are on ``cuda`` (``FakeTensorMode``); under :func:`meta_device` they
-are on ``meta``, where autograd runs as well. With :class:`tests.device_check.DeviceCheck` inside, real code shows
-which operators it would run, on which devices and in which types. Nothing here shows what a GPU computes.
+are on ``meta``, where autograd runs as well. Within ``DeviceCheck`` real code shows which operators it
+would run, on which devices and in which types. Nothing here shows what a GPU computes.
 """
 
 import contextlib

@@ -70,11 +70,15 @@ def batch_of(step: int) -> MicroBatch:
 def engine_with_all_weights_at_work(model: ModelConfig) -> FsdpEngine:
     """Fresh models give zero everywhere; here every parameter matters, and averages differ from weights."""
     engine = FsdpEngine(
-        lambda: Objective(Denoiser(model), objective_config(), encoder_dim=FEATURES), dims=ParallelDims(1, 1, 1),
-        device=CPU, optimizer=OptimizerConfig(
-            weight_decay=WEIGHT_DECAY, eps=EPS, clip_norm=CLIP_NORM, ema_decay=EMA_DECAY
-        ), precision=PrecisionConfig(compute="fp32"), compile_blocks=False, activation_checkpointing="none", seed=0,
-    )  # fmt: skip
+        lambda: Objective(Denoiser(model), objective_config(), encoder_dim=FEATURES),
+        dims=ParallelDims(1, 1, 1),
+        device=CPU,
+        optimizer=OptimizerConfig(weight_decay=WEIGHT_DECAY, eps=EPS, clip_norm=CLIP_NORM, ema_decay=EMA_DECAY),
+        precision=PrecisionConfig(compute="fp32"),
+        compile_blocks=False,
+        activation_checkpointing="none",
+        seed=0,
+    )
     generator = torch.Generator().manual_seed(1)
     for name, tensor in state_of(engine, "model", "ema").items():
         is_norm = "norm" in name and name.endswith("weight")

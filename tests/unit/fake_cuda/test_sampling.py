@@ -13,13 +13,22 @@ from deco_scale.cli.model_loading import _predictor
 from deco_scale.kernels import Kernels
 from deco_scale.models import ModelConfig
 from deco_scale.models.encoders import ImageEncoder, TextEncoder
-from deco_scale.sampling import Generator, SamplerConfig, SampleRequest
+from deco_scale.sampling import ImageGenerator, SamplerConfig, SampleRequest
 from deco_scale.sampling.config import Solver
 from deco_scale.sampling.images import velocity_of
-from tests.device_check import DeviceCheck
-from tests.fake_cuda import fake_cuda
+from tests.support.device_check import DeviceCheck
+from tests.support.fake_cuda import fake_cuda
 from tests.support.plain_engine import make_objective, put_on
-from tests.unit.test_fake_cuda import BF16, CONFIG, ENCODER_DIM, FP32, KERNELS, PRODUCTS, custom, expected_custom
+from tests.unit.fake_cuda.test_step import (
+    BF16,
+    CONFIG,
+    ENCODER_DIM,
+    FP32,
+    KERNELS,
+    PRODUCTS,
+    custom,
+    expected_custom,
+)
 
 SAMPLER = {
     "sampling/samplers.py:time_grid": ("compute",),
@@ -57,7 +66,7 @@ def test_sampling_stays_on_the_device(kernels: Kernels) -> None:
             device = torch.device("cuda")
             denoiser = make_objective(cfg, device, kernels=kernels).denoiser.eval().requires_grad_(False)
             predict, _ = _predictor(denoiser, cfg.precision, device, compile=False, tp=None)
-            generator = Generator(
+            generator = ImageGenerator(
                 velocity_of(predict, model.patch_size),
                 model,
                 encode=lambda texts: torch.empty(len(texts), *shape, device="cuda"),

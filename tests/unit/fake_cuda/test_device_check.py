@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from deco_scale.models.embeddings import rope_angles
-from tests.device_check import DeviceCheck, DeviceFault
-from tests.fake_cuda import fake_cuda, meta_device
+from tests.support.device_check import DeviceCheck, DeviceFault
+from tests.support.fake_cuda import fake_cuda, meta_device
 
 
 class Faulty(nn.Module):
@@ -71,7 +71,9 @@ def test_a_fault_of_the_model_is_found_in_its_file(monkeypatch: pytest.MonkeyPat
     """The line of deco_scale, however deep below it the operator ran."""
     linspace = torch.linspace
     monkeypatch.setattr(torch, "linspace", lambda *args, device: linspace(*args))
-    wanted = r"aten::linspace .*on the host.* at models/embeddings.py:\d+ in _grid_angles: col_angles = torch.outer"
+    wanted = (
+        r"aten::linspace .*on the host.* at models/embeddings.py:\d+ in _grid_angles: col_angles = torch.outer"
+    )
     with fake_cuda(), pytest.raises(DeviceFault, match=wanted), DeviceCheck("cuda"):
         rope_angles(2, 2, head_dim=8, scale="grid", device=torch.device("cuda"))
 

@@ -1,6 +1,6 @@
 """Two "nodes" on one machine: two network namespaces on a virtual switch, one training job over both.
 
-    sudo python tests/two_nodes.py
+    sudo python tests/support/two_nodes.py
 
 Runs the tiny configuration on one node, then over two namespaces by torchrun and by ``deepspeed --hostfile``,
 and compares the loss traces (1e-5 relative, fp32). Needs iproute2 and the right to make namespaces; says so
@@ -13,13 +13,13 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from deco_scale.yaml import dump_yaml  # noqa: E402
-from tests.assets import make_shards, make_text_encoder, tiny_config  # noqa: E402
-from tests.distributed.harness import trace, worst_difference  # noqa: E402
-from tests.namespaces import INTERFACE, Nodes, why_not  # noqa: E402
+from tests.support.assets import make_shards, make_text_encoder, tiny_config  # noqa: E402
+from tests.support.namespaces import INTERFACE, Nodes, why_not  # noqa: E402
+from tests.support.process_groups import trace, worst_difference  # noqa: E402
 
 NOT_PERMITTED = 3
 TOLERANCE = 1e-5
