@@ -43,6 +43,12 @@ def default_workers(limit: int) -> int:
     return min(limit, len(os.sched_getaffinity(0)))
 
 
+def table_console() -> Console:
+    """A console with a terminal's own width; elsewhere wide enough for tables."""
+    console = Console()
+    return console if console.is_terminal else Console(width=160)
+
+
 def cell(text: object) -> str:
     """Text for a table of rich: neither control characters nor markup."""
     return escape(printable(text))

@@ -1,6 +1,7 @@
 """The ``deco`` command. Exit codes: 0 done, 1 failed, 2 wrong use or configuration.
 
-What many processes can share runs under ``torchrun -m deco_scale.cli.main`` and ``deepspeed --module deco_scale.cli.main``.
+What many processes can share runs under ``torchrun -m deco_scale.cli.main`` and
+``deepspeed --module deco_scale.cli.main``.
 """
 
 import argparse
@@ -9,17 +10,16 @@ import os
 import sys
 from collections.abc import Sequence
 
-from rich.console import Console
-
+from data_pipeline.console import table_console
 from data_pipeline.errors import DataError
 from deco_scale.errors import ConfigError, RunError
 from deco_scale.observability.redact import scrub
 
 COMMANDS = {
-    "sample": ("deco_scale.cli.sample", "pictures from a checkpoint's EMA weights"),
-    "evaluate": ("deco_scale.cli.evaluate", "pictures and scores of the published benchmarks"),
+    "sample": ("deco_scale.cli.sample", "images from a checkpoint's EMA weights"),
+    "evaluate": ("deco_scale.cli.evaluate", "images and scores of the published benchmarks"),
     "spectrum": ("deco_scale.cli.spectrum", "energy per frequency of tokens and velocities"),
-    "demo": ("deco_scale.cli.demo", "a page that draws pictures, in a browser"),
+    "demo": ("deco_scale.cli.demo", "a page that draws images, in a browser"),
     "plan": ("deco_scale.cli.plan", "layout, memory, time and cost on N GPUs"),
     "watch": ("deco_scale.cli.watch", "a run's progress, faults and goodput in the terminal"),
     "report": ("deco_scale.cli.report", "a run as one self-contained HTML file"),
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             command.add_arguments(subparser)
     args = parser.parse_args(arguments)
     try:
-        return int(command.run(args, _console()))
+        return int(command.run(args, table_console()))
     except (ConfigError, RunError, DataError) as error:
         # Under a launcher, wrong use is the same on all ranks and told once per node.
         if os.environ.get("LOCAL_RANK", "0") == "0" or not isinstance(error, ConfigError):
@@ -51,12 +51,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return getattr(error, "exit_code", 1)
     except KeyboardInterrupt:
         return 130
-
-
-def _console() -> Console:
-    """A terminal's own width; elsewhere wide enough for tables."""
-    console = Console()
-    return console if console.is_terminal else Console(width=160)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ use or configuration.
 
 import argparse
 import os
+import shutil
 import socket
 import sys
 import time
@@ -18,33 +19,17 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
 
+from data_pipeline.console import positive, table_console
 from deco_scale.config import RunConfig
 from deco_scale.distributed.bootstrap import Environment, choose_device, read_environment
 from deco_scale.distributed.collectives import gather_objects, raise_together
 from deco_scale.errors import ConfigError, RunError
 from launcher.preflight.checks import check_config, check_devices, check_versions, read_versions
 from launcher.preflight.network import check_clocks, check_collectives, join_process_group
-from launcher.preflight.report import (
-    Check,
-    CheckGroup,
-    RankInfo,
-    all_problems,
-    log_lines,
-    print_table,
-    problems_by_rank,
-)
-from launcher.preflight.storage import check_data, check_storage, free_on_disk
+from launcher.preflight.report import Check, CheckGroup, RankInfo, all_problems, problems_by_rank, write_report
+from launcher.preflight.storage import check_data, check_storage
 from launcher.schedulers.base import fit
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Limits:
-    """What is refused: clocks further apart (seconds), links slower (GB/s; None: none)."""
-
-    max_skew_s: float = 1.0
-    min_gbps: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,11 +39,16 @@ class Probes:
     host: str = field(default_factory=socket.gethostname)
     versions: Callable[[], dict[str, str]] = read_versions
     clock: Callable[[], float] = time.time
-    free_bytes: Callable[[Path], int] = free_on_disk
+    free_bytes: Callable[[Path], int] = lambda folder: shutil.disk_usage(folder).free
 
 
-def check_all(cfg: RunConfig, env: Environment, *, limits: Limits, probes: Probes) -> list[CheckGroup]:
-    """Every check, on all ranks together; all ranks return the same groups."""
+def check_all(
+    cfg: RunConfig, env: Environment, *, probes: Probes, max_skew_s: float = 1.0, min_gbps: float | None = None
+) -> list[CheckGroup]:
+    """Every check, on all ranks together; all ranks return the same groups.
+
+    Refuses clocks further apart than ``max_skew_s`` seconds and links slower than ``min_gbps`` GB/s.
+    """
     ranks = gather_objects(RankInfo(env.rank, env.local_rank, probes.host))
     device = raise_together(lambda: choose_device(cfg.device, env.local_rank))
     groups = [check_versions(probes.versions(), ranks), check_config(cfg, ranks)]
@@ -72,8 +62,8 @@ def check_all(cfg: RunConfig, env: Environment, *, limits: Limits, probes: Probe
         torch.cuda.set_device(device)
         group = dist.new_group(backend="nccl")
     groups.append(check_devices(device, ranks))
-    groups.append(check_collectives(device, group, ranks, min_gbps=limits.min_gbps))
-    groups.append(check_clocks(ranks, max_skew_s=limits.max_skew_s, clock=probes.clock))
+    groups.append(check_collectives(device, group, ranks, min_gbps=min_gbps))
+    groups.append(check_clocks(ranks, max_skew_s=max_skew_s, clock=probes.clock))
     if all_problems(groups[1:2]):
         groups.append(CheckGroup("storage and data", (Check("all", "not checked: configurations differ"),)))
     else:
@@ -82,31 +72,15 @@ def check_all(cfg: RunConfig, env: Environment, *, limits: Limits, probes: Probe
     return gather_objects(groups)[0]
 
 
-def run(cfg: RunConfig, env: Environment, *, limits: Limits, probes: Probes, console: Console) -> None:
-    """Check and report; raises :class:`RunError` with every problem. All ranks together."""
-    groups = check_all(cfg, env, limits=limits, probes=probes)
-    if env.rank == 0:
-        for group in groups:
-            print_table(group, console)
-        stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        try:
-            with (Path(cfg.run.dir) / "preflight.log").open("a", encoding="utf-8") as log:
-                log.writelines(f"{stamp} {line}\n" for line in log_lines(groups))
-        except OSError as error:
-            console.print(f"preflight.log was not written: {error.strerror}", highlight=False)
-    if problems := all_problems(groups):
-        raise RunError("\n".join(["preflight refuses this run:", *(f"- {problem}" for problem in problems)]))
-
-
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="launcher/preflight.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", required=True, help="YAML file, see configs/")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
-    parser.add_argument("--timeout-s", type=float, default=300.0, help="how long to wait for all ranks")
-    parser.add_argument("--max-skew-s", type=float, default=1.0, help="between clocks of nodes")
-    parser.add_argument("--min-gbps", type=float, help="GB/s from each rank to the next, below which to refuse")
+    parser.add_argument("--timeout-s", type=positive, default=300.0, help="how long to wait for all ranks")
+    parser.add_argument("--max-skew-s", type=positive, default=1.0, help="between clocks of nodes")
+    parser.add_argument("--min-gbps", type=positive, help="GB/s from each rank to the next, below which to refuse")
     # The deepspeed launcher passes it; the environment says the same.
     parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
@@ -122,20 +96,15 @@ def load(args: argparse.Namespace, env: Environment, host: str) -> RunConfig:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args, probes, env = parse(argv), Probes(), Environment(0, 1, 0)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=160)
     try:
         env = read_environment(os.environ)
-        for option, value in (("timeout", args.timeout_s), ("max-skew", args.max_skew_s)):
-            if value <= 0:
-                raise ConfigError(f"--{option}-s {value} must be positive")
-        if args.min_gbps is not None and args.min_gbps <= 0:
-            raise ConfigError(f"--min-gbps {args.min_gbps} must be positive")
         join_process_group(env, os.environ, timeout_s=args.timeout_s, host=probes.host)
         cfg = raise_together(lambda: load(args, env, probes.host))
-        limits = Limits(max_skew_s=args.max_skew_s, min_gbps=args.min_gbps)
-        run(cfg, env, limits=limits, probes=probes, console=console)
+        groups = check_all(cfg, env, probes=probes, max_skew_s=args.max_skew_s, min_gbps=args.min_gbps)
+        if env.rank == 0:
+            write_report(groups, Path(cfg.run.dir) / "preflight.log", table_console())
+        if problems := all_problems(groups):
+            raise RunError("\n".join(["preflight refuses this run:", *(f"- {problem}" for problem in problems)]))
     except (ConfigError, RunError) as error:
         # What all ranks know is printed once; a rank that never joined is alone with what it knows.
         if env.rank == 0 or not dist.is_initialized():

@@ -4,6 +4,7 @@ import hashlib
 import importlib.metadata
 import os
 import platform
+import statistics
 import subprocess
 import time
 from collections.abc import Sequence
@@ -38,7 +39,8 @@ def read_versions() -> dict[str, str]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "absent"
-    versions["git commit"] = _git_commit()
+    commit = _output_of("git", "-C", str(ROOT), "rev-parse", "HEAD")
+    versions["git commit"] = commit[:12] if commit else "not a git checkout"
     versions["source"] = source_digest()
     return versions
 
@@ -66,25 +68,29 @@ def check_config(cfg: RunConfig, ranks: Sequence[RankInfo]) -> CheckGroup:
 
 def check_devices(device: torch.device, ranks: Sequence[RankInfo]) -> CheckGroup:
     """Kind, memory, arithmetic and speed of every rank's device. All ranks together."""
-    names, exact, speeds, memory, smi = zip(
-        *gather_objects(
-            (
-                {"device": device_name(device)},
-                products_are_exact(device),
-                speed_tflops(device),
-                free_memory(device),
-                _smi_facts(device),
-            )
-        ),
-        strict=True,
-    )
+    gpu = device.type == "cuda"
+    mine = {"device": device_name(device)}, products_are_exact(device), speed_tflops(device), free_memory(device)
+    names, exact, speeds, memory, smi = zip(*gather_objects((*mine, _smi_facts(device))), strict=True)
+    median = statistics.median_high(speeds)
+
+    def little_memory(free_and_total: tuple[int, int]) -> str | None:
+        free, total = (size / 2**30 for size in free_and_total)
+        text = f"{free:.1f} of {total:.1f} GiB are free; end what holds the rest (nvidia-smi)"
+        return text if gpu and free < FREE_SHARE * total else None
+
+    def slow(speed: float) -> str | None:
+        text = f"{speed:.0f} TFLOP/s, the median rank {median:.0f}; look for heat, power limits and other jobs"
+        # Ranks that share a CPU are slow by turns.
+        return text if gpu and speed < SPEED_SHARE * median else None
+
     advice = "its device computes wrong sums: take the node out of service"
     wrong = problems_by_rank(ranks, exact, lambda ok: None if ok else advice)
+    free_gib = format_range([free / 2**30 for free, _ in memory], ranks, "GiB")
     checks = [
         *check_same(names, ranks, advice="take nodes of one kind, or parallel settings for the slowest"),
-        _memory_check(memory, ranks, device),
+        Check("free memory", free_gib, problems_by_rank(ranks, memory, little_memory)),
         Check("products of small integers", "wrong results" if wrong else "exact", wrong),
-        _speed_check(speeds, ranks, device),
+        Check("matrix product", format_range(speeds, ranks, "TFLOP/s"), problems_by_rank(ranks, speeds, slow)),
         _smi_check(smi, ranks),
     ]
     return CheckGroup("devices", tuple(checks))
@@ -135,35 +141,8 @@ def speed_tflops(device: torch.device) -> float:
     return 2 * side**3 / best / 1e12
 
 
-def _memory_check(memory: Sequence[tuple[int, int]], ranks: Sequence[RankInfo], device: torch.device) -> Check:
-    def describe(free_and_total: tuple[int, int]) -> str | None:
-        free, total = free_and_total
-        if device.type != "cuda" or free >= FREE_SHARE * total:
-            return None
-        return f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB are free; end what holds the rest (nvidia-smi)"
-
-    value = format_range([free / 2**30 for free, _ in memory], ranks, "GiB")
-    return Check("free memory", value, problems_by_rank(ranks, memory, describe))
-
-
-def _speed_check(speeds: Sequence[float], ranks: Sequence[RankInfo], device: torch.device) -> Check:
-    median = sorted(speeds)[len(speeds) // 2]
-
-    def describe(speed: float) -> str | None:
-        # Ranks that share a CPU are slow by turns.
-        if device.type != "cuda" or speed >= SPEED_SHARE * median:
-            return None
-        return f"{speed:.0f} TFLOP/s, the median rank {median:.0f}; look for heat, power limits and other jobs"
-
-    return Check(
-        "matrix product", format_range(speeds, ranks, "TFLOP/s"), problems_by_rank(ranks, speeds, describe)
-    )
-
-
 def _smi_facts(device: torch.device) -> dict[str, str]:
-    if device.type != "cuda":
-        return {}
-    answers = _ask_smi(",".join(_SMI), device=device)
+    answers = _ask_smi(",".join(_SMI), device=device) if device.type == "cuda" else None
     return dict(zip(_SMI, (part.strip() for part in answers.split(",")), strict=False)) if answers else {}
 
 
@@ -184,19 +163,14 @@ def _smi_check(smi: Sequence[dict[str, str]], ranks: Sequence[RankInfo]) -> Chec
 
 def _ask_smi(fields: str, *, device: torch.device | None) -> str | None:
     """Answer of ``nvidia-smi`` for one GPU, None where it cannot be asked."""
-    words = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
-    if device is not None:
-        words += ["-i", f"GPU-{torch.cuda.get_device_properties(device).uuid}"]
+    one = [] if device is None else ["-i", f"GPU-{torch.cuda.get_device_properties(device).uuid}"]
+    answer = _output_of("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits", *one)
+    return answer.splitlines()[0].strip() if answer else None
+
+
+def _output_of(*command: str) -> str | None:
+    """What a command prints, None where it fails or is not installed."""
     try:
-        answer = subprocess.run(words, capture_output=True, text=True, timeout=30, check=True)
+        return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
-    return answer.stdout.splitlines()[0].strip() if answer.stdout.strip() else None
-
-
-def _git_commit() -> str:
-    words = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(words, capture_output=True, text=True, timeout=30, check=True).stdout.strip()[:12]
-    except (OSError, subprocess.SubprocessError):
-        return "not a git checkout"

@@ -1,8 +1,10 @@
 """Results of preflight: groups of checks, each check with the problems that refuse the run."""
 
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 from rich.console import Console
@@ -76,18 +78,19 @@ def all_problems(groups: Sequence[CheckGroup]) -> list[str]:
     return [problem for group in groups for check in group.checks for problem in check.problems]
 
 
-def print_table(group: CheckGroup, console: Console) -> None:
-    table = Table("check", "value", "", title=group.title, title_justify="left")
-    for check in group.checks:
-        table.add_row(check.name, check.value, "[red]refused[/red]" if check.problems else "ok")
-    console.print(table)
-
-
-def log_lines(groups: Sequence[CheckGroup]) -> list[str]:
-    """The same as plain lines, each problem below its check."""
+def write_report(groups: Sequence[CheckGroup], log: Path, console: Console) -> None:
+    """A table of each group on the console, and the same as plain lines with the problems added to ``log``."""
     lines = []
     for group in groups:
+        table = Table("check", "value", "", title=group.title, title_justify="left")
         for check in group.checks:
+            table.add_row(check.name, check.value, "[red]refused[/red]" if check.problems else "ok")
             lines.append(f"{group.title}: {check.name}: {check.value}: {'refused' if check.problems else 'ok'}")
             lines += [f"  {problem}" for problem in check.problems]
-    return lines
+        console.print(table)
+    stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    try:
+        with log.open("a", encoding="utf-8") as file:
+            file.writelines(f"{stamp} {line}\n" for line in lines)
+    except OSError as error:
+        console.print(f"{log.name} was not written: {error.strerror}", highlight=False)

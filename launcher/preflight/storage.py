@@ -5,6 +5,8 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -19,7 +21,7 @@ from data_pipeline.stream.loader import access_of
 from deco_scale.checkpoint.storage import LocalStorage
 from deco_scale.cli.plan import workload
 from deco_scale.config import RunConfig
-from deco_scale.distributed.collectives import gather_objects
+from deco_scale.distributed.collectives import broadcast_object, gather_objects
 from deco_scale.parallel.config import ParallelConfig
 from deco_scale.parallel.mesh import ParallelDims
 from deco_scale.planning.memory import state_bytes
@@ -29,6 +31,7 @@ PROBE_BYTES = 16 * 2**20
 SHARED_WAIT_S = 60.0
 """NFS clients may keep an old listing of a folder for up to a minute (acdirmax of nfs(5))."""
 _STORED_PARTS = ("weights", "moments", "average")
+_FAILED = "failed: "
 
 
 def checkpoint_bytes(cfg: RunConfig) -> tuple[int, int]:
@@ -51,12 +54,6 @@ def max_checkpoints(cfg: RunConfig) -> tuple[int, int]:
     return min(kept + 1, -(-steps // settings.every)), exports + len(settings.ema_steps)
 
 
-def free_on_disk(folder: Path) -> int:
-    """Bytes that an unprivileged user may still write there."""
-    stat = os.statvfs(folder)
-    return stat.f_bavail * stat.f_frsize
-
-
 def check_storage(
     cfg: RunConfig,
     ranks: Sequence[RankInfo],
@@ -65,20 +62,19 @@ def check_storage(
     shared_wait_s: float = SHARED_WAIT_S,
 ) -> CheckGroup:
     """The run's folder on every node, the object store of checkpoints, and room. All ranks together."""
-    folder, me = Path(cfg.run.dir), ranks[dist.get_rank()]
-    checks = [_disk_check(folder, me, ranks), _shared_check(folder, me, ranks, shared_wait_s)]
+    folder = Path(cfg.run.dir)
+    checks = [_disk_check(folder, ranks), _shared_check(folder, ranks, shared_wait_s)]
     if cfg.checkpoint.url is not None:
-        checks.append(_objects_check(cfg.checkpoint.url, me, ranks))
+        checks.append(_objects_check(cfg.checkpoint.url, ranks))
     checks.append(_room_check(cfg, folder, ranks, free_bytes))
     return CheckGroup("storage", tuple(checks))
 
 
 def check_data(cfg: RunConfig, ranks: Sequence[RankInfo]) -> CheckGroup:
     """Index and first sample of every data set, text states and encoders, from every node. All ranks together."""
-    me = ranks[dist.get_rank()]
-    gathered_facts = gather_objects(_data_facts(cfg) if me.local_rank == 0 else {})
     leaders = [rank for rank in ranks if rank.local_rank == 0]
-    facts = [gathered_facts[rank.rank] for rank in leaders]
+    all_facts = gather_objects(_data_facts(cfg) if ranks[dist.get_rank()] in leaders else {})
+    facts = [all_facts[rank.rank] for rank in leaders]
     checks = []
     for check in check_same(facts, leaders, advice="let all nodes read the same data"):
         values = [each.get(check.name, "") for each in facts]
@@ -89,46 +85,46 @@ def check_data(cfg: RunConfig, ranks: Sequence[RankInfo]) -> CheckGroup:
     return CheckGroup("data", tuple(checks))
 
 
-_FAILED = "failed: "
-
-
 def _data_facts(cfg: RunConfig) -> dict[str, str]:
-    facts: dict[str, str] = {}
+    """What this node reads of each data set, text states and encoder, or why it cannot."""
+    probes: dict[str, Callable[[], str]] = {}
     for source in cfg.data.sources:
-        facts[source.url] = _index_fact(source.url, cfg.data)
+        probes[source.url] = partial(_index_fact, source.url, cfg.data)
         if source.text_states:
-            facts[source.text_states] = _states_fact(source.text_states, cfg.data)
+            probes[source.text_states] = partial(_states_fact, source.text_states, cfg.data)
     for stage in cfg.stages:
         if stage.data is not None:
-            facts[stage.data] = _index_fact(stage.data, cfg.data)
+            probes[stage.data] = partial(_index_fact, stage.data, cfg.data)
     if cfg.text_encoder is not None and not cfg.data.has_text_embeddings:
-        facts["text_encoder.path"] = _path_fact(cfg.text_encoder.path, cfg.text_encoder.allow_download)
+        path, may_download = cfg.text_encoder.path, cfg.text_encoder.allow_download
+        probes["text_encoder.path"] = partial(_path_fact, path, may_download)
     if cfg.image_encoder is not None and cfg.objective.repa_weight > 0:
-        facts["image_encoder.path"] = _path_fact(cfg.image_encoder.path, False)
+        probes["image_encoder.path"] = partial(_path_fact, cfg.image_encoder.path, False)
+    facts = {}
+    for name, probe in probes.items():
+        try:
+            facts[name] = probe()
+        except DataError as error:
+            facts[name] = f"{_FAILED}{error}"
     return facts
 
 
 def _index_fact(url: str, data: DataConfig) -> str:
     """How much there is; the first sample is read and its checksum compared."""
-    try:
-        store = open_store(url, access_of(data))
-        index = load_index(store)
-        rank = index.locate(0)
-        shard = index.shards[rank.shard]
-        raw = store.read(shard.key, rank.start, rank.end - rank.start)
-    except DataError as error:
-        return f"{_FAILED}{error}"
-    if google_crc32c.value(raw) != rank.crc32c:
-        return f"{_FAILED}{url}/{shard.key} does not hold what its index says; run: deco-data index {url}"
+    store = open_store(url, access_of(data))
+    index = load_index(store)
+    sample = index.locate(0)
+    shard = index.shards[sample.shard]
+    raw = store.read(shard.key, sample.start, sample.end - sample.start)
+    if google_crc32c.value(raw) != sample.crc32c:
+        raise DataError(f"{url}/{shard.key} does not hold what its index says; run: deco-data index {url}")
     return f"{len(index):,} samples in {len(index.shards):,} shards, index {index.digest}"
 
 
 def _states_fact(url: str, data: DataConfig) -> str:
-    try:
-        first = next(iter(open_store(url, access_of(data)).list()), None)
-    except DataError as error:
-        return f"{_FAILED}{error}"
-    return "reachable" if first is not None else f"{_FAILED}{url} is empty; run: deco embed"
+    if next(iter(open_store(url, access_of(data)).list()), None) is None:
+        raise DataError(f"{url} is empty; run: deco embed")
+    return "reachable"
 
 
 def _path_fact(path: str, may_download: bool) -> str:
@@ -137,15 +133,15 @@ def _path_fact(path: str, may_download: bool) -> str:
     # One slash may be a name of the hub, which its own cache answers when it is loaded.
     if may_download or (path.count("/") <= 1 and not path.startswith((".", "~", "/"))):
         return f"{path} is no folder: taken for a name of the hub"
-    return f"{_FAILED}{path} is not there; copy the encoder to this node"
+    raise DataError(f"{path} is not there; copy the encoder to this node")
 
 
 def _on_each_node(
-    name: str, unit: str, action: Callable[[], float], me: RankInfo, ranks: Sequence[RankInfo], advice: str
+    name: str, unit: str, action: Callable[[], float], ranks: Sequence[RankInfo], *, advice: str
 ) -> Check:
     """``action`` on one rank of every node, returning a measured value; named errors become problems."""
     outcome: float | str | None = None
-    if me.local_rank == 0:
+    if ranks[dist.get_rank()].local_rank == 0:
         try:
             outcome = action()
         except DataError as error:
@@ -159,9 +155,10 @@ def _on_each_node(
     return Check(name, value, failed)
 
 
-def _disk_check(folder: Path, me: RankInfo, ranks: Sequence[RankInfo]) -> Check:
+def _disk_check(folder: Path, ranks: Sequence[RankInfo]) -> Check:
     def write_and_read() -> float:
         folder.mkdir(parents=True, exist_ok=True)
+        me = ranks[dist.get_rank()]
         path = folder / f".preflight_{me.host}_{me.rank}"
         data, start = os.urandom(PROBE_BYTES), time.perf_counter()
         try:
@@ -177,22 +174,19 @@ def _disk_check(folder: Path, me: RankInfo, ranks: Sequence[RankInfo]) -> Check:
         return PROBE_BYTES / seconds / 1e6
 
     advice = "make run.dir writable there, or set another"
-    return _on_each_node(f"write and read {folder}", "MB/s written", write_and_read, me, ranks, advice)
+    return _on_each_node(f"write and read {folder}", "MB/s written", write_and_read, ranks, advice=advice)
 
 
-def _shared_check(folder: Path, me: RankInfo, ranks: Sequence[RankInfo], wait_s: float) -> Check:
+def _shared_check(folder: Path, ranks: Sequence[RankInfo], wait_s: float) -> Check:
     """Whether all nodes see one folder: what rank 0 writes, every node must read."""
-    token = gather_objects(secrets.token_hex(16))[0]
+    me, token = ranks[dist.get_rank()], broadcast_object(secrets.token_hex(16))
     path = folder / f".preflight_shared_{token}"
-    try:
-        if me.rank == 0:
-            path.write_text(token, encoding="ascii")
-        written = True
-    except OSError:
-        # The row before says why.
-        written = False
-    if not all(gather_objects(written)):
-        return Check("one folder for all nodes", "not checked: rank 0 cannot write", ())
+    written = False
+    if me.rank == 0:
+        with suppress(OSError):  # the row before says why
+            written = path.write_text(token, encoding="ascii") > 0
+    if not broadcast_object(written):
+        return Check("one folder for all nodes", "not checked: rank 0 cannot write")
     seen = gather_objects(me.local_rank != 0 or _appears(path, token, wait_s))
     if me.rank == 0:
         path.unlink(missing_ok=True)
@@ -213,9 +207,10 @@ def _appears(path: Path, text: str, wait_s: float) -> bool:
             time.sleep(0.5)
 
 
-def _objects_check(url: str, me: RankInfo, ranks: Sequence[RankInfo]) -> Check:
+def _objects_check(url: str, ranks: Sequence[RankInfo]) -> Check:
     def write_and_read() -> float:
         store: Store = open_store(url)
+        me = ranks[dist.get_rank()]
         key = f".preflight/{hashlib.sha256(f'{me.host} {me.rank}'.encode()).hexdigest()[:16]}"
         data, start = os.urandom(PROBE_BYTES // 16), time.perf_counter()
         try:
@@ -227,7 +222,7 @@ def _objects_check(url: str, me: RankInfo, ranks: Sequence[RankInfo]) -> Check:
         return len(data) / (time.perf_counter() - start) / 1e6
 
     advice = f"check its AWS settings and the rights on bucket {urlparse(url).netloc}"
-    return _on_each_node(f"write and read {url}", "MB/s both ways", write_and_read, me, ranks, advice)
+    return _on_each_node(f"write and read {url}", "MB/s both ways", write_and_read, ranks, advice=advice)
 
 
 def _room_check(
@@ -237,10 +232,10 @@ def _room_check(
     here = len(LocalStorage(folder / "checkpoints").steps())
     # Those that lie here have their rank already; the next needs its own in any case.
     need = one * max(count - here, 1) + export * exports
-    free = gather_objects(free_bytes(folder) if folder.is_dir() else None)[0]
+    free = broadcast_object(free_bytes(folder) if folder.is_dir() else None)
     value = f"{_gib(one)} each, at most {count} checkpoints and {exports} exports, {here} here"
     if free is None:
-        return Check("room for checkpoints", f"{value}; not checked: no folder", ())
+        return Check("room for checkpoints", f"{value}; not checked: no folder")
     problem = (
         f"{ranks[0]}: {_gib(free)} are free in {folder}, {_gib(need)} are needed; make room, or lower "
         "checkpoint.keep_last, keep_best, or raise keep_every and ema_every"
