@@ -115,7 +115,7 @@ def jobs(out: Path) -> list[Job]:
     """All jobs in order, what fails soonest first."""
     bare = {"DECO_COMMIT": record.commit(), **without_git_and_boto3(out)}
     alone = {
-        "kernels_sm90": ("tests/unit/test_kernels_sm90.py",),
+        "kernels_sm90": ("tests/unit/kernels/test_compile_sm90.py",),
         "fake_cuda": ("tests/unit/fake_cuda/test_step.py", "tests/unit/fake_cuda/test_sampling.py"),
     }
     suite = [

@@ -1,10 +1,11 @@
-"""A checkpoint as a :class:`Generator`: its EMA weights, its text encoder, on this process's device or a tp group.
+"""A checkpoint as a :class:`ImageGenerator`: its EMA weights, its text encoder, on this process's device or a tp group.
 
 This is where sampling meets configuration, checkpoints and parallelism; nothing here knows a solver.
 """
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -12,18 +13,19 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from deco_scale.checkpoint.manager import CheckpointMeta, read_meta, read_tensors
+from deco_scale.checkpoint.format import CheckpointMeta, read_meta, read_tensors
 from deco_scale.config import RunConfig, build_config
 from deco_scale.errors import ConfigError
 from deco_scale.models import Denoiser
 from deco_scale.models.encoders import load_text_encoder
 from deco_scale.models.tp_plan import check_tp
 from deco_scale.objectives import Objective, ObjectiveConfig
+from deco_scale.parallel.parallelize import parallelize
 from deco_scale.parallel.sequence_parallel import TokenShard, encode_shared
 from deco_scale.parallel.tensor_parallel import apply_tensor_parallel
 from deco_scale.precision.config import PrecisionConfig, autocast
 from deco_scale.sampling.cuda_graphs import CudaGraphedVelocity
-from deco_scale.sampling.generate import EncodeFn, Generator
+from deco_scale.sampling.generate import EncodeFn, ImageGenerator
 from deco_scale.sampling.images import PredictFn, velocity_of
 
 Compute = Literal["fp32", "bf16"]
@@ -39,14 +41,14 @@ def load_generator(
     cuda_graphs: bool = False,
     tp: DeviceMesh | None = None,
     compute: Compute | None = None,
-) -> tuple[Generator, RunConfig, CheckpointMeta]:
+) -> tuple[ImageGenerator, RunConfig, CheckpointMeta]:
     """A generator with a checkpoint's EMA weights, and what the checkpoint says of itself.
 
     ``checkpoint`` is a step folder, or a run's folder, whose newest complete step is taken. ``text_encoder`` is a
     folder that takes the place of the configured one; ``device`` None means the first GPU, or the CPU where there
     is none; ``compute`` None means what :func:`sampling_compute` says. ``compile`` compiles the
     transformer blocks, ``cuda_graphs`` replays the whole model as graphs. With a one-dimensional mesh ``tp`` its
-    ranks share the model and all of them draw the same pictures together.
+    ranks share the model and all of them draw the same images together.
 
     Raises :class:`ConfigError` for a checkpoint or an encoder that is missing, damaged or does not fit, and for
     settings that exclude each other.
@@ -69,7 +71,7 @@ def load_generator(
         except ValueError as error:
             raise ConfigError(str(error)) from error
     encode, null = _conditions(cfg, text_encoder, device, shard)
-    generator = Generator(
+    generator = ImageGenerator(
         velocity,
         cfg.model,
         encode=encode,
@@ -124,13 +126,13 @@ def _predictor(
     tp: DeviceMesh | None,
 ) -> tuple[PredictFn, TokenShard | None]:
     """The denoiser's prediction, whole on every rank, and the tp group where there is one."""
-    shard: TokenShard | None = None
     objective = Objective(denoiser, ObjectiveConfig(repa_weight=0.0), encoder_dim=0)
     if tp is not None and tp.size() > 1:
-        shard = apply_tensor_parallel(objective, tp, compile_blocks=compile)
-    elif compile:
-        for block in denoiser.transformer_blocks:
-            block.compile()
+        shard = parallelize(
+            objective, tensor_parallel=partial(apply_tensor_parallel, mesh=tp, compile_blocks=compile)
+        )
+    else:
+        shard = parallelize(objective, compile_modules=denoiser.transformer_blocks if compile else ())
 
     def predict(patches: Tensor, t: Tensor, condition: Tensor, grid: tuple[int, int]) -> Tensor:
         with autocast(precision, device):

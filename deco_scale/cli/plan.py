@@ -14,7 +14,7 @@ from deco_scale.config import RunConfig, load_config
 from deco_scale.errors import ConfigError
 from deco_scale.models.tp_plan import check_tp
 from deco_scale.parallel.config import ParallelConfig
-from deco_scale.parallel.engines.deepspeed import ZERO3_PERSISTENT
+from deco_scale.parallel.engines.deepspeed_config import ZERO3_PERSISTENT
 from deco_scale.parallel.mesh import ParallelDims, accumulation_steps, resolve_parallel_dims
 from deco_scale.planning.calibration import Measured, ceilings_of, read_results
 from deco_scale.planning.comms import StepShape, Traffic, fsdp_traffic, seconds_of, zero_traffic

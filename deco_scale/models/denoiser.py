@@ -80,8 +80,13 @@ class Denoiser(nn.Module):
 
     @property
     def transformer_blocks(self) -> tuple[nn.Module, ...]:
-        """Text blocks, then image blocks: the units that are recomputed, compiled and sharded one by one."""
+        """Text blocks, then image blocks."""
         return (*self.text_blocks, *self.blocks)
+
+    @property
+    def units(self) -> tuple[nn.Module, ...]:
+        """Transformer blocks and pixel decoder: what FSDP shards one by one."""
+        return self.transformer_blocks if self.decoder is None else (*self.transformer_blocks, self.decoder)
 
     def _block(self, *, with_context: bool) -> Block:
         cfg = self.cfg

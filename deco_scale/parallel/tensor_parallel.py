@@ -2,8 +2,19 @@
 
 Between blocks each rank holds its own tokens. Attention and MLP gather tokens at their entry, compute on local
 heads or hidden units, and scatter the sum of the partial results; everything else (norms, modulation, pixel
-decoder, losses) works on the rank's own tokens without communication. Modules stay as they are: a hook shows
-them the local part of each weight while they run.
+decoder, losses) works on the rank's own tokens without communication. Parameters are DTensors, which FSDP2 and
+checkpoints understand; a hook shows modules the local part of each weight, as a plain tensor, while they run.
+
+Why not PyTorch's ``parallelize_module`` with ``ColwiseParallel``, ``RowwiseParallel`` and ``SequenceParallel``:
+
+- Token counts need not divide by tp. A DTensor is cut into chunks of equal size, 9 tokens over 4 ranks as
+  3, 3, 3, 0; here parts differ by at most one token (3, 2, 2, 2), and so does the work of the ranks.
+- The pixel decoder runs on sharded tokens and folds weights of linears that it never calls. Styles change what a
+  module's own call sees, and would leave it with DTensors.
+- A replicated weight's gradient is a sum over the tokens of all ranks. Styles leave a parameter that they do not
+  name a plain tensor, whose gradient nobody would sum over tp.
+- Triton kernels, FP8 linears and compiled blocks take plain tensors, not DTensors.
+- The movement of tokens (:func:`route_tokens`) also serves Megatron's linears under DeepSpeed.
 """
 
 import functools
@@ -22,22 +33,20 @@ from deco_scale.parallel.sequence_parallel import TokenShard
 
 
 def apply_tensor_parallel(objective: Objective, mesh: DeviceMesh, *, compile_blocks: bool) -> TokenShard:
-    """Split parameters over the tp ``mesh`` (meta device or real), install the collectives, compile blocks.
+    """Split parameters over the one-dimensional ``mesh`` (meta device or real), and install the collectives.
 
-    A compiled block sees local weights as plain tensors: DTensors are unwrapped outside of what is compiled.
+    ``compile_blocks`` compiles each block beneath the wrapper that unwraps its DTensors. The decoder is left out.
     """
     shard = TokenShard(mesh.get_group())
     for path, module in objective.named_modules():
         for name, parameter in dict(module.named_parameters(recurse=False)).items():
             setattr(module, name, _distribute(f"{path}.{name}", parameter, mesh))
     route_tokens(objective, shard)
-    objective.tokens = shard
-    blocks, decoder = objective.denoiser.transformer_blocks, objective.denoiser.decoder
-    # The decoder computes with the weights of modules that it does not call.
-    units = blocks if decoder is None else (*blocks, decoder)
-    inside = {module for unit in units for module in unit.modules()}
-    for unit in units:
-        forward = torch.compile(unit.forward) if compile_blocks and unit is not decoder else unit.forward
+    denoiser = objective.denoiser
+    inside = {module for unit in denoiser.units for module in unit.modules()}
+    for unit in denoiser.units:
+        compiles = compile_blocks and unit is not denoiser.decoder
+        forward = torch.compile(unit.forward) if compiles else unit.forward
         unit.forward = functools.partial(_with_local_weights, unit, mesh.size(), forward)  # type: ignore[method-assign]
     for module in objective.modules():
         if module not in inside and any(True for _ in module.parameters(recurse=False)):
@@ -98,6 +107,7 @@ def _hide_local_weights(module: nn.Module) -> None:
 
 def route_tokens(objective: Objective, shard: TokenShard) -> None:
     """Hooks that hand each rank its own tokens, gather them for attention and MLP, and scatter the sums."""
+    objective.tokens = shard
     denoiser = objective.denoiser
     counts: dict[str, int] = {}
 

@@ -60,7 +60,7 @@ def fp8_context(plan: Fp8Plan | None) -> AbstractContextManager[object]:
     return te_context(plan.choice.recipe)
 
 
-def recompute_function(plan: Fp8Plan | None) -> Callable[..., Any]:
+def checkpoint_function(plan: Fp8Plan | None) -> Callable[..., Any]:
     """The activation checkpointing to use with ``use_reentrant=False``.
 
     Transformer Engine's own re-enters its FP8 context in backward, where PyTorch's would recompute in bf16

@@ -26,83 +26,19 @@ from deco_scale.objectives import Objective
 from deco_scale.objectives.inputs import ObjectiveInputs
 from deco_scale.optim.adamw_ema import MOMENTS, AdamWWithEMA, nan_if_nonfinite
 from deco_scale.optim.config import OptimizerConfig
-from deco_scale.parallel.activation_checkpoint import apply_activation_checkpointing
 from deco_scale.parallel.config import ZeroStage
 from deco_scale.parallel.engines.base import EMA_PREFIX, TokenGroup, Update
+from deco_scale.parallel.engines.deepspeed_config import deepspeed_json
 from deco_scale.parallel.engines.deepspeed_imports import import_deepspeed, import_megatron
 from deco_scale.parallel.init_weights import initial_tensors
 from deco_scale.parallel.mesh import ParallelDims
-from deco_scale.parallel.sequence_parallel import TokenShard
+from deco_scale.parallel.parallelize import parallelize
 from deco_scale.parallel.tensor_parallel import tp_part, tp_placement
 from deco_scale.precision import fp8
 from deco_scale.precision.config import PrecisionConfig, autocast
 from deco_scale.precision.fp8_plan import Fp8Plan
 
-ZERO3_PERSISTENT = 100_000
-"""Weights of at most so many elements stay whole on every rank under ZeRO-3 (DeepSpeed's own default)."""
-_LINEARS = ("torch.nn.Linear", "deco_scale.models.layers.PatchEmbed")
-_MEGATRON_LINEARS = (
-    "deco_scale.parallel.engines.megatron_tp.ColumnLinear",
-    "deco_scale.parallel.engines.megatron_tp.RowLinear",
-)
-
-
-def deepspeed_json(
-    *,
-    device: torch.device,
-    stage: ZeroStage,
-    tp: int,
-    micro_batch: int,
-    optimizer: OptimizerConfig,
-    precision: PrecisionConfig,
-    overrides: dict[str, Any],
-    fp8_plan: Fp8Plan | None = None,
-) -> dict[str, Any]:
-    """DeepSpeed's configuration from ours; ``overrides`` (the YAML's ``deepspeed:``) are merged over it.
-
-    The loop owns the accumulation boundary and the learning rate, so DeepSpeed is given neither.
-    """
-    generated: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": micro_batch,
-        "gradient_accumulation_steps": 1,
-        "managed_gradient_accumulation": False,
-        # ZeRO-0 leaves clipping and the finite gate to the optimizer below.
-        "gradient_clipping": optimizer.clip_norm if stage else 0.0,
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 1_000_000_000,
-        "zero_optimization": {
-            "stage": stage,
-            "contiguous_gradients": True,
-            "overlap_comm": stage == 2 and device.type == "cuda",
-            "stage3_param_persistence_threshold": ZERO3_PERSISTENT,
-            # Release every weight after use: memory that does not depend on the model's size.
-            "stage3_max_reuse_distance": 0,
-        },
-    }
-    if precision.compute != "fp32":
-        linears = [
-            *_LINEARS,
-            *(_MEGATRON_LINEARS if tp > 1 else ()),
-            *([fp8.linear_class(fp8_plan)] if fp8_plan else ()),
-        ]
-        generated["torch_autocast"] = {
-            "enabled": True,
-            "dtype": "bfloat16",
-            # Whose weights and gradients are sent in bf16.
-            "lower_precision_safe_modules": linears,
-        }
-    for key in ("managed_gradient_accumulation", "optimizer", "scheduler", "fp16", "bf16"):
-        if key in overrides:
-            raise ConfigError(f"parallel.deepspeed.{key} is owned by the configuration; remove it")
-    return _merged(generated, overrides)
-
-
-def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    out = dict(base)
-    for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(out.get(key), dict)
-        out[key] = _merged(out[key], value) if both else value
-    return out
+logger = logging.getLogger(__name__)
 
 
 class DeepSpeedEngine:
@@ -159,34 +95,41 @@ class DeepSpeedEngine:
             objective = build()
             if megatron:
                 megatron.apply_megatron(objective)
-        if fp8_plan is not None:
-            # PyTorch's checkpointing keeps no gathered weight of a block that it recomputes.
-            release = stage == 3 and activation_checkpointing == "none" and not compile_blocks
-            fp8.apply_fp8(objective.denoiser, fp8_plan, bias_share=dims.tp, release_weights=release)
-        self._tokens: TokenShard | None = megatron.install_collectives(objective) if megatron else None
-        if stage != 3:
-            objective.to_empty(device=device)
-            self._fill(objective, template, seed)
-        if megatron:
-            megatron.mark_parameters(objective, self._tokens)
-        blocks = objective.denoiser.transformer_blocks
-        apply_activation_checkpointing(blocks, activation_checkpointing, function=fp8.recompute_function(fp8_plan))
-        if stage == 3 and objective.denoiser.decoder is not None:
-            # It computes with its linears' weights without calling them, so all are gathered at once.
-            deepspeed.utils.set_z3_leaf_modules(objective, [type(objective.denoiser.decoder)])
+
+        def shard(objective: Objective) -> None:
+            if stage != 3:
+                objective.to_empty(device=device)
+                self._fill(objective, template, seed)
+            elif objective.denoiser.decoder is not None:
+                # It computes with its linears' weights without calling them, so all are gathered at once.
+                deepspeed.utils.set_z3_leaf_modules(objective, [type(objective.denoiser.decoder)])
+            if megatron:
+                megatron.mark_parameters(objective)
+            self._client = AdamWWithEMA(objective.parameters(), optimizer, kernels=kernels)
+            self._engine, *_ = deepspeed.initialize(
+                model=objective, optimizer=self._client, config=config, mpu=mpu
+            )
+
         if compile_blocks:
             if stage < 3:
                 limit_recompiles()
             else:
                 # Its hooks are traced too and make graphs for each module: to reach a limit is no error.
-                logging.getLogger(__name__).warning(
+                logger.warning(
                     "compile=true under ZeRO-3: much of the blocks runs uncompiled between DeepSpeed's hooks; "
                     "parallel.engine=fsdp compiles all of it"
                 )
-            for block in objective.denoiser.transformer_blocks:
-                block.compile()
-        self._client = AdamWWithEMA(objective.parameters(), optimizer, kernels=kernels)
-        self._engine, *_ = deepspeed.initialize(model=objective, optimizer=self._client, config=config, mpu=mpu)
+        self._tokens = parallelize(
+            objective,
+            fp8_plan=fp8_plan,
+            bias_share=dims.tp,
+            # PyTorch's checkpointing keeps no gathered weight of a block that it recomputes.
+            release_weights=stage == 3 and activation_checkpointing == "none" and not compile_blocks,
+            tensor_parallel=megatron.install_collectives if megatron else None,
+            activation_checkpointing=activation_checkpointing,
+            compile_modules=objective.denoiser.transformer_blocks if compile_blocks else (),
+            shard=shard,
+        )
         self._parameters: dict[str, nn.Parameter] = dict(self._engine.module.named_parameters())
         if stage == 3:
             self._fill(self._engine.module, template, seed)

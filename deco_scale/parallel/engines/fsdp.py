@@ -5,6 +5,7 @@ Every parameter, gradient, moment and average is sharded over ``dp_shard``, line
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import cast
 
 import torch
@@ -27,32 +28,25 @@ from deco_scale.objectives import Objective
 from deco_scale.objectives.inputs import ObjectiveInputs
 from deco_scale.optim.adamw_ema import MOMENTS, AdamWWithEMA, nan_if_nonfinite
 from deco_scale.optim.config import OptimizerConfig
-from deco_scale.parallel.activation_checkpoint import apply_activation_checkpointing
 from deco_scale.parallel.engines.base import EMA_PREFIX, TokenGroup, Update
 from deco_scale.parallel.init_weights import initial_tensors
 from deco_scale.parallel.mesh import ParallelDims
-from deco_scale.parallel.sequence_parallel import TokenShard
+from deco_scale.parallel.parallelize import parallelize
 from deco_scale.parallel.tensor_parallel import apply_tensor_parallel, tp_part
 from deco_scale.precision import fp8
 from deco_scale.precision.config import PrecisionConfig, autocast
 from deco_scale.precision.fp8_plan import Fp8Plan
 
 
-def shard(objective: Objective, *, mesh: DeviceMesh, precision: PrecisionConfig, compile_blocks: bool) -> None:
-    """Apply per-block compile and FSDP2 to a finished objective, block by block, then the rest."""
+def shard(objective: Objective, *, mesh: DeviceMesh, precision: PrecisionConfig) -> None:
+    """Apply FSDP2 to each unit of the denoiser, then to the rest."""
     policy = MixedPrecisionPolicy()
     if precision.compute != "fp32":
         # Weights travel in bf16, gradients are reduced in fp32; autocast decides what computes in what.
         policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
-    denoiser = objective.denoiser
-    units = list(denoiser.transformer_blocks)
-    if denoiser.decoder is not None:
-        units.append(denoiser.decoder)
-    for unit in units:
-        if compile_blocks:
-            unit.compile()
+    for unit in objective.denoiser.units:
         fully_shard(unit, mesh=mesh, mp_policy=policy)
     fully_shard(objective, mesh=mesh, mp_policy=policy)
     register_fsdp_forward_method(objective, "predict")
@@ -85,21 +79,21 @@ class FsdpEngine:
             (dims.dp_replicate, dims.dp_shard, dims.tp),
             mesh_dim_names=("dp_replicate", "dp_shard", "tp"),
         )
-        if fp8_plan is not None:
-            fp8.apply_fp8(self._objective.denoiser, fp8_plan)
         if compile_blocks:
             limit_recompiles()
-        self._tokens: TokenShard | None = None
-        if dims.tp > 1:
-            self._tokens = apply_tensor_parallel(self._objective, mesh["tp"], compile_blocks=compile_blocks)
-        blocks = self._objective.denoiser.transformer_blocks
-        apply_activation_checkpointing(blocks, activation_checkpointing, function=fp8.recompute_function(fp8_plan))
-        shard(
+        self._tokens = parallelize(
             self._objective,
-            mesh=mesh["dp_replicate", "dp_shard"] if dims.dp_replicate > 1 else mesh["dp_shard"],
-            precision=precision,
-            # With tp, blocks are compiled inside of what shows them their local weights.
-            compile_blocks=compile_blocks and dims.tp == 1,
+            fp8_plan=fp8_plan,
+            tensor_parallel=partial(apply_tensor_parallel, mesh=mesh["tp"], compile_blocks=compile_blocks)
+            if dims.tp > 1
+            else None,
+            activation_checkpointing=activation_checkpointing,
+            compile_modules=self._objective.denoiser.units if compile_blocks and dims.tp == 1 else (),
+            shard=partial(
+                shard,
+                mesh=mesh["dp_replicate", "dp_shard"] if dims.dp_replicate > 1 else mesh["dp_shard"],
+                precision=precision,
+            ),
         )
         self._objective.to_empty(device=device)
         self._parameters = {n: cast(DTensor, p) for n, p in self._objective.named_parameters()}

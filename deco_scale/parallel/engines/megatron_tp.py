@@ -103,16 +103,16 @@ def install_collectives(objective: Objective) -> TokenShard:
     """Move tokens around the linears that are in place now."""
     shard = TokenShard(parallel_state.get_tensor_model_parallel_group())
     route_tokens(objective, shard)
-    objective.tokens = shard
     return shard
 
 
-def mark_parameters(objective: Objective, shard: TokenShard) -> None:
+def mark_parameters(objective: Objective) -> None:
     """Tell DeepSpeed's norm what is split, and sum what is not; once parameters are the final objects."""
+    group = parallel_state.get_tensor_model_parallel_group()
     for name, parameter in objective.named_parameters():
         dim = split_dim(name)
         if dim is None:
-            parameter.register_hook(lambda grad: _summed(grad, shard.group))
+            parameter.register_hook(lambda grad: _summed(grad, group))
         else:
             # As Megatron's own function, which insists on being the first: its linears may have set them already.
             for attribute, value in (

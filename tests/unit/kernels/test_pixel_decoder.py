@@ -1,0 +1,66 @@
+"""Fast computations against the formulas written op by op."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.train.eager_reference import ReferenceDecoder, saved_bytes
+from deco_scale.kernels import pixel_decoder
+from deco_scale.models.embeddings import PixelFeatures
+from deco_scale.models.pixel_decoder import PixelDecoder
+
+
+def made(kind: type[PixelDecoder], features: PixelFeatures, patch: int, width: int) -> PixelDecoder:
+    torch.manual_seed(0)
+    decoder = kind(dim=24, width=width, num_blocks=3, patch_size=patch, channels=3, features=features)
+    for parameter in decoder.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return decoder
+
+
+def run(decoder: PixelDecoder, dtype: torch.dtype, patch: int, tokens: int) -> list[Tensor]:
+    """Output, and gradients of inputs and parameters."""
+    decoder.to(dtype)
+    generator = torch.Generator().manual_seed(1)
+    shapes = ((2, tokens, 3 * patch**2), (2, tokens, 24))
+    inputs = [torch.randn(*s, generator=generator).to(dtype).requires_grad_() for s in shapes]
+    out = decoder(*inputs)
+    out.square().sum().backward()
+    leaves = [*inputs, *decoder.parameters()]
+    return [out.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+
+@pytest.mark.parametrize("features", ["rotary", "cosine"])
+@pytest.mark.parametrize(
+    ("patch", "width", "tokens", "chunk"), [(16, 32, 5, 600), (4, 7, 1, 1), (8, 16, 9, 1 << 20)]
+)
+def test_pixel_decoder_is_its_formula(
+    features: PixelFeatures, patch: int, width: int, tokens: int, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(pixel_decoder.CHUNK_PIXELS, "cpu", chunk)
+    wanted = run(made(ReferenceDecoder, features, patch, width), torch.float64, patch, tokens)
+    for dtype, tolerance in ((torch.float64, 1e-13), (torch.float32, 3e-6)):
+        found = run(made(PixelDecoder, features, patch, width), dtype, patch, tokens)
+        assert len(found) == len(wanted) == 3 + 8 + 3 * 8
+        for one, other in zip(found, wanted, strict=True):
+            # Sums over pixels: relative to the largest entry, in float32 a few rounding errors of it.
+            assert (one - other).abs().max() / other.abs().max().clamp(min=1e-12) < tolerance
+
+
+def test_pixel_decoder_keeps_only_its_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(pixel_decoder.CHUNK_PIXELS, "cpu", 256)
+
+    def kept(kind: type[PixelDecoder]) -> int:
+        decoder = made(kind, "rotary", 16, 32)
+        inputs = torch.randn(2, 16, 768), torch.randn(2, 16, 24, requires_grad=True)
+        return saved_bytes(decoder, lambda: decoder(*inputs))
+
+    assert kept(PixelDecoder) < kept(ReferenceDecoder) / 4
+
+
+def test_pixel_decoder_without_gradients_gives_the_same() -> None:
+    decoder = made(PixelDecoder, "rotary", 8, 16)
+    inputs = torch.randn(2, 5, 192), torch.randn(2, 5, 24)
+    with torch.no_grad():
+        without = decoder(*inputs)
+    assert torch.equal(without, decoder(*inputs))

@@ -1,0 +1,167 @@
+"""Frozen encoders: real formats, no network, nothing silently missing."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from deco_scale.errors import ConfigError
+from deco_scale.models.config import ImageEncoderConfig, TextEncoderConfig
+from deco_scale.models.encoders import (
+    ImageEncoder,
+    TextEncoder,
+    dinov2_from_original,
+)
+from tests.support.assets import TEXT_DIM, TEXT_TOKENS
+
+CPU = torch.device("cpu")
+
+
+def load_text(folder: Path, cache: int = 0) -> TextEncoder:
+    cfg = TextEncoderConfig(path=str(folder), max_tokens=TEXT_TOKENS, cache_captions=cache)
+    return TextEncoder.load(cfg, CPU)
+
+
+def test_null_embedding_is_that_of_the_empty_caption_and_stays(text_encoder: Path) -> None:
+    encoder = load_text(text_encoder)
+    null = encoder.null
+    assert null.shape == (TEXT_TOKENS, TEXT_DIM) and bool(null.isfinite().all())
+    encoder.null.zero_()
+    encoder.encode(["a red square", "not this"])
+    torch.testing.assert_close(encoder.encode([""])[0], null, rtol=1e-5, atol=1e-6)
+    assert torch.equal(encoder.null, null)
+
+
+def test_states_have_fixed_length_and_right_padding(text_encoder: Path) -> None:
+    encoder = load_text(text_encoder)
+    short, long = encoder.encode(["a red square", "a red square on the white ground a a a a"])
+    assert short.shape == long.shape == (TEXT_TOKENS, TEXT_DIM)
+    # Causal and padded on the right: the shared first words have the same states.
+    torch.testing.assert_close(short[:3], long[:3], rtol=1e-4, atol=1e-5)
+
+
+def test_cache_changes_nothing(text_encoder: Path) -> None:
+    plain, cached = load_text(text_encoder), load_text(text_encoder, cache=2)
+    for captions in (["a red", "a blue"], ["a blue", "a green", "a red"], ["a red"]):
+        torch.testing.assert_close(plain.encode(captions), cached.encode(captions))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_our_attention_mask_is_that_of_transformers(causal: bool, text_encoder: Path) -> None:
+    from transformers import BertConfig, BertModel, Qwen3Config, Qwen3Model
+
+    sizes = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes["intermediate_size"] = 48
+    torch.manual_seed(0)
+    grouped = {"num_key_value_heads": 1, "head_dim": 16}
+    model = Qwen3Model(Qwen3Config(**sizes, **grouped)) if causal else BertModel(BertConfig(**sizes))
+    # Of three texts the last is empty: every token is padding.
+    mask = torch.tensor([[1] * 6, [1, 1, 0, 0, 0, 0], [0] * 6])
+    ids = torch.randint(0, 99, mask.shape)
+
+    def tokens(texts: list[str], **options: object) -> dict[str, torch.Tensor]:
+        rows = [int(text or 2) for text in texts]
+        return {"input_ids": ids[rows], "attention_mask": mask[rows]}
+
+    encoder = TextEncoder(model, tokens, max_tokens=6, device=CPU)
+    with torch.no_grad():
+        expected = model(input_ids=ids, attention_mask=mask).last_hidden_state
+    assert encoder._causal is causal and expected.isfinite().all()
+    assert torch.equal(encoder.encode(["0", "1", "2"]), expected)
+
+
+def test_attention_of_another_kind_is_left_to_transformers(caplog: pytest.LogCaptureFixture) -> None:
+    from transformers import BertConfig, BertModel
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    model = BertModel._from_config(BertConfig(vocab_size=99, **sizes), attn_implementation="eager")
+    ids, mask = torch.ones(1, 6, dtype=torch.int64), torch.tensor([[1, 1, 1, 0, 0, 0]])
+    encoder = TextEncoder(
+        model, lambda texts, **options: {"input_ids": ids, "attention_mask": mask}, max_tokens=6, device=CPU
+    )
+    assert "BertModel: its attention mask is made by transformers" in caplog.text
+    with torch.no_grad():
+        assert torch.equal(encoder.encode(["x"]), model(input_ids=ids, attention_mask=mask).last_hidden_state)
+
+
+@pytest.mark.parametrize("path", ["/nowhere/encoder", "Qwen/Qwen3-1.7B", "./missing"])
+def test_missing_text_encoder_says_what_to_fetch(path: str) -> None:
+    with pytest.raises(ConfigError, match="text_encoder.path") as caught:
+        TextEncoder.load(TextEncoderConfig(path=path), CPU)
+    assert "Qwen/Qwen3-1.7B" in str(caught.value)
+
+
+def test_dinov2_gives_one_token_per_model_patch(image_encoder: Path) -> None:
+    encoder = ImageEncoder.load(ImageEncoderConfig(path=str(image_encoder)), CPU)
+    tokens = encoder.encode(torch.rand(2, 3, 32, 48) * 2 - 1)
+    assert tokens.shape == (2, 2 * 3, encoder.width)
+
+
+def test_dinov2_converts_from_the_original_file(tmp_path: Path) -> None:
+    from transformers import Dinov2Config, Dinov2Model
+
+    torch.manual_seed(0)
+    model = Dinov2Model(
+        Dinov2Config(hidden_size=128, num_hidden_layers=2, num_attention_heads=2, image_size=56)
+    ).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(tmp_path / "folder", safe_serialization=True)
+    # The files keep the published names whatever the installed version calls the weights.
+    ours = load_file(tmp_path / "folder" / "model.safetensors")
+    original = {
+        "cls_token": ours["embeddings.cls_token"],
+        "mask_token": ours["embeddings.mask_token"],
+        "pos_embed": ours["embeddings.position_embeddings"],
+        "patch_embed.proj.weight": ours["embeddings.patch_embeddings.projection.weight"],
+        "patch_embed.proj.bias": ours["embeddings.patch_embeddings.projection.bias"],
+        "norm.weight": ours["layernorm.weight"],
+        "norm.bias": ours["layernorm.bias"],
+    }
+    for i in range(2):
+        layer = f"encoder.layer.{i}."
+        for kind in ("weight", "bias"):
+            parts = [ours[f"{layer}attention.attention.{p}.{kind}"] for p in ("query", "key", "value")]
+            original[f"blocks.{i}.attn.qkv.{kind}"] = torch.cat(parts)
+            original[f"blocks.{i}.attn.proj.{kind}"] = ours[f"{layer}attention.output.dense.{kind}"]
+            for name in ("norm1", "norm2", "mlp.fc1", "mlp.fc2"):
+                original[f"blocks.{i}.{name}.{kind}"] = ours[f"{layer}{name}.{kind}"]
+        for number in "12":
+            original[f"blocks.{i}.ls{number}.gamma"] = ours[f"{layer}layer_scale{number}.lambda1"]
+    torch.save(original, tmp_path / "dinov2.pth")
+    image = torch.rand(1, 3, 64, 64) * 2 - 1
+    found = [
+        ImageEncoder.load(ImageEncoderConfig(path=str(tmp_path / name)), CPU).encode(image)
+        for name in ("folder", "dinov2.pth")
+    ]
+    assert torch.equal(*found)
+    with pytest.raises(KeyError, match="unknown DINOv2 tensor head.weight.x"):
+        dinov2_from_original({"head.weight.x": torch.zeros(1)})
+    del original["blocks.1.attn.proj.weight"]
+    torch.save(original, tmp_path / "dinov2.pth")
+    with pytest.raises(ConfigError, match=r"dinov2.pth lacks 1 weights of its model, such as encoder.layer.1"):
+        ImageEncoder.load(ImageEncoderConfig(path=str(tmp_path / "dinov2.pth")), CPU)
+
+
+def test_missing_image_encoder_says_what_to_fetch() -> None:
+    with pytest.raises(ConfigError, match="dinov2_vitb14_pretrain.pth"):
+        ImageEncoder.load(ImageEncoderConfig(path="/nowhere/dino.pth"), CPU)
+
+
+@pytest.mark.parametrize("kind", ["text", "image"])
+def test_weights_that_files_lack_are_not_drawn_at_random(
+    kind: str, tmp_path: Path, text_encoder: Path, image_encoder: Path
+) -> None:
+    source = text_encoder if kind == "text" else image_encoder
+    folder = tmp_path / "cut"
+    shutil.copytree(source, folder)
+    state = load_file(folder / "model.safetensors")
+    lost = next(name for name in sorted(state) if "layer" in name)
+    save_file({n: v for n, v in state.items() if n != lost}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ConfigError, match="lacks 1 weights"):
+        if kind == "text":
+            load_text(folder)
+        else:
+            ImageEncoder.load(ImageEncoderConfig(path=str(folder)), torch.device("cpu"))
