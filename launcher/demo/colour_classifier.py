@@ -1,18 +1,12 @@
-"""Nearest-centroid classifier on coarse colours: tells whether the demo's images follow their prompts.
+"""Nearest-centroid classifier on coarse colours: tells whether the demo's images follow their prompts."""
 
-Features are the mean colours of a 2 x 2 grid and the standard deviation of each channel; centroids are
-fitted on training images, features scaled by their spread there.
-"""
-
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 
 def colour_features(images: Any) -> Any:
-    """Features (P, 15) of uint8 images (P, Y, X, 3)."""
+    """Features (P, 15) of uint8 images (P, Y, X, 3): mean colours of a 2 x 2 grid, standard deviation by channel."""
     count, height, width, _ = images.shape
     pixels = np.asarray(images, dtype=np.float64) / 255.0
     half_y, half_x = height // 2, width // 2
@@ -21,25 +15,12 @@ def colour_features(images: Any) -> Any:
     return np.concatenate([means, pixels.std(axis=(1, 2))], axis=1)
 
 
-@dataclass(frozen=True)
-class ColourClassifier:
-    """Centroids (K, F) of K classes and the scale (F,) of the features."""
+def fit_colour_classifier(images: Any, labels: Any) -> Any:
+    """A pipeline whose ``predict(images)`` gives the class with the nearest centroid of scaled features."""
+    from sklearn.neighbors import NearestCentroid
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import FunctionTransformer, StandardScaler
 
-    centroids: Any
-    scale: Any
-
-    @classmethod
-    def fit(cls, images: Any, labels: Sequence[int]) -> "ColourClassifier":
-        """Centroid of each class 0..K-1; raises ``ValueError`` for a class without images."""
-        features, label = colour_features(images), np.asarray(labels)
-        classes = int(label.max()) + 1
-        missing = sorted(set(range(classes)) - set(label.tolist()))
-        if missing:
-            raise ValueError(f"no images of the classes {missing}")
-        centroids = np.stack([features[label == c].mean(axis=0) for c in range(classes)])
-        return cls(centroids, features.std(axis=0) + 1e-6)
-
-    def predict(self, images: Any) -> Any:
-        """Nearest class of each image."""
-        difference = colour_features(images)[:, None, :] - self.centroids[None]
-        return np.square(difference / self.scale).sum(axis=-1).argmin(axis=1)
+    return make_pipeline(FunctionTransformer(colour_features), StandardScaler(), NearestCentroid()).fit(
+        images, labels
+    )

@@ -12,14 +12,7 @@ from data_pipeline.stream.sampler import generator
 
 CROP_SIDE = 64
 """Side of the stored crops in pixels, twice what the demo trains at."""
-TEMPLATES = (
-    "{}",
-    "a photo of {}",
-    "a picture of {}",
-    "a view of {}",
-    "an image of {}",
-    "this shows {}",
-)
+TEMPLATES = ("{}", "a photo of {}", "a picture of {}", "a view of {}", "an image of {}", "this shows {}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,23 +39,17 @@ SUBJECTS = (
 _CROP_KEY = 5
 
 
-def _folders() -> tuple[Path, Path]:
+def photograph(subject: Subject) -> Image.Image:
+    """The subject's photograph in RGB."""
     try:
         import skimage.data
         import sklearn.datasets
     except ImportError as error:
         raise DataError("the demo's photographs need: pip install 'deco-scale[demo]'") from error
-    skimage_folder = Path(skimage.data.__file__).parent
-    return skimage_folder, Path(sklearn.datasets.__file__).parent / "images"
-
-
-def photograph(subject: Subject) -> Image.Image:
-    """The subject's photograph in RGB."""
-    for folder in _folders():
-        path = folder / subject.file
-        if path.exists():
-            with Image.open(path) as opened:
-                return opened.convert("RGB")
+    for folder in (Path(skimage.data.__file__).parent, Path(sklearn.datasets.__file__).parent / "images"):
+        if (folder / subject.file).exists():
+            with Image.open(folder / subject.file) as image:
+                return image.convert("RGB")
     raise DataError(f"{subject.file} is in neither scikit-image nor scikit-learn as installed")
 
 
@@ -74,11 +61,8 @@ def crops(subject: Subject, count: int, *, seed: int) -> Iterator[Image.Image]:
         side = int(min(image.size) * random.uniform(0.6, 1.0))
         left = int(random.integers(image.width - side + 1))
         top = int(random.integers(image.height - side + 1))
-        crop = image.resize(
-            (CROP_SIDE, CROP_SIDE),
-            Image.Resampling.LANCZOS,
-            box=(left, top, left + side, top + side),
-        )
+        box = (left, top, left + side, top + side)
+        crop = image.resize((CROP_SIDE, CROP_SIDE), Image.Resampling.LANCZOS, box=box)
         yield ImageOps.mirror(crop) if random.random() < 0.5 else crop
 
 
