@@ -19,7 +19,7 @@ from rich.table import Table
 
 from benchmarks import record
 from benchmarks.checkpoint.reshard import CONFIG, run_tool, state_specs, write_random
-from checkpoints_tools.memory_budget import held_bytes
+from checkpoints_tools.memory_budget import peak_bytes
 from deco_scale.config import load_config
 
 
@@ -54,7 +54,7 @@ def walk(folder: Path, console: Console) -> dict[str, Any]:
             shutil.rmtree(gone)
     return {
         "bytes": sum(s.nbytes for s in specs.values()),
-        "largest_tensor_bytes": max(held_bytes(s) for s in specs.values()),
+        "largest_tensor_bytes": max(peak_bytes(s) for s in specs.values()),
         "commands": found,
     }
 

@@ -26,7 +26,7 @@ from checkpoints_tools.base import TensorSpec
 from checkpoints_tools.formats.canonical import write_canonical
 from checkpoints_tools.formats.zero.writer import ZeroLayout
 from checkpoints_tools.infer_config import denoiser_shapes
-from checkpoints_tools.memory_budget import held_bytes, use_large_pages
+from checkpoints_tools.memory_budget import peak_bytes, use_large_pages
 from checkpoints_tools.registry import open_checkpoint
 from checkpoints_tools.reshard import plan_reshard
 from deco_scale.checkpoint.format import CheckpointMeta, verify
@@ -147,7 +147,7 @@ def measure(folder: Path, num_bytes: int, rounds: int, workers: int) -> dict[str
         }  # fmt: skip
     return {
         "bytes": sum(spec.nbytes for spec in specs.values()),
-        "largest_tensor_bytes": max(held_bytes(spec) for spec in specs.values()),
+        "largest_tensor_bytes": max(peak_bytes(spec) for spec in specs.values()),
         "rounds": rounds,
         "workers": workers,
         "conversions": found,

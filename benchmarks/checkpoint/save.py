@@ -38,15 +38,18 @@ PROMISE = 0.15
 PRODUCT_SIDE = 512
 
 
-class State:
-    """The checkpoint's view of an engine: named tensors and a counter."""
+class RandomState:
+    """The checkpoint's view of an engine: named random tensors and a counter."""
 
     optimizer_steps = 0
 
-    def __init__(self, num_bytes: int) -> None:
-        count = num_bytes // (len(KINDS) * 4 * TENSOR_SHAPE[0] * TENSOR_SHAPE[1])
+    def __init__(self, num_bytes: int, device: torch.device) -> None:
+        count = max(1, num_bytes // (len(KINDS) * 4 * TENSOR_SHAPE[0] * TENSOR_SHAPE[1]))
+        generator = torch.Generator(device).manual_seed(0)
         self.tensors = {
-            f"{k}.denoiser.{i}": torch.randn(TENSOR_SHAPE) for k in KINDS for i in range(max(1, count))
+            f"{kind}.denoiser.{i}": torch.randn(TENSOR_SHAPE, device=device, generator=generator)
+            for kind in KINDS
+            for i in range(count)
         }
 
     def state(self) -> dict[str, Tensor]:
@@ -73,7 +76,7 @@ def work_for(products: int) -> float:
     return time.perf_counter() - began
 
 
-def save_once(checkpoints: CheckpointManager, state: State, step: int) -> tuple[float, float]:
+def save_once(checkpoints: CheckpointManager, state: RandomState, step: int) -> tuple[float, float]:
     """Stall and total seconds of a save; the caller's thread does nothing else."""
     began = time.perf_counter()
     checkpoints.start(cast(Engine, state), meta_of(step))
@@ -82,7 +85,7 @@ def save_once(checkpoints: CheckpointManager, state: State, step: int) -> tuple[
     return saved.stall_s, time.perf_counter() - began
 
 
-def lost_work(checkpoints: CheckpointManager, state: State, step: int) -> float:
+def lost_work(checkpoints: CheckpointManager, state: RandomState, step: int) -> float:
     """Seconds that products take longer while a save runs than alone."""
     piece = 20
     checkpoints.start(cast(Engine, state), meta_of(step))
@@ -99,7 +102,7 @@ def lost_work(checkpoints: CheckpointManager, state: State, step: int) -> float:
 
 
 def measure(folder: Path, num_bytes: int, rounds: int) -> dict[str, Any]:
-    state = State(num_bytes)
+    state = RandomState(num_bytes, torch.device("cpu"))
     makers = {True: folder / "asynchronous", False: folder / "synchronous"}
     ways = {
         a: CheckpointManager(path, CheckpointConfig(keep_last=1, asynchronous=a)) for a, path in makers.items()

@@ -5,13 +5,11 @@
 Ten photographs (scikit-image, scikit-learn) enlarged to 1024x768, 1536x1024 and 1279x1063 (whose sides do
 not halve evenly: the release's BOX then shifts pixels, see tests), JPEG quality 90. Seconds are
 CPU time of one thread, hence per core also on a busy machine; the two ways take turns within a round, so that
-the ratio is of neighbours in time. Prints medians over the rounds, and PSNR over the ten pictures.
+the ratio is of neighbours in time. Prints medians over the rounds, and PSNR over the ten images.
 """
 
 import argparse
 import io
-import json
-import platform
 import statistics
 import sys
 import time
@@ -24,11 +22,12 @@ from PIL import Image, ImageOps, features
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import record
 from data_pipeline.decode import DecodeMode, Pixels, decode
 from launcher.demo.dataset import SUBJECTS, photograph
 
 SOURCES = ((1024, 768), (1536, 1024), (1279, 1063))
-"""(Width, height) of the encoded pictures."""
+"""(Width, height) of the encoded images."""
 RESOLUTIONS = (256, 512)
 QUALITY = 90
 MODES: tuple[DecodeMode, ...] = ("exact", "fast")
@@ -46,8 +45,8 @@ def encoded_photographs(size: tuple[int, int]) -> list[bytes]:
 
 
 def psnr_db(one: Pixels, other: Pixels) -> float:
-    """Peak signal-to-noise ratio of two pictures of equal shape."""
-    error = np.mean((one.astype(np.float64) - other) ** 2)
+    """Peak signal-to-noise ratio of two images of equal shape."""
+    error = float(np.mean((one.astype(np.float64) - other) ** 2))
     return float(10 * np.log10(255**2 / max(error, 1e-10)))
 
 
@@ -55,15 +54,15 @@ def measure(source: tuple[int, int], resolution: int, rounds: int) -> dict[str, 
     """Images/s per core of both ways, their ratio, and PSNR between them."""
     files, size = encoded_photographs(source), (resolution, resolution)
     seconds: dict[str, list[float]] = {mode: [] for mode in MODES}
-    pictures: dict[str, list[Pixels]] = {}
-    # The first round warms up and gives the pictures to compare.
+    images: dict[str, list[Pixels]] = {}
+    # The first round warms up and gives the images to compare.
     for turn in range(rounds + 1):
         for mode in MODES:
             began = time.thread_time()
-            pictures[mode] = [decode(file, size, mode=mode, max_pixels=MAX_PIXELS) for file in files]
+            images[mode] = [decode(file, size, mode=mode, max_pixels=MAX_PIXELS) for file in files]
             if turn:
                 seconds[mode].append(time.thread_time() - began)
-    quality = [psnr_db(*pair) for pair in zip(pictures["exact"], pictures["fast"], strict=True)]
+    quality = [psnr_db(*pair) for pair in zip(images["exact"], images["fast"], strict=True)]
     return {
         "source": f"{source[0]}x{source[1]}",
         "resolution": resolution,
@@ -89,14 +88,9 @@ def main() -> int:
         table.add_row(*map(str, row.values()))
     Console().print(table)
     if args.json:
-        about = {
-            "pillow": PIL.__version__,
-            "libjpeg_turbo": features.version("libjpeg_turbo"),
-            "python": platform.python_version(),
-            "machine": platform.processor() or platform.machine(),
-            "rounds": args.rounds,
-        }
-        args.json.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+        versions = {"pillow": PIL.__version__, "libjpeg_turbo": features.version("libjpeg_turbo")}
+        about = {**record.origin(), **versions, "rounds": args.rounds}
+        record.write_json(args.json, {"about": about, "rows": rows})
     return 0
 
 

@@ -16,19 +16,19 @@ from benchmarks.jobs.runner import CheckFailed, Found, NotAvailable, Where
 from benchmarks.measure import device_name, median_s, synchronise
 from deco_scale.models.encoders import ImageEncoder, TextEncoder
 
-QWEN3_1_7B = {
+QWEN3_1_7B: dict[str, Any] = {
     "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16,
     "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936, "max_position_embeddings": 40960,
 }  # fmt: skip
-DINOV2_B = {
+DINOV2_B: dict[str, Any] = {
     "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "mlp_ratio": 4, "image_size": 518,
     "patch_size": 14,
 }  # fmt: skip
-TINY_QWEN3 = {
+TINY_QWEN3: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 128, "max_position_embeddings": 64,
 }  # fmt: skip
-TINY_DINOV2 = {
+TINY_DINOV2: dict[str, Any] = {
     "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "mlp_ratio": 4, "image_size": 28,
     "patch_size": 14,
 }  # fmt: skip
@@ -36,7 +36,7 @@ TINY_DINOV2 = {
 
 @dataclasses.dataclass(frozen=True)
 class RandomTokens:
-    """Stands for a tokenizer: random tokens in place of each caption, of lengths from a quarter to the whole."""
+    """Stands in for a tokenizer: random tokens for each caption, from a quarter of the maximum length to all."""
 
     vocabulary: int
 
@@ -79,7 +79,7 @@ def encoders(where: Where) -> Found:
             for layer in _layers(model):
                 layer.compile(dynamic=False)
         compiled = _measured(numbers, "compiled", action, device)
-        numbers["difference"] = _difference(compiled, eager)
+        numbers["difference"] = ((compiled - eager).norm() / eager.norm()).item()
         where.write(name, numbers)
         lines.append(
             f"{name} {numbers['eager_ms']:.4g} ms eager, {numbers['compiled_ms']:.4g} ms compiled (first call "
@@ -120,7 +120,3 @@ def _measured(numbers: dict[str, Any], kind: str, action: Callable[[], Tensor], 
     numbers[f"{kind}_first_s"] = time.perf_counter() - began
     numbers[f"{kind}_ms"] = 1e3 * median_s(action, repeats=3, device=device, warmup=1)
     return out
-
-
-def _difference(found: Tensor, wanted: Tensor) -> float:
-    return ((found - wanted).norm() / wanted.norm()).item()

@@ -3,6 +3,8 @@
 The estimates are those of the review of 2026-11 by reading and arithmetic; no GPU has run these jobs yet.
 """
 
+from typing import Any
+
 from benchmarks.jobs.runner import Job
 
 BUDGET_S = 250.0
@@ -50,9 +52,9 @@ def _steps(
     name: str,
     limit_s: float,
     estimate_s: float,
-    precision: dict[str, object],
+    precision: dict[str, Any],
     *,
-    variants: list[dict[str, object]],
+    variants: list[dict[str, Any]],
     resolution: int = 256,
     engine: str = "none",
     trace: bool = False,
@@ -75,7 +77,7 @@ def _steps(
     )
 
 
-def _warm_up(torchao: dict[str, object]) -> list[Job]:
+def _warm_up(torchao: dict[str, Any]) -> list[Job]:
     """All graphs of the call are compiled side by side, on cores that would idle, before anything is timed."""
     cases = [
         ("bf16_256", 256, BF16, 64, "none"),

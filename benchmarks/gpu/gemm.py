@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.gpu.sizes import XXL, overrides_of
+from benchmarks.gpu.sizes import TINY_CEILINGS, XXL, overrides_of
 from benchmarks.jobs.runner import Found, Where
 from benchmarks.measure import Stopwatch, device_name, measure_ceilings, synchronise
 from deco_scale.config import load_config
@@ -72,7 +72,7 @@ def products(model: ModelConfig, *, micro_batch: int, resolution: int) -> list[P
 def gemm(where: Where) -> Found:
     """TFLOP/s of every product, and what all of them together would take of a step."""
     device = torch.device(where.device)
-    sizes = {"side": 256, "size": 1 << 20} if where.quick else {}
+    sizes = TINY_CEILINGS if where.quick else {}
     ceilings = measure_ceilings(device, torch.bfloat16, **sizes, repeats=5)
     where.write("ceilings", {**dataclasses.asdict(ceilings), "device": device_name(device)})
     model = load_config(XXL, overrides_of(where)).model

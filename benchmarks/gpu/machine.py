@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import platform
+from typing import Any
 
 import torch
 
@@ -21,7 +22,7 @@ def machine(where: Where) -> Found:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "missing"
-    numbers = {
+    numbers: dict[str, Any] = {
         "device": device_name(device),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
@@ -32,7 +33,7 @@ def machine(where: Where) -> Found:
     line = f"{numbers['device']}, torch {torch.__version__}, Python {numbers['python']}, {numbers['cores']} cores"
     if where.device == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        numbers["memory_bytes"] = properties.total_memory
+        numbers["memory_bytes"], numbers["free_bytes"] = properties.total_memory, torch.cuda.mem_get_info()[0]
         numbers["capability"] = list(torch.cuda.get_device_capability(device))
         line += f", {properties.total_memory / 2**30:.0f} GiB"
         # The first product loads cuBLAS, and shows that a forked process can use the GPU.

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import record
-from benchmarks.checkpoint.save import meta_of
+from benchmarks.checkpoint.save import RandomState, meta_of
+from benchmarks.gpu.sizes import TINY_CEILINGS
 from benchmarks.jobs.runner import CheckFailed, Found, Where
 from benchmarks.kernels.cases import Setting, autocast, differentiated
 from benchmarks.measure import captured, measure_ceilings, medians_s, synchronise
@@ -40,7 +41,6 @@ from deco_scale.sampling.images import velocity_of
 DECODER_BOUND, DECODER_ROUNDING = 2.0, 1e-6
 """How much further from the formula the fused decoder may be than PyTorch's operators in the same type: a factor,
 and what comes on top. In bf16 both round a few times in a chain of products."""
-TENSOR_SHAPE = (1024, 1024)
 
 
 def xxl_model(where: Where) -> ModelConfig:
@@ -71,7 +71,7 @@ def decoder(where: Where) -> Found:
     if wrong:
         raise CheckFailed(f"the decoder ({kernels}) is further from its formula than {dtype} explains: {wrong}")
     numbers: dict[str, Any] = {"kernels": kernels, "largest_difference": max(errors["fused"].values())}
-    sizes = {"side": 64, "size": 1 << 16} if where.quick else {}
+    sizes = TINY_CEILINGS if where.quick else {}
     ceilings = measure_ceilings(device, dtype, **sizes)
     where.write("ceilings", dataclasses.asdict(ceilings))
     large, *small = (2,) if where.quick else (64, 3)
@@ -166,28 +166,6 @@ def _decoder_rates(setting: Setting, kernels: Kernels, where: Where) -> dict[str
     return {"forward_s": seconds["forward"], "backward_s": backward_s, "least_bytes": least}
 
 
-class _DeviceState:
-    """The checkpoint's view of an engine: random tensors on the device."""
-
-    optimizer_steps = 0
-
-    def __init__(self, num_bytes: int, device: torch.device) -> None:
-        count = max(1, num_bytes // (16 * TENSOR_SHAPE[0] * TENSOR_SHAPE[1]))
-        generator = torch.Generator(device).manual_seed(0)
-        self.tensors = {
-            f"{kind}.denoiser.{i}": torch.rand(TENSOR_SHAPE, device=device, generator=generator)
-            for kind in ("model", "ema", "exp_avg", "exp_avg_sq")
-            for i in range(count)
-        }
-
-    def state(self) -> dict[str, Tensor]:
-        return self.tensors
-
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors.values())
-
-
 def saving(where: Where) -> Found:
     """Stall and total seconds of asynchronous saves to the local disk; what was written is read back.
 
@@ -195,7 +173,7 @@ def saving(where: Where) -> Found:
     """
     device = torch.device(where.device)
     init_distributed(Environment(0, 1, 0), device)
-    state = _DeviceState((64 << 20) if where.quick else (2 << 30), device)
+    state = RandomState((64 << 20) if where.quick else (2 << 30), device)
     engine = cast(Engine, state)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "checkpoints"

@@ -1,24 +1,26 @@
 """The second call of the GPU suite, ``python -m benchmarks.gpu_suite --second``: 160 s on one GPU at most.
 
-First what has to be right, side by side: every module of GPU tests, FP8, engines, tensor parallelism and the
-model against its formulas. Then, one at a time on an idle GPU, what has to be fast. No GPU has run it yet.
+First correctness, side by side: every module of GPU tests, FP8, engines, tensor parallelism, and the model
+against the eager reference. Then speed, one job at a time on an idle GPU. No GPU has run it yet.
 
 Estimates in seconds (H100, not measured): 8 for the start and 50 for all that runs side by side, where compiling
 kernels takes the most; decoder 12, attention 10, host time 20 under FSDP2 and 26 under ZeRO-3 (8 of each to build
-the XXL model on the host), sampling 12, saving 12: 150 in all. The order is that of worth, should it not fit.
+the XXL model on the host), sampling 12, saving 12: 150 in all. The most valuable jobs come first, in case time
+runs out.
 """
 
 from pathlib import Path
+from typing import Any
 
 from benchmarks import record
-from benchmarks.jobs.runner import Found, Job, Where, pytest_job
+from benchmarks.jobs.runner import Job, pytest_job
 
 BUDGET_S = 160.0
 """Of the whole call: the command on the GPU machine is ended after 165 s."""
 SIDE_BY_SIDE_S = 55.0
 """Limit of everything that runs side by side: none of it may disturb the times that are measured afterwards."""
 SPLIT = {"tests/gpu/test_engines.py": "zero3"}
-"""Modules whose tests take too long in turn: those with the word in their names are a job of their own."""
+"""Modules that take too long as one job: tests with the word in their names are a job of their own."""
 TESTS = ("tests/unit/**/test_triton_*.py", "tests/gpu/test_*.py")
 SHARING = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "2", "GLOO_SOCKET_IFNAME": "lo"}
 """For processes that share the CPUs of one machine, which may have no network."""
@@ -46,19 +48,8 @@ def jobs(device: str) -> list[Job]:
         )
         for name, estimate in PARITY.items()
     ]
-    gate = Job("gpu", 25, function="benchmarks.gpu.second:gpu", estimate_s=8, gate=True)
+    gate = Job("gpu", 25, function="benchmarks.gpu.machine:machine", estimate_s=8, gate=True)
     return [gate, *tests, *checks, *_timed()]
-
-
-def gpu(where: Where) -> Found:
-    """Name and free memory of the GPU; without one, nothing after this runs."""
-    if where.device == "cpu":
-        return Found("a CPU, tiny models: this shows that the jobs run, and nothing about speed")
-    import torch
-
-    free, total = torch.cuda.mem_get_info()
-    numbers = {"name": torch.cuda.get_device_name(), "free_bytes": free, "total_bytes": total}
-    return Found(f"{numbers['name']}, {free / 2**30:.0f} of {total / 2**30:.0f} GiB free", numbers)
 
 
 def modules_of_tests() -> list[Path]:
@@ -86,7 +77,7 @@ def _tests(path: Path, *, selected: bool = False, named: str = "") -> Job:
 
 def _timed() -> list[Job]:
     """What is timed, with limit and estimate in seconds; the GPU belongs to one at a time."""
-    rows = [
+    rows: list[tuple[str, float, float, str, dict[str, Any]]] = [
         ("decoder", 25, 12, "benchmarks.gpu.rates:decoder", {}),
         ("attention", 25, 10, "benchmarks.gpu.attention:attention", {"sizes": [[256, 64], [512, 16]]}),
         ("host_time_fsdp", 40, 20, "benchmarks.gpu.host_time:host_time", {"engine": "fsdp"}),

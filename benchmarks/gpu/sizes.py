@@ -11,6 +11,8 @@ TINY = (
 )  # fmt: skip
 """Sizes where quick: they show that the machinery works, and nothing about speed."""
 TINY_SIDE = {256: 32, 512: 64}
+TINY_CEILINGS = {"side": 256, "size": 1 << 20}
+"""Sizes of the product and the copy of :func:`benchmarks.measure.measure_ceilings`."""
 
 
 def overrides_of(where: Where) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu.attention import attention_overrides, raced_attention
-from benchmarks.gpu.sizes import TINY_SIDE, XXL, overrides_of
+from benchmarks.gpu.sizes import TINY_CEILINGS, TINY_SIDE, XXL, overrides_of
 from benchmarks.jobs.runner import CheckFailed, Found, NotAvailable, Where, first_line
 from benchmarks.measure import Ceilings, device_name, gpu_lost, measure_ceilings, synchronise
 from benchmarks.throughput import time_steps
@@ -221,7 +221,7 @@ def measured_ceilings(where: Where) -> Ceilings:
     found = where.parts_of("gemm").get("ceilings")
     if found is not None:
         return Ceilings(found["gemm_tflops_per_s"], found["copy_gb_per_s"])
-    sizes = {"side": 256, "size": 1 << 20} if where.quick else {}
+    sizes = TINY_CEILINGS if where.quick else {}
     return measure_ceilings(torch.device(where.device), torch.bfloat16, **sizes, repeats=5)
 
 

@@ -21,7 +21,7 @@ import traceback
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.markup import escape
@@ -36,6 +36,7 @@ RESERVE_S = 2.0
 LEAST_S = 5.0
 """A job is not started with less time left than this."""
 Outcome = dict[str, Any]
+Device = Literal["cpu", "cuda"]
 
 
 class NotAvailable(Exception):
@@ -50,7 +51,7 @@ class CheckFailed(Exception):
 class Where:
     """Device (``cpu`` or ``cuda``), whether sizes are small, and the job's own folder, ``OUT/NAME``."""
 
-    device: str
+    device: Device
     quick: bool
     out: Path
 
@@ -181,7 +182,7 @@ def run_jobs(
     budget_s: float,
     console: Console,
     *,
-    device: str = "cpu",
+    device: Device = "cpu",
     quick: bool = False,
     fork: bool = True,
     preload: Sequence[str] = processes.PRELOAD,

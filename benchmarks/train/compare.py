@@ -23,12 +23,13 @@ from torch import Tensor, nn
 from benchmarks import record
 from benchmarks.measure import device_name, medians_s
 from benchmarks.train.eager_reference import make_reference, saved_bytes
-from deco_scale.kernels import Kernels, choose_kernels, use_kernels
+from benchmarks.train.plain_engine import PlainEngine
+from deco_scale.kernels import choose_kernels, use_kernels
 from deco_scale.models import Denoiser, ModelConfig
 from deco_scale.objectives import Objective, ObjectiveConfig
-from deco_scale.optim.adamw_ema import AdamWWithEMA
 from deco_scale.optim.config import OptimizerConfig
 from deco_scale.parallel.engines.base import EMA_PREFIX
+from deco_scale.precision.config import PrecisionConfig
 
 NAMES = ("straightforward", "ours")
 DIFFERENCE = 1e-5
@@ -147,24 +148,6 @@ class PlainUpdate:
                 average.mul_(self._cfg.ema_decay).add_(parameter, alpha=1 - self._cfg.ema_decay)
 
 
-class OurUpdate:
-    """The optimizer of the engines, on whole parameters."""
-
-    def __init__(self, objective: nn.Module, cfg: OptimizerConfig, kernels: Kernels) -> None:
-        self._objective = objective
-        parameters = dict(objective.named_parameters())
-        self._optimizer = AdamWWithEMA(parameters.values(), cfg, kernels=kernels)
-        self._optimizer.track(parameters, averaged={n for n in parameters if n.startswith(EMA_PREFIX)})
-
-    @torch.no_grad()
-    def __call__(self) -> None:
-        norm = nn.utils.get_total_norm([p.grad for p in self._objective.parameters() if p.grad is not None])
-        self._optimizer.begin(lr=_LR, betas=_BETAS, norm=norm)
-        self._optimizer.step()
-        assert self._optimizer.skipped is not None
-        self._optimizer.end(self._optimizer.skipped)
-
-
 def relative_difference(found: nn.Module, wanted: nn.Module) -> float:
     """Largest ``|a - b| / |b|`` (Euclidean) over the parameters' gradients.
 
@@ -183,12 +166,12 @@ def relative_difference(found: nn.Module, wanted: nn.Module) -> float:
 def compare(case: Case, device: torch.device, *, repeats: int, console: Console) -> dict[str, Any]:
     """Measure, print the table and the promises; the result's ``same_numbers`` says whether both agree."""
     inputs, objectives = Inputs(case, device), make_objectives(case, device)
-
-    cfg = OptimizerConfig()
-    plain, ours = (objectives[name] for name in NAMES)
-    updates: dict[str, Callable[[], None]] = {
-        "straightforward": PlainUpdate(plain, cfg),
-        "ours": OurUpdate(ours, cfg, choose_kernels("auto", device)),
+    optimizer, precision = OptimizerConfig(), PrecisionConfig(compute="fp32")
+    reference, ours = (objectives[name] for name in NAMES)
+    engine = PlainEngine(ours, optimizer, precision, device, kernels=choose_kernels("auto", device))
+    updates: dict[str, Callable[[], object]] = {
+        "straightforward": PlainUpdate(reference, optimizer),
+        "ours": lambda: engine.update(lr=_LR, betas=_BETAS),
     }
     nothing = dict.fromkeys(NAMES, lambda: None)
     found = {
@@ -221,7 +204,7 @@ def compare(case: Case, device: torch.device, *, repeats: int, console: Console)
 def _measure(
     objectives: dict[str, Objective],
     loss: Callable[[Objective], Tensor],
-    updates: Mapping[str, Callable[[], None]],
+    updates: Mapping[str, Callable[[], object]],
     repeats: int,
     device: torch.device,
 ) -> dict[str, Any]:

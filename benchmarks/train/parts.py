@@ -1,4 +1,4 @@
-"""Which part of the model a training step spends its time in: marks on the device's timeline, set by hooks.
+"""Time of a training step by part of the model: marks on the device's timeline, set by hooks.
 
 A mark says "from here on, time belongs to this part". In forward the hooks of a module set it; in backward the
 gradients of its output and of its input do, so that recomputed activations count for the part they belong to.
@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.measure import Stopwatch, synchronise
-from deco_scale.models import Denoiser
 from deco_scale.objectives import Objective
 
 PARTS = (
@@ -56,10 +55,10 @@ class Timeline:
         yield
         self.mark("")
         synchronise(self._device)
-        found: dict[str, float] = {}
+        parts: dict[str, float] = {}
         for (part, began), (_, ended) in zip(self._marks, self._marks[1:], strict=False):
-            found[part] = found.get(part, 0.0) + self._watch.seconds(began, ended)
-        self._steps.append(found)
+            parts[part] = parts.get(part, 0.0) + self._watch.seconds(began, ended)
+        self._steps.append(parts)
 
     def medians(self) -> dict[str, float]:
         """Median seconds of each part over the steps so far; parts without time are left out."""
@@ -97,15 +96,9 @@ def watch(objective: Objective, timeline: Timeline) -> None:
         _watch(block, timeline, "norms and gates", outside="other")
         for name, part in (("attn", "attention"), ("mlp", "MLP"), ("modulation", "modulation")):
             _watch(getattr(block, name), timeline, part, outside="norms and gates")
-    output = _output(denoiser)
-    _watch(output, timeline, "decoder", outside="other")
-
-
-def _output(denoiser: Denoiser) -> nn.Module:
-    """What turns tokens into pixels: the pixel decoder, or the baseline's final layer."""
     output = denoiser.decoder if denoiser.decoder is not None else denoiser.final
     assert output is not None
-    return output
+    _watch(output, timeline, "decoder", outside="other")
 
 
 def _compiled_inside(block: nn.Module) -> bool:
@@ -119,13 +112,13 @@ def _watch(module: nn.Module, timeline: Timeline, part: str, *, outside: str) ->
 
     def enter(args: Sequence[Any]) -> tuple[Any, ...]:
         timeline.mark(part)
-        held = list(args)
-        for place, value in enumerate(held):
+        inputs = list(args)
+        for index, value in enumerate(inputs):
             # One is enough: the decoder's is the tokens, everywhere else it is the first.
             if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
-                held[place] = _Boundary.apply(value, lambda: timeline.mark(outside))
+                inputs[index] = _Boundary.apply(value, lambda: timeline.mark(outside))
                 break
-        return tuple(held)
+        return tuple(inputs)
 
     def leave(output: Any) -> Any:
         timeline.mark(outside)

@@ -17,9 +17,10 @@ from deco_scale.models.compile import limit_recompiles
 from deco_scale.objectives import Objective
 from deco_scale.objectives.inputs import ObjectiveInputs
 from deco_scale.optim.adamw_ema import AdamWWithEMA, nan_if_nonfinite
+from deco_scale.optim.config import OptimizerConfig
 from deco_scale.parallel.engines.base import EMA_PREFIX, TokenGroup, Update
 from deco_scale.precision import fp8
-from deco_scale.precision.config import autocast
+from deco_scale.precision.config import PrecisionConfig, autocast
 from deco_scale.precision.fp8_plan import Fp8Plan
 
 
@@ -29,17 +30,18 @@ class PlainEngine:
     def __init__(
         self,
         objective: Objective,
-        cfg: RunConfig,
+        optimizer: OptimizerConfig,
+        precision: PrecisionConfig,
         device: torch.device,
         *,
         kernels: Kernels,
         fp8_plan: Fp8Plan | None = None,
     ) -> None:
         self.objective = objective
-        self._device, self._precision, self._fp8_plan = device, cfg.precision, fp8_plan
+        self._device, self._precision, self._fp8_plan = device, precision, fp8_plan
         self._compiled = False
         parameters = dict(objective.named_parameters())
-        self.optimizer = AdamWWithEMA(parameters.values(), cfg.optimizer, kernels=kernels)
+        self.optimizer = AdamWWithEMA(parameters.values(), optimizer, kernels=kernels)
         self.optimizer.track(parameters, averaged={name for name in parameters if name.startswith(EMA_PREFIX)})
 
     def compile(self, enabled: bool) -> None:
@@ -119,6 +121,6 @@ def build_plain_engine(
         values = dict(template.named_parameters())
         for name, parameter in objective.named_parameters():
             parameter.copy_(values[name])
-    engine = PlainEngine(objective, cfg, device, kernels=kernels, fp8_plan=fp8_plan)
+    engine = PlainEngine(objective, cfg.optimizer, cfg.precision, device, kernels=kernels, fp8_plan=fp8_plan)
     engine.compile(cfg.compile)
     return engine

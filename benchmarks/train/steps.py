@@ -1,16 +1,17 @@
-"""The real training step of a configuration, on data that cost nothing: what throughput and the GPU suite run.
+"""The real training step of a configuration on synthetic data, which throughput and the GPU suite measure.
 
-Engine, step, randomness and losses are those of a run. Images are random; encoders are replaced by random states
-that are there beforehand, unless they are asked for.
+Engine, step, randomness and losses are those of a run. Images are random; unless encoders are asked for, random
+text embeddings and features replace their outputs.
 """
 
 import dataclasses
 import functools
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -97,7 +98,7 @@ class TrainingSteps:
         text, image = load_encoders(cfg, self.device, need_text=True) if encoders else (None, None)
         repa = cfg.objective.repa_weight > 0
         width = image.width if image is not None else (ENCODER_DIM if repa else 0)
-        self.engine = reuse or self._build(width, plain)
+        self.engine = cast(Any, reuse or self._build(width, plain))
         encode_image = _constant_features(self.cfg, self.stage, width, self.device) if repa else None
         if image is not None:
             encode_image = shared_over_tp(image.encode, self.engine)
@@ -116,7 +117,7 @@ class TrainingSteps:
         self._source = _open(self.cfg, self.layout, self.stage, data)
         batches: Iterator[Batch] = iter(self._source)
         if cfg.model.kind == "t2i_deco" and text is None:
-            batches = _with_states(batches, cfg)
+            batches = _with_embeddings(batches, cfg)
         ready: Callable[[Batch], Batch] | None = None
         if self.device.type == "cuda":
             ready = functools.partial(pinned, null_shape=self._prepare.null.shape)
@@ -129,23 +130,24 @@ class TrainingSteps:
         if self.attention:
             attention = table_of(self.attention)
         else:
-            attention, self.attention = choose_attention(self.cfg, self.layout.tp, self.device)
+            attention, choices = choose_attention(self.cfg, self.layout.tp, self.device)
+            self.attention = list(choices)
         plan = plan_fp8_linears(self.cfg, self.layout.tp, self.device)
-        build = self._remembering(encoder_dim, attention)
+        build = self._recorded(encoder_dim, attention)
         if plain:
             return build_plain_engine(build, self.cfg, self.device, kernels=self.kernels, fp8_plan=plan)
         return build_engine(self.cfg, self.layout, self.device, build, plan)
 
-    def _remembering(self, encoder_dim: int, attention: AttentionSetting) -> Callable[[], Objective]:
-        """The builder of the objective, keeping what it built: the engine holds the last one."""
+    def _recorded(self, encoder_dim: int, attention: AttentionSetting) -> Callable[[], Objective]:
+        """The builder of the objective; it keeps what it built, the engine's last."""
         build = objective_builder(self.cfg, encoder_dim, self.kernels, attention)
 
-        def remember() -> Objective:
+        def record() -> Objective:
             objective = make_reference(build()) if self._straightforward else build()
             self.objectives.append(objective)
             return objective
 
-        return remember
+        return record
 
     @property
     def samples(self) -> int:
@@ -229,26 +231,24 @@ def _constant_features(
     return lambda images: features[: len(images)]
 
 
-def _with_states(batches: Iterator[Batch], cfg: RunConfig) -> Iterator[Batch]:
-    """Random text states, as bfloat16 bits, in place of captions; each sample's follow from its number."""
+def _with_embeddings(batches: Iterator[Batch], cfg: RunConfig) -> Iterator[Batch]:
+    """Random text embeddings, as bfloat16 bits, in place of captions; each sample's follow from its id."""
     shape = (cfg.model.text_tokens, cfg.model.text_dim)
     generator = torch.Generator().manual_seed(0)
     pool = (
         torch.randn(16, *shape, generator=generator).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
     )
     for batch in batches:
-        states = [pool[number % len(pool)] for number in batch.sample_ids]
-        yield MicroBatch(batch.images, batch.captions, batch.labels, batch.sample_ids, states)
+        embeddings = [pool[sample_id % len(pool)] for sample_id in batch.sample_ids]
+        yield MicroBatch(batch.images, batch.captions, batch.labels, batch.sample_ids, embeddings)
 
 
 def _in_memory(
     batches: Iterator[Batch], ready: Callable[[Batch], Batch] | None, count: int = 2
 ) -> Iterator[Batch]:
-    """A few batches over and over, made ready as the feed does, so that they cost a step nothing."""
-    held = [next(batches) for _ in range(count)]
-    held = [ready(batch) for batch in held] if ready else held
-    while True:
-        yield from held
+    """A few batches over and over, prepared as the prefetcher does, so that they cost a step nothing."""
+    in_memory = [next(batches) for _ in range(count)]
+    yield from itertools.cycle([ready(batch) for batch in in_memory] if ready else in_memory)
 
 
 def resolved_layout(layout: ParallelDims) -> dict[str, int]:

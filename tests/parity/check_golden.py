@@ -218,12 +218,12 @@ def main(paths: list[str]) -> int:
         unchecked = {n for n in tensors if n.startswith("out.")}
         for name, found, recorded in checks(meta, tensors):
             unchecked.discard(name)
-            error = (found.float() - recorded.float()).abs().max().item()
+            difference = (found.float() - recorded.float()).abs().max().item()
             largest = recorded.float().abs().max().item()
-            relative = error / largest if largest > 0 else error
+            relative = difference / largest if largest > 0 else difference
             ok = found.shape == recorded.shape and relative <= TOLERANCE
             count, failed = count + 1, failed + (not ok)
-            print(f"{name}  {error:.3e}  {relative:.3e}  {'ok' if ok else 'FAIL'}")
+            print(f"{name}  {difference:.3e}  {relative:.3e}  {'ok' if ok else 'FAIL'}")
         for name in sorted(unchecked):
             count, failed = count + 1, failed + 1
             print(f"{name}  nan  nan  FAIL (nothing computes it)")

@@ -13,10 +13,10 @@ from deco_scale.models import Denoiser
 from tests.parity import check_golden
 from tests.support import FIXTURES
 
-FIXTURES = sorted(FIXTURES.glob("*.safetensors"))
+GOLDENS = sorted(FIXTURES.glob("*.safetensors"))
 
 
-@pytest.mark.parametrize("path", FIXTURES, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", GOLDENS, ids=lambda p: p.stem)
 def test_matches_the_release(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert check_golden.main([str(path)]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -29,7 +29,7 @@ def test_matches_the_release(path: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 @pytest.mark.parametrize("name", ["out.velocity", "out.sample.euler"])
 def test_a_wrong_value_fails(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with safe_open(FIXTURES[0], framework="pt") as file:
+    with safe_open(GOLDENS[0], framework="pt") as file:
         metadata = file.metadata()
         tensors = {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118
     largest = tensors[name].abs().max()
@@ -39,7 +39,7 @@ def test_a_wrong_value_fails(name: str, tmp_path: Path, capsys: pytest.CaptureFi
     assert ", 1 failed" in capsys.readouterr().out.splitlines()[-1]
 
 
-@pytest.mark.parametrize("path", FIXTURES, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", GOLDENS, ids=lambda p: p.stem)
 def test_weights_return_to_the_release_unchanged(path: Path) -> None:
     meta, tensors = check_golden.read(path)
     cfg = release.model_config_from_release(meta["kind"], meta["model"])
@@ -52,7 +52,7 @@ def test_weights_return_to_the_release_unchanged(path: Path) -> None:
 
 
 def test_missing_weights_are_named() -> None:
-    meta, tensors = check_golden.read(FIXTURES[0])
+    meta, tensors = check_golden.read(GOLDENS[0])
     cfg = release.model_config_from_release(meta["kind"], meta["model"])
     state = check_golden.under(tensors, release.DENOISER)
     state["extra"] = state.pop("blocks.0.norm1.weight")

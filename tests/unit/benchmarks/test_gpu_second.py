@@ -29,7 +29,7 @@ from benchmarks.train import compare as straightforward
 from deco_scale.errors import ConfigError
 from deco_scale.models.pixel_decoder import PixelDecoder
 from deco_scale.training.train_step import StepResult
-from tests.saving import alone
+from tests.support.saving import alone
 
 TRACE = [(2.0, 1.0), (1.5, 0.5)]
 
@@ -66,7 +66,7 @@ class TestJobs:
     def test_every_module_of_gpu_tests_is_in_and_none_stops_at_a_failure(self) -> None:
         jobs = [job for job in gpu_second.jobs("cuda") if job.is_pytest]
         tests = record.ROOT / "tests"
-        modules = {*(tests / "gpu").glob("test_*.py"), *(tests / "unit").glob("test_triton_*.py")}
+        modules = {*(tests / "gpu").glob("test_*.py"), *(tests / "unit").rglob("test_triton_*.py")}
         assert len(modules) >= 9
         path_of = {job.name: next(word for word in job.command if word.endswith(".py")) for job in jobs}
         assert {record.ROOT / path for path in path_of.values()} == modules

@@ -115,7 +115,7 @@ def step(device: str, stage: StageConfig, kernels: Kernels) -> tuple[list[Call],
     place = torch.device(device)
     warm(device, kernels)
     objective = make_objective(CONFIG, place, kernels=kernels, encoder_dim=ENCODER_DIM)
-    engine = PlainEngine(objective, CONFIG, place, kernels="torch")
+    engine = PlainEngine(objective, CONFIG.optimizer, CONFIG.precision, place, kernels="torch")
     tokens = (stage.resolution // CONFIG.model.patch_size) ** 2
     features = torch.empty(stage.micro_batch, tokens, ENCODER_DIM, dtype=BF16, device=device)
     prepare = InputBuilder(
@@ -295,7 +295,7 @@ def test_fused_optimizer_stays_on_the_device(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(torch.Tensor, "data_ptr", lambda tensor: 16)
         device = torch.device("cuda")
         objective = make_objective(CONFIG, device, kernels="triton")
-        engine = PlainEngine(objective, CONFIG, device, kernels="triton")
+        engine = PlainEngine(objective, CONFIG.optimizer, CONFIG.precision, device, kernels="triton")
         for allowed in ({"kernels/triton/adamw.py:_chunks": ("compute", "send_pageable")}, {}):
             for parameter in objective.parameters():
                 parameter.grad = torch.empty_like(parameter)
