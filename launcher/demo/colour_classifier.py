@@ -6,7 +6,7 @@ import numpy as np
 
 
 def colour_features(images: Any) -> Any:
-    """Features (P, 15) of uint8 images (P, Y, X, 3): mean colours of a 2 x 2 grid, standard deviation by channel."""
+    """Colours of a 2 x 2 grid and each channel's standard deviation, (P, 15), of uint8 images (P, Y, X, 3)."""
     count, height, width, _ = images.shape
     pixels = np.asarray(images, dtype=np.float64) / 255.0
     half_y, half_x = height // 2, width // 2
