@@ -206,7 +206,7 @@ def run_cell(settings: Settings, name: str, seed: int, work: Path) -> dict[str, 
     optimizer, losses = train_variant(objective, train, settings, seed)
     real, _ = judge(classifier, reference)
     fresh, real_accuracy = judge(classifier, heldout)
-    with optimizer.swapped(), torch.no_grad():
+    with optimizer.swap_ema(), torch.no_grad():
         cfg = objective.cfg
         velocity = velocity_of(objective.predict, settings.patch_size, prediction=cfg.prediction, t_eps=cfg.t_eps)
         drawn = draw_samples(velocity, settings, seed)
@@ -262,7 +262,7 @@ def train_variant(
     cfg = OptimizerConfig(ema_decay=settings.ema_decay)
     optimizer = AdamWWithEMA(objective.parameters(), cfg, kernels="torch")
     parameters = dict(objective.named_parameters())
-    optimizer.track(parameters, averaged=parameters)
+    optimizer.track(parameters, ema=parameters)
     null = torch.tensor(CLASSES)
     device = torch.device("cpu")
     prepare = InputBuilder(seed=seed, device=device, objective=objective.cfg, null=null, num_classes=CLASSES)

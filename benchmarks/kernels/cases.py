@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from benchmarks.train.eager_reference import ReferenceDecoder, block_dct
 from deco_scale.kernels import Kernels
-from deco_scale.kernels.adamw import AdamWStep, AdamWTensors, averaged_adamw
+from deco_scale.kernels.adamw import AdamWStep, AdamWTensors, adamw_ema
 from deco_scale.kernels.norm import gated_residual, norm_modulate, norm_rotate
 from deco_scale.models import Denoiser, ModelConfig
 from deco_scale.models.attention import KERNELS, kernel_missing
@@ -216,7 +216,7 @@ def optimizer(setting: Setting) -> Case:
 
     def made(kernels: Kernels) -> Callable[[], object]:
         fresh = [[torch.rand(shape, device=setting.device) for shape in shapes] for _ in range(5)]
-        names = ("parameters", "grads", "exp_avgs", "exp_avg_sqs", "averages")
+        names = ("parameters", "grads", "exp_avgs", "exp_avg_sqs", "emas")
         tensors = AdamWTensors(**dict(zip(names, fresh, strict=True)))
         step = AdamWStep(
             lr=1e-4,
@@ -228,7 +228,7 @@ def optimizer(setting: Setting) -> Case:
             factor=torch.ones((), device=setting.device),
             skipped=torch.zeros((), device=setting.device),
         )
-        return lambda: averaged_adamw(tensors, step, kernels=kernels)
+        return lambda: adamw_ema(tensors, step, kernels=kernels)
 
     actions = {EAGER: made("torch")}
     if setting.triton:

@@ -38,7 +38,7 @@ from triton.runtime.jit import JITFunction
 from benchmarks import record
 from deco_scale.config import RunConfig, load_config
 from deco_scale.kernels import use_kernels
-from deco_scale.kernels.adamw import AdamWStep, AdamWTensors, averaged_adamw
+from deco_scale.kernels.adamw import AdamWStep, AdamWTensors, adamw_ema
 from deco_scale.models import Denoiser
 from deco_scale.objectives import Objective
 from deco_scale.objectives.frequency import block_transform, colour_matrix, frequency_weights
@@ -226,7 +226,7 @@ def optimizer_step() -> None:
     step = AdamWStep(
         lr=1e-4, betas=betas, eps=1e-8, weight_decay=0.0, ema_decay=0.9999, count=one, factor=one, skipped=one
     )  # fmt: skip
-    averaged_adamw(tensors, step, kernels="triton")
+    adamw_ema(tensors, step, kernels="triton")
 
 
 def main(out: Path | None, console: Console) -> int:

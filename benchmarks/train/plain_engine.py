@@ -42,7 +42,7 @@ class PlainEngine:
         self._compiled = False
         parameters = dict(objective.named_parameters())
         self.optimizer = AdamWWithEMA(parameters.values(), optimizer, kernels=kernels)
-        self.optimizer.track(parameters, averaged={name for name in parameters if name.startswith(EMA_PREFIX)})
+        self.optimizer.track(parameters, ema={name for name in parameters if name.startswith(EMA_PREFIX)})
 
     def compile(self, enabled: bool) -> None:
         """Compile the units that the engines compile, from their next call on, or run them eagerly."""

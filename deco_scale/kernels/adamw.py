@@ -1,8 +1,7 @@
-"""AdamW and the exponential moving average of what it updates, in one pass over the tensors.
+"""Fused AdamW and EMA update: one pass over the tensors.
 
-Five numbers an element (parameter, gradient, two moments, average) are read and four written; everything else of
-an optimizer step is small. Source of the formula: Loshchilov and Hutter, arXiv 1711.05101, as
-``torch.optim.AdamW`` computes it.
+Each element costs five reads (parameter, gradient, two moments, EMA) and four writes.
+Formula: Loshchilov and Hutter, arXiv 1711.05101, as ``torch.optim.AdamW`` computes it.
 """
 
 from collections.abc import Sequence
@@ -16,20 +15,20 @@ from deco_scale.kernels.select import Kernels
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AdamWTensors:
-    """Lists of equal length: fp32, contiguous, on one device, none empty; an average may be missing.
+    """Lists of equal length of contiguous, non-empty fp32 tensors on one device; an EMA may be None.
 
-    Raises ``ValueError`` where that does not hold.
+    Raises ``ValueError`` for any other tensors.
     """
 
     parameters: Sequence[Tensor]
     grads: Sequence[Tensor]
     exp_avgs: Sequence[Tensor]
     exp_avg_sqs: Sequence[Tensor]
-    averages: Sequence[Tensor | None]
+    emas: Sequence[Tensor | None]
 
     def __post_init__(self) -> None:
         device = self.parameters[0].device
-        rows = zip(self.parameters, self.grads, self.exp_avgs, self.exp_avg_sqs, self.averages, strict=True)
+        rows = zip(self.parameters, self.grads, self.exp_avgs, self.exp_avg_sqs, self.emas, strict=True)
         for parameter, *others in rows:
             for tensor in (parameter, *(t for t in others if t is not None)):
                 same = tensor.shape == parameter.shape and tensor.device == device
@@ -43,10 +42,10 @@ class AdamWTensors:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AdamWStep:
-    """Numbers of one update; the tensors are 0-dim, fp32, on the parameters' device.
+    """Scalars of one update; the tensors are 0-dim, fp32, on the parameters' device.
 
-    ``count`` is the number of the update, from 1; ``factor`` multiplies gradients; where ``skipped`` is 1.0, all
-    tensors keep their values. Without ``factor`` and ``skipped`` the gradients are taken as they are.
+    ``count`` numbers updates from 1; ``factor`` multiplies the gradients (None: 1); no tensor changes if
+    ``skipped`` is 1.0 (None: never).
     """
 
     lr: float
@@ -59,18 +58,18 @@ class AdamWStep:
     skipped: Tensor | None
 
 
-def averaged_adamw(tensors: AdamWTensors, step: AdamWStep, *, kernels: Kernels) -> None:
-    """Update parameters, moments and averages in place; the gradients may be scaled in place."""
+def adamw_ema(tensors: AdamWTensors, step: AdamWStep, *, kernels: Kernels) -> None:
+    """Update parameters, moments and EMAs in place; the gradients may be scaled in place."""
     if kernels == "triton":
-        from deco_scale.kernels.triton.adamw import averaged_adamw_triton
+        from deco_scale.kernels.triton.adamw import adamw_ema_triton
 
-        averaged_adamw_triton(tensors, step)
+        adamw_ema_triton(tensors, step)
     else:
-        averaged_adamw_torch(tensors, step)
+        adamw_ema_torch(tensors, step)
 
 
-def averaged_adamw_torch(tensors: AdamWTensors, step: AdamWStep) -> None:
-    """The twin: PyTorch's fused AdamW between a multiplication of the gradients and an interpolation."""
+def adamw_ema_torch(tensors: AdamWTensors, step: AdamWStep) -> None:
+    """The torch twin: scale the gradients, run PyTorch's fused AdamW, interpolate the EMAs."""
     parameters, grads = list(tensors.parameters), list(tensors.grads)
     if step.factor is not None:
         torch._foreach_mul_(grads, step.factor)
@@ -88,13 +87,13 @@ def averaged_adamw_torch(tensors: AdamWTensors, step: AdamWStep) -> None:
         eps=step.eps,
         amsgrad=False,
         maximize=False,
-        # The fused kernel reads this tensor on the device and leaves everything alone where it is 1.
+        # The fused kernel reads this tensor on the device and changes nothing if it is 1.
         found_inf=step.skipped,
     )
-    pairs = [(a, p) for a, p in zip(tensors.averages, parameters, strict=True) if a is not None]
+    pairs = [(a, p) for a, p in zip(tensors.emas, parameters, strict=True) if a is not None]
     if pairs:
         weight = step.count.new_full((), 1.0 - step.ema_decay)
         if step.skipped is not None:
             weight = weight * (1.0 - step.skipped)
-        averages, averaged = map(list, zip(*pairs, strict=True))
-        torch._foreach_lerp_(averages, averaged, [weight] * len(pairs))
+        emas, tracked = map(list, zip(*pairs, strict=True))
+        torch._foreach_lerp_(emas, tracked, [weight] * len(pairs))

@@ -1,11 +1,11 @@
 """RMSNorm with what follows it (AdaLN modulation or rotary position), and the gated residual.
 
-Each function has two implementations: plain torch, here, and one Triton kernel for a pass forward and one for a
-pass backward (:mod:`deco_scale.kernels.triton.norm_modulate`, ``rotary_triton``, ``residual_triton``, imported when
-first asked for). The Triton ones keep nothing for backward but their inputs.
+Each function has two implementations: plain torch here, and Triton kernels (one forward, one backward) in
+:mod:`deco_scale.kernels.triton` (``norm_modulate``, ``rope``, ``gated_residual``), imported on first use. The
+Triton kernels save only their inputs for backward.
 
-In fp32 both are the same up to the order of summation. In bf16 the norm itself is rounded alike (see
-:func:`rms_norm`), and so is the rotary position; the differences are:
+In fp32 the two differ only in the order of summation. In bf16 the norm itself (see :func:`rms_norm`) and the
+rotary position are rounded alike; the differences are:
 - modulation: torch rounds ``1 + scale`` and the product before it adds the shift; the kernel rounds once;
 - gated residual: torch rounds ``gate * y`` before the sum; the kernel rounds once;
 - backward: torch rounds after each of those steps, and ``cast_first`` sums the weight's gradient from rounded

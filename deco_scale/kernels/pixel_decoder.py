@@ -1,9 +1,8 @@
-"""The per-pixel MLP of the pixel decoder, in chunks whose activations are computed again in backward.
+"""The per-pixel MLP of the pixel decoder, in chunks whose activations are recomputed in backward.
 
 The decoder has few FLOPs and many activations: it is bound by memory traffic. A chunk of pixels passes through all
-blocks while it is in the cache, and only its inputs are kept.
-
-The Triton kernels are in ``pixels_triton``; this is their twin.
+blocks while it is in the cache, and only its inputs are saved. :mod:`deco_scale.kernels.triton.pixel_decoder` has
+the Triton kernels of the same computation.
 
 Shape letters: M patches, P pixels of a patch, C channels, K = C * P values of a patch, W decoder width,
 F position features.

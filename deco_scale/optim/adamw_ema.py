@@ -1,6 +1,6 @@
-"""AdamW with a finite gate and an EMA, without waiting for the device; one optimizer for both engines.
+"""AdamW with gradient clipping, EMA and a gate that skips non-finite updates; the host never waits for the device.
 
-Works on plain tensors: local shards of parameters under FSDP, flat partitions or whole parameters under DeepSpeed.
+Serves both engines with plain tensors: FSDP's local shards, DeepSpeed's flat partitions or whole parameters.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deco_scale.kernels.adamw import AdamWStep, AdamWTensors, averaged_adamw
+from deco_scale.kernels.adamw import AdamWStep, AdamWTensors, adamw_ema
 from deco_scale.kernels.select import Kernels
 from deco_scale.optim.config import OptimizerConfig
 
@@ -21,21 +21,20 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def nan_if_nonfinite(loss: Tensor) -> Tensor:
-    """The loss itself where finite; else NaN gradients, so that the gradient norm shows it everywhere."""
-    healthy = torch.isfinite(loss.detach())
-    return loss * torch.where(healthy, 1.0, float("nan"))
+    """A non-finite loss gets NaN gradients, which make the gradient norm NaN on every rank."""
+    return loss * torch.where(torch.isfinite(loss.detach()), 1.0, float("nan"))
 
 
 def clip_factor(norm: Tensor, clip_norm: float) -> Tensor:
-    """What gradients of global norm ``norm`` are multiplied by."""
+    """Factor that clips gradients of global norm ``norm``."""
     return (clip_norm / (norm + CLIP_EPS)).clamp(max=1.0)
 
 
 class AdamWWithEMA(torch.optim.Optimizer):
-    """AdamW and the EMA of what it updates, in one pass over the tensors.
+    """AdamW and EMA in one pass over the tensors.
 
-    An update is :meth:`begin`, :meth:`step` (DeepSpeed calls it itself, group by group or not at all), and
-    :meth:`end`. State is kept for the tensors given to :meth:`track`: moments, and the average of some.
+    An update is :meth:`begin`, :meth:`step` (which DeepSpeed calls, group by group, or not if it skips) and
+    :meth:`end`. Tensors given to :meth:`track` have state: moments, and some an EMA.
     """
 
     def __init__(self, parameters: Iterable[Tensor], cfg: OptimizerConfig, *, kernels: Kernels) -> None:
@@ -44,23 +43,23 @@ class AdamWWithEMA(torch.optim.Optimizer):
         self._tracked: dict[str, Tensor] = {}
         self._count = torch.zeros(())
         self._lr, self._betas = 0.0, (0.0, 0.0)
-        self._measures = False
-        self._unwanted: Tensor | None = None
+        self._measure_norm = False
+        self._should_skip: Tensor | None = None
         self.norm: Tensor | None = None
-        """Of the whole gradient before clipping, in the update at hand."""
+        """Gradient norm of the current update, before clipping."""
         self.skipped: Tensor | None = None
-        """1.0 where the update at hand leaves everything alone; None if only the caller knows."""
+        """1.0 if the current update changes nothing; None if only the caller knows."""
 
-    def track(self, tensors: Mapping[str, Tensor], *, averaged: Collection[str]) -> None:
-        """Start moments at zero, and averages of the named ones at the present values.
+    def track(self, tensors: Mapping[str, Tensor], *, ema: Collection[str]) -> None:
+        """Create state: moments of zero, and for the names in ``ema`` an EMA that starts at the present values.
 
-        Empty tensors (a rank without rows) have state and are left out of the kernels.
+        Empty tensors (a rank without rows) have state but are left out of the kernels.
         """
         for name, tensor in tensors.items():
             values = tensor.detach()
             self._tracked[name] = tensor
             self.state[tensor] = {kind: torch.zeros_like(values) for kind in MOMENTS}
-            if name in averaged:
+            if name in ema:
                 self.state[tensor]["ema"] = values.clone()
             self._count = torch.zeros((), device=tensor.device)
 
@@ -73,40 +72,42 @@ class AdamWWithEMA(torch.optim.Optimizer):
         measure_norm: bool = False,
         should_skip: Tensor | None = None,
     ) -> None:
-        """Settle the numbers of the next update.
+        """Set learning rate, betas and gate of the next update.
 
-        ``norm`` (0-dim) is that of the whole gradient: it is clipped by, and skips the update where not finite.
-        With ``measure_norm`` the gradients in hand are whole and :meth:`step` takes their norm. With neither,
-        the caller has clipped and checked. Where ``unwanted`` (0-dim) is 1.0, everything is left alone as well.
+        ``norm`` (0-dim) is the global gradient norm, which clips, and skips the update if it is not finite. With
+        ``measure_norm``, gradients are not sharded and :meth:`step` computes their norm. With neither, the caller
+        has clipped and checked. ``should_skip`` (0-dim) of 1.0 skips the update, too.
         """
-        self._lr, self._betas, self._measures, self._unwanted = lr, betas, measure_norm, should_skip
+        self._lr, self._betas, self._measure_norm, self._should_skip = lr, betas, measure_norm, should_skip
         self._gate(norm)
 
     def _gate(self, norm: Tensor | None) -> None:
         self.norm = norm
-        self.skipped = self._unwanted
+        self.skipped = self._should_skip
         if norm is not None:
-            bad = (~torch.isfinite(norm)).float()
-            self.skipped = bad if self._unwanted is None else torch.maximum(bad, self._unwanted)
+            nonfinite = (~torch.isfinite(norm)).float()
+            self.skipped = nonfinite if self._should_skip is None else torch.maximum(nonfinite, self._should_skip)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
         """Update the tensors of ``param_groups`` that have a gradient; gradients may be scaled in place."""
         assert closure is None
-        held = [p for group in self.param_groups for p in group["params"] if p.grad is not None and p.numel()]
-        if not held:
+        parameters = [
+            p for group in self.param_groups for p in group["params"] if p.grad is not None and p.numel()
+        ]
+        if not parameters:
             return
-        if self._measures:
-            self._gate(nn.utils.get_total_norm([p.grad for p in held]))
-        device = held[0].device
+        if self._measure_norm:
+            self._gate(nn.utils.get_total_norm([p.grad for p in parameters]))
+        device = parameters[0].device
         factor = None if self.norm is None else clip_factor(self.norm, self._cfg.clip_norm)
-        states = [self.state[p] for p in held]
+        states = [self.state[p] for p in parameters]
         tensors = AdamWTensors(
-            parameters=[p.detach() for p in held],
-            grads=[p.grad for p in held],
+            parameters=[p.detach() for p in parameters],
+            grads=[p.grad for p in parameters],
             exp_avgs=[state["exp_avg"] for state in states],
             exp_avg_sqs=[state["exp_avg_sq"] for state in states],
-            averages=[state.get("ema") for state in states],
+            emas=[state.get("ema") for state in states],
         )
         step = AdamWStep(
             lr=self._lr,
@@ -114,12 +115,12 @@ class AdamWWithEMA(torch.optim.Optimizer):
             eps=self._cfg.eps,
             weight_decay=self._cfg.weight_decay,
             ema_decay=self._cfg.ema_decay,
-            # Elsewhere only where DeepSpeed keeps some groups in host memory.
+            # On another device only if DeepSpeed offloads some groups to host memory.
             count=(self._count + 1.0).to(device),
             factor=factor if factor is None else factor.to(device),
             skipped=self.skipped if self.skipped is None else self.skipped.to(device),
         )
-        averaged_adamw(tensors, step, kernels=self._kernels)
+        adamw_ema(tensors, step, kernels=self._kernels)
 
     def end(self, skipped: Tensor) -> None:
         """Count the update unless ``skipped`` (0-dim) is 1.0."""
@@ -127,7 +128,7 @@ class AdamWWithEMA(torch.optim.Optimizer):
 
     @property
     def steps(self) -> int:
-        """Updates taken, skipped ones aside; waits for the device."""
+        """Updates so far, without skipped ones; waits for the device."""
         return int(self._count.item())
 
     def set_steps(self, steps: int) -> None:
@@ -139,8 +140,8 @@ class AdamWWithEMA(torch.optim.Optimizer):
         return {name: state[kind] for name, state in states if kind in state}
 
     @contextmanager
-    def swapped(self) -> Iterator[None]:
-        """Exchange averages and parameters in place; the parameters come back at the end."""
+    def swap_ema(self) -> Iterator[None]:
+        """Exchange EMA and parameters in place within the context."""
         self._swap()
         try:
             yield
@@ -149,7 +150,7 @@ class AdamWWithEMA(torch.optim.Optimizer):
 
     @torch.no_grad()
     def _swap(self) -> None:
-        for name, average in self.tensors("ema").items():
-            held = average.clone()
-            average.copy_(self._tracked[name])
-            self._tracked[name].copy_(held)
+        for name, ema in self.tensors("ema").items():
+            saved = ema.clone()
+            ema.copy_(self._tracked[name])
+            self._tracked[name].copy_(saved)

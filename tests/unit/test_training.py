@@ -16,10 +16,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from deco_scale.checkpoint import manager
 from deco_scale.checkpoint.config import CheckpointConfig
-from deco_scale.checkpoint.format import CheckpointMeta
+from deco_scale.checkpoint.format import CheckpointMeta, read_tensors, stored_shapes
+from deco_scale.checkpoint.integrity import parameter_digest
 from deco_scale.checkpoint.manager import CheckpointManager
+from deco_scale.checkpoint.staging import Stager
 from deco_scale.config import load_config
 from deco_scale.errors import ConfigError
 from deco_scale.kernels import Kernels
@@ -69,7 +70,7 @@ def test_optimizer_is_adamw_with_clipping_and_skips_cleanly(kernels: Kernels) ->
     shards = {"w": ours, "empty": torch.zeros(0), "head": torch.ones(2)}
     cfg = OptimizerConfig(clip_norm=0.5, ema_decay=0.9, weight_decay=0.1)
     optimizer = AdamWWithEMA(shards.values(), cfg, kernels=kernels)
-    optimizer.track(shards, averaged={"w", "empty"})
+    optimizer.track(shards, ema={"w", "empty"})
     assert (
         optimizer.tensors("ema").keys() == {"w", "empty"} and optimizer.tensors("exp_avg").keys() == shards.keys()
     )
@@ -100,7 +101,7 @@ def test_optimizer_is_adamw_with_clipping_and_skips_cleanly(kernels: Kernels) ->
     torch.testing.assert_close(ours, theirs.detach(), rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(optimizer.tensors("ema")["w"], average, rtol=1e-6, atol=1e-7)
     held = ours.clone()
-    with optimizer.swapped():
+    with optimizer.swap_ema():
         torch.testing.assert_close(ours, average, rtol=1e-6, atol=1e-7)
     assert torch.equal(ours, held)
 
@@ -113,7 +114,7 @@ def test_optimizer_steps_group_by_group_count_as_one_update() -> None:
     whole, grouped = (AdamWWithEMA(list(t), cfg, kernels="torch") for t in (together, apart))
     for optimizer in (whole, grouped):
         parameters = optimizer.param_groups[0]["params"]
-        optimizer.track({str(i): p for i, p in enumerate(parameters)}, averaged={"0", "1"})
+        optimizer.track({str(i): p for i, p in enumerate(parameters)}, ema={"0", "1"})
     parameters = grouped.param_groups[0]["params"]
     for _ in range(3):
         grads = torch.randn(2, 7)
@@ -193,9 +194,9 @@ class TestCheckpoint:
         loaded = checkpoints.load(target, path)
         assert (loaded.step, loaded.samples, loaded.optimizer_steps) == (7, 56, 5)
         assert target.optimizer_steps == 5
-        assert loaded.parameter_digest == manager.parameter_digest(target.state())
+        assert loaded.parameter_digest == parameter_digest(Stager().stage(target.state()))
         assert all(torch.equal(a, source.state()[n]) for n, a in target.state().items())
-        assert manager.read_tensors(path, "ema.").keys() == {"denoiser.w"}
+        assert read_tensors(path, "ema.").keys() == {"denoiser.w"}
 
     def test_a_flipped_byte_anywhere_is_found_with_the_files_name(self, tmp_path: Path) -> None:
         checkpoints = self.checkpoints(tmp_path)
@@ -245,7 +246,7 @@ class TestCheckpoint:
 
         (path / ".metadata").write_bytes(pickle.dumps(Evil()))
         with pytest.raises(ConfigError, match="mkdir does not belong"):
-            manager.stored_shapes(path)
+            stored_shapes(path)
         assert not witness.exists()
 
     def test_a_folder_that_cannot_be_written_is_named(self, tmp_path: Path) -> None:

@@ -1,9 +1,8 @@
-"""One Triton launch for AdamW and EMA of any number of tensors of any sizes.
+"""AdamW and EMA of any number of tensors of any sizes in one Triton launch.
 
-Parameters, gradients and averages are hundreds of allocations that nobody wants to move, so the kernel gets a
-table of addresses and cuts every tensor into chunks: one program a chunk. Besides the addresses, which travel to
-the device each step because gradients move (8 bytes each, from page-locked memory), and four scalars that small
-operations of torch make, a step is one launch. Not yet run on a GPU: chunk size and number of warps are not tuned.
+The tensors are hundreds of separate allocations, so the kernel gets a table of addresses, and each program
+updates one chunk of one tensor. The addresses are copied to the device each step, because gradients move (8 bytes
+each, from page-locked memory); small torch operations compute four scalars. Chunk size and warps are not tuned.
 """
 # mypy: allow-untyped-defs
 # The arguments of kernels have no Python type.
@@ -36,7 +35,7 @@ def _elements(address, offsets, WHOLE: tl.constexpr):
 
 @triton.jit
 def _update(addresses, offsets, size, numbers, WHOLE: tl.constexpr):
-    """The formula on the elements ``offsets`` of the five tensors at ``addresses``; an average at 0 is none.
+    """The formula on the elements ``offsets`` of the five tensors at ``addresses``; address 0 means no EMA.
 
     ``rest`` is one minus the respective beta or decay. Where ``WHOLE``, tensors are aligned and hold all of the
     offsets: loads and stores are 16 bytes wide.
@@ -112,12 +111,10 @@ def _chunks(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tenso
     return sizes_host.to(device), tensors.int().to(device), numbers.int().to(device)
 
 
-def averaged_adamw_triton(tensors: AdamWTensors, step: AdamWStep) -> None:
-    """Update parameters, moments and averages in place; gradients are left as they are."""
+def adamw_ema_triton(tensors: AdamWTensors, step: AdamWStep) -> None:
+    """Update parameters, moments and EMAs in place; gradients do not change."""
     device = tensors.parameters[0].device
-    rows = zip(
-        tensors.parameters, tensors.grads, tensors.exp_avgs, tensors.exp_avg_sqs, tensors.averages, strict=True
-    )
+    rows = zip(tensors.parameters, tensors.grads, tensors.exp_avgs, tensors.exp_avg_sqs, tensors.emas, strict=True)
     table = [[0 if tensor is None else tensor.data_ptr() for tensor in row] for row in rows]
     # The host does not wait for a copy from page-locked memory.
     addresses = torch.tensor(table, pin_memory=device.type == "cuda").to(device, non_blocking=True)

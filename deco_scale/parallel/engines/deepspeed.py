@@ -140,7 +140,7 @@ class DeepSpeedEngine:
                 "parallel.deepspeed keeps optimizer state in host memory, which Triton kernels cannot reach; "
                 "set kernels: torch"
             )
-        self._client.track(masters, averaged=masters.keys())
+        self._client.track(masters, ema=masters.keys())
 
     def _fill(self, objective: nn.Module, template: nn.Module, seed: int) -> None:
         """Initial weights, this rank's part over tp of each."""
@@ -227,7 +227,7 @@ class DeepSpeedEngine:
     @contextmanager
     def ema_weights(self) -> Iterator[None]:
         try:
-            with self._client.swapped():
+            with self._client.swap_ema():
                 self._refresh()
                 yield
         finally:

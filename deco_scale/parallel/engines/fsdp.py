@@ -109,7 +109,7 @@ class FsdpEngine:
         self._cut_by_tp = {n for n, p in self._parameters.items() if _is_cut(p, "tp")}
         self._shards = {n: _local(p) for n, p in self._parameters.items()}
         self._optimizer = AdamWWithEMA(self._shards.values(), optimizer, kernels=kernels)
-        self._optimizer.track(self._shards, averaged={n for n in self._shards if n.startswith(EMA_PREFIX)})
+        self._optimizer.track(self._shards, ema={n for n in self._shards if n.startswith(EMA_PREFIX)})
 
     @property
     def tokens(self) -> TokenGroup | None:
@@ -193,7 +193,7 @@ class FsdpEngine:
         self._optimizer.set_steps(optimizer_steps)
 
     def ema_weights(self) -> AbstractContextManager[None]:
-        return self._optimizer.swapped()
+        return self._optimizer.swap_ema()
 
     @torch.no_grad()
     def predict(self, patches: Tensor, t: Tensor, condition: Tensor, grid: tuple[int, int]) -> Tensor:

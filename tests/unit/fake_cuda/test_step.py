@@ -288,8 +288,8 @@ def test_fused_optimizer_stays_on_the_device(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(adamw, "_averaged_adamw", Launch())
     addresses = {
-        "kernels/triton/adamw.py:averaged_adamw_triton": ("compute", "send"),
-        "kernels/triton/adamw.py:averaged_adamw_triton.<locals>.<listcomp>": ("compute",),
+        "kernels/triton/adamw.py:adamw_ema_triton": ("compute", "send"),
+        "kernels/triton/adamw.py:adamw_ema_triton.<locals>.<listcomp>": ("compute",),
     }
     with fake_cuda():
         monkeypatch.setattr(torch.Tensor, "data_ptr", lambda tensor: 16)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deco_scale.kernels.adamw import AdamWStep, AdamWTensors, averaged_adamw
+from deco_scale.kernels.adamw import AdamWStep, AdamWTensors, adamw_ema
 from deco_scale.kernels.select import Kernels
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -28,13 +28,13 @@ def step_of(count: int, *, factor: float | None = None, skipped: float | None = 
     )  # fmt: skip
 
 
-def tensors_of(parameters: Sequence[Tensor], *, averaged: Sequence[bool]) -> AdamWTensors:
+def tensors_of(parameters: Sequence[Tensor], *, with_ema: Sequence[bool]) -> AdamWTensors:
     return AdamWTensors(
         parameters=parameters,
         grads=[torch.zeros_like(p) for p in parameters],
         exp_avgs=[torch.zeros_like(p) for p in parameters],
         exp_avg_sqs=[torch.zeros_like(p) for p in parameters],
-        averages=[p.clone() if average else None for p, average in zip(parameters, averaged, strict=True)],
+        emas=[p.clone() if average else None for p, average in zip(parameters, with_ema, strict=True)],
     )
 
 
@@ -44,15 +44,15 @@ def random_parameters(seed: int) -> list[Tensor]:
 
 
 def every(tensors: AdamWTensors) -> list[Tensor]:
-    kinds = (tensors.parameters, tensors.exp_avgs, tensors.exp_avg_sqs, tensors.averages)
+    kinds = (tensors.parameters, tensors.exp_avgs, tensors.exp_avg_sqs, tensors.emas)
     return [tensor for kind in kinds for tensor in kind if tensor is not None]
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("factor", [None, 0.37])
 def test_several_steps_are_those_of_the_formula(kernels: Kernels, factor: float | None) -> None:
-    averaged = [True, False, True, True, False]
-    ours = tensors_of(random_parameters(0), averaged=averaged)
+    with_ema = [True, False, True, True, False]
+    ours = tensors_of(random_parameters(0), with_ema=with_ema)
     p, m, v = ([t.double() for t in kind] for kind in (ours.parameters, ours.exp_avgs, ours.exp_avg_sqs))
     averages = [t.clone() for t in p]
     for count in range(1, 5):
@@ -65,8 +65,8 @@ def test_several_steps_are_those_of_the_formula(kernels: Kernels, factor: float 
             unbiased = v[i] / (1 - BETAS[1] ** count)
             p[i] = p[i] * (1 - LR * DECAY) - LR * m[i] / (1 - BETAS[0] ** count) / (unbiased.sqrt() + EPS)
             averages[i] = EMA * averages[i] + (1 - EMA) * p[i]
-        averaged_adamw(ours, step_of(count, factor=factor), kernels=kernels)
-    wanted = [*p, *m, *v, *(a for a, kept in zip(averages, averaged, strict=True) if kept)]
+        adamw_ema(ours, step_of(count, factor=factor), kernels=kernels)
+    wanted = [*p, *m, *v, *(a for a, kept in zip(averages, with_ema, strict=True) if kept)]
     for found, exact in zip(every(ours), wanted, strict=True):
         # Four steps of a few fp32 roundings (6e-8 each) of numbers up to about 4.
         torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=1e-6)
@@ -75,7 +75,7 @@ def test_several_steps_are_those_of_the_formula(kernels: Kernels, factor: float 
 @pytest.mark.parametrize("kernels", KERNELS)
 def test_it_is_torch_optim_adamw_and_lerp(kernels: Kernels) -> None:
     start = random_parameters(1)
-    ours = tensors_of([p.clone() for p in start], averaged=[True] * len(start))
+    ours = tensors_of([p.clone() for p in start], with_ema=[True] * len(start))
     theirs = [torch.nn.Parameter(p.clone()) for p in start]
     averages = [p.clone() for p in start]
     adamw = torch.optim.AdamW(theirs, lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY, fused=True)
@@ -83,7 +83,7 @@ def test_it_is_torch_optim_adamw_and_lerp(kernels: Kernels) -> None:
         for grad, parameter in zip(ours.grads, theirs, strict=True):
             grad.copy_(torch.randn(grad.shape, generator=torch.Generator().manual_seed(count)))
             parameter.grad = grad.clone()
-        averaged_adamw(ours, step_of(count), kernels=kernels)
+        adamw_ema(ours, step_of(count), kernels=kernels)
         adamw.step()
         for average, parameter in zip(averages, theirs, strict=True):
             average.lerp_(parameter.detach(), 1 - EMA)
@@ -99,14 +99,14 @@ def test_it_is_torch_optim_adamw_and_lerp(kernels: Kernels) -> None:
 @pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("count", [1, 100_000])
 def test_bias_correction_of_slow_betas_keeps_its_digits(kernels: Kernels, count: int) -> None:
-    tensors = tensors_of([torch.zeros(8, device=DEVICE)], averaged=[False])
+    tensors = tensors_of([torch.zeros(8, device=DEVICE)], with_ema=[False])
     tensors.grads[0].fill_(0.5)
     beta1, beta2 = 0.99, 0.9999
     step = AdamWStep(
         lr=1.0, betas=(beta1, beta2), eps=1e-12, weight_decay=0.0, ema_decay=0.0, count=scalar(float(count)),
         factor=None, skipped=None,
     )  # fmt: skip
-    averaged_adamw(tensors, step, kernels=kernels)
+    adamw_ema(tensors, step, kernels=kernels)
     first, second = (1 - beta1) * 0.5, (1 - beta2) * 0.25
     wanted = -(first / (1 - beta1**count)) / math.sqrt(second / (1 - beta2**count))
     # 1 - 0.9999 in fp32 arithmetic would be wrong by 6e-4; its root by half of that.
@@ -115,18 +115,18 @@ def test_bias_correction_of_slow_betas_keeps_its_digits(kernels: Kernels, count:
 
 @pytest.mark.parametrize("kernels", KERNELS)
 def test_a_skipped_step_changes_no_bit_whatever_the_gradient(kernels: Kernels) -> None:
-    tensors = tensors_of(random_parameters(2), averaged=[True] * len(SHAPES))
+    tensors = tensors_of(random_parameters(2), with_ema=[True] * len(SHAPES))
     for grad in tensors.grads:
         grad.fill_(math.nan)
     for moments in (tensors.exp_avgs, tensors.exp_avg_sqs):
         for moment in moments:
             moment.uniform_()
     before = [t.clone() for t in every(tensors)]
-    averaged_adamw(tensors, step_of(3, factor=math.nan, skipped=1.0), kernels=kernels)
+    adamw_ema(tensors, step_of(3, factor=math.nan, skipped=1.0), kernels=kernels)
     assert all(torch.equal(a, b) for a, b in zip(before, every(tensors), strict=True))
     for grad in tensors.grads:
         grad.fill_(1.0)
-    averaged_adamw(tensors, step_of(3, factor=1.0, skipped=0.0), kernels=kernels)
+    adamw_ema(tensors, step_of(3, factor=1.0, skipped=0.0), kernels=kernels)
     assert not any(torch.equal(a, b) for a, b in zip(before, every(tensors), strict=True))
 
 
@@ -140,9 +140,9 @@ def test_tensors_may_begin_anywhere_and_neighbours_are_left_alone(kernels: Kerne
     for grad in grads:
         grad.fill_(3.0)
     tensors = AdamWTensors(
-        parameters=parameters, grads=grads, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs, averages=averages
+        parameters=parameters, grads=grads, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs, emas=averages
     )
-    averaged_adamw(tensors, step_of(1), kernels=kernels)
+    adamw_ema(tensors, step_of(1), kernels=kernels)
     for pool, written in zip(pools, (True, False, True, True, True), strict=True):
         outside = [pool[:1], pool[4098:4099], pool[8200:]]
         assert all(bool((part == 7.0).all()) for part in outside)
@@ -153,8 +153,8 @@ def test_what_the_kernels_cannot_take_is_refused() -> None:
     good = torch.zeros(4, 6)
     for bad in (good.half(), good.t(), good[:, ::2], torch.zeros(0)):
         with pytest.raises(ValueError, match="contiguous fp32 tensors"):
-            tensors_of([good, bad], averaged=[True, True])
+            tensors_of([good, bad], with_ema=[True, True])
     with pytest.raises(ValueError, match=r"\(4, 6\)"):
         AdamWTensors(
-            parameters=[good], grads=[good.t().contiguous()], exp_avgs=[good], exp_avg_sqs=[good], averages=[None]
+            parameters=[good], grads=[good.t().contiguous()], exp_avgs=[good], exp_avg_sqs=[good], emas=[None]
         )
