@@ -11,16 +11,16 @@ codes: 0 done, 1 the cluster refused, 2 wrong use or configuration.
 
 import argparse
 import shlex
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from rich.console import Console
 
+from data_pipeline.console import positive_int
 from deco_scale.config import RunConfig, dump_config
 from deco_scale.errors import ConfigError, RunError
 from launcher.schedulers.base import ClusterJob, fit, parse_variables, refuse_secret
@@ -38,15 +38,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--config", required=True, type=Path, help="YAML file, see configs/")
     common.add_argument("overrides", nargs="*", metavar="key.path=value")
-    common.add_argument("--nodes", required=True, type=int)
-    common.add_argument("--gpus-per-node", type=int, default=8, help="also processes per node, where device=cpu")
+    common.add_argument("--nodes", required=True, type=positive_int)
+    common.add_argument(
+        "--gpus-per-node", type=positive_int, default=8, help="also processes per node, where device=cpu"
+    )
     common.add_argument("--name", help="of the job; default: the name of the configuration")
     common.add_argument("--env", action="append", default=[], metavar="NAME|NAME=value")
     common.add_argument("--python", help="interpreter on the nodes")
     common.add_argument("--entry", help="folder of this repository on the nodes")
     common.add_argument("--no-preflight", action="store_true", help="do not check the nodes first")
     common.add_argument(
-        "--grace-s", type=int, default=120, help="grace period in seconds between the stop signal and SIGKILL"
+        "--grace-s", type=positive_int, default=120, help="seconds between the stop signal and SIGKILL"
     )
     common.add_argument(
         "--max-restarts", type=int, default=10, help="after crashes; being asked to stop does not count"
@@ -54,9 +56,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     common.add_argument("--out", type=Path, help="write the job to this file")
     common.add_argument("--submit", action="store_true", help="submit it; otherwise it is only shown")
     scheduled = argparse.ArgumentParser(add_help=False)
-    scheduled.add_argument(
-        "--template", type=Path, help="your own copy of a file of launcher/schedulers/templates"
-    )
+    scheduled.add_argument("--template", type=Path, help="your copy of a file of launcher/schedulers/templates")
     _add_slurm_options(targets.add_parser("slurm", parents=[common, scheduled], help="a script for sbatch"))
     _add_kubernetes_options(targets.add_parser("k8s", parents=[common, scheduled], help="a JobSet or PyTorchJob"))
     hosts = targets.add_parser("hosts", parents=[common], help="a hostfile for deepspeed")
@@ -74,7 +74,7 @@ def _add_slurm_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--time", default="24:00:00", help="limit, as sbatch takes it")
     parser.add_argument("--partition")
     parser.add_argument("--account")
-    parser.add_argument("--cpus-per-task", type=int)
+    parser.add_argument("--cpus-per-task", type=positive_int)
     parser.add_argument("--requeue", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--log-dir", default=".", help="folder of the job's output")
 
@@ -84,21 +84,15 @@ def _add_kubernetes_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kind", choices=["JobSet", "PyTorchJob"], default="JobSet")
     parser.add_argument("--namespace")
     parser.add_argument("--secret", help="Secret that holds each --env NAME without a value")
-    parser.add_argument("--volume", action="append", default=[], metavar="CLAIM:/path", type=_volume)
+    parser.add_argument("--volume", action="append", default=[], metavar="CLAIM:/path")
     parser.add_argument("--shm", default="16Gi", help="size limit of /dev/shm")
     parser.add_argument("--cpus", help="cores that a pod requests")
     parser.add_argument("--memory", help="memory limit of a pod")
 
 
-def _volume(text: str) -> tuple[str, ...]:
-    return tuple(text.split(":", 1))
-
-
 def _options(kind: type[Options], args: argparse.Namespace) -> Options:
     """The arguments that are fields of ``kind``."""
-    given = ((field.name, getattr(args, field.name)) for field in fields(kind))
-    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in given}
-    return kind(**values)
+    return kind(**{field.name: getattr(args, field.name) for field in fields(kind)})
 
 
 def make_job(args: argparse.Namespace, cfg: RunConfig) -> ClusterJob:
@@ -124,12 +118,10 @@ def make_job(args: argparse.Namespace, cfg: RunConfig) -> ClusterJob:
 
 def prepare(args: argparse.Namespace) -> tuple[str, list[str], Callable[[], int]]:
     """The job's text, lines about it, and what ``--submit`` does. Raises :class:`ConfigError`."""
-    if args.nodes < 1 or args.gpus_per_node < 1:
-        raise ConfigError(f"--nodes {args.nodes} and --gpus-per-node {args.gpus_per_node} must both be at least 1")
     for override in args.overrides:
         key, _, value = override.partition("=")
         refuse_secret(key, value, instead="the standard AWS and wandb variables are read from the environment")
-    cfg, _, lines = fit(args.config, args.overrides, ranks=args.nodes * args.gpus_per_node)
+    cfg, lines = fit(args.config, args.overrides, ranks=args.nodes * args.gpus_per_node)
     job = make_job(args, cfg)
     if args.target == "slurm":
         text = render_slurm(job, _options(SlurmOptions, args), args.template)
@@ -152,11 +144,11 @@ def run_all(commands: Sequence[Sequence[str]], text: str | None = None) -> int:
     Raises :class:`RunError` where a command is not installed, or a scheduler's client refuses the job.
     """
     for command in commands:
-        if shutil.which(command[0]) is None:
-            raise RunError(
-                f"{command[0]} is not installed here: submit where it is (--out writes the job to a file)"
-            )
-        code = subprocess.run(list(command), input=text, text=True, check=False).returncode
+        try:
+            code = subprocess.run(command, input=text, text=True, check=False).returncode
+        except FileNotFoundError:
+            advice = "submit where it is (--out writes the job to a file)"
+            raise RunError(f"{command[0]} is not installed here: {advice}") from None
         if code and text is not None:
             raise RunError(f"{' '.join(command)} ended with {code}; nothing was submitted")
         if code:

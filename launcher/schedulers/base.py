@@ -16,7 +16,7 @@ from deco_scale.config import RunConfig, load_config
 from deco_scale.errors import ConfigError
 from deco_scale.models.tp_plan import check_tp
 from deco_scale.observability.redact import holds_secret, looks_secret
-from deco_scale.parallel.mesh import ParallelDims, accumulation_steps, resolve_parallel_dims
+from deco_scale.parallel.mesh import accumulation_steps, resolve_parallel_dims
 
 TEMPLATES = Path(__file__).with_name("templates")
 _SECRET = "looks like a secret, which would be written in plain text"
@@ -29,7 +29,7 @@ class ClusterJob:
     ``processes`` run on each node, with a GPU each if ``gpus``. ``literals`` are environment variables written
     into the job; the values of ``references`` come from elsewhere. ``grace_s``: seconds between the stop signal
     and SIGKILL. ``max_restarts`` limits restarts after crashes. ``entry`` is the folder of this repository on the
-    nodes. Raises :class:`ConfigError` for values out of range and for control characters.
+    nodes. Raises :class:`ConfigError` for control characters and a negative ``max_restarts``.
     """
 
     name: str
@@ -47,10 +47,6 @@ class ClusterJob:
     max_restarts: int = 10
 
     def __post_init__(self) -> None:
-        if self.nodes < 1 or self.processes < 1:
-            raise ConfigError(f"--nodes {self.nodes} and --gpus-per-node {self.processes} must both be at least 1")
-        if self.grace_s < 1:
-            raise ConfigError(f"--grace-s {self.grace_s} must be at least 1")
         if self.max_restarts < 0:
             raise ConfigError(f"--max-restarts {self.max_restarts} must not be negative")
         for text in (self.name, self.config, self.entry, self.python, *self.overrides):
@@ -117,7 +113,7 @@ def parse_variables(given: Sequence[str]) -> tuple[tuple[tuple[str, str], ...], 
     return tuple(literals.items()), tuple(references)
 
 
-def fit(config: Path, overrides: Sequence[str], *, ranks: int) -> tuple[RunConfig, ParallelDims, list[str]]:
+def fit(config: Path, overrides: Sequence[str], *, ranks: int) -> tuple[RunConfig, list[str]]:
     """The configuration on ``ranks`` processes, and a line about each stage.
 
     Raises :class:`ConfigError` where they do not fit each other.
@@ -133,7 +129,7 @@ def fit(config: Path, overrides: Sequence[str], *, ranks: int) -> tuple[RunConfi
             f"stage {stage.name}: {stage.steps} steps at {stage.resolution} px, global batch {batch} = "
             f"micro-batch {micro_batch} x accumulation {steps} x dp {dims.dp}"
         )
-    return cfg, dims, lines
+    return cfg, lines
 
 
 def render_template(file: Path | None, default: str, variables: dict[str, Any]) -> str:

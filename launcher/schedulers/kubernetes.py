@@ -4,6 +4,7 @@ A pod is a node: ``launcher/schedulers/node_agent.py`` starts one process per GP
 trainers' exit code.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -27,38 +28,37 @@ class KubernetesOptions:
     """Options of ``submit.py k8s``; templates see them as ``k8s``.
 
     ``secret`` holds the variables that a job names without a value; ``volume`` are volume claims with their mount
-    paths. ``shm`` limits /dev/shm; each pod requests ``cpus`` and ``memory``.
+    paths, ``CLAIM:/path``. ``shm`` limits /dev/shm; each pod requests ``cpus`` and ``memory``.
     """
 
     image: str
     kind: Literal["JobSet", "PyTorchJob"] = "JobSet"
     namespace: str | None = None
     secret: str | None = None
-    volume: tuple[tuple[str, ...], ...] = ()
+    volume: Sequence[str] = ()
     shm: str = "16Gi"
     cpus: str | None = None
     memory: str | None = None
 
     def __post_init__(self) -> None:
-        quantity, claim = "a quantity such as 16Gi", "CLAIM:/path with lower-case letters, digits, - and ."
-        for volume in self.volume:
-            if len(volume) != 2:
-                raise ConfigError(f"--volume {volume[0]!r} must look like CLAIM:/path")
+        quantity = "a quantity such as 16Gi"
+        volume = "CLAIM:/path, CLAIM of lower-case letters, digits, - and ., the path not ending in /"
         check_names(
             [
                 ("--image", self.image, _IMAGE, "registry/name:tag or registry/name@sha256:digest"),
                 ("--namespace", self.namespace, _LABEL, "lower-case letters, digits and -"),
                 ("--secret", self.secret, _SUBDOMAIN, "lower-case letters, digits, - and ."),
-                *(("--volume", name, _SUBDOMAIN, claim) for name, _ in self.volume),
-                *(
-                    ("--volume", path, r"/[^\s:]*[^\s:/]", "CLAIM:/path, not ending in /")
-                    for _, path in self.volume
-                ),
+                *(("--volume", each, rf"{_SUBDOMAIN}:/[^\s:]*[^\s:/]", volume) for each in self.volume),
                 ("--shm", self.shm, _QUANTITY, quantity),
                 ("--memory", self.memory, _QUANTITY, quantity),
                 ("--cpus", self.cpus, r"\d+m?", "a number of cores such as 64 or 500m"),
             ]
         )
+
+    @property
+    def volumes(self) -> list[tuple[str, str]]:
+        """Claims and mount paths."""
+        return [(claim, path) for claim, _, path in (each.partition(":") for each in self.volume)]
 
 
 def render_kubernetes(
@@ -74,7 +74,7 @@ def render_kubernetes(
     if len(config_text.encode()) > _MAX_CONFIG_BYTES:
         raise ConfigError(f"--config {job.config}: over 1 MiB, which a ConfigMap does not hold")
     refuse_secret_text(config_text, file=f"--config {job.config}")
-    paths = [path for _, path in options.volume]
+    paths = [path for _, path in options.volumes]
     if not any(cfg.run.dir == path or cfg.run.dir.startswith(f"{path}/") for path in paths):
         raise ConfigError(
             f"run.dir={cfg.run.dir} is on no volume ({', '.join(paths) or 'none given'}), and would vanish with "

@@ -20,13 +20,14 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any
+
+import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
 EXIT_WAIT_S = 60.0
 """How long the other processes of a node may take to end after one has failed."""
 _POLL_S = 0.1
-_NOT_RUNNING = frozenset("TZX")
+_NOT_RUNNING = {psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD}
 
 
 class Node:
@@ -49,7 +50,7 @@ class Node:
         self._pids.write_text(json.dumps([child.pid for child in self._children]), encoding="ascii")
         # A signal that came while processes started is forwarded now that all have.
         if self._received is not None and not self._forwarded:
-            self._forward_signal(self._received)
+            self.receive(self._received)
         try:
             return self._wait()
         finally:
@@ -57,12 +58,7 @@ class Node:
 
     def receive(self, number: int, frame: FrameType | None = None) -> None:
         """Signal handler: every child gets what this process got."""
-        self._received = number
-        if self._children:
-            self._forward_signal(number)
-
-    def _forward_signal(self, number: int) -> None:
-        self._forwarded = True
+        self._received, self._forwarded = number, bool(self._children)
         for child in self._children:
             child.send_signal(number)
 
@@ -103,12 +99,10 @@ class Node:
 def probe(pids: Path) -> int:
     """0 while every process in ``pids`` runs, else 1."""
     try:
-        running = json.loads(pids.read_text(encoding="ascii"))
-        # The state follows the command, which is in parentheses and may hold any character.
-        states = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] for pid in running]
-    except (OSError, ValueError):
+        states = [psutil.Process(pid).status() for pid in json.loads(pids.read_text(encoding="ascii"))]
+    except (OSError, ValueError, psutil.Error):
         return 1
-    return 1 if any(state in _NOT_RUNNING for state in states) else 0
+    return 1 if _NOT_RUNNING.intersection(states) else 0
 
 
 def main(argv: Sequence[str] | None = None, variables: Mapping[str, str] = os.environ) -> int:
@@ -127,28 +121,21 @@ def main(argv: Sequence[str] | None = None, variables: Mapping[str, str] = os.en
     try:
         rank, port = int(variables[args.node_rank_from]), int(variables["MASTER_PORT"])
     except (KeyError, ValueError) as error:
-        print(
-            f"error: {args.node_rank_from} and MASTER_PORT must be numbers in the environment: {error}",
-            file=sys.stderr,
-        )
-        return 2
+        parser.error(f"{args.node_rank_from} and MASTER_PORT must be numbers in the environment: {error}")
     if not 0 <= rank < args.nodes or args.processes < 1:
-        print(f"error: node {rank} of {args.nodes} with {args.processes} processes", file=sys.stderr)
-        return 2
+        parser.error(f"node {rank} of {args.nodes} with {args.processes} processes")
     node = Node(nodes=args.nodes, processes=args.processes, rank=rank, pids=args.pids)
-    handlers: dict[int, Any] = {}
-    for caught in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        handlers[caught] = signal.signal(caught, node.receive)
+    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    handlers = [signal.signal(number, node.receive) for number in signals]
     try:
+        code = 0
         for program, at in ((("preflight", port + 1),) if args.preflight else ()) + (("train", port),):
             words = [sys.executable, str(args.entry / "launcher" / f"{program}.py"), *args.arguments]
-            code = node.run(words, port=at)
-            if code:
-                return code
+            code = code or node.run(words, port=at)
+        return code
     finally:
-        for number, handler in handlers.items():
+        for number, handler in zip(signals, handlers, strict=True):
             signal.signal(number, handler)
-    return 0
 
 
 if __name__ == "__main__":

@@ -35,8 +35,6 @@ class SlurmOptions:
                 ("--account", self.account, _NAMES, names),
             ]
         )
-        if self.cpus_per_task is not None and self.cpus_per_task < 1:
-            raise ConfigError(f"--cpus-per-task {self.cpus_per_task} must be at least 1")
         check_text(self.log_dir, option="--log-dir")
         # sbatch expands % in the names of output files, and its directives know no escape for quotes.
         if set(self.log_dir) & set("%'\"\\"):
@@ -47,8 +45,9 @@ class SlurmOptions:
 
 def render_slurm(job: ClusterJob, options: SlurmOptions, template: Path | None = None) -> str:
     """The script for ``sbatch``. Raises :class:`ConfigError`."""
-    name = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}"
-    check_names([("--name", job.name, name, "letters, digits and _ . -, 64 at most")])
+    check_names(
+        [("--name", job.name, r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", "letters, digits and _ . -, 64 at most")]
+    )
     exported = list(dict.fromkeys((*SHELL_VARIABLES, *job.references)))
     variables = {"requeue_code": REQUEUE, "exit_wait_s": EXIT_WAIT_S, "exported": exported}
     return render_template(template, "slurm.sh.j2", {"job": job, "slurm": options, **variables})

@@ -29,7 +29,10 @@ def rendered(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    assert submit.main(arguments) == 2
+    try:
+        assert submit.main(arguments) == 2
+    except SystemExit as refusal:  # by argparse
+        assert refusal.code == 2
     found = capsys.readouterr()
     assert not found.out
     return found.err

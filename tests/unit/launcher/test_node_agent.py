@@ -82,6 +82,7 @@ def test_signals_reach_every_process_and_the_probe_sees_one_that_is_stopped(tmp_
 
 
 def test_a_node_needs_its_number(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--nodes", "2"], {"MASTER_PORT": "1"}) == 2
-    assert main(["--nodes", "2"], {"MASTER_PORT": "1", "NODE_RANK": "2"}) == 2
+    for variables in ({"MASTER_PORT": "1"}, {"MASTER_PORT": "1", "NODE_RANK": "2"}):
+        with pytest.raises(SystemExit, match="2"):
+            main(["--nodes", "2"], variables)
     assert "NODE_RANK" in capsys.readouterr().err
