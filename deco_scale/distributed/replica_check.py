@@ -26,7 +26,7 @@ class Replicated(Protocol):
     """An engine, as far as this check needs it."""
 
     def replicas(self) -> Sequence[Replicas]:
-        """Live tensors that other ranks hold as well; all ranks list the same kinds of groups in the same order."""
+        """Live tensors that other ranks hold as well, for the same kinds of groups on every rank."""
 
 
 def bit_digest(tensors: Sequence[Tensor]) -> Tensor:
@@ -92,7 +92,7 @@ class ReplicaCheck:
         self._last_good: int | None = None
 
     def check(self, engine: Replicated, step: int) -> None:
-        """Compare if this step is due, all ranks together; :class:`ReplicaMismatchError` names rank, host, tensors."""
+        """Compare if ``step`` is due; a collective. Raises :class:`ReplicaMismatchError` with ranks and hosts."""
         if not self._every or step % self._every:
             return
         mismatches = find_mismatches(engine)

@@ -6,7 +6,7 @@ from typing import Literal
 ModelKind = Literal["t2i_deco", "c2i_deco", "c2i_baseline"]
 AttentionBackend = Literal["auto", "flash", "te", "cudnn", "sdpa", "math"]
 ActivationCheckpointing = Literal["none", "selective", "full"]
-"""What blocks recompute in backward: nothing, all but matrix products and attention, or everything."""
+"""What blocks recompute in backward: nothing, all but matrix products and attention, everything."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,4 +1,4 @@
-"""Activation checkpointing of blocks, without a wrapper that would change parameter names."""
+"""Activation checkpointing of blocks, without a wrapper module that would change parameter names."""
 
 import functools
 from collections.abc import Callable, Iterable
@@ -24,7 +24,7 @@ _SAVED = {
     _ATEN._scaled_dot_product_efficient_attention.default,
     _ATEN._scaled_dot_product_cudnn_attention.default,
 }
-"""What ``selective`` keeps: the expensive results."""
+"""Operations whose results ``selective`` saves; everything else is recomputed."""
 
 
 def _policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
@@ -34,7 +34,7 @@ def _policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
 def apply_activation_checkpointing(
     blocks: Iterable[nn.Module], mode: ActivationCheckpointing, *, function: Callable[..., Any] = checkpoint
 ) -> None:
-    """Make each block recompute its activations in backward, by PyTorch's ``checkpoint`` or one of its kind."""
+    """Make each block recompute activations in backward; ``function`` is called as PyTorch's ``checkpoint``."""
     if mode == "none":
         return
     for block in blocks:
@@ -47,7 +47,7 @@ def apply_activation_checkpointing(
 def _checkpointed(
     forward: Callable[..., Any], function: Callable[..., Any], extra: dict[str, Any]
 ) -> Callable[..., Any]:
-    """A function, not ``functools.partial``: ``torch.compile`` skips that, and blocks would run eagerly."""
+    """A function, since ``torch.compile`` skips ``functools.partial``, and blocks would run eagerly."""
 
     def recomputed(*args: Any) -> Any:
         return function(forward, *args, **extra)

@@ -11,10 +11,10 @@ ZeroStage = Literal[0, 1, 2, 3]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParallelConfig:
-    """How the model is spread; ``dp_shard`` -1 takes all ranks that are left.
+    """Engine and degrees of parallelism; ``dp_shard`` -1 takes all remaining ranks.
 
-    ``activation_checkpointing`` recomputes blocks in backward: all of them, or all but matrix products and
-    attention (``selective``).
+    ``activation_checkpointing`` recomputes blocks in backward, fully or without matrix products and attention
+    (``selective``).
     """
 
     engine: EngineName = "fsdp"

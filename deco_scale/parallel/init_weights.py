@@ -1,8 +1,7 @@
-"""Initial weights without the whole model in memory, the same for any number of ranks.
+"""Initial weights that are the same for any number of ranks, without the full model in memory.
 
-A template of the model on the meta device is walked unit by unit; a unit is the outermost module that
-defines its own start (``reset_parameters``). Each is materialised alone on the CPU under a generator keyed
-by (seed, name) and handed out tensor by tensor.
+A template of the model on the meta device is walked unit by unit; a unit is an outermost module with
+``reset_parameters``. Each unit is materialised alone, on the CPU, with random numbers seeded by (seed, name).
 """
 
 import copy
@@ -26,7 +25,7 @@ def _units(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module
 def initial_tensors(template: nn.Module, seed: int) -> Iterator[tuple[str, Tensor]]:
     """Name and full CPU tensor of every parameter; peak memory is that of the largest unit.
 
-    Within a unit, children reset before their parents, so that a parent's rule for its children wins.
+    Within a unit, parents reset after their children and so may override them.
     """
     for path, unit in _units(template):
         real = copy.deepcopy(unit).to_empty(device="cpu")

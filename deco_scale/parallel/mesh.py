@@ -8,7 +8,7 @@ from deco_scale.parallel.config import ParallelConfig
 
 @dataclass(frozen=True, slots=True)
 class ParallelDims:
-    """A resolved mesh: ``dp_replicate`` x ``dp_shard`` x ``tp`` ranks, tp innermost."""
+    """Sizes of the device mesh: ``dp_replicate`` x ``dp_shard`` x ``tp`` ranks, tp innermost."""
 
     dp_replicate: int
     dp_shard: int
@@ -19,7 +19,7 @@ class ParallelDims:
         return self.dp_replicate * self.dp_shard
 
     def dp_rank(self, rank: int) -> int:
-        """Which share of the global batch a rank works on."""
+        """The data-parallel rank, which has its own part of the global batch."""
         return rank // self.tp
 
 

@@ -1,12 +1,13 @@
-"""Tokens spread over a tp group, and the collectives that move them; each has the other as its adjoint.
+"""Sequence parallelism: tokens sharded over a tp group, and the collectives that move them.
 
-A sequence of N tokens is cut into consecutive parts that differ by at most one token. Every rank's graph
-computes the gradient of its own share of the loss, so gradients of replicated weights are summed over tp.
+A sequence of N tokens is cut into consecutive parts that differ by at most one token. Gather and reduce-scatter
+are each other's adjoint: each rank's graph computes the gradient of its own part of the loss, and gradients of
+replicated weights are summed over tp.
 
 Shape letters: B batch, N tokens, n tokens of this rank, D any width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ from deco_scale.parallel.engines.base import TokenGroup
 
 @dataclass(frozen=True)
 class TokenShard:
-    """This rank's place in a tp group."""
+    """A tp group, and this rank's tokens in it."""
 
     group: dist.ProcessGroup
 
@@ -40,17 +41,17 @@ class TokenShard:
         return x_BND.narrow(1, sum(sizes[: self.rank]), sizes[self.rank])
 
     def share(self, count: int) -> float:
-        """Share of ``count`` tokens that this rank has; the shares of a group sum to one."""
+        """This rank's share of ``count`` tokens; the shares of a group sum to one."""
         return part_sizes(count, self.size)[self.rank] / count
 
     @outside_graphs
     def gather(self, x_BnD: Tensor, count: int) -> Tensor:
-        """All tokens ``(B, N, D)`` on every rank; backward sums each token's gradient to its owner."""
+        """All tokens ``(B, N, D)`` on every rank; backward sums each token's gradient on its own rank."""
         return _Gather.apply(x_BnD, count, self)  # type: ignore[no-any-return]
 
     @outside_graphs
     def scatter_sum(self, x_BND: Tensor) -> Tensor:
-        """Sum of the ranks' partial results, each rank its own tokens; backward gathers."""
+        """This rank's tokens of the sum of the ranks' partial results; backward gathers."""
         return _ScatterSum.apply(x_BND, self)  # type: ignore[no-any-return]
 
 
@@ -76,38 +77,40 @@ class _ScatterSum(torch.autograd.Function):
         return _all_gather(grad_BnD, ctx.count, ctx.shard), None
 
 
+def _pad_rows(x: Tensor, rows: int) -> Tensor:
+    """Zeros after the last row, up to ``rows``."""
+    return F.pad(x, [0, 0] * (x.ndim - 1) + [0, rows - len(x)])
+
+
+def _gather_rows(part: Tensor, sizes: Sequence[int], group: dist.ProcessGroup) -> Tensor:
+    """All ranks' parts along dimension 0, of ``sizes`` rows; padded, since collectives need equal parts."""
+    padded = _pad_rows(part, sizes[0]).contiguous()
+    out = padded.new_empty(len(sizes) * sizes[0], *padded.shape[1:])
+    dist.all_gather_into_tensor(out, padded, group=group)
+    if sizes[0] == sizes[-1]:
+        return out
+    return torch.cat([out.narrow(0, i * sizes[0], size) for i, size in enumerate(sizes)])
+
+
 def _all_gather(x_BnD: Tensor, count: int, shard: TokenShard) -> Tensor:
-    sizes = part_sizes(count, shard.size)
-    # Collectives want equal parts along dimension 0, so tokens come first and short parts are padded.
-    tokens_first = x_BnD.transpose(0, 1)
-    padded = F.pad(tokens_first, (0, 0, 0, 0, 0, sizes[0] - tokens_first.shape[0])).contiguous()
-    out = padded.new_empty(shard.size * sizes[0], *padded.shape[1:])
-    dist.all_gather_into_tensor(out, padded, group=shard.group)
-    parts = [out.narrow(0, i * sizes[0], size) for i, size in enumerate(sizes)]
-    whole = out if sizes[0] == sizes[-1] else torch.cat(parts)
-    return whole.transpose(0, 1)
+    return _gather_rows(x_BnD.transpose(0, 1), part_sizes(count, shard.size), shard.group).transpose(0, 1)
 
 
 def _reduce_scatter(x_BND: Tensor, shard: TokenShard) -> Tensor:
     sizes = part_sizes(x_BND.shape[1], shard.size)
-    tokens_first = x_BND.transpose(0, 1)
+    x_NBD = x_BND.transpose(0, 1)
     if sizes[0] != sizes[-1]:
-        parts = [F.pad(p, (0, 0, 0, 0, 0, sizes[0] - len(p))) for p in tokens_first.split(sizes)]
-        tokens_first = torch.cat(parts)
-    tokens_first = tokens_first.contiguous()
-    out = tokens_first.new_empty(sizes[0], *tokens_first.shape[1:])
-    dist.reduce_scatter_tensor(out, tokens_first, group=shard.group)
+        x_NBD = torch.cat([_pad_rows(part, sizes[0]) for part in x_NBD.split(sizes)])
+    x_NBD = x_NBD.contiguous()
+    out = x_NBD.new_empty(sizes[0], *x_NBD.shape[1:])
+    dist.reduce_scatter_tensor(out, x_NBD, group=shard.group)
     return out.narrow(0, 0, sizes[shard.rank]).transpose(0, 1)
 
 
 def encode_shared(encode: Callable[[Any], Tensor], items: Any, count: int, shard: TokenGroup) -> Tensor:
-    """Encode ``count`` items once per tp group: each rank its part, then features ``(count, ...)`` on all."""
+    """Encode ``count`` items once per tp group, each rank a part; all get the features ``(count, ...)``."""
     sizes = part_sizes(count, shard.size)
-    start = sum(sizes[: shard.rank])
-    # A rank without items of its own still joins the collective, with somebody else's.
-    mine = items[start : start + sizes[shard.rank]] if sizes[shard.rank] else items[:1]
-    part = encode(mine)
-    padded = F.pad(part, [0, 0] * (part.ndim - 1) + [0, sizes[0] - len(part)]).contiguous()
-    out = padded.new_empty(shard.size * len(padded), *padded.shape[1:])
-    dist.all_gather_into_tensor(out, padded, group=shard.group)
-    return torch.cat([out.narrow(0, i * len(padded), size) for i, size in enumerate(sizes)])
+    start, size = sum(sizes[: shard.rank]), sizes[shard.rank]
+    # A rank without items encodes the first, to join the collective with the right shape.
+    part = encode(items[start : start + size] if size else items[:1])
+    return _gather_rows(part, sizes, shard.group)

@@ -67,7 +67,7 @@ class Engine(Protocol):
         """
 
     def replicas(self) -> Sequence[Replicas]:
-        """Live tensors that other ranks hold as well; all ranks list the same kinds of groups in the same order."""
+        """Live tensors that other ranks hold as well, for the same kinds of groups on every rank."""
 
     def state(self) -> dict[str, Tensor]:
         """Sharded state tensors, possibly live ones; a collective."""

@@ -1,8 +1,8 @@
-"""DeepSpeed ZeRO-0/1/2/3 behind the same engine interface and the same canonical state.
+"""Engine over DeepSpeed ZeRO-0/1/2/3, with the same canonical state as FSDP.
 
 DeepSpeed keeps fp32 masters as flat partitions; AdamW's moments and the EMA are three more sets of such
-partitions. State is read and written parameter by parameter: the wanted set is put in the masters' place,
-and DeepSpeed's accessors assemble or scatter one parameter at a time.
+partitions. State is read and written parameter by parameter: a set is swapped into the masters' place, and
+DeepSpeed's accessors gather or scatter one parameter at a time.
 """
 
 import logging
@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 
 class DeepSpeedEngine:
-    """Engine over DeepSpeed; see :class:`deco_scale.parallel.engines.base.Engine`."""
+    """Implements :class:`deco_scale.parallel.engines.base.Engine`."""
 
     def __init__(
         self,
@@ -79,19 +79,19 @@ class DeepSpeedEngine:
             template = build()
         megatron = import_megatron() if dims.tp > 1 else None
         mpu = megatron.initialize(dims.tp) if megatron else None
-        # An earlier engine of this process may have left another one.
+        # An earlier engine of this process may have left its own.
         deepspeed.utils.groups.mpu = mpu
-        # tp first: a parameter is cut over tp, and each part over dp.
+        # tp first: a parameter is split over tp, and each part over dp.
         ranks = torch.arange(dist.get_world_size()).view(dims.dp, dims.tp).T
         self._mesh = DeviceMesh(device.type, ranks, mesh_dim_names=("tp", "dp"))
         if stage == 3:
             group = self._mesh.get_group("dp")
-            place: AbstractContextManager[Any] = deepspeed.zero.Init(
+            init_context: AbstractContextManager[Any] = deepspeed.zero.Init(
                 data_parallel_group=group, config_dict_or_path=config, mpu=mpu
             )
         else:
-            place = torch.device("meta")
-        with place:
+            init_context = torch.device("meta")
+        with init_context:
             objective = build()
             if megatron:
                 megatron.apply_megatron(objective)
@@ -101,7 +101,7 @@ class DeepSpeedEngine:
                 objective.to_empty(device=device)
                 self._fill(objective, template, seed)
             elif objective.denoiser.decoder is not None:
-                # It computes with its linears' weights without calling them, so all are gathered at once.
+                # It reads its linears' weights without calling the linears, so all are gathered at once.
                 deepspeed.utils.set_z3_leaf_modules(objective, [type(objective.denoiser.decoder)])
             if megatron:
                 megatron.mark_parameters(objective)
@@ -114,7 +114,7 @@ class DeepSpeedEngine:
             if stage < 3:
                 limit_recompiles()
             else:
-                # Its hooks are traced too and make graphs for each module: to reach a limit is no error.
+                # Its hooks are traced as well and make graphs for each module: no limit then.
                 logger.warning(
                     "compile=true under ZeRO-3: much of the blocks runs uncompiled between DeepSpeed's hooks; "
                     "parallel.engine=fsdp compiles all of it"
@@ -143,7 +143,7 @@ class DeepSpeedEngine:
         self._client.track(masters, ema=masters.keys())
 
     def _fill(self, objective: nn.Module, template: nn.Module, seed: int) -> None:
-        """Initial weights, this rank's part over tp of each."""
+        """Set initial weights, each to this rank's part over tp."""
         parameters = dict(objective.named_parameters())
         for name, tensor in initial_tensors(template, seed):
             part = tp_part(name, tensor, self._mesh.get_local_rank("tp"), self._dims.tp)
@@ -164,11 +164,11 @@ class DeepSpeedEngine:
         with fp8.fp8_context(self._fp8_plan):
             losses = self._engine(*inputs)
         self._engine.backward(nan_if_nonfinite(losses["loss"] * scale), scale_wrt_gas=False)
-        # A tp rank has its part of a loss; the mean over all ranks wants tp times that.
+        # Each tp rank has its tokens' part of a loss; times tp, the mean over all ranks is the loss.
         return {name: value.detach() * self._dims.tp for name, value in losses.items()}
 
     def update(self, *, lr: float, betas: tuple[float, float], should_skip: Tensor | None = None) -> Update:
-        # DeepSpeed clips and checks itself, but for ZeRO-0, where every rank holds all gradients.
+        # DeepSpeed clips and checks itself, except under ZeRO-0, where every rank has all gradients.
         self._client.begin(lr=lr, betas=betas, measure_norm=self._stage == 0, should_skip=should_skip)
         self._engine.step()
         if self._stage == 0:
@@ -188,18 +188,18 @@ class DeepSpeedEngine:
         return self._engine.module.denoiser.transformer_blocks
 
     def replicas(self) -> Sequence[Replicas]:
-        found = []
-        # ZeRO-3 keeps small parameters whole between steps, but only parts of them are state.
+        replicas = []
+        # ZeRO-3 keeps small parameters gathered between steps, but only their parts are state.
         weights = {n: getattr(p, "ds_tensor", p).data for n, p in self._parameters.items()}
         if self._stage < 3 and self._dims.dp > 1:
             state = {f"model.{name}": weight for name, weight in weights.items()}
             for kind in ("ema", *MOMENTS) if self._stage == 0 else ():
                 state |= {f"{kind}.{name}": value for name, value in self._client.tensors(kind).items()}
-            found.append(Replicas(self._mesh.get_group("dp"), state))
+            replicas.append(Replicas(self._mesh.get_group("dp"), state))
         if self._dims.tp > 1:
-            alike = {f"model.{name}": weight for name, weight in weights.items() if split_dim(name) is None}
-            found.append(Replicas(self._mesh.get_group("tp"), alike))
-        return found
+            same = {f"model.{name}": weight for name, weight in weights.items() if split_dim(name) is None}
+            replicas.append(Replicas(self._mesh.get_group("tp"), same))
+        return replicas
 
     def state(self) -> dict[str, Tensor]:
         state: dict[str, Tensor] = {}
@@ -207,19 +207,19 @@ class DeepSpeedEngine:
             with self._in_masters(kind):
                 for name, parameter in self._parameters.items():
                     if kind != "ema" or name.startswith(EMA_PREFIX):
-                        state[f"{kind}.{name}"] = self._spread(name, self._get_full(parameter))
+                        state[f"{kind}.{name}"] = self._shard_over_dp(name, self._get_full(parameter))
         return state | fp8.scaling_state(self._engine.module.denoiser, self._fp8_plan)
 
     def load(self, state: dict[str, Tensor], optimizer_steps: int) -> None:
         for kind in ("ema", *MOMENTS, "model"):
             with self._in_masters(kind, keep=True):
                 for name, parameter in self._parameters.items():
-                    # Let go of as soon as it is taken over.
+                    # Popped, so that each tensor is freed once it is copied.
                     value = state.pop(f"{kind}.{name}", None)
                     if value is not None:
                         assert isinstance(value, DTensor)
-                        whole = value.redistribute(placements=[value.placements[0], Replicate()])
-                        self._set_full(parameter, whole.to_local())
+                        full = value.redistribute(placements=[value.placements[0], Replicate()])
+                        self._set_full(parameter, full.to_local())
         self._client.set_steps(optimizer_steps)
         fp8.load_scaling_state(self._engine.module.denoiser, self._fp8_plan, state)
         self._refresh()
@@ -239,15 +239,15 @@ class DeepSpeedEngine:
             prediction = self._engine.module.predict(patches, t, condition, grid)
         return self._tokens.gather(prediction, patches.shape[1]) if self._tokens else prediction
 
-    def _spread(self, name: str, part: Tensor) -> DTensor:
-        """A parameter's part over tp, whole on each dp rank, as a tensor that is cut over both."""
+    def _shard_over_dp(self, name: str, part: Tensor) -> DTensor:
+        """A parameter's tp part, full on each dp rank, as a DTensor sharded over both."""
         shape, dim = list(part.shape), split_dim(name)
         if dim is not None:
             shape[dim] *= self._dims.tp
         chunks = part.chunk(self._dims.dp)
-        place = self._mesh.get_local_rank("dp")
-        # A chunk is a view: a copy lets the whole parameter go.
-        local = chunks[place].clone() if place < len(chunks) else part.new_empty(0, *part.shape[1:])
+        rank = self._mesh.get_local_rank("dp")
+        # Cloned, because a view would keep the full parameter alive.
+        local = chunks[rank].clone() if rank < len(chunks) else part.new_empty(0, *part.shape[1:])
         return DTensor.from_local(
             local,
             self._mesh,
@@ -258,7 +258,7 @@ class DeepSpeedEngine:
         )
 
     def _masters(self) -> dict[str, Tensor]:
-        """The fp32 tensors that the optimizer steps: flat partitions, or the parameters under ZeRO-0."""
+        """The fp32 tensors that the optimizer updates: flat partitions, or the parameters under ZeRO-0."""
         if self._stage == 0:
             return dict(self._parameters)
         optimizer = self._engine.optimizer
@@ -271,23 +271,23 @@ class DeepSpeedEngine:
 
     @contextmanager
     def _in_masters(self, kind: str, *, keep: bool = False) -> Iterator[None]:
-        """Put a set of partitions where the masters are; ``keep`` takes what was written back to it."""
+        """Swap a set of partitions into the masters' place; ``keep`` keeps what was written to it."""
         if kind == "model":
             yield
             return
         masters = self._masters()
-        others = self._client.tensors(kind)
-        held = {n: m.detach().clone() for n, m in masters.items()}
+        partitions = self._client.tensors(kind)
+        saved = {n: m.detach().clone() for n, m in masters.items()}
         for name, master in masters.items():
-            master.data.copy_(others[name])
+            master.data.copy_(partitions[name])
         try:
             yield
             if keep:
                 for name, master in masters.items():
-                    others[name].copy_(master.data)
+                    partitions[name].copy_(master.data)
         finally:
             for name, master in masters.items():
-                master.data.copy_(held[name])
+                master.data.copy_(saved[name])
 
     def _get_full(self, parameter: nn.Parameter) -> Tensor:
         if self._stage == 0:
@@ -307,15 +307,14 @@ class DeepSpeedEngine:
             size = cast(Any, parameter).ds_tensor.ds_numel
             flat = value.float().flatten()
             padded = torch.nn.functional.pad(flat, (0, size * self._dims.dp - flat.numel()))
-            place = self._mesh.get_local_rank("dp")
-            safe_set_local_fp32_param(parameter, padded.narrow(0, size * place, size))
+            safe_set_local_fp32_param(parameter, padded.narrow(0, size * self._mesh.get_local_rank("dp"), size))
         else:
             from deepspeed.utils import safe_set_full_fp32_param
 
             safe_set_full_fp32_param(parameter, value.float())
 
     def _refresh(self) -> None:
-        """Bring the computing weights in line with the masters."""
+        """Update the weights that compute from the masters."""
         if self._stage in (1, 2):
             self._engine.optimizer.update_lp_params()
         if self._stage == 3:

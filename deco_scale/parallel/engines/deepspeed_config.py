@@ -12,7 +12,7 @@ from deco_scale.precision.config import PrecisionConfig
 from deco_scale.precision.fp8_plan import Fp8Plan
 
 ZERO3_PERSISTENT = 100_000
-"""Weights of at most so many elements stay whole on every rank under ZeRO-3 (DeepSpeed's own default)."""
+"""Largest number of elements of a weight that ZeRO-3 keeps full on every rank (DeepSpeed's own default)."""
 _LINEARS = ("torch.nn.Linear", "deco_scale.models.layers.PatchEmbed")
 _MEGATRON_LINEARS = (
     "deco_scale.parallel.engines.megatron_tp.ColumnLinear",
@@ -31,15 +31,16 @@ def deepspeed_json(
     overrides: dict[str, Any],
     fp8_plan: Fp8Plan | None = None,
 ) -> dict[str, Any]:
-    """DeepSpeed's configuration from ours; ``overrides`` (the YAML's ``deepspeed:``) are merged over it.
+    """DeepSpeed's configuration; ``overrides`` (the YAML's ``parallel.deepspeed``) are merged over it.
 
-    The loop owns the accumulation boundary and the learning rate, so DeepSpeed is given neither.
+    Gradient accumulation and learning rate belong to the trainer, so DeepSpeed is given neither. Raises
+    :class:`ConfigError` for overrides of what the rest of the configuration sets.
     """
     generated: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
-        # ZeRO-0 leaves clipping and the finite gate to the optimizer below.
+        # Under ZeRO-0 our optimizer clips gradients and checks that they are finite.
         "gradient_clipping": optimizer.clip_norm if stage else 0.0,
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 1_000_000_000,
@@ -48,7 +49,7 @@ def deepspeed_json(
             "contiguous_gradients": True,
             "overlap_comm": stage == 2 and device.type == "cuda",
             "stage3_param_persistence_threshold": ZERO3_PERSISTENT,
-            # Release every weight after use: memory that does not depend on the model's size.
+            # Release each weight after use, so that memory does not grow with the model.
             "stage3_max_reuse_distance": 0,
         },
     }
@@ -61,7 +62,7 @@ def deepspeed_json(
         generated["torch_autocast"] = {
             "enabled": True,
             "dtype": "bfloat16",
-            # Whose weights and gradients are sent in bf16.
+            # Modules whose weights and gradients are communicated in bf16.
             "lower_precision_safe_modules": linears,
         }
     for key in ("managed_gradient_accumulation", "optimizer", "scheduler", "fp16", "bf16"):

@@ -1,4 +1,4 @@
-"""Importing DeepSpeed and megatron-core, which are optional, for the device that a run computes on."""
+"""Imports of DeepSpeed and megatron-core, which are optional."""
 
 import os
 from typing import Any
@@ -9,10 +9,10 @@ from deco_scale.errors import ConfigError
 
 
 def import_deepspeed(device: torch.device) -> Any:
-    """DeepSpeed with ``device``'s accelerator, without the shared-memory op that a CPU would compile for minutes.
+    """DeepSpeed with the accelerator of ``device``, and without the CPU op that would compile for minutes.
 
-    DeepSpeed settles on one accelerator per process when it is imported, and takes a GPU wherever there is one.
-    Raises :class:`ConfigError` where it is missing, or has settled on another accelerator.
+    At import DeepSpeed selects one accelerator for the whole process, by itself a GPU if there is one. Raises
+    :class:`ConfigError` if DeepSpeed is missing or has selected another accelerator.
     """
     by_user = "DS_ACCELERATOR" in os.environ
     os.environ.setdefault("DS_ACCELERATOR", device.type)
@@ -39,7 +39,7 @@ def import_deepspeed(device: torch.device) -> Any:
 
 
 def import_megatron() -> Any:
-    """Our Megatron module, which needs megatron-core."""
+    """:mod:`megatron_tp`; raises :class:`ConfigError` without megatron-core."""
     try:
         from deco_scale.parallel.engines import megatron_tp
     except ImportError as error:

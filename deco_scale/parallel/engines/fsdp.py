@@ -1,6 +1,6 @@
-"""FSDP2 and HSDP, with tensor and sequence parallelism inside.
+"""Engine over FSDP2 (HSDP with ``dp_replicate``), combined with tensor and sequence parallelism.
 
-Every parameter, gradient, moment and average is sharded over ``dp_shard``, linears of blocks over ``tp`` too.
+Parameters, gradients, moments and EMA are sharded over ``dp_shard``; linears of blocks over ``tp`` as well.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +24,7 @@ from deco_scale.distributed.replica_check import Replicas
 from deco_scale.kernels import Kernels
 from deco_scale.models.compile import limit_recompiles
 from deco_scale.models.config import ActivationCheckpointing
+from deco_scale.models.tp_plan import split_dim
 from deco_scale.objectives import Objective
 from deco_scale.objectives.inputs import ObjectiveInputs
 from deco_scale.optim.adamw_ema import MOMENTS, AdamWWithEMA, nan_if_nonfinite
@@ -42,7 +43,7 @@ def shard(objective: Objective, *, mesh: DeviceMesh, precision: PrecisionConfig)
     """Apply FSDP2 to each unit of the denoiser, then to the rest."""
     policy = MixedPrecisionPolicy()
     if precision.compute != "fp32":
-        # Weights travel in bf16, gradients are reduced in fp32; autocast decides what computes in what.
+        # Weights are gathered in bf16, gradients are reduced in fp32; autocast chooses the compute dtypes.
         policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
@@ -53,7 +54,7 @@ def shard(objective: Objective, *, mesh: DeviceMesh, precision: PrecisionConfig)
 
 
 class FsdpEngine:
-    """Engine over FSDP2; see :class:`deco_scale.parallel.engines.base.Engine`."""
+    """Implements :class:`deco_scale.parallel.engines.base.Engine`."""
 
     def __init__(
         self,
@@ -98,15 +99,14 @@ class FsdpEngine:
         self._objective.to_empty(device=device)
         self._parameters = {n: cast(DTensor, p) for n, p in self._objective.named_parameters()}
         for name, tensor in initial_tensors(template, seed):
-            target = self._parameters[name]
             part = tp_part(name, tensor, mesh.get_local_rank("tp"), dims.tp)
-            # FSDP cuts what tp leaves along dimension 0, in chunks of equal size but for the last ones.
+            # As FSDP shards dimension 0: the last ranks may have less, or nothing.
             chunks = part.chunk(dims.dp_shard)
-            place = mesh.get_local_rank("dp_shard")
-            if place < len(chunks):
-                _local(target).copy_(chunks[place])
+            rank = mesh.get_local_rank("dp_shard")
+            if rank < len(chunks):
+                _local(self._parameters[name]).copy_(chunks[rank])
         self._mesh = mesh
-        self._cut_by_tp = {n for n, p in self._parameters.items() if _is_cut(p, "tp")}
+        self._tp_sharded = {name for name in self._parameters if dims.tp > 1 and split_dim(name) is not None}
         self._shards = {n: _local(p) for n, p in self._parameters.items()}
         self._optimizer = AdamWWithEMA(self._shards.values(), optimizer, kernels=kernels)
         self._optimizer.track(self._shards, ema={n for n in self._shards if n.startswith(EMA_PREFIX)})
@@ -124,7 +124,7 @@ class FsdpEngine:
         with autocast(self._precision, self._device), fp8.fp8_context(self._fp8_plan):
             losses = self._objective(*inputs)
         nan_if_nonfinite(losses["loss"] * scale).backward()
-        # A tp rank has its part of a loss; the mean over all ranks wants tp times that.
+        # Each tp rank has its tokens' part of a loss; times tp, the mean over all ranks is the loss.
         return {name: value.detach() * self._dims.tp for name, value in losses.items()}
 
     @torch.no_grad()
@@ -151,22 +151,22 @@ class FsdpEngine:
         state = {f"model.{name}": local for name, local in self._shards.items()}
         for kind in ("ema", *MOMENTS):
             state |= {f"{kind}.{name}": local for name, local in self._optimizer.tensors(kind).items()}
-        found = []
+        replicas = []
         if self._dims.dp_replicate > 1:
-            found.append(Replicas(self._mesh.get_group("dp_replicate"), state))
+            replicas.append(Replicas(self._mesh.get_group("dp_replicate"), state))
         if self._dims.tp > 1:
-            alike = {key: local for key, local in state.items() if key.partition(".")[2] not in self._cut_by_tp}
-            found.append(Replicas(self._mesh.get_group("tp"), alike))
-        return found
+            same = {key: local for key, local in state.items() if key.partition(".")[2] not in self._tp_sharded}
+            replicas.append(Replicas(self._mesh.get_group("tp"), same))
+        return replicas
 
     def _norm(self, grads: Mapping[str, Tensor]) -> Tensor:
-        """Norm (0-dim) of the whole gradient from local parts; what tp ranks hold alike counts once.
+        """Global gradient norm (0-dim) from local parts; gradients that tp ranks replicate count once.
 
-        PyTorch's own function would dispatch operations on DTensors for each parameter.
+        ``torch.nn.utils.get_total_norm`` would dispatch DTensor operations for each parameter.
         """
-        cut = [g for n, g in grads.items() if n in self._cut_by_tp and g.numel()]
-        whole = [g for n, g in grads.items() if n not in self._cut_by_tp and g.numel()]
-        squares = torch.stack([_sum_of_squares(part, self._device) for part in (cut, whole)])
+        sharded = [g for n, g in grads.items() if n in self._tp_sharded and g.numel()]
+        replicated = [g for n, g in grads.items() if n not in self._tp_sharded and g.numel()]
+        squares = torch.stack([_sum_of_squares(part, self._device) for part in (sharded, replicated)])
         dist.all_reduce(squares, group=self._mesh.get_group("dp_shard"))
         if self._dims.tp > 1:
             dist.all_reduce(squares[:1], group=self._mesh.get_group("tp"))
@@ -199,7 +199,7 @@ class FsdpEngine:
     def predict(self, patches: Tensor, t: Tensor, condition: Tensor, grid: tuple[int, int]) -> Tensor:
         with autocast(self._precision, self._device):
             prediction = self._objective.predict(patches, t, condition, grid)
-        # The root's weights stay gathered after a forward pass; they may be the averaged ones.
+        # The root's weights stay gathered after a forward pass, and may be those of the EMA.
         cast(FSDPModule, self._objective).reshard()
         return self._tokens.gather(prediction, patches.shape[1]) if self._tokens else prediction
 
@@ -207,12 +207,6 @@ class FsdpEngine:
 def _local(tensor: DTensor) -> Tensor:
     """This rank's part, sharing storage."""
     return cast(DTensor, tensor.detach()).to_local()
-
-
-def _is_cut(parameter: DTensor, axis: str) -> bool:
-    """Whether ranks along this axis of the mesh hold different parts of a parameter."""
-    axes = parameter.device_mesh.mesh_dim_names or ()
-    return any(a == axis and not p.is_replicate() for a, p in zip(axes, parameter.placements, strict=True))
 
 
 def _sum_of_squares(tensors: list[Tensor], device: torch.device) -> Tensor:

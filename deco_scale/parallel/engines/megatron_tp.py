@@ -1,9 +1,9 @@
-"""Tensor parallelism by megatron-core's linears, for the deepspeed engine.
+"""Tensor parallelism with megatron-core's linears, for the DeepSpeed engine.
 
-The same plan and the same movement of tokens as in :mod:`deco_scale.parallel.tensor_parallel`; here a weight is its
-local slice for good, in a Column- or RowParallelLinear, and ``parallel_state`` tells DeepSpeed who is who.
-Megatron's own sequence parallelism wants tokens that divide by tp, tokens as the first dimension and CUDA;
-so its collectives are switched off and :class:`TokenShard` gathers and scatters around its linears.
+Plan and movement of tokens are those of :mod:`deco_scale.parallel.tensor_parallel`, but parameters are local
+slices in Column- and RowParallelLinear, and ``parallel_state`` gives DeepSpeed the process groups. Megatron's own
+sequence parallelism needs token counts that divide by tp, tokens as the first dimension, and CUDA, so its
+collectives are switched off and :class:`TokenShard` gathers and scatters around its linears.
 """
 
 from typing import Any
@@ -21,7 +21,7 @@ from deco_scale.parallel.tensor_parallel import route_tokens
 
 
 class ModelParallelUnit:
-    """``parallel_state`` with the three older names that DeepSpeed asks for."""
+    """``parallel_state`` under the three older names that DeepSpeed calls."""
 
     def __getattr__(self, name: str) -> Any:
         older = name.replace("get_model_parallel_", "get_tensor_model_parallel_")
@@ -37,7 +37,7 @@ def initialize(tp: int) -> ModelParallelUnit:
 
 
 class _ComputeDtype:
-    """Casts to autocast's dtype before the linear's own autograd function, whose backward knows only CUDA's."""
+    """Casts to autocast's dtype first: the backward of Megatron's autograd function knows CUDA's autocast only."""
 
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         device = input.device.type
@@ -48,7 +48,7 @@ class _ComputeDtype:
 
 
 class ColumnLinear(_ComputeDtype, ColumnParallelLinear):
-    """All tokens to this rank's heads or hidden units; the input's gradient is summed by the gather before it."""
+    """All tokens to this rank's heads or hidden units; the gather before it sums the input's gradient."""
 
     def __init__(self, *sizes: int, **settings: Any) -> None:
         super().__init__(*sizes, disable_grad_reduce=True, **settings)
@@ -58,28 +58,25 @@ class ColumnLinear(_ComputeDtype, ColumnParallelLinear):
 
 
 class RowLinear(_ComputeDtype, RowParallelLinear):
-    """This rank's heads or hidden units to partial sums, which the scatter behind it adds up."""
+    """This rank's heads or hidden units to partial sums, which the scatter after it adds up."""
 
     def __init__(self, *sizes: int, **settings: Any) -> None:
         super().__init__(*sizes, input_is_parallel=True, skip_bias_add=True, **settings)
-        # Megatron's name for "the caller does the communication".
+        # In Megatron: the caller communicates.
         self.explicit_expert_comm = True
 
     def forward(self, x: Tensor) -> Tensor:
         partial, bias = super().forward(x)
-        # A share of the bias on each rank: the sum has it once.
+        # Each rank adds its share of the bias, so that the sum has it once.
         return partial if bias is None else partial + bias.to(partial.dtype) / self.tp_group.size()
 
 
 def apply_megatron(objective: Objective) -> None:
-    """Put Megatron's linears in place of the split ones (empty weights).
-
-    Works on the meta device and under ``deepspeed.zero.Init`` as well.
-    """
+    """Replace the split linears by Megatron's with empty weights; on meta or in ``deepspeed.zero.Init``."""
     group = parallel_state.get_tensor_model_parallel_group()
     config = ModelParallelConfig(
         tensor_model_parallel_size=group.size(),
-        # The device is that of the surrounding context; weights come later.
+        # The device is that of the surrounding context; weights are filled later.
         use_cpu_initialization=True,
         perform_initialization=False,
         params_dtype=torch.float32,
@@ -100,21 +97,24 @@ def apply_megatron(objective: Objective) -> None:
 
 
 def install_collectives(objective: Objective) -> TokenShard:
-    """Move tokens around the linears that are in place now."""
+    """Gather and scatter tokens around attention and MLP with the modules that are in place now."""
     shard = TokenShard(parallel_state.get_tensor_model_parallel_group())
     route_tokens(objective, shard)
     return shard
 
 
 def mark_parameters(objective: Objective) -> None:
-    """Tell DeepSpeed's norm what is split, and sum what is not; once parameters are the final objects."""
+    """Mark split parameters for DeepSpeed's gradient norm, and sum gradients of the others over tp.
+
+    Needs the final parameter objects: ``to_empty`` makes new ones.
+    """
     group = parallel_state.get_tensor_model_parallel_group()
     for name, parameter in objective.named_parameters():
         dim = split_dim(name)
         if dim is None:
             parameter.register_hook(lambda grad: _summed(grad, group))
         else:
-            # As Megatron's own function, which insists on being the first: its linears may have set them already.
+            # Megatron's own function refuses a parameter that is marked already, as those of its linears are.
             for attribute, value in (
                 ("tensor_model_parallel", True),
                 ("partition_dim", dim),
@@ -124,7 +124,7 @@ def mark_parameters(objective: Objective) -> None:
 
 
 def _summed(grad: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Sum over tp of a replicated weight's gradient: each rank has the part of its own tokens or heads."""
+    """Sum a replicated weight's gradient over tp: each rank has the part of its own tokens or heads."""
     total = grad.clone()
     dist.all_reduce(total, group=group)
     return total
