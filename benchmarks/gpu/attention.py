@@ -12,8 +12,8 @@ from benchmarks.gpu.sizes import TINY_SIDE, XXL, overrides_of
 from benchmarks.jobs.runner import CheckFailed, Found, Where
 from benchmarks.measure import gpu_lost
 from deco_scale.config import load_config
-from deco_scale.models.attention import KERNELS, kernel_missing
 from deco_scale.models.attention.autotune import RACED, AttentionShape, BackendChoice, choose_backend, model_shapes
+from deco_scale.models.attention.dispatch import KERNELS, kernel_missing
 
 OF_PYTORCH = ("sdpa", "cudnn", "flash_torch")
 """Attention kernels that need no other package."""

@@ -28,7 +28,7 @@ from deco_scale.checkpoint.format import read_tensors
 from deco_scale.checkpoint.manager import CheckpointManager
 from deco_scale.config import load_config
 from deco_scale.distributed.bootstrap import Environment, init_distributed
-from deco_scale.kernels import Kernels, choose_kernels, use_kernels
+from deco_scale.kernels.select import Kernels, choose_kernels, use_kernels
 from deco_scale.models import Denoiser, ModelConfig
 from deco_scale.models.pixel_decoder import PixelDecoder
 from deco_scale.parallel.engines.base import Engine

@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.train.eager_reference import ReferenceDecoder, block_dct
-from deco_scale.kernels import Kernels
 from deco_scale.kernels.adamw import AdamWStep, AdamWTensors, adamw_ema
 from deco_scale.kernels.norm import gated_residual, norm_modulate, norm_rotate
+from deco_scale.kernels.select import Kernels
 from deco_scale.models import Denoiser, ModelConfig
-from deco_scale.models.attention import KERNELS, kernel_missing
+from deco_scale.models.attention.dispatch import KERNELS, kernel_missing
 from deco_scale.models.embeddings import PositionScale, rope_angles
 from deco_scale.models.layers import NORM_EPS
 from deco_scale.models.pixel_decoder import PixelDecoder

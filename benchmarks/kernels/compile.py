@@ -37,8 +37,8 @@ from triton.runtime.jit import JITFunction
 
 from benchmarks import record
 from deco_scale.config import RunConfig, load_config
-from deco_scale.kernels import use_kernels
 from deco_scale.kernels.adamw import AdamWStep, AdamWTensors, adamw_ema
+from deco_scale.kernels.select import use_kernels
 from deco_scale.models import Denoiser
 from deco_scale.objectives import Objective
 from deco_scale.objectives.frequency import block_transform, colour_matrix, frequency_weights

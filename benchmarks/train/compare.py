@@ -24,7 +24,7 @@ from benchmarks import record
 from benchmarks.measure import device_name, medians_s
 from benchmarks.train.eager_reference import make_reference, saved_bytes
 from benchmarks.train.plain_engine import PlainEngine
-from deco_scale.kernels import choose_kernels, use_kernels
+from deco_scale.kernels.select import choose_kernels, use_kernels
 from deco_scale.models import Denoiser, ModelConfig
 from deco_scale.objectives import Objective, ObjectiveConfig
 from deco_scale.optim.config import OptimizerConfig

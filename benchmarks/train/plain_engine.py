@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from deco_scale.config import RunConfig
 from deco_scale.errors import ConfigError
-from deco_scale.kernels import Kernels
+from deco_scale.kernels.select import Kernels
 from deco_scale.models.compile import limit_recompiles
 from deco_scale.objectives import Objective
 from deco_scale.objectives.inputs import ObjectiveInputs

@@ -23,9 +23,9 @@ from benchmarks.train.plain_engine import PlainEngine, build_plain_engine
 from deco_scale.config import RunConfig
 from deco_scale.distributed.bootstrap import Environment, choose_device, init_distributed
 from deco_scale.errors import ConfigError
-from deco_scale.kernels import Kernels, choose_kernels
-from deco_scale.models.attention import AttentionSetting, check_backend
+from deco_scale.kernels.select import Kernels, choose_kernels
 from deco_scale.models.attention.autotune import BackendChoice, table_of
+from deco_scale.models.attention.dispatch import AttentionSetting, check_backend
 from deco_scale.models.tp_plan import check_tp
 from deco_scale.objectives import Objective
 from deco_scale.objectives.inputs import ObjectiveInputs

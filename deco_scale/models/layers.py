@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from deco_scale.kernels.norm import gated_residual, norm_modulate, norm_rotate, rms_norm
 from deco_scale.kernels.select import Kernels
-from deco_scale.models.attention import AttentionSetting, attention
+from deco_scale.models.attention.dispatch import AttentionSetting, attention
 from deco_scale.models.embeddings import TIMESTEP_FEATURES, timestep_features
 
 NORM_EPS = 1e-6

@@ -9,7 +9,8 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from deco_scale.kernels import BlockWeights, Kernels, fold, render_pixels
+from deco_scale.kernels.pixel_decoder import BlockWeights, fold, render_pixels
+from deco_scale.kernels.select import Kernels
 from deco_scale.models.embeddings import PIXEL_FEATURES, PixelFeatures, pixel_position_features
 from deco_scale.models.layers import NORM_EPS
 

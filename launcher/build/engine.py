@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 
 from deco_scale.config import RunConfig
-from deco_scale.kernels import choose_kernels
+from deco_scale.kernels.select import choose_kernels
 from deco_scale.objectives import Objective
 from deco_scale.parallel.engines.base import Engine
 from deco_scale.parallel.mesh import ParallelDims

@@ -7,10 +7,10 @@ import torch
 from deco_scale.config import RunConfig
 from deco_scale.distributed.collectives import run_on_rank_zero
 from deco_scale.errors import ConfigError
-from deco_scale.kernels import Kernels, use_kernels
+from deco_scale.kernels.select import Kernels, use_kernels
 from deco_scale.models import Denoiser
-from deco_scale.models.attention import AttentionSetting
 from deco_scale.models.attention.autotune import BackendChoice, choose_backend, model_shapes, table_of
+from deco_scale.models.attention.dispatch import AttentionSetting
 from deco_scale.models.layers import Attention
 from deco_scale.objectives import Objective
 from deco_scale.precision.fp8_plan import BatchShape, Fp8Plan, plan_fp8

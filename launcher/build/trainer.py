@@ -13,21 +13,20 @@ import torch.distributed as dist
 
 from data_pipeline.stream.loader import Loader
 from deco_scale.checkpoint.manager import CheckpointManager
-from deco_scale.checkpoint.object_storage import open_objects
 from deco_scale.config import RunConfig
 from deco_scale.distributed.bootstrap import Environment, choose_device, init_distributed
 from deco_scale.distributed.collectives import gather_objects, raise_together
 from deco_scale.distributed.signals import StopRequest
 from deco_scale.errors import ConfigError
-from deco_scale.kernels import choose_kernels
-from deco_scale.models.attention import check_backend
+from deco_scale.kernels.select import choose_kernels
+from deco_scale.models.attention.dispatch import check_backend
 from deco_scale.models.encoders import TextEncoder, text_identity
 from deco_scale.models.tp_plan import check_tp
 from deco_scale.observability.run_logger import RunLogger
 from deco_scale.parallel.engines.base import Engine
 from deco_scale.parallel.mesh import ParallelDims, accumulation_steps, resolve_parallel_dims
 from deco_scale.planning.flops import peak_flops, training_flops
-from deco_scale.sampling import Generator
+from deco_scale.sampling import ImageGenerator
 from deco_scale.sampling.images import velocity_of
 from deco_scale.training.callbacks import Callback
 from deco_scale.training.inputs import InputBuilder, padded_text_embeddings
@@ -57,7 +56,7 @@ def build_trainer(
     """
     dims, device = check(cfg, env)
     folder = Path(cfg.run.dir)
-    checkpoints = CheckpointManager(folder / "checkpoints", cfg.checkpoint, open_objects=open_objects)
+    checkpoints = CheckpointManager(folder / "checkpoints", cfg.checkpoint)
     if resume != "auto":
         checkpoints.resolve(resume)
     torch.set_float32_matmul_precision("high" if cfg.precision.compute != "fp32" else "highest")
@@ -182,11 +181,11 @@ def _callbacks(
 ) -> list[Callback]:
     folder = Path(cfg.run.dir)
 
-    def generator_at(step: int) -> Generator:
+    def generator_at(step: int) -> ImageGenerator:
         velocity = velocity_of(
             engine.predict, cfg.model.patch_size, prediction=cfg.objective.prediction, t_eps=cfg.objective.t_eps
         )
-        return Generator(
+        return ImageGenerator(
             velocity,
             cfg.model,
             encode=text.encode if text is not None else None,

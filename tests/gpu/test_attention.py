@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from deco_scale.models.attention import KERNELS, AttentionTable, attention, check_backend, kernel_missing
 from deco_scale.models.attention.autotune import RACED, AttentionShape, choose_backend, error_bound, table_of
+from deco_scale.models.attention.dispatch import KERNELS, AttentionTable, attention, check_backend, kernel_missing
 from deco_scale.models.layers import Attention
 
 pytestmark = [

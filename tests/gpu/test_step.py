@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from deco_scale.kernels import Kernels
+from deco_scale.kernels.select import Kernels
 from deco_scale.models import Denoiser
 from deco_scale.sampling import SamplerConfig
 from deco_scale.sampling.cuda_graphs import CudaGraphedVelocity

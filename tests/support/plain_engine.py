@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from benchmarks.train import plain_engine
 from deco_scale.config import RunConfig
-from deco_scale.kernels import Kernels, use_kernels
+from deco_scale.kernels.select import Kernels, use_kernels
 from deco_scale.models import Denoiser
 from deco_scale.objectives import Objective
 

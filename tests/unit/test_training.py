@@ -23,7 +23,7 @@ from deco_scale.checkpoint.manager import CheckpointManager
 from deco_scale.checkpoint.staging import Stager
 from deco_scale.config import load_config
 from deco_scale.errors import ConfigError
-from deco_scale.kernels import Kernels
+from deco_scale.kernels.select import Kernels
 from deco_scale.observability.config import WandbConfig
 from deco_scale.observability.run_logger import RunLogger, read_metrics
 from deco_scale.optim.adamw_ema import AdamWWithEMA, nan_if_nonfinite

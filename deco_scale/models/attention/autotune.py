@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deco_scale.models.attention import KERNELS, AttentionTable, KernelFunction, kernel_missing
+from deco_scale.models.attention.dispatch import KERNELS, AttentionTable, KernelFunction, kernel_missing
 from deco_scale.models.config import ModelConfig
 
 Timer = Callable[[Callable[[], object], torch.device], float]

@@ -1,7 +1,7 @@
-"""Attention kernels of packages that may be installed: FlashAttention 4, 3 and 2, and Transformer Engine.
+"""Attention kernels of optional packages: FlashAttention 4, 3 and 2, and Transformer Engine.
 
-Nothing is imported before a kernel is asked for. All take and return ``(B, N, H, K)``, queries and keys in the
-values' dtype, without mask and with the scale ``K ** -0.5``. Not yet run on a GPU.
+A package is imported when its kernel is first used. All kernels take and return ``(B, N, H, K)``, queries and
+keys in the values' dtype, without mask and with the scale ``K ** -0.5``. Not yet run on a GPU.
 
 Under ``torch.compile`` FlashAttention 2 and 3 are traced where the installed version registers operators, and are
 a graph break where it does not; FlashAttention 4 and Transformer Engine are always a graph break.
@@ -26,7 +26,7 @@ _BLACKWELL_WIDTHS = (*range(8, 129, 8), 256)
 
 @dataclass(frozen=True)
 class Package:
-    """What a package is called and takes: head widths by the major number of the compute capability.
+    """A package: ``widths`` are the head widths it takes, by major compute capability.
 
     ``namespace``: where it registers the operator ``_flash_attn_forward``, in versions that do.
     """
@@ -40,7 +40,7 @@ class Package:
 
     @property
     def needs(self) -> str:
-        """What to have for it, in words: package, way to install it, GPU."""
+        """What the kernel requires: package, how to install it, GPU."""
         majors = ", ".join(f"{major}.x" for major in self.widths)
         return f"{self.title} ({self.install}) and a GPU of compute capability {majors}"
 
@@ -86,7 +86,7 @@ def package_missing(
 ) -> str | None:
     """Why package ``name`` cannot compute on a GPU of this compute capability, or None where it can.
 
-    ``head_dim`` None leaves the width unasked. Imports the package when all else fits.
+    ``head_dim`` None skips the check of the width. Imports the package if everything else fits.
     """
     package = PACKAGES[name]
     if dtype not in HALF_PRECISION:
@@ -100,68 +100,51 @@ def package_missing(
     return f"needs {package.needs} ({error})" if error else None
 
 
+@outside_graphs
 def flash4(q_BNHK: Tensor, k_BMHK: Tensor, v_BMHK: Tensor) -> Tensor:
-    """FlashAttention 4, outside of any graph: its kernels are no registered operators."""
-    return _flash4(q_BNHK.to(v_BMHK.dtype), k_BMHK.to(v_BMHK.dtype), v_BMHK)
+    """FlashAttention 4; always a graph break, since its kernels are not registered as operators."""
+    from flash_attn.cute import flash_attn_func
+
+    return _output(flash_attn_func(q_BNHK.to(v_BMHK.dtype), k_BMHK.to(v_BMHK.dtype), v_BMHK))
 
 
 def flash3(q_BNHK: Tensor, k_BMHK: Tensor, v_BMHK: Tensor) -> Tensor:
     """FlashAttention 3."""
-    call = _flash3 if _traceable("flash3") else _flash3_untraced
-    return call(q_BNHK.to(v_BMHK.dtype), k_BMHK.to(v_BMHK.dtype), v_BMHK)
+    return (_flash3 if _traceable("flash3") else _flash3_untraced)(q_BNHK, k_BMHK, v_BMHK)
 
 
 def flash2(q_BNHK: Tensor, k_BMHK: Tensor, v_BMHK: Tensor) -> Tensor:
     """FlashAttention 2."""
-    call = _flash2 if _traceable("flash2") else _flash2_untraced
-    return call(q_BNHK.to(v_BMHK.dtype), k_BMHK.to(v_BMHK.dtype), v_BMHK)
+    return (_flash2 if _traceable("flash2") else _flash2_untraced)(q_BNHK, k_BMHK, v_BMHK)
 
 
+@outside_graphs
 def transformer_engine(q_BNHK: Tensor, k_BMHK: Tensor, v_BMHK: Tensor) -> Tensor:
-    """Transformer Engine, which picks cuDNN's or FlashAttention's kernel itself; outside of any graph."""
-    return _transformer_engine(q_BNHK.to(v_BMHK.dtype), k_BMHK.to(v_BMHK.dtype), v_BMHK)
+    """Transformer Engine, which selects cuDNN's or FlashAttention's kernel itself; always a graph break."""
+    num_heads, head_dim = q_BNHK.shape[-2:]
+    core = _core_attention(num_heads, head_dim, q_BNHK.shape[1] != k_BMHK.shape[1])
+    out: Tensor = core(q_BNHK.to(v_BMHK.dtype), k_BMHK.to(v_BMHK.dtype), v_BMHK)
+    return out.unflatten(-1, (num_heads, head_dim)) if out.dim() == 3 else out
 
 
 def _flash3(q_BNHK: Tensor, k_BMHK: Tensor, v_BMHK: Tensor) -> Tensor:
     from flash_attn_interface import flash_attn_func
 
-    return _first(flash_attn_func(q_BNHK, k_BMHK, v_BMHK))
+    return _output(flash_attn_func(q_BNHK.to(v_BMHK.dtype), k_BMHK.to(v_BMHK.dtype), v_BMHK))
 
 
 def _flash2(q_BNHK: Tensor, k_BMHK: Tensor, v_BMHK: Tensor) -> Tensor:
     from flash_attn import flash_attn_func
 
-    return _first(flash_attn_func(q_BNHK, k_BMHK, v_BMHK))
+    return _output(flash_attn_func(q_BNHK.to(v_BMHK.dtype), k_BMHK.to(v_BMHK.dtype), v_BMHK))
 
 
-@outside_graphs
-def _flash4(q_BNHK: Tensor, k_BMHK: Tensor, v_BMHK: Tensor) -> Tensor:
-    from flash_attn.cute import flash_attn_func
-
-    return _first(flash_attn_func(q_BNHK, k_BMHK, v_BMHK))
-
-
-@outside_graphs
-def _flash3_untraced(q_BNHK: Tensor, k_BMHK: Tensor, v_BMHK: Tensor) -> Tensor:
-    return _flash3(q_BNHK, k_BMHK, v_BMHK)
-
-
-@outside_graphs
-def _flash2_untraced(q_BNHK: Tensor, k_BMHK: Tensor, v_BMHK: Tensor) -> Tensor:
-    return _flash2(q_BNHK, k_BMHK, v_BMHK)
-
-
-@outside_graphs
-def _transformer_engine(q_BNHK: Tensor, k_BMHK: Tensor, v_BMHK: Tensor) -> Tensor:
-    num_heads, head_dim = q_BNHK.shape[-2:]
-    core = _core_attention(num_heads, head_dim, q_BNHK.shape[1] != k_BMHK.shape[1])
-    out: Tensor = core(q_BNHK, k_BMHK, v_BMHK)
-    return out.unflatten(-1, (num_heads, head_dim)) if out.dim() == 3 else out
+_flash3_untraced, _flash2_untraced = outside_graphs(_flash3), outside_graphs(_flash2)
 
 
 @functools.cache
 def _core_attention(num_heads: int, head_dim: int, cross: bool) -> Any:
-    """Transformer Engine's module of this shape; it holds no parameters and belongs to no model."""
+    """Transformer Engine's module for this shape, which has no parameters."""
     from transformer_engine.pytorch import DotProductAttention
 
     return DotProductAttention(
@@ -173,8 +156,8 @@ def _core_attention(num_heads: int, head_dim: int, cross: bool) -> Any:
     )
 
 
-def _first(result: Any) -> Tensor:
-    """The output; some versions return it with the logarithms of the softmax's sums."""
+def _output(result: Any) -> Tensor:
+    """The attention output; some versions return it with the log-sum-exp of the softmax."""
     out: Tensor = result[0] if isinstance(result, tuple) else result
     return out
 
@@ -190,7 +173,7 @@ def _traceable(name: str) -> bool:
 
 @functools.cache
 def _import_error(module: str, function: str) -> str | None:
-    """Why ``function`` of ``module`` cannot be had, or None; imports the module."""
+    """Why ``function`` of ``module`` cannot be imported, or None."""
     try:
         getattr(importlib.import_module(module), function)
     except (ImportError, RuntimeError, OSError, AttributeError, AssertionError) as error:

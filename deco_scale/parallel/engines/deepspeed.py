@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from deco_scale.distributed.replica_check import Replicas
 from deco_scale.errors import ConfigError
-from deco_scale.kernels import Kernels
+from deco_scale.kernels.select import Kernels
 from deco_scale.models.compile import limit_recompiles
 from deco_scale.models.config import ActivationCheckpointing
 from deco_scale.models.tp_plan import split_dim

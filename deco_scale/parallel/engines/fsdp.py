@@ -21,7 +21,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 from deco_scale.distributed.replica_check import Replicas
-from deco_scale.kernels import Kernels
+from deco_scale.kernels.select import Kernels
 from deco_scale.models.compile import limit_recompiles
 from deco_scale.models.config import ActivationCheckpointing
 from deco_scale.models.tp_plan import split_dim

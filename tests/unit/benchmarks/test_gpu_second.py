@@ -323,7 +323,7 @@ def test_decoder_has_rates_of_both_directions(where: Where, monkeypatch: pytest.
 
 def with_torch_kernels() -> Any:
     """The pixels' function with PyTorch's operators, whatever kernels it is asked for."""
-    from deco_scale.kernels import render_pixels
+    from deco_scale.kernels.pixel_decoder import render_pixels
 
     return lambda *arguments, **options: render_pixels(*arguments, **{**options, "kernels": "torch"})
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from deco_scale.cli.model_loading import _predictor
-from deco_scale.kernels import Kernels
+from deco_scale.kernels.select import Kernels
 from deco_scale.models import ModelConfig
 from deco_scale.models.encoders import ImageEncoder, TextEncoder
 from deco_scale.sampling import ImageGenerator, SamplerConfig, SampleRequest

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from deco_scale.config import load_config
-from deco_scale.kernels import Kernels
+from deco_scale.kernels.select import Kernels
 from deco_scale.models import ModelConfig
-from deco_scale.models.attention import attention
+from deco_scale.models.attention.dispatch import attention
 from deco_scale.training.anomalies import AnomalyDetector
 from deco_scale.training.config import FaultsConfig, StageConfig
 from deco_scale.training.inputs import Batch, InputBuilder, MicroBatch, pinned

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deco_scale.kernels import use_kernels
+from deco_scale.kernels.select import use_kernels
 from deco_scale.models import Denoiser, ModelConfig, patchify
 from deco_scale.objectives import Objective, ObjectiveConfig
 from deco_scale.objectives.frequency import (

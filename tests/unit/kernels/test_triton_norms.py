@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from deco_scale.kernels import use_kernels
 from deco_scale.kernels.norm import gated_residual, norm_modulate, norm_rotate, rms_norm
+from deco_scale.kernels.select import use_kernels
 from deco_scale.models import Denoiser, ModelConfig
 from deco_scale.models.layers import Block, RMSNorm
 

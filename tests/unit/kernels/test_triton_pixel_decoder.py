@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.train.eager_reference import ReferenceDecoder, saved_bytes
-from deco_scale.kernels import BlockWeights, Folded, render_pixels, use_kernels
+from deco_scale.kernels.pixel_decoder import BlockWeights, Folded, render_pixels
+from deco_scale.kernels.select import use_kernels
 from deco_scale.models import Denoiser, ModelConfig
 from deco_scale.models.pixel_decoder import PixelDecoder
 

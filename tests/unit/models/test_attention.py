@@ -11,12 +11,6 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
 from deco_scale.models import ModelConfig
-from deco_scale.models.attention import (
-    KERNELS,
-    AttentionTable,
-    attention,
-    check_backend,
-)
 from deco_scale.models.attention.autotune import (
     AttentionShape,
     BackendChoice,
@@ -25,6 +19,7 @@ from deco_scale.models.attention.autotune import (
     model_shapes,
     table_of,
 )
+from deco_scale.models.attention.dispatch import KERNELS, AttentionTable, attention, check_backend
 from deco_scale.models.layers import Attention
 
 CPU = torch.device("cpu")

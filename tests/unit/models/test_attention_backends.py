@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from deco_scale.models.attention import KERNELS, attention, backends, check_backend, dispatch, kernel_missing
+from deco_scale.models.attention import backends, dispatch
+from deco_scale.models.attention.dispatch import KERNELS, attention, check_backend, kernel_missing
 from tests.unit.models.test_attention import dynamo, inputs, results  # noqa: F401
 
 
