@@ -1,4 +1,4 @@
-"""What every checkpoint looks like to the tools: named tensors that are read one at a time.
+"""The interface of all checkpoint formats: named tensors that are read one at a time.
 
 Names are the canonical checkpoint's, whatever the file holds: ``model.denoiser.*``, ``model.repa_head.*``,
 ``ema.denoiser.*``, ``exp_avg.*``, ``exp_avg_sq.*``, with the single-device model's names and shapes.
@@ -14,14 +14,15 @@ import torch
 from torch import Tensor
 
 from deco_scale.checkpoint.format import CheckpointMeta
+from deco_scale.errors import ConfigError
 from deco_scale.models import ModelConfig
 
 MODEL, EMA, REPA = "model.denoiser.", "ema.denoiser.", "model.repa_head."
 SETS = ("model", "ema", "exp_avg", "exp_avg_sq", "fp8")
-"""The kinds of tensors: the first part of a canonical name; ``fp8`` are scaling factors."""
+"""The sets of tensors: the first part of a canonical name; ``fp8`` are scaling factors."""
 
 Advance = Callable[[str], None]
-"""Told the name of each tensor that is done."""
+"""Called with the name of each finished tensor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +44,9 @@ class TensorSpec:
 class CheckpointReader(Protocol):
     """A checkpoint that is open for reading. Reading is safe from several threads at once.
 
-    Opening looks at headers only. It raises :class:`ConfigError` for what is damaged or unknown, after comparing
-    every claimed size with the files' sizes, so no header can make a reader allocate more than the files hold.
+    Opening reads headers only. It raises :class:`ConfigError` for damaged or unknown content, and compares every
+    size in the headers with the files' sizes, so that no header can make a reader allocate more than the files
+    hold.
     """
 
     @property
@@ -52,7 +54,7 @@ class CheckpointReader(Protocol):
 
     @property
     def format(self) -> str:
-        """What the path holds, in words, such as ``canonical`` or ``release .ckpt``."""
+        """The format in words, such as ``canonical`` or ``release .ckpt``."""
 
     @property
     def specs(self) -> Mapping[str, TensorSpec]:
@@ -60,11 +62,11 @@ class CheckpointReader(Protocol):
 
     @property
     def model(self) -> ModelConfig:
-        """Architecture, from the tensors' names and shapes; a contradicting configuration is an error."""
+        """Architecture, inferred from the tensors; a configuration that contradicts it is an error."""
 
     @property
     def meta(self) -> CheckpointMeta | None:
-        """Where the run stood; None for formats that do not say."""
+        """Progress and configuration of the run; None for formats without them."""
 
     @property
     def facts(self) -> Mapping[str, Any]:
@@ -73,9 +75,17 @@ class CheckpointReader(Protocol):
     def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
         """The tensor on the CPU in its stored type, contiguous and owned by the caller.
 
-        ``rows`` are start and end along dimension 0. Formats that store another layout may read a whole stored
-        tensor for it. Raises :class:`ConfigError` naming file and tensor where data are damaged.
+        ``rows`` are start and end along dimension 0; formats that store another layout may read a full tensor for
+        them. Raises :class:`ConfigError` naming file and tensor if data are damaged.
         """
+
+
+def read_checked(read: Callable[[str], Tensor], name: str, spec: TensorSpec) -> Tensor:
+    """``read(name)`` as a contiguous tensor of the spec's type; raises :class:`ConfigError` for another shape."""
+    tensor = read(name)
+    if tuple(tensor.shape) != spec.shape:
+        raise ConfigError(f"{name} has shape {tuple(tensor.shape)}, expected {spec.shape}")
+    return tensor.detach().to(spec.dtype).contiguous()
 
 
 def pieces(spec: TensorSpec, *, max_elements: int) -> list[tuple[int, int] | None]:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,23 +10,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from checkpoints_tools.base import EMA, MODEL, REPA, Advance, CheckpointReader, TensorSpec
+from checkpoints_tools.base import EMA, MODEL, REPA, Advance, CheckpointReader, TensorSpec, read_checked
 from checkpoints_tools.formats import release
 from checkpoints_tools.import_weights import sampler_of
 from checkpoints_tools.infer_config import meta_state
 from checkpoints_tools.registry import DIFFUSERS_WEIGHTS, PIPELINE, TRANSFORMER
-from checkpoints_tools.safetensors_out import (
-    SETTINGS_SUM,
-    SUMS,
-    Sums,
-    as_json,
-    raw_bytes,
-    settings_sum,
-    write_safetensors,
-    write_summed,
-)
-from data_pipeline.storage.files import make_durable
-from deco_scale.checkpoint.format import ChecksummedFile
+from checkpoints_tools.safetensors_out import CHECKSUMS, SETTINGS_CRC, as_json, settings_crc, write_safetensors
+from data_pipeline.storage.files import SAVING, atomic_folder, make_durable
+from deco_scale.checkpoint.integrity import ChecksummedFile, FileChecksums, raw_bytes, write_checksummed
 from deco_scale.errors import ConfigError, RunError
 
 Format = Literal["release", "safetensors", "diffusers"]
@@ -38,12 +28,15 @@ _PREFIX = {"model": MODEL, "ema": EMA}
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ExportPlan:
-    """Names in the target's own terms, with the type they are written in, and how each is made."""
+    """Tensors by the target's names, with the type they are written in, and how each is made."""
 
     format: Format
     specs: dict[str, TensorSpec]
     make: dict[str, Callable[[], Tensor]]
     settings: dict[str, Any]
+
+    def read(self, name: str) -> Tensor:
+        return self.make[name]()
 
     @property
     def nbytes(self) -> int:
@@ -51,7 +44,7 @@ class ExportPlan:
 
 
 def plan_export(source: CheckpointReader, *, format: Format, weights: Weights, dtype: torch.dtype) -> ExportPlan:
-    """Decide everything without reading tensor data.
+    """Plan an export without reading tensor data.
 
     The release's layout and safetensors carry the REPA head with ``model`` and ``both``; the diffusers-style
     folder is one denoiser. Raises :class:`ConfigError` for sets that the source lacks.
@@ -84,36 +77,29 @@ def export_checkpoint(
     max_shard_bytes: int | None = None,
     advance: Advance = lambda name: None,
 ) -> None:
-    """Write what ``plan`` says to a new file (``release``) or folder, under a temporary name first.
+    """Write a new file (``release``) or folder, under a temporary name first.
 
-    A release file comes with ``<name>.json`` beside it, a folder with ``checksums.json``: both hold size and
-    CRC32C of what was written, which ``deco-ckpt verify`` compares. Raises :class:`RunError` where the disk
-    refuses; then nothing is left behind.
+    ``<name>.json`` beside a release file, and ``checksums.json`` in a folder, hold size and CRC32C of what was
+    written, for ``deco-ckpt verify``. Raises :class:`RunError` if the disk cannot be written; then nothing is left
+    behind.
     """
     if target.exists():
         raise ConfigError(f"{target} exists already; name a new one")
     if plan.format == "release" and target.suffix != ".ckpt":
         raise ConfigError(f"{target}: the release's files are named *.ckpt")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".saving_{target.name}.", dir=target.parent))
-    except OSError as error:
-        raise RunError(f"cannot write {target}: {error.strerror or error}") from error
-    try:
         if plan.format == "release":
-            _write_release(plan, temporary, target, advance)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=SAVING, dir=target.parent) as scratch:
+                _write_release(plan, Path(scratch), target, advance)
+            make_durable(target.parent)
         else:
             write = _write_folder if plan.format == "safetensors" else _write_pipeline
-            sums = write(plan, temporary, max_shard_bytes, advance)
-            write_summed(temporary / SUMS, as_json(sums))
-            make_durable(temporary)
-            temporary.chmod(0o755)
-            os.rename(temporary, target)
-        make_durable(target.parent)
+            with atomic_folder(target) as folder:
+                checksums = write(plan, folder, max_shard_bytes, advance)
+                write_checksummed(folder / CHECKSUMS, as_json(checksums))
     except OSError as error:
         raise RunError(f"cannot write {target}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _settings(source: CheckpointReader, weights: Weights, dtype: torch.dtype) -> dict[str, Any]:
@@ -154,9 +140,9 @@ def _release_tensors(
         theirs = release.DENOISER if kind == "model" else release.EMA
         for rule in release.denoiser_rules(cfg):
             parts = [_PREFIX[kind] + name for name in rule.ours]
-            lacking = [name for name in parts if name not in source.specs]
-            if lacking:
-                raise ConfigError(f"{source.path} lacks {lacking[0]}")
+            missing = [name for name in parts if name not in source.specs]
+            if missing:
+                raise ConfigError(f"{source.path} lacks {missing[0]}")
             specs[theirs + rule.release] = TensorSpec(shapes[rule.release], dtype)
             make[theirs + rule.release] = _joined(source, rule, parts)
     if "model" in kinds:
@@ -173,50 +159,43 @@ def _joined(source: CheckpointReader, rule: release.Rule, parts: list[str]) -> C
 
 
 def _write_release(plan: ExportPlan, temporary: Path, target: Path, advance: Advance) -> None:
-    """One ``torch.save`` archive; its tensors lie in a file mapped into memory, so they need not fit into it."""
+    """One ``torch.save`` archive; its tensors are mapped from a file, so they need not fit into memory."""
     scratch = temporary / "scratch"
-    places: dict[str, int] = {}
+    starts: dict[str, int] = {}
     with scratch.open("wb") as raw:
         for name, spec in plan.specs.items():
-            tensor = plan.make[name]().to(spec.dtype).contiguous()
-            if tuple(tensor.shape) != spec.shape:
-                raise ConfigError(f"{name} has shape {tuple(tensor.shape)}, expected {spec.shape}")
-            places[name] = raw.tell()
-            if tensor.numel():
-                raw.write(raw_bytes(tensor))
+            starts[name] = raw.tell()
+            raw.write(raw_bytes(read_checked(plan.read, name, spec)))
             advance(name)
     storage = torch.UntypedStorage.from_file(str(scratch), False, scratch.stat().st_size)
     state: dict[str, Tensor] = {}
     for name, spec in plan.specs.items():
-        # A storage of its own each, as in a model: torch.save writes whole storages.
-        part = storage[places[name] : places[name] + spec.nbytes]
+        # Each has its own storage, as in a model: torch.save writes full storages.
+        part = storage[starts[name] : starts[name] + spec.nbytes]
         state[name] = torch.empty(0, dtype=spec.dtype).set_(part, 0, spec.shape)  # type: ignore[call-overload]
     file = temporary / target.name
     with file.open("wb") as raw:
         out = ChecksummedFile(raw)
         torch.save({"state_dict": state}, out)  # type: ignore[arg-type]
-        raw.flush()
-        os.fsync(raw.fileno())
+        checksum = out.sync()
     beside = target.with_name(f"{target.name}.json")
     facts = {
         **plan.settings,
-        "files": {target.name: (out.size, out.crc)},
-        SETTINGS_SUM: settings_sum(plan.settings),
+        "files": {target.name: checksum},
+        SETTINGS_CRC: settings_crc(plan.settings),
     }
-    write_summed(temporary / beside.name, as_json(facts))
+    write_checksummed(temporary / beside.name, as_json(facts))
     os.rename(temporary / beside.name, beside)
     os.rename(file, target)
 
 
-def _write_folder(plan: ExportPlan, folder: Path, limit: int | None, advance: Advance) -> Sums:
-    sums = write_safetensors(
-        folder, STEM, plan.specs, lambda n: plan.make[n](), max_shard_bytes=limit, advance=advance
-    )
-    sums["config.json"] = write_summed(folder / "config.json", as_json(plan.settings))
-    return sums
+def _write_folder(plan: ExportPlan, folder: Path, limit: int | None, advance: Advance) -> FileChecksums:
+    checksums = write_safetensors(folder, STEM, plan.specs, plan.read, max_shard_bytes=limit, advance=advance)
+    checksums["config.json"] = write_checksummed(folder / "config.json", as_json(plan.settings))
+    return checksums
 
 
-def _write_pipeline(plan: ExportPlan, folder: Path, limit: int | None, advance: Advance) -> Sums:
+def _write_pipeline(plan: ExportPlan, folder: Path, limit: int | None, advance: Advance) -> FileChecksums:
     settings = dict(plan.settings)
     sampler, encoder = settings.pop("sampler"), settings.pop("text_encoder")
     (folder / TRANSFORMER).mkdir()
@@ -232,15 +211,15 @@ def _write_pipeline(plan: ExportPlan, folder: Path, limit: int | None, advance: 
         f"{TRANSFORMER}/config.json": {"_class_name": "Denoiser", **settings},
         "scheduler/scheduler_config.json": {"_class_name": "SamplerConfig", **sampler},
     }
-    sums = {name: write_summed(folder / name, as_json(content)) for name, content in files.items()}
+    checksums = {name: write_checksummed(folder / name, as_json(content)) for name, content in files.items()}
     written = write_safetensors(
         folder / TRANSFORMER,
         DIFFUSERS_WEIGHTS,
         plan.specs,
-        lambda n: plan.make[n](),
+        plan.read,
         max_shard_bytes=limit,
         advance=advance,
     )
     for name in (TRANSFORMER, "scheduler"):
         make_durable(folder / name)
-    return sums | {f"{TRANSFORMER}/{name}": entry for name, entry in written.items()}
+    return checksums | {f"{TRANSFORMER}/{name}": entry for name, entry in written.items()}

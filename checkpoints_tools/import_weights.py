@@ -9,6 +9,7 @@ from torch import Tensor
 
 from checkpoints_tools.base import EMA, MODEL, REPA, Advance, CheckpointReader, TensorSpec
 from checkpoints_tools.formats.canonical import write_canonical
+from checkpoints_tools.infer_config import check_fits_fp32
 from deco_scale.checkpoint.format import CheckpointMeta
 from deco_scale.config import RunConfig, build_config
 from deco_scale.errors import ConfigError
@@ -20,7 +21,7 @@ _PUBLISHED_TEXT_DIM, _PUBLISHED_ENCODER = 2048, "Qwen/Qwen3-1.7B"
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ImportPlan:
-    """What an import will write: tensors by name, where each is read, and remarks for the user."""
+    """What an import will write: tensors by name, the source's name of each, and remarks for the user."""
 
     specs: dict[str, TensorSpec]
     origin: dict[str, str]
@@ -35,20 +36,20 @@ def plan_import(
     resolution: int | None = None,
     text_encoder: str | None = None,
 ) -> ImportPlan:
-    """Decide everything without reading tensor data.
+    """Plan an import without reading tensor data.
 
-    A set that the source lacks (weights or EMA) is a copy of the other, as at the start of a run, and a remark
-    says so. Moments are left out. ``config`` becomes the checkpoint's configuration, else :func:`bare_config`
-    makes one. Raises :class:`ConfigError` where the source cannot be imported.
+    If the source has only weights or only an EMA, the other becomes a copy of it, and a remark says so. Moments
+    are left out. ``config`` becomes the checkpoint's configuration; without it :func:`bare_config` makes one.
+    Raises :class:`ConfigError` for a source that cannot be imported.
     """
     sets = [p for p in (MODEL, EMA) if any(n.startswith(p) for n in source.specs)]
     if not sets:
         raise ConfigError(f"{source.path} has no weights of a denoiser")
     names = {n.removeprefix(sets[0]) for n in source.specs if n.startswith(sets[0])}
     origin = {p + n: (p if p in sets else sets[0]) + n for p in (MODEL, EMA) for n in names}
-    lacking = sorted(set(origin.values()) - set(source.specs))
-    if lacking:
-        raise ConfigError(f"{source.path} lacks {lacking[0]}")
+    missing = sorted(set(origin.values()) - set(source.specs))
+    if missing:
+        raise ConfigError(f"{source.path} lacks {missing[0]}")
     origin |= {n: n for n in source.specs if n.startswith(REPA)}
     remarks = []
     if len(sets) == 1:
@@ -58,14 +59,10 @@ def plan_import(
     if moments:
         remarks.append(f"{len(moments)} tensors of optimizer moments are left out")
     specs = {name: TensorSpec(source.specs[old].shape) for name, old in sorted(origin.items())}
-    narrow = {source.specs[old].dtype for old in origin.values() if source.specs[old].dtype.itemsize < 4}
-    if narrow:
-        remarks.append(f"stored in {', '.join(sorted(map(str, narrow)))}; fp32 here holds the same values")
-    wide = [old for old in origin.values() if source.specs[old].dtype.itemsize > 4]
-    whole = [old for old in origin.values() if not source.specs[old].dtype.is_floating_point]
-    if wide or whole:
-        bad = (wide or whole)[0]
-        raise ConfigError(f"{source.path}: {bad} is {source.specs[bad].dtype}, which fp32 does not hold")
+    half = {source.specs[old].dtype for old in origin.values() if source.specs[old].dtype.itemsize < 4}
+    if half:
+        remarks.append(f"stored in {', '.join(sorted(map(str, half)))}; fp32 here holds the same values")
+    check_fits_fp32({old: source.specs[old] for old in origin.values()}, source.path)
     cfg = config or bare_config(source, resolution=resolution, text_encoder=text_encoder)
     meta = CheckpointMeta(
         step=0,
@@ -89,7 +86,7 @@ def import_checkpoint(
     workers: int = 1,
     advance: Advance = lambda name: None,
 ) -> CheckpointMeta:
-    """Write what ``plan`` says; one tensor a worker is in memory."""
+    """Write the planned checkpoint; one tensor per worker is in memory."""
 
     def read(name: str) -> Tensor:
         return source.read(plan.origin[name])
@@ -98,14 +95,14 @@ def import_checkpoint(
 
 
 def bare_config(source: CheckpointReader, *, resolution: int | None, text_encoder: str | None) -> RunConfig:
-    """A configuration that says of an imported model what sampling needs.
+    """A configuration with what sampling an imported model needs.
 
-    Data and training settings are placeholders: the files do not say them. The sampler is the release's for the
-    kind of model, the text encoder the published one where the width of the text is its.
+    Data and training settings are placeholders, as the files do not have them. The sampler is the release's for
+    the kind of model, the text encoder the published one if the text has its width.
     """
     model = source.model
     is_text = model.kind == "t2i_deco"
-    unnamed = _PUBLISHED_ENCODER if model.text_dim == _PUBLISHED_TEXT_DIM else "text_encoder"
+    encoder = _PUBLISHED_ENCODER if model.text_dim == _PUBLISHED_TEXT_DIM else "text_encoder"
     raw: dict[str, Any] = {
         "run": {"dir": f"runs/{STAGE}"},
         "model": dataclasses.asdict(model),
@@ -124,7 +121,7 @@ def bare_config(source: CheckpointReader, *, resolution: int | None, text_encode
         "samples": {"sampler": sampler_of(model)},
     }
     if is_text:
-        raw["text_encoder"] = {"path": text_encoder or unnamed, "max_tokens": model.text_tokens}
+        raw["text_encoder"] = {"path": text_encoder or encoder, "max_tokens": model.text_tokens}
     elif text_encoder is not None:
         raise ConfigError(f"--text-encoder has no meaning for a {model.kind} model")
     return build_config(raw, source=str(source.path))

@@ -1,8 +1,8 @@
-"""One way to open any checkpoint: the format is recognised by what is there, not by an option.
+"""Opening any checkpoint: the format is recognised by the content, not by an option.
 
-A format is a class with the members of :class:`checkpoints_tools.base.CheckpointReader`: tensors under canonical names,
-read one at a time (or a range of rows of one). ``inspect``, ``diff``, ``import``, ``export`` and ``average`` are
-written against that protocol alone, so a new format needs a reader and a line in :func:`open_checkpoint`.
+A format is a class with the members of :class:`checkpoints_tools.base.CheckpointReader`: tensors with canonical
+names, read one at a time (or a range of rows of one). ``inspect``, ``diff``, ``import``, ``export`` and
+``average`` use only that protocol, so a new format needs a reader and a line in :func:`open_checkpoint`.
 """
 
 from collections.abc import Mapping
@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints_tools.base import EMA, MODEL, SETS, CheckpointReader
+from checkpoints_tools.formats.bare_safetensors import BareReader
 from checkpoints_tools.formats.canonical import CanonicalReader
-from checkpoints_tools.formats.foreign import BareReader, ReleaseReader
+from checkpoints_tools.formats.release_reader import ReleaseReader
 from checkpoints_tools.formats.tensor_files import INDEX_SUFFIX, LightningStore, open_safetensors, read_json
 from checkpoints_tools.formats.universal import UniversalReader, is_universal
-from checkpoints_tools.formats.zero.reader import ZeroSource, is_zero
-from checkpoints_tools.infer_config import model_of
-from deco_scale.checkpoint.format import COMPLETE, METADATA
+from checkpoints_tools.formats.zero.reader import ZeroReader, is_zero
+from checkpoints_tools.infer_config import infer_complete_model
+from deco_scale.checkpoint.format import COMPLETE, METADATA, find_checkpoint
 from deco_scale.errors import ConfigError
 
 PIPELINE = "model_index.json"
@@ -24,15 +25,15 @@ TRANSFORMER = "transformer"
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model"
 _PREFIX = {"model": MODEL, "ema": EMA}
 _BARE = "patch_embed.weight"
-"""A denoiser's own name of a tensor, as in exports of a run's EMA."""
+"""A denoiser's own name of a tensor, as in the EMA exports of a run."""
 _ZIP_MAGIC, _SAFETENSORS_BRACE = b"PK\x03\x04", b"{"
 
 
 def open_checkpoint(path: Path, *, stated: Mapping[str, Any] | None = None) -> CheckpointReader:
     """Open a canonical, diffusers-style or DeepSpeed folder, a ``.ckpt``, or safetensors (file, index or folder).
 
-    A run's folder stands for its newest complete checkpoint. ``stated`` are model settings that the tensors must
-    not contradict. Raises :class:`ConfigError` naming the path and what it was found to be.
+    Of a run's folder the newest complete checkpoint is opened. ``stated`` are model settings that the tensors must
+    not contradict. Raises :class:`ConfigError` naming the path and why it cannot be opened.
     """
     if path.is_dir():
         return _open_folder(path, stated)
@@ -56,17 +57,15 @@ def open_checkpoint(path: Path, *, stated: Mapping[str, Any] | None = None) -> C
 
 
 def _open_folder(path: Path, stated: Mapping[str, Any] | None) -> CheckpointReader:
-    if (path / COMPLETE).is_file():
-        return CanonicalReader(path)
+    checkpoint = find_checkpoint(path)
+    if checkpoint is not None:
+        return CanonicalReader(checkpoint)
     if (path / METADATA).is_file():
         raise ConfigError(f"{path} is not a complete checkpoint (no {COMPLETE} file): its saving was interrupted")
     if (path / PIPELINE).is_file():
         return _open_pipeline(path, stated)
-    complete = sorted(p.parent for p in path.glob(f"checkpoints/step_*/{COMPLETE}"))
-    if complete:
-        return CanonicalReader(complete[-1])
     if is_zero(path):
-        return ZeroSource(path)
+        return ZeroReader(path)
     if is_universal(path):
         return UniversalReader(path)
     indexes = sorted(path.glob(f"*{INDEX_SUFFIX}"))
@@ -76,7 +75,7 @@ def _open_folder(path: Path, stated: Mapping[str, Any] | None) -> CheckpointRead
     if files:
         raise ConfigError(f"{path} has {len(files)} safetensors files; name the one that is meant")
     raise ConfigError(
-        f"{path} holds no checkpoint that is known (canonical, safetensors, diffusers-style, DeepSpeed)"
+        f"{path} has no checkpoint of a known format (canonical, safetensors, diffusers-style, DeepSpeed)"
     )
 
 
@@ -89,7 +88,7 @@ def _open_safetensors(path: Path, stated: Mapping[str, Any] | None) -> Checkpoin
         beside = path.parent / "config.json"
         weights = read_json(beside).get("weights") if beside.is_file() else "model"
         if weights not in ("model", "ema"):
-            raise ConfigError(f"{beside} does not say by weights: model or ema what the denoiser in {path} is")
+            raise ConfigError(f"{beside} must have weights: model or ema for the denoiser in {path}")
         return BareReader(store, kind="safetensors of a bare denoiser", prefix=_PREFIX[weights], stated=stated)
     return ReleaseReader(store, kind="safetensors", stated=stated)
 
@@ -98,12 +97,12 @@ def _open_pipeline(path: Path, stated: Mapping[str, Any] | None) -> CheckpointRe
     settings = read_json(path / TRANSFORMER / "config.json")
     weights, model = settings.get("weights"), settings.get("model")
     if weights not in ("model", "ema") or not isinstance(model, dict):
-        raise ConfigError(f"{path / TRANSFORMER / 'config.json'} is not one of deco-ckpt export")
+        raise ConfigError(f"{path / TRANSFORMER / 'config.json'} was not written by deco-ckpt export")
     single = path / TRANSFORMER / f"{DIFFUSERS_WEIGHTS}.safetensors"
     index = path / TRANSFORMER / f"{DIFFUSERS_WEIGHTS}{INDEX_SUFFIX}"
     store = open_safetensors(index if index.is_file() else single)
     source = BareReader(store, kind="diffusers-style folder", prefix=_PREFIX[weights], stated=model)
     if stated is not None:
-        model_of(source.specs, stated, where=str(path))
+        infer_complete_model(source.specs, stated, where=str(path))
     source.path = path
     return source

@@ -1,9 +1,7 @@
-"""Moving a checkpoint between canonical folders and DeepSpeed's native and universal ones, bit by bit."""
+"""Converting a checkpoint between canonical folders and DeepSpeed's native and universal ones, bit-exactly."""
 
 import dataclasses
 import json
-import os
-import shutil
 from argparse import ArgumentParser
 from collections.abc import Callable
 from pathlib import Path
@@ -15,12 +13,12 @@ from checkpoints_tools.base import EMA, MODEL, Advance, CheckpointReader, Tensor
 from checkpoints_tools.formats.canonical import CanonicalReader, write_canonical
 from checkpoints_tools.formats.universal import UniversalReader, write_universal
 from checkpoints_tools.formats.zero.layout import partitions, sub_groups, tp_shape
-from checkpoints_tools.formats.zero.reader import ZeroSource
+from checkpoints_tools.formats.zero.reader import ZeroReader
 from checkpoints_tools.formats.zero.side_file import CARRIED, write_side
 from checkpoints_tools.formats.zero.writer import ZeroLayout, check_zero, parameter_order, write_zero
 from checkpoints_tools.import_weights import bare_config
-from checkpoints_tools.memory_budget import held_bytes
-from data_pipeline.storage.files import make_durable, write_durably
+from checkpoints_tools.memory_budget import peak_bytes
+from data_pipeline.storage.files import atomic_folder, make_durable, write_durably
 from deco_scale.checkpoint.format import CheckpointMeta
 from deco_scale.config import RunConfig
 from deco_scale.errors import ConfigError, RunError
@@ -29,11 +27,10 @@ Form = Literal["canonical", "deepspeed", "universal"]
 FORMS = ("canonical", "deepspeed", "universal")
 DEFAULT_MEMORY = 4 * 2**30
 DEFAULT_FILES = 4
-"""As many can be written at a time."""
-_TEMPORARY = ".saving_"
+"""Tensor files of a canonical folder, which can be written in parallel."""
 _ELEMENT = torch.float32.itemsize
 _COPIES = 3
-"""Copies of a tensor that a worker may hold: as read, in fp32, and on its way to the file."""
+"""Copies of a tensor that a worker may have: as read, in fp32, and on its way to the file."""
 _MAX_PIECE = 2**23
 _UNITS = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
@@ -44,7 +41,7 @@ Write = Callable[[Path, Advance], None]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Reshard:
-    """What will be done: ``lines`` say it to the user, ``write`` does it, ``count`` is of tensors to report."""
+    """A planned conversion: ``lines`` describe it, ``write`` does it, ``count`` is the number of tensors."""
 
     lines: tuple[str, ...]
     count: int
@@ -67,7 +64,7 @@ def add_arguments(parser: ArgumentParser, *, workers: int) -> None:
     )
     parser.add_argument("--workers", type=int, default=workers, metavar="N", help="tensors at a time")
     parser.add_argument("--memory", type=byte_count, default=DEFAULT_MEMORY, metavar="BYTES", help="default 4GiB")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be written")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be written")
 
 
 def byte_count(text: str) -> int:
@@ -75,7 +72,7 @@ def byte_count(text: str) -> int:
     unit = next((u for u in _UNITS if u and text.endswith(u)), "")
     count = int(text.removesuffix(unit)) * _UNITS[unit]
     if count < 1:
-        raise ValueError(f"{text} is no number of bytes")
+        raise ValueError(f"{text} is not a number of bytes")
     return count
 
 
@@ -90,11 +87,11 @@ def plan_reshard(
     ema_from_model: bool = False,
     config: RunConfig | None = None,
 ) -> Reshard:
-    """Decide everything without reading tensor data; raises :class:`ConfigError` for what cannot be.
+    """Plan a conversion without reading tensor data; raises :class:`ConfigError` for an impossible one.
 
-    ``memory`` bounds the bytes of tensors in memory: ``workers`` wait for each other where it does not hold all.
+    ``memory`` bounds the bytes of tensors in memory: ``workers`` wait for each other if they need more.
     """
-    if not isinstance(source, CanonicalReader | ZeroSource | UniversalReader):
+    if not isinstance(source, CanonicalReader | ZeroReader | UniversalReader):
         raise ConfigError(f"{source.path} is {source.format}; import it first (deco-ckpt import)")
     if (to == "deepspeed") != (layout is not None):
         raise ConfigError("--dp and --zero-stage are given with --to deepspeed, and with nothing else")
@@ -119,7 +116,7 @@ def plan_reshard(
         lines += _files_of(source, layout)
         run = _deepspeed_writer(view, meta, layout, workers, memory)
     else:
-        largest = max(held_bytes(spec) for spec in view.specs.values())
+        largest = max(peak_bytes(spec) for spec in view.specs.values())
         if largest > memory:
             raise ConfigError(f"--memory {memory}: the largest tensor needs {largest} bytes")
         run = _universal_writer(view, meta, workers, memory)
@@ -152,11 +149,11 @@ def _deepspeed_writer(
     view: CheckpointReader, meta: CheckpointMeta, layout: ZeroLayout, workers: int, memory: int
 ) -> Write:
     piece = min(_MAX_PIECE, memory // (_COPIES * _ELEMENT * workers))
-    widest = max(s.numel // max(1, s.shape[0]) if s.shape else 1 for s in view.specs.values())
+    widest_row = max(s.numel // max(1, s.shape[0]) if s.shape else 1 for s in view.specs.values())
     # The side file is written tensor by tensor.
     largest = max((view.specs[n].numel for n in _side_names(view)), default=0)
-    if piece < widest or largest * _ELEMENT * _COPIES > memory:
-        needed = _ELEMENT * _COPIES * max(widest * workers, largest)
+    if piece < widest_row or largest * _ELEMENT * _COPIES > memory:
+        needed = _ELEMENT * _COPIES * max(widest_row * workers, largest)
         raise ConfigError(f"--memory {memory}: rows of tensors and the largest one of the EMA need {needed} bytes")
 
     def fill(folder: Path, advance: Advance) -> None:
@@ -166,16 +163,21 @@ def _deepspeed_writer(
 
 
 def _tag_writer(view: CheckpointReader, meta: CheckpointMeta, pointer: str, fill: Write) -> Write:
-    """A folder with a tag's folder in it, which ``fill`` fills, and the file that names the tag."""
+    """Writes a folder with a tag's folder in it, which ``fill`` fills, and the file that names the tag."""
 
     def write(target: Path, advance: Advance) -> None:
-        with _Appearing(target) as temporary:
-            folder = temporary / f"global_step{meta.step}"
-            folder.mkdir()
-            fill(folder, advance)
-            write_side(folder, view, _side_names(view), meta, advance)
-            make_durable(folder)
-            write_durably(temporary / pointer, folder.name.encode())
+        if target.exists():
+            raise ConfigError(f"{target} exists already; name a new folder")
+        try:
+            with atomic_folder(target) as temporary:
+                folder = temporary / f"global_step{meta.step}"
+                folder.mkdir()
+                fill(folder, advance)
+                write_side(folder, view, _side_names(view), meta, advance)
+                make_durable(folder)
+                write_durably(temporary / pointer, folder.name.encode())
+        except OSError as error:
+            raise RunError(f"cannot write {target}: {error.strerror or error}") from error
 
     return write
 
@@ -190,7 +192,7 @@ def _with_ema(source: CheckpointReader, *, from_model: bool) -> CheckpointReader
 
 
 class _WithEma:
-    """A source whose EMA are its weights."""
+    """A source with its weights as its EMA."""
 
     def __init__(self, source: CheckpointReader) -> None:
         self._source = source
@@ -206,9 +208,9 @@ class _WithEma:
 
 
 def _meta_of(
-    source: CanonicalReader | ZeroSource | UniversalReader, config: RunConfig | None
+    source: CanonicalReader | ZeroReader | UniversalReader, config: RunConfig | None
 ) -> tuple[CheckpointMeta, list[str]]:
-    """Where the run stood, and what to say of how that is known."""
+    """The run's progress and configuration, and a line for the user if the source has none."""
     if isinstance(source, CanonicalReader):
         known: CheckpointMeta | None = source.meta
     else:
@@ -234,8 +236,8 @@ def _meta_of(
         parameter_digest="",
         config=json.loads(json.dumps(dataclasses.asdict(cfg))),
     )
-    said = "that of --config" if config is not None else "one that says what sampling needs"
-    return meta, [f"there is no place in the data; the stored configuration is {said}"]
+    origin = "that of --config" if config is not None else "one with what sampling needs"
+    return meta, [f"there is no data state; the stored configuration is {origin}"]
 
 
 def _side_names(source: CheckpointReader) -> list[str]:
@@ -253,30 +255,3 @@ def _files_of(source: CheckpointReader, layout: ZeroLayout) -> list[str]:
         size = (sum(parts.used[dp]) + moments * sum(parts.sizes)) * _ELEMENT
         lines += [f"{layout.optim_file(tp, dp)}: {size:,} bytes of tensors" for tp in range(layout.tp)]
     return lines
-
-
-class _Appearing:
-    """A folder that is written under a temporary name, and takes its own when it is whole."""
-
-    def __init__(self, target: Path) -> None:
-        self._target, self._temporary = target, target.parent / f"{_TEMPORARY}{target.name}"
-
-    def __enter__(self) -> Path:
-        if self._target.exists():
-            raise ConfigError(f"{self._target} exists already; name a new folder")
-        shutil.rmtree(self._temporary, ignore_errors=True)
-        self._temporary.mkdir(parents=True)
-        return self._temporary
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        try:
-            if error is None:
-                make_durable(self._temporary)
-                os.rename(self._temporary, self._target)
-                make_durable(self._target.parent)
-        except OSError as failed:
-            raise RunError(f"cannot write {self._target}: {failed.strerror or failed}") from failed
-        finally:
-            shutil.rmtree(self._temporary, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise RunError(f"cannot write {self._target}: {error.strerror or error}") from error

@@ -1,36 +1,34 @@
-"""Is a checkpoint what was written? Checksums, index and sizes, and the weights' digest."""
+"""Verifying a checkpoint: checksums, index and sizes, and the weights' digest."""
 
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from checkpoints_tools.base import Advance
-from checkpoints_tools.formats.canonical import CanonicalReader, digest_of_sums, word_sum
+from checkpoints_tools.formats.canonical import CanonicalReader
 from checkpoints_tools.formats.tensor_files import read_json
-from checkpoints_tools.formats.torch_zip import check_record_sums
+from checkpoints_tools.formats.torch_zip import check_record_crcs
 from checkpoints_tools.registry import PIPELINE, open_checkpoint
-from checkpoints_tools.safetensors_out import SETTINGS_SUM, SUMS, as_json, settings_sum
-from deco_scale.checkpoint.format import COMPLETE, crc32c_of, read_meta
+from checkpoints_tools.safetensors_out import CHECKSUMS, SETTINGS_CRC, as_json, settings_crc
+from deco_scale.checkpoint.format import COMPLETE, META, find_checkpoint, read_meta
+from deco_scale.checkpoint.integrity import MODEL_PREFIX, crc32c_of, digest_of_sums, word_sum
 from deco_scale.errors import ConfigError
 
 
 def problems_of(path: Path, *, advance: Advance = lambda name: None) -> Iterator[str]:
-    """Everything that is wrong, as text that names the file or tensor; nothing where all is well."""
-    if path.is_dir() and (path / COMPLETE).is_file():
-        yield from _canonical_problems(path, advance)
+    """Everything that is wrong, as text naming the file or tensor; nothing if all is well."""
+    checkpoint = find_checkpoint(path)
+    if checkpoint is not None:
+        yield from _canonical_problems(checkpoint, advance)
         return
-    found = list(_sum_problems(path, advance))
-    yield from found
-    if found:
+    problems = list(_export_problems(path, advance))
+    yield from problems
+    if problems:
         return
     try:
         source = open_checkpoint(path)
-        if source.format == "canonical":
-            # A run's folder: its newest checkpoint.
-            yield from _canonical_problems(source.path, advance)
-            return
         if path.is_file() and path.suffix == ".ckpt":
-            check_record_sums(path)
+            check_record_crcs(path)
         for name in source.specs:
             source.read(name)
             advance(name)
@@ -41,8 +39,7 @@ def problems_of(path: Path, *, advance: Advance = lambda name: None) -> Iterator
 def has_checksums(path: Path) -> bool:
     """Whether :func:`problems_of` can compare every byte of it with a recorded checksum."""
     if path.is_dir():
-        canonical = (path / COMPLETE).is_file() or any(path.glob(f"checkpoints/step_*/{COMPLETE}"))
-        return canonical or (path / SUMS).is_file()
+        return find_checkpoint(path) is not None or (path / CHECKSUMS).is_file()
     return path.with_name(f"{path.name}.json").is_file()
 
 
@@ -53,31 +50,31 @@ def _canonical_problems(path: Path, advance: Advance) -> Iterator[str]:
     except ConfigError as error:
         yield str(error)
         return
-    found = list(_compare(path, recorded, COMPLETE, advance))
+    problems = list(_compare(path, recorded, COMPLETE, advance))
     present = {str(p.relative_to(path)) for p in path.rglob("*") if p.is_file()} - {COMPLETE}
-    found += [f"{path / name} is not listed in {COMPLETE}" for name in sorted(present - set(recorded))]
-    yield from found
-    if found:
+    problems += [f"{path / name} is not listed in {COMPLETE}" for name in sorted(present - set(recorded))]
+    yield from problems
+    if problems:
         return
     try:
         meta = read_meta(path)
         reader = CanonicalReader(path)
-        sums = {}
+        word_sums = {}
         for name in reader.specs:
             reader.check_tensor(name)
-            if name.startswith("model."):
-                sums[name] = word_sum(reader.read(name))
+            if name.startswith(MODEL_PREFIX):
+                word_sums[name] = word_sum(reader.read(name))
             advance(name)
-        digest = digest_of_sums(sums)
+        digest = digest_of_sums(word_sums)
         if digest != meta.parameter_digest:
-            yield f"{path / 'meta.json'}: the weights' digest is {digest}, it says {meta.parameter_digest}"
+            yield f"{path / META}: the weights' digest is {digest}, expected {meta.parameter_digest}"
     except ConfigError as error:
         yield str(error)
 
 
-def _sum_problems(path: Path, advance: Advance) -> Iterator[str]:
-    """Differences from the recorded checksums of an exported file or folder, where there are any."""
-    beside = path.with_name(f"{path.name}.json") if path.is_file() else path / SUMS
+def _export_problems(path: Path, advance: Advance) -> Iterator[str]:
+    """Differences from the recorded checksums of an exported file or folder, if there are any."""
+    beside = path.with_name(f"{path.name}.json") if path.is_file() else path / CHECKSUMS
     if not beside.is_file():
         if path.is_dir() and (path / PIPELINE).is_file():
             yield f"{beside} is missing"
@@ -88,7 +85,7 @@ def _sum_problems(path: Path, advance: Advance) -> Iterator[str]:
         if not isinstance(recorded, dict):
             raise ConfigError(f"{beside} is damaged: it has no table of files")
         _check_text(beside, as_json(content).decode())
-        if path.is_file() and content.get(SETTINGS_SUM) != settings_sum(content):
+        if path.is_file() and content.get(SETTINGS_CRC) != settings_crc(content):
             raise ConfigError(f"{beside} is damaged: its settings differ from their checksum")
     except ConfigError as error:
         yield str(error)
@@ -96,25 +93,25 @@ def _sum_problems(path: Path, advance: Advance) -> Iterator[str]:
     folder = path.parent if path.is_file() else path
     yield from _compare(folder, recorded, beside.name, advance)
     if path.is_dir():
-        present = {str(p.relative_to(path)) for p in path.rglob("*") if p.is_file()} - {SUMS}
-        yield from (f"{path / n} is not listed in {SUMS}" for n in sorted(present - set(recorded)))
+        present = {str(p.relative_to(path)) for p in path.rglob("*") if p.is_file()} - {CHECKSUMS}
+        yield from (f"{path / n} is not listed in {CHECKSUMS}" for n in sorted(present - set(recorded)))
 
 
-def _check_text(path: Path, wanted: str) -> None:
-    """A list of checksums has no checksum itself, so it must be to the letter as it is written."""
-    if path.read_bytes() != wanted.encode():
+def _check_text(path: Path, expected: str) -> None:
+    """A list of checksums has no checksum itself, so it must be byte for byte as it is written."""
+    if path.read_bytes() != expected.encode():
         raise ConfigError(f"{path} is damaged: it is not as it was written")
 
 
-def _compare(folder: Path, recorded: Mapping[str, object], where: str, advance: Advance) -> Iterator[str]:
+def _compare(folder: Path, recorded: Mapping[str, object], listing: str, advance: Advance) -> Iterator[str]:
     for name, entry in sorted(recorded.items()):
         file = folder / name
         if ".." in Path(name).parts or Path(name).is_absolute():
-            yield f"{folder / where} is damaged: it names {name!r}"
+            yield f"{folder / listing} is damaged: it names {name!r}"
         elif not isinstance(entry, list) or len(entry) != 2:
-            yield f"{folder / where} is damaged: {json.dumps(entry)[:80]} for {name}"
+            yield f"{folder / listing} is damaged: {json.dumps(entry)[:80]} for {name}"
         elif not file.is_file():
             yield f"{file} is missing"
         elif file.stat().st_size != entry[0] or crc32c_of(file) != entry[1]:
-            yield f"{file} is damaged: size or checksum differ from {where}"
+            yield f"{file} is damaged: size or checksum differ from {listing}"
         advance(name)

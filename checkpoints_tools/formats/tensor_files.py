@@ -1,4 +1,4 @@
-"""Files of named tensors, whatever the names mean: Lightning ``.ckpt`` and safetensors, read tensor by tensor."""
+"""Files of named tensors, read tensor by tensor: Lightning ``.ckpt`` and safetensors."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -16,7 +16,7 @@ from deco_scale.errors import ConfigError
 MAX_JSON_BYTES = 64 * 2**20
 """Larger JSON files are refused."""
 INDEX_SUFFIX = ".safetensors.index.json"
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
     "BOOL": torch.bool,
@@ -24,7 +24,7 @@ _DTYPES = {
 
 
 class Store(Protocol):
-    """Named tensors of one or several files; ``facts`` are what else the files say."""
+    """Named tensors of one or several files; ``facts`` are the files' metadata."""
 
     path: Path
     specs: dict[str, TensorSpec]
@@ -35,10 +35,10 @@ class Store(Protocol):
 
 
 class LightningStore:
-    """The ``state_dict`` of a Lightning ``.ckpt``, without its prefix-less rest.
+    """The ``state_dict`` of a Lightning ``.ckpt``.
 
-    Raises :class:`ConfigError` for a file that is no archive of ``torch.save``, is cut short, holds anything that
-    ``weights_only`` does not permit, has no ``state_dict``, or has something else than dense tensors in it.
+    Raises :class:`ConfigError` for a file that is not a ``torch.save`` archive, is truncated, holds anything that
+    ``weights_only`` does not permit, has no ``state_dict``, or has anything but dense tensors in it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -46,12 +46,12 @@ class LightningStore:
         archive = Archive(path)
         content = archive.content
         if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
-            found = sorted(map(str, content))[:8] if isinstance(content, dict) else type(content).__name__
-            raise ConfigError(f"{path} has no state_dict, so it is no Lightning checkpoint (found: {found})")
+            actual = sorted(map(str, content))[:8] if isinstance(content, dict) else type(content).__name__
+            raise ConfigError(f"{path} has no state_dict, so it is no Lightning checkpoint (it has: {actual})")
         state = content["state_dict"]
-        strangers = [repr(n)[:80] for n in state if not isinstance(n, str)]
-        if strangers:
-            raise ConfigError(f"{path}: {strangers[0]} is no name of a tensor")
+        unnamed = [repr(n)[:80] for n in state if not isinstance(n, str)]
+        if unnamed:
+            raise ConfigError(f"{path}: {unnamed[0]} is not a tensor name")
         self._stored = {name: archive.stored(tensor, name) for name, tensor in state.items()}
         self.specs = {n: TensorSpec(s.shape, s.dtype) for n, s in sorted(self._stored.items())}
         plain = {k: content.get(k) for k in ("global_step", "epoch", "pytorch-lightning_version")}
@@ -80,9 +80,9 @@ class SafetensorsStore:
                         part = opened.get_slice(name)
                         if name in self.specs:
                             raise ConfigError(f"{file}: {name} is in another file already")
-                        if part.get_dtype() not in _DTYPES:
+                        if part.get_dtype() not in DTYPES:
                             raise ConfigError(f"{file}: {name} has the type {part.get_dtype()}, not supported")
-                        spec = TensorSpec(tuple(part.get_shape()), _DTYPES[part.get_dtype()])
+                        spec = TensorSpec(tuple(part.get_shape()), DTYPES[part.get_dtype()])
                         self.specs[name], self._file_of[name] = spec, file
             except (OSError, SafetensorError) as error:
                 raise ConfigError(f"{file} is damaged or missing: {error}") from error
@@ -102,7 +102,7 @@ class SafetensorsStore:
 
 
 def open_safetensors(path: Path) -> SafetensorsStore:
-    """A ``.safetensors`` file, or a sharded set by its index JSON, whose table must name each tensor's file."""
+    """A ``.safetensors`` file, or shards by their index JSON, which must name each tensor's file."""
     if not path.name.endswith(INDEX_SUFFIX):
         return SafetensorsStore(path, [path])
     table = read_json(path).get("weight_map")
@@ -126,11 +126,11 @@ def read_json(path: Path) -> Mapping[str, Any]:
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise ConfigError(f"{path}: {path.stat().st_size} bytes of JSON are refused")
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"{path} is damaged or missing: {error}") from error
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise ConfigError(f"{path} does not hold a JSON object")
-    return found
+    return content

@@ -1,9 +1,9 @@
-"""Reading ``torch.save`` archives without loading them: headers by ``weights_only``, data by position.
+"""Reading ``torch.save`` archives without loading them: headers by ``weights_only``, data by offset.
 
-An archive may be a whole file (a Lightning ``.ckpt``) or a stretch of one (a tensor in a DCP file). Its pickle is
+An archive is a file (a Lightning ``.ckpt``) or a part of one (a tensor in a DCP file). Its pickle is
 read by ``torch.load(weights_only=True, map_location="meta")``, which runs no code and allocates no tensor data.
-What a header claims is compared with the archive's own table of records, and that with the file's size, before
-anything is read. Compressed records are refused: PyTorch writes none, and they could unfold without bound.
+The header is compared with the archive's own table of records, and that with the file's size, before anything is
+read. Compressed records are refused: PyTorch writes none, and they could expand without bound.
 """
 
 import io
@@ -41,7 +41,7 @@ class StoredTensor:
         return self.stride == _row_major(self.shape)
 
     def read_into(self, flat: Tensor, first: int = 0) -> None:
-        """Fill a flat tensor of the stored type with elements from ``first`` on; where they are contiguous."""
+        """Fill a flat tensor of the stored type with elements from ``first`` on; they must be contiguous."""
         assert self.contiguous and flat.dtype == self.dtype
         _fill(flat, self.file, self.start + first * self.dtype.itemsize)
 
@@ -61,9 +61,9 @@ class StoredTensor:
 
 
 class Archive:
-    """The parsed header of an archive: ``content`` with meta tensors, each of which :meth:`stored` locates.
+    """The parsed header of an archive: ``content`` has meta tensors, which :meth:`stored` locates in the file.
 
-    Raises :class:`ConfigError` naming ``file`` (and ``what`` is read of it) where it is not a plain archive.
+    Raises :class:`ConfigError` naming ``file`` (and ``what`` is read from it) if it is not a plain archive.
     """
 
     def __init__(self, file: Path, *, start: int = 0, length: int | None = None, what: str = "") -> None:
@@ -73,9 +73,9 @@ class Archive:
             size = file.stat().st_size
             length = size - start if length is None else length
             if start < 0 or length < 0 or start + length > size:
-                raise ConfigError(f"{self._where} lies outside of the file's {size} bytes")
+                raise ConfigError(f"{self._where} is outside of the file's {size} bytes")
             with file.open("rb") as raw:
-                view = io.BufferedReader(_Stretch(raw, start, length))
+                view = io.BufferedReader(_FileRange(raw, start, length))
                 self._records = _data_records(view, length, self._where)
                 view.seek(0)
                 self.content: Any = torch.load(view, map_location="meta", weights_only=True)
@@ -90,27 +90,27 @@ class Archive:
             raise ConfigError(f"{self._where} is damaged: {type(error).__name__}: {_first_line(error)}") from error
 
     def stored(self, tensor: object, name: str) -> StoredTensor:
-        """Where the data of a tensor of ``content`` lie; raises :class:`ConfigError` naming the tensor."""
+        """Locate the data of a tensor of ``content``; raises :class:`ConfigError` naming the tensor."""
         if not isinstance(tensor, Tensor):
             raise ConfigError(f"{self._where}: {name} is a {type(tensor).__name__}, not a tensor")
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "meta":
             raise ConfigError(f"{self._where}: {name} is not a plain dense tensor")
         position = tensor.untyped_storage()._checkpoint_offset
-        room = self._records.get(-1 if position is None else position)
-        if position is None or room is None:
+        available = self._records.get(-1 if position is None else position)
+        if position is None or available is None:
             raise ConfigError(f"{self._where}: the data of {name} are not where its header says")
         shape, stride = tuple(tensor.shape), tuple(tensor.stride())
         first = int(tensor.storage_offset())
         needed = (first + _extent(shape, stride)) * tensor.dtype.itemsize
-        if needed > room or tensor.numel() * tensor.dtype.itemsize > room:
+        if needed > available or tensor.numel() * tensor.dtype.itemsize > available:
             raise ConfigError(
-                f"{self._where}: {name} of shape {shape} needs {needed} bytes, {room} are stored for it"
+                f"{self._where}: {name} of shape {shape} needs {needed} bytes, {available} are stored for it"
             )
-        at = self._start + position + first * tensor.dtype.itemsize
-        return StoredTensor(self._file, at, shape, stride, tensor.dtype)
+        start = self._start + position + first * tensor.dtype.itemsize
+        return StoredTensor(self._file, start, shape, stride, tensor.dtype)
 
 
-def check_record_sums(file: Path) -> None:
+def check_record_crcs(file: Path) -> None:
     """Compare the CRC-32 of all records of a ``torch.save`` file; raises :class:`ConfigError` naming one."""
     try:
         with zipfile.ZipFile(file) as archive:
@@ -122,10 +122,10 @@ def check_record_sums(file: Path) -> None:
 
 
 def _data_records(view: BinaryIO, length: int, where: str) -> Mapping[int, int]:
-    """Size of each record by the position of its data; all records stored as they are, inside of the archive."""
+    """Size of each record by the offset of its data; all records must be uncompressed and inside the archive."""
     if view.read(4) != _LOCAL_MAGIC:
         raise ConfigError(
-            f"{where} is no archive of torch.save (PyTorch 1.6 or newer writes them; "
+            f"{where} is not a torch.save archive (PyTorch 1.6 or newer writes them; "
             "load an older file there and save it again)"
         )
     records: dict[int, int] = {}
@@ -141,7 +141,7 @@ def _data_records(view: BinaryIO, length: int, where: str) -> Mapping[int, int]:
                 name_bytes, extra_bytes = struct.unpack("<HH", header[26:30])
                 data = info.header_offset + _LOCAL_HEADER_BYTES + name_bytes + extra_bytes
                 if data + info.file_size > length:
-                    raise ConfigError(f"{where} is cut short: record {info.filename} goes beyond its end")
+                    raise ConfigError(f"{where} is truncated: record {info.filename} goes beyond its end")
                 if info.filename.endswith("/data.pkl") and info.file_size > MAX_PICKLE_BYTES:
                     raise ConfigError(f"{where}: a header of {info.file_size} bytes is refused")
                 if info.filename.endswith("/byteorder"):
@@ -152,11 +152,11 @@ def _data_records(view: BinaryIO, length: int, where: str) -> Mapping[int, int]:
     except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
         if isinstance(error, ConfigError):
             raise
-        raise ConfigError(f"{where} is damaged or cut short: {error}") from error
+        raise ConfigError(f"{where} is damaged or truncated: {error}") from error
     return records
 
 
-class _Stretch(io.RawIOBase):
+class _FileRange(io.RawIOBase):
     """A part of an open file as a file of its own."""
 
     def __init__(self, file: BinaryIO, start: int, length: int) -> None:
@@ -179,11 +179,11 @@ class _Stretch(io.RawIOBase):
         return self._at
 
     def readinto(self, buffer: Any) -> int:
-        wanted = max(0, min(len(buffer), self._length - self._at))
+        count = max(0, min(len(buffer), self._length - self._at))
         self._file.seek(self._start + self._at)
-        count = self._file.readinto(memoryview(buffer)[:wanted])  # type: ignore[attr-defined]
-        self._at += count
-        return int(count)
+        done = self._file.readinto(memoryview(buffer)[:count])  # type: ignore[attr-defined]
+        self._at += done
+        return int(done)
 
 
 def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -208,7 +208,7 @@ def _fill(tensor: Tensor, file: Path, start: int) -> None:
             while done < len(target):
                 count = stream.readinto(target[done:])
                 if not count:
-                    raise ConfigError(f"{file} is cut short: {len(target) - done} bytes are missing")
+                    raise ConfigError(f"{file} is truncated: {len(target) - done} bytes are missing")
                 done += count
     except OSError as error:
         raise ConfigError(f"{file} cannot be read: {error.strerror}") from error

@@ -1,7 +1,7 @@
-"""DeepSpeed's universal checkpoints: a folder for each parameter, with whole tensors, whatever the layout.
+"""DeepSpeed's universal checkpoints: a folder for each parameter, with full tensors, for any layout.
 
 ``<tag>/zero/<parameter>/`` has ``fp32.pt``, ``exp_avg.pt``, ``exp_avg_sq.pt`` and ``step.pt``; the tag's
-model-states file says where the run stood (``deepspeed/checkpoint/ds_to_universal.py`` of DeepSpeed 0.19).
+model-states file has the run's progress (``deepspeed/checkpoint/ds_to_universal.py`` of DeepSpeed 0.19).
 """
 
 from collections import OrderedDict
@@ -15,26 +15,28 @@ from torch import Tensor
 
 from checkpoints_tools.base import Advance, CheckpointReader, TensorSpec
 from checkpoints_tools.formats.torch_zip import StoredTensor
-from checkpoints_tools.formats.zero.layout import Shape, whole_shape
+from checkpoints_tools.formats.zero.layout import Shape, full_shape
 from checkpoints_tools.formats.zero.side_file import (
     CARRIED,
-    MODEL_STATES,
     PARAMETERS,
     VERSION,
     Progress,
-    check_sets,
+    check_model,
     model_progress,
+    model_states_files,
     open_archive,
     parameter_shapes,
     read_side,
     reshaped,
     resolve_tag,
+    single_progress,
     stored_number,
 )
 from checkpoints_tools.formats.zero.writer import ZeroLayout, adamw_group, model_states, parameter_order
-from checkpoints_tools.memory_budget import SYNC_THREADS, Budget, held_bytes, in_threads, tensor_budget
+from checkpoints_tools.memory_budget import MemoryBudget, in_threads, peak_bytes, sync_files, tensor_budget
 from data_pipeline.storage.files import make_durable
-from deco_scale.checkpoint.format import CheckpointMeta, ChecksummedFile, without_record_sums
+from deco_scale.checkpoint.format import CheckpointMeta, without_record_checksums
+from deco_scale.checkpoint.integrity import ChecksummedFile
 from deco_scale.errors import ConfigError
 from deco_scale.models.tp_plan import split_dim
 
@@ -43,16 +45,16 @@ _OPTIMIZER = "optimizer_state.pt"
 
 
 def is_universal(path: Path) -> bool:
-    """Whether a folder is, or points by its ``latest_universal`` to, a universal checkpoint."""
+    """Whether a folder is a universal checkpoint, or has a ``latest_universal`` file that names one."""
     return (path / "latest_universal").is_file() or (path / "zero" / _OPTIMIZER).is_file()
 
 
 class UniversalReader:
     """A universal checkpoint; implements :class:`checkpoints_tools.base.CheckpointReader`.
 
-    Shapes are compared with those of the model that the names describe, because conversions with tensor
-    parallelism have put parts together along the wrong dimension. Tensors that were stored flat take the shape
-    that the model-states file says. Raises :class:`ConfigError` naming the file.
+    Shapes are compared with those of the inferred model, because conversions with tensor parallelism have joined
+    parts along the wrong dimension. Tensors that were stored flat take their shape from the model-states file.
+    Raises :class:`ConfigError` naming the file.
     """
 
     meta = None
@@ -71,13 +73,13 @@ class UniversalReader:
             raise ConfigError(f"{self.path / 'zero' / missing[0]} is missing, which the model-states file lists")
         self._read_optimizer(steps)
         if len(steps) > 1:
-            (one, a), (other, b) = sorted(steps.items())[:2]
-            raise ConfigError(f"{self.path} mixes optimizer steps: {a} says {one}, {b} says {other}")
+            (first, a), (second, b) = sorted(steps.items())[:2]
+            raise ConfigError(f"{self.path} mixes optimizer steps: {a} has {first}, {b} has {second}")
         self.progress = Progress(step, next(iter(steps), step - skipped), samples)
         self._side, self.side_meta = read_side(self.path, step)
         specs = {n: TensorSpec(s.shape, s.dtype) for n, s in self._stored.items()}
         self.specs = dict(sorted((specs | (self._side.specs if self._side is not None else {})).items()))
-        self.model = check_sets(self.specs, self.path)
+        self.model = check_model(self.specs, self.path)
 
     @property
     def facts(self) -> Mapping[str, Any]:
@@ -89,35 +91,25 @@ class UniversalReader:
         return self._stored[name].read(rows)
 
     def _read_model_states(self) -> tuple[int, int, int, dict[str, Shape]]:
-        """Steps, skipped steps, samples, and whole shapes by parameter."""
-        said: dict[tuple[int, int, int], Path] = {}
+        """Steps, skipped steps, samples, and full shapes by parameter."""
+        progress: dict[tuple[int, int, int], Path] = {}
         shapes: dict[str, Shape] = {}
-        for file in sorted(self.path.glob("*model_states.pt")):
-            if MODEL_STATES.fullmatch(file.name) is None:
-                raise ConfigError(f"{file} is a file of pipeline or expert parallelism, which is not supported")
-            content = open_archive(file).content
-            said[model_progress(content, file)] = file
+        for file, _, content in model_states_files(self.path):
+            progress[model_progress(content, file)] = file
             tp = content.get("mp_world_size")
             for group in parameter_shapes(content, file):
-                shapes |= {n: whole_shape(n, s, tp if isinstance(tp, int) else 1) for n, s in group.items()}
-        if not said:
-            raise ConfigError(f"{self.path} has no *_model_states.pt file, which says where the run stood")
-        if len(said) > 1:
-            (one, a), (other, b) = sorted(said.items())[:2]
-            raise ConfigError(
-                f"{self.path} mixes steps: {a.name} is of step {one[0]}, {b.name} of step {other[0]}"
-            )
-        return *next(iter(said)), shapes
+                shapes |= {n: full_shape(n, s, tp if isinstance(tp, int) else 1) for n, s in group.items()}
+        return *single_progress(progress, self.path), shapes
 
     def _read_parameter(self, folder: Path, shapes: Mapping[str, Shape], steps: dict[int, Path]) -> None:
         name = folder.name
         if not name.startswith(PARAMETERS) or name not in shapes:
             raise ConfigError(f"{folder}: unknown parameter")
-        found = [stem for stem in _FILES if (folder / f"{stem}.pt").is_file()]
-        if "fp32" not in found or len(found) == 2:
-            lacking = next(stem for stem in _FILES if stem not in found)
-            raise ConfigError(f"{folder / lacking}.pt is missing")
-        for stem in found:
+        stems = [stem for stem in _FILES if (folder / f"{stem}.pt").is_file()]
+        if "fp32" not in stems or len(stems) == 2:
+            missing = next(stem for stem in _FILES if stem not in stems)
+            raise ConfigError(f"{folder / missing}.pt is missing")
+        for stem in stems:
             file = folder / f"{stem}.pt"
             archive = open_archive(file)
             content = archive.content
@@ -136,7 +128,7 @@ class UniversalReader:
                 steps.setdefault(step, file)
 
     def _read_optimizer(self, steps: dict[int, Path]) -> None:
-        """Note the step that ZeRO-3's conversion keeps in the common file alone."""
+        """Note the step that ZeRO-3's conversion stores only in the common file."""
         file = self.path / "zero" / _OPTIMIZER
         archive = open_archive(file)
         inner = archive.content.get("optimizer_state_dict") if isinstance(archive.content, Mapping) else None
@@ -156,11 +148,11 @@ def write_universal(
     memory: int | None = None,
     advance: Advance = lambda name: None,
 ) -> None:
-    """Write a universal checkpoint into ``folder``, which exists; ``memory`` bounds the tensors that are held.
+    """Write a universal checkpoint into the existing ``folder``; ``memory`` bounds the tensors in memory.
 
-    ``source`` has moments, without which DeepSpeed loads no universal checkpoint. What is written loads under
-    ZeRO-1, 2 and 3 on any number of ranks. A tensor that ZeRO-1/2 is to cut over tensor parallel ranks says along
-    which dimension.
+    ``source`` must have moments, without which DeepSpeed does not load a universal checkpoint. The result loads
+    under ZeRO-1, 2 and 3 on any number of ranks. A tensor that ZeRO-1/2 splits over tensor parallel ranks records
+    the dimension.
     """
     shapes = parameter_order(source)
     zero = folder / "zero"
@@ -169,12 +161,12 @@ def write_universal(
         (zero / name).mkdir(parents=True)
         _save(zero / name / "step.pt", step)
 
-    budget = Budget(tensor_budget(source.specs.values(), memory))
+    budget = MemoryBudget(tensor_budget(source.specs.values(), memory))
 
     def save(full: str) -> None:
         kind, _, name = full.partition(".")
         stem = next(s for s, k in _FILES.items() if k == kind)
-        with budget.hold(held_bytes(source.specs[full])):
+        with budget.reserve(peak_bytes(source.specs[full])):
             content: dict[str, Any] = {"param": source.read(full).float().contiguous()}
             dim = split_dim(name)
             if dim is not None:
@@ -183,11 +175,9 @@ def write_universal(
             del content
         advance(full)
 
-    with without_record_sums():
+    with without_record_checksums():
         in_threads(save, [f"{kind}.{name}" for kind in CARRIED for name in shapes], workers)
-    files = [*zero.glob("*/*.pt"), *(zero / name for name in shapes)]
-    # Waiting for the disk once is several times as fast as after each file.
-    in_threads(make_durable, files, SYNC_THREADS)
+    sync_files([*zero.glob("*/*.pt"), *(zero / name for name in shapes)])
     group = adamw_group(meta, [0])
     common = {
         "dynamic_loss_scale": False,
@@ -195,15 +185,15 @@ def write_universal(
         "clip_grad": float((meta.config.get("optimizer") or {}).get("clip_norm", 0.0)),
         "ds_version": VERSION,
         "param_groups": [group],
-        # Where ZeRO-3 looks.
+        # Read by ZeRO-3.
         "optimizer_state_dict": {"state": {0: {"step": step}}, "param_groups": [group]},
     }
     _save(zero / _OPTIMIZER, common)
     make_durable(zero / _OPTIMIZER)
     make_durable(zero)
-    whole = ZeroLayout(dp=1, tp=1, stage=1)
-    content = model_states([OrderedDict(shapes)], meta, whole, {})
-    for file in (*whole.model_files(0), *ZeroLayout(dp=1, tp=1, stage=3).model_files(0)):
+    single = ZeroLayout(dp=1, tp=1, stage=1)
+    content = model_states([OrderedDict(shapes)], meta, single, {})
+    for file in (*single.model_files(0), *ZeroLayout(dp=1, tp=1, stage=3).model_files(0)):
         _save(folder / file, content)
         make_durable(folder / file)
 

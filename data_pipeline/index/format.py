@@ -8,7 +8,6 @@ memory, so that the processes of a node share one copy.
 import dataclasses
 import hashlib
 import json
-import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,11 +15,11 @@ from typing import Any
 
 import google_crc32c
 import numpy as np
-from safetensors.numpy import save
 
 from data_pipeline.errors import DataError
 from data_pipeline.storage.base import ObjectInfo, Store
 from data_pipeline.storage.files import atomic_path
+from data_pipeline.storage.safetensors import encode_header, parse_header
 
 INDEX_KEY = "index.safetensors"
 VERSION = 2
@@ -49,7 +48,7 @@ IS_JSON, IS_LABEL = 1, 2
 """Flags: what the text member is; neither means ``.txt``."""
 SCORE = "score."
 """Prefix of columns with numbers from the samples' ``.json``."""
-_MAX_HEADER = 256 * 2**20
+_TYPES = {"F32": np.float32, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8}
 _PIECE = 32 * 2**20
 _ATTEMPTS = 4
 
@@ -222,8 +221,10 @@ def pack_columns(columns: Mapping[str, "np.ndarray[Any, Any]"], header: Mapping[
     text = json.dumps(checked)
     metadata = {"header": text, "crc32c": str(google_crc32c.value(text.encode()))}
     # Columns of 4 bytes before those of 2 and 1, so that each lies aligned when mapped.
-    arrays = dict(sorted(columns.items(), key=lambda item: -item[1].dtype.itemsize))
-    return save(arrays, metadata)
+    arrays = dict(sorted(columns.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])))
+    names = {np.dtype(dtype): name for name, dtype in _TYPES.items()}
+    tensors = {n: (names[column.dtype], column.shape) for n, column in arrays.items()}
+    return b"".join([encode_header(tensors, metadata), *(_bytes(column) for column in arrays.values())])
 
 
 def unpack_columns(
@@ -231,7 +232,7 @@ def unpack_columns(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Columns (views of ``raw``) and header of such a file; raises :class:`DataError` for any damage."""
     try:
-        arrays, metadata = _parse_safetensors(raw)
+        arrays, metadata = _parse_columns(raw)
         if str(google_crc32c.value(metadata["header"].encode())) != metadata["crc32c"]:
             raise ValueError("wrong checksum of the header")
         header = json.loads(metadata["header"])
@@ -247,31 +248,18 @@ def unpack_columns(
                 raise ValueError(f"wrong checksum of column {name}")
         if len({len(column) for column in columns.values()}) > 1:
             raise ValueError("columns of different lengths")
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, struct.error, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
         raise DataError(f"{where} is damaged ({type(error).__name__}: {error}); make it again") from error
     return columns, header
 
 
-def _parse_safetensors(raw: "np.ndarray[Any, np.dtype[np.uint8]]") -> tuple[dict[str, Any], dict[str, str]]:
+def _parse_columns(raw: "np.ndarray[Any, np.dtype[np.uint8]]") -> tuple[dict[str, Any], dict[str, str]]:
     """Columns as views of ``raw``: the library's own reader copies."""
-    (size,) = struct.unpack("<Q", raw[:8].tobytes())
-    if size > min(len(raw) - 8, _MAX_HEADER):
-        raise ValueError(f"a header of {size} bytes in a file of {len(raw)}")
-    header = json.loads(raw[8 : 8 + size].tobytes())
-    metadata = header.pop("__metadata__")
-    types = {"F32": np.float32, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8}
-    arrays = {}
-    for name, entry in header.items():
-        first, last = entry["data_offsets"]
-        if not 0 <= first <= last <= len(raw) - 8 - size:
-            raise ValueError(f"column {name} lies outside of the file")
-        arrays[name] = raw[8 + size + first : 8 + size + last].view(types[entry["dtype"]])
-        if entry["shape"] != [len(arrays[name])]:
-            raise ValueError(f"column {name} has shape {entry['shape']}")
-    used = sum(array.nbytes for array in arrays.values())
-    if used != len(raw) - 8 - size:
-        raise ValueError(f"{len(raw) - 8 - size} bytes of columns, the header says {used}")
-    return arrays, metadata
+    entries, metadata = parse_header(raw)
+    for name, entry in entries.items():
+        if len(entry.shape) != 1:
+            raise ValueError(f"column {name} has shape {entry.shape}")
+    return {n: raw[e.start : e.end].view(_TYPES[e.dtype]) for n, e in entries.items()}, metadata
 
 
 def _raw(store: Store, cache: Path | None, *, fresh: bool) -> "np.ndarray[Any, np.dtype[np.uint8]] | None":

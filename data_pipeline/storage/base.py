@@ -79,6 +79,9 @@ class Store(Protocol):
     def write_file(self, key: str, path: Path) -> None:
         """Create or replace an object from a file, all or nothing."""
 
+    def abort_uploads(self) -> None:
+        """Remove what interrupted uploads have left behind, which is billed and which no listing shows."""
+
 
 def open_store(url: str, access: Access = Access(), *, budget: RetryBudget | None = None) -> Store:
     """Store for ``s3://bucket/prefix`` or a local path; raises :class:`DataError` for anything else.

@@ -2,9 +2,13 @@
 
 import contextlib
 import os
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+
+SAVING = ".saving_"
+"""Prefix of the hidden folder in which a folder is written before it takes its name."""
 
 
 def make_durable(path: Path) -> None:
@@ -55,3 +59,21 @@ def atomic_write(
     """Create or replace a file in one move; see :func:`atomic_path`. Raises ``OSError``."""
     with atomic_path(path, scratch=scratch, durable=durable, shared=shared) as partial:
         partial.write_bytes(data)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty hidden folder beside ``path``; at the end it takes the name, after an error it is removed.
+
+    What is written in it must be durable; the folder itself is made so here. Raises ``OSError``.
+    """
+    partial = path.parent / f"{SAVING}{path.name}"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        make_durable(partial)
+        os.rename(partial, path)
+        make_durable(path.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -80,6 +80,9 @@ class LocalStore:
     def write_file(self, key: str, path: Path) -> None:
         self._replace(key, lambda partial: shutil.copyfile(path, partial))
 
+    def abort_uploads(self) -> None:
+        """Interrupted writes leave nothing that would have to be removed."""
+
     def _replace(self, key: str, fill: Callable[[Path], object]) -> None:
         path = self._root / key
         self._count(0)

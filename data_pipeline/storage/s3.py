@@ -170,6 +170,16 @@ class S3Store:
         except OSError as error:
             raise StoreError(f"{path}: {error.strerror}") from error
 
+    def abort_uploads(self) -> None:
+        query: dict[str, Any] = {"Prefix": self._prefix}
+        while True:
+            page = self._call("", "list_multipart_uploads", **query)
+            for upload in page.get("Uploads", []):
+                self._call("", "abort_multipart_upload", Key=upload["Key"], UploadId=upload["UploadId"])
+            if not page.get("IsTruncated"):
+                return
+            query |= {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
+
     def _connect(self) -> Any:
         access = self._access
         config = Config(

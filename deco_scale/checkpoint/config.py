@@ -21,14 +21,14 @@ class KeepBest:
 class CheckpointConfig:
     """When and where to save, what to keep, and what a fresh run starts from.
 
-    Kept are the last ``keep_last``, every ``keep_every``-th step (0: none) and ``keep_best``. ``asynchronous``
-    saving holds a step up only while this rank's shards are copied. ``url`` (``s3://bucket/prefix``) is where
-    checkpoints go instead of the run's folder, which then only holds files on their way. The EMA alone is
+    The last ``keep_last`` checkpoints, every ``keep_every``-th step (0: none) and ``keep_best`` are kept. An
+    ``asynchronous`` save stalls training only while this rank's shards are copied. Checkpoints go to ``url``
+    (``s3://bucket/prefix``) if set; the run's folder then only holds files until they are uploaded. The EMA is
     exported every ``ema_every`` steps (0: never) and at ``ema_steps``.
 
-    A run without a checkpoint of its own takes its weights from the checkpoint ``init_from``, with a fresh
-    optimizer and the EMA equal to the weights: those of the ``model`` or its ``ema``, except parameters whose
-    names match a pattern of ``init_skip`` (shell style, as ``denoiser.decoder.*``).
+    A run without a checkpoint of its own takes its weights from the checkpoint ``init_from``: its ``model`` or
+    ``ema`` weights (``init_weights``), except parameters whose names match a pattern of ``init_skip`` (shell
+    style, such as ``denoiser.decoder.*``). The optimizer starts fresh, and the EMA equals the weights.
     """
 
     every: int = 1000
@@ -49,6 +49,8 @@ class CheckpointConfig:
         if self.ema_every < 0 or any(step < 1 for step in self.ema_steps):
             raise ValueError("ema_every must not be negative, ema_steps must be at least 1")
         if self.url is not None and not self.url.startswith("s3://"):
-            raise ValueError(f"url={self.url} must look like s3://bucket/prefix; local checkpoints lie in run.dir")
+            raise ValueError(
+                f"url={self.url} must look like s3://bucket/prefix; local checkpoints are stored in run.dir"
+            )
         if self.init_from is None and (self.init_skip or self.init_weights != "model"):
             raise ValueError("init_weights and init_skip need init_from")

@@ -1,9 +1,9 @@
-"""DCP's index (``.metadata``) read as data: a pickle of a small, known vocabulary, without its classes.
+"""DCP's index (``.metadata``): read as data without unpickling DCP's classes, and written by DCP itself.
 
-The index names classes by module and name. Each pair must be in a closed table, and stands for an inert shell
-that is made for one reading and only keeps what it is given. Before, the stream of opcodes is looked over: only
-those that DCP's writer uses, with memo numbers that the file can really hold, so that no index can reserve memory
-that it does not fill.
+The index is a pickle that names classes by module and name. Each name must be in a fixed table and is replaced by
+an inert class that only stores what it is given. The opcodes are checked first: only those that DCP's writer uses
+are accepted, and memo numbers must be smaller than the file, so that no index can reserve memory that it does not
+fill.
 """
 
 import io
@@ -15,11 +15,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.storage import WriteResult
 
 from deco_scale.errors import ConfigError, Damaged
 
 MAX_INDEX_BYTES = 256 * 2**20
-"""Larger indexes are refused; a piece of a tensor takes about 200 bytes of it."""
+"""Larger indexes are refused; each piece of a tensor takes about 200 bytes."""
 
 _METADATA = "torch.distributed.checkpoint.metadata"
 _SHELLS = {
@@ -42,7 +53,7 @@ _OPCODES = {
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A box of a tensor and the stretch of a file that holds it as a ``torch.save`` archive."""
+    """A box of a tensor and the byte range of a file that holds it as a ``torch.save`` archive."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -53,7 +64,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class IndexedTensor:
-    """Shape, type and pieces of a tensor; that the pieces fill it is the reader's to check."""
+    """Shape, type and pieces of a tensor; whether the pieces fill it is for the reader to check."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -70,15 +81,44 @@ def read_index(path: Path) -> dict[str, IndexedTensor]:
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
     try:
-        _look_over(raw)
+        _check_opcodes(raw)
         return _tensors(_ShellUnpickler(io.BytesIO(raw)).load())
     except (MemoryError, RecursionError, Exception) as error:
         # Arbitrary bytes drive the unpickler: any exception means a damaged index.
         raise Damaged(f"{path} is damaged or not a checkpoint's: {type(error).__name__}: {error}") from error
 
 
+def to_dcp(index: Mapping[str, IndexedTensor]) -> Metadata:
+    """An index in DCP's own classes."""
+    entries: dict[str, Any] = {}
+    storage: dict[MetadataIndex, _StorageInfo] = {}
+    for name, tensor in index.items():
+        chunks = [ChunkStorageMetadata(torch.Size(p.offsets), torch.Size(p.sizes)) for p in tensor.pieces]
+        properties = TensorProperties(dtype=tensor.dtype)
+        entries[name] = TensorStorageMetadata(properties, torch.Size(tensor.shape), chunks)
+        for piece in tensor.pieces:
+            key = MetadataIndex(name, torch.Size(piece.offsets))
+            storage[key] = _StorageInfo(piece.file, piece.start, piece.length)
+    return Metadata(
+        entries, planner_data={n: (n,) for n in index}, storage_data=storage, storage_meta=StorageMeta()
+    )
+
+
+def write_index(folder: Path, index: Mapping[str, IndexedTensor]) -> None:
+    """Write ``.metadata`` into ``folder``, durably."""
+    metadata = to_dcp(index)
+    results = [WriteResult(key, info.length, info) for key, info in metadata.storage_data.items()]
+    FileSystemWriter(folder, sync_files=True).finish(metadata, [results])
+
+
+def first_failure(error: CheckpointException) -> tuple[int, BaseException]:
+    """Rank and exception behind what DCP raises on every rank."""
+    rank, wrapped = next(iter(error.failures.items()))
+    return rank, wrapped[0]
+
+
 class _Shell:
-    """Stands for an object of DCP's; ``fields`` is the state that the pickle gives it."""
+    """Replaces an object of DCP; ``fields`` is the state that the pickle gives it."""
 
     fields: Any = None
 
@@ -105,8 +145,8 @@ class _ShellUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"{module}.{name} does not belong in a checkpoint's index")
 
 
-def _look_over(raw: bytes) -> None:
-    """Raise ``UnpicklingError`` for an opcode or a memo number that DCP's writer would not write."""
+def _check_opcodes(raw: bytes) -> None:
+    """Raise ``UnpicklingError`` for an opcode or memo number that DCP's writer never writes."""
     for opcode, argument, _ in pickletools.genops(raw):
         if opcode.name not in _OPCODES:
             raise pickle.UnpicklingError(f"opcode {opcode.name} does not belong in a checkpoint's index")
@@ -114,16 +154,16 @@ def _look_over(raw: bytes) -> None:
             raise pickle.UnpicklingError(f"{opcode.name} {argument} is beyond the index's {len(raw)} bytes")
 
 
-def _tensors(found: Any) -> dict[str, IndexedTensor]:
-    entries: Mapping[Any, Any] = _fields(found, "Metadata")["state_dict_metadata"]
+def _tensors(metadata: Any) -> dict[str, IndexedTensor]:
+    entries: Mapping[Any, Any] = _fields(metadata, "Metadata")["state_dict_metadata"]
     storage: dict[tuple[str, tuple[int, ...]], Mapping[str, Any]] = {}
-    for key, info in _fields(found, "Metadata")["storage_data"].items():
-        at = _fields(key, "MetadataIndex")
-        storage[str(at["fqn"]), _numbers(at.get("offset") or ())] = _fields(info, "_StorageInfo")
+    for key, info in _fields(metadata, "Metadata")["storage_data"].items():
+        index = _fields(key, "MetadataIndex")
+        storage[str(index["fqn"]), _numbers(index.get("offset") or ())] = _fields(info, "_StorageInfo")
     tensors: dict[str, IndexedTensor] = {}
     for name, entry in entries.items():
         if not isinstance(name, str):
-            raise ValueError(f"{name!r} is no name of a tensor")
+            raise ValueError(f"{name!r} is not a tensor name")
         fields = _fields(entry, "TensorStorageMetadata")
         dtype, layout = _state(fields["properties"], "TensorProperties")[:2]
         if not isinstance(dtype, torch.dtype) or layout != "torch.strided":
@@ -138,7 +178,7 @@ def _piece(name: str, chunk: Any, storage: Mapping[tuple[str, tuple[int, ...]], 
     offsets = _numbers(fields["offsets"])
     info = storage[name, offsets]
     if info.get("transform_descriptors"):
-        raise ValueError(f"{name} is stored transformed, which is not supported")
+        raise ValueError(f"{name} is stored transformed (compressed or encrypted), which is not supported")
     start, length = _numbers((info["offset"], info["length"]))
     file = info["relative_path"]
     if not isinstance(file, str) or "/" in file or file in ("", ".", ".."):
@@ -148,7 +188,7 @@ def _piece(name: str, chunk: Any, storage: Mapping[tuple[str, tuple[int, ...]], 
 
 def _state(shell: Any, kind: str) -> Any:
     if not isinstance(shell, _Shell) or type(shell).__name__ != kind:
-        raise ValueError(f"a {type(shell).__name__} where a {kind} belongs")
+        raise ValueError(f"a {type(shell).__name__} instead of a {kind}")
     return shell.fields
 
 
@@ -162,5 +202,5 @@ def _fields(shell: Any, kind: str) -> Mapping[str, Any]:
 def _numbers(values: Any) -> tuple[int, ...]:
     numbers = tuple(values)
     if not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
-        raise ValueError(f"{numbers} are no sizes")
+        raise ValueError(f"{numbers} are not sizes")
     return numbers

@@ -5,20 +5,19 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data_pipeline.storage.files import make_durable, write_durably
-from deco_scale.checkpoint.async_save import CheckpointGroup
+from data_pipeline.storage.files import atomic_folder, write_durably
+from data_pipeline.storage.safetensors import encode_header
 from deco_scale.checkpoint.format import CheckpointMeta
+from deco_scale.checkpoint.integrity import raw_bytes
 from deco_scale.checkpoint.staging import Snapshot
-from deco_scale.checkpoint.storage import SAVING
+from deco_scale.distributed.collectives import gather_objects, raise_together
 from deco_scale.errors import RunError
 from deco_scale.parallel.engines.base import EMA_PREFIX
 
@@ -39,56 +38,34 @@ def export_name(step: int) -> str:
     return f"ema_step_{step:08d}"
 
 
-def export_ema(snapshot: Snapshot, meta: CheckpointMeta, folder: Path, team: CheckpointGroup) -> Path:
+def export_ema(snapshot: Snapshot, meta: CheckpointMeta, folder: Path, group: dist.ProcessGroup | None) -> Path:
     """Write ``ema_step_XXXXXXXX/`` in ``folder``: fp32 weights by the plain denoiser's names, and ``config.json``.
 
     Rank 0 writes and holds one tensor at a time, the others send their parts of it. Raises :class:`RunError` on
-    every rank where the disk refuses; then nothing is left behind.
+    every rank if the disk cannot be written; then nothing is left behind.
     """
     final = folder / export_name(meta.step)
-    temporary = folder / f"{SAVING}{final.name}"
-    shapes, pieces = _layout(snapshot, team)
-    problem: OSError | None = None
-    file: BinaryIO | None = None
-    try:
-        if team.rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            file = (temporary / WEIGHTS).open("wb")
-            file.write(_header(shapes))
-    except OSError as error:
-        problem = error
-    for tensor in _gathered(snapshot, shapes, pieces, team):
-        # After an error the ranks still send what they were about to.
-        if file is not None and problem is None:
-            try:
-                file.write(tensor.reshape(-1).numpy().tobytes())
-            except OSError as error:
-                problem = error
+    shapes, pieces = _layout(snapshot, group)
+    tensors = _gather_tensors(snapshot, shapes, pieces, group)
 
-    def finish() -> None:
+    def write() -> None:
         try:
-            if problem is not None:
-                raise problem
-            if file is not None:
-                _finish(file, temporary, final, meta)
+            if dist.get_rank() == 0:
+                _write(tensors, shapes, meta, final)
         except OSError as error:
             raise RunError(f"{error.filename or final}: {error.strerror}") from error
+        finally:
+            # The other ranks send all their parts, also after an error of rank 0.
+            for _ in tensors:
+                pass
 
-    try:
-        team.agree(finish)
-    finally:
-        if file is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
-            with suppress(OSError):
-                file.close()
+    raise_together(write, group)
     return final
 
 
-def _finish(file: BinaryIO, temporary: Path, final: Path, meta: CheckpointMeta) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-    file.close()
+def _write(
+    tensors: Iterator[Tensor], shapes: Mapping[str, tuple[int, ...]], meta: CheckpointMeta, final: Path
+) -> None:
     objective = meta.config.get("objective") or {}
     settings = {
         "model": meta.config.get("model"),
@@ -98,68 +75,60 @@ def _finish(file: BinaryIO, temporary: Path, final: Path, meta: CheckpointMeta) 
         "dtype": "float32",
         "provenance": {"step": meta.step, "stage": meta.stage, "samples": meta.samples},
     }
-    write_durably(temporary / SETTINGS, json.dumps(settings, indent=1).encode())
-    make_durable(temporary)
-    if final.exists():
-        shutil.rmtree(final)
-    os.rename(temporary, final)
-    make_durable(final.parent)
+    with atomic_folder(final) as temporary:
+        with (temporary / WEIGHTS).open("wb") as file:
+            file.write(encode_header({name: ("F32", shape) for name, shape in shapes.items()}))
+            for tensor in tensors:
+                file.write(raw_bytes(tensor))
+            file.flush()
+            os.fsync(file.fileno())
+        write_durably(temporary / SETTINGS, json.dumps(settings, indent=1).encode())
+        if final.exists():
+            shutil.rmtree(final)
 
 
 def _layout(
-    snapshot: Snapshot, team: CheckpointGroup
+    snapshot: Snapshot, group: dist.ProcessGroup | None
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, list[_Piece]]]:
-    """Shapes by plain name, and the pieces that fill each, every one from the lowest rank that has it."""
-    mine = []
+    """Shapes by plain name, and the pieces that fill each tensor, each from the lowest rank that has it."""
+    local = []
     for item in snapshot.plan.items:
         if item.index.fqn.startswith(PREFIX):
             data = item.tensor_data
             assert data is not None
             box = tuple(data.chunk.offsets), tuple(data.chunk.sizes)
-            mine.append((item.index.fqn.removeprefix(PREFIX), tuple(data.size), *box))
+            local.append((item.index.fqn.removeprefix(PREFIX), tuple(data.size), *box))
     shapes: dict[str, tuple[int, ...]] = {}
     boxes: dict[str, dict[tuple[int, ...], _Piece]] = {}
-    for rank, found in enumerate(team.gather(mine)):
-        for name, shape, offsets, sizes in found:
+    for rank, items in enumerate(gather_objects(local, group)):
+        for name, shape, offsets, sizes in items:
             shapes[name] = shape
             if prod(sizes):
                 boxes.setdefault(name, {}).setdefault(offsets, _Piece(offsets, sizes, rank))
-    return dict(sorted(shapes.items())), {n: sorted(found.values()) for n, found in boxes.items()}
+    return dict(sorted(shapes.items())), {n: sorted(each.values()) for n, each in boxes.items()}
 
 
-def _gathered(
+def _gather_tensors(
     snapshot: Snapshot,
     shapes: Mapping[str, tuple[int, ...]],
     pieces: Mapping[str, list[_Piece]],
-    team: CheckpointGroup,
+    group: dist.ProcessGroup | None,
 ) -> Iterator[Tensor]:
-    """Whole tensors on rank 0, in the order of ``shapes``; the other ranks send and get nothing."""
+    """Full tensors on rank 0, in the order of ``shapes``; the other ranks send their parts and yield nothing."""
+    rank = dist.get_rank()
     for name, shape in shapes.items():
         local = snapshot.tensors.get(f"{PREFIX}{name}")
-        whole = torch.empty(shape) if team.rank == 0 else None
+        full = torch.empty(shape) if rank == 0 else None
         for piece in pieces.get(name, []):
-            if whole is not None:
+            if full is not None:
                 part = local if piece.rank == 0 else torch.empty(piece.sizes)
                 assert part is not None
                 if piece.rank:
-                    dist.recv(part, src=piece.rank, group=team.group)
+                    dist.recv(part, src=piece.rank, group=group)
                 box = tuple(slice(o, o + s) for o, s in zip(piece.offsets, piece.sizes, strict=True))
-                whole[box] = part
-            elif piece.rank == team.rank:
+                full[box] = part
+            elif piece.rank == rank:
                 assert local is not None
-                dist.send(local.contiguous(), dst=0, group=team.group)
-        if whole is not None:
-            yield whole
-
-
-def _header(shapes: Mapping[str, tuple[int, ...]]) -> bytes:
-    """Header of the safetensors format for fp32 tensors that follow each other in this order."""
-    entries: dict[str, Any] = {}
-    start = 0
-    for name, shape in shapes.items():
-        end = start + 4 * prod(shape)
-        entries[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
-        start = end
-    text = json.dumps(entries).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+                dist.send(local.contiguous(), dst=0, group=group)
+        if full is not None:
+            yield full

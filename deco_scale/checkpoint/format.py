@@ -1,62 +1,49 @@
-"""The files of a canonical checkpoint: their names, their checksums, and reading them without trust.
+"""The files of a canonical checkpoint: their names, their checksums, and reading them without trusting them.
 
-A folder ``step_XXXXXXXX`` holds PyTorch DCP files with single-device names and shapes (fp32), ``meta.json`` (where
-the run stands, its configuration, a digest of the weights), and ``COMPLETE`` (size and CRC32C of each other file),
-which is written last. Without ``COMPLETE`` it is never read.
+A folder ``step_XXXXXXXX`` holds PyTorch DCP files with single-device names and shapes (fp32), ``meta.json`` (the
+run's progress, its configuration, a digest of the weights), and ``COMPLETE`` (size and CRC32C of each other file),
+which is written last. A folder without ``COMPLETE`` is never read.
 """
 
+import dataclasses
 import errno
 import fcntl
 import json
-import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import google_crc32c
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    StorageMeta,
-    TensorProperties,
-    TensorStorageMetadata,
-)
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 
-from deco_scale.checkpoint import dcp_metadata
+from deco_scale.checkpoint.dcp_metadata import read_index, to_dcp
+from deco_scale.checkpoint.integrity import FileChecksums, check_file, write_checksummed
 from deco_scale.errors import ConfigError, Damaged
+from deco_scale.observability.run_dir import COMPLETE, complete_checkpoints
 
 SCHEMA_VERSION = 2
-META, COMPLETE, METADATA = "meta.json", "COMPLETE", ".metadata"
-STEP = "step_"
-_READ_BYTES = 2 * 2**20
-WRITE_BYTES = 2**20
-"""Bytes that one call writes: for more, recent kernels look for large pages and may take ten times as long."""
-FLUSH_BYTES = 32 * 2**20
-"""Bytes after which the disk is set to work."""
+META, METADATA = "meta.json", ".metadata"
 _LISTED = 5
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 """Errors of file systems without locks."""
 
-FileSums = dict[str, tuple[int, int]]
-"""Size and CRC32C of files by name."""
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointMeta:
-    """Where the run stood.
+    """The run's progress and configuration.
 
-    ``data_state`` is what the loader says of its place (samples seen, digests, seed), ``metrics`` holds the last
-    logged value of what the best checkpoints are chosen by.
+    ``data_state`` is the loader's state (samples seen, digests, seed); ``metrics`` holds the last logged value of
+    the metric by which the best checkpoints are chosen.
     """
 
     step: int
@@ -89,73 +76,61 @@ def read_meta(path: Path) -> CheckpointMeta:
         raise Damaged(f"{path / META} is damaged: {error}") from error
 
 
-def sums_text(sums: Mapping[str, tuple[int, int]]) -> bytes:
-    """Content of ``COMPLETE``; the only way to write these sums, so that a changed byte is always found."""
-    return json.dumps(sums, indent=1).encode()
+def write_markers(folder: Path, meta: CheckpointMeta, checksums: FileChecksums) -> FileChecksums:
+    """Write ``meta.json`` and then ``COMPLETE``, durably; returns the checksums of all files, these included."""
+    text = json.dumps(dataclasses.asdict(meta), indent=1).encode()
+    checksums = checksums | {META: write_checksummed(folder / META, text)}
+    listing = encode_checksums(dict(sorted(checksums.items())))
+    return checksums | {COMPLETE: write_checksummed(folder / COMPLETE, listing)}
 
 
-def read_sums(path: Path) -> FileSums:
+def encode_checksums(checksums: FileChecksums) -> bytes:
+    """Content of ``COMPLETE``. There is only one encoding, so that any changed byte is detected."""
+    return json.dumps(checksums, indent=1).encode()
+
+
+def read_checksums(path: Path) -> FileChecksums:
     """Content of ``COMPLETE``; raises :class:`Damaged` naming it."""
     try:
-        text = (path / COMPLETE).read_bytes()
-        found = {str(n): (int(e[0]), int(e[1])) for n, e in json.loads(text).items()}
+        raw = (path / COMPLETE).read_bytes()
+        checksums = {str(n): (int(e[0]), int(e[1])) for n, e in json.loads(raw).items()}
     except (OSError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
         raise Damaged(f"{path / COMPLETE} is damaged: {error}") from error
-    if sums_text(found) != text or any("/" in name for name in found):
+    if encode_checksums(checksums) != raw or any("/" in name for name in checksums):
         raise Damaged(f"{path / COMPLETE} is damaged: it is not as it was written")
-    return found
+    return checksums
 
 
 def verify(path: Path, *, rank: int = 0, world: int = 1) -> None:
-    """Check size and CRC32C of this rank's share of the files; names the first one that differs."""
-    for name, (size, crc) in sorted(read_sums(path).items())[rank::world]:
-        check_file(path / name, size, crc)
+    """Check size and CRC32C of this rank's share of the files; raises :class:`Damaged` naming a bad one."""
+    for name, (size, crc) in sorted(read_checksums(path).items())[rank::world]:
+        check_file(path / name, size, crc, listing=COMPLETE)
 
 
-def check_file(file: Path, size: int, crc: int) -> None:
-    """Compare a file with what ``COMPLETE`` says of it; raises :class:`ConfigError` naming both."""
-    try:
-        if file.stat().st_size == size and crc32c_of(file) == crc:
-            return
-    except FileNotFoundError:
-        raise Damaged(f"{file} is missing, {COMPLETE} names it") from None
-    except OSError as error:
-        raise ConfigError(f"{file} cannot be read: {error.strerror}") from error
-    raise Damaged(f"{file} is damaged: size or checksum differ from {COMPLETE}")
+def find_checkpoint(path: Path) -> Path | None:
+    """``path`` itself if it is a complete checkpoint, or the newest one of a run's folder; None without any."""
+    if (path / COMPLETE).is_file():
+        return path
+    return next(reversed(complete_checkpoints(path / "checkpoints").values()), None)
 
 
-def check_fit(path: object, found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> None:
-    """Compare stored names and shapes with the wanted; raises :class:`ConfigError` naming what differs."""
-    problems = [f"missing {n}" for n in sorted(set(wanted) - set(found))]
-    problems += [f"unexpected {n}" for n in sorted(set(found) - set(wanted))]
+def check_shapes(actual: Shapes, expected: Shapes, *, where: object) -> None:
+    """Raise :class:`ConfigError` naming missing, unexpected and misshapen tensors."""
+    problems = [f"missing {n}" for n in sorted(set(expected) - set(actual))]
+    problems += [f"unexpected {n}" for n in sorted(set(actual) - set(expected))]
     problems += [
-        f"{n} has shape {found[n]}, the model {wanted[n]}"
-        for n in sorted(set(wanted) & set(found))
-        if wanted[n] != found[n]
+        f"{n} has shape {actual[n]}, expected {expected[n]}"
+        for n in sorted(set(expected) & set(actual))
+        if expected[n] != actual[n]
     ]
     if problems:
         more = f" and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
-        listed = "; ".join(problems[:_LISTED])
-        raise ConfigError(f"{path} does not fit the configured model: {listed}{more}")
+        raise ConfigError(f"{where}: {'; '.join(problems[:_LISTED])}{more}")
 
 
 def stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes in a checkpoint, read without running anything that its index could hold."""
-    return {name: tensor.shape for name, tensor in dcp_metadata.read_index(path / METADATA).items()}
-
-
-def _metadata(file: Path) -> Metadata:
-    """DCP's own form of an index that was read as data."""
-    entries: dict[str, Any] = {}
-    places: dict[MetadataIndex, _StorageInfo] = {}
-    for name, tensor in dcp_metadata.read_index(file).items():
-        chunks = [ChunkStorageMetadata(torch.Size(p.offsets), torch.Size(p.sizes)) for p in tensor.pieces]
-        properties = TensorProperties(dtype=tensor.dtype)
-        entries[name] = TensorStorageMetadata(properties, torch.Size(tensor.shape), chunks)
-        for piece in tensor.pieces:
-            index = MetadataIndex(name, torch.Size(piece.offsets))
-            places[index] = _StorageInfo(piece.file, piece.start, piece.length)
-    return Metadata(entries, storage_data=places, storage_meta=StorageMeta())
+    """Names and shapes in a checkpoint, read without running any code that the index might name."""
+    return {name: tensor.shape for name, tensor in read_index(path / METADATA).items()}
 
 
 class Reader(FileSystemReader):
@@ -166,7 +141,7 @@ class Reader(FileSystemReader):
         self._fetch = fetch
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        metadata = _metadata(Path(self.path) / METADATA)
+        metadata = to_dcp(read_index(Path(self.path) / METADATA))
         assert metadata.storage_meta is not None
         metadata.storage_meta.load_id = self.load_id
         return metadata
@@ -192,7 +167,7 @@ def read_tensors(path: Path, prefix: str) -> dict[str, Tensor]:
 
 @contextmanager
 def shared_lock(path: Path) -> Iterator[None]:
-    """Keep a checkpoint from being retired by a run that saves beside it, where the file system has locks."""
+    """Keep a run from deleting this checkpoint while it is read, where the file system has locks."""
     with (path / COMPLETE).open("rb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH)
@@ -203,11 +178,11 @@ def shared_lock(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def without_record_sums() -> Iterator[None]:
+def without_record_checksums() -> Iterator[None]:
     """``torch.save`` without its archives' own CRC-32, which ``torch.load`` never compares.
 
-    It takes longer than our checksums and the copying together. A setting of the whole process, so writers come
-    one after another.
+    Computing it takes longer than our checksums and copies together. It is a setting of the whole process, so
+    only one writer may run at a time.
     """
     from torch.utils.serialization import config
 
@@ -217,50 +192,3 @@ def without_record_sums() -> Iterator[None]:
         yield
     finally:
         config.save.compute_crc32 = before
-
-
-def start_flush(descriptor: int, start: int, length: int) -> None:
-    """Let the disk begin with what was just written, so that there is less to wait for in the end."""
-    if length > 0:
-        # Linux begins to write dirty pages that are said to be needed no more.
-        os.posix_fadvise(descriptor, start, length, os.POSIX_FADV_DONTNEED)
-
-
-class ChecksummedFile:
-    """An open file that is only appended to, with the size and CRC32C of what was written."""
-
-    def __init__(self, raw: BinaryIO) -> None:
-        self._raw, self._checksum, self._flushed = raw, google_crc32c.Checksum(), 0
-        self.size = 0
-
-    @property
-    def crc(self) -> int:
-        return int.from_bytes(self._checksum.digest(), "big")
-
-    def write(self, data: Any) -> int:
-        """Write all of ``data``, and let the disk begin after every ``FLUSH_BYTES``; returns its bytes."""
-        whole = memoryview(data).cast("B")
-        for start in range(0, len(whole), WRITE_BYTES):
-            # The checksum takes bytes only. A piece at a time bounds the copy, and the time that the
-            # interpreter is held; what is written then comes from the cache as well.
-            piece = bytes(whole[start : start + WRITE_BYTES])
-            self._raw.write(piece)
-            self._checksum.update(piece)
-            self.size += len(piece)
-            if self.size - self._flushed >= FLUSH_BYTES:
-                self._raw.flush()
-                start_flush(self._raw.fileno(), self._flushed, self.size - self._flushed)
-                self._flushed = self.size
-        return len(whole)
-
-    def flush(self) -> None:
-        self._raw.flush()
-
-
-def crc32c_of(path: Path) -> int:
-    checksum = google_crc32c.Checksum()
-    # Unbuffered, and pieces that the allocator reuses: several times as fast as larger ones.
-    with path.open("rb", buffering=0) as file:
-        while piece := file.read(_READ_BYTES):
-            checksum.update(piece)
-    return int.from_bytes(checksum.digest(), "big")

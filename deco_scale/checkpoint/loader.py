@@ -1,4 +1,4 @@
-"""Loading: strict for a run that goes on, explicit for one that starts from another's weights."""
+"""Loading a checkpoint: strictly when a run resumes, selectively when a run starts from other weights."""
 
 import dataclasses
 import fnmatch
@@ -14,21 +14,21 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from deco_scale.checkpoint.async_save import first_failure
 from deco_scale.checkpoint.config import CheckpointConfig
+from deco_scale.checkpoint.dcp_metadata import first_failure
 from deco_scale.checkpoint.format import (
     META,
     METADATA,
     CheckpointMeta,
     Reader,
-    check_fit,
+    check_shapes,
     read_meta,
     shared_lock,
     stored_shapes,
     verify,
 )
 from deco_scale.checkpoint.staging import local_part
-from deco_scale.checkpoint.storage import READING, ObjectFetcher, OpenObjects
+from deco_scale.checkpoint.storage import ObjectFetcher, scratch_folder
 from deco_scale.distributed.collectives import raise_together
 from deco_scale.errors import ConfigError, RunError
 from deco_scale.parallel.engines.base import EMA_PREFIX, Engine
@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class OpenCheckpoint:
-    """A complete checkpoint whose index and meta are at hand; ``fetch`` brings any other file, checked."""
+    """A complete checkpoint whose index and meta are local; ``fetch`` makes any other file so, verified."""
 
     name: str
     folder: Path
@@ -47,82 +47,79 @@ class OpenCheckpoint:
 
 
 @contextmanager
-def open_checkpoint(
-    where: Path | str, scratch: Path, open_objects: OpenObjects | None
-) -> Iterator[OpenCheckpoint]:
-    """Open a folder, or a URL by way of ``scratch``, which is emptied at the end. All ranks together.
+def open_checkpoint(path: Path | str, scratch: Path) -> Iterator[OpenCheckpoint]:
+    """Open a folder, or a URL through ``scratch``, which is emptied at the end. All ranks together.
 
-    All files of a folder are verified, each by one rank. Of a URL each rank fetches what it reads and no more,
-    and verifies it. Raises :class:`ConfigError` for what is missing or damaged, naming the file.
+    All files of a folder are verified, each by one rank. From a URL each rank fetches and verifies only what it
+    reads. Raises :class:`ConfigError` for what is missing or damaged, naming the file.
     """
-    if isinstance(where, Path):
-        with shared_lock(raise_together(lambda: _complete(where))):
-            raise_together(lambda: verify(where, rank=dist.get_rank(), world=dist.get_world_size()))
-            yield OpenCheckpoint(str(where), where, lambda name: None)
+    if isinstance(path, Path):
+        raise_together(lambda: read_meta(path))
+        with shared_lock(path):
+            raise_together(lambda: verify(path, rank=dist.get_rank(), world=dist.get_world_size()))
+            yield OpenCheckpoint(str(path), path, lambda name: None)
         return
-    parent, _, name = where.rstrip("/").rpartition("/")
-    folder = scratch / f"{READING}{name}"
 
     def start() -> ObjectFetcher:
-        if open_objects is None:
-            raise ConfigError(f"{where}: this program has no access to object stores")
-        fetcher = ObjectFetcher(open_objects(parent), name, folder)
+        fetcher = ObjectFetcher(path, scratch)
         fetcher.open([META, METADATA])
         return fetcher
 
     try:
         fetcher = raise_together(start)
-        yield OpenCheckpoint(where, folder, fetcher.fetch)
+        yield OpenCheckpoint(path, fetcher.folder, fetcher.fetch)
         # Ranks of a node share the folder.
         dist.barrier()
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(scratch_folder(path, scratch), ignore_errors=True)
 
 
 def load(engine: Engine, source: OpenCheckpoint) -> CheckpointMeta:
-    """Fill the engine with the whole state; raises :class:`ConfigError` for a checkpoint that does not fit."""
+    """Fill the engine with the full state; raises :class:`ConfigError` for a checkpoint that does not fit."""
     meta = raise_together(lambda: read_meta(source.folder))
     state = engine.state()
-    wanted = _shapes(state)
+    expected = {name: tuple(tensor.shape) for name, tensor in state.items()}
 
     def check() -> tuple[set[str], list[str]]:
-        found = stored_shapes(source.folder)
-        # Scaling of FP8 is no part of the model.
-        apart, lines = unmatched_scaling(found, wanted)
-        check_fit(source.name, *({n: s for n, s in each.items() if n not in apart} for each in (found, wanted)))
-        return apart, lines
+        actual = stored_shapes(source.folder)
+        # FP8 scaling is not part of the model.
+        unmatched, lines = unmatched_scaling(actual, expected)
+        actual, required = ({n: s for n, s in each.items() if n not in unmatched} for each in (actual, expected))
+        check_shapes(actual, required, where=f"{source.name} does not fit the configured model")
+        return unmatched, lines
 
-    apart, lines = raise_together(check)
+    unmatched, lines = raise_together(check)
     for line in lines:
         logger.info(line)
-    state = {name: tensor for name, tensor in state.items() if name not in apart}
+    state = {name: tensor for name, tensor in state.items() if name not in unmatched}
     _read(state, source)
     engine.load(state, meta.optimizer_steps)
     return meta
 
 
 def initialise(engine: Engine, source: OpenCheckpoint, cfg: CheckpointConfig) -> None:
-    """Take weights for a fresh run: EMA equal to them, moments zero, no updates counted.
+    """Load weights for a fresh run: EMA equal to them, moments zero, no updates counted.
 
-    ``ema`` stands for the denoiser's average; what has none (the REPA head) comes from the weights. Parameters
-    matching ``init_skip`` stay as they were initialised. Everything else must be there in the right shape.
+    With ``init_weights: ema``, parameters without an EMA (the REPA head) come from the weights. Parameters that
+    match ``init_skip`` keep their initial values. All others must be there in the right shape.
     """
     state = engine.state()
-    found = raise_together(lambda: stored_shapes(source.folder))
+    available = raise_together(lambda: stored_shapes(source.folder))
     kinds = {name: cfg.init_weights if name.startswith(EMA_PREFIX) else "model" for name in _names(state)}
-    stored = {n for n in _names(found)}
+    stored = set(_names(available))
     skipped = {n for n in set(kinds) | stored if _matches(n, cfg.init_skip)}
     origin = {f"{kind}.{name}": f"model.{name}" for name, kind in kinds.items() if name not in skipped}
 
     def check() -> None:
-        idle = [p for p in cfg.init_skip if not any(_matches(n, (p,)) for n in skipped)]
-        if idle:
+        unused = [p for p in cfg.init_skip if not any(_matches(n, (p,)) for n in skipped)]
+        if unused:
             raise ConfigError(
-                f"checkpoint.init_skip={idle[0]!r} matches no parameter of the model or of {source.name}"
+                f"checkpoint.init_skip={unused[0]!r} matches no parameter of the model or of {source.name}"
             )
-        wanted = {there: tuple(state[here].shape) for there, here in origin.items()}
-        other = {f"model.{n}" for n in stored - set(kinds) - skipped}
-        check_fit(source.name, {n: s for n, s in found.items() if n in wanted or n in other}, wanted)
+        expected = {there: tuple(state[here].shape) for there, here in origin.items()}
+        unexpected = {f"model.{n}" for n in stored - set(kinds) - skipped}
+        actual = {n: s for n, s in available.items() if n in expected or n in unexpected}
+        check_shapes(actual, expected, where=f"{source.name} does not fit the configured model")
 
     raise_together(check)
     _read({there: state[here] for there, here in origin.items()}, source)
@@ -135,7 +132,7 @@ def initialise(engine: Engine, source: OpenCheckpoint, cfg: CheckpointConfig) ->
     engine.load(state, 0)
     logger.info("weights from %s (%s), %d parameters; fresh optimizer", source.name, cfg.init_weights, len(origin))
     if skipped:
-        logger.info("not taken over by checkpoint.init_skip: %s", ", ".join(sorted(skipped)))
+        logger.info("not loaded because of checkpoint.init_skip: %s", ", ".join(sorted(skipped)))
 
 
 def _read(state: Mapping[str, Tensor], source: OpenCheckpoint) -> None:
@@ -144,20 +141,10 @@ def _read(state: Mapping[str, Tensor], source: OpenCheckpoint) -> None:
         dcp.load(cast(dict[str, Any], dict(state)), storage_reader=Reader(source.folder, source.fetch))
     except CheckpointException as error:
         rank, failure = first_failure(error)
-        where = f"rank {rank}: " if rank else ""
-        kind = type(failure) if isinstance(failure, ConfigError) else RunError
-        known = isinstance(failure, ConfigError | RunError)
-        what = str(failure) if known else f"{source.name} could not be read: {type(failure).__name__}: {failure}"
-        raise kind(where + what) from error
-
-
-def _complete(where: Path) -> Path:
-    read_meta(where)
-    return where
-
-
-def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+        prefix = f"rank {rank}: " if rank else ""
+        if isinstance(failure, ConfigError | RunError):
+            raise type(failure)(f"{prefix}{failure}") from error
+        raise RunError(f"{prefix}{source.name} could not be read: {type(failure).__name__}: {failure}") from error
 
 
 def _names(tensors: Mapping[str, Any]) -> list[str]:

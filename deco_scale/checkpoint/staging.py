@@ -1,6 +1,6 @@
-"""Copies of a rank's shards in host memory: all that a step waits for when a checkpoint is saved."""
+"""Copies of a rank's shards in host memory: the only part of a save that a training step waits for."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,8 @@ from torch.distributed.tensor import DTensor, Replicate
 class Snapshot:
     """This rank's parts of the state at one step, valid until the next one is staged.
 
-    ``tensors`` are plain CPU tensors by canonical name, ``plan`` says where each lies in its whole tensor, and
-    ``counted`` names those that no other rank counts in the digest.
+    ``tensors`` are plain CPU tensors by canonical name, ``plan`` gives the position of each in its full tensor,
+    and ``counted`` names those that this rank, of all that have a copy, counts in the digest.
     """
 
     tensors: dict[str, Tensor]
@@ -26,23 +26,22 @@ class Snapshot:
     counted: frozenset[str]
 
 
-class Staging:
-    """Host buffers (pinned where there is a GPU) that live from one save to the next."""
+class Stager:
+    """Host buffers (pinned where there is a GPU) that are reused from one save to the next."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
         self._plans: list[tuple[Any, SavePlan]] = []
 
-    def take(self, state: Mapping[str, Tensor], wanted: Callable[[str], bool] = lambda name: True) -> Snapshot:
-        """Copy this rank's part of each wanted tensor; returns when the device is done with the copies.
+    def stage(self, state: Mapping[str, Tensor], *, prefix: str = "") -> Snapshot:
+        """Copy this rank's part of each tensor whose name starts with ``prefix``; waits for the device's copies.
 
-        Every part is copied and none is gathered. Plans are made anew only where names, shapes or placements
-        are not those of the last two.
+        Nothing is gathered. A plan is reused if names, shapes and placements are those of one of the last two.
         """
-        chosen = {name: tensor for name, tensor in state.items() if wanted(name)}
+        selected = {name: tensor for name, tensor in state.items() if name.startswith(prefix)}
         tensors: dict[str, Tensor] = {}
         devices = set()
-        for name, tensor in chosen.items():
+        for name, tensor in selected.items():
             local = local_part(tensor)
             buffer = self._buffers.get(name)
             if buffer is None or buffer.shape != local.shape or buffer.dtype != local.dtype:
@@ -52,12 +51,12 @@ class Staging:
             tensors[name] = buffer
             if local.is_cuda:
                 devices.add(local.device)
-        layout = [(name, _layout(tensor)) for name, tensor in chosen.items()]
-        plan = next((made for known, made in self._plans if known == layout), None)
+        layout = [(name, _layout(tensor)) for name, tensor in selected.items()]
+        plan = next((plan for known, plan in self._plans if known == layout), None)
         if plan is None:
-            plan = create_default_local_save_plan(chosen, dist.get_rank() == 0)
+            plan = create_default_local_save_plan(selected, dist.get_rank() == 0)
             self._plans = [*self._plans[-1:], (layout, plan)]
-        counted = frozenset(name for name, tensor in chosen.items() if is_counted(tensor))
+        counted = frozenset(name for name, tensor in selected.items() if is_counted(tensor))
         for device in devices:
             torch.cuda.current_stream(device).synchronize()
         return Snapshot(tensors=tensors, plan=plan, counted=counted)
@@ -85,7 +84,7 @@ def local_part(tensor: Tensor) -> Tensor:
 
 
 def is_counted(tensor: Tensor) -> bool:
-    """Whether this rank's part of a tensor is the one that counts where others hold the same."""
+    """Whether this rank's part of a tensor is counted; of ranks with the same part exactly one is."""
     if not isinstance(tensor, DTensor):
         return dist.get_rank() == 0
     coordinate = list(tensor.device_mesh.get_coordinate() or ())

@@ -1,74 +1,55 @@
-"""Where complete checkpoints stand: a local or shared folder, or a prefix of an object store."""
+"""Where complete checkpoints are stored: a local or shared folder, or a prefix of an object store."""
 
 import errno
 import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
-from data_pipeline.storage.files import make_durable
-from deco_scale.checkpoint.format import COMPLETE, META, NO_LOCKS, STEP, FileSums, check_file, crc32c_of, read_sums
+import google_crc32c
+
+from data_pipeline.errors import DataError, StoreError
+from data_pipeline.storage.base import Store, open_store
+from data_pipeline.storage.files import SAVING, make_durable
+from deco_scale.checkpoint.format import META, NO_LOCKS, read_checksums
+from deco_scale.checkpoint.integrity import FileChecksums, check_file, crc32c_of
 from deco_scale.errors import ConfigError, Damaged, RunError
+from deco_scale.observability.run_dir import COMPLETE, STEP, complete_checkpoints
 
-SAVING, REPLACED, READING, RETIRED = ".saving_", ".replaced_", ".reading_", ".retired_"
+REPLACED, READING, RETIRED = ".replaced_", ".reading_", ".retired_"
 _PIECE_BYTES = 16 * 2**20
-
-
-class ObjectStore(Protocol):
-    """Objects below one URL; all methods raise :class:`RunError` naming the object."""
-
-    url: str
-
-    def sizes(self) -> Mapping[str, int]:
-        """Size in bytes of every object, by key relative to the URL."""
-
-    def read(self, key: str, offset: int, length: int) -> bytes:
-        """Exactly ``length`` bytes from ``offset``."""
-
-    def put_file(self, key: str, path: Path, crc32c: int) -> None:
-        """Create or replace an object, all or nothing; returns when the store holds exactly the file's bytes."""
-
-    def delete(self, key: str) -> None:
-        """Remove an object; none is no error."""
-
-    def discard_uploads(self) -> None:
-        """Remove what uploads that were broken off have left, which no listing shows."""
-
-
-OpenObjects = Callable[[str], ObjectStore]
-"""Opens the store below a URL."""
 
 
 class CheckpointStorage(Protocol):
     """Complete checkpoints of one run by step. Methods other than ``publish`` are for rank 0."""
 
-    def where(self, step: int) -> Path | str:
+    def path_of(self, step: int) -> Path | str:
         """Folder, or URL, of a step."""
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, in order."""
 
     def metrics(self, step: int) -> Mapping[str, float]:
-        """What the checkpoint of a step is judged by."""
+        """The metrics that a checkpoint recorded; none where they cannot be parsed."""
 
     def remove(self, step: int) -> None:
-        """Remove a checkpoint; one that somebody reads stays, where the storage has locks."""
+        """Remove a checkpoint, unless somebody is reading it (where the storage has locks)."""
 
-    def publish(self, folder: Path, step: int, names: Sequence[str], sums: FileSums) -> None:
-        """Bring this rank's part to its place: the files ``names`` of a finished ``folder``."""
+    def publish(self, folder: Path, step: int, names: Sequence[str], checksums: FileChecksums) -> None:
+        """Store this rank's part: the files ``names`` of a finished ``folder``."""
 
-    def complete(self, folder: Path, step: int, sums: FileSums) -> None:
-        """Make a published checkpoint visible; ``folder`` has ``meta.json`` and ``COMPLETE``, and is used up."""
+    def complete(self, folder: Path, step: int, checksums: FileChecksums) -> None:
+        """Make a published checkpoint visible. ``folder`` has ``meta.json`` and ``COMPLETE``; it is used up."""
 
-    def discard(self, step: int) -> None:
+    def abort(self, step: int) -> None:
         """Remove what a failed save has published of a step."""
 
-    def clean(self) -> None:
-        """Remove what an interrupted save has left."""
+    def recover(self) -> None:
+        """Remove what an interrupted save has left behind."""
 
 
 class LocalStorage:
@@ -77,145 +58,146 @@ class LocalStorage:
     def __init__(self, root: Path) -> None:
         self._root = root
 
-    def where(self, step: int) -> Path:
+    def path_of(self, step: int) -> Path:
         return self._root / step_name(step)
 
     def steps(self) -> list[int]:
-        return sorted(step_of(p.parent.name) for p in self._root.glob(f"{STEP}*/{COMPLETE}"))
+        return list(complete_checkpoints(self._root))
 
     def metrics(self, step: int) -> Mapping[str, float]:
         try:
-            return _metrics((self.where(step) / META).read_bytes())
+            return _metrics((self.path_of(step) / META).read_bytes())
         except OSError as error:
-            raise RunError(f"{self.where(step) / META}: {error.strerror}") from error
+            raise RunError(f"{self.path_of(step) / META}: {error.strerror}") from error
 
     def remove(self, step: int) -> None:
-        path = self.where(step)
-        with _unread(path) as free:
-            if free:
+        path = self.path_of(step)
+        with _try_exclusive_lock(path / COMPLETE) as locked:
+            if locked:
                 # Renamed first, so that a half-removed folder is not taken for a checkpoint.
                 retired = self._root / f"{RETIRED}{path.name}"
                 os.rename(path, retired)
                 shutil.rmtree(retired)
 
-    def publish(self, folder: Path, step: int, names: Sequence[str], sums: FileSums) -> None:
-        """The files lie on the same file system already."""
+    def publish(self, folder: Path, step: int, names: Sequence[str], checksums: FileChecksums) -> None:
+        """Nothing to do: the files are on the same file system already."""
 
-    def complete(self, folder: Path, step: int, sums: FileSums) -> None:
-        final = self.where(step)
-        aside = self._root / f"{REPLACED}{final.name}"
+    def complete(self, folder: Path, step: int, checksums: FileChecksums) -> None:
+        final = self.path_of(step)
+        replaced = self._root / f"{REPLACED}{final.name}"
         make_durable(folder)
         if final.exists():
-            os.rename(final, aside)
+            os.rename(final, replaced)
         try:
             os.rename(folder, final)
         except OSError:
-            if aside.exists():
-                os.rename(aside, final)
+            if replaced.exists():
+                os.rename(replaced, final)
             raise
         make_durable(self._root)
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
 
-    def discard(self, step: int) -> None:
-        """Nothing is published before it is complete."""
+    def abort(self, step: int) -> None:
+        """Nothing to do: nothing is published before it is complete."""
 
-    def clean(self) -> None:
-        for aside in self._root.glob(f"{REPLACED}*"):
-            final = self._root / aside.name.removeprefix(REPLACED)
+    def recover(self) -> None:
+        for replaced in self._root.glob(f"{REPLACED}*"):
+            final = self._root / replaced.name.removeprefix(REPLACED)
             if final.exists():
-                shutil.rmtree(aside)
+                shutil.rmtree(replaced)
             else:
-                os.rename(aside, final)
+                os.rename(replaced, final)
 
 
 class ObjectStorage:
-    """Objects ``step_XXXXXXXX/<file>`` below a URL; ``COMPLETE`` is put last. See :class:`CheckpointStorage`."""
+    """Objects ``step_XXXXXXXX/<file>`` below a URL, ``COMPLETE`` stored last; see :class:`CheckpointStorage`."""
 
-    def __init__(self, objects: ObjectStore) -> None:
-        self._objects = objects
+    def __init__(self, url: str) -> None:
+        self._url, self._store = url.rstrip("/"), open_objects(url)
 
-    def where(self, step: int) -> str:
-        return f"{self._objects.url.rstrip('/')}/{step_name(step)}"
+    def path_of(self, step: int) -> str:
+        return f"{self._url}/{step_name(step)}"
 
     def steps(self) -> list[int]:
-        return sorted(s for s, names in self._found().items() if COMPLETE in names)
+        return sorted(s for s, sizes in self._files().items() if COMPLETE in sizes)
 
     def metrics(self, step: int) -> Mapping[str, float]:
-        key = f"{step_name(step)}/{META}"
-        size = self._found()[step][META]
-        return _metrics(self._objects.read(key, 0, size))
+        with named_errors():
+            return _metrics(self._store.read_all(f"{step_name(step)}/{META}") or b"")
 
     def remove(self, step: int) -> None:
-        names = self._found().get(step, {})
-        for name in sorted(names, key=lambda n: n != COMPLETE):
-            self._objects.delete(f"{step_name(step)}/{name}")
+        names = self._files().get(step, {})
+        with named_errors():
+            for name in sorted(names, key=lambda n: n != COMPLETE):
+                self._store.delete(f"{step_name(step)}/{name}")
 
-    def publish(self, folder: Path, step: int, names: Sequence[str], sums: FileSums) -> None:
+    def publish(self, folder: Path, step: int, names: Sequence[str], checksums: FileChecksums) -> None:
         for name in names:
-            self._objects.put_file(f"{step_name(step)}/{name}", folder / name, sums[name][1])
+            upload(self._store, f"{step_name(step)}/{name}", folder / name, checksums[name][1])
 
-    def complete(self, folder: Path, step: int, sums: FileSums) -> None:
-        self.publish(folder, step, [META, COMPLETE], sums)
+    def complete(self, folder: Path, step: int, checksums: FileChecksums) -> None:
+        self.publish(folder, step, [META, COMPLETE], checksums)
         shutil.rmtree(folder, ignore_errors=True)
 
-    def where_export(self, name: str) -> str:
-        return f"{self._objects.url.rstrip('/')}/exports/{name}"
+    def path_of_export(self, name: str) -> str:
+        return f"{self._url}/exports/{name}"
 
-    def put_export(self, folder: Path) -> None:
-        """Move an export's folder to :meth:`where_export`, its settings last."""
+    def publish_export(self, folder: Path) -> None:
+        """Move an export's folder to the store, its settings last."""
         for file in sorted(folder.iterdir(), key=lambda f: f.suffix == ".json"):
-            self._objects.put_file(f"exports/{folder.name}/{file.name}", file, crc32c_of(file))
+            upload(self._store, f"exports/{folder.name}/{file.name}", file, crc32c_of(file))
         shutil.rmtree(folder, ignore_errors=True)
 
-    def discard(self, step: int) -> None:
+    def abort(self, step: int) -> None:
         self.remove(step)
 
-    def clean(self) -> None:
-        for step, names in self._found().items():
-            if COMPLETE not in names:
+    def recover(self) -> None:
+        for step, sizes in self._files().items():
+            if COMPLETE not in sizes:
                 self.remove(step)
-        self._objects.discard_uploads()
+        with named_errors():
+            self._store.abort_uploads()
 
-    def _found(self) -> dict[int, dict[str, int]]:
-        """Files and sizes by step."""
-        found: dict[int, dict[str, int]] = {}
-        for key, size in self._objects.sizes().items():
+    def _files(self) -> dict[int, dict[str, int]]:
+        """Sizes of files by step and name."""
+        files: dict[int, dict[str, int]] = {}
+        for key, size in sizes_of(self._store).items():
             folder, _, name = key.partition("/")
             if folder.startswith(STEP) and folder.removeprefix(STEP).isdigit() and name:
-                found.setdefault(step_of(folder), {})[name] = size
-        return found
+                files.setdefault(int(folder.removeprefix(STEP)), {})[name] = size
+        return files
 
 
 class ObjectFetcher:
-    """Brings files of a checkpoint in an object store to a scratch folder, each once, checked on the way.
+    """Downloads files of a checkpoint in an object store to a scratch folder, each once, and verifies them.
 
     Ranks that share the scratch folder take turns by a lock on each file.
     """
 
-    def __init__(self, objects: ObjectStore, name: str, scratch: Path) -> None:
-        self._objects, self._name, self.folder = objects, name, scratch
-        self._sums: FileSums | None = None
-        prefix = f"{name}/"
-        self._sizes = {k.removeprefix(prefix): n for k, n in objects.sizes().items() if k.startswith(prefix)}
+    def __init__(self, url: str, scratch: Path) -> None:
+        self._url = url.rstrip("/")
+        parent, _, name = self._url.rpartition("/")
+        self._prefix, self._store, self.folder = f"{name}/", open_objects(parent), scratch_folder(url, scratch)
+        self._checksums: FileChecksums | None = None
+        sizes = sizes_of(self._store)
+        self._sizes = {k.removeprefix(self._prefix): n for k, n in sizes.items() if k.startswith(self._prefix)}
         if COMPLETE not in self._sizes:
-            raise ConfigError(f"{objects.url}/{name} is not a complete checkpoint (no {COMPLETE} object)")
+            raise ConfigError(f"{self._url} is not a complete checkpoint (no {COMPLETE} object)")
 
     def open(self, names: Sequence[str]) -> None:
         """Fetch ``COMPLETE`` and ``names``."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.fetch(COMPLETE)
-        self._sums = read_sums(self.folder)
+        self._checksums = read_checksums(self.folder)
         for name in names:
             self.fetch(name)
 
     def fetch(self, name: str) -> None:
         """Raises :class:`ConfigError` for a file that is missing or damaged, naming the object."""
         file = self.folder / name
-        size, crc = (self._sizes[name], None) if self._sums is None else self._sums.get(name, (-1, None))
+        size, crc = (self._sizes[name], None) if self._checksums is None else self._checksums.get(name, (-1, None))
         if size < 0 or self._sizes.get(name) != size:
-            raise Damaged(
-                f"{self._objects.url}/{self._name}/{name} is missing, or of another size than {COMPLETE} says"
-            )
+            raise Damaged(f"{self._url}/{name} is missing, or its size differs from {COMPLETE}")
         try:
             with (self.folder / f"{name}.lock").open("wb") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
@@ -227,38 +209,99 @@ class ObjectFetcher:
     def _download(self, name: str, size: int, crc: int | None) -> None:
         partial = self.folder / f"{name}.partial"
         with partial.open("wb") as out:
-            for start in range(0, size, _PIECE_BYTES):
-                length = min(_PIECE_BYTES, size - start)
-                out.write(self._objects.read(f"{self._name}/{name}", start, length))
+            for piece in _pieces(self._store, self._prefix + name, size):
+                out.write(piece)
         if crc is not None:
             try:
-                check_file(partial, size, crc)
+                check_file(partial, size, crc, listing=COMPLETE)
             except ConfigError as error:
-                raise type(error)(f"{self._objects.url}/{self._name}/{name}: {error}") from error
+                raise type(error)(f"{self._url}/{name}: {error}") from error
         os.rename(partial, self.folder / name)
+
+
+def open_objects(url: str) -> Store:
+    """The store below ``s3://bucket/prefix``; raises :class:`ConfigError` for a URL that cannot be opened."""
+    try:
+        return open_store(url)
+    except DataError as error:
+        raise ConfigError(str(error)) from error
+
+
+def scratch_folder(url: str, scratch: Path) -> Path:
+    """Where the files of the checkpoint at ``url`` are downloaded to."""
+    return scratch / f"{READING}{url.rstrip('/').rpartition('/')[2]}"
+
+
+def sizes_of(store: Store) -> Mapping[str, int]:
+    """Size in bytes of every object, by key relative to the store's URL."""
+    with named_errors():
+        return {entry.key: entry.size for entry in store.list()}
+
+
+def upload(store: Store, key: str, path: Path, crc32c: int) -> None:
+    """Upload a file and compare size and ETag; where the ETag is no MD5 of the bytes, read them back.
+
+    Raises :class:`RunError` naming the object.
+    """
+    # Importing it imports boto3, which a trainer needs only once it has opened a store.
+    from data_pipeline.storage.s3 import expected_etag
+
+    size = path.stat().st_size
+    with named_errors():
+        store.write_file(key, path)
+        stored = store.info(key)
+        if stored is None or stored.size != size:
+            raise StoreError(f"{store.url}/{key}: {stored.size if stored else 0} of {size} bytes were stored")
+        if stored.etag == expected_etag(path, size):
+            return
+        checksum = google_crc32c.Checksum()
+        for piece in _pieces(store, key, size):
+            checksum.update(piece)
+        if int.from_bytes(checksum.digest(), "big") != crc32c:
+            raise StoreError(f"{store.url}/{key}: the stored bytes differ from those that were sent")
+
+
+@contextmanager
+def named_errors() -> Iterator[None]:
+    """Turn a store's errors into :class:`RunError`."""
+    try:
+        yield
+    except DataError as error:
+        # Its own message says which object; a cause could hold credentials.
+        raise RunError(str(error)) from None
 
 
 def step_name(step: int) -> str:
     return f"{STEP}{step:08d}"
 
 
-def step_of(name: str) -> int:
-    return int(name.removeprefix(STEP))
+def remove_scratch(root: Path) -> None:
+    """Remove the folders of interrupted saves, reads and removals below ``root``."""
+    for leftover in [path for prefix in (SAVING, READING, RETIRED) for path in root.glob(f"{prefix}*")]:
+        with suppress(FileNotFoundError):
+            shutil.rmtree(leftover)
+
+
+def _pieces(store: Store, key: str, size: int) -> Iterator[bytes]:
+    for start in range(0, size, _PIECE_BYTES):
+        with named_errors():
+            piece = store.read(key, start, min(_PIECE_BYTES, size - start))
+        yield piece
 
 
 def _metrics(text: bytes) -> Mapping[str, float]:
     try:
-        found = json.loads(text).get("metrics", {})
-        return {str(k): float(v) for k, v in found.items()}
+        metrics = json.loads(text).get("metrics", {})
+        return {str(k): float(v) for k, v in metrics.items()}
     except (ValueError, AttributeError, TypeError):
-        # Damaged: it is found and named when the checkpoint is read.
+        # Damaged: that is detected and reported when the checkpoint is read.
         return {}
 
 
 @contextmanager
-def _unread(path: Path) -> Iterator[bool]:
-    """Whether nobody reads the checkpoint; within the context nobody begins to."""
-    with (path / COMPLETE).open("rb+") as file:
+def _try_exclusive_lock(path: Path) -> Iterator[bool]:
+    """Whether nobody reads the file; within the context nobody begins to."""
+    with path.open("rb+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -268,10 +311,3 @@ def _unread(path: Path) -> Iterator[bool]:
             if error.errno not in NO_LOCKS:
                 raise
         yield True
-
-
-def remove_scratch(root: Path) -> None:
-    """Remove the folders of interrupted saves, reads and removals below ``root``."""
-    for leftover in [path for prefix in (SAVING, READING, RETIRED) for path in root.glob(f"{prefix}*")]:
-        with suppress(FileNotFoundError):
-            shutil.rmtree(leftover)

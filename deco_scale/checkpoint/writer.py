@@ -1,4 +1,4 @@
-"""Files of a snapshot, written by all ranks, with checksums taken on the way to the disk."""
+"""Writing the files of a snapshot on all ranks, with checksums taken on the way to the disk."""
 
 import io
 import os
@@ -7,28 +7,30 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem
 
-from deco_scale.checkpoint.async_save import CheckpointGroup, first_failure
-from deco_scale.checkpoint.format import ChecksummedFile, FileSums, without_record_sums
+from deco_scale.checkpoint.dcp_metadata import first_failure
+from deco_scale.checkpoint.format import without_record_checksums
+from deco_scale.checkpoint.integrity import ChecksummedFile, FileChecksums
 from deco_scale.checkpoint.staging import Snapshot, StagedPlanner
 from deco_scale.errors import RunError
 
 
 class DcpFile(io.RawIOBase):
-    """A new file for DCP that is only appended to, with :attr:`sums` (size, CRC32C) of what was written."""
+    """A new file for DCP that is only appended to, with :attr:`checksum` (size, CRC32C) of what was written."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
         self._path, self._file = path, path.open("wb")
-        self._summed = ChecksummedFile(self._file)
+        self._checksummed = ChecksummedFile(self._file)
         self.problem: OSError | None = None
 
     @property
-    def sums(self) -> tuple[int, int]:
-        return self._summed.size, self._summed.crc
+    def checksum(self) -> tuple[int, int]:
+        return self._checksummed.size, self._checksummed.crc
 
     def writable(self) -> bool:
         return True
@@ -36,13 +38,13 @@ class DcpFile(io.RawIOBase):
     def write(self, data: Any) -> int:
         """Write all of ``data``; the first error is kept, because torch.save hides it behind its own."""
         try:
-            return self._summed.write(data)
+            return self._checksummed.write(data)
         except OSError as error:
             self.problem = self.problem or OSError(error.errno, error.strerror, str(self._path))
             raise
 
     def tell(self) -> int:
-        return self._summed.size
+        return self._checksummed.size
 
     def fileno(self) -> int:
         # DCP asks for it to make the file durable, and does not flush its index before.
@@ -62,11 +64,11 @@ class DcpFile(io.RawIOBase):
 
 
 class ChecksumFileSystem(FileSystem):
-    """DCP's files, with :attr:`sums` of those that this rank wrote and the first :attr:`problem` it met."""
+    """DCP's files, with :attr:`checksums` of those that this rank wrote and the first :attr:`problem` it met."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.sums: FileSums = {}
+        self.checksums: FileChecksums = {}
         self.problem: OSError | None = None
 
     @contextmanager
@@ -87,35 +89,34 @@ class ChecksumFileSystem(FileSystem):
             if file is not None and not file.closed:
                 with suppress(OSError):
                     file.close()
-        self.sums[Path(path).name] = file.sums
+        self.checksums[Path(path).name] = file.checksum
 
     def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
         super().rename(path, new_path)
-        self.sums[Path(new_path).name] = self.sums.pop(Path(path).name)
+        self.checksums[Path(new_path).name] = self.checksums.pop(Path(path).name)
 
 
-def write_snapshot(snapshot: Snapshot, folder: Path, team: CheckpointGroup) -> FileSums:
-    """Write and make durable all files of DCP, all ranks together; returns those of this rank.
+def write_snapshot(snapshot: Snapshot, folder: Path, group: dist.ProcessGroup | None) -> FileChecksums:
+    """Write all files of DCP durably, all ranks together; returns the checksums of this rank's files.
 
-    Raises :class:`RunError` on the ranks that failed; all others return as if nothing had happened, so the caller
-    lets the ranks agree.
+    Raises :class:`RunError` only on the ranks that failed: call it within ``raise_together``.
     """
     files = ChecksumFileSystem()
     writer = dcp.FileSystemWriter(folder, single_file_per_rank=True, sync_files=True, per_thread_copy_ahead=0)
     writer.fs = files
     try:
-        with without_record_sums():
+        with without_record_checksums():
             dcp.save(
                 # The planner has the tensors already.
                 {},
                 storage_writer=writer,
                 planner=StagedPlanner(snapshot),
-                process_group=team.group,
+                process_group=group,
             )
     except CheckpointException as error:
         if files.problem is not None:
             raise RunError(f"{files.problem.filename or folder}: {files.problem.strerror}") from error
         rank, failure = first_failure(error)
-        if rank == team.rank:
+        if rank == dist.get_rank():
             raise RunError(f"{folder}: {type(failure).__name__}: {failure}") from error
-    return files.sums
+    return files.checksums

@@ -1,5 +1,6 @@
 """A run's folder, read from outside: logged steps, events, configuration, images, checkpoints, time to go."""
 
+import contextlib
 import re
 import time
 from collections.abc import Mapping
@@ -18,7 +19,19 @@ _MAX_CONFIG = 2**20
 _RECENT = 20
 """Logged steps over which the time of a step is averaged."""
 _SLOW_S = 0.1
-_STEP = re.compile(r"step_(\d{8,})")
+COMPLETE = "COMPLETE"
+"""The file of a checkpoint that is written last."""
+STEP = "step_"
+"""Prefix of a checkpoint's name."""
+_STEP = re.compile(rf"{STEP}(\d{{8,}})")
+
+
+def complete_checkpoints(folder: Path) -> dict[int, Path]:
+    """The complete checkpoints in ``folder`` by step, in order."""
+    matches = (
+        (_STEP.fullmatch(marker.parent.name), marker.parent) for marker in folder.glob(f"{STEP}*/{COMPLETE}")
+    )
+    return dict(sorted((int(match[1]), path) for match, path in matches if match))
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,12 +184,9 @@ class RunDir:
     def checkpoint(self) -> SavedCheckpoint | None:
         """The newest complete checkpoint, by the events or by the folder's own ``checkpoints``."""
         saved = [SavedCheckpoint(e.fields["step"], e.time) for e in self.events if e.kind == "checkpoint"]
-        for marker in (self.path / "checkpoints").glob("step_*/COMPLETE"):
-            match = _STEP.fullmatch(marker.parent.name)
-            try:
-                saved += [SavedCheckpoint(int(match[1]), marker.stat().st_mtime)] if match else []
-            except OSError:
-                continue  # deleted by the retention policy after it was listed
+        for step, path in complete_checkpoints(self.path / "checkpoints").items():
+            with contextlib.suppress(OSError):  # deleted by the retention policy after it was listed
+                saved.append(SavedCheckpoint(step, (path / COMPLETE).stat().st_mtime))
         return max(saved, key=lambda checkpoint: (checkpoint.time, checkpoint.step), default=None)
 
     def sample_images(self) -> list[tuple[int, Path]]:

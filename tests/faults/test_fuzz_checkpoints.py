@@ -28,12 +28,12 @@ from checkpoints_tools import cli
 from checkpoints_tools.formats.canonical import CanonicalReader
 from checkpoints_tools.formats.torch_zip import Archive
 from checkpoints_tools.registry import open_checkpoint
-from checkpoints_tools.safetensors_out import SETTINGS_SUM, SUMS, as_json
+from checkpoints_tools.safetensors_out import CHECKSUMS, SETTINGS_CRC, as_json
 from checkpoints_tools.verify import problems_of
 from deco_scale.checkpoint.dcp_metadata import read_index
 from deco_scale.checkpoint.format import stored_shapes
 from deco_scale.errors import ConfigError
-from tests.checkpoints import META, SMALL, save, tensors_of
+from tests.support.checkpoints import META, SMALL, save, tensors_of
 
 COUNTS = [pytest.param(60, id="some"), pytest.param(2000, id="2000", marks=pytest.mark.long)]
 MEMORY_BYTES = 128 * 2**20
@@ -297,7 +297,7 @@ def test_names_in_lists_do_not_leave_the_folder(tmp_path: Path) -> None:
     table = json.loads(index.read_text())
     table["weight_map"][next(iter(table["weight_map"]))] = "../secret"
     index.write_bytes(as_json(table))
-    (out / SUMS).unlink()
+    (out / CHECKSUMS).unlink()
     with pytest.raises(ConfigError, match="no file beside it"):
         open_checkpoint(out)
 
@@ -307,7 +307,7 @@ def test_the_settings_beside_a_release_file_are_summed(tmp_path: Path) -> None:
     assert cli.main(["export", str(folder), str(tmp_path / "w.ckpt"), "--format", "release"]) == 0
     beside = tmp_path / "w.ckpt.json"
     said = json.loads(beside.read_text())
-    assert SETTINGS_SUM in said
+    assert SETTINGS_CRC in said
     said["model"]["num_heads"] = 1
     beside.write_bytes(as_json(said))
     assert list(problems_of(tmp_path / "w.ckpt")) == [

@@ -1,4 +1,4 @@
-"""Where DeepSpeed's ZeRO puts each element of each parameter: plain arithmetic, no files.
+"""Positions of each parameter's elements in DeepSpeed's ZeRO partitions: plain arithmetic, no files.
 
 A group is a list of parameters that share flat buffers. ZeRO-1/2 flatten a group, pad it to a multiple of twice
 the ranks and cut it into equal partitions. ZeRO-3 cuts each parameter into equal partitions, the last ones padded,
@@ -16,7 +16,7 @@ Shape = tuple[int, ...]
 ALIGNMENT = 2
 """ZeRO-1/2 pad a group to a multiple of this times the ranks."""
 SUB_GROUP_ELEMENTS = 10**9
-"""ZeRO-3 begins a new group once a rank's partitions reach so many elements (DeepSpeed's default)."""
+"""ZeRO-3 starts a new group once a rank's partitions reach so many elements (DeepSpeed's default)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,31 +44,31 @@ class Partitions:
 
 def partitions(groups: Sequence[Mapping[str, Shape]], *, dp: int, stage: int) -> Partitions:
     """The partitions of the parameters of ``groups``, in order, over ``dp`` ranks under ZeRO ``stage``."""
-    place = _whole_parameters if stage == 3 else _flat_groups
-    return place(groups, dp)
+    partition = _by_parameter if stage == 3 else _flat_groups
+    return partition(groups, dp)
 
 
 def sub_groups(shapes: Mapping[str, Shape], *, dp: int, stage: int) -> list[dict[str, Shape]]:
     """One optimizer group as DeepSpeed groups it: under ZeRO-3 large models have several groups."""
     groups: list[dict[str, Shape]] = [{}]
-    held = 0
+    size = 0
     total = sum(_share(shape, dp) for shape in shapes.values())
     for name, shape in shapes.items():
-        if stage == 3 and held >= SUB_GROUP_ELEMENTS and total > SUB_GROUP_ELEMENTS:
+        if stage == 3 and size >= SUB_GROUP_ELEMENTS and total > SUB_GROUP_ELEMENTS:
             groups.append({})
-            held = 0
+            size = 0
         groups[-1][name] = shape
-        held += _share(shape, dp)
+        size += _share(shape, dp)
     return groups
 
 
-def tp_shape(name: str, whole: Shape, tp: int) -> Shape:
+def tp_shape(name: str, full: Shape, tp: int) -> Shape:
     """Shape of a tp rank's part of a parameter."""
     dim = split_dim(name)
-    return whole if dim is None else (*whole[:dim], whole[dim] // tp, *whole[dim + 1 :])
+    return full if dim is None else (*full[:dim], full[dim] // tp, *full[dim + 1 :])
 
 
-def whole_shape(name: str, part: Shape, tp: int) -> Shape:
+def full_shape(name: str, part: Shape, tp: int) -> Shape:
     """Shape of a parameter from that of a tp rank's part."""
     dim = split_dim(name)
     if dim is None or dim >= len(part):
@@ -78,13 +78,13 @@ def whole_shape(name: str, part: Shape, tp: int) -> Shape:
 
 def overlaps(extents: Sequence[Extent], first: int, count: int) -> list[Extent]:
     """The parts of ``extents`` that hold the elements from ``first`` on, in order of the elements."""
-    found = []
+    parts = []
     for extent in extents:
-        begin, end = max(extent.first, first), min(extent.first + extent.count, first + count)
-        if begin < end:
-            at = extent.start + begin - extent.first
-            found.append(Extent(extent.rank, extent.group, at, begin, end - begin))
-    return found
+        start, end = max(extent.first, first), min(extent.first + extent.count, first + count)
+        if start < end:
+            offset = extent.start + start - extent.first
+            parts.append(Extent(extent.rank, extent.group, offset, start, end - start))
+    return parts
 
 
 def _flat_groups(groups: Sequence[Mapping[str, Shape]], dp: int) -> Partitions:
@@ -109,7 +109,7 @@ def _flat_groups(groups: Sequence[Mapping[str, Shape]], dp: int) -> Partitions:
     return Partitions(sizes, used, extents)
 
 
-def _whole_parameters(groups: Sequence[Mapping[str, Shape]], dp: int) -> Partitions:
+def _by_parameter(groups: Sequence[Mapping[str, Shape]], dp: int) -> Partitions:
     sizes = []
     extents: dict[str, list[Extent]] = {}
     for group, shapes in enumerate(groups):

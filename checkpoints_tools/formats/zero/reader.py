@@ -1,4 +1,4 @@
-"""A folder that DeepSpeed's ``save_checkpoint`` wrote under ZeRO-1, 2 or 3, read tensor by tensor."""
+"""Reading a folder of DeepSpeed's ``save_checkpoint`` under ZeRO-1, 2 or 3, tensor by tensor."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,18 +10,19 @@ from torch import Tensor
 
 from checkpoints_tools.base import TensorSpec
 from checkpoints_tools.formats.torch_zip import Archive, StoredTensor
-from checkpoints_tools.formats.zero.layout import Extent, Partitions, Shape, overlaps, partitions, whole_shape
+from checkpoints_tools.formats.zero.layout import Extent, Partitions, Shape, full_shape, overlaps, partitions
 from checkpoints_tools.formats.zero.side_file import (
-    MODEL_STATES,
     OPTIM,
     Progress,
-    check_sets,
+    check_model,
     entry,
     model_progress,
+    model_states_files,
     open_archive,
     parameter_shapes,
     read_side,
     resolve_tag,
+    single_progress,
     stored_number,
 )
 from deco_scale.errors import ConfigError
@@ -32,7 +33,7 @@ _SET_OF_FP32 = "model"
 
 
 def is_zero(path: Path) -> bool:
-    """Whether a folder is, or points by its ``latest`` to, files of DeepSpeed's optimizer partitions."""
+    """Whether a folder has DeepSpeed's optimizer partitions, or a ``latest`` file that names such a folder."""
     return (path / "latest").is_file() or any(OPTIM.fullmatch(f.name) for f in path.glob("*optim_states.pt"))
 
 
@@ -46,7 +47,7 @@ class OptimContent:
 
 
 def optim_content(content: Any, file: Path) -> OptimContent:
-    """Find masters and optimizer state in the header of an optimizer file; the lists have one entry a group."""
+    """Find masters and optimizer state in the header of an optimizer file, one entry per group."""
     inner = entry(content, "optimizer_state_dict", file=file)
     stage = entry(inner, "zero_stage", file=file)
     if not isinstance(stage, int) or stage not in (1, 2, 3):
@@ -69,17 +70,17 @@ def optim_content(content: Any, file: Path) -> OptimContent:
     paddings = inner.get("param_alignment_paddings")
     if paddings and not all(isinstance(group, list) and not any(group) for group in paddings):
         raise ConfigError(f"{file} was saved with zero_optimization.parameter_alignment, which is not supported")
-    lacking = [i for i in range(len(masters)) if states and i not in states]
-    if lacking:
-        raise ConfigError(f"{file} has no optimizer state of group {lacking[0]}")
+    missing = [i for i in range(len(masters)) if states and i not in states]
+    if missing:
+        raise ConfigError(f"{file} has no optimizer state of group {missing[0]}")
     return OptimContent(masters, [states.get(i, {}) for i in range(len(masters))], int(stage))
 
 
-class ZeroSource:
-    """DeepSpeed's partitions as whole tensors; implements :class:`checkpoints_tools.base.Source`.
+class ZeroReader:
+    """DeepSpeed's partitions as full tensors; implements :class:`checkpoints_tools.base.CheckpointReader`.
 
-    Weights are the fp32 masters. With tensor parallelism, parameters that every tp rank holds whole are taken from
-    the first. Raises :class:`ConfigError` for missing files, files of different steps and sizes that do not fit.
+    Weights are the fp32 masters. With tensor parallelism, parameters that every tp rank holds in full are read
+    from the first. Raises :class:`ConfigError` for missing files, files of different steps and wrong sizes.
     """
 
     meta = None
@@ -107,7 +108,7 @@ class ZeroSource:
         self._check_sizes()
         self._side, self.side_meta = read_side(self.path, step)
         self.specs = self._specs()
-        self.model = check_sets(self.specs, self.path)
+        self.model = check_model(self.specs, self.path)
 
     @property
     def facts(self) -> Mapping[str, Any]:
@@ -151,48 +152,38 @@ class ZeroSource:
 
     def _read_model_states(self) -> list[list[dict[str, Shape]]]:
         """Check all model-states files against each other; the groups' shapes by tp rank."""
-        found: dict[int, list[dict[str, Shape]]] = {}
-        said: dict[tuple[int, int, int], Path] = {}
+        shapes: dict[int, list[dict[str, Shape]]] = {}
+        progress: dict[tuple[int, int, int], Path] = {}
         sizes: set[tuple[int, int]] = set()
         ranks: set[tuple[int, int | None]] = set()
-        for file in sorted(self.path.glob("*model_states.pt")):
-            match = MODEL_STATES.fullmatch(file.name)
-            if match is None:
-                raise ConfigError(f"{file} is a file of pipeline or expert parallelism, which is not supported")
-            content = open_archive(file).content
+        for file, match, content in model_states_files(self.path):
             tp = int(match[2])
             ranks.add((tp, int(match[1]) if match[1] else None))
             groups = parameter_shapes(content, file)
-            if found.setdefault(tp, groups) != groups:
+            if shapes.setdefault(tp, groups) != groups:
                 raise ConfigError(f"{file} lists other parameters than another file of the same mp_rank")
-            said[model_progress(content, file)] = file
-            stated = [entry(content, key, file=file) for key in ("dp_world_size", "mp_world_size")]
-            if not all(isinstance(size, int) for size in stated):
-                raise ConfigError(f"{file}: dp_world_size and mp_world_size are {stated}")
-            sizes.add((stated[0], stated[1]))
-        if len(said) > 1:
-            (one, a), (other, b) = sorted(said.items())[:2]
-            raise ConfigError(
-                f"{self.path} mixes steps: {a.name} is of step {one[0]}, {b.name} of step {other[0]}"
-            )
-        if not said or sizes != {(self.dp, self.tp)}:
-            found_sizes = sorted(sizes) or "no *_model_states.pt file"
+            progress[model_progress(content, file)] = file
+            world_sizes = [entry(content, key, file=file) for key in ("dp_world_size", "mp_world_size")]
+            if not all(isinstance(size, int) for size in world_sizes):
+                raise ConfigError(f"{file}: dp_world_size and mp_world_size are {world_sizes}")
+            sizes.add((world_sizes[0], world_sizes[1]))
+        self._model_progress = single_progress(progress, self.path)
+        if sizes != {(self.dp, self.tp)}:
             raise ConfigError(
                 f"{self.path} has optimizer files of {self.dp} data parallel x {self.tp} tensor parallel ranks, "
-                f"but (dp_world_size, mp_world_size) of the model files: {found_sizes}"
+                f"but (dp_world_size, mp_world_size) of the model files: {sorted(sizes)}"
             )
         by_rank = any(dp is not None for _, dp in ranks)
-        places = [(tp, dp) for tp in range(self.tp) for dp in (range(self.dp) if by_rank else (None,))]
-        missing = [place for place in places if place not in ranks]
+        expected = [(tp, dp) for tp in range(self.tp) for dp in (range(self.dp) if by_rank else (None,))]
+        missing = [coordinate for coordinate in expected if coordinate not in ranks]
         if missing:
             tp, rank = missing[0]
             of = f"rank {rank}, " if by_rank else ""
             raise ConfigError(f"{self.path}: the model_states.pt file of {of}mp_rank {tp} is missing")
-        self._model_progress = next(iter(said))
-        return [found[tp] for tp in range(self.tp)]
+        return [shapes[tp] for tp in range(self.tp)]
 
     def _read_optim(self, file: Path, tp: int, dp: int) -> int | None:
-        """Note where the tensors of an optimizer file are; its count of optimizer steps, if it says one."""
+        """Record the positions of an optimizer file's tensors; returns its number of optimizer steps, if any."""
         archive: Archive = open_archive(file)
         optim = optim_content(archive.content, file)
         if self._stage not in (0, optim.stage):
@@ -215,7 +206,7 @@ class ZeroSource:
         return next(iter(steps)) if steps else None
 
     def _check_sizes(self) -> None:
-        """Each flat buffer has the elements that the parameters' shapes give it, and the type of the others."""
+        """Each flat buffer must have the size that the parameters' shapes give it, and the type of the others."""
         for (tp, dp), masters in self._masters.items():
             parts = self._parts[tp]
             if len(masters) != len(parts.sizes):
@@ -240,7 +231,7 @@ class ZeroSource:
     def _specs(self) -> dict[str, TensorSpec]:
         specs: dict[str, TensorSpec] = {}
         for name, part in self._local[0].items():
-            shape = whole_shape(name, part, self.tp)
+            shape = full_shape(name, part, self.tp)
             if any(local.get(name) != part for local in self._local):
                 raise ConfigError(f"{self.path}: {name} has different shapes on different mp_ranks")
             for kind in (_SET_OF_FP32, *sorted(self._kinds or ())):
@@ -254,23 +245,25 @@ class ZeroSource:
 
 
 def _grid(folder: Path) -> list[list[Path]]:
-    """Optimizer files by mp_rank and then data parallel rank, none missing."""
-    found: dict[tuple[int, int], Path] = {}
+    """Optimizer files by mp_rank and then data parallel rank; none may be missing."""
+    files: dict[tuple[int, int], Path] = {}
     for file in sorted(folder.glob("*optim_states.pt")):
         match = OPTIM.fullmatch(file.name)
         if match is None:
             raise ConfigError(f"{file} is a file of pipeline or expert parallelism, which is not supported")
-        place = (int(match[2]), int(match[1]))
-        if place in found:
-            raise ConfigError(f"{file} and {found[place].name} are of the same rank: two checkpoints are mixed")
-        found[place] = file
-    if not found:
+        coordinate = (int(match[2]), int(match[1]))
+        if coordinate in files:
+            raise ConfigError(
+                f"{file} and {files[coordinate].name} are of the same rank: two checkpoints are mixed"
+            )
+        files[coordinate] = file
+    if not files:
         raise ConfigError(f"{folder} has no *_optim_states.pt file of ZeRO")
-    tps, dps = max(tp for tp, _ in found) + 1, max(dp for _, dp in found) + 1
-    if tps * dps > 10 * len(found):
-        raise ConfigError(f"{folder} has {len(found)} optimizer files for {tps * dps} ranks")
+    tps, dps = max(tp for tp, _ in files) + 1, max(dp for _, dp in files) + 1
+    if tps * dps > 10 * len(files):
+        raise ConfigError(f"{folder} has {len(files)} optimizer files for {tps * dps} ranks")
     for tp in range(tps):
         for dp in range(dps):
-            if (tp, dp) not in found:
+            if (tp, dp) not in files:
                 raise ConfigError(f"{folder}: the optimizer file of rank {dp}, mp_rank {tp} is missing")
-    return [[found[tp, dp] for dp in range(dps)] for tp in range(tps)]
+    return [[files[tp, dp] for dp in range(dps)] for tp in range(tps)]

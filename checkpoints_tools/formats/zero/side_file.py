@@ -1,22 +1,22 @@
-"""DeepSpeed's checkpoint files: their headers without running code, and the side file with what they cannot carry.
+"""DeepSpeed's checkpoint files: reading headers without running code, and the side file for what they cannot hold.
 
-DeepSpeed's files name three classes of its own. They are read as inert shells; any other name is refused.
+DeepSpeed's files name three classes of its own. Inert classes take their place; any other name is refused.
 """
 
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from checkpoints_tools.base import MODEL, Advance, CheckpointReader, TensorSpec
+from checkpoints_tools.base import Advance, CheckpointReader, TensorSpec
 from checkpoints_tools.formats.tensor_files import SafetensorsStore
 from checkpoints_tools.formats.torch_zip import Archive, StoredTensor
-from checkpoints_tools.infer_config import check_shapes, model_of
+from checkpoints_tools.infer_config import check_fits_fp32, check_sets
 from checkpoints_tools.safetensors_out import write_safetensors
 from deco_scale.checkpoint.format import CheckpointMeta
 from deco_scale.errors import ConfigError
@@ -55,7 +55,7 @@ _SHELLS: list[Any] = [
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Progress:
-    """What DeepSpeed says of the run: steps with and without skipped ones, and samples."""
+    """The run's progress in DeepSpeed's files: steps with and without skipped ones, and samples."""
 
     step: int
     optimizer_steps: int
@@ -63,13 +63,13 @@ class Progress:
 
 
 def open_archive(file: Path) -> Archive:
-    """An archive's header; classes other than DeepSpeed's three are refused by name."""
+    """An archive's header; any class but DeepSpeed's three is refused by name."""
     with torch.serialization.safe_globals(_SHELLS):
         return Archive(file)
 
 
 def entry(content: Any, *keys: str, file: Path) -> Any:
-    """What lies under ``keys``; raises :class:`ConfigError` naming the file and the key that is missing."""
+    """The value under ``keys``; raises :class:`ConfigError` naming the file and the missing key."""
     for key in keys:
         if not isinstance(content, Mapping) or key not in content:
             raise ConfigError(f"{file} has no {'/'.join(keys)}, which DeepSpeed's files have")
@@ -86,7 +86,7 @@ def stored_number(archive: Archive, value: object, *, name: str, file: Path) -> 
             raise ConfigError(f"{file}: {name} has {value.numel()} elements, not one")
         value = float(archive.stored(value, name).read().double().reshape(()))
     if not isinstance(value, int | float) or not float(value).is_integer() or value < 0:
-        raise ConfigError(f"{file}: {name} is {value!r}, which is no count of steps")
+        raise ConfigError(f"{file}: {name} is {value!r}, which is not a number of steps")
     return int(value)
 
 
@@ -96,6 +96,25 @@ def model_progress(content: Any, file: Path) -> tuple[int, int, int]:
     if not all(isinstance(n, int) and n >= 0 for n in numbers):
         raise ConfigError(f"{file}: global_steps, skipped_steps and global_samples are {numbers}")
     return numbers[0], numbers[1], numbers[2]
+
+
+def single_progress(progress: Mapping[tuple[int, int, int], Path], folder: Path) -> tuple[int, int, int]:
+    """The one progress that all model-states files (a file by what it says) agree on; refuses mixed steps."""
+    if not progress:
+        raise ConfigError(f"{folder} has no *_model_states.pt file, which holds the run's progress")
+    if len(progress) > 1:
+        (one, a), (other, b) = sorted(progress.items())[:2]
+        raise ConfigError(f"{folder} mixes steps: {a.name} is of step {one[0]}, {b.name} of step {other[0]}")
+    return next(iter(progress))
+
+
+def model_states_files(folder: Path) -> Iterator[tuple[Path, re.Match[str], Any]]:
+    """Each ``*model_states.pt`` file in ``folder``, the match of its name, and its header's content."""
+    for file in sorted(folder.glob("*model_states.pt")):
+        match = MODEL_STATES.fullmatch(file.name)
+        if match is None:
+            raise ConfigError(f"{file} is a file of pipeline or expert parallelism, which is not supported")
+        yield file, match, open_archive(file).content
 
 
 def parameter_shapes(content: Any, file: Path) -> list[dict[str, tuple[int, ...]]]:
@@ -108,18 +127,18 @@ def parameter_shapes(content: Any, file: Path) -> list[dict[str, tuple[int, ...]
         raise ConfigError(f"{file}: param_shapes is not a list of groups of parameters")
     sizes = [s for group in groups for s in group.values()]
     if not all(isinstance(s, tuple) and all(isinstance(n, int) and n >= 0 for n in s) for s in sizes):
-        raise ConfigError(f"{file}: param_shapes has something else than shapes")
-    found: list[dict[str, tuple[int, ...]]] = [{n: tuple(s) for n, s in group.items()} for group in groups]
-    names = [name for group in found for name in group]
-    strangers = [n for n in names if not isinstance(n, str) or not n.startswith(PARAMETERS)]
-    if strangers or not names:
-        what = f"unknown parameter {strangers[0]!r}" if strangers else "no parameter"
+        raise ConfigError(f"{file}: param_shapes has entries that are not shapes")
+    shapes: list[dict[str, tuple[int, ...]]] = [{n: tuple(s) for n, s in group.items()} for group in groups]
+    names = [name for group in shapes for name in group]
+    unknown = [n for n in names if not isinstance(n, str) or not n.startswith(PARAMETERS)]
+    if unknown or not names:
+        what = f"unknown parameter {unknown[0]!r}" if unknown else "no parameter"
         raise ConfigError(f"{file}: {what}; ours begin with {' or '.join(PARAMETERS)}")
-    return found
+    return shapes
 
 
 def resolve_tag(path: Path, pointer: str) -> Path:
-    """The folder that holds the files: ``path``, or what its ``latest`` or ``latest_universal`` file names."""
+    """The folder with the files: ``path``, or the one that its ``latest`` or ``latest_universal`` file names."""
     file = path / pointer
     if not file.is_file():
         return path
@@ -136,13 +155,13 @@ def write_side(
     folder: Path, source: CheckpointReader, names: list[str], meta: CheckpointMeta, advance: Advance
 ) -> None:
     """Write the tensors of ``names`` and ``meta`` beside DeepSpeed's files, tensor by tensor."""
-    said = {"meta": json.dumps(dataclasses.asdict(meta))}
+    metadata = {"meta": json.dumps(dataclasses.asdict(meta))}
     specs = {name: TensorSpec(source.specs[name].shape) for name in names}
-    write_safetensors(folder, SIDE, specs, source.read, metadata=said, advance=advance)
+    write_safetensors(folder, SIDE, specs, source.read, metadata=metadata, advance=advance)
 
 
 def read_side(folder: Path, step: int) -> tuple[SafetensorsStore | None, CheckpointMeta | None]:
-    """The side file of a tag folder, if any; raises :class:`ConfigError` where it is of another step."""
+    """The side file of a tag folder, if any; raises :class:`ConfigError` if it is of another step."""
     file = folder / f"{SIDE}.safetensors"
     if not file.is_file():
         return None, None
@@ -150,34 +169,26 @@ def read_side(folder: Path, step: int) -> tuple[SafetensorsStore | None, Checkpo
     try:
         meta = CheckpointMeta(**json.loads(store.facts["meta"]))
     except (KeyError, ValueError, TypeError, RecursionError) as error:
-        raise ConfigError(f"{file} does not say in its metadata where the run stood") from error
+        raise ConfigError(f"{file} has no valid progress in its metadata") from error
     if meta.step != step:
         raise ConfigError(
             f"{file} is of step {meta.step}, the files beside it of step {step}: the run has gone on since; "
             "move the side file away"
         )
-    strangers = [n for n in store.specs if n.split(".")[0] not in ("ema", "fp8")]
-    if strangers:
-        raise ConfigError(f"{file}: unknown tensor {strangers[0]!r}")
+    unknown = [n for n in store.specs if n.split(".")[0] not in ("ema", "fp8")]
+    if unknown:
+        raise ConfigError(f"{file}: unknown tensor {unknown[0]!r}")
     return store, meta
 
 
-def check_sets(specs: Mapping[str, TensorSpec], where: Path) -> ModelConfig:
-    """The model of a source's tensors; each set must have the shapes of the weights."""
-    model = model_of(specs, None, where=str(where))
-    weights = {n.removeprefix("model."): s.shape for n, s in specs.items() if n.startswith("model.")}
-    denoiser = {n: s for n, s in weights.items() if n.startswith(MODEL.removeprefix("model."))}
-    for kind, wanted in (("exp_avg.", weights), ("exp_avg_sq.", weights), ("ema.", denoiser)):
-        found = {n.removeprefix(kind): s.shape for n, s in specs.items() if n.startswith(kind)}
-        if found:
-            check_shapes(found, wanted, where=f"{where} ({kind}*)")
-    narrow = [n for n, s in specs.items() if not s.dtype.is_floating_point or s.dtype.itemsize > 4]
-    if narrow:
-        raise ConfigError(f"{where}: {narrow[0]} is {specs[narrow[0]].dtype}, which fp32 does not hold")
+def check_model(specs: Mapping[str, TensorSpec], path: Path) -> ModelConfig:
+    """The model of a reader's tensors, which must be complete and of types that fp32 can hold."""
+    model = check_sets(specs, None, where=str(path))
+    check_fits_fp32(specs, path)
     return model
 
 
 def reshaped(stored: StoredTensor, shape: tuple[int, ...]) -> StoredTensor:
-    """A contiguous stored tensor under another shape of as many elements."""
+    """A contiguous stored tensor with another shape of as many elements."""
     stride = torch.empty(shape, device="meta").stride()
     return dataclasses.replace(stored, shape=shape, stride=stride)

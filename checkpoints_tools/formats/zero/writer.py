@@ -1,8 +1,8 @@
 """Canonical tensors as the files that DeepSpeed's ``load_checkpoint`` reads under ZeRO-1, 2 or 3.
 
-Files are laid out first, by ``torch.save`` without data, and then filled in place, some rows of one tensor after
-another. So memory does not grow with a rank's share. The CRC-32 of the archives' records are those of blank
-records: ``torch.load`` does not look at them, ``unzip`` complains.
+Files are first created by ``torch.save`` without data and then filled in place, some rows of one tensor at a time,
+so that memory does not grow with a rank's share. The CRC-32 of the archives' records are those of blank records:
+``torch.load`` ignores them, ``unzip`` complains.
 """
 
 import os
@@ -22,9 +22,9 @@ from checkpoints_tools.formats.zero.layout import Partitions, Shape, overlaps, p
 from checkpoints_tools.formats.zero.reader import optim_content
 from checkpoints_tools.formats.zero.side_file import CARRIED, VERSION, open_archive
 from checkpoints_tools.infer_config import denoiser_shapes
-from checkpoints_tools.memory_budget import SYNC_THREADS, in_threads
-from checkpoints_tools.safetensors_out import raw_bytes
-from deco_scale.checkpoint.format import WRITE_BYTES, CheckpointMeta, start_flush
+from checkpoints_tools.memory_budget import in_threads, sync_files
+from deco_scale.checkpoint.format import CheckpointMeta
+from deco_scale.checkpoint.integrity import WRITE_BYTES, raw_bytes, start_flush
 from deco_scale.errors import ConfigError
 from deco_scale.models import ModelConfig
 from deco_scale.models.tp_plan import check_tp, split_dim
@@ -35,7 +35,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True, slots=True)
 class ZeroLayout:
-    """How a checkpoint is cut: ranks, stage, and whether the run has ``bf16.enabled`` in DeepSpeed's settings."""
+    """How a checkpoint is partitioned: ranks, stage, and whether the run has DeepSpeed's ``bf16.enabled``."""
 
     dp: int
     tp: int
@@ -54,15 +54,15 @@ def parameter_order(source: CheckpointReader) -> dict[str, Shape]:
     """Parameters in the order of the module that is trained, which is the order in the flat buffers."""
     order = [f"denoiser.{name}" for name in denoiser_shapes(source.model)]
     order += [f"repa_head.layers.{i}.{kind}" for i in _REPA_LAYERS for kind in ("weight", "bias")]
-    found = {name: source.specs[f"model.{name}"].shape for name in order if f"model.{name}" in source.specs}
-    strangers = [n for n in source.specs if n.startswith("model.") and n.removeprefix("model.") not in found]
-    if strangers:
-        raise ConfigError(f"{source.path}: unknown parameter {strangers[0]}")
-    return found
+    shapes = {name: source.specs[f"model.{name}"].shape for name in order if f"model.{name}" in source.specs}
+    unknown = [n for n in source.specs if n.startswith("model.") and n.removeprefix("model.") not in shapes]
+    if unknown:
+        raise ConfigError(f"{source.path}: unknown parameter {unknown[0]}")
+    return shapes
 
 
 def check_zero(model: ModelConfig, layout: ZeroLayout) -> None:
-    """Raise :class:`ConfigError` for ranks or stages that cannot be."""
+    """Raise :class:`ConfigError` for impossible ranks or stages."""
     if layout.stage not in (1, 2, 3):
         raise ConfigError(f"--zero-stage {layout.stage}: DeepSpeed's optimizer partitions are of stage 1, 2 or 3")
     if layout.dp < 1 or layout.tp < 1:
@@ -73,7 +73,7 @@ def check_zero(model: ModelConfig, layout: ZeroLayout) -> None:
 def model_states(
     groups: list[dict[str, Shape]], meta: CheckpointMeta, layout: ZeroLayout, module: Mapping[str, Tensor | None]
 ) -> dict[str, Any]:
-    """What a model-states file says; ``groups`` are the local shapes by group."""
+    """Content of a model-states file; ``groups`` are the local shapes by group."""
     return {
         "module": OrderedDict(module),
         "buffer_names": [],
@@ -97,15 +97,15 @@ def model_states(
 
 
 def adamw_group(meta: CheckpointMeta, ids: list[int]) -> dict[str, Any]:
-    """An optimizer group as ``torch.optim.AdamW`` saves it, with what the configuration says of the stage."""
+    """An optimizer group as ``torch.optim.AdamW`` saves it, with the configuration's values for the stage."""
     optimizer = meta.config.get("optimizer") or {}
     stages = meta.config.get("stages") or []
     stage: Mapping[str, Any] = next((s for s in stages if s.get("name") == meta.stage), {})
-    known = {key: optimizer[key] for key in ("eps", "weight_decay") if key in optimizer}
-    known |= {"lr": stage["lr"]} if "lr" in stage else {}
-    known |= {"betas": tuple(stage["betas"])} if "betas" in stage else {}
-    made: dict[str, Any] = torch.optim.AdamW([torch.zeros(1)], **known).state_dict()["param_groups"][0]
-    return made | {"params": ids}
+    options = {key: optimizer[key] for key in ("eps", "weight_decay") if key in optimizer}
+    options |= {"lr": stage["lr"]} if "lr" in stage else {}
+    options |= {"betas": tuple(stage["betas"])} if "betas" in stage else {}
+    group: dict[str, Any] = torch.optim.AdamW([torch.zeros(1)], **options).state_dict()["param_groups"][0]
+    return group | {"params": ids}
 
 
 def write_zero(
@@ -118,9 +118,9 @@ def write_zero(
     piece_elements: int = 2**23,
     advance: Advance = lambda name: None,
 ) -> None:
-    """Write the files of all ranks into ``folder``, which exists; a worker holds ``piece_elements`` of a tensor.
+    """Write the files of all ranks into the existing ``folder``; a worker holds ``piece_elements`` of a tensor.
 
-    A weight or moment that ``source`` lacks stays out; EMA is not written here. All files are made durable.
+    Moments that ``source`` lacks are left out, and the EMA is not written here. All files are made durable.
     """
     shapes = parameter_order(source)
     local = {name: tp_shape(name, shape, layout.tp) for name, shape in shapes.items()}
@@ -135,7 +135,7 @@ def write_zero(
             for name in layout.model_files(tp):
                 file = folder / name
                 _save_blank(file, model_states(groups, meta, layout, module))
-                models[tp] = _module_places(file) if layout.stage != 3 else {}
+                models[tp] = _module_tensors(file) if layout.stage != 3 else {}
             for dp in range(layout.dp):
                 file = folder / layout.optim_file(tp, dp)
                 _save_blank(file, _optim_states(groups, parts, dp, meta, layout, has_moments))
@@ -149,35 +149,32 @@ def write_zero(
                     values = part[extent.first - first : extent.first - first + extent.count]
                     optim[tp, extent.rank].put(kind, extent.group, extent.start, values)
                 if kind == "model" and layout.stage != 3:
-                    place = models[tp][parameter]
-                    _put(descriptors[tp], place, first, part)
+                    _put(descriptors[tp], models[tp][parameter], first, part)
             advance(name)
 
         kinds = CARRIED if has_moments else CARRIED[:1]
         names = [f"{kind}.{name}" for kind in kinds for name in shapes]
         in_threads(fill, names, workers)
-        in_threads(
-            os.fsync, [*(blank.descriptor for blank in optim.values()), *descriptors.values()], SYNC_THREADS
-        )
+        sync_files([*(blank.descriptor for blank in optim.values()), *descriptors.values()])
 
 
 class _Blank:
-    """An optimizer file that is laid out and is to be filled."""
+    """An optimizer file that has its layout and is to be filled."""
 
     def __init__(self, file: Path, steps: int, files: ExitStack) -> None:
         archive = open_archive(file)
         content = optim_content(archive.content, file)
         self.descriptor = _descriptor(file, files)
-        self._places = {("model", i): archive.stored(t, "masters") for i, t in enumerate(content.masters)}
+        self._tensors = {("model", i): archive.stored(t, "masters") for i, t in enumerate(content.masters)}
         for i, state in enumerate(content.states):
             for kind in MOMENTS:
                 if kind in state:
-                    self._places[kind, i] = archive.stored(state[kind], kind)
+                    self._tensors[kind, i] = archive.stored(state[kind], kind)
             if "step" in state:
                 _put(self.descriptor, archive.stored(state["step"], "step"), 0, torch.tensor([float(steps)]))
 
     def put(self, kind: str, group: int, start: int, values: Tensor) -> None:
-        _put(self.descriptor, self._places[kind, group], start, values)
+        _put(self.descriptor, self._tensors[kind, group], start, values)
 
 
 def _module(local: Mapping[str, Shape], layout: ZeroLayout) -> dict[str, Tensor | None]:
@@ -253,7 +250,7 @@ def _save_blank(file: Path, content: dict[str, Any]) -> None:
         torch.save(content, file)
 
 
-def _module_places(file: Path) -> dict[str, StoredTensor]:
+def _module_tensors(file: Path) -> dict[str, StoredTensor]:
     archive = open_archive(file)
     module = archive.content["module"]
     return {name: archive.stored(t, name) for name, t in module.items() if isinstance(t, Tensor)}
@@ -263,14 +260,14 @@ def _descriptor(file: Path, files: ExitStack) -> int:
     return files.enter_context(file.open("r+b")).fileno()
 
 
-def _put(descriptor: int, place: StoredTensor, start: int, values: Tensor) -> None:
+def _put(descriptor: int, target: StoredTensor, start: int, values: Tensor) -> None:
     """Write elements of a flattened stored tensor from ``start`` on."""
-    data = raw_bytes(values.to(place.dtype).contiguous())
-    at = first = place.start + start * place.dtype.itemsize
+    data = raw_bytes(values.to(target.dtype).contiguous())
+    offset = first = target.start + start * target.dtype.itemsize
     while len(data):
-        done = os.pwrite(descriptor, data[:WRITE_BYTES], at)
-        data, at = data[done:], at + done
-    start_flush(descriptor, first, at - first)
+        count = os.pwrite(descriptor, data[:WRITE_BYTES], offset)
+        data, offset = data[count:], offset + count
+    start_flush(descriptor, first, offset - first)
 
 
 def _tp_pieces(source: CheckpointReader, name: str, tp: int, elements: int) -> Iterator[tuple[int, Tensor, int]]:

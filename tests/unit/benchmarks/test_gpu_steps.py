@@ -17,7 +17,7 @@ from benchmarks.gpu import steps as gpu_steps
 from benchmarks.gpu.gemm import products
 from benchmarks.jobs.runner import CheckFailed, NotAvailable, Where
 from deco_scale.config import load_config
-from tests.saving import alone
+from tests.support.saving import alone
 
 
 @pytest.fixture

@@ -19,7 +19,14 @@ from deco_scale.checkpoint.format import CheckpointMeta
 from deco_scale.cli.main import main as deco
 from deco_scale.cli.spectrum import DATA_TIMES
 from deco_scale.config import build_config
-from deco_scale.evaluation.spectrum import Probe, block_energies, normalised, probe_images, probe_samples, zigzag
+from deco_scale.evaluation.spectrum import (
+    SpectrumProbe,
+    block_energies,
+    normalised,
+    probe_images,
+    probe_samples,
+    zigzag,
+)
 from deco_scale.models import Denoiser, ModelConfig, patchify
 from deco_scale.objectives.frequency import frequency_weights
 from deco_scale.sampling import SamplerConfig, time_grid
@@ -50,7 +57,7 @@ def test_energies_average_to_the_mean_square() -> None:
     # What no whole block covers does not count.
     wide = torch.cat([image, torch.full((3, 5, 24, 7), 100.0)], dim=-1)
     torch.testing.assert_close(block_energies(wide), block_energies(image))
-    with pytest.raises(ValueError, match="no whole 8 x 8 block in 7 x 16"):
+    with pytest.raises(ValueError, match="no full 8 x 8 block in 7 x 16"):
         block_energies(image[..., :7, :])
 
 
@@ -101,11 +108,11 @@ def test_the_probe_sees_the_last_blocks_tokens_and_the_velocity() -> None:
     times = torch.tensor([0.25, 0.75])
     image, noise = torch.randn(2, 4, 3, 16, 32, generator=torch.Generator().manual_seed(0)).unbind()
     labels = torch.tensor([0, 1, 2, 3])
-    with Probe(denoiser, velocity, times=times) as probe:
+    with SpectrumProbe(denoiser, velocity, times=times) as probe:
         for part in (slice(0, 3), slice(3, 4)):
             probe_images(probe, image[part], noise[part], labels[part], times=times)
     seen = probe.spectrum()
-    assert seen.images == 4 and not denoiser.blocks[-1]._forward_hooks
+    assert seen.num_images == 4 and not denoiser.blocks[-1]._forward_hooks
     for i, t in enumerate(times):
         x = t * image + (1 - t) * noise
         out = denoiser(patchify(x, 2), t.expand(4), labels, grid=(8, 16), hidden_after=2)
@@ -126,14 +133,14 @@ def test_sampling_measures_every_step_and_guidance_is_refused() -> None:
     sampler = SamplerConfig(solver="euler", num_steps=3, guidance=1.0, timestep_shift=2.0)
     times = time_grid(3, 2.0)[:-1]
     noise, null = torch.randn(2, 3, 16, 16), torch.tensor(3)
-    with Probe(denoiser, velocity_of(predict, 2), times=times) as probe:
+    with SpectrumProbe(denoiser, velocity_of(predict, 2), times=times) as probe:
         with pytest.raises(ValueError, match="0 images"):
             probe.spectrum()
         probe_samples(probe, noise, torch.tensor([0, 1]), null, sampler=sampler)
         with pytest.raises(ValueError, match="without guidance"):
             probe_samples(probe, noise, torch.tensor([0, 1]), null, sampler=SamplerConfig())
     seen = probe.spectrum()
-    assert seen.times == pytest.approx(times.tolist()) and seen.images == 2
+    assert seen.times == pytest.approx(times.tolist()) and seen.num_images == 2
     # At t = 0 every model sees the same white noise; later states differ from it, and so do their spectra.
     assert not torch.allclose(seen.energies["velocity"][0], seen.energies["velocity"][2], rtol=1e-3)
 

@@ -12,7 +12,7 @@ from deco_scale.parallel.engines.base import Engine, Update
 from deco_scale.parallel.engines.deepspeed import DeepSpeedEngine
 from deco_scale.parallel.mesh import ParallelDims
 from deco_scale.training.train_step import train_step
-from tests.saving import alone
+from tests.support.saving import alone
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,7 @@ from deco_scale.training.config import RunSettings, StageConfig
 from deco_scale.training.inputs import InputBuilder, MicroBatch
 from deco_scale.training.trainer import Stage, Trainer
 from tests import formulas
-from tests.saving import alone
+from tests.support.saving import alone
 
 CPU = torch.device("cpu")
 # Two rows and three columns of patches: what mixes the axes up is seen.

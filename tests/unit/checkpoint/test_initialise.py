@@ -13,9 +13,9 @@ from deco_scale.checkpoint.config import CheckpointConfig
 from deco_scale.checkpoint.manager import CheckpointManager
 from deco_scale.errors import ConfigError
 from deco_scale.parallel.engines.base import Engine
-from tests.checkpoints import CLASSES, run, save, tensors_of
 from tests.faults.crash import PlainEngine, content, meta_of
-from tests.saving import alone, engine_of, make
+from tests.support.checkpoints import CLASSES, run, save, tensors_of
+from tests.support.saving import alone, engine_of, make
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +70,7 @@ class TestInitialise:
         skip = ("denoiser.b[i]as", "denoiser.new.*", "proj*")
         target = self.initialise(tmp_path, state, init_skip=skip)
         assert caplog.messages[1] == (
-            "not taken over by checkpoint.init_skip: denoiser.bias, denoiser.new.weight, projection.weight"
+            "not loaded because of checkpoint.init_skip: denoiser.bias, denoiser.new.weight, projection.weight"
         )
         assert (
             target.tensors["model.denoiser.bias"].tolist()

@@ -7,22 +7,22 @@ from typing import cast
 
 import torch
 import torch.distributed as dist
-from deco_scale.checkpoint.storage import open_objects
 from safetensors.torch import load, load_file
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from data_pipeline.storage.dev_server import S3Server
-from deco_scale.checkpoint import manager
 from deco_scale.checkpoint.config import CheckpointConfig
 from deco_scale.checkpoint.format import read_meta
+from deco_scale.checkpoint.integrity import parameter_digest
 from deco_scale.checkpoint.manager import CheckpointManager
-from deco_scale.checkpoint.staging import local_part
+from deco_scale.checkpoint.staging import Stager, local_part
+from deco_scale.checkpoint.storage import open_objects
 from deco_scale.parallel.engines.base import Engine
 from tests.faults.crash import PlainEngine, meta_of
-from tests.saving import alone, make
 from tests.support.process_groups import in_group
+from tests.support.saving import alone, make
 
 SHARDED = {"a": (7, 6), "b": (5, 8), "c": (3,), "d": (2, 4)}
 
@@ -50,8 +50,8 @@ def _export(root: str) -> None:
     assert [checkpoints.export_due(s) for s in (1, 2, 3, 4, 5)] == [False, True, True, True, False]
     meta = meta_of(2, config={"model": {"dim": 3}})
     state = _sharded(0)
-    checkpoints.start(cast(Engine, PlainEngine(state)), meta, manager=False, export=True)
-    both = checkpoints.start(cast(Engine, PlainEngine(_sharded(1))), meta_of(3), manager=True, export=True)
+    checkpoints.start(cast(Engine, PlainEngine(state)), meta, checkpoint=False, export=True)
+    both = checkpoints.start(cast(Engine, PlainEngine(_sharded(1))), meta_of(3), checkpoint=True, export=True)
     assert both is not None and both.error is None and "EMA export" in both.message, both
     saved = checkpoints.finished(wait=True)
     assert saved is not None and saved.error is None and "checkpoint" in saved.message, saved
@@ -64,8 +64,8 @@ def _export(root: str) -> None:
             assert torch.equal(found[name], whole), name
         assert found.keys() == SHARDED.keys()
     # The digest that was taken of the staged parts is that of the live ones.
-    assert read_meta(Path(root) / "run" / "step_00000003").parameter_digest == manager.parameter_digest(
-        _sharded(1)
+    assert read_meta(Path(root) / "run" / "step_00000003").parameter_digest == parameter_digest(
+        Stager().stage(_sharded(1))
     )
     target = {name: torch.zeros_like(tensor) for name, tensor in _sharded(0).items()}
     checkpoints.load(cast(Engine, PlainEngine(target)), Path(root) / "run" / "step_00000003")
@@ -87,7 +87,7 @@ def _through_s3(folder: Path, url: str) -> None:
         checkpoints.prepare()
     dist.barrier()
     state = _sharded(4)
-    checkpoints.start(cast(Engine, PlainEngine(state)), meta_of(4), manager=True, export=True)
+    checkpoints.start(cast(Engine, PlainEngine(state)), meta_of(4), checkpoint=True, export=True)
     saved = checkpoints.finished(wait=True)
     assert saved is not None and saved.error is None and f"{url}/exports/ema_step_00000004" in saved.message, saved
     dist.barrier()
@@ -98,9 +98,9 @@ def _through_s3(folder: Path, url: str) -> None:
     whole = {n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in state.items() if n.startswith("ema")}
     if dist.get_rank() == 0:
         objects = open_objects(f"{url}/exports/ema_step_00000004")
-        found = load(objects.read("model.safetensors", 0, objects.sizes()["model.safetensors"]))
+        found = load(objects.read_all("model.safetensors") or b"")
         assert all(torch.equal(found[n.removeprefix("ema.denoiser.")], t) for n, t in whole.items())
-        assert json.loads(objects.read("config.json", 0, objects.sizes()["config.json"]))["weights"] == "ema"
+        assert json.loads(objects.read_all("config.json") or b"")["weights"] == "ema"
 
 
 def test_exports_and_checkpoints_of_sharded_tensors_from_a_thread(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from checkpoints_tools.base import EMA
 from deco_scale.checkpoint.format import read_meta
-from tests.checkpoints import complete, release_state, run, save, trained_tensors
+from tests.support.checkpoints import complete, release_state, run, save, trained_tensors
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from checkpoints_tools.average import fit_width, power_of
 from checkpoints_tools.base import EMA, MODEL
 from deco_scale.checkpoint.format import read_tensors
 from deco_scale.errors import ConfigError
-from tests.checkpoints import META, SMALL, run, save, tensors_of, trained_tensors
+from tests.support.checkpoints import META, SMALL, run, save, tensors_of, trained_tensors
 
 
 def test_averages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

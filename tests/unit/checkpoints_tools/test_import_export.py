@@ -27,8 +27,16 @@ from deco_scale.checkpoint.format import read_meta, read_tensors, verify
 from deco_scale.config import build_config
 from deco_scale.errors import ConfigError
 from deco_scale.models import ModelConfig
-from tests.checkpoints import CLASSES, TEXT, assert_same_bits, release_file, release_state, save, tensors_of
 from tests.support import FIXTURES
+from tests.support.checkpoints import (
+    CLASSES,
+    TEXT,
+    assert_same_bits,
+    release_file,
+    release_state,
+    save,
+    tensors_of,
+)
 
 GOLDENS = ["t2i_tiny", "c2i_tiny", "c2i_baseline_tiny"]
 
@@ -190,8 +198,8 @@ REFUSALS = {
     "not a tensor": (_changed(lambda s: s.update({FIRST: 1.0})), "is a float, not a tensor"),
     "sparse": (_changed(lambda s: s.update({FIRST: torch.eye(4).to_sparse()})), "not a plain dense tensor"),
     "integers": (_changed(lambda s: s.update({FIRST: torch.ones(16, dtype=torch.int32)})), "fp32 does not hold"),
-    "not a name": (_changed(lambda s: s.update({3: torch.zeros(2)})), "no name of a tensor"),
-    "truncated": (_truncated, "damaged or cut short"),
+    "not a name": (_changed(lambda s: s.update({3: torch.zeros(2)})), "is not a tensor name"),
+    "truncated": (_truncated, "damaged or truncated"),
     "plain pickle": (_plain_pickle, "plain pickles are not read"),
     "before 1.6": (_legacy, "plain pickles are not read"),
 }  # fmt: skip

@@ -8,18 +8,17 @@ from typing import Any, cast
 
 import pytest
 import torch
-from deco_scale.checkpoint.storage import open_objects
 
 from data_pipeline.storage.dev_server import S3Server
 from deco_scale.checkpoint import manager
 from deco_scale.checkpoint.config import CheckpointConfig, KeepBest
-from deco_scale.checkpoint.format import shared_lock
-from deco_scale.checkpoint.format import read_meta, read_tensors, verify
+from deco_scale.checkpoint.format import read_meta, read_tensors, shared_lock, verify
+from deco_scale.checkpoint.storage import open_objects
 from deco_scale.config import build_config
 from deco_scale.errors import ConfigError, RunError
 from deco_scale.parallel.engines.base import Engine
 from tests.faults.crash import PlainEngine, content, meta_of
-from tests.saving import alone, engine_of, make
+from tests.support.saving import alone, engine_of, make
 
 
 @pytest.fixture
@@ -60,13 +59,13 @@ class TestSaving:
     def test_one_save_at_a_time_and_buffers_are_used_again(self, tmp_path: Path) -> None:
         checkpoints = make(tmp_path, keep_last=5)
         assert checkpoints.start(engine_of(1), meta_of(1)) is None
-        held = {n: t.data_ptr() for n, t in checkpoints._staging._buffers.items()}
+        held = {n: t.data_ptr() for n, t in checkpoints._stager._buffers.items()}
         for step in (2, 3):
             before = checkpoints.start(engine_of(step), meta_of(step))
             assert before is not None and f"step_0000000{step - 1} in" in before.message
         checkpoints.finished(wait=True)
         assert checkpoints.finished(wait=True) is None
-        assert {n: t.data_ptr() for n, t in checkpoints._staging._buffers.items()} == held
+        assert {n: t.data_ptr() for n, t in checkpoints._stager._buffers.items()} == held
         for step in (1, 2, 3):
             found = read_tensors(tmp_path / "run" / f"step_{step:08d}", "")
             assert all(torch.equal(found[n], t) for n, t in content(step).items())
@@ -98,7 +97,7 @@ class TestSaving:
 
     def test_a_bug_is_not_taken_for_a_full_disk(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         checkpoints = make(tmp_path)
-        monkeypatch.setattr(manager, "snapshot_digest", lambda *a: 1 / 0)
+        monkeypatch.setattr(manager, "parameter_digest", lambda *a: 1 / 0)
         checkpoints.start(engine_of(1), meta_of(1))
         with pytest.raises(ZeroDivisionError):
             checkpoints.finished(wait=True)
@@ -169,15 +168,16 @@ class TestSaving:
         assert checkpoints.load(engine, where).step == 3
         assert all(torch.equal(engine.state()[n], t) for n, t in content(3).items())
         objects = open_objects("s3://saving/a/b/step_00000003")
-        names = sorted(objects.sizes())
-        assert len(names) == 4 and not any(key.startswith("step_00000001") for key in objects.sizes())
+        sizes = {entry.key: entry.size for entry in objects.list()}
+        names = sorted(sizes)
+        assert len(names) == 4 and not any(key.startswith("step_00000001") for key in names)
         damaged = tmp_path / "damaged"
         for name in names:
-            size = objects.sizes()[name]
+            size = sizes[name]
             whole = objects.read(name, 0, size)
             for data in (whole[: size // 2] + bytes([whole[size // 2] ^ 1]) + whole[size // 2 + 1 :], whole):
                 damaged.write_bytes(data)
-                objects.put_file(name, damaged, 0)
+                objects.write_file(name, damaged)
                 if data is not whole:
                     with pytest.raises(ConfigError, match=name.replace(".", r"\.")):
                         checkpoints.load(engine_of(0), where)
@@ -190,7 +190,7 @@ class TestSaving:
         checkpoints.save(engine_of(1), meta_of(1))
         other = make(tmp_path, url="s3://refusing/x")
         other._cfg = CheckpointConfig(every=1, url="s3://absent/x")
-        other._target = None
+        other._remote = None
         other.start(engine_of(2), meta_of(2))
         saved = other.finished(wait=True)
         assert saved is not None and saved.error is not None and "absent" in saved.error

@@ -14,7 +14,7 @@ from checkpoints_tools.registry import open_checkpoint
 from checkpoints_tools.reshard import plan_reshard
 from deco_scale.errors import ConfigError
 from deco_scale.models import ModelConfig
-from tests.checkpoints import META, save, tensors_of
+from tests.support.checkpoints import META, save, tensors_of
 
 TAG = "global_step7"
 MODEL = ModelConfig(kind="c2i_baseline", dim=24, num_heads=2, num_blocks=1, patch_size=8, num_classes=3)
@@ -78,7 +78,7 @@ def test_a_parameter_of_another_optimizer_step_is_refused(
     files = sorted(folder.glob("zero/*/step.pt"))
     assert len(files) > 3
     change(files[at], lambda _: content)
-    refused(folder, "mixes optimizer steps: .*says 7, .*says 8")
+    refused(folder, "mixes optimizer steps: .*has 7, .*has 8")
 
 
 def test_all_parameters_of_another_step_than_the_common_file_are_refused(
@@ -87,7 +87,7 @@ def test_all_parameters_of_another_step_than_the_common_file_are_refused(
     folder = folder_of("universal")
     for file in folder.glob("zero/*/step.pt"):
         change(file, lambda _: torch.tensor(8.0))
-    refused(folder, "mixes optimizer steps: .*says 7, .*says 8")
+    refused(folder, "mixes optimizer steps: .*has 7, .*has 8")
 
 
 def test_a_common_file_of_another_step_is_refused(folder_of: Callable[[str], Path]) -> None:
@@ -98,7 +98,7 @@ def test_a_common_file_of_another_step_is_refused(folder_of: Callable[[str], Pat
         content["optimizer_state_dict"]["state"][0]["step"] = torch.tensor(6.0)
 
     whole = change(file, edit)
-    refused(folder, r"mixes optimizer steps: .*optimizer_state\.pt says 6, .*says 7")
+    refused(folder, r"mixes optimizer steps: .*optimizer_state\.pt has 6, .*has 7")
     file.write_bytes(whole)
 
     def add(content: Any) -> None:

@@ -21,7 +21,7 @@ from checkpoints_tools.registry import open_checkpoint
 from deco_scale.checkpoint.dcp_metadata import read_index
 from deco_scale.checkpoint.format import read_tensors, verify
 from deco_scale.errors import ConfigError
-from tests.checkpoints import complete
+from tests.support.checkpoints import complete
 
 NAME = "model.x"
 OUTSIDE = (

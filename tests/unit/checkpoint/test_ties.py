@@ -74,5 +74,5 @@ def test_a_score_that_is_not_finite_is_never_the_best(score: float, mode: str) -
 def test_the_last_every_kth_the_best_and_those_held_are_kept_together() -> None:
     scores = {step: abs(step - 5) for step in range(1, 13)}
     cfg = CheckpointConfig(every=1, keep_last=2, keep_every=4, keep_best=KeepBest(metric="loss"))
-    found = retained(scores, cfg, lambda step: {"loss": scores[step]}, held={3, 50})
+    found = retained(scores, cfg, lambda step: {"loss": scores[step]}, protected={3, 50})
     assert found == {11, 12} | {4, 8} | {5} | {3}

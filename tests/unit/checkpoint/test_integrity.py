@@ -2,14 +2,13 @@
 
 import hashlib
 import pickle
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from deco_scale.checkpoint.digest import parameter_digest, snapshot_digest
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
@@ -24,9 +23,10 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from checkpoints_tools.formats.canonical import CanonicalReader, digest_of_sums, word_sum
-from deco_scale.checkpoint.staging import Staging
-from tests.checkpoints import assert_same_bits, complete, save
+from checkpoints_tools.formats.canonical import CanonicalReader
+from deco_scale.checkpoint.integrity import digest_of_sums, parameter_digest, word_sum
+from deco_scale.checkpoint.staging import Stager
+from tests.support.checkpoints import assert_same_bits, complete, save
 
 RANKS = 4
 Cut = tuple[Placement, ...] | None
@@ -89,7 +89,6 @@ def cut_for_this_rank(whole: Tensor, cut: Cut) -> Tensor:
 def digests_of_ranks(
     state: Mapping[str, Tensor],
     cuts: Mapping[str, Cut],
-    digest: Callable[[dict[str, Tensor]], str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> list[str]:
     """What each rank makes of its parts; the one exchange of sums is done here, by going through them twice."""
@@ -108,32 +107,24 @@ def digests_of_ranks(
             with as_rank(rank), monkeypatch.context() as patch:
                 local = {name: cut_for_this_rank(tensor, cuts[name]) for name, tensor in state.items()}
                 patch.setattr(dist, "all_reduce", all_reduce)
-                found.append(digest(local))
+                found.append(parameter_digest(Stager().stage(local)))
     assert len(sums) == RANKS
     return found
 
 
-def staged(state: dict[str, Tensor]) -> str:
-    return snapshot_digest(Staging().take(state), None)
-
-
-@pytest.mark.parametrize("digest", [parameter_digest, staged], ids=["live", "staged"])
 @pytest.mark.parametrize("cut", CUTS)
 def test_however_weights_are_cut_and_copied_each_element_counts_once(
-    cut: str, digest: Callable[[dict[str, Tensor]], str], monkeypatch: pytest.MonkeyPatch
+    cut: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     state = whole_state()
     cuts = dict.fromkeys(state, CUTS[cut])
-    assert digests_of_ranks(state, cuts, digest, monkeypatch) == [expected(state)] * RANKS
+    assert digests_of_ranks(state, cuts, monkeypatch) == [expected(state)] * RANKS
 
 
-@pytest.mark.parametrize("digest", [parameter_digest, staged], ids=["live", "staged"])
-def test_tensors_of_one_state_may_be_cut_each_in_its_way(
-    digest: Callable[[dict[str, Tensor]], str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tensors_of_one_state_may_be_cut_each_in_its_way(monkeypatch: pytest.MonkeyPatch) -> None:
     state = whole_state(1)
     cuts = {name: list(CUTS.values())[i % len(CUTS)] for i, name in enumerate(state)}
-    assert digests_of_ranks(state, cuts, digest, monkeypatch) == [expected(state)] * RANKS
+    assert digests_of_ranks(state, cuts, monkeypatch) == [expected(state)] * RANKS
 
 
 def test_live_weights_and_stored_ones_have_one_digest(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -141,7 +132,7 @@ def test_live_weights_and_stored_ones_have_one_digest(monkeypatch: pytest.Monkey
     sums = {name: word_sum(tensor) for name, tensor in state.items() if name.startswith("model.")}
     reader = CanonicalReader(save(tmp_path / "step", state, files=2))
     assert digest_of_sums(sums) == reader.meta.parameter_digest == expected(state)
-    live = digests_of_ranks(state, dict.fromkeys(state, CUTS["copies"]), parameter_digest, monkeypatch)
+    live = digests_of_ranks(state, dict.fromkeys(state, CUTS["copies"]), monkeypatch)
     assert set(live) == {reader.meta.parameter_digest}
 
 
@@ -187,8 +178,7 @@ def test_only_weights_count(monkeypatch: pytest.MonkeyPatch) -> None:
     state, other = whole_state(), whole_state(3)
     mixed = {name: (state if name.startswith("model.") else other)[name] for name in state}
     cuts = dict.fromkeys(state, CUTS["rows and copies"])
-    for digest in (parameter_digest, staged):
-        assert digests_of_ranks(mixed, cuts, digest, monkeypatch) == [expected(state)] * RANKS
+    assert digests_of_ranks(mixed, cuts, monkeypatch) == [expected(state)] * RANKS
 
 
 def test_words_are_those_of_fp32_whatever_the_strides_and_the_type() -> None:

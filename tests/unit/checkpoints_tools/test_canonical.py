@@ -23,7 +23,7 @@ from checkpoints_tools.base import TensorSpec
 from checkpoints_tools.formats.canonical import CanonicalReader, write_canonical
 from deco_scale.checkpoint.format import read_tensors
 from deco_scale.errors import ConfigError, RunError
-from tests.checkpoints import META, SMALL, assert_same_bits, complete, save, trained_tensors
+from tests.support.checkpoints import META, SMALL, assert_same_bits, complete, save, trained_tensors
 
 
 def test_trainings_reader_reads_what_the_tools_write(tmp_path: Path) -> None:

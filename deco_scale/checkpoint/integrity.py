@@ -1,0 +1,126 @@
+"""Checksums of files, taken while they are written, and a digest of the weights that ignores sharding."""
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import google_crc32c
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from deco_scale.checkpoint.staging import Snapshot
+from deco_scale.errors import ConfigError, Damaged
+
+WRITE_BYTES = 2**20
+"""Bytes that one call writes: for more, recent kernels look for large pages and may take ten times as long."""
+FLUSH_BYTES = 32 * 2**20
+"""Bytes after which the kernel is asked to begin writing to the disk."""
+_READ_BYTES = 2 * 2**20
+MODEL_PREFIX = "model."
+
+FileChecksums = dict[str, tuple[int, int]]
+"""Size and CRC32C of files by name."""
+
+
+class ChecksummedFile:
+    """An open file that is only appended to, with the size and CRC32C of what was written."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        self._raw, self._checksum, self._flushed = raw, google_crc32c.Checksum(), 0
+        self.size = 0
+
+    @property
+    def crc(self) -> int:
+        return int.from_bytes(self._checksum.digest(), "big")
+
+    def write(self, data: Any) -> int:
+        """Write all of ``data``, starting a flush after every ``FLUSH_BYTES``; returns its bytes."""
+        view = memoryview(data).cast("B")
+        for start in range(0, len(view), WRITE_BYTES):
+            # The checksum takes bytes only. Small pieces bound the copy and the time that the interpreter is
+            # held; what is written then comes from the cache as well.
+            piece = bytes(view[start : start + WRITE_BYTES])
+            self._raw.write(piece)
+            self._checksum.update(piece)
+            self.size += len(piece)
+            if self.size - self._flushed >= FLUSH_BYTES:
+                self._raw.flush()
+                start_flush(self._raw.fileno(), self._flushed, self.size - self._flushed)
+                self._flushed = self.size
+        return len(view)
+
+    def flush(self) -> None:
+        self._raw.flush()
+
+    def sync(self) -> tuple[int, int]:
+        """Wait until everything is on the disk; size and CRC32C."""
+        self._raw.flush()
+        os.fsync(self._raw.fileno())
+        return self.size, self.crc
+
+
+def write_checksummed(path: Path, data: bytes) -> tuple[int, int]:
+    """Write a small file durably; size and CRC32C."""
+    with path.open("wb") as raw:
+        file = ChecksummedFile(raw)
+        file.write(data)
+        return file.sync()
+
+
+def crc32c_of(path: Path) -> int:
+    checksum = google_crc32c.Checksum()
+    # Unbuffered, and pieces that the allocator reuses: several times as fast as larger ones.
+    with path.open("rb", buffering=0) as file:
+        while piece := file.read(_READ_BYTES):
+            checksum.update(piece)
+    return int.from_bytes(checksum.digest(), "big")
+
+
+def check_file(file: Path, size: int, crc: int, *, listing: str) -> None:
+    """Compare a file with its entry in ``listing``; raises :class:`ConfigError` naming both."""
+    try:
+        if file.stat().st_size == size and crc32c_of(file) == crc:
+            return
+    except FileNotFoundError:
+        raise Damaged(f"{file} is missing, {listing} names it") from None
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read: {error.strerror}") from error
+    raise Damaged(f"{file} is damaged: size or checksum differ from {listing}")
+
+
+def start_flush(descriptor: int, start: int, length: int) -> None:
+    """Ask the kernel to begin writing what was just written, so that the final sync has less to wait for."""
+    if length > 0:
+        # Linux starts to write dirty pages that are declared as no longer needed.
+        os.posix_fadvise(descriptor, start, length, os.POSIX_FADV_DONTNEED)
+
+
+def parameter_digest(snapshot: Snapshot, group: dist.ProcessGroup | None = None) -> str:
+    """Digest of the weights of all ranks of ``group``: the sum of 32-bit words per tensor. All ranks together."""
+    names = sorted(name for name in snapshot.tensors if name.startswith(MODEL_PREFIX))
+    sums = torch.tensor(
+        [word_sum(snapshot.tensors[n]) if n in snapshot.counted else 0 for n in names], dtype=torch.int64
+    )
+    dist.all_reduce(sums, group=group)
+    return digest_of_sums(dict(zip(names, sums.tolist(), strict=True)))
+
+
+def word_sum(tensor: Tensor) -> int:
+    """Sum of the 32-bit words of a tensor's fp32 values, modulo 2^64, a part of :func:`digest_of_sums`."""
+    return int(tensor.detach().float().contiguous().view(-1).view(torch.int32).sum(dtype=torch.int64))
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor of any type, not copied."""
+    if not tensor.numel():
+        return memoryview(b"")
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def digest_of_sums(sums: Mapping[str, int]) -> str:
+    """The weights' digest from the word sums of complete tensors."""
+    parts = [f"{name}:{sums[name]}" for name in sorted(sums)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
