@@ -1,8 +1,4 @@
-"""Which number format computes: fp32, bf16 by autocast over fp32 weights, or FP8 in the linears of the blocks.
-
-``choice`` finds backend and recipe of FP8 for a machine, ``modules`` which linears it takes and what is left in
-bf16, ``fp8`` swaps them in from outside, ``te`` holds what only Transformer Engine needs.
-"""
+"""Settings of mixed precision, and autocast."""
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -19,12 +15,12 @@ Fp8Backend = Literal["auto", "te", "torchao"]
 class PrecisionConfig:
     """``bf16`` is the release's recipe: autocast, fp32 master weights, moments, EMA and losses.
 
-    ``fp8`` is bf16 but for the linears of attention and MLP. ``fp8_recipe`` says how tensors are scaled:
-    ``current`` by their own largest value, ``delayed`` by that of the steps before, ``block`` in blocks; ``auto``
-    goes by the chip (:func:`deco_scale.precision.recipe.resolve_fp8`). ``fp8_backend`` is Transformer Engine
+    ``fp8`` is bf16 except for the linears of attention and MLP. ``fp8_recipe`` is how tensors are scaled:
+    ``current`` by their own largest value, ``delayed`` by that of previous steps, ``block`` in blocks; ``auto``
+    depends on the GPU (:func:`deco_scale.precision.recipe.resolve_fp8`). ``fp8_backend`` is Transformer Engine
     (``te``) or ``torchao``; ``auto`` takes the first that is installed. ``fp8_emulate`` rounds to FP8 and
-    multiplies in fp32, on any device, by torchao: for tests. ``fp8_decoder_condition`` adds the pixel decoder's
-    condition projection; whether that pays is not yet measured. Settings of FP8 mean nothing under the others.
+    multiplies in fp32 with torchao, on any device, for tests. ``fp8_decoder_condition`` adds the pixel decoder's
+    condition projection; its speed-up is not measured yet. The ``fp8_`` settings have no effect with the others.
     """
 
     compute: Compute = "bf16"
@@ -44,7 +40,7 @@ class PrecisionConfig:
 
 
 def autocast(cfg: PrecisionConfig, device: torch.device) -> AbstractContextManager[object]:
-    """The context of a forward pass; one of training adds :func:`deco_scale.precision.fp8.fp8_context`."""
+    """Context of a forward pass; in training :func:`deco_scale.precision.fp8.fp8_context` goes inside of it."""
     if cfg.compute == "fp32":
         return nullcontext()
     return torch.autocast(device.type, dtype=torch.bfloat16)

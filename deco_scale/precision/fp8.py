@@ -1,4 +1,4 @@
-"""FP8 linears in the place of plain ones, put there by name; weights keep their names, shapes and fp32."""
+"""Replaces linears by FP8 ones, whose weights keep their names, shapes and fp32."""
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -18,7 +18,7 @@ TE_LINEAR = "deco_scale.precision.linear_te.TeLinear"
 
 
 def check_plan(cfg: PrecisionConfig, plan: Fp8Plan | None) -> None:
-    """Raise ``ValueError`` unless there is a plan exactly where ``cfg.compute`` is ``fp8``."""
+    """Raise ``ValueError`` for a plan without ``cfg.compute`` ``fp8``, or ``fp8`` without a plan."""
     if (plan is not None) != (cfg.compute == "fp8"):
         raise ValueError(f"precision.compute={cfg.compute} with {'a' if plan else 'no'} plan of FP8")
 
@@ -26,16 +26,16 @@ def check_plan(cfg: PrecisionConfig, plan: Fp8Plan | None) -> None:
 def apply_fp8(denoiser: nn.Module, plan: Fp8Plan, *, bias_share: int = 1, release_weights: bool = False) -> None:
     """Replace the plan's linears in place (any device, meta and ZeRO-3's partitions included).
 
-    ``bias_share``: each of so many ranks adds its share of a row-split linear's bias, since their results are
-    summed. ``release_weights`` keeps no gathered weight alive between forward and backward but looks it up again,
-    as ZeRO-3 needs; torchao only, Transformer Engine keeps the parameter itself and its FP8 copies. Raises
-    :class:`ConfigError` where the backend cannot be imported.
+    ``bias_share``: number of ranks whose results of a row-split linear are summed; each adds its share of the
+    bias. ``release_weights``: save no gathered weight for backward but look it up again, as ZeRO-3 needs (torchao
+    only; Transformer Engine saves the parameter itself and its FP8 copies). Raises :class:`ConfigError` if the
+    backend cannot be imported.
     """
     make = _te_linear if plan.choice.backend == "te" else _torchao_linear
     for linear in plan.linears:
         old = denoiser.get_submodule(linear.name)
         new = make(linear, plan)
-        # The parameters themselves: DeepSpeed's carry attributes of their own.
+        # The same parameter objects, because DeepSpeed's have attributes.
         new.weight = old.weight
         if linear.has_bias:
             new.bias = old.bias
@@ -47,12 +47,12 @@ def apply_fp8(denoiser: nn.Module, plan: Fp8Plan, *, bias_share: int = 1, releas
 
 
 def linear_class(plan: Fp8Plan) -> str:
-    """Import path of the class of the FP8 linears, for DeepSpeed's list of what is sent in bf16."""
+    """Import path of the FP8 linears' class, for DeepSpeed's list of modules that communicate in bf16."""
     return TE_LINEAR if plan.choice.backend == "te" else TORCHAO_LINEAR
 
 
 def fp8_context(plan: Fp8Plan | None) -> AbstractContextManager[object]:
-    """Goes around a training forward pass, inside of :func:`deco_scale.precision.autocast`."""
+    """Context of a training forward pass, inside of :func:`deco_scale.precision.config.autocast`."""
     if plan is None or plan.choice.backend != "te":
         return nullcontext()
     from deco_scale.precision.transformer_engine import te_context
@@ -61,10 +61,10 @@ def fp8_context(plan: Fp8Plan | None) -> AbstractContextManager[object]:
 
 
 def checkpoint_function(plan: Fp8Plan | None) -> Callable[..., Any]:
-    """The activation checkpointing to use with ``use_reentrant=False``.
+    """The activation checkpointing function, to be used with ``use_reentrant=False``.
 
-    Transformer Engine's own re-enters its FP8 context in backward, where PyTorch's would recompute in bf16
-    unasked, and gives delayed scaling the scales of the first pass (NVIDIA/TransformerEngine issue 415).
+    Transformer Engine's own re-enters its FP8 context in backward, where PyTorch's would recompute in bf16, and
+    recomputes with the scales of the first pass under delayed scaling (NVIDIA/TransformerEngine issue 415).
     """
     if plan is None or plan.choice.backend != "te":
         return checkpoint
@@ -74,10 +74,10 @@ def checkpoint_function(plan: Fp8Plan | None) -> Callable[..., Any]:
 
 
 def scaling_state(denoiser: nn.Module, plan: Fp8Plan | None) -> dict[str, Tensor]:
-    """History and scales of delayed scaling by canonical name, copies on the CPU in fp32; nothing otherwise.
+    """Amax history and scales of delayed scaling, fp32 copies on the CPU; empty for other recipes.
 
-    Names are ``fp8.denoiser.<linear>.<kind>``. The values are the same on every rank, since the largest values are
-    reduced over all of them.
+    Names are ``fp8.denoiser.<linear>.<kind>``. Values are the same on every rank, because amax is reduced over all
+    ranks.
     """
     if plan is None or plan.choice.recipe != "delayed":
         return {}
@@ -91,16 +91,15 @@ def scaling_state(denoiser: nn.Module, plan: Fp8Plan | None) -> dict[str, Tensor
 
 
 def load_scaling_state(denoiser: nn.Module, plan: Fp8Plan | None, state: Mapping[str, Tensor]) -> None:
-    """Give linears their scaling back; one whose tensors are missing from ``state`` starts afresh."""
+    """Restore the scaling of linears; a linear whose tensors are missing from ``state`` starts afresh."""
     if plan is None or plan.choice.recipe != "delayed":
         return
     from deco_scale.precision.transformer_engine import KINDS, set_scaling
 
     for linear in plan.linears:
-        found = {kind: state.get(f"{STATE_PREFIX}denoiser.{linear.name}.{kind}") for kind in KINDS}
-        whole = {kind: tensor for kind, tensor in found.items() if tensor is not None}
-        if len(whole) == len(KINDS):
-            set_scaling(denoiser.get_submodule(linear.name), whole)
+        names = {kind: f"{STATE_PREFIX}denoiser.{linear.name}.{kind}" for kind in KINDS}
+        if all(name in state for name in names.values()):
+            set_scaling(denoiser.get_submodule(linear.name), {kind: state[name] for kind, name in names.items()})
 
 
 def _torchao_linear(linear: Fp8Linear, plan: Fp8Plan) -> Fp8Forward:

@@ -1,6 +1,6 @@
-"""Which linears compute in FP8, decided by name and size before a model is built, and what each module runs in.
+"""The FP8 plan: which linears compute in FP8, decided by name and size before a model is built.
 
-Shapes are those that a rank computes with: linears split over tp by their local sizes, tokens as gathered.
+Sizes are those of a rank: local sizes of linears split over tp, tokens as gathered.
 """
 
 import re
@@ -18,14 +18,14 @@ from deco_scale.precision.config import PrecisionConfig
 from deco_scale.precision.recipe import Fp8Choice
 
 BLOCK_LINEARS = ("attn.qkv", "attn.context_kv", "attn.proj", "mlp.gate", "mlp.up", "mlp.down")
-"""Linears of blocks and text blocks that FP8 takes."""
+"""Linears of image and text blocks that compute in FP8."""
 DECODER_CONDITION = "decoder.cond_proj"
 _KEPT = "kept in higher precision by design"
 
 
 @dataclass(frozen=True, slots=True)
 class BatchShape:
-    """A micro-batch of a rank: samples, and tokens of each sample (``text_tokens`` 0 without text)."""
+    """A rank's micro-batch: samples, and tokens of a sample (``text_tokens`` 0 without text)."""
 
     batch: int
     image_tokens: int
@@ -34,7 +34,7 @@ class BatchShape:
 
 @dataclass(frozen=True, slots=True)
 class Fp8Linear:
-    """A linear of the denoiser as a rank computes it; ``name`` is its path in the denoiser."""
+    """A linear with the sizes of a rank; ``name`` is its path in the denoiser."""
 
     name: str
     in_features: int
@@ -45,24 +45,24 @@ class Fp8Linear:
 
 @dataclass(frozen=True, slots=True)
 class Fp8Plan:
-    """The linears that compute in FP8, and the reason for each that could by name but not by size."""
+    """The linears that compute in FP8; ``rejected`` has name and reason of those whose size does not fit."""
 
     choice: Fp8Choice
     linears: tuple[Fp8Linear, ...]
-    left: tuple[tuple[str, str], ...]
+    rejected: tuple[tuple[str, str], ...]
 
     def messages(self) -> list[str]:
-        """One line on what computes in FP8, and one for each reason that leaves linears in bf16."""
+        """Log lines: what computes in FP8, and each reason why linears stay in bf16."""
         lines = [f"FP8 ({self.choice}): {len(self.linears)} linears: {_listed([f.name for f in self.linears])}"]
-        for reason in dict.fromkeys(reason for _, reason in self.left):
-            names = [name for name, why in self.left if why == reason]
+        for reason in dict.fromkeys(reason for _, reason in self.rejected):
+            names = [name for name, why in self.rejected if why == reason]
             lines.append(f"FP8: {len(names)} linears stay in bf16, {reason}: {_listed(names)}")
         return lines
 
 
 @dataclass(frozen=True, slots=True)
 class ModuleRow:
-    """A row of the precision table: sizes of a rank's part, what its product or norm computes in, why not FP8."""
+    """A row of the precision table: sizes on a rank, compute format, and why it is not FP8."""
 
     name: str
     in_features: int
@@ -81,11 +81,11 @@ def plan_fp8(
     recompute: ActivationCheckpointing,
     compile_blocks: bool,
 ) -> Fp8Plan:
-    """Sort the linears by name and size; ``batches`` are all shapes that training will see.
+    """Select the linears; ``batches`` are all micro-batch shapes of the run.
 
-    Raises :class:`ConfigError` where nothing would compute in FP8, and for what Transformer Engine cannot be
-    combined with: its products are not seen by selective recomputing, and its own checkpointing, which restores
-    FP8 in backward, is not compiled.
+    Raises :class:`ConfigError` if no linear can compute in FP8, and for two settings that do not work with
+    Transformer Engine: selective checkpointing does not see its products, and its own checkpointing, which
+    restores FP8 in backward, cannot be compiled.
     """
     if choice.backend == "te" and recompute == "selective":
         raise ConfigError(
@@ -97,39 +97,39 @@ def plan_fp8(
             "compile=true with Transformer Engine does not work with parallel.activation_checkpointing=full; "
             "possible: compile=false, activation_checkpointing=none, or precision.fp8_backend=torchao"
         )
-    linears, left = [], []
+    linears, rejected = [], []
     for linear in _linears(model, tp):
-        if not _wanted(linear.name, cfg):
+        if not _is_candidate(linear.name, cfg):
             continue
-        reason = _unfit(linear, model, choice, tp=tp, batches=batches)
+        reason = _misfit(linear, model, choice, tp=tp, batches=batches)
         if reason:
-            left.append((linear.name, reason))
+            rejected.append((linear.name, reason))
         else:
             linears.append(linear)
     if not linears:
-        reasons = "; ".join(dict.fromkeys(reason for _, reason in left))
+        reasons = "; ".join(dict.fromkeys(reason for _, reason in rejected))
         raise ConfigError(f"precision.compute=fp8: no linear can compute in FP8 ({reasons}); possible: bf16, fp32")
-    return Fp8Plan(choice, tuple(linears), tuple(left))
+    return Fp8Plan(choice, tuple(linears), tuple(rejected))
 
 
 def precision_rows(
     model: ModelConfig, cfg: PrecisionConfig, plan: Fp8Plan | None, *, tp: int
 ) -> Iterator[ModuleRow]:
-    """What each module with weights computes in, in the model's order.
+    """Compute format of each module with weights, in the model's order.
 
-    ``plan`` is that of :func:`plan_fp8`, None unless ``cfg.compute`` is ``fp8``. Norms compute their statistics
-    in fp32. Masters, moments, EMA and losses are fp32 in any case and no rows here.
+    ``plan`` is None unless ``cfg.compute`` is ``fp8``. Norms compute statistics in fp32; masters, moments, EMA and
+    losses are always fp32 and not listed.
     """
     if (plan is not None) != (cfg.compute == "fp8"):
         raise ValueError(f"precision.compute={cfg.compute} with {'a' if plan else 'no'} plan of FP8")
-    taken = {linear.name for linear in plan.linears} if plan else set()
-    reasons = dict(plan.left) if plan else {}
+    selected = {linear.name for linear in plan.linears} if plan else set()
+    reasons = dict(plan.rejected) if plan else {}
     linears = {linear.name: linear for linear in _linears(model, tp)}
     lower = "fp32" if cfg.compute == "fp32" else "bf16"
     with torch.device("meta"):
         denoiser = Denoiser(model)
     for name, module in denoiser.named_modules():
-        if name in taken:
+        if name in selected:
             assert plan is not None
             linear = linears[name]
             yield ModuleRow(name, linear.in_features, linear.out_features, plan.choice.formats, "")
@@ -162,13 +162,13 @@ def _linears(model: ModelConfig, tp: int) -> Iterator[Fp8Linear]:
             )
 
 
-def _wanted(name: str, cfg: PrecisionConfig) -> bool:
+def _is_candidate(name: str, cfg: PrecisionConfig) -> bool:
     if name == DECODER_CONDITION:
         return cfg.fp8_decoder_condition
     return name.startswith(("blocks.", "text_blocks.")) and name.endswith(BLOCK_LINEARS)
 
 
-def _unfit(
+def _misfit(
     linear: Fp8Linear, model: ModelConfig, choice: Fp8Choice, *, tp: int, batches: Sequence[BatchShape]
 ) -> str:
     """Why FP8 cannot take it, or nothing."""

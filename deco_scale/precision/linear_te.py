@@ -1,4 +1,4 @@
-"""Transformer Engine's linear with :class:`Fp8Forward` around it; importing this module imports the package."""
+"""FP8 linear of Transformer Engine; importing this module imports that package."""
 
 import torch
 from torch import Tensor
@@ -13,10 +13,10 @@ class TeLinear(Fp8Forward, Linear):  # type: ignore[misc]
 
     @outside_graphs
     def _product(self, x: Tensor) -> Tensor:
-        # Compiled blocks break here and go on behind it.
+        # A graph break in compiled blocks.
         return super()._product(x)
 
 
 def te_linear(in_features: int, out_features: int, *, bias: bool) -> TeLinear:
-    """A linear without storage, whose parameters are called ``weight`` and ``bias`` as in ``nn.Linear``."""
+    """A linear on the meta device, with parameters named as in ``nn.Linear``."""
     return TeLinear(in_features, out_features, bias=bias, params_dtype=torch.float32, device="meta")

@@ -1,4 +1,4 @@
-"""torchao's FP8 linear with :class:`Fp8Forward` around it; importing this module imports torchao."""
+"""FP8 linear of torchao; importing this module imports torchao."""
 
 from torch import nn
 from torchao.float8 import Float8LinearConfig, convert_to_float8_training
@@ -12,11 +12,11 @@ class TorchaoLinear(Fp8Forward, Float8Linear):  # type: ignore[misc]
 
 
 def torchao_linear(in_features: int, out_features: int, *, emulate: bool) -> TorchaoLinear:
-    """A linear without storage and without bias; ``emulate`` multiplies in fp32 what was rounded to FP8."""
-    # The weights' all-gather stays in bf16: FSDP then shards plain tensors, as everywhere else.
+    """A linear on the meta device without bias; ``emulate`` rounds to FP8 and multiplies in fp32."""
+    # Weights are gathered in bf16, so that FSDP shards plain tensors as everywhere else.
     config = Float8LinearConfig(emulate=emulate, enable_fsdp_float8_all_gather=False)
     plain = nn.Linear(in_features, out_features, bias=False, device="meta")
-    # torchao's public function, not the class's constructor: it also repairs what inductor would compile wrongly.
+    # The public function rather than the constructor: it also patches what inductor would compile wrongly.
     linear = convert_to_float8_training(plain, config=config)
     assert type(linear) is Float8Linear
     linear.__class__ = TorchaoLinear

@@ -1,7 +1,7 @@
-"""What a linear in FP8 does around its backend's product; a class of its own, so that blocks share their graphs.
+"""Base class of the FP8 linears.
 
-``torch.compile`` keeps one graph for all modules that run the same code. A ``forward`` put on each instance is
-another object in each block: another graph for each, and none for the blocks past Dynamo's limit.
+A class, because ``torch.compile`` shares one graph between modules that run the same code. A ``forward`` set on
+each instance would need a graph in each block, and blocks beyond Dynamo's limit would run eagerly.
 """
 
 import torch
@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 
 class Fp8Forward(nn.Module):
-    """Goes in front of a backend's linear class, whose ``forward`` it calls.
+    """Mixin before a backend's linear class, whose ``forward`` it calls.
 
-    Without gradients (images sampled between steps) it computes in autocast's type like any linear: a sampler's
-    batches have shapes that FP8 may not take. ``bias_share``: each of so many ranks adds its share of the bias.
-    ``release_weight`` keeps no gathered weight alive between forward and backward but looks it up again.
+    Without gradients (sampling between steps) it computes in autocast's dtype like any linear, because a sampler's
+    batches have shapes that FP8 may not take. ``bias_share`` and ``release_weight``: see
+    :func:`deco_scale.precision.fp8.apply_fp8`.
     """
 
     has_bias: bool
@@ -24,12 +24,12 @@ class Fp8Forward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         device = x.device.type
         if torch.is_autocast_enabled(device):
-            # torchao asks for CUDA's autocast only, on any device.
+            # torchao looks at CUDA's autocast only.
             x = x.to(torch.get_autocast_dtype(device))
         return self._with_bias_share(x) if self.bias_share > 1 else self._linear(x)
 
     def _with_bias_share(self, x: Tensor) -> Tensor:
-        # Found before the parameter of this name.
+        # Takes precedence over the parameter of the same name.
         self.__dict__["bias"] = self._parameters["bias"] / self.bias_share  # type: ignore[operator]
         try:
             return self._linear(x)
@@ -46,7 +46,7 @@ class Fp8Forward(nn.Module):
         return super().forward(x)  # type: ignore[misc,no-any-return]
 
     def _without_kept_weight(self, x: Tensor) -> Tensor:
-        """Save a mark in the place of a view of the weight, whose storage would stay with it."""
+        """Save None in place of a view of the weight, which would keep the gathered weight alive."""
 
         def pack(tensor: Tensor) -> Tensor | None:
             return None if tensor._is_view() and tensor._base is self.weight else tensor

@@ -1,4 +1,4 @@
-"""From ``precision.fp8_*`` and a machine to one backend and one recipe; every impossible wish is an error.
+"""Resolves ``precision.fp8_*`` to one FP8 backend and recipe for a machine.
 
 Sources: Transformer Engine 2.x, ``pytorch/quantization.py`` (which chip has which recipe) and the API page of
 ``te.autocast`` (sizes); torchao 0.18, ``float8`` (compute capability 8.9, sizes by 16).
@@ -16,9 +16,9 @@ from deco_scale.precision.config import PrecisionConfig
 Backend = Literal["te", "torchao"]
 Recipe = Literal["delayed", "current", "block", "mxfp8"]
 CHIPS = {"a100": (8, 0), "l40s": (8, 9), "h100": (9, 0), "h200": (9, 0), "b200": (10, 0)}
-"""Compute capability of chips that can be planned for."""
+"""Compute capability of the GPUs that can be planned for."""
 _BLOCK_CUDA = (12, 9)
-"""First CUDA whose cuBLAS has block-scaled products for Hopper."""
+"""First CUDA version whose cuBLAS has block-scaled products for Hopper."""
 _SIZES: dict[Recipe, tuple[int, int]] = {
     # (tokens, features). Transformer Engine documents 16 for both; its own check would take 8 tokens.
     "delayed": (16, 16),
@@ -30,7 +30,7 @@ _SIZES: dict[Recipe, tuple[int, int]] = {
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What FP8 depends on; ``capability`` is None without a GPU, ``cuda`` None without CUDA."""
+    """Facts that FP8 depends on; ``capability`` is None without a GPU, ``cuda`` None without CUDA."""
 
     capability: tuple[int, int] | None
     cuda: tuple[int, int] | None
@@ -40,7 +40,7 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class Fp8Choice:
-    """What was chosen; ``block`` scales 1 x 128 and 128 x 128 blocks, ``mxfp8`` groups of 32 by powers of two."""
+    """Backend and recipe; ``block`` scales 1 x 128 and 128 x 128 blocks, ``mxfp8`` 32 values by a power of two."""
 
     backend: Backend
     recipe: Recipe
@@ -48,17 +48,17 @@ class Fp8Choice:
 
     @property
     def token_multiple(self) -> int:
-        """What the tokens of a micro-batch must be a multiple of."""
+        """The number of tokens of a micro-batch must be a multiple of this."""
         return _SIZES[self.recipe][0]
 
     @property
     def feature_multiple(self) -> int:
-        """What inputs and outputs of a linear must be a multiple of."""
+        """Input and output features of a linear must be multiples of this."""
         return _SIZES[self.recipe][1]
 
     @property
     def formats(self) -> str:
-        """Forward and backward format, as printed."""
+        """Forward and backward number formats, for the log."""
         return "fp8 e4m3" if self.recipe in ("block", "mxfp8") else "fp8 e4m3, gradients e5m2"
 
     def __str__(self) -> str:
@@ -66,7 +66,7 @@ class Fp8Choice:
 
 
 def this_machine(device: torch.device) -> Machine:
-    """The facts of the machine that this runs on."""
+    """The machine of this process."""
     on_gpu = device.type == "cuda"
     major, _, minor = (torch.version.cuda or "").partition(".")
     return Machine(
@@ -78,18 +78,18 @@ def this_machine(device: torch.device) -> Machine:
 
 
 def planned_machine(chip: str) -> Machine:
-    """A machine with a chip of :data:`CHIPS`, a recent CUDA and both backends; for planning without it."""
+    """A machine with a GPU of :data:`CHIPS`, a recent CUDA and both backends, to plan for."""
     if chip not in CHIPS:
         raise ConfigError(f"chip {chip}: possible are {', '.join(CHIPS)}")
     return Machine(capability=CHIPS[chip], cuda=_BLOCK_CUDA, te=True, torchao=True)
 
 
 def resolve_fp8(cfg: PrecisionConfig, machine: Machine) -> Fp8Choice:
-    """Backend and recipe of ``cfg`` on ``machine``; raises :class:`ConfigError` with what is possible.
+    """Backend and recipe of ``cfg`` on ``machine``; raises :class:`ConfigError` with the possible settings.
 
-    ``auto`` takes Transformer Engine where it is installed, MXFP8 on compute capability 10, whose tensor cores
-    scale in blocks by themselves, and current scaling elsewhere: on Hopper blocks of 128 are scaled outside of
-    the tensor cores, and no measurement here speaks for them.
+    ``auto`` takes Transformer Engine if it is installed, MXFP8 on compute capability 10, whose tensor cores scale
+    blocks themselves, and current scaling elsewhere: Hopper scales blocks of 128 outside of its tensor cores, and
+    we have no measurement in favour of that.
     """
     if cfg.fp8_emulate:
         if not machine.torchao:
@@ -120,10 +120,10 @@ def _backend(cfg: PrecisionConfig, machine: Machine) -> Backend:
         return "te"
     if cfg.fp8_backend in ("auto", "torchao") and machine.torchao:
         return "torchao"
-    wanted = {"te": TE_INSTALL, "torchao": "pip install torchao"}
+    install = {"te": TE_INSTALL, "torchao": "pip install torchao"}
     names = ("te", "torchao") if cfg.fp8_backend == "auto" else (cfg.fp8_backend,)
     raise ConfigError(
-        f"precision.compute=fp8 with fp8_backend={cfg.fp8_backend} needs " + " or ".join(wanted[n] for n in names)
+        f"precision.compute=fp8 with fp8_backend={cfg.fp8_backend} needs " + " or ".join(install[n] for n in names)
     )
 
 
@@ -147,7 +147,7 @@ def _te_recipe(cfg: PrecisionConfig, machine: Machine) -> Recipe:
 
 
 def choose_fp8(cfg: PrecisionConfig, device: torch.device) -> Fp8Choice:
-    """:func:`resolve_fp8` for ``device``, with the backend imported once to see that it works."""
+    """:func:`resolve_fp8` for ``device``; imports Transformer Engine to see that it works."""
     choice = resolve_fp8(cfg, this_machine(device))
     if choice.backend == "te":
         from deco_scale.precision.transformer_engine import import_te

@@ -1,19 +1,18 @@
-"""Names of FP8's scaling state in a checkpoint; delayed scaling alone has any."""
+"""Names of FP8's scaling state in a checkpoint, which only delayed scaling has."""
 
 from collections.abc import Mapping
 from typing import Any
 
 STATE_PREFIX = "fp8."
-"""Names of scaling state in a checkpoint begin with it."""
 
 
-def unmatched_scaling(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> tuple[set[str], list[str]]:
-    """Names of scaling state that only a checkpoint or only a run has, and a line on each of the two kinds.
+def unmatched_scaling(stored: Mapping[str, Any], expected: Mapping[str, Any]) -> tuple[set[str], list[str]]:
+    """Names of scaling state that only the checkpoint or only the run has, and log lines about them.
 
-    Scaling is no part of the model: either may go without it, aloud.
+    A checkpoint fits a run without it, because scaling is not part of the model.
     """
-    only_run = {n for n in wanted if n.startswith(STATE_PREFIX)} - set(found)
-    only_checkpoint = {n for n in found if n.startswith(STATE_PREFIX)} - set(wanted)
+    only_run = {n for n in expected if n.startswith(STATE_PREFIX)} - set(stored)
+    only_checkpoint = {n for n in stored if n.startswith(STATE_PREFIX)} - set(expected)
     lines = []
     if only_run:
         lines.append(

@@ -50,7 +50,7 @@ def plan(tp: int) -> Fp8Plan:
     found = plan_fp8(
         MODEL, EMULATED, choose_fp8(EMULATED, CPU), tp=tp, batches=[shape], recompute="none", compile_blocks=False
     )
-    assert len(found.linears) == 17 and not found.left
+    assert len(found.linears) == 17 and not found.rejected
     return found
 
 

@@ -2,8 +2,8 @@
 
 The tensors are hundreds of separate allocations, so the kernel gets a table of addresses, and each program
 updates one chunk of one tensor. The addresses are copied to the device each step, because gradients move (8 bytes
-each, from page-locked memory); small torch operations compute four scalars. Not yet run on
-a GPU: chunk size and number of warps are not tuned.
+each, from page-locked memory); small torch operations compute four scalars. Not yet run on a GPU: chunk size and
+number of warps are not tuned.
 """
 # mypy: allow-untyped-defs
 # The arguments of kernels have no Python type.

@@ -146,7 +146,7 @@ def test_contradictions_in_the_configuration_are_refused(settings: dict[str, Any
 
 def test_what_does_not_fit_is_named_with_its_reason() -> None:
     odd_text = plan_of(Fp8Choice("te", "current"), shape=BatchShape(4, 4, 6))
-    assert len(odd_text.linears) == 2 * 5 and len(odd_text.left) == 2 + 5
+    assert len(odd_text.linears) == 2 * 5 and len(odd_text.rejected) == 2 + 5
     assert odd_text.messages()[1:] == [
         "FP8: 7 linears stay in bf16, a micro-batch has 24 tokens, not a multiple of 16: "
         "text_blocks.{0}.attn.qkv, text_blocks.{0}.attn.proj, text_blocks.{0}.mlp.gate, text_blocks.{0}.mlp.up, "
@@ -154,11 +154,11 @@ def test_what_does_not_fit_is_named_with_its_reason() -> None:
     ]
     # A rank of 4 has one head of 8: its projection's input is not a multiple of 16.
     local = plan_of(Fp8Choice("te", "current"), tp=4)
-    assert {name.rpartition("blocks.")[2][2:] for name, _ in local.left} == {
+    assert {name.rpartition("blocks.")[2][2:] for name, _ in local.rejected} == {
         "attn.qkv",
         "attn.proj",
     }
-    assert dict(local.left)["blocks.0.attn.qkv"] == "32 x 24 is not in multiples of 16"
+    assert dict(local.rejected)["blocks.0.attn.qkv"] == "32 x 24 is not in multiples of 16"
     second = [f for f in local.linears if f.name.startswith("blocks.1.")]
     assert {f.name[9:]: (f.in_features, f.out_features) for f in second} == {
         "attn.context_kv": (32, 16), "mlp.gate": (32, 32), "mlp.up": (32, 32), "mlp.down": (32, 32),
