@@ -17,31 +17,28 @@ R = TypeVar("R")
 def over_processes(
     work: Callable[[Store, T], R], tasks: Iterable[T], *, store: Store, access: Access, workers: int
 ) -> Iterator[tuple[T, R]]:
-    """``work(store, task)`` for each task, with its task, in the order in which they end.
+    """``(task, work(store, task))`` for each task, as they complete; one worker is this process.
 
-    ``work`` is a module's function. A process opens the store anew. One worker is this process. Raises
-    :class:`DataError` where a process was killed.
+    ``work`` must be picklable; each process opens the store anew. Raises :class:`DataError` if one was killed.
     """
     if workers <= 1:
-        for task in tasks:
-            yield task, work(store, task)
+        yield from ((task, work(store, task)) for task in tasks)
         return
-    left = iter(tasks)
+    remaining = iter(tasks)
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         running: dict[Future[R], T] = {}
         while True:
-            # A few in hand, so that an error does not wait for a queue of thousands.
-            for task in itertools.islice(left, 2 * workers - len(running)):
-                running[pool.submit(_there, work, store.url, access, task)] = task
+            # A short queue: an error should not wait for thousands of submitted tasks.
+            for task in itertools.islice(remaining, 2 * workers - len(running)):
+                running[pool.submit(_in_process, work, store.url, access, task)] = task
             if not running:
                 return
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 try:
-                    result = future.result()
+                    yield running.pop(future), future.result()
                 except BrokenProcessPool as error:
                     raise DataError("a worker was killed, perhaps for memory; try fewer --workers") from error
-                yield running.pop(future), result
 
 
-def _there(work: Callable[[Store, T], R], url: str, access: Access, task: T) -> R:
+def _in_process(work: Callable[[Store, T], R], url: str, access: Access, task: T) -> R:
     return work(open_store(url, access), task)

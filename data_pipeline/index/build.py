@@ -1,17 +1,19 @@
-"""Making an index: every shard is read once, by several processes, and an interrupted scan goes on.
+"""Index tar shards: several processes read each shard once; an interrupted scan resumes.
 
-A sample is what neighbouring members with the same stem make: an image and a caption or class (``.txt``,
-``.json``, ``.cls``), as WebDataset, img2dataset and BLIP-3o write them. What cannot be trained on (no
-image, no caption, a damaged header, a stem that came before, a cut shard) is listed by name.
+A sample is a run of members with the same key: an image and a caption or class (``.txt``, ``.json``, ``.cls``),
+as WebDataset, img2dataset and BLIP-3o write them. What cannot be trained on (no image, no caption, a damaged
+header, a repeated key, a truncated shard) is listed by name.
 """
 
 import contextlib
+import functools
 import io
+import itertools
+import os
 import tarfile
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import google_crc32c
@@ -43,7 +45,7 @@ TEXT_SUFFIXES = ("txt", "json", "cls")
 MAX_SAMPLE_BYTES = 1 << 30
 MAX_HEADER_BYTES = 1 << 20
 """Longest extended header of a tar that is read: names and attributes."""
-_PIECE = 8 * 2**20
+PIECE_BYTES = 8 * 2**20
 _PIECES = 4
 _TAR_DAMAGE = (
     tarfile.TarError, ValueError, OverflowError, EOFError, KeyError, TypeError, IndexError, RecursionError,
@@ -63,59 +65,51 @@ class ScanSettings:
     scores: tuple[str, ...] = ()
 
 
-@dataclass
+@dataclass(frozen=True)
 class ScanReport:
-    """What a scan left out: ``<shard>: <member>: <reason>``; and how much of the work was done before."""
+    """What a scan rejected, as ``<shard>: <key>: <reason>``, and how many shards an earlier scan had read."""
 
-    problems: list[str] = field(default_factory=list)
-    reused: int = 0
+    problems: list[str]
+    reused: int
 
 
 class ShardFile(io.RawIOBase):
-    """A shard as a file: read in large pieces, of which the last few stay in memory."""
+    """A shard as a file for tarfile: fetched in large pieces, of which the last few stay in memory."""
 
     def __init__(self, store: Store, shard: ObjectInfo) -> None:
-        self._store, self.shard, self._at = store, shard, 0
-        self._pieces: OrderedDict[int, bytes] = OrderedDict()
+        def fetch(number: int) -> bytes:
+            start = number * PIECE_BYTES
+            return store.read(shard.key, start, min(PIECE_BYTES, shard.size - start), shard.etag)
 
-    def seekable(self) -> bool:
-        return True
-
-    def readable(self) -> bool:
-        return True
+        self.shard, self._position = shard, 0
+        self._piece = functools.lru_cache(_PIECES)(fetch)
 
     def tell(self) -> int:
-        return self._at
+        return self._position
 
-    def seek(self, offset: int, whence: int = 0) -> int:
-        self._at = max(0, offset + (0, self._at, self.shard.size)[whence])
-        return self._at
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        assert whence == os.SEEK_SET
+        self._position = max(0, offset)
+        return self._position
 
     def read(self, size: int = -1) -> bytes:
         """What tarfile reads: headers. Contents are read by :meth:`span`."""
         if not 0 <= size <= MAX_HEADER_BYTES:
             raise tarfile.ReadError(f"a header of {size} bytes")
-        data = self.span(self._at, min(self.shard.size, self._at + size))
-        self._at += len(data)
+        data = self.span(self._position, min(self.shard.size, self._position + size))
+        self._position += len(data)
         return data
 
-    def span(self, first: int, last: int) -> bytes:
-        """Bytes ``first`` to ``last - 1``."""
-        if first >= last:
+    def span(self, start: int, end: int) -> bytes:
+        """Bytes ``start`` to ``end - 1``."""
+        if start >= end:
             return b""
-        numbers = range(first // _PIECE, (last - 1) // _PIECE + 1)
-        data = b"".join(self._piece(n) for n in numbers)
-        base = numbers.start * _PIECE
-        return data[first - base : last - base]
+        first, last = start // PIECE_BYTES, (end - 1) // PIECE_BYTES
+        data = b"".join(self._piece(number) for number in range(first, last + 1))
+        return data[start - first * PIECE_BYTES : end - first * PIECE_BYTES]
 
-    def _piece(self, number: int) -> bytes:
-        if number not in self._pieces:
-            start = number * _PIECE
-            length = min(_PIECE, self.shard.size - start)
-            self._pieces[number] = self._store.read(self.shard.key, start, length, self.shard.etag)
-            if len(self._pieces) > _PIECES:
-                self._pieces.popitem(last=False)
-        return self._pieces[number]
+    def content(self, member: tarfile.TarInfo) -> bytes:
+        return self.span(member.offset_data, member.offset_data + member.size)
 
 
 def scan_shard(store: Store, shard: ObjectInfo, settings: ScanSettings) -> tuple[dict[str, Any], list[str]]:
@@ -123,59 +117,56 @@ def scan_shard(store: Store, shard: ObjectInfo, settings: ScanSettings) -> tuple
     rejects: list[Reject] = []
     rows: list[dict[str, Any]] = []
     file = ShardFile(store, shard)
-    for stem, members, end in shard_samples(file, rejects):
+    for key, members, end in shard_samples(file, rejects):
         try:
             rows.append(_row(file, members, end, settings))
         except DecodeError as error:
-            rejects.append(Reject(f"{shard.key}: {stem}", f"{error.kind}: {error}"))
+            rejects.append(Reject(f"{shard.key}: {key}", f"{error.kind}: {error}"))
     names = [*COLUMNS, *(SCORE + name for name in settings.scores)]
     return {name: np.asarray([row[name] for row in rows]) for name in names}, list(map(str, rejects))
 
 
+def split_name(name: str) -> tuple[str, str]:
+    """A tar member's sample key and suffix, as WebDataset splits them: at the first dot behind the folders."""
+    folder, _, base = name.rpartition("/")
+    stem, _, suffix = base.partition(".")
+    return f"{folder}/{stem}" if folder else stem, suffix.lower()
+
+
 def shard_samples(file: ShardFile, rejects: list[Reject]) -> Iterator[tuple[str, dict[str, tarfile.TarInfo], int]]:
-    """Stem, members by suffix, and end of each sample whose key did not come before in the shard.
+    """Key, members by suffix, and end of each sample whose key did not come before in the shard.
 
     Adds to ``rejects`` what is wrong with the shard: repeated keys, damage, a missing end-of-archive mark.
     """
-    key, stems, last_end = file.shard.key, set[str](), 0
+    shard, keys, end = file.shard, set[str](), 0
     try:
-        for stem, members, end in _runs(file):
-            last_end = end
-            if stem in stems:
-                rejects.append(Reject(f"{key}: {stem}", "duplicate: this key came before"))
-                continue
-            stems.add(stem)
-            yield stem, members, end
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            for key, group in itertools.groupby(_regular_files(tar), lambda member: split_name(member.name)[0]):
+                members: dict[str, tarfile.TarInfo] = {}
+                for member in group:
+                    member_end = member.offset_data + -(-member.size // BLOCK) * BLOCK
+                    if member_end > shard.size or member.size < 0:
+                        raise tarfile.ReadError(f"{member.name} is cut off")
+                    members.setdefault(split_name(member.name)[1], member)
+                end = member_end
+                if key in keys:
+                    rejects.append(Reject(f"{shard.key}: {key}", "duplicate: this key came before"))
+                    continue
+                keys.add(key)
+                yield key, members, end
     except _TAR_DAMAGE as error:
-        rejects.append(Reject(key, f"{type(error).__name__}: {error}"))
-    if file.span(last_end, min(file.shard.size, last_end + BLOCK)) != bytes(BLOCK):
-        rejects.append(Reject(key, f"no end-of-archive mark after {len(stems)} samples, the shard may be cut off"))
+        rejects.append(Reject(shard.key, f"{type(error).__name__}: {error}"))
+    if file.span(end, min(shard.size, end + BLOCK)) != bytes(BLOCK):
+        reason = f"no end-of-archive mark after {len(keys)} samples, the shard may be cut off"
+        rejects.append(Reject(shard.key, reason))
 
 
-def _runs(file: ShardFile) -> Iterator[tuple[str, dict[str, tarfile.TarInfo], int]]:
-    """Stem, members by suffix, and end of each run of members with one stem."""
-    stem: str | None = None
-    members: dict[str, tarfile.TarInfo] = {}
-    end = 0
-    with tarfile.open(fileobj=file, mode="r:") as tar:
-        for member in tar:
-            # The list of members that tarfile keeps would grow with the shard.
-            tar.members = []  # type: ignore[attr-defined]
-            if not member.isreg() or member.issparse():
-                continue
-            folder, _, name = member.name.rpartition("/")
-            base, _, suffix = name.partition(".")
-            key = f"{folder}/{base}" if folder else base
-            if key != stem:
-                if stem is not None and members:
-                    yield stem, members, end
-                stem, members = key, {}
-            end = member.offset_data + -(-member.size // BLOCK) * BLOCK
-            if end > file.shard.size or member.size < 0:
-                raise tarfile.ReadError(f"{member.name} is cut off")
-            members.setdefault(suffix.lower(), member)
-    if stem is not None and members:
-        yield stem, members, end
+def _regular_files(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    for member in tar:
+        # The list of members that tarfile keeps would grow with the shard.
+        tar.members = []  # type: ignore[attr-defined]
+        if member.isreg() and not member.issparse():
+            yield member
 
 
 def image_member(members: dict[str, tarfile.TarInfo]) -> tarfile.TarInfo:
@@ -204,7 +195,7 @@ def _row(file: ShardFile, members: dict[str, tarfile.TarInfo], end: int, setting
     for suffix in suffixes:
         text, flags = members[suffix], {"json": IS_JSON, "cls": IS_LABEL}.get(suffix, 0)
         try:
-            lengths = _target(content(text), flags, settings)
+            lengths = _caption_lengths(content(text), flags, settings)
             break
         except DecodeError:
             # A .json may hold other things than captions; the next member may do.
@@ -234,7 +225,7 @@ def _row(file: ShardFile, members: dict[str, tarfile.TarInfo], end: int, setting
     return row
 
 
-def _target(content: bytes, flags: int, settings: ScanSettings) -> list[int]:
+def _caption_lengths(content: bytes, flags: int, settings: ScanSettings) -> list[int]:
     """Lengths of the captions in characters, none for a label; raises :class:`DecodeError`."""
     if flags & IS_LABEL:
         parse_label(content)
@@ -254,30 +245,26 @@ def build_index(
 ) -> tuple[Index, ScanReport]:
     """Scan all ``.tar`` objects below the store's URL, in the order of their keys.
 
-    Shards that an earlier scan (finished or interrupted) has read and that have not changed are not read
-    again, unless ``fresh``. ``workers`` above 1 are processes. Raises :class:`DataError` where there is none.
+    Unless ``fresh``, unchanged shards of an earlier scan (finished or interrupted) are not read again.
+    ``workers`` above 1 are processes. Raises :class:`DataError` if there are no shards.
     """
-    shards = tuple(info for info in store.list() if info.key.endswith(".tar"))
+    shards = [info for info in store.list() if info.key.endswith(".tar")]
     if not shards:
         raise DataError(f"{store.url}: no .tar shards there")
-    earlier = {} if fresh else _earlier(store, settings)
-    done = {i: earlier[shard] for i, shard in enumerate(shards) if shard in earlier}
-    report = ScanReport(reused=len(done))
-    saved = time.monotonic()
-    missing = [i for i in range(len(shards)) if i not in done]
-    numbers = {shards[i]: i for i in missing}
-    tasks = [(shards[i], settings) for i in missing]
-    for (shard, _), result in over_processes(_scan_task, tasks, store=store, access=access, workers=workers):
-        number = numbers[shard]
-        done[number] = result
+    earlier = {} if fresh else _earlier_scans(store, settings)
+    done = {shard: earlier[shard] for shard in shards if shard in earlier}
+    reused, last_save = len(done), time.monotonic()
+    missing = [shard for shard in shards if shard not in done]
+    scan = functools.partial(scan_shard, settings=settings)
+    for shard, part in over_processes(scan, missing, store=store, access=access, workers=workers):
+        done[shard] = part
         if progress:
-            progress(shards[number].key, len(done), len(shards))
-        if time.monotonic() - saved > SAVE_EVERY_S:
+            progress(shard.key, len(done), len(shards))
+        if time.monotonic() - last_save > SAVE_EVERY_S:
             write_index(store, _merge(shards, done, settings), PARTIAL_KEY)
-            saved = time.monotonic()
+            last_save = time.monotonic()
     index = _merge(shards, done, settings)
-    report.problems = [p for entry in index.header["problems"] for p in entry]
-    return index, report
+    return index, ScanReport([p for problems in index.header["problems"] for p in problems], reused)
 
 
 def save_index(store: Store, index: Index) -> None:
@@ -289,17 +276,17 @@ def save_index(store: Store, index: Index) -> None:
 _Part = tuple[dict[str, Any], list[str]]
 
 
-def _merge(shards: Sequence[ObjectInfo], done: dict[int, _Part], settings: ScanSettings) -> Index:
-    numbers = sorted(done)
-    names = [*COLUMNS, *(SCORE + name for name in settings.scores)]
-    counts = [len(done[n][0]["start"]) for n in numbers]
-    columns = {name: np.concatenate([done[n][0][name] for n in numbers] or [np.zeros(0)]) for name in names}
-    header = {"scan": asdict(settings), "problems": [done[n][1] for n in numbers]}
-    return make_index([shards[n] for n in numbers], counts, columns, header=header)
+def _merge(shards: Sequence[ObjectInfo], done: Mapping[ObjectInfo, _Part], settings: ScanSettings) -> Index:
+    """Index of the shards that are done."""
+    scanned = [shard for shard in shards if shard in done]
+    parts, problems = zip(*(done[shard] for shard in scanned), strict=True)
+    columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    header = {"scan": asdict(settings), "problems": list(problems)}
+    return make_index(scanned, [len(part["start"]) for part in parts], columns, header=header)
 
 
-def _earlier(store: Store, settings: ScanSettings) -> dict[ObjectInfo, _Part]:
-    """Parts of an earlier scan with the same settings."""
+def _earlier_scans(store: Store, settings: ScanSettings) -> dict[ObjectInfo, _Part]:
+    """Shards that an earlier scan with the same settings has read."""
     parts: dict[ObjectInfo, _Part] = {}
     expected = {key: list(value) for key, value in asdict(settings).items()}
     for key in (INDEX_KEY, PARTIAL_KEY):
@@ -316,7 +303,3 @@ def _earlier(store: Store, settings: ScanSettings) -> dict[ObjectInfo, _Part]:
                 columns = {n: c[rows.start : rows.stop] for n, c in index.columns.items()}
                 parts[shard] = (columns, list(index.header["problems"][i]))
     return parts
-
-
-def _scan_task(store: Store, task: tuple[ObjectInfo, ScanSettings]) -> _Part:
-    return scan_shard(store, *task)

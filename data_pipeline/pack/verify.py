@@ -1,7 +1,6 @@
 """Read every shard again and compare it with the index, with ``shards.json`` and with the tar format.
 
-One pass in pieces: memory does not grow with the shards, except for the position of each tar member, and for one
-sample at a time where images are decoded.
+One pass in pieces: memory holds a few pieces, one sample, and the position of each tar member.
 """
 
 import hashlib
@@ -15,12 +14,12 @@ import google_crc32c
 from data_pipeline.captions import parse_captions, parse_label
 from data_pipeline.decode import PILLOW_PIXELS, DecodeError, decode, image_size
 from data_pipeline.errors import StoreError
+from data_pipeline.index.build import PIECE_BYTES, ShardFile, split_name
 from data_pipeline.index.format import BLOCK, Index, Location, load_index
 from data_pipeline.pack.writer import MANIFEST_KEY
 from data_pipeline.process_pool import over_processes
 from data_pipeline.storage.base import Access, ObjectInfo, Store
 
-PIECE_BYTES = 8 * 2**20
 LISTED_PER_SHARD = 20
 """Samples of one shard named; the rest are counted."""
 
@@ -119,131 +118,87 @@ def _tasks(
 
 
 def verify_shard(store: Store, task: _Task) -> VerifyReport:
-    """Read one shard from its beginning to its end."""
-    shard = task.shard
-    walk, samples, sha256 = _TarWalk(), _Samples(task), hashlib.sha256()
-    report = VerifyReport(shards=1)
+    """Read one shard from start to end."""
+    shard, locations = task.shard, task.locations
+    file, sha256, report = ShardFile(store, shard), hashlib.sha256(), VerifyReport(shards=1)
+    problems: list[str] = []
+    sample_problems: list[str] = []
+    members: dict[int, tuple[str, int]] = {}
+    headers = _tar_headers(file, problems)
     try:
-        for offset in range(0, shard.size, PIECE_BYTES):
-            length = min(PIECE_BYTES, shard.size - offset)
-            piece = memoryview(store.read(shard.key, offset, length, shard.etag))
-            sha256.update(piece)
-            walk.feed(piece, offset)
-            samples.feed(piece, offset)
-            report.bytes += length
+        for start in range(0, max(1, shard.size), PIECE_BYTES):
+            end = min(start + PIECE_BYTES, shard.size)
+            sha256.update(file.span(start, end))
+            report.bytes = end
+            for offset, header in headers:
+                members[offset] = header.name, header.size
+                if offset + header.size >= end < shard.size:
+                    break
+            while report.samples < len(locations) and (location := locations[report.samples]).end <= end:
+                report.samples += 1
+                if problem := _sample_problem(file.span(location.start, location.end), location, task):
+                    name, _ = members.get(location.start, (f"sample at byte {location.start}", 0))
+                    key = split_name(name)[0].encode("utf-8", "replace").decode()
+                    sample_problems.append(f"{key}: {problem}")
+                else:
+                    report.decoded += task.decode
     except StoreError as error:
-        report.problems.append(str(error))
-        return report
-    report.samples, report.decoded = samples.checked, samples.decoded
-    problems = walk.problems(shard.size, task.locations)
+        return VerifyReport(shards=1, bytes=report.bytes, problems=[str(error)])
+    parts = [(at.start, part) for at in locations for part in (at.image, at.text)]
+    misplaced = sum(
+        members.get(start + part.start - BLOCK, ("", -1))[1] != part.stop - part.start for start, part in parts
+    )
+    if misplaced:
+        problems.append(f"{misplaced} of {len(parts)} images and texts are not where the index says")
     if task.sha256 is not None:
         report.checksums = 1
         if (task.listed_size, task.sha256) != (shard.size, sha256.hexdigest()):
             problems.append(f"SHA-256 or size differs from {MANIFEST_KEY}")
-    faults = [f"{walk.name(start)}: {what}" for start, what in samples.faults]
-    problems += [f"{missing} samples of the index: outside of the shard"] if (missing := samples.missing) else []
-    if samples.num_faults > len(faults):
-        faults.append(f"and {samples.num_faults - len(faults)} more samples")
-    report.problems = [f"{shard.key}: {problem}" for problem in problems + faults]
+    if missing := len(locations) - report.samples:
+        problems.append(f"{missing} samples of the index: outside of the shard")
+    problems += sample_problems[:LISTED_PER_SHARD]
+    if unlisted := sample_problems[LISTED_PER_SHARD:]:
+        problems.append(f"and {len(unlisted)} more samples")
+    report.problems = [f"{shard.key}: {problem}" for problem in problems]
     return report
 
 
-class _TarWalk:
-    """Follows tar headers through pieces of a shard; pieces are whole blocks, except the last."""
+def _tar_headers(file: ShardFile, problems: list[str]) -> Iterator[tuple[int, tarfile.TarInfo]]:
+    """Offset and header of each tar member, up to the end-of-archive mark or the first damage.
 
-    def __init__(self) -> None:
-        self._next = 0
-        self._members: dict[int, tuple[str, int]] = {}
-        self._ended = False
-        self._damage = ""
-
-    def feed(self, piece: memoryview, offset: int) -> None:
-        while not self._ended and not self._damage and self._next + BLOCK <= offset + len(piece):
-            block = bytes(piece[self._next - offset :][:BLOCK])
-            if not any(block):
-                self._ended = True
-                return
-            try:
-                header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-            except (tarfile.HeaderError, ValueError) as error:
-                self._damage = f"damaged tar header at byte {self._next}: {error}"
-                return
-            if header.size < 0:
-                self._damage = f"tar member of {header.size} bytes at byte {self._next}"
-                return
-            self._members[self._next] = (header.name, header.size)
-            self._next += BLOCK + -(-header.size // BLOCK) * BLOCK
-
-    def name(self, start: int) -> str:
-        """Name of the sample that starts there, without the suffix."""
-        name, _ = self._members.get(start, (f"sample at byte {start}", 0))
-        folder, slash, base = name.rpartition("/")
-        return (folder + slash + base.partition(".")[0]).encode("utf-8", "replace").decode()
-
-    def problems(self, size: int, locations: tuple[Location, ...]) -> list[str]:
-        problems = [self._damage] if self._damage else []
-        if not self._damage and not self._ended:
-            problems.append(f"no end-of-archive mark in {size} bytes, the shard may be cut off")
-        parts = [(at.start, part) for at in locations for part in (at.image, at.text)]
-        lost = sum(
-            self._members.get(start + part.start - BLOCK, ("", -1))[1] != part.stop - part.start
-            for start, part in parts
-        )
-        if lost:
-            problems.append(f"{lost} of {len(parts)} images and texts are not where the index says")
-        return problems
+    Not tarfile's own walk, which takes a damaged header for the end.
+    """
+    offset = 0
+    while offset + BLOCK <= file.shard.size:
+        block = file.span(offset, offset + BLOCK)
+        if not any(block):
+            return
+        try:
+            header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        except (tarfile.HeaderError, ValueError) as error:
+            problems.append(f"damaged tar header at byte {offset}: {error}")
+            return
+        if header.size < 0:
+            problems.append(f"tar member of {header.size} bytes at byte {offset}")
+            return
+        yield offset, header
+        offset += BLOCK + -(-header.size // BLOCK) * BLOCK
+    problems.append(f"no end-of-archive mark in {file.shard.size} bytes, the shard may be cut off")
 
 
-class _Samples:
-    """Checksums (and decodes) the index's samples as their bytes come by."""
-
-    def __init__(self, task: _Task) -> None:
-        self._task = task
-        self._next = 0
-        self._crc = 0
-        self._sample = bytearray()
-        self.checked, self.decoded, self.num_faults = 0, 0, 0
-        self.faults: list[tuple[int, str]] = []
-
-    def feed(self, piece: memoryview, offset: int) -> None:
-        locations, end = self._task.locations, offset + len(piece)
-        while self._next < len(locations) and locations[self._next].start < end:
-            location = locations[self._next]
-            part = bytes(piece[max(location.start - offset, 0) : location.end - offset])
-            self._crc = google_crc32c.extend(self._crc, part)
-            if self._task.decode:
-                self._sample += part
-            if location.end > end:
-                return
-            self._finish(location)
-
-    @property
-    def missing(self) -> int:
-        return len(self._task.locations) - self.checked
-
-    def _finish(self, location: Location) -> None:
-        raw = bytes(self._sample)
-        if self._crc != location.crc32c:
-            self._fault(location, f"CRC32C {self._crc:08x}, the index says {location.crc32c:08x}")
-        elif self._task.decode:
-            try:
-                self._decode(raw, location)
-                self.decoded += 1
-            except DecodeError as error:
-                self._fault(location, f"{error.kind}: {error}")
-        self.checked += 1
-        self._next, self._crc, self._sample = self._next + 1, 0, bytearray()
-
-    def _decode(self, raw: bytes, location: Location) -> None:
-        image, text = raw[location.image], raw[location.text]
-        side = min(image_size(image))
-        decode(image, (side, side), mode="exact", max_pixels=PILLOW_PIXELS)
-        if location.is_label:
-            parse_label(text)
-        else:
-            parse_captions(text, is_json=location.is_json, fields=self._task.caption_fields)
-
-    def _fault(self, location: Location, what: str) -> None:
-        self.num_faults += 1
-        if len(self.faults) < LISTED_PER_SHARD:
-            self.faults.append((location.start, what))
+def _sample_problem(raw: bytes, location: Location, task: _Task) -> str | None:
+    crc32c = google_crc32c.value(raw)
+    if crc32c != location.crc32c:
+        return f"CRC32C {crc32c:08x}, the index says {location.crc32c:08x}"
+    if task.decode:
+        try:
+            image, text = raw[location.image], raw[location.text]
+            side = min(image_size(image))
+            decode(image, (side, side), mode="exact", max_pixels=PILLOW_PIXELS)
+            if location.is_label:
+                parse_label(text)
+            else:
+                parse_captions(text, is_json=location.is_json, fields=task.caption_fields)
+        except DecodeError as error:
+            return f"{error.kind}: {error}"
+    return None
