@@ -3,23 +3,22 @@
 from dataclasses import dataclass
 from typing import Literal
 
-TimeLaw = Literal["logit_normal", "uniform"]
-"""Distribution of the times."""
+TimeDistribution = Literal["logit_normal", "uniform"]
 Prediction = Literal["velocity", "image"]
-"""What the network's output stands for."""
+"""What the network predicts."""
 FrequencyMode = Literal["inv_gamma", "inv"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ObjectiveConfig:
-    """Losses of DeCo; a weight of 0 leaves a loss out altogether.
+    """Losses of DeCo; a loss with weight 0 is not computed.
 
-    ``prediction`` says what the network's output is: the velocity, or the clean image as in JiT (arXiv
-    2511.13720). The losses are of the velocity either way; that of an image is (image - x_t) / max(1 - t,
-    ``t_eps``).
+    ``time_law`` is the distribution of times. ``prediction`` is what the network predicts: the velocity, or the
+    clean image as in JiT (arXiv 2511.13720), whose velocity is (image - x_t) / max(1 - t, ``t_eps``). The losses
+    compare velocities in both cases.
     """
 
-    time_law: TimeLaw = "logit_normal"
+    time_law: TimeDistribution = "logit_normal"
     prediction: Prediction = "velocity"
     t_eps: float = 0.05
     freq_weight: float = 1.0

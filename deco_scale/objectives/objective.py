@@ -26,17 +26,17 @@ LOSS_NAMES = ("loss", "loss_flow", "loss_freq", "loss_repa")
 
 
 class Tokens(Protocol):
-    """Which tokens of a sequence this process scores."""
+    """The tokens for which this process computes losses."""
 
     def own(self, x_BND: Tensor) -> Tensor:
-        """Those tokens of a whole sequence."""
+        """Those tokens of a full sequence."""
 
     def share(self, count: int) -> float:
         """Their share of ``count`` tokens."""
 
 
 class AllTokens:
-    """One process scores everything."""
+    """This process computes the losses of all tokens."""
 
     def own(self, x_BND: Tensor) -> Tensor:
         return x_BND
@@ -46,7 +46,7 @@ class AllTokens:
 
 
 class Objective(nn.Module):
-    """Total loss = flow + freq_weight * frequency + repa_weight * REPA, each also on its own."""
+    """Total loss = flow + freq_weight * frequency + repa_weight * REPA, and each of them."""
 
     kernels: Kernels = "torch"
 
@@ -69,10 +69,10 @@ class Objective(nn.Module):
         condition: Tensor,
         features_BNF: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Losses of images in [-1, 1], all fp32 scalars; ``loss`` is what to differentiate.
+        """Losses of images in [-1, 1] as fp32 scalars; ``loss`` is the total.
 
-        Where the denoiser answers for some tokens only (``self.tokens``), these are this process's parts of
-        the losses: over the processes that share the sequence they sum to the whole.
+        If this process computes some tokens only (``self.tokens``), these are its parts of the losses, whose sum
+        over the processes that share the sequence is the loss.
         """
         model = self.denoiser.cfg
         grid = model.grid(*image_BCYX.shape[-2:])
@@ -101,16 +101,16 @@ class Objective(nn.Module):
         losses["loss"] = total
         share = self.tokens.share(patches_BNK.shape[1])
         if share == 0.0:
-            # The mean of no token at all; backward still has to run for the other processes' sake.
+            # The mean over no token is NaN; backward must run, because it joins collectives.
             return {name: value.nan_to_num() * 0.0 for name, value in losses.items()}
         return {name: value * share for name, value in losses.items()} if share != 1.0 else losses
 
     def predict(self, patches_BNK: Tensor, t_B: Tensor, condition: Tensor, grid: tuple[int, int]) -> Tensor:
-        """The denoiser's own output, velocity or image; here so that engines need to know one module only."""
+        """The denoiser's output (B, N, K), velocity or image."""
         return self.denoiser(patches_BNK, t_B, condition, grid=grid).prediction_BNK
 
     def _target(self, image_BCYX: Tensor, noise_BCYX: Tensor, scored_BNK: Tensor, t_B: Tensor) -> Tensor:
-        """True velocity of the patches that this process scores, clamped as the predicted one is."""
+        """Target velocity of this process's patches; with image prediction clamped as the predicted one is."""
         patch_size = self.denoiser.cfg.patch_size
         if self.cfg.prediction == "image":
             image_BNK = self.tokens.own(patchify(image_BCYX.float(), patch_size))
@@ -118,16 +118,16 @@ class Objective(nn.Module):
         return self.tokens.own(patchify(image_BCYX.float() - noise_BCYX.float(), patch_size))
 
     def _pixel_losses(self, velocity_BNK: Tensor, target_BNK: Tensor, grid: tuple[int, int]) -> dict[str, Tensor]:
-        """Flow loss, and the frequency loss where it is on.
+        """Flow loss, and the frequency loss if its weight is not 0.
 
-        The Triton kernel computes both at once, of patches that are RGB and hold whole DCT blocks.
+        The Triton kernel computes both at once, for RGB patches that hold whole DCT blocks.
         """
         model, cfg = self.denoiser.cfg, self.cfg
         if cfg.freq_weight == 0:
             return {"loss_flow": flow_loss(velocity_BNK, target_BNK)}
         device = velocity_BNK.device
         weights = frequency_weights(cfg.freq_quality, gamma=cfg.freq_gamma, mode=cfg.freq_mode, device=device)
-        # Blocks then lie inside patches: no pixel of another patch is needed, in whatever order they are.
+        # Blocks then lie inside patches and need no pixel of another patch.
         whole_blocks = model.patch_size % BLOCK == 0
         if self.kernels == "triton" and whole_blocks and model.channels == 3:
             from deco_scale.kernels.triton.losses import flow_and_frequency
@@ -151,9 +151,6 @@ class Objective(nn.Module):
 
 
 def drop_condition(condition: Tensor, null: Tensor, dropped_B: Tensor) -> Tensor:
-    """Replace the condition of the samples marked in ``dropped_B`` (bool) by the null condition.
-
-    ``null`` is one embedding (L, T) for text, or a 0-dim label.
-    """
+    """Replace the condition of the samples in ``dropped_B`` (bool) by ``null``: text (L, T), or a 0-dim label."""
     mask = dropped_B.reshape(-1, *([1] * (condition.ndim - 1)))
     return torch.where(mask, null.to(condition.dtype), condition)

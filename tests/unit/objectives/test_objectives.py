@@ -1,4 +1,4 @@
-"""Losses and the law of times."""
+"""Losses and the time distribution."""
 
 import pytest
 import torch

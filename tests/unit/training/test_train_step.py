@@ -83,7 +83,7 @@ def test_deepspeed_gets_the_loss_times_its_scale_and_divides_no_more(tp: int) ->
             self.differentiated, self.options = loss, options
 
     engine, library = object.__new__(DeepSpeedEngine), Library()
-    engine._engine, engine._fp8_plan, engine._layout = library, None, ParallelDims(1, 1, tp)
+    engine._engine, engine._fp8_plan, engine._dims = library, None, ParallelDims(1, 1, tp)
     inputs = cast(ObjectiveInputs, (torch.tensor(6.0),))
     losses = engine.forward_backward(inputs, scale=0.25, last=False)
     assert library.differentiated.item() == 1.5 and library.options == {"scale_wrt_gas": False}
