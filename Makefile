@@ -4,8 +4,8 @@ VENV := .venv
 OUT ?= benchmarks/results
 # Two files at a time, the longest first; then those that measure time or kill processes at chosen moments.
 LONGEST := $(addprefix tests/distributed/test_,traces.py tensor_parallel.py round_trip.py sampling.py communication.py)
-ALONE := tests/end_to_end/test_job.py tests/faults/test_kill.py tests/faults/test_watchdog.py
-WITH_PROCESSES := $(wildcard $(addsuffix /test_*.py,$(addprefix tests/,distributed end_to_end faults chaos)))
+ALONE := tests/end_to_end/test_job.py tests/fault_injection/test_kill.py tests/fault_injection/test_watchdog.py
+WITH_PROCESSES := $(wildcard $(addsuffix /test_*.py,$(addprefix tests/,distributed end_to_end fault_injection fault_injection/chaos)))
 SIDE_BY_SIDE := $(LONGEST) $(filter-out $(LONGEST) $(ALONE),$(WITH_PROCESSES)) tests/unit tests/parity
 # Hundreds of processes start: each would compile the sources again.
 unexport PYTHONDONTWRITEBYTECODE

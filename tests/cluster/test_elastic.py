@@ -13,7 +13,7 @@ import pytest
 from deco_scale.observability.run_dir import RunDir
 from deco_scale.yaml import dump_yaml
 from tests.conftest import ROOT
-from tests.faults.test_kill import finish, start, steps_done
+from tests.fault_injection.test_kill import finish, start, steps_done
 from tests.support.assets import tiny_config
 from tests.support.ports import free_port
 from tests.support.process_groups import trace, worst_difference

@@ -18,4 +18,4 @@ from transformers import Dinov2Model, PreTrainedTokenizerFast, Qwen3Model
 import deco_scale.parallel.engines.deepspeed
 import deco_scale.parallel.engines.fsdp
 import launcher.train
-import tests.faults.crash
+import tests.support.crash

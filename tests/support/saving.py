@@ -10,7 +10,7 @@ import torch.distributed as dist
 from deco_scale.checkpoint.config import CheckpointConfig
 from deco_scale.checkpoint.manager import CheckpointManager
 from deco_scale.parallel.engines.base import Engine
-from tests.faults.crash import PlainEngine, content, join_alone
+from tests.support.crash import PlainEngine, content, join_alone
 
 
 @contextmanager
@@ -32,8 +32,6 @@ def engine_of(step: int) -> Engine:
 
 def make(folder: Path, **settings: Any) -> CheckpointManager:
     """Prepared in ``folder / "run"``, with a save at every step unless ``settings`` say otherwise."""
-    made = CheckpointManager(
-        folder / "run", CheckpointConfig(**{"every": 1, **settings})
-    )
+    made = CheckpointManager(folder / "run", CheckpointConfig(**{"every": 1, **settings}))
     made.prepare()
     return made

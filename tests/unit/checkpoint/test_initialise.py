@@ -13,8 +13,8 @@ from deco_scale.checkpoint.config import CheckpointConfig
 from deco_scale.checkpoint.manager import CheckpointManager
 from deco_scale.errors import ConfigError
 from deco_scale.parallel.engines.base import Engine
-from tests.faults.crash import PlainEngine, content, meta_of
 from tests.support.checkpoints import CLASSES, run, save, tensors_of
+from tests.support.crash import PlainEngine, content, meta_of
 from tests.support.saving import alone, engine_of, make
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from deco_scale.checkpoint.format import read_meta
 from deco_scale.parallel.engines.base import Engine
-from tests.faults.crash import PlainEngine, content, meta_of
+from tests.support.crash import PlainEngine, content, meta_of
 from tests.support.saving import alone, make
 
 

@@ -17,7 +17,7 @@ from deco_scale.checkpoint.storage import open_objects
 from deco_scale.config import build_config
 from deco_scale.errors import ConfigError, RunError
 from deco_scale.parallel.engines.base import Engine
-from tests.faults.crash import PlainEngine, content, meta_of
+from tests.support.crash import PlainEngine, content, meta_of
 from tests.support.saving import alone, engine_of, make
 
 
@@ -200,18 +200,18 @@ class TestSaving:
 
 def limited(action: Any, device: str, folder: Path) -> None:
     """Run ``action`` with every file of a save being ``device``."""
-    from deco_scale.checkpoint import writer
+    from deco_scale.checkpoint.integrity import ChecksummedFile
 
-    whole = writer.DcpFile.__init__
+    whole = ChecksummedFile.__init__
 
     def redirected(self: Any, path: Path) -> None:
         whole(self, Path(device))
 
-    writer.DcpFile.__init__ = redirected  # type: ignore[method-assign]
+    ChecksummedFile.__init__ = redirected  # type: ignore[method-assign]
     try:
         action()
     finally:
-        writer.DcpFile.__init__ = whole  # type: ignore[method-assign]
+        ChecksummedFile.__init__ = whole  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from deco_scale.checkpoint.manager import CheckpointManager
 from deco_scale.checkpoint.staging import Stager, local_part
 from deco_scale.checkpoint.storage import open_objects
 from deco_scale.parallel.engines.base import Engine
-from tests.faults.crash import PlainEngine, meta_of
+from tests.support.crash import PlainEngine, meta_of
 from tests.support.process_groups import in_group
 from tests.support.saving import alone, make
 

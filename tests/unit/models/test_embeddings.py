@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from deco_scale.models.embeddings import PixelFeatures, PositionScale, pixel_position_features, rope_angles
-from tests import formulas
+from tests.support import formulas
 
 CPU = torch.device("cpu")
 

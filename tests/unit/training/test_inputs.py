@@ -12,7 +12,7 @@ from torch import Tensor
 from deco_scale.errors import RunError
 from deco_scale.objectives import ObjectiveConfig
 from deco_scale.training.inputs import EncoderOutputs, InputBuilder, MicroBatch, split
-from tests import formulas
+from tests.support import formulas
 
 CPU = torch.device("cpu")
 CLASSES = 1000

@@ -17,7 +17,7 @@ from deco_scale.precision.config import PrecisionConfig
 from deco_scale.training.config import RunSettings, StageConfig
 from deco_scale.training.inputs import InputBuilder, MicroBatch
 from deco_scale.training.trainer import Stage, Trainer
-from tests import formulas
+from tests.support import formulas
 from tests.support.saving import alone
 
 CPU = torch.device("cpu")

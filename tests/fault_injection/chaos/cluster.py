@@ -1,7 +1,7 @@
 """The cluster of the chaos test: nodes, their launchers, the S3 server as they see it, and a small disk.
 
 A node is a network namespace; where those are not permitted, all nodes are this machine, told apart by their
-ranks. Each node runs ``python -m launcher.schedulers.node_agent`` with tests/chaos/entry.py in place of
+ranks. Each node runs ``python -m launcher.schedulers.node_agent`` with entry.py of this folder instead of
 launcher/train.py, and the cluster treats them as SLURM's ``srun --kill-on-bad-exit=0 --wait`` would: the job's
 exit code is the highest one, and nodes that go on for long after one has failed are killed.
 """

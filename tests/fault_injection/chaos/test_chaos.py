@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from tests.chaos import checks
-from tests.chaos.run import NAN, chaos
-from tests.chaos.scenario import LONG, SHORT, Scenario
+from tests.fault_injection.chaos import checks
+from tests.fault_injection.chaos.run import NAN, chaos
+from tests.fault_injection.chaos.scenario import LONG, SHORT, Scenario
 
 
 def survives(scenario: Scenario, seed: int, folder: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:

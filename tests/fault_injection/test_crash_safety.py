@@ -12,7 +12,7 @@ import pytest
 from data_pipeline.storage.base import open_store
 from data_pipeline.storage.dev_server import S3Server
 from deco_scale.checkpoint.format import COMPLETE, verify
-from tests.faults.crash import Process, context
+from tests.support.crash import Process, context
 
 SETTINGS: dict[str, Any] = {"every": 1, "keep_last": 2}
 DISK_BYTES = 48 * 2**20

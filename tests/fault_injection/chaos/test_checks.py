@@ -10,10 +10,10 @@ import google_crc32c
 import pytest
 
 from deco_scale.checkpoint.format import COMPLETE, sums_text
-from tests.chaos.checks import compare_samples, compare_traces, lost_checkpoints
-from tests.chaos.faults import KINDS, folder_of
-from tests.chaos.scenario import LONG, SHORT, Scenario, make_nans, make_plan
-from tests.chaos.watch import Watch
+from tests.fault_injection.chaos.checks import compare_samples, compare_traces, lost_checkpoints
+from tests.fault_injection.chaos.faults import KINDS, folder_of
+from tests.fault_injection.chaos.scenario import LONG, SHORT, Scenario, make_nans, make_plan
+from tests.fault_injection.chaos.watch import Watch
 
 STEPS, BATCH, NAN_STEP = 6, 4, 2
 Lines = list[dict[str, Any]]

@@ -4,7 +4,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from tests.chaos.faults import KINDS, Moment
+from tests.fault_injection.chaos.faults import KINDS, Moment
 
 
 @dataclass(frozen=True, kw_only=True)

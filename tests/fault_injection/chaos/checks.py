@@ -16,10 +16,10 @@ from deco_scale.observability.goodput import CLASSES, Goodput
 from deco_scale.observability.run_dir import RunDir
 from deco_scale.observability.run_logger import read_metrics
 from deco_scale.planning.goodput_sim import Faults, expected_s, segments_of, simulate
-from tests.chaos.faults import complete_steps, folder_of, is_good
+from tests.fault_injection.chaos.faults import complete_steps, folder_of, is_good
 
 if TYPE_CHECKING:
-    from tests.chaos.run import Chaos
+    from tests.fault_injection.chaos.run import Chaos
 
 TOLERANCE = 1e-5
 """Relative, of loss and gradient norm; in the same layout they should be equal to the bit."""

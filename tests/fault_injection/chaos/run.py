@@ -1,6 +1,6 @@
 """The chaos test's driver: runs the job undisturbed, runs it again among faults, and compares.
 
-    sudo python -m tests.chaos.run --short|--long [--seed N] [--loopback] [--out FOLDER]
+    sudo python -m tests.fault_injection.chaos.run --short|--long [--seed N] [--loopback] [--out FOLDER]
 
 Prints each fault as it strikes and what came of it; ``FOLDER/chaos.json`` has the same and what was measured.
 Exits 1 where anything was not as it must be. Without root or iproute2 all nodes are this machine, the network is
@@ -29,11 +29,11 @@ from data_pipeline.storage.base import open_store
 from data_pipeline.storage.dev_server import S3Server, running_server
 from deco_scale.observability.events import REQUEUE
 from deco_scale.yaml import dump_yaml
-from tests.chaos import checks
-from tests.chaos.cluster import Attempt, Cluster, Relay, small_disk
-from tests.chaos.faults import KINDS, good_steps, saving
-from tests.chaos.scenario import LONG, SHORT, Planned, Scenario, make_nans, make_plan
-from tests.chaos.watch import Watch
+from tests.fault_injection.chaos import checks
+from tests.fault_injection.chaos.cluster import Attempt, Cluster, Relay, small_disk
+from tests.fault_injection.chaos.faults import KINDS, good_steps, saving
+from tests.fault_injection.chaos.scenario import LONG, SHORT, Planned, Scenario, make_nans, make_plan
+from tests.fault_injection.chaos.watch import Watch
 from tests.support.assets import make_images_folder, make_text_encoder, tiny_config
 from tests.support.namespaces import Nodes, why_not
 
@@ -56,7 +56,7 @@ class Finished(Exception):
 
 @dataclass
 class Chaos:
-    """A job among faults; see :class:`tests.chaos.faults.Scene`."""
+    """A job among faults; see :class:`tests.fault_injection.chaos.faults.Scene`."""
 
     scenario: Scenario
     cluster: Cluster

@@ -17,8 +17,8 @@ from typing import Any, Literal, Protocol
 from data_pipeline.storage.dev_server import S3Server
 from deco_scale.checkpoint.format import COMPLETE, STEP, verify
 from deco_scale.errors import ConfigError
-from tests.chaos.cluster import Attempt, Cluster
-from tests.chaos.watch import Watch
+from tests.fault_injection.chaos.cluster import Attempt, Cluster
+from tests.fault_injection.chaos.watch import Watch
 
 Moment = Literal["step", "save", "start"]
 OUTAGE_S = (2.0, 6.0)
@@ -200,4 +200,4 @@ KINDS = {
         ),
     )
 }
-"""By name; a NaN in a gradient is planted by :mod:`tests.chaos.entry`."""
+"""By name; a NaN in a gradient is planted by :mod:`tests.fault_injection.chaos.entry`."""

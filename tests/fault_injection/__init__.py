@@ -1,0 +1,1 @@
+"""Injected faults: broken stores and files, killed processes, hangs; in chaos/ whole runs under random faults."""
