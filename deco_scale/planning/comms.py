@@ -9,18 +9,17 @@ Between m nodes (m - 1) / m of it enters each node, through the network adapters
 and network work at the same time, so the slower one counts; latency is left out.
 """
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from deco_scale.models import ModelConfig
-from deco_scale.models.config import ActivationCheckpointing
 from deco_scale.models.tp_plan import part_sizes
 from deco_scale.parallel.mesh import ParallelDims
+from deco_scale.planning.flops import TrainStep
 from deco_scale.planning.hardware import GPUS_PER_NODE, Device
-from deco_scale.planning.parameters import layout_rows, weights_of_linears
+from deco_scale.planning.parameters import UNITS, layout_rows, weights_of_linears
 
-Kind = Literal["all-gather", "reduce-scatter", "all-reduce"]
 FP32_BYTES = 4
 
 
@@ -29,65 +28,52 @@ class Traffic:
     """One line of the table."""
 
     what: str
-    kind: Kind
+    kind: Literal["all-gather", "reduce-scatter", "all-reduce"]
     axis: str
     bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class StepShape:
-    """What a step computes on one rank."""
-
-    micro_batch: int
-    accumulation: int
-    tokens: int
-    compute_bytes: int
-    recompute: ActivationCheckpointing = "none"
+def step_traffic(step: TrainStep) -> Iterator[Traffic]:
+    """What a step sends for the denoiser (REPA head aside); axes of one rank send nothing."""
+    return fsdp_traffic(step) if step.parallel.engine == "fsdp" else zero_traffic(step)
 
 
-def fsdp_traffic(cfg: ModelConfig, dims: ParallelDims, step: StepShape) -> Iterator[Traffic]:
-    """Lines for the denoiser (REPA head aside); axes of one rank send nothing."""
-    rows = layout_rows(cfg, dims)
-    shards, micros = dims.dp_shard, step.accumulation
-
-    def padded(row_shape: tuple[int, ...]) -> int:
-        """Elements as FSDP sends them: dimension 0 padded to a multiple of the ranks."""
-        count = -(-row_shape[0] // shards) * shards
-        for size in row_shape[1:]:
-            count *= size
-        return count
-
-    in_units = ("blocks.", "text_blocks.", "decoder.")
-    units = sum(padded(r.tp_shape) for r in rows if r.name.startswith(in_units))
-    root = sum(padded(r.tp_shape) for r in rows if not r.name.startswith(in_units))
+def fsdp_traffic(step: TrainStep) -> Iterator[Traffic]:
+    """The lines of FSDP2."""
+    shards, compute_bytes = step.dims.dp_shard, step.work.compute_bytes
+    units = root = 0
+    for row in layout_rows(step.work.model, step.dims):
+        # As FSDP sends it: dimension 0 padded to a multiple of the ranks.
+        elements = -(-row.tp_shape[0] // shards) * shards * math.prod(row.tp_shape[1:])
+        if row.name.startswith(UNITS):
+            units += elements
+        else:
+            root += elements
     if shards > 1:
         # Units are gathered again in backward, what is left stays gathered.
-        gathered = micros * (2 * units + root) * step.compute_bytes
+        gathered = step.accumulation * (2 * units + root) * compute_bytes
         yield Traffic("weights", "all-gather", "dp_shard", gathered)
         yield Traffic("gradients", "reduce-scatter", "dp_shard", (units + root) * FP32_BYTES)
-    if dims.dp_replicate > 1:
+    if step.dims.dp_replicate > 1:
         yield Traffic("gradients", "all-reduce", "dp_replicate", (units + root) * FP32_BYTES // shards)
-    if dims.tp > 1:
-        # FSDP hands every block its inputs in the compute type, the text tokens too.
-        yield from _tensor_parallel(cfg, dims, step, reductions=1, text_bytes=step.compute_bytes)
+    # FSDP hands every block its inputs in the compute type, the text tokens too.
+    yield from _tensor_parallel(step, reductions=1, text_bytes=compute_bytes)
 
 
-def zero_traffic(
-    cfg: ModelConfig, dims: ParallelDims, step: StepShape, *, stage: int, persistent: int
-) -> Iterator[Traffic]:
-    """The same for DeepSpeed's ZeRO.
+def zero_traffic(step: TrainStep) -> Iterator[Traffic]:
+    """The lines of DeepSpeed's ZeRO.
 
-    Weights of at most ``persistent`` elements stay gathered under ZeRO-3 (its
+    Weights of at most ``work.persistent`` elements stay gathered under ZeRO-3 (its
     ``stage3_param_persistence_threshold``). Its prefetch may find up to one bucket of weights still there
-    when backward begins; that saving is left out.
+    when backward starts; that saving is left out.
     """
-    rows = layout_rows(cfg, dims)
-    linear = weights_of_linears(cfg)
-    dp, micros = dims.dp, step.accumulation
+    model, stage = step.work.model, step.parallel.zero_stage
+    rows, linear = layout_rows(model, step.dims), weights_of_linears(model)
+    dp, micros = step.dims.dp, step.accumulation
 
     def sent(name: str) -> int:
         """Bytes an element: ZeRO sends what linears own in the compute type, the rest in fp32."""
-        return step.compute_bytes if stage and name in linear else FP32_BYTES
+        return step.work.compute_bytes if stage and name in linear else FP32_BYTES
 
     if dp > 1 and stage < 3:
         gradients = sum(row.tp_numel * sent(row.name) for row in rows)
@@ -102,59 +88,51 @@ def zero_traffic(
         for row in rows:
             part = -(-row.tp_numel // dp) * dp
             reduced += micros * part * sent(row.name)
-            if row.tp_numel <= persistent:
+            if row.tp_numel <= step.work.persistent:
                 gathered += part * FP32_BYTES
             else:
                 gathered += 2 * micros * part * sent(row.name)
         yield Traffic("weights", "all-gather", "dp", gathered)
         yield Traffic("gradients", "reduce-scatter", "dp", reduced)
-    if dims.tp > 1:
-        yield from _tensor_parallel(cfg, dims, step, reductions=micros, text_bytes=FP32_BYTES)
+    yield from _tensor_parallel(step, reductions=micros, text_bytes=FP32_BYTES)
 
 
-def _tensor_parallel(
-    cfg: ModelConfig, dims: ParallelDims, step: StepShape, *, reductions: int, text_bytes: int
-) -> Iterator[Traffic]:
+def _tensor_parallel(step: TrainStep, *, reductions: int, text_bytes: int) -> Iterator[Traffic]:
     """``reductions``: how often in a step the gradients of replicated weights are summed.
 
     ``text_bytes``: size of an element of the text tokens as they leave the last text block.
     """
-    tp = dims.tp
-    replicated = sum(row.tp_numel for row in layout_rows(cfg, dims) if row.split == "replicated")
+    cfg, tp = step.work.model, step.dims.tp
+    if tp == 1:
+        return
+    replicated = sum(row.tp_numel for row in layout_rows(cfg, step.dims) if row.split == "replicated")
 
-    def sent(tokens: int, element_bytes: int = step.compute_bytes) -> int:
+    def sent(tokens: int, element_bytes: int = step.work.compute_bytes) -> int:
         """Bytes of one gather or scatter of a sequence, parts padded to the longest."""
         return step.micro_batch * tp * part_sizes(tokens, tp)[0] * cfg.dim * element_bytes
 
     image = cfg.num_blocks * 2 * sent(step.tokens)
     text = cfg.num_text_blocks * 2 * sent(cfg.text_tokens)
     whole_text = sent(cfg.text_tokens, text_bytes) if cfg.num_text_blocks else 0
-    # Recomputed blocks gather and scatter once more; the last block's text gather lies outside of it.
-    forwards = 1 if step.recompute == "none" else 2
-    blocks = image + text
-    # Backward turns every gather into a scatter and the other way round.
-    gathers = forwards * blocks + blocks + whole_text
-    scatters = forwards * blocks + blocks + whole_text
-    yield Traffic("tokens", "all-gather", "tp", step.accumulation * gathers)
-    yield Traffic("tokens", "reduce-scatter", "tp", step.accumulation * scatters)
+    # Recomputed blocks gather and scatter once more; the last block's text gather lies outside of it. Backward
+    # turns every gather into a scatter and the other way round, so that both are as many.
+    passes = 3 if step.recomputes else 2
+    total = step.accumulation * (passes * (image + text) + whole_text)
+    yield Traffic("tokens", "all-gather", "tp", total)
+    yield Traffic("tokens", "reduce-scatter", "tp", total)
     yield Traffic("gradients of replicated weights", "all-reduce", "tp", reductions * replicated * FP32_BYTES)
-
-
-def ranks_per_node(dims: ParallelDims, axis: str, world: int) -> tuple[int, int]:
-    """Ranks of one group along ``axis``, and how many of them share a node; tp is innermost."""
-    size, inner = {
-        "tp": (dims.tp, 1),
-        "dp_shard": (dims.dp_shard, dims.tp),
-        "dp": (dims.dp, dims.tp),
-        "dp_replicate": (dims.dp_replicate, dims.tp * dims.dp_shard),
-    }[axis]
-    return size, max(1, min(size, min(world, GPUS_PER_NODE) // inner))
 
 
 def seconds_of(line: Traffic, dims: ParallelDims, device: Device) -> float:
     """Time of one line of the traffic table, alone on the links."""
-    world = dims.dp * dims.tp
-    size, together = ranks_per_node(dims, line.axis, world)
+    # Ranks of a group, and how many ranks lie between two of them; tp is innermost.
+    size, stride = {
+        "tp": (dims.tp, 1),
+        "dp_shard": (dims.dp_shard, dims.tp),
+        "dp": (dims.dp, dims.tp),
+        "dp_replicate": (dims.dp_replicate, dims.tp * dims.dp_shard),
+    }[line.axis]
+    together = max(1, min(size, min(dims.dp * dims.tp, GPUS_PER_NODE) // stride))  # on one node
     if size == 1:
         return 0.0
     ways = 2 if line.kind == "all-reduce" else 1
@@ -164,23 +142,18 @@ def seconds_of(line: Traffic, dims: ParallelDims, device: Device) -> float:
     return max(inside, between)
 
 
-def split_by_overlap(
-    lines: Iterable[Traffic], dims: ParallelDims, device: Device, *, engine: str, zero_stage: int
-) -> tuple[float, float]:
-    """Seconds of a step that may hide behind computation, and seconds that cannot.
+def split_by_overlap(step: TrainStep, device: Device) -> tuple[float, float]:
+    """Seconds of a step's communication that may hide behind computation, and seconds that cannot.
 
     fsdp overlaps gathers and gradient reductions, ZeRO-3 the gathers, ZeRO-2 the gradient reductions. Tensor
     parallelism waits for its tokens, ZeRO-1 and 2 gather updated weights at the end of the step.
     """
     hidden = exposed = 0.0
-    for line in lines:
-        seconds = seconds_of(line, dims, device)
-        gradients = line.what == "gradients"
-        if line.axis == "tp":
-            overlaps = False
-        elif engine == "fsdp":
-            overlaps = True
+    for line in step_traffic(step):
+        seconds, gradients = seconds_of(line, step.dims, device), line.what == "gradients"
+        if step.parallel.engine == "fsdp":
+            overlaps = line.axis != "tp"
         else:
-            overlaps = (zero_stage == 3 and not gradients) or (zero_stage == 2 and gradients)
+            overlaps = line.axis != "tp" and step.parallel.zero_stage == (2 if gradients else 3)
         hidden, exposed = hidden + seconds * overlaps, exposed + seconds * (not overlaps)
     return hidden, exposed

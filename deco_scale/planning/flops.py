@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from deco_scale.models import ModelConfig
+from deco_scale.parallel.config import ParallelConfig
+from deco_scale.parallel.mesh import ParallelDims, accumulation_steps
+from deco_scale.training.config import StageConfig
 
 PEAK_BF16_FLOPS = {"B200": 2.25e15, "H200": 989e12, "H100": 989e12, "A100": 312e12, "A800": 312e12}
 """Dense bf16 FLOP/s of the datasheets, by a part of the device's name."""
@@ -111,3 +114,42 @@ class Workload:
         """Of the head: three linears with biases."""
         dim, wide = self.model.dim, self.repa_dim
         return 2 * dim * (dim + 1) + wide * (dim + 1) if wide else 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainStep:
+    """A training step on one rank: ``accumulation`` micro-batches of square images, ``resolution`` pixels wide."""
+
+    work: Workload
+    parallel: ParallelConfig
+    dims: ParallelDims
+    micro_batch: int
+    accumulation: int
+    resolution: int
+
+    @classmethod
+    def of_stage(
+        cls, work: Workload, stage: StageConfig, parallel: ParallelConfig, dims: ParallelDims
+    ) -> "TrainStep":
+        """A stage's step with its own micro-batch; raises :class:`ConfigError` where sizes do not divide."""
+        batch, micro_batch, where = stage.global_batch, stage.micro_batch, f"stages.{stage.name}"
+        steps = accumulation_steps(global_batch=batch, micro_batch=micro_batch, dp=dims.dp, where=where)
+        return cls(
+            work=work,
+            parallel=parallel,
+            dims=dims,
+            micro_batch=micro_batch,
+            accumulation=steps,
+            resolution=stage.resolution,
+        )
+
+    @property
+    def tokens(self) -> int:
+        """Image tokens of one image."""
+        rows, cols = self.work.model.grid(self.resolution, self.resolution)
+        return rows * cols
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether backward computes blocks again, as a whole or in part."""
+        return self.parallel.activation_checkpointing != "none"

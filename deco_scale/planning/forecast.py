@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 
 from deco_scale.errors import ConfigError
 from deco_scale.parallel.config import ParallelConfig
-from deco_scale.parallel.mesh import accumulation_steps, resolve_parallel_dims
-from deco_scale.planning.flops import Workload, training_flops
+from deco_scale.parallel.mesh import resolve_parallel_dims
+from deco_scale.planning.flops import TrainStep, Workload, training_flops
 from deco_scale.planning.hardware import Device
 from deco_scale.planning.layouts import micro_batches
 from deco_scale.planning.memory import MARGIN, memory_by_part
@@ -86,21 +86,14 @@ def forecast_stage(
     work: Workload, stage: StageConfig, parallel: ParallelConfig, device: Device, *, gpus: int
 ) -> StageForecast:
     """Forecast with the stage's own micro-batch; raises :class:`ConfigError` where sizes do not divide."""
-    dims = resolve_parallel_dims(parallel, gpus)
-    accumulation = accumulation_steps(
-        global_batch=stage.global_batch,
-        micro_batch=stage.micro_batch,
-        dp=dims.dp,
-        where=f"stages.{stage.name}",
-    )
-    sizes = {"images": stage.micro_batch, "accumulation": accumulation, "resolution": stage.resolution}
+    step = TrainStep.of_stage(work, stage, parallel, resolve_parallel_dims(parallel, gpus))
     return StageForecast(
         stage=stage,
-        accumulation=accumulation,
+        accumulation=step.accumulation,
         gpus=gpus,
         image_flops=training_flops(work.model, stage.resolution, stage.resolution),
-        memory=memory_by_part(work, parallel, dims, kind=device.kind, **sizes),
-        seconds=step_by_part(work, parallel, dims, device, **sizes),
+        memory=memory_by_part(step, kind=device.kind),
+        seconds=step_by_part(step, device),
     )
 
 

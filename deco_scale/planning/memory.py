@@ -16,8 +16,8 @@ from deco_scale.models import ModelConfig
 from deco_scale.models.config import ActivationCheckpointing
 from deco_scale.parallel.config import ParallelConfig
 from deco_scale.parallel.mesh import ParallelDims
-from deco_scale.planning.flops import Workload
-from deco_scale.planning.parameters import layout_rows, weights_of_linears
+from deco_scale.planning.flops import TrainStep, Workload
+from deco_scale.planning.parameters import UNITS, layout_rows, weights_of_linears
 
 FP32 = 4
 STATE_PARTS = ("weights", "masters", "gradients", "moments", "average")
@@ -100,43 +100,23 @@ def block_kept(work: Workload, *, tokens: int, context: int, tp: int, mode: Acti
 def outside_saved(work: Workload, *, resolution: int, tp: int) -> dict[str, float]:
     """Bytes of one image that are kept outside of the blocks, by part."""
     a, model = work.compute_bytes, work.model
+    mixed = a != FP32
     rows, cols = model.grid(resolution, resolution)
     tokens, values = rows * cols, model.channels * resolution**2
-    patches = values * (FP32 if a == FP32 else a)
+    # Image and noise stay as the step's arguments, beside the patches. Text states: as they come and as they are
+    # cast, and what embedding them keeps.
+    text = model.text_tokens * (model.text_dim * (FP32 + (a if mixed else 0)) + model.dim * 3 * FP32)
+    inputs = values * (2 * FP32 + a) + text
     # Prediction, target and coefficients, in fp32 whatever computes.
-    losses = values * 3 * FP32 / tp
+    losses = values * 3 * FP32
     if work.repa_dim:
-        losses += tokens * (5 * a * model.dim + 2 * FP32 * work.repa_dim) / tp
-    # Image and noise stay as the step's arguments.
-    found = {"inputs": values * 2 * FP32 + _text_bytes(work) + patches, "losses": losses}
-    semantic = 2 * a * tokens * model.dim
+        losses += tokens * (5 * a * model.dim + 2 * FP32 * work.repa_dim)
+    decoder = 2 * a * tokens * model.dim
     if model.decoder_width:
-        pixels = values * FP32 if a != FP32 else 0
-        condition = a * resolution**2 * model.decoder_width
-        found["decoder"] = (semantic + pixels + condition) / tp
-    else:
-        found["decoder"] = semantic / tp
-    return found
+        decoder += (values * FP32 if mixed else 0) + a * resolution**2 * model.decoder_width
+    return {"inputs": inputs, "losses": losses / tp, "decoder": decoder / tp}
 
 
-def _text_bytes(work: Workload) -> float:
-    """States as they come and as they are cast, and what embedding them keeps."""
-    model = work.model
-    cast = work.compute_bytes if work.compute_bytes != FP32 else 0
-    states = model.text_tokens * model.text_dim * (FP32 + cast)
-    return states + model.text_tokens * model.dim * 3 * FP32
-
-
-def decoder_chunk(work: Workload, *, images: int, resolution: int, chunk_pixels: int, tp: int) -> float:
-    """Bytes that backward through one chunk of the torch decoder holds; the fused one holds none."""
-    model: ModelConfig = work.model
-    if work.fused or not model.decoder_width:
-        return 0.0
-    pixels = min(chunk_pixels, images * resolution**2 / tp)
-    return pixels * model.decoder_width * work.compute_bytes * (CHUNK_FIXED + CHUNK_BLOCK * model.decoder_blocks)
-
-
-UNITS = ("blocks.", "text_blocks.", "decoder.")
 RESERVE_BYTES = {"cuda": 2 * 2**30, "cpu": 600 * 2**20}
 """Assumed: CUDA context and NCCL's buffers; on a CPU a process with PyTorch loaded."""
 MARGIN = 0.08
@@ -178,85 +158,70 @@ def rank_elements(model: ModelConfig, dims: ParallelDims, persistent: int) -> Ra
 
 def state_bytes(work: Workload, parallel: ParallelConfig, dims: ParallelDims) -> dict[str, float]:
     """fp32 weights, masters, gradients, moments and average of a rank; the REPA head has no average."""
-    held = rank_elements(work.model, dims, work.persistent)
-    head = work.repa_parameters
-    found: dict[str, float] = {}
+    elements, head = rank_elements(work.model, dims, work.persistent), work.repa_parameters
     head_cut = head / (dims.dp_shard if parallel.engine == "fsdp" else dims.dp)
+    parts = {}
     for part, (cut, whole) in state_by_part(parallel.engine, parallel.zero_stage).items():
-        elements: float = cut * held.sharded + whole * held.full
-        if part != "average":
-            elements += cut * head_cut + whole * head
-        found[part] = FP32 * elements
-    return found
+        count: float = cut * elements.sharded + whole * elements.full
+        parts[part] = FP32 * (count + (cut * head_cut + whole * head if part != "average" else 0))
+    return parts
 
 
-def working_bytes(work: Workload, parallel: ParallelConfig, dims: ParallelDims, *, accumulation: int) -> float:
+def working_bytes(step: TrainStep) -> float:
     """Gathered or cast weights, and buffers of the engine's reductions.
 
     fsdp: the root stays gathered, one unit computes while the next arrives, one unit's gradient is reduced in
     fp32; before the last micro-batch gradients are kept whole. DeepSpeed: its buckets, one for each number
     format; ZeRO-0 to 2 keep bf16 copies of the linears' weights between the passes, ZeRO-3 gathers ahead.
     """
-    held, a = rank_elements(work.model, dims, work.persistent), work.compute_bytes
-    if parallel.engine == "fsdp":
-        gathered = a * (held.root + work.repa_parameters + 2 * held.largest_unit)
-        reduced = (a + FP32) * held.largest_unit
-        return gathered + reduced + (FP32 * (held.full + work.repa_parameters) if accumulation > 1 else 0)
+    work, stage, a = step.work, step.parallel.zero_stage, step.work.compute_bytes
+    elements = rank_elements(work.model, step.dims, work.persistent)
+    if step.parallel.engine == "fsdp":
+        gathered = a * (elements.root + work.repa_parameters + 2 * elements.largest_unit)
+        reduced = (a + FP32) * elements.largest_unit
+        return gathered + reduced + FP32 * (elements.full + work.repa_parameters) * (step.accumulation > 1)
     mixed = a != FP32
-    if parallel.zero_stage == 3:
+    if stage == 3:
         buckets = work.reduce_bucket * (a + FP32 if mixed else FP32)
-        ahead = a * (work.prefetch_bucket + 2 * held.largest_weight)
-        return buckets + ahead + FP32 * held.persistent
-    copies = a * held.of_linears if mixed else 0
-    if parallel.zero_stage == 0:
-        return copies
-    # ZeRO-2 overlaps the reduction, which takes a second set.
-    return copies + work.reduce_bucket * FP32 * (2 if mixed else 1) * (2 if parallel.zero_stage == 2 else 1)
+        ahead = a * (work.prefetch_bucket + 2 * elements.largest_weight)
+        return buckets + ahead + FP32 * elements.persistent
+    copies = a * elements.of_linears if mixed else 0
+    # ZeRO-0 has no bucket; ZeRO-2 overlaps the reduction, which takes a second set.
+    sets = stage * (2 if mixed else 1)
+    return copies + work.reduce_bucket * FP32 * sets
 
 
-def activation_bytes(
-    work: Workload, parallel: ParallelConfig, dims: ParallelDims, *, images: int, resolution: int, kind: str
-) -> dict[str, float]:
-    """Of a micro-batch of ``images``: kept by blocks and outside, and what backward holds for a moment."""
-    model, mode, tp = work.model, parallel.activation_checkpointing, dims.tp
-    rows, cols = model.grid(resolution, resolution)
-    tokens, text = rows * cols, model.text_tokens
-    image_block = {"tokens": tokens, "context": text, "tp": tp}
-    text_block = {"tokens": text, "context": 0, "tp": tp}
-    kept = model.num_blocks * block_kept(work, mode=mode, **image_block)
+def activation_bytes(step: TrainStep, *, kind: str) -> dict[str, float]:
+    """Of a micro-batch: kept by blocks and outside, and what backward needs for a moment."""
+    work, images, tp = step.work, step.micro_batch, step.dims.tp
+    model, mode, tokens = work.model, step.parallel.activation_checkpointing, step.tokens
+    kept = model.num_blocks * block_kept(work, tokens=tokens, context=model.text_tokens, tp=tp, mode=mode)
     if model.num_text_blocks:
-        kept += model.num_text_blocks * block_kept(work, mode=mode, **text_block)
-    outside = outside_saved(work, resolution=resolution, tp=tp)
+        kept += model.num_text_blocks * block_kept(work, tokens=model.text_tokens, context=0, tp=tp, mode=mode)
     # Gradients of gate, up and their product; with recomputation a block's activations as well.
     moment = 3.0 * work.compute_bytes * tokens * model.mlp_hidden_dim / tp
-    if mode != "none":
-        moment += block_saved(work, **image_block)
-    chunk = decoder_chunk(work, images=images, resolution=resolution, chunk_pixels=CHUNK_PIXELS[kind], tp=tp)
-    found = {"blocks": images * kept, **{name: images * size for name, size in outside.items()}}
-    return {**found, "moment": max(images * moment, chunk)}
+    if step.recomputes:
+        moment += block_saved(work, tokens=tokens, context=model.text_tokens, tp=tp)
+    # Backward through one chunk of the torch decoder; the fused one holds none.
+    pixels = 0.0 if work.fused else min(CHUNK_PIXELS[kind], images * step.resolution**2 / tp)
+    chunk = pixels * model.decoder_width * work.compute_bytes * (CHUNK_FIXED + CHUNK_BLOCK * model.decoder_blocks)
+    outside = outside_saved(work, resolution=step.resolution, tp=tp)
+    per_image = {"blocks": kept, **outside}
+    return {**{name: images * size for name, size in per_image.items()}, "moment": max(images * moment, chunk)}
 
 
-def memory_by_part(
-    work: Workload,
-    parallel: ParallelConfig,
-    dims: ParallelDims,
-    *,
-    images: int,
-    accumulation: int,
-    resolution: int,
-    kind: str,
-) -> dict[str, float]:
+def memory_by_part(step: TrainStep, *, kind: str) -> dict[str, float]:
     """Bytes of a rank at its peak, in backward of the last micro-batch; the parts sum to the whole."""
-    activations = activation_bytes(work, parallel, dims, images=images, resolution=resolution, kind=kind)
+    activations = activation_bytes(step, kind=kind)
     size = 2 if kind == "cuda" else FP32
     return {
-        **state_bytes(work, parallel, dims),
-        "working weights": working_bytes(work, parallel, dims, accumulation=accumulation),
+        **state_bytes(step.work, step.parallel, step.dims),
+        "working weights": working_bytes(step),
         "activations of blocks": activations["blocks"],
         "inputs": activations["inputs"],
         "losses": activations["losses"],
         "decoder": activations["decoder"],
         "held for a moment": activations["moment"],
-        "encoders": sum(size * encoder.parameters for encoder in work.encoders),
+        "encoders": sum(size * encoder.parameters for encoder in step.work.encoders),
         "reserve": float(RESERVE_BYTES[kind]),
     }

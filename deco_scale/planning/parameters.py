@@ -1,7 +1,6 @@
 """Every parameter of a denoiser with its part on a rank, for a mesh that need not exist."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -11,6 +10,9 @@ from torch import nn
 from deco_scale.models import Denoiser, ModelConfig
 from deco_scale.models.tp_plan import Split, check_tp, split_dim, split_of
 from deco_scale.parallel.mesh import ParallelDims
+
+UNITS = ("blocks.", "text_blocks.", "decoder.")
+"""Prefixes of the parameters that FSDP shards module by module; the rest is the root's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,15 +51,12 @@ def weights_of_linears(cfg: ModelConfig) -> frozenset[str]:
 @lru_cache(maxsize=512)
 def layout_rows(cfg: ModelConfig, dims: ParallelDims) -> tuple[Row, ...]:
     """The plan of each parameter of the denoiser for a mesh; FSDP and ZeRO-3 cut ``tp_shape`` over dp_shard."""
-    return tuple(_rows(cfg, dims))
-
-
-def _rows(cfg: ModelConfig, dims: ParallelDims) -> Iterator[Row]:
     check_tp(cfg, dims.tp)
-    for name, whole, _ in _parameters(cfg):
-        shape = list(whole)
-        dim = split_dim(name)
+    rows = []
+    for name, global_shape, _ in _parameters(cfg):
+        shape, dim = list(global_shape), split_dim(name)
         if dim is not None:
             shape[dim] //= dims.tp
-        local = -(-shape[0] // dims.dp_shard) * int(torch.Size(shape[1:]).numel())
-        yield Row(name, whole, split_of(name), tuple(shape), 4 * local)
+        local_numel = -(-shape[0] // dims.dp_shard) * math.prod(shape[1:])
+        rows.append(Row(name, global_shape, split_of(name), tuple(shape), 4 * local_numel))
+    return tuple(rows)

@@ -14,13 +14,10 @@ text model casts them; class models move a few per cent less.
 Letters: a bytes of an element in the compute type, h hidden units over D, r text tokens over image tokens.
 """
 
-from collections.abc import Iterator
 from typing import Literal
 
-from deco_scale.parallel.config import ParallelConfig
-from deco_scale.parallel.mesh import ParallelDims
-from deco_scale.planning.comms import StepShape, Traffic, fsdp_traffic, split_by_overlap, zero_traffic
-from deco_scale.planning.flops import Workload, forward_flops_by_part
+from deco_scale.planning.comms import split_by_overlap
+from deco_scale.planning.flops import TrainStep, Workload, forward_flops_by_part
 from deco_scale.planning.hardware import Device
 from deco_scale.planning.memory import rank_elements
 
@@ -110,99 +107,57 @@ REPLICATED = ("modulation",)
 """Parts of the FLOPs that every tp rank computes whole; all else is spread over tokens, heads or hidden units."""
 
 
-def step_traffic(
-    work: Workload,
-    parallel: ParallelConfig,
-    dims: ParallelDims,
-    *,
-    images: int,
-    accumulation: int,
-    resolution: int,
-) -> Iterator[Traffic]:
-    """What a step sends, REPA head aside."""
-    rows, cols = work.model.grid(resolution, resolution)
-    shape = StepShape(
-        micro_batch=images,
-        accumulation=accumulation,
-        tokens=rows * cols,
-        compute_bytes=work.compute_bytes,
-        recompute=parallel.activation_checkpointing,
-    )
-    if parallel.engine == "fsdp":
-        return fsdp_traffic(work.model, dims, shape)
-    return zero_traffic(work.model, dims, shape, stage=parallel.zero_stage, persistent=work.persistent)
-
-
-def compute_seconds(
-    work: Workload, parallel: ParallelConfig, dims: ParallelDims, device: Device, *, images: int, resolution: int
-) -> dict[str, float]:
-    """Seconds of a micro-batch on one rank by part, both passes; ``images`` are those of its dp rank."""
-    model, tp, mode = work.model, dims.tp, parallel.activation_checkpointing
+def compute_seconds(step: TrainStep, device: Device) -> dict[str, float]:
+    """Seconds of a micro-batch on one rank by part, both passes."""
+    work, tp, model, resolution = step.work, step.dims.tp, step.work.model, step.resolution
     flops = forward_flops_by_part(model, resolution, resolution)
     rate = {name: device.gemm_flops for name in flops}
     rate["attention"] = device.attention_flops
     if work.compute == "fp8" and device.fp8_flops:
         rate["linears"] = device.fp8_flops
-    found = {}
+    parts = {}
     for name, count in flops.items():
-        passes = 4.0 if mode == "full" and name in RECOMPUTED else 3.0
-        found[name] = passes * count / rate[name] / (1 if name in REPLICATED else tp)
-    rows, cols = model.grid(resolution, resolution)
-    moved = _blocks_moved(work, tokens=rows * cols, tp=tp, device=device, recomputed=mode != "none")
-    found["norms and gates"] = moved / device.copy_bytes_per_s
-    found["decoder"] += sum(decoder_moved(work, resolution=resolution, tp=tp)) / device.copy_bytes_per_s
-    pixels = model.channels * resolution**2 / tp
-    head = 6.0 * work.repa_parameters * rows * cols / tp / device.gemm_flops
-    found["losses"] = head + LOSS_BYTES * pixels / device.copy_bytes_per_s
-    # Encoders split the batch over tp; bf16 on a GPU whatever the model computes in.
-    found["encoders"] = sum(e.flops(resolution) for e in work.encoders if e.runs) / tp / device.gemm_flops
-    return {name: images * seconds for name, seconds in found.items()}
-
-
-def _blocks_moved(work: Workload, *, tokens: int, tp: int, device: Device, recomputed: bool) -> float:
-    model, total = work.model, 0.0
-    for count, length, context, rotary in (
-        (model.num_blocks, tokens, model.text_tokens, True),
+        passes = 4.0 if step.parallel.activation_checkpointing == "full" and name in RECOMPUTED else 3.0
+        parts[name] = passes * count / rate[name] / (1 if name in REPLICATED else tp)
+    moved = 0.0
+    for blocks, length, context, rotary in (
+        (model.num_blocks, step.tokens, model.text_tokens, True),
         (model.num_text_blocks, model.text_tokens, 0, False),
     ):
-        if count:
+        if blocks:
             forward, backward = block_moved(
                 work, tokens=length, context=context, rotary=rotary, tp=tp, kind=device.kind
             )
-            total += count * (forward * (2 if recomputed else 1) + backward)
-    return total
+            moved += blocks * (forward * (2 if step.recomputes else 1) + backward)
+    parts["norms and gates"] = moved / device.copy_bytes_per_s
+    parts["decoder"] += sum(decoder_moved(work, resolution=resolution, tp=tp)) / device.copy_bytes_per_s
+    pixels = model.channels * resolution**2 / tp
+    head = 6.0 * work.repa_parameters * step.tokens / tp / device.gemm_flops
+    parts["losses"] = head + LOSS_BYTES * pixels / device.copy_bytes_per_s
+    # Encoders split the batch over tp; bf16 on a GPU whatever the model computes in.
+    parts["encoders"] = sum(e.flops(resolution) for e in work.encoders if e.runs) / tp / device.gemm_flops
+    return {name: step.micro_batch * seconds for name, seconds in parts.items()}
 
 
-def optimizer_seconds(work: Workload, parallel: ParallelConfig, dims: ParallelDims, device: Device) -> float:
+def optimizer_seconds(step: TrainStep, device: Device) -> float:
     """Norm, clipping, AdamW and average over what a rank updates."""
-    held = rank_elements(work.model, dims, work.persistent)
-    whole = parallel.engine == "deepspeed" and parallel.zero_stage == 0
-    ranks = 1 if whole else dims.dp_shard
-    elements = (held.full if whole else held.sharded) + work.repa_parameters / ranks
-    return ADAMW_BYTES[work.fused] * elements / device.copy_bytes_per_s
+    work, dims = step.work, step.dims
+    elements = rank_elements(work.model, dims, work.persistent)
+    if step.parallel.engine == "deepspeed" and step.parallel.zero_stage == 0:
+        updated: float = elements.full + work.repa_parameters
+    else:
+        updated = elements.sharded + work.repa_parameters / dims.dp_shard
+    return ADAMW_BYTES[work.fused] * updated / device.copy_bytes_per_s
 
 
-def step_by_part(
-    work: Workload,
-    parallel: ParallelConfig,
-    dims: ParallelDims,
-    device: Device,
-    *,
-    images: int,
-    accumulation: int,
-    resolution: int,
-) -> dict[str, float]:
+def step_by_part(step: TrainStep, device: Device) -> dict[str, float]:
     """Seconds of a step by part; they sum to the step."""
-    parts = compute_seconds(work, parallel, dims, device, images=images, resolution=resolution)
-    issue = operations(work, recomputed=parallel.activation_checkpointing != "none") * device.launch_s
-    idle = issue if device.kind == "cpu" else max(0.0, issue - sum(parts.values()))
-    found = {name: accumulation * seconds for name, seconds in {**parts, "host": idle}.items()}
-    computing = sum(found.values())
-    lines = step_traffic(work, parallel, dims, images=images, accumulation=accumulation, resolution=resolution)
-    hidden, exposed = split_by_overlap(
-        lines, dims, device, engine=parallel.engine, zero_stage=parallel.zero_stage
-    )
-    units = work.model.num_blocks + work.model.num_text_blocks + 1
-    found["communication"] = exposed + max(hidden - computing, hidden / units)
-    found["optimizer"] = optimizer_seconds(work, parallel, dims, device)
-    return found
+    parts = compute_seconds(step, device)
+    issue = operations(step.work, recomputed=step.recomputes) * device.launch_s
+    parts["host"] = issue if device.kind == "cpu" else max(0.0, issue - sum(parts.values()))
+    parts = {name: step.accumulation * seconds for name, seconds in parts.items()}
+    hidden, exposed = split_by_overlap(step, device)
+    units = step.work.model.num_blocks + step.work.model.num_text_blocks + 1
+    parts["communication"] = exposed + max(hidden - sum(parts.values()), hidden / units)
+    parts["optimizer"] = optimizer_seconds(step, device)
+    return parts

@@ -15,12 +15,12 @@ from deco_scale.models import Denoiser, ModelConfig
 from deco_scale.objectives import Objective, ObjectiveConfig
 from deco_scale.objectives.inputs import ObjectiveInputs
 from deco_scale.optim.config import OptimizerConfig
-from deco_scale.parallel.config import ZeroStage
+from deco_scale.parallel.config import ParallelConfig, ZeroStage
 from deco_scale.parallel.engines.base import Engine
 from deco_scale.parallel.mesh import ParallelDims
-from deco_scale.planning.comms import StepShape, Traffic, fsdp_traffic, zero_traffic
-from deco_scale.precision import Compute
-from deco_scale.precision.config import PrecisionConfig
+from deco_scale.planning.comms import Traffic, step_traffic
+from deco_scale.planning.flops import TrainStep, Workload
+from deco_scale.precision.config import Compute, PrecisionConfig
 from tests.support.process_groups import in_group
 
 MODEL = ModelConfig(
@@ -76,8 +76,10 @@ class Counting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _shape(compute: Compute) -> StepShape:
-    return StepShape(micro_batch=2, accumulation=2, tokens=9, compute_bytes=2 if compute == "bf16" else 4)
+def _planned_step(compute: Compute, dims: ParallelDims, **parallel: Any) -> TrainStep:
+    work = Workload(model=MODEL, compute=compute, persistent=PERSISTENT)
+    settings = ParallelConfig(tp=dims.tp, **parallel)
+    return TrainStep(work=work, parallel=settings, dims=dims, micro_batch=2, accumulation=2, resolution=24)
 
 
 def _inputs() -> ObjectiveInputs:
@@ -151,7 +153,7 @@ def test_bytes_of_a_step_are_those_of_the_plan(mesh: tuple[int, int, int], tmp_p
     out = tmp_path / "count.json"
     in_group(_count_fsdp, mesh[0] * mesh[1] * mesh[2], tmp_path, *mesh, str(out))
     for compute, counted in zip(COMPUTES, json.loads(out.read_text()), strict=True):
-        planned = _total(fsdp_traffic(MODEL, ParallelDims(*mesh), _shape(compute)))
+        planned = _total(step_traffic(_planned_step(compute, ParallelDims(*mesh), engine="fsdp")))
         print(mesh, compute, counted, dict(planned))
         assert Counter(counted) == planned
 
@@ -172,7 +174,7 @@ def test_bytes_of_a_deepspeed_step_are_those_of_the_plan(mesh: tuple[int, int], 
     wrong = []
     for (stage, compute), counted in zip(settings, json.loads(out.read_text()), strict=True):
         dims = ParallelDims(1, dp, tp)
-        planned = _total(zero_traffic(MODEL, dims, _shape(compute), stage=stage, persistent=PERSISTENT))
+        planned = _total(step_traffic(_planned_step(compute, dims, engine="deepspeed", zero_stage=stage)))
         print(f"ZeRO-{stage} {dp}x{tp} {compute}", counted, dict(planned))
         if Counter(counted) != planned:
             wrong.append((stage, compute))

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from deco_scale.cli.main import main
 from deco_scale.config import load_config
 from deco_scale.errors import ConfigError
 from deco_scale.planning.calibration import ceilings_of, compare, median_errors, predict, read_results
 from tests.support import CONFIGS
+from tests.support.commands import deco
 
 XXL = CONFIGS / "t2i_xxl.yaml"
 TINY = CONFIGS / "t2i_tiny.yaml"
@@ -55,7 +55,7 @@ def test_error_is_stated_for_every_result_file(tmp_path: Path, capsys: pytest.Ca
     assert len(ceilings_of(measured, "h100", "bf16")) == 2
     assert not ceilings_of(measured, "h100", "fp32") and not ceilings_of(measured, "h200", "bf16")
     arguments = ["plan", "--config", str(XXL), "--gpus", "8", "--gpu", "h100", "--results", str(tmp_path)]
-    assert main.main(arguments) == 0
+    assert deco(arguments) == 0
     shown = capsys.readouterr().out
     assert "throughput_a.json (1 x NVIDIA H100 80GB HBM3): step" in shown and "measured (-50%)" in shown
     assert "throughput_b.json" in shown and "measured (+50%)" in shown

@@ -21,7 +21,7 @@ from deco_scale.objectives import Objective, ObjectiveConfig
 from deco_scale.parallel.activation_checkpoint import apply_activation_checkpointing
 from deco_scale.parallel.config import ParallelConfig
 from deco_scale.parallel.mesh import ParallelDims
-from deco_scale.planning.flops import Workload, forward_flops, training_flops
+from deco_scale.planning.flops import TrainStep, Workload, forward_flops, training_flops
 from deco_scale.planning.memory import activation_bytes, state_by_part, state_bytes, state_copies
 from deco_scale.planning.parameters import layout_rows
 from deco_scale.planning.step_time import block_moved, decoder_moved
@@ -131,7 +131,10 @@ def test_activations_are_what_autograd_keeps(
         kept -= _cast_weights(objective, forward)
     work = Workload(model=model, compute=compute, repa_dim=REPA_DIM)
     parallel = ParallelConfig(dp_shard=1, activation_checkpointing=mode)
-    planned = activation_bytes(work, parallel, ParallelDims(1, 1), images=1, resolution=128, kind="cpu")
+    step = TrainStep(
+        work=work, parallel=parallel, dims=ParallelDims(1, 1), micro_batch=1, accumulation=1, resolution=128
+    )
+    planned = activation_bytes(step, kind="cpu")
     # Picture and noise are inputs that no operation keeps; what is held for a moment comes in backward.
     total = sum(planned.values()) - planned["moment"] - 2 * 4 * 3 * 128**2
     print(model.kind, compute, mode, f"{total / 2**20:.2f} MiB planned, {kept / 2**20:.2f} kept")

@@ -11,7 +11,7 @@ from deco_scale.models.tp_plan import check_tp
 from deco_scale.parallel.config import ParallelConfig
 from deco_scale.parallel.mesh import ParallelDims, accumulation_steps, resolve_parallel_dims
 from deco_scale.planning.comms import Traffic, seconds_of
-from deco_scale.planning.flops import Workload
+from deco_scale.planning.flops import TrainStep, Workload
 from deco_scale.planning.forecast import all_plans, forecast_stage, recommend
 from deco_scale.planning.hardware import GPUS, Device, gpu_device, gpu_named
 from deco_scale.planning.layouts import enumerate_layouts
@@ -30,6 +30,12 @@ def _any(parallel: ParallelConfig) -> bool:
 def _stage(**changes: Any) -> StageConfig:
     settings: dict[str, Any] = {"name": "s", "resolution": 256, "steps": 10, "global_batch": 64, "micro_batch": 4}
     return StageConfig(lr=1e-4, **{**settings, **changes})
+
+
+def _step(work: Workload, parallel: ParallelConfig, dims: ParallelDims, micro_batch: int = 4) -> TrainStep:
+    return TrainStep(
+        work=work, parallel=parallel, dims=dims, micro_batch=micro_batch, accumulation=2, resolution=256
+    )
 
 
 @pytest.mark.parametrize("gpus", [1, 6, 8, 16])
@@ -65,8 +71,7 @@ def test_more_gpus_never_need_more_memory(engine: Any, tp: int) -> None:
         for gpus in (2, 4, 8, 16, 64):
             parallel = ParallelConfig(engine=engine, zero_stage=stage, tp=tp)
             dims = resolve_parallel_dims(parallel, gpus)
-            parts = memory_by_part(work, parallel, dims, images=4, accumulation=2, resolution=256, kind="cuda")
-            sizes.append(sum(parts.values()))
+            sizes.append(sum(memory_by_part(_step(work, parallel, dims), kind="cuda").values()))
         assert sizes == sorted(sizes, reverse=True) and sizes[0] > sizes[-1]
 
 
@@ -76,9 +81,9 @@ def test_bigger_batches_never_take_less(mode: ActivationCheckpointing, fused: bo
     work = Workload(model=load_config(XXL).model, compute="bf16", fused=fused)
     device, parallel = gpu_device("h100", compute="bf16"), ParallelConfig(activation_checkpointing=mode)
     dims, sizes = resolve_parallel_dims(parallel, 16), (1, 2, 4, 8, 16, 64)
-    options: dict[str, Any] = {"accumulation": 2, "resolution": 256}
-    seconds = [sum(step_by_part(work, parallel, dims, device, images=n, **options).values()) for n in sizes]
-    memory = [sum(memory_by_part(work, parallel, dims, images=n, kind="cuda", **options).values()) for n in sizes]
+    steps = [_step(work, parallel, dims, micro_batch=size) for size in sizes]
+    seconds = [sum(step_by_part(step, device).values()) for step in steps]
+    memory = [sum(memory_by_part(step, kind="cuda").values()) for step in steps]
     # Where the host is the limit all take the same time, but for the last digit of a sum of parts.
     assert all(later >= earlier * (1 - 1e-12) for earlier, later in itertools.pairwise(seconds))
     assert memory == sorted(memory)

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from deco_scale.cli.main import main
 from deco_scale.errors import ConfigError
 from deco_scale.observability.events import Event, append_event
 from deco_scale.planning.goodput_sim import (
@@ -21,6 +20,7 @@ from deco_scale.planning.goodput_sim import (
     young_interval,
 )
 from tests.support import CONFIGS
+from tests.support.commands import deco
 
 TINY = CONFIGS / "t2i_tiny.yaml"
 BEGAN = 1_700_000_000.0
@@ -92,7 +92,7 @@ def test_llama_3s_interruptions_give_the_mtbf_that_is_cited() -> None:
 
 
 def _plan(*arguments: str) -> int:
-    return main.main(["plan", "--simulate", "--config", str(TINY), "--runs", "50", *arguments])
+    return deco(["plan", "--simulate", "--config", str(TINY), "--runs", "50", *arguments])
 
 
 def test_the_command_shows_8_to_4096_gpus_and_says_where_numbers_are_from(
@@ -123,7 +123,7 @@ def test_the_command_shows_8_to_4096_gpus_and_says_where_numbers_are_from(
     [
         (["--gpus", "8", "--step-s", "1"], "needs --mtbf-hours"),
         (["--step-s", "1", "--mtbf-hours", "5"], "needs --gpus or --nodes"),
-        (["--gpus", "8", "--nodes", "1", "--step-s", "1", "--mtbf-hours", "5"], "give one"),
+        (["--gpus", "8", "--nodes", "1", "--step-s", "1", "--mtbf-hours", "5"], "give either --nodes or --gpus"),
         (["--gpus", "8", "--mtbf-hours", "5"], "needs one of --gpu"),
         (
             ["--gpus", "8", "--mtbf-hours", "5", "--step-s", "1", "2"],

@@ -9,7 +9,7 @@ import torch
 from deco_scale.models import Denoiser, ModelConfig
 from deco_scale.parallel.config import ParallelConfig
 from deco_scale.parallel.mesh import ParallelDims
-from deco_scale.planning.flops import Encoder, Workload
+from deco_scale.planning.flops import Encoder, TrainStep, Workload
 from deco_scale.planning.memory import RESERVE_BYTES, activation_bytes, block_saved, memory_by_part, working_bytes
 
 LARGE_DECODER = ModelConfig(
@@ -23,6 +23,11 @@ MODELS = pytest.mark.parametrize(
 )
 CUT_BY_TP = ("attn.qkv.weight", "attn.context_kv.weight", "attn.proj.weight", "mlp.gate.weight", "mlp.up.weight",
              "mlp.down.weight")  # fmt: skip
+
+
+def train_step(work: Workload, parallel: ParallelConfig, dims: ParallelDims, **sizes: int) -> TrainStep:
+    sizes = {"micro_batch": 2, "accumulation": 1, "resolution": 64, **sizes}
+    return TrainStep(work=work, parallel=parallel, dims=dims, **sizes)
 
 
 def units_of(model: ModelConfig, tp: int) -> tuple[int, list[int]]:
@@ -55,7 +60,8 @@ def test_fsdp_gathers_the_root_and_two_units_and_reduces_one(
     kept = 4 * (root + sum(units) + work.repa_parameters) if accumulation > 1 else 0
     for shard in (1, 4):
         parallel, dims = ParallelConfig(dp_shard=shard, tp=tp), ParallelDims(1, shard, tp)
-        assert working_bytes(work, parallel, dims, accumulation=accumulation) == gathered + reduced + kept
+        step = train_step(work, parallel, dims, accumulation=accumulation)
+        assert working_bytes(step) == gathered + reduced + kept
 
 
 def test_the_two_models_differ_in_what_their_largest_unit_is() -> None:
@@ -87,7 +93,7 @@ def test_deepspeed_has_buckets_and_copies_of_the_linears(compute: Any, stage: An
         3: 1000 * (6 if is_mixed else 4) + (2 if is_mixed else 4) * (300 + 2 * max(counts)) + 4 * small,
     }[stage]
     parallel = ParallelConfig(engine="deepspeed", zero_stage=stage, dp_shard=2)
-    assert working_bytes(work, parallel, ParallelDims(1, 2), accumulation=4) == expected
+    assert working_bytes(train_step(work, parallel, ParallelDims(1, 2), accumulation=4)) == expected
 
 
 @pytest.mark.parametrize("mode", ["none", "selective", "full"])
@@ -96,7 +102,7 @@ def test_what_backward_holds_for_a_moment(mode: Any, tp: int) -> None:
     """Gradients of gate, up and their product; a block's activations as well where they are recomputed."""
     work = Workload(model=LARGE_BLOCKS, compute="bf16", fused=True)
     parallel, tokens = ParallelConfig(dp_shard=1, tp=tp, activation_checkpointing=mode), (64 // 16) ** 2
-    found = activation_bytes(work, parallel, ParallelDims(1, 1, tp), images=3, resolution=64, kind="cuda")
+    found = activation_bytes(train_step(work, parallel, ParallelDims(1, 1, tp), micro_batch=3), kind="cuda")
     expected = 2 * 3 * tokens * 4 * LARGE_BLOCKS.dim / tp
     if mode != "none":
         expected += block_saved(work, tokens=tokens, context=LARGE_BLOCKS.text_tokens, tp=tp)
@@ -107,7 +113,7 @@ def test_what_backward_holds_for_a_moment(mode: Any, tp: int) -> None:
 def test_what_is_kept_grows_with_the_images(model: ModelConfig) -> None:
     work, parallel = Workload(model=model, compute="bf16", fused=True), ParallelConfig(dp_shard=1)
     one, five = (
-        activation_bytes(work, parallel, ParallelDims(1, 1), images=images, resolution=64, kind="cuda")
+        activation_bytes(train_step(work, parallel, ParallelDims(1, 1), micro_batch=images), kind="cuda")
         for images in (1, 5)
     )
     assert five == pytest.approx({part: 5 * size for part, size in one.items()})
@@ -120,11 +126,11 @@ def test_the_parts_are_all_there(kind: str, size: int) -> None:
         Encoder(name="b", parameters=2e6, multiplied=1e6),
     )
     work = Workload(model=LARGE_DECODER, compute="bf16", encoders=encoders)
-    parallel, dims = ParallelConfig(dp_shard=2), ParallelDims(1, 2)
-    parts = memory_by_part(work, parallel, dims, images=2, accumulation=1, resolution=64, kind=kind)
+    step = train_step(work, ParallelConfig(dp_shard=2), ParallelDims(1, 2))
+    parts = memory_by_part(step, kind=kind)
     assert parts["encoders"] == size * 3e6 and parts["reserve"] == RESERVE_BYTES[kind]
-    assert parts["working weights"] == working_bytes(work, parallel, dims, accumulation=1)
-    activations = activation_bytes(work, parallel, dims, images=2, resolution=64, kind=kind)
+    assert parts["working weights"] == working_bytes(step)
+    activations = activation_bytes(step, kind=kind)
     names = ("activations of blocks", "inputs", "losses", "decoder", "held for a moment")
     assert sum(parts[name] for name in names) == pytest.approx(sum(activations.values()))
     assert min(parts.values()) > 0
