@@ -1,4 +1,4 @@
-"""Plain single-device models; see denoiser.py."""
+"""The models, for a single device."""
 
 from deco_scale.models.config import ModelConfig, ModelKind
 from deco_scale.models.denoiser import Denoiser, DenoiserOutput, patchify, unpatchify

@@ -1,7 +1,7 @@
-"""Marks for ``torch.compile`` that leave its tracer unimported, which takes 1.5 s of every process that starts.
+"""Decorators for ``torch.compile`` that do not import its tracer, which would take 1.5 s of every process's start.
 
-``torch.compiler.disable`` and ``assume_constant_result`` import it where they are written down. These do the same
-to a traced call: a graph break, and a value that the graph holds.
+``torch.compiler.disable`` and ``assume_constant_result`` have the same effect on a traced call, but import the
+tracer when they decorate.
 """
 
 from collections.abc import Callable
@@ -10,28 +10,28 @@ from typing import Any, TypeVar
 import torch
 
 RECOMPILE_LIMIT = 64
-"""Graphs of one function. Counted on a CPU over stages, buckets and sampling, FSDP2's blocks need 15."""
+"""Maximum of graphs per function. Over stages, buckets and sampling, FSDP2's blocks need 15 (counted on a CPU)."""
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 def outside_graphs(function: F) -> F:
-    """Run ``function`` and all that it calls untraced: ``torch.compiler.disable``, imported at the first call."""
-    # PyTorch's own optimizers and checkpointing are marked with it, so the tracer knows it.
+    """A graph break: ``function`` and everything it calls run untraced, as with ``torch.compiler.disable``."""
+    # PyTorch decorates its optimizers and checkpointing with it.
     return torch._disable_dynamo(function)  # type: ignore[return-value]
 
 
 def constant_in_graphs(function: F) -> F:
-    """Ask ``function`` once while tracing, as ``torch.compiler.assume_constant_result`` does."""
+    """Call ``function`` once while tracing, as with ``torch.compiler.assume_constant_result``."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
 def limit_recompiles() -> None:
-    """Fail where a function would get more than :data:`RECOMPILE_LIMIT` graphs, in this thread from here on.
+    """Make more than :data:`RECOMPILE_LIMIT` graphs of a function an error, in this thread from now on.
 
     By default PyTorch compiles 8 and runs the rest eagerly with one warning. All blocks of a model share one
-    ``forward``, whose kinds of block, with and without gradients, at two stages' shapes, make more than 8.
+    ``forward``, and two kinds of block, with and without gradients, at two stages' shapes need more than 8.
     """
     import torch._dynamo
 

@@ -78,13 +78,13 @@ class AttentionConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TextEncoderConfig:
-    """A ``transformers`` text encoder: a local folder, or a hub id already in the local cache.
+    """A ``transformers`` text encoder: a local folder, or a hub id that is in the local cache.
 
-    ``cache_captions`` keeps the states of so many captions in memory, for data with few distinct ones.
-    ``ahead`` encodes the next batch while a step computes, on a stream of its own. ``zero_padding`` sets the
-    states behind a caption's last token to zero, instead of keeping what the encoder makes of padding (as the
-    public release does); precomputed states are then several times smaller. ``round_states`` rounds states to
-    bfloat16, as precomputed ones are; on a GPU, where encoders compute in bfloat16, it changes nothing.
+    ``cache_captions``: number of captions whose embeddings stay in memory, for data with few distinct captions.
+    ``ahead`` encodes the next batch during a step, on a stream of its own. ``zero_padding`` sets the embeddings of
+    padding to zero instead of keeping the encoder's output for it, as the public release does; precomputed
+    embeddings are then several times smaller. ``round_states`` rounds embeddings to bfloat16 like precomputed
+    ones; it has no effect on a GPU, where encoders compute in bfloat16.
     """
 
     path: str
@@ -104,7 +104,7 @@ class TextEncoderConfig:
 class ImageEncoderConfig:
     """DINOv2 for REPA: a ``transformers`` folder, or the original ``.pth`` file of dinov2_vitb14.
 
-    ``ahead`` encodes the next batch while a step computes, on a stream of its own.
+    ``ahead`` encodes the next batch during a step, on a stream of its own.
     """
 
     path: str

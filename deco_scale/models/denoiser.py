@@ -1,7 +1,7 @@
 """The three denoisers: text-to-image DeCo, class-conditional DeCo and the baseline DiT without a decoder.
 
 A denoiser maps noised patches, times and a condition to a prediction of the same shape as the patches.
-It knows no device, rank or file; precision, sharding and kernels are applied from outside.
+It knows no device, rank or file: precision, sharding and kernels are applied from outside.
 
 Shape letters: B batch, N patches, D model width, K values of a patch (channel-major C * P), L text tokens.
 """

@@ -1,7 +1,7 @@
-"""Positions and times as numbers: timestep features, 2-D rotary angles, pixel position features.
+"""Timestep features, 2-D rotary angles and pixel position features.
 
-Everything here is a pure function of shapes and settings (DeCo, arXiv 2511.19365, section 3 and its
-public release). Nothing is stored in a buffer, so a model built on the meta device has nothing to restore.
+Source: DeCo (arXiv 2511.19365), section 3, and its release. All are pure functions of shapes and settings. There
+are no buffers, which a model on the meta device would lose.
 
 Shape letters: B batch, N patches (row-major), E pairs of one head, P pixels of a patch (row-major), F features.
 """

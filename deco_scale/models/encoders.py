@@ -1,7 +1,7 @@
-"""Frozen encoders: text states by any ``transformers`` encoder, image tokens by DINOv2.
+"""Frozen encoders: text embeddings by any ``transformers`` encoder, image tokens by DINOv2.
 
-``transformers`` is imported when an encoder is loaded. Nothing is downloaded unless the config says so; a
-missing path is an error that says what to fetch. Raises :class:`ConfigError` for what a user can mend.
+``transformers`` is imported when an encoder is loaded. Nothing is downloaded unless the configuration allows it;
+for missing files :class:`ConfigError` says what to fetch.
 
 Shape letters: B batch, L text tokens, T text width, C channels, Y X pixels, N patches, F encoder width.
 """
@@ -29,7 +29,7 @@ DINO_PATCH = 14
 class TextEncoder:
     """Last hidden states ``(B, L, T)`` of captions, right-padded to a fixed number of tokens.
 
-    The null embedding is that of the empty caption, computed once and never replaced.
+    The null embedding is that of the empty caption, computed once.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class TextEncoder:
         round_states: bool = False,
     ) -> None:
         self._model = model.to(device).eval().requires_grad_(False)
-        # For generating text: keys and values of every layer, copied and kept until the call ends.
+        # The cache is for text generation: it would hold keys and values of every layer until the call ends.
         self._model.config.use_cache = False
         self._causal = _is_causal(self._model)
         self._tokenizer = tokenizer
@@ -57,7 +57,7 @@ class TextEncoder:
 
     @classmethod
     def load(cls, cfg: TextEncoderConfig, device: torch.device) -> "TextEncoder":
-        """Load from a folder, or from the local hub cache (from the hub where downloads are allowed)."""
+        """Load from a folder, the local hub cache, or the hub if downloads are allowed."""
         folder = Path(cfg.path).expanduser()
         if not folder.is_dir() and not cfg.allow_download and os.sep in cfg.path.rstrip(os.sep):
             looks_like_hub_id = cfg.path.count("/") == 1 and not cfg.path.startswith((".", "~", "/"))
@@ -99,7 +99,7 @@ class TextEncoder:
 
     @property
     def null(self) -> Tensor:
-        """Embedding ``(L, T)`` of the empty caption; a copy, so that no caller can change it."""
+        """A copy of the empty caption's embedding ``(L, T)``."""
         return self._null.clone()
 
     @property
@@ -107,7 +107,7 @@ class TextEncoder:
         return self._null.shape[-1]
 
     def encode(self, captions: Sequence[str]) -> Tensor:
-        """States ``(B, L, T)`` in fp32; longer captions are cut."""
+        """Embeddings ``(B, L, T)`` in fp32; longer captions are truncated."""
         if not self._cache_size:
             return self._encode(captions)
         new = [c for c in dict.fromkeys(captions) if c not in self._cache]
@@ -121,7 +121,7 @@ class TextEncoder:
         return states
 
     def encode_ragged(self, captions: Sequence[str]) -> list[Tensor]:
-        """States ``(tokens, T)`` of each caption without zeros behind them; all tokens unless ``zero_padding``."""
+        """Embeddings ``(tokens, T)`` of each caption, without padding if ``zero_padding``."""
         states, mask = self._states(captions)
         counts = mask.sum(dim=1).tolist() if self._zero_padding else [self._max_tokens] * len(states)
         return [each[:count] for each, count in zip(states, counts, strict=True)]
@@ -131,7 +131,7 @@ class TextEncoder:
 
     @torch.no_grad()
     def _states(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """States ``(B, L, T)`` and which tokens are no padding, ``(B, L)``."""
+        """Embeddings ``(B, L, T)``, and the mask ``(B, L)`` of tokens that are not padding."""
         tokens = self._tokenizer(
             list(captions),
             max_length=self._max_tokens,
@@ -139,19 +139,19 @@ class TextEncoder:
             padding="max_length",
             return_tensors="pt",
         )
-        ids, mask = (self._sent(tokens[name]) for name in ("input_ids", "attention_mask"))
+        ids, mask = (self._to_device(tokens[name]) for name in ("input_ids", "attention_mask"))
         states = self._model(input_ids=ids, attention_mask=self._attention_mask(mask)).last_hidden_state
         if self._round_states:
             states = states.bfloat16()
-        # fp32 out, whatever the encoder computes in: autocast narrows it again where the model wants that.
+        # Always fp32; the model's autocast casts again.
         states = states.float()
         return (states * mask[..., None] if self._zero_padding else states), mask
 
     def _attention_mask(self, mask_BL: Tensor) -> Tensor:
-        """Which token attends to which, ``(B, 1, L, L)``; ``(B, L)`` as it is where that is not known.
+        """Mask ``(B, 1, L, L)`` of which token attends to which; ``mask_BL`` itself where that is not known.
 
-        From the latter ``transformers`` makes the same, after reading on the host whether any token is padding: a
-        training step would wait for the device there.
+        From ``mask_BL`` ``transformers`` makes the same mask, but reads on the host whether any token is padding,
+        and a training step would wait for the device.
         """
         if self._causal is None:
             return mask_BL
@@ -159,8 +159,8 @@ class TextEncoder:
         allowed = mask_BL.bool()[:, None, None, :].expand(-1, 1, length, length)
         return allowed.tril() if self._causal else allowed
 
-    def _sent(self, tokens: Tensor) -> Tensor:
-        # From page-locked memory a copy does not hold up the host.
+    def _to_device(self, tokens: Tensor) -> Tensor:
+        # The host does not wait for a copy from page-locked memory.
         if self._device.type == "cuda":
             tokens = tokens.pin_memory()
         return tokens.to(self._device, non_blocking=True)
@@ -177,23 +177,23 @@ def load_text_encoder(cfg: TextEncoderConfig, text_dim: int, device: torch.devic
 
 
 def _is_causal(model: Any) -> bool | None:
-    """Whether tokens attend to earlier ones only; None for attention of several kinds or by other functions."""
+    """Whether tokens attend to earlier tokens only; None if layers differ or do not use SDPA."""
     kinds = {module.is_causal for module in model.modules() if hasattr(module, "is_causal")}
     layers = set(getattr(model.config, "layer_types", None) or ()) - {"full_attention"}
     if len(kinds) == 1 and not layers and model.config._attn_implementation == "sdpa":
         return bool(kinds.pop())
     logging.getLogger(__name__).warning(
-        "text encoder %s: its attention mask is made by transformers, which waits for the device at every call",
+        "text encoder %s: transformers builds its attention mask, which waits for the device at every call",
         type(model).__name__,
     )
     return None
 
 
 def text_identity(cfg: TextEncoderConfig, width: int) -> dict[str, Any]:
-    """What precomputed states of this encoder depend on; reads its files, loads nothing.
+    """Everything that precomputed embeddings depend on; reads the encoder's files without loading it.
 
-    ``revision`` is a digest of the weights, configuration and tokenizer. Raises :class:`ConfigError` where the
-    encoder's files are not here.
+    ``revision`` is a digest of weights, configuration and tokenizer. Raises :class:`ConfigError` for missing
+    files.
     """
     folder = Path(cfg.path).expanduser()
     if not folder.is_dir():
@@ -218,8 +218,8 @@ def text_identity(cfg: TextEncoderConfig, width: int) -> dict[str, Any]:
 
 
 def _quiet() -> None:
-    """No progress bar of its own for each file: the run has one console look."""
-    # transformers imports torchao where it is installed, which warns of each GPU library that does not suit.
+    """Turn off progress bars and warnings of ``transformers`` and torchao."""
+    # transformers imports torchao if it is installed, which warns of each GPU library that it cannot load.
     logging.getLogger("torchao").setLevel(logging.ERROR)
     from transformers.utils import logging as transformers_logging
 
@@ -227,9 +227,9 @@ def _quiet() -> None:
 
 
 def _check_complete(source: str, loading: Any) -> None:
-    """Raise :class:`ConfigError` for weights that the files lack; ``transformers`` would draw them at random.
+    """Raise :class:`ConfigError` for missing weights, which ``transformers`` would initialize at random.
 
-    A pooler has no part in the token states that are used.
+    The pooler is not needed for token embeddings.
     """
     missing = sorted(key for key in loading["missing_keys"] if not key.startswith("pooler."))
     if missing:
@@ -245,7 +245,7 @@ def _text_hint(path: str) -> str:
 
 
 class ImageEncoder:
-    """DINOv2 patch tokens ``(B, N, F)``, one per 16 x 16 pixels of the image that the model sees."""
+    """DINOv2 patch tokens ``(B, N, F)``, one per 16 x 16 pixels."""
 
     def __init__(self, model: Any, device: torch.device) -> None:
         self._model = model.to(device).eval().requires_grad_(False)
@@ -327,10 +327,10 @@ _HEAD_DIM = 64
 
 
 def dinov2_from_original(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Map the original repository's names to those of the published ``facebook/dinov2-*`` files.
+    """Rename tensors of the original repository to those of the published ``facebook/dinov2-*`` files.
 
-    ``transformers`` calls the weights differently from version to version, and reads the published names in all of
-    them. A fused projection is split into three. An unknown name raises ``KeyError``.
+    Every version of ``transformers`` reads the published names. Splits the fused projection into three; raises
+    ``KeyError`` for an unknown name.
     """
     converted: dict[str, Tensor] = {}
     for name, tensor in state.items():

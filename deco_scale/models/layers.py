@@ -18,10 +18,10 @@ NORM_EPS = 1e-6
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm with fp32 statistics, and in the same pass what follows it.
+    """RMSNorm with fp32 statistics, fused with the modulation or rotation that follows.
 
-    The text model multiplies by the weight in fp32 and then casts; the class model casts first
-    (``cast_first``). In fp32 both are the same.
+    The text model multiplies by the weight in fp32 and then casts; the class model casts first (``cast_first``).
+    In fp32 both are the same.
     """
 
     kernels: Kernels = "torch"
@@ -43,7 +43,7 @@ class RMSNorm(nn.Module):
         *,
         angles_NE: Tensor | None = None,
     ) -> Tensor:
-        """Norm of x; of tokens with shift and scale: modulated; of heads (B, N, H, K) with angles: rotated."""
+        """Norm of x; tokens (B, N, D) are modulated by shift and scale, heads (B, N, H, K) rotated by angles."""
         weight, cast_first, kernels = self.weight, self.cast_first, self.kernels
         if angles_NE is not None:
             return norm_rotate(x, weight, angles_NE, eps=NORM_EPS, cast_first=cast_first, kernels=kernels)
@@ -68,7 +68,7 @@ class SwiGLU(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention with q/k norm and optional RoPE; keys and values may be extended by text tokens."""
+    """Self-attention with q/k norm and optional RoPE; text tokens may extend keys and values."""
 
     def __init__(self, dim: int, num_heads: int, *, with_context: bool, cast_first: bool) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x_BND: Tensor, angles_NE: Tensor | None = None, context_BLD: Tensor | None = None) -> Tensor:
-        # The number of heads is read off the projection, which may hold a slice of them.
+        # The number of heads follows from the projection, which may be a slice of it under tp.
         qkv = self.qkv(x_BND).unflatten(-1, (-1, 3, self.head_dim))
         q_BNHK, k_BMHK, v_BMHK = qkv.unbind(dim=-2)
         q_BNHK, k_BMHK = self.q_norm(q_BNHK, angles_NE=angles_NE), self.k_norm(k_BMHK, angles_NE=angles_NE)
@@ -96,9 +96,9 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Transformer block with AdaLN: shift, scale and gate of both halves come from the condition.
+    """Transformer block with AdaLN: shift, scale and gate of attention and MLP come from the condition.
 
-    Serves as image block (RoPE, text as extra keys and values) and as text block (neither).
+    An image block has RoPE and text tokens as additional keys and values, a text block neither.
     """
 
     kernels: Kernels = "torch"
@@ -151,7 +151,7 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """Class table with one row more than classes: the last row is the null class."""
+    """Embedding table of the classes and, as its last row, the null class."""
 
     def __init__(self, num_classes: int, dim: int) -> None:
         super().__init__()
@@ -165,7 +165,7 @@ class LabelEmbedder(nn.Module):
 
 
 class TextEmbedder(nn.Module):
-    """Text encoder states ``(B, L, T)`` to ``(B, L, D)`` with a learned position per token."""
+    """Text embeddings ``(B, L, T)`` to ``(B, L, D)`` with a learned position per token."""
 
     def __init__(self, text_dim: int, dim: int, num_tokens: int) -> None:
         super().__init__()

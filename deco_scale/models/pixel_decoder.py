@@ -1,6 +1,6 @@
 """Pixel decoder: renders each patch's token back to pixels with a per-pixel AdaLN MLP.
 
-Every pixel is decoded on its own, so patches may be spread over ranks in any way.
+Pixels are decoded independently, so patches can be sharded over ranks in any way.
 Shape letters: B batch, N patches, P pixels of a patch, C channels, K = C * P, M = B * N, D model width,
 W decoder width, F features.
 """
@@ -34,7 +34,7 @@ class DecoderBlock(nn.Module):
         nn.init.zeros_(modulation.bias)
 
     def weights(self) -> BlockWeights:
-        """What :func:`render_pixels` computes with; the decoder calls no block by itself."""
+        """The weights for :func:`render_pixels`, which computes without calling the blocks."""
         first, last, modulation = self.mlp[0], self.mlp[2], self.modulation[1]
         assert isinstance(first, nn.Linear) and isinstance(last, nn.Linear)
         assert isinstance(modulation, nn.Linear)
@@ -96,7 +96,7 @@ class PixelDecoder(nn.Module):
             eps=NORM_EPS,
             kernels=self.kernels,
         )
-        # A copy (of three values a pixel): FSDP hooks into the output, which must not be a view.
+        # A copy of three values per pixel: FSDP puts hooks on the output, which must not be a view.
         return out_MK.unflatten(0, patches_BNK.shape[:2]).clone()
 
 

@@ -1,8 +1,8 @@
-"""The tensor-parallel plan: how every parameter is split over tp. One table for all engines, FP8 and checkpoints.
+"""The tensor-parallel plan: how each parameter is split over tp, for engines, FP8 and checkpoints.
 
-It is a table of names beside the model, as Hugging Face's ``base_model_tp_plan`` is; nothing here knows a rank.
-Linears inside attention and MLP are split by heads or hidden units. All else is replicated: each rank computes
-the part of the gradient that its own tokens contribute, and the parts are summed over tp.
+A table of names beside the model, like Hugging Face's ``base_model_tp_plan``. Linears of attention and MLP are
+split by heads or hidden units. Everything else is replicated: each rank computes the part of the gradient that
+comes from its own tokens, and the parts are summed over tp.
 """
 
 from typing import Literal
@@ -12,9 +12,9 @@ from deco_scale.models.config import ModelConfig
 
 Split = Literal["column", "row", "replicated"]
 COLUMN = ("attn.qkv", "attn.context_kv", "mlp.gate", "mlp.up")
-"""Outputs split: dimension 0 of the weight; whole heads, since their rows are ordered by head."""
+"""Outputs are split: dimension 0 of the weight, by whole heads, because its rows are ordered by head."""
 ROW = ("attn.proj", "mlp.down")
-"""Inputs split: dimension 1 of the weight; outputs are partial sums, the bias is replicated."""
+"""Inputs are split: dimension 1 of the weight; outputs are partial sums, the bias is replicated."""
 
 
 def split_of(name: str) -> Split:
@@ -28,12 +28,12 @@ def split_of(name: str) -> Split:
 
 
 def split_dim(name: str) -> int | None:
-    """Dimension that is cut over tp, or None."""
+    """Dimension that is split over tp, or None."""
     return {"column": 0, "row": 1, "replicated": None}[split_of(name)]
 
 
 def check_tp(cfg: ModelConfig, tp: int) -> None:
-    """Raise :class:`ConfigError` with the possible degrees where ``tp`` does not fit the model."""
+    """Raise :class:`ConfigError` with the possible degrees if ``tp`` does not fit the model."""
     possible = [n for n in range(1, cfg.num_heads + 1) if _fits(cfg, n)]
     if not _fits(cfg, tp):
         raise ConfigError(

@@ -1,8 +1,9 @@
-"""The fastest attention kernel for a shape, found by measuring forward and backward at the start of a run.
+"""Measures forward and backward of the attention kernels at the start of a run, and selects the fastest per shape.
 
-Each candidate is first compared with the formula in float64; one that is wrong or raises is left out with its
-reason. Times are the kernels' alone, without what the host takes to launch them. Not yet run on a GPU. On a CPU
-nothing is measured: ``auto`` is ``sdpa``, so that traces do not depend on timing.
+Each candidate is first compared with the formula in float64; one that differs or raises is rejected with the
+reason. Times exclude the host's time to launch kernels. Not yet run on a GPU. On a CPU nothing is measured and
+``auto`` is ``sdpa``, so that traces do not depend on timing.
+
 Shape letters: B batch, N queries, M keys, H heads, K head width.
 """
 
@@ -20,7 +21,7 @@ from deco_scale.models.config import ModelConfig
 
 Timer = Callable[[Callable[[], object], torch.device], float]
 RACED = ("flash4", "flash3", "flash2", "flash_torch", "te", "cudnn", "sdpa")
-"""Kernels that ``auto`` measures on a GPU; ``math`` is the reference and keeps too much memory to race."""
+"""Kernels that ``auto`` measures on a GPU; ``math`` is the reference and needs too much memory."""
 
 _BUSY_CYCLES = 4_000_000
 
@@ -42,10 +43,10 @@ class AttentionShape:
 
 @dataclass(frozen=True)
 class BackendChoice:
-    """What was measured for a shape; plain values, so that one rank's can be sent to all.
+    """The kernel for a shape, in plain values that rank 0 can broadcast.
 
-    ``times_ms``: kernel and median milliseconds of forward and backward, fastest first; empty where nothing was
-    measured. ``left_out``: kernel and reason.
+    ``times_ms``: kernel and median milliseconds of forward and backward, fastest first; empty if nothing was
+    measured. ``left_out``: rejected kernels and reasons.
     """
 
     shape: AttentionShape
@@ -64,9 +65,9 @@ class BackendChoice:
 
 
 def model_shapes(cfg: ModelConfig, *, resolution: int, batch: int, tp: int = 1) -> tuple[AttentionShape, ...]:
-    """Shapes of the image blocks, and of the text blocks where there are any, for square pictures on one rank.
+    """Attention shapes of image blocks and text blocks on one rank, for square images.
 
-    Raises ``ValueError`` when patches do not tile the picture, or ranks the heads.
+    Raises ``ValueError`` if ``resolution`` is not a multiple of the patch size, or the heads of ``tp``.
     """
     if resolution % cfg.patch_size or cfg.num_heads % tp:
         raise ValueError(
@@ -88,11 +89,11 @@ def choose_backend(
     candidates: Mapping[str, KernelFunction] | None = None,
     timer: Timer | None = None,
 ) -> BackendChoice:
-    """The candidate with the smallest time on this process's device; ranks must share one rank's result.
+    """The fastest candidate on this process's device; all ranks must use one rank's result.
 
-    Without ``candidates``: all of ``RACED`` that can run here, on a GPU; ``sdpa`` unmeasured elsewhere.
-    ``timer`` gives the milliseconds of a call (default: :func:`median_ms`).
-    Raises ``ValueError`` when every candidate is left out, with the reasons.
+    ``candidates`` None: on a GPU all of ``RACED`` that can run, elsewhere ``sdpa`` without measurement. ``timer``
+    returns the milliseconds of a call (default: :func:`median_ms`). Raises ``ValueError`` with the reasons if
+    every candidate is rejected.
     """
     left_out: dict[str, str] = {}
     if candidates is None:
@@ -101,7 +102,7 @@ def choose_backend(
         missing = {name: kernel_missing(name, device, dtype, shape.head_dim) for name in RACED}  # type: ignore[arg-type]
         left_out = {name: reason for name, reason in missing.items() if reason is not None}
         candidates = {name: KERNELS[name] for name in RACED if name not in left_out}
-    # The kernels treat samples of a batch alike, and float64 weights of a whole batch would be large.
+    # One sample is enough to compare, and float64 weights of a full batch would be large.
     sample = _inputs(shape, 1, device, dtype)
     reference = _results(KERNELS["math"], [x.double() for x in sample])
     inputs = _inputs(shape, shape.batch, device, dtype)
@@ -114,7 +115,7 @@ def choose_backend(
                 continue
             times[name] = (timer or median_ms)(functools.partial(_results, kernel, inputs), device)
         except Exception as error:
-            # A package may raise anything; the run goes on with the others and the log has the reason.
+            # A package may raise anything; the run continues with the others, and the reason is logged.
             left_out[name] = f"{type(error).__name__}: {_first_line(error)}"
     if not times:
         raise ValueError(f"no attention kernel computes {shape} in {dtype} on {device}: {left_out}")
@@ -123,9 +124,9 @@ def choose_backend(
 
 
 def table_of(choices: Iterable[BackendChoice]) -> AttentionTable:
-    """The table that the model's attention reads; shapes not in it take the kernel of the largest one that is.
+    """The table for the model's attention; other shapes use the kernel of the largest shape.
 
-    Of choices for the same queries and keys (other batches, say) the last one counts.
+    The last of several choices for the same queries and keys counts.
     """
     ordered = sorted(choices, key=lambda choice: choice.shape.queries * choice.shape.keys)
     if not ordered:
@@ -150,10 +151,10 @@ def error_bound(dtype: torch.dtype) -> float:
 
 
 def keep_busy(device: torch.device) -> None:
-    """Have a GPU wait for about 2 ms, in which the host launches what comes next; elsewhere nothing.
+    """Keep a GPU busy for about 2 ms, while the host launches what follows; nothing on other devices.
 
-    An interval of CUDA events that begins on an idle GPU contains the host's time wherever that is longer, and
-    small shapes would all seem as fast as Python is.
+    The time between two CUDA events on an idle GPU is the host's launch time where that is longer, which would
+    hide the differences between kernels for small shapes.
     """
     if device.type == "cuda":
         with torch.cuda.device(device):
@@ -161,7 +162,7 @@ def keep_busy(device: torch.device) -> None:
 
 
 def median_ms(run: Callable[[], object], device: torch.device, *, warmup: int = 3, repeats: int = 10) -> float:
-    """Median milliseconds of ``run``; by CUDA events on a GPU kept busy, by the clock elsewhere."""
+    """Median milliseconds of ``run``, by CUDA events behind :func:`keep_busy`, or by the clock on a CPU."""
     for _ in range(warmup):
         run()
     times = []
@@ -175,14 +176,14 @@ def median_ms(run: Callable[[], object], device: torch.device, *, warmup: int = 
             end.synchronize()
             times.append(start.elapsed_time(end))
         else:
-            began = time.perf_counter()
+            start_s = time.perf_counter()
             run()
-            times.append(1000 * (time.perf_counter() - began))
+            times.append(1000 * (time.perf_counter() - start_s))
     return statistics.median(times)
 
 
 def _inputs(shape: AttentionShape, batch: int, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-    """Queries, keys, values and the gradient of the output, normal, from a generator of their own."""
+    """Random queries, keys, values and gradient of the output, always the same."""
     generator = torch.Generator(device).manual_seed(0)
     lengths = (shape.queries, shape.keys, shape.keys, shape.queries)
     sizes = [(batch, length, shape.num_heads, shape.head_dim) for length in lengths]
@@ -196,16 +197,16 @@ def _results(kernel: KernelFunction, inputs: list[Tensor]) -> list[Tensor]:
     return [out_BNHK.detach(), *torch.autograd.grad(out_BNHK, leaves, inputs[3])]
 
 
-def _error(found: list[Tensor], wanted: list[Tensor]) -> float:
-    """Largest difference relative to the largest entry of the same result, or of the output if that is larger.
+def _error(actual: list[Tensor], expected: list[Tensor]) -> float:
+    """Largest difference, relative to the largest entry of the same result or of the output.
 
-    With a single key the gradients of queries and keys are zero, and only the output gives a size.
+    With a single key, the gradients of queries and keys are zero and only the output sets a scale.
     """
     errors = []
-    for one, other in zip(found, wanted, strict=True):
+    for one, other in zip(actual, expected, strict=True):
         if one.shape != other.shape:
             raise ValueError(f"shape {tuple(one.shape)} instead of {tuple(other.shape)}")
-        size = torch.maximum(other.abs().max(), wanted[0].abs().max())
+        size = torch.maximum(other.abs().max(), expected[0].abs().max())
         errors.append((one.double() - other).abs().max() / size)
     return torch.stack(errors).max().item()
 

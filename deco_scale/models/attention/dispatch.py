@@ -1,8 +1,8 @@
-"""One attention function in front of the kernels that can compute it.
+"""The attention function, which dispatches to one of several kernels.
 
-``backend`` is what a configuration asks for, ``kernel`` what computes. ``flash`` is the newest FlashAttention that
-is installed and fits; ``auto`` is PyTorch's choice until a table of measured kernels takes its place
-(autotune.py). A backend asked for by name and not usable here is an error.
+A configuration names a ``backend``, which selects a ``kernel``. ``flash`` is the newest FlashAttention that is
+installed and fits; ``auto`` is PyTorch's choice, or a table of measured kernels (autotune.py). A backend that is
+named and cannot run is an error.
 Shape letters: B batch, N queries, M keys, H heads, K head width.
 """
 
@@ -40,8 +40,8 @@ _TORCH_NEEDS = "a CUDA build of PyTorch and a GPU of compute capability 8.0 or m
 class AttentionTable:
     """Kernels by number of queries and keys, ``((N, M, kernel), ...)``; ``default`` for all other shapes.
 
-    ``torch.compile`` reads it while tracing: a graph holds one kernel, and no call looks anything up.
-    Raises ``ValueError`` for a kernel that does not exist.
+    ``torch.compile`` looks kernels up while tracing, so that a graph holds one kernel. Raises ``ValueError`` for
+    an unknown kernel.
     """
 
     default: AttentionKernel
@@ -65,7 +65,7 @@ AttentionSetting = AttentionBackend | AttentionKernel | AttentionTable
 def attention(q_BNHK: Tensor, k_BMHK: Tensor, v_BMHK: Tensor, backend: AttentionSetting) -> Tensor:
     """Softmax attention without mask, scaled by ``K ** -0.5``; returns ``(B, N, H, K)`` in the values' dtype.
 
-    Raises ``ValueError`` for an unknown name, and for ``flash`` where no FlashAttention can compute.
+    Raises ``ValueError`` for an unknown name, and for ``flash`` if no FlashAttention can run.
     """
     if isinstance(backend, AttentionTable):
         name: str = backend.kernel(q_BNHK.shape[1], k_BMHK.shape[1])
@@ -87,9 +87,9 @@ def check_backend(
     dtype: torch.dtype = torch.bfloat16,
     head_dim: int | None = None,
 ) -> None:
-    """Raise ``ValueError`` when ``backend`` cannot run on ``device``; says why, how to get it and which ones can.
+    """Raise ``ValueError`` if ``backend`` cannot run on ``device``, with the reason, the remedy and alternatives.
 
-    ``dtype`` is what attention computes in; ``head_dim`` None leaves the head width unchecked.
+    ``dtype`` is that of attention; ``head_dim`` None skips the check of the head width.
     """
     if backend not in get_args(AttentionBackend):
         raise ValueError(f"attention backend {backend!r} is none of {get_args(AttentionBackend)}")
@@ -105,7 +105,7 @@ def check_backend(
 def kernel_missing(
     kernel: AttentionKernel, device: torch.device, dtype: torch.dtype, head_dim: int | None
 ) -> str | None:
-    """Why ``kernel`` cannot compute on ``device`` in ``dtype`` with heads of this width, or None where it can."""
+    """Why ``kernel`` cannot run on ``device`` in ``dtype`` with heads of this width, or None if it can."""
     if kernel in ("sdpa", "math"):
         return None
     needs = PACKAGES[kernel].needs if kernel in PACKAGES else _TORCH_NEEDS
@@ -124,7 +124,7 @@ def kernel_missing(
 def _backend_missing(
     backend: AttentionBackend, device: torch.device, dtype: torch.dtype, head_dim: int | None
 ) -> list[str]:
-    """Reasons, empty where the backend can run."""
+    """Reasons why no kernel of the backend can run; empty if one can."""
     if backend == "auto":
         return []
     kernels = FLASH_KERNELS if backend == "flash" else (backend,)
@@ -144,24 +144,24 @@ def _flash_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> st
 
 @functools.cache
 def _newest_flash(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    """Name of the first of ``FLASH_KERNELS`` that can compute; ``ValueError`` where there is none."""
+    """The first of ``FLASH_KERNELS`` that can run; raises ``ValueError`` if none can."""
     for kernel in FLASH_KERNELS:
         if kernel_missing(kernel, device, dtype, head_dim) is None:
             return kernel
     check_backend("flash", device, dtype=dtype, head_dim=head_dim)
-    raise AssertionError("a flash kernel that can and cannot compute")
+    raise AssertionError("check_backend found a flash kernel that can run")
 
 
 def _torch_refusal(kernel: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """PyTorch's own reason against its kernel, asked with a small example; not yet run on a GPU."""
+    """PyTorch's reason against its kernel for a small example; not yet run on a GPU."""
     can_use = can_use_flash_attention if kernel == "flash_torch" else can_use_cudnn_attention
     example = torch.zeros(1, 1, 128, head_dim, device=device, dtype=dtype, requires_grad=True)
     params = SDPAParams(example, example, example, None, 0.0, False, False)
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         if can_use(params, True):
             return None
-    why = " ".join(str(one.message) for one in said) or "PyTorch gives no reason"
+    why = " ".join(str(one.message) for one in caught) or "PyTorch gives no reason"
     return f"needs {_TORCH_NEEDS} (refused for heads of width {head_dim} in {dtype}: {why})"
 
 
@@ -183,7 +183,7 @@ def _cudnn(q_BNHK: Tensor, k_BMHK: Tensor, v_BMHK: Tensor) -> Tensor:
 
 
 def _math(q_BNHK: Tensor, k_BMHK: Tensor, v_BMHK: Tensor) -> Tensor:
-    """The formula in fp32 or better, whatever autocast says; keeps the (N, M) weights of every head."""
+    """The formula in fp32 or better, also under autocast; materialises the (N, M) weights of every head."""
     wide = torch.promote_types(v_BMHK.dtype, torch.float32)
     with torch.autocast(v_BMHK.device.type, enabled=False):
         scores_BHNM = torch.einsum("bnhk,bmhk->bhnm", q_BNHK.to(wide), k_BMHK.to(wide))
