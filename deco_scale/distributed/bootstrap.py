@@ -1,7 +1,7 @@
-"""Rank, world size and device from whatever started this process; process group set-up.
+"""Rank, world size and device of this process, and initialisation of the process group.
 
-``deepspeed`` and ``torchrun`` set RANK, WORLD_SIZE and LOCAL_RANK; ``srun`` its own variables; plain
-``python`` none, which means one process.
+``deepspeed`` and ``torchrun`` set RANK, WORLD_SIZE and LOCAL_RANK, ``srun`` its own variables; without any of
+them, this is the only process.
 """
 
 import os
@@ -20,7 +20,7 @@ TIMEOUT = timedelta(minutes=30)
 
 @dataclass(frozen=True, slots=True)
 class Environment:
-    """This process among the others."""
+    """Ranks of this process, and the number of processes."""
 
     rank: int
     world_size: int
@@ -28,22 +28,24 @@ class Environment:
 
 
 def read_environment(variables: Mapping[str, str]) -> Environment:
-    """Environment from launcher variables; raises :class:`ConfigError` where they do not make sense."""
+    """Environment from the launcher's variables; raises :class:`ConfigError` for impossible values."""
     names = [("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")]
     for rank, world, local in names:
         if rank in variables and world in variables:
             try:
-                found = Environment(int(variables[rank]), int(variables[world]), int(variables.get(local, "0")))
+                environment = Environment(
+                    int(variables[rank]), int(variables[world]), int(variables.get(local, "0"))
+                )
             except ValueError as error:
                 raise ConfigError(f"{rank}/{world}/{local} are not numbers: {error}") from error
-            if not 0 <= found.rank < found.world_size:
-                raise ConfigError(f"{rank}={found.rank} with {world}={found.world_size}")
-            return found
+            if not 0 <= environment.rank < environment.world_size:
+                raise ConfigError(f"{rank}={environment.rank} with {world}={environment.world_size}")
+            return environment
     return Environment(0, 1, 0)
 
 
 def choose_device(setting: str, local_rank: int) -> torch.device:
-    """``auto`` takes the local rank's GPU where there is one."""
+    """The device of ``setting``: ``cpu``, ``cuda`` (the local rank's GPU), or ``auto`` (a GPU if there is one)."""
     if setting == "cpu" or (setting == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
@@ -61,7 +63,7 @@ def init_distributed(env: Environment, device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     elif "OMP_NUM_THREADS" not in os.environ:
-        # PyTorch takes all cores in each process; several on one machine would fight for them.
+        # By default each process uses all cores, and several on one machine would compete for them.
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", env.world_size))
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))
     if dist.is_initialized():
@@ -79,7 +81,7 @@ def init_distributed(env: Environment, device: torch.device) -> None:
 
 
 def _check_restarts(variables: Mapping[str, str]) -> None:
-    """torchrun's restarts must not share one store: gloo would meet the addresses of processes that are gone."""
+    """Refuse torchrun's restarts with a shared store: gloo would find addresses of processes that have ended."""
     shared = variables.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if shared and int(variables.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
         raise ConfigError(

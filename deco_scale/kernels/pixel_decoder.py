@@ -78,9 +78,9 @@ def render_pixels(
         "folded constant": (folded.constant.shape, (pixels, width)),
         "head": (head_weight.shape, (channels, width)),
     }
-    for name, (found, wanted) in fitting.items():
-        if found != wanted:
-            raise ValueError(f"{name} {tuple(found)} is not {wanted}: condition {tuple(condition_MPW.shape)}")
+    for name, (actual, expected) in fitting.items():
+        if actual != expected:
+            raise ValueError(f"{name} {tuple(actual)} is not {expected}: condition {tuple(condition_MPW.shape)}")
     if not blocks:
         raise ValueError("a pixel decoder has at least one block, got 0")
     arguments = (patches_MK, condition_MPW, folded, blocks, head_weight, head_bias)

@@ -1,4 +1,4 @@
-"""Which implementation of the kernels computes: fused Triton, or its plain torch twin."""
+"""Selects the implementation of the kernels: fused Triton, or plain torch."""
 
 import importlib.util
 from typing import Literal
@@ -14,7 +14,7 @@ Kernels = Literal["triton", "torch"]
 def choose_kernels(setting: KernelSetting, device: torch.device) -> Kernels:
     """``auto`` is Triton on a GPU and torch elsewhere.
 
-    Raises ``ValueError`` for ``triton`` where it cannot run, saying what is missing.
+    Raises ``ValueError`` with what is missing if ``triton`` cannot run.
     """
     if setting == "torch":
         return "torch"
@@ -31,7 +31,7 @@ def choose_kernels(setting: KernelSetting, device: torch.device) -> Kernels:
 
 
 def use_kernels(module: nn.Module, kernels: Kernels) -> None:
-    """Tell every submodule that has a choice (an attribute ``kernels``) which one to take."""
+    """Set the attribute ``kernels`` of every submodule that has one."""
     for child in module.modules():
         if hasattr(child, "kernels"):
             child.kernels = kernels  # type: ignore[assignment]

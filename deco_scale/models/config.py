@@ -31,17 +31,17 @@ class ModelConfig:
     num_classes: int = 0
 
     def __post_init__(self) -> None:
-        wanted = {
+        required = {
             "t2i_deco": {"decoder_width", "decoder_blocks", "text_dim", "text_tokens"},
             "c2i_deco": {"decoder_width", "decoder_blocks", "num_classes"},
             "c2i_baseline": {"num_classes"},
         }[self.kind]
         always = {"dim", "num_heads", "num_blocks", "patch_size", "channels"}
-        for name in wanted | always:
+        for name in required | always:
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive for {self.kind}")
         optional = {"num_text_blocks"} if self.kind == "t2i_deco" else set()
-        for name in set(type(self).__slots__) - wanted - always - optional - {"kind"}:
+        for name in set(type(self).__slots__) - required - always - optional - {"kind"}:
             if getattr(self, name) != 0:
                 raise ValueError(f"{name}={getattr(self, name)} has no meaning for {self.kind}")
         if self.num_text_blocks < 0:

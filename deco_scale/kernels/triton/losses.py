@@ -25,7 +25,7 @@ from deco_scale.kernels.triton.norm_modulate import check_dtypes, load_fp32
 SIDE = 8
 BLOCKS = 16
 WARPS = 4
-"""16 is the least that tensor cores take; more would spill registers. Not yet tuned."""
+"""16 is the minimum for tensor cores; more would spill registers. Not yet tuned."""
 
 
 @triton.jit

@@ -156,10 +156,10 @@ def check_rows(x_BND: Tensor, per_sample: dict[str, Tensor | None]) -> None:
     """Raise ``ValueError`` unless x is (B, N, D) and the others (B, 1, D), as kernels take them."""
     if x_BND.ndim != 3:
         raise ValueError(f"x must be (B, N, D), not {tuple(x_BND.shape)}")
-    wanted = (x_BND.shape[0], 1, x_BND.shape[2])
+    expected = (x_BND.shape[0], 1, x_BND.shape[2])
     for name, tensor in per_sample.items():
-        if tensor is not None and tuple(tensor.shape) != wanted:
-            raise ValueError(f"{name} must be {wanted} for x {tuple(x_BND.shape)}, not {tuple(tensor.shape)}")
+        if tensor is not None and tuple(tensor.shape) != expected:
+            raise ValueError(f"{name} must be {expected} for x {tuple(x_BND.shape)}, not {tuple(tensor.shape)}")
     _, tokens, dim = x_BND.shape
     if dim > MAX_ROW or tokens > MAX_TOKENS:
         raise ValueError(

@@ -22,10 +22,10 @@ from deco_scale.kernels.triton.pixel_decoder_device import backward_kernel, forw
 
 DOT_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 INTERPRETER_PROGRAMS = 3
-"""On a CPU, where programs run one after the other: enough that sums of several are added up."""
+"""Programs on a CPU, where they run one after the other: enough to test the sums over programs."""
 NUM_WARPS = 8
 NUM_STAGES = 1
-"""Loads ahead of their use would cost registers, of which there are none to spare."""
+"""No prefetching of loads, because there are no registers left."""
 FORWARD_TILE = 128
 BACKWARD_TILE = {16: 128, 32: 128, 64: 32}
 """Pixels of a tile (backward: by padded width), for products of 16-bit operands. Not yet tuned on a GPU."""
@@ -179,7 +179,7 @@ def _constants(patches_MK: Tensor, condition_MPW: Tensor, num_blocks: int, dtype
         "P": num_pixels,
         "C": patches_MK.shape[1] // num_pixels,
         "W": width,
-        # The least that a matrix product takes.
+        # The minimum for a matrix product.
         "V": max(16, triton.next_power_of_2(width)),
         "BLOCKS": num_blocks,
         "DOT": DOT_TYPES[dtype],

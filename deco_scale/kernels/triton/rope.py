@@ -150,10 +150,10 @@ def _check(x_BNHK: Tensor, weight_K: Tensor, angles_NE: Tensor | None) -> None:
         )
     check_dtypes(x=x_BNHK, weight=weight_K)
     if angles_NE is not None:
-        wanted = (x_BNHK.shape[1], x_BNHK.shape[3] // 2)
-        if tuple(angles_NE.shape) != wanted or angles_NE.dtype != torch.float32:
+        expected = (x_BNHK.shape[1], x_BNHK.shape[3] // 2)
+        if tuple(angles_NE.shape) != expected or angles_NE.dtype != torch.float32:
             raise ValueError(
-                f"angles must be {wanted} in float32 for x {tuple(x_BNHK.shape)}, "
+                f"angles must be {expected} in float32 for x {tuple(x_BNHK.shape)}, "
                 f"not {tuple(angles_NE.shape)} in {angles_NE.dtype}"
             )
 

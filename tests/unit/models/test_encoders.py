@@ -81,7 +81,7 @@ def test_attention_of_another_kind_is_left_to_transformers(caplog: pytest.LogCap
     encoder = TextEncoder(
         model, lambda texts, **options: {"input_ids": ids, "attention_mask": mask}, max_tokens=6, device=CPU
     )
-    assert "BertModel: its attention mask is made by transformers" in caplog.text
+    assert "BertModel: transformers builds its attention mask" in caplog.text
     with torch.no_grad():
         assert torch.equal(encoder.encode(["x"]), model(input_ids=ids, attention_mask=mask).last_hidden_state)
 
