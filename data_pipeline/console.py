@@ -24,6 +24,20 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog.split()[0]}: {message}\n")
 
 
+class RenamedOption(argparse.Action):
+    """Accepts an option's old name with a notice; ``dest`` is that of the new one."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: object,
+        option: str | None = None,
+    ) -> None:
+        print(f"{parser.prog}: {option} is now called --{self.dest.replace('_', '-')}", file=sys.stderr)
+        setattr(namespace, self.dest, values)
+
+
 def positive_int(text: str) -> int:
     value = int(text)
     if value < 1:
@@ -75,7 +89,9 @@ def print_error(program: str, error: object, code: int) -> int:
 
 
 @contextmanager
-def progress_bar(console: Console, title: str, total: int | None = None) -> Iterator[Callable[..., None]]:
+def progress_bar(
+    console: Console, title: str, total: int | None = None, *, enabled: bool = True
+) -> Iterator[Callable[..., None]]:
     """A bar that is gone when it is done; yields ``update(name)``, or ``update(name, completed, total)``."""
     columns = (
         TextColumn(title),
@@ -84,10 +100,12 @@ def progress_bar(console: Console, title: str, total: int | None = None) -> Iter
         TimeRemainingColumn(),
         TextColumn("{task.fields[name]}"),
     )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(
+        *columns, console=console, transient=True, disable=not (enabled and console.is_terminal)
+    ) as progress:
         task = progress.add_task("", total=total, name="")
 
-        def update(name: str, completed: int | None = None, total: int | None = None) -> None:
+        def update(name: str = "", completed: int | None = None, total: int | None = None) -> None:
             advance = 1 if completed is None else None
             progress.update(task, advance=advance, completed=completed, total=total, name=cell(name))
 

@@ -1,4 +1,4 @@
-"""``deco embed``: the captions' text states, computed once before training."""
+"""``deco embed``: the captions' text embeddings, computed once before training."""
 
 import argparse
 import dataclasses
@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import Progress, TaskID
 
+from data_pipeline.console import positive_int, print_line, progress_bar
 from data_pipeline.index.format import load_index
 from data_pipeline.storage.base import open_store
 from data_pipeline.stream.loader import access_of, text_embedding_identity
@@ -22,24 +22,14 @@ from deco_scale.models.encoders import TextEncoder, text_identity
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Writes the states of every caption of data.url (or of each data set of data.mixture) to its text_states. "
-        "Run it under torchrun to share the shards between GPUs; run it again to go on after a break."
+        "Writes the text embeddings of every caption of data.url (or of each data set of data.mixture) to its "
+        "text_states. Run it under torchrun to share the shards between GPUs; run it again to resume."
     )
     parser.add_argument("--config", required=True)
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     parser.add_argument(
-        "--batch", type=int, help="texts encoded at a time (default: the first stage's micro_batch)"
+        "--batch", type=positive_int, help="texts per batch; default: the first stage's micro_batch"
     )
-
-
-class _Shown:
-    """A progress bar as a function of (shard, done, total)."""
-
-    def __init__(self, progress: Progress, task: TaskID) -> None:
-        self._progress, self._task = progress, task
-
-    def __call__(self, key: str, done: int, total: int) -> None:
-        self._progress.update(self._task, completed=done, total=total, description=f"embedding {key}")
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
@@ -55,16 +45,15 @@ def run(args: argparse.Namespace, console: Console) -> int:
     identity = text_embedding_identity(cfg.data, text_identity(settings, encoder.width))
 
     def encode(texts: Sequence[str]) -> list[Any]:
-        states = encoder.encode_ragged(texts)
-        return [s.bfloat16().view(torch.int16).cpu().numpy().view(np.uint16) for s in states]
+        embeddings = encoder.encode_ragged(texts)
+        return [e.bfloat16().view(torch.int16).cpu().numpy().view(np.uint16) for e in embeddings]
 
     batch = args.batch or cfg.stages[0].micro_batch
-    with Progress(console=console, transient=True, disable=rank > 0) as progress:
-        for source in cfg.data.sources:
-            data, target = (open_store(url, access_of(cfg.data)) for url in (source.url, source.text_states))
-            index = load_index(data)
-            shown = _Shown(progress, progress.add_task(source.url, total=len(index.shards)))
-            embed(data, index, target, encode, identity, rank=rank, world=world, batch=batch, progress=shown)
-            if rank == 0:
-                console.print(f"text states of {len(index)} samples in {source.text_states}", soft_wrap=True)
+    for source in cfg.data.sources:
+        data, target = (open_store(url, access_of(cfg.data)) for url in (source.url, source.text_states))
+        index = load_index(data)
+        with progress_bar(console, f"embedding {source.url}", len(index.shards), enabled=rank == 0) as update:
+            embed(data, index, target, encode, identity, rank=rank, world=world, batch=batch, progress=update)
+        if rank == 0:
+            print_line(console, f"text embeddings of {len(index)} samples in {source.text_states}")
     return 0

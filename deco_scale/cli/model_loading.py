@@ -1,6 +1,6 @@
-"""A checkpoint as a :class:`ImageGenerator`: its EMA weights, its text encoder, on this process's device or a tp group.
+"""An :class:`ImageGenerator` from a checkpoint: EMA weights and text encoder, on one device or a tp group.
 
-This is where sampling meets configuration, checkpoints and parallelism; nothing here knows a solver.
+This is where sampling meets configuration, checkpoints and parallelism.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from deco_scale.sampling.generate import EncodeFn, ImageGenerator
 from deco_scale.sampling.images import PredictFn, velocity_of
 
 Compute = Literal["fp32", "bf16"]
-"""What a generator computes in; bf16 is autocast over fp32 weights."""
+"""Precision of a generator; bf16 is autocast over fp32 weights."""
 
 
 def load_generator(
@@ -42,21 +42,22 @@ def load_generator(
     tp: DeviceMesh | None = None,
     compute: Compute | None = None,
 ) -> tuple[ImageGenerator, RunConfig, CheckpointMeta]:
-    """A generator with a checkpoint's EMA weights, and what the checkpoint says of itself.
+    """A generator with a checkpoint's EMA weights, the run's configuration and the checkpoint's metadata.
 
-    ``checkpoint`` is a step folder, or a run's folder, whose newest complete step is taken. ``text_encoder`` is a
-    folder that takes the place of the configured one; ``device`` None means the first GPU, or the CPU where there
-    is none; ``compute`` None means what :func:`sampling_compute` says. ``compile`` compiles the
-    transformer blocks, ``cuda_graphs`` replays the whole model as graphs. With a one-dimensional mesh ``tp`` its
-    ranks share the model and all of them draw the same images together.
+    ``checkpoint`` is a step folder, or a run's folder, of which the newest complete step is used. ``text_encoder``
+    replaces the configured folder; ``device`` defaults to the first GPU, or the CPU without one; ``compute`` to
+    :func:`sampling_compute`. ``compile`` compiles the transformer blocks, ``cuda_graphs`` replays the model as
+    graphs. The ranks of a one-dimensional mesh ``tp`` share the model and generate the same images together.
 
-    Raises :class:`ConfigError` for a checkpoint or an encoder that is missing, damaged or does not fit, and for
+    Raises :class:`ConfigError` for a checkpoint or encoder that is missing, damaged or does not fit, and for
     settings that exclude each other.
     """
     path, cfg, meta = read_checkpoint(checkpoint)
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if tp is not None and tp.size() > 1 and cuda_graphs:
-        raise ConfigError("CUDA graphs need a whole model on each GPU: leave out graphs, or tensor parallelism")
+        raise ConfigError(
+            "CUDA graphs need the full model on each GPU: use either CUDA graphs or tensor parallelism"
+        )
     if tp is not None:
         check_tp(cfg.model, tp.size())
     denoiser = load_denoiser(cfg, path).to(device)
@@ -89,14 +90,14 @@ def sampling_compute(cfg: RunConfig, device: torch.device) -> Compute:
 
 
 def read_checkpoint(checkpoint: Path) -> tuple[Path, RunConfig, CheckpointMeta]:
-    """The step folder that ``checkpoint`` means (see :func:`find_checkpoint`), and what it says of itself."""
+    """Step folder of :func:`find_checkpoint`, its configuration and metadata."""
     path = find_checkpoint(checkpoint)
     meta = read_meta(path)
     return path, build_config(meta.config, source=str(path / "meta.json")), meta
 
 
 def find_checkpoint(path: Path) -> Path:
-    """A step folder itself, or the newest complete one of a run's folder; :class:`ConfigError` without any."""
+    """A step folder itself, or the newest complete one of a run; raises :class:`ConfigError` without one."""
     if (path / "COMPLETE").is_file():
         return path
     complete = sorted(p.parent for p in path.glob("checkpoints/step_*/COMPLETE"))
@@ -125,7 +126,7 @@ def _predictor(
     compile: bool,
     tp: DeviceMesh | None,
 ) -> tuple[PredictFn, TokenShard | None]:
-    """The denoiser's prediction, whole on every rank, and the tp group where there is one."""
+    """The denoiser's full prediction on every rank, and the tp group if there is one."""
     objective = Objective(denoiser, ObjectiveConfig(repa_weight=0.0), encoder_dim=0)
     if tp is not None and tp.size() > 1:
         shard = parallelize(
@@ -148,7 +149,7 @@ def _conditions(
     """Text encoder (shared by a tp group) and null condition."""
     if cfg.model.kind != "t2i_deco":
         if text_encoder is not None:
-            raise ConfigError(f"a {cfg.model.kind} model draws classes and takes no text encoder")
+            raise ConfigError(f"a {cfg.model.kind} model takes classes and no text encoder")
         return None, torch.tensor(cfg.model.num_classes)
     assert cfg.text_encoder is not None
     settings = dataclasses.replace(cfg.text_encoder, path=text_encoder or cfg.text_encoder.path)

@@ -1,106 +1,111 @@
-"""``deco plan``: how a configuration is laid out over ranks, and what N GPUs would make of it."""
+"""``deco plan``: a configuration's layout over ranks, and its memory, time and cost on N GPUs."""
 
 import argparse
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from data_pipeline.console import positive, positive_int, print_line
+from data_pipeline.text import shape_text
 from deco_scale.cli import simulate
-from deco_scale.cli.plan_tables import print_assumptions, print_errors, print_plan, print_plans
 from deco_scale.config import RunConfig, load_config
 from deco_scale.errors import ConfigError
 from deco_scale.models.tp_plan import check_tp
 from deco_scale.parallel.config import ParallelConfig
 from deco_scale.parallel.engines.deepspeed_config import ZERO3_PERSISTENT
-from deco_scale.parallel.mesh import ParallelDims, accumulation_steps, resolve_parallel_dims
-from deco_scale.planning.calibration import Measured, ceilings_of, read_results
-from deco_scale.planning.comms import StepShape, Traffic, fsdp_traffic, seconds_of, zero_traffic
+from deco_scale.parallel.mesh import ParallelDims, resolve_parallel_dims
+from deco_scale.planning.calibration import Measured, ceilings_of, compare, median_errors, read_results
+from deco_scale.planning.comms import seconds_of, step_traffic
 from deco_scale.planning.flops import (
     DINOV2_B,
     IMAGE_ENCODER_DIM,
     KNOWN_TEXT_ENCODERS,
     Encoder,
+    TrainStep,
     Workload,
 )
 from deco_scale.planning.forecast import Plan, all_plans, plan_as_configured, recommend
-from deco_scale.planning.hardware import GPUS, Device, gpu_device
+from deco_scale.planning.hardware import COPY_SHARE, GPUS, LAUNCH_S, Device, gpu_device
 from deco_scale.planning.layouts import enumerate_layouts
-from deco_scale.planning.memory import state_copies
+from deco_scale.planning.memory import MARGIN, RESERVE_BYTES, state_copies
 from deco_scale.planning.parameters import layout_rows
 from deco_scale.precision.fp8_plan import BatchShape, plan_fp8, precision_rows
 from deco_scale.precision.recipe import CHIPS, planned_machine, resolve_fp8
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 
+GIB = 2**30
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "With --gpu: memory, step time, days and cost of every layout on --gpus GPUs, and the one to take. "
-        "With --layout: each parameter's split and what a step sends, under the configuration's own layout. "
-        "With --simulate: goodput, the best interval between saves, days and cost where GPUs fail."
+        "With --gpu: memory, step time, days and cost of every layout on --gpus GPUs, and the recommended one. "
+        "With --layout: each parameter's split and a step's communication, under the configured layout. "
+        "With --simulate: goodput, the best save interval, days and cost on GPUs that fail."
     )
     parser.add_argument("--config", required=True)
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
-    parser.add_argument("--gpus", type=int, help="number of ranks; default 1")
+    parser.add_argument("--gpus", type=positive_int, help="number of ranks; default 1")
     parser.add_argument("--gpu", help=f"predict on this GPU: {', '.join(sorted(GPUS))}")
-    parser.add_argument("--price", type=float, help="of one GPU-hour, for the cost of the recipe")
+    parser.add_argument("--price", type=positive, help="of one GPU-hour, for the cost of the recipe")
     parser.add_argument("--network-gbps", type=float, help="Gbit/s of a GPU's share of the network")
-    parser.add_argument("--top", type=int, default=4, help="layouts shown of each engine")
+    parser.add_argument("--top", type=positive_int, default=4, help="layouts shown per engine")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of measured result files")
     parser.add_argument("--layout", action="store_true", help="each parameter's split")
-    parser.add_argument("--precision", action="store_true", help="what each module computes in, on --gpu")
+    parser.add_argument("--precision", action="store_true", help="each module's number format, on --gpu")
     simulate.add_arguments(parser)
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
-    """One table after another, as asked for."""
+    """Print the requested tables."""
     if args.simulate:
         cfg = load_config(args.config, args.overrides)
         fastest = _fastest(cfg, args) if args.gpu is not None else None
         return simulate.run(cfg, args, console, fastest=fastest)
     args.gpus = 1 if args.gpus is None else args.gpus
-    wanted: list[Callable[[RunConfig, argparse.Namespace, Console], None]] = []
+    tables: list[Callable[[RunConfig, argparse.Namespace, Console], None]] = []
     if args.layout:
-        wanted.append(show_layout)
+        tables.append(show_layout)
     if args.precision:
-        wanted.append(show_precision)
+        tables.append(show_precision)
     elif args.gpu is not None:
-        wanted.append(show_forecast)
-    if not wanted:
-        raise ConfigError(f"deco plan needs --gpu ({', '.join(sorted(GPUS))}), --layout --precision or --simulate")
-    if args.gpus < 1:
-        raise ConfigError(f"--gpus {args.gpus} must be at least 1")
+        tables.append(show_forecast)
+    if not tables:
+        raise ConfigError(
+            f"deco plan needs --layout, --precision, --simulate or --gpu ({', '.join(sorted(GPUS))})"
+        )
     cfg = load_config(args.config, args.overrides)
-    for show in wanted:
+    for show in tables:
         show(cfg, args, console)
     return 0
 
 
 def show_layout(cfg: RunConfig, args: argparse.Namespace, console: Console) -> None:
-    """Each parameter's split, the state of a rank, and what a step sends."""
+    """Each parameter's split, the state of a rank, and a step's communication."""
     dims = resolve_parallel_dims(cfg.parallel, args.gpus)
     rows = layout_rows(cfg.model, dims)
     mesh = f"dp_replicate {dims.dp_replicate} x dp_shard {dims.dp_shard} x tp {dims.tp}"
-    table = Table("parameter", "global shape", "split over tp", "tp shape", "bytes a rank, fp32", title=mesh)
+    table = Table("parameter", "global shape", "split over tp", "tp shape", "bytes per rank, fp32", title=mesh)
     for row in rows:
-        shapes = ["x".join(map(str, shape)) for shape in (row.global_shape, row.tp_shape)]
-        table.add_row(row.name, shapes[0], row.split, shapes[1], f"{row.local_bytes:,}")
+        table.add_row(
+            row.name, shape_text(row.global_shape), row.split, shape_text(row.tp_shape), f"{row.local_bytes:,}"
+        )
     console.print(table)
-    part, whole = sum(row.local_bytes for row in rows), sum(4 * row.tp_numel for row in rows)
-    parts, wholes = state_copies(cfg.parallel.engine, cfg.parallel.zero_stage)
+    shard, full = sum(row.local_bytes for row in rows), sum(4 * row.tp_numel for row in rows)
+    num_shards, num_full = state_copies(cfg.parallel.engine, cfg.parallel.zero_stage)
     console.print(
-        f"state of a rank: {(parts * part + wholes * whole) / 2**30:.3f} GiB = "
-        f"{parts} x {part / 2**30:.3f} (cut over dp) + {wholes} x {whole / 2**30:.3f} (whole) "
-        "of weights, masters, gradients, two moments and average (REPA head aside)"
+        f"state of a rank: {(num_shards * shard + num_full * full) / GIB:.3f} GiB = {num_shards} x "
+        f"{shard / GIB:.3f} (sharded over dp) + {num_full} x {full / GIB:.3f} (replicated) of weights, masters, "
+        "gradients, two moments and EMA (without the REPA head)"
     )
     print_traffic(cfg, dims, console)
 
 
 def show_precision(cfg: RunConfig, args: argparse.Namespace, console: Console) -> None:
-    """Module by module what computes in which number format, and why not in FP8."""
+    """Each module's number format, and why not FP8."""
     dims = resolve_parallel_dims(cfg.parallel, args.gpus)
     check_tp(cfg.model, dims.tp)
     plan, chip = None, args.gpu or "h100"
@@ -124,40 +129,20 @@ def show_precision(cfg: RunConfig, args: argparse.Namespace, console: Console) -
 
 
 def _zero_setting(cfg: RunConfig, name: str, default: int) -> int:
-    """A number of DeepSpeed's ``zero_optimization`` that the YAML sets by hand."""
+    """A value of DeepSpeed's ``zero_optimization`` in the configuration."""
     return int(cfg.parallel.deepspeed.get("zero_optimization", {}).get(name, default))
 
 
-def _traffic(cfg: RunConfig, dims: ParallelDims, shape: StepShape) -> Iterator[Traffic]:
-    if cfg.parallel.engine == "fsdp":
-        return fsdp_traffic(cfg.model, dims, shape)
-    persistent = _zero_setting(cfg, "stage3_param_persistence_threshold", ZERO3_PERSISTENT)
-    return zero_traffic(cfg.model, dims, shape, stage=cfg.parallel.zero_stage, persistent=persistent)
-
-
 def print_traffic(cfg: RunConfig, dims: ParallelDims, console: Console, device: Device | None = None) -> None:
-    """What a step of each stage sends, from the same formulas that a test holds against a real step.
+    """A step's communication in each stage, by formulas that a test compares with a real step.
 
-    ``device`` adds the time that each line takes alone on the links.
+    ``device`` adds the time of each line alone on the links.
     """
-    columns = ["stage", "what", "collective", "axis", "MiB a rank and step"]
+    columns = ["stage", "what", "collective", "axis", "MiB per rank and step"]
     table = Table(*columns, *(["ms"] if device else []), title="communication")
+    work, _ = workload(cfg)
     for stage in cfg.stages:
-        rows, cols = cfg.model.grid(stage.resolution, stage.resolution)
-        steps = accumulation_steps(
-            global_batch=stage.global_batch,
-            micro_batch=stage.micro_batch,
-            dp=dims.dp,
-            where=f"stages.{stage.name}",
-        )
-        shape = StepShape(
-            micro_batch=stage.micro_batch,
-            accumulation=steps,
-            tokens=rows * cols,
-            compute_bytes=4 if cfg.precision.compute == "fp32" else 2,
-            recompute=cfg.parallel.activation_checkpointing,
-        )
-        for line in _traffic(cfg, dims, shape):
+        for line in step_traffic(TrainStep.of_stage(work, stage, cfg.parallel, dims)):
             cells = [stage.name, line.what, line.kind, line.axis, f"{line.bytes / 2**20:,.1f}"]
             table.add_row(*cells, *([f"{1e3 * seconds_of(line, dims, device):,.1f}"] if device else []))
     if table.row_count:
@@ -165,11 +150,7 @@ def print_traffic(cfg: RunConfig, dims: ParallelDims, console: Console, device: 
 
 
 def show_forecast(cfg: RunConfig, args: argparse.Namespace, console: Console) -> None:
-    """Every layout on N GPUs, the one to take, what is assumed, and the error against what was measured."""
-    if args.price is not None and not args.price > 0:
-        raise ConfigError(f"--price {args.price} must be positive")
-    if args.top < 1:
-        raise ConfigError(f"--top {args.top} must be at least 1")
+    """All layouts on N GPUs, the recommended one, the assumptions, and the error against measurements."""
     measured, skipped = read_results(args.results)
     device = _device(cfg, args, measured)
     work, notes = workload(cfg)
@@ -179,7 +160,7 @@ def show_forecast(cfg: RunConfig, args: argparse.Namespace, console: Console) ->
     own, why_not = _configured(cfg, work, device, args.gpus)
     print_plans(plans, best, own, device, console, top=args.top, price=args.price)
     if why_not:
-        console.print(f"as configured: not possible: {why_not}", highlight=False)
+        print_line(console, f"as configured: not possible: {why_not}")
     print_plan(best, device, console, price=args.price)
     chosen = dataclasses.replace(cfg, parallel=best.parallel, stages=tuple(f.stage for f in best.stages))
     print_traffic(chosen, resolve_parallel_dims(best.parallel, args.gpus), console, device)
@@ -214,7 +195,7 @@ def _accepted(cfg: RunConfig, parallel: ParallelConfig) -> bool:
 
 
 def _configured(cfg: RunConfig, work: Workload, device: Device, gpus: int) -> tuple[Plan | None, str]:
-    """The configuration's own layout and micro-batches, or why these GPUs do not take them."""
+    """The plan as configured, or why it is impossible on these GPUs."""
     try:
         check_tp(cfg.model, resolve_parallel_dims(cfg.parallel, gpus).tp)
         return plan_as_configured(work, cfg.stages, cfg.parallel, device, gpus=gpus), ""
@@ -223,7 +204,7 @@ def _configured(cfg: RunConfig, work: Workload, device: Device, gpus: int) -> tu
 
 
 def workload(cfg: RunConfig) -> tuple[Workload, list[str]]:
-    """What the configuration computes, and what of it is left out of the plan."""
+    """What the configuration computes, and notes on what the plan leaves out."""
     notes: list[str] = []
     encoders = []
     if cfg.text_encoder is not None and (not cfg.data.has_text_embeddings or cfg.samples.every):
@@ -242,7 +223,7 @@ def workload(cfg: RunConfig) -> tuple[Workload, list[str]]:
             )
         else:
             known = ", ".join(KNOWN_TEXT_ENCODERS)
-            notes.append(f"text encoder {name!r} is unknown here ({known} are known): it is left out")
+            notes.append(f"text encoder {name!r} is unknown (known: {known}): it is left out")
     repa = cfg.objective.repa_weight > 0
     if repa:
         encoders.append(DINOV2_B)
@@ -260,7 +241,139 @@ def workload(cfg: RunConfig) -> tuple[Workload, list[str]]:
     running = [encoder.name for encoder in encoders if encoder.runs]
     if running:
         notes.append(
-            f"encoders in the step: {', '.join(running)}, one after the other with it, linears only; "
+            f"encoders in the step: {', '.join(running)}, in sequence with it, linears only; "
             "text_encoder.ahead and image_encoder.ahead would hide part of their time, which is not counted"
         )
     return work, notes
+
+
+def layout_name(plan: Plan) -> str:
+    """Engine and mesh, replicas x shards x tp."""
+    parallel = plan.parallel
+    shard = plan.gpus // (parallel.dp_replicate * parallel.tp)
+    engine = "fsdp" if parallel.engine == "fsdp" else f"ZeRO-{parallel.zero_stage}"
+    return f"{engine} {parallel.dp_replicate}x{shard}x{parallel.tp}"
+
+
+def _row(plan: Plan, device: Device, price: float | None) -> list[str]:
+    mfu = [forecast.mfu(device) for forecast in plan.stages]
+    cells = [
+        layout_name(plan),
+        plan.parallel.activation_checkpointing,
+        "\n".join(f"{f.stage.micro_batch}x{f.accumulation}" for f in plan.stages),
+        "\n".join(f"{f.memory_bytes / GIB:.1f}" for f in plan.stages),
+        "\n".join(f"{f.step_s:.3f}" for f in plan.stages),
+        "\n".join(f"{f.images_per_s:,.0f}" for f in plan.stages),
+        "\n".join("-" if share is None else f"{share:.1%}" for share in mfu),
+        f"{plan.days:.2f}",
+        f"{plan.gpu_hours:,.0f}",
+    ]
+    return cells + ([f"{plan.gpu_hours * price:,.0f}"] if price is not None else [])
+
+
+def print_plans(
+    plans: Sequence[Plan],
+    best: Plan,
+    own: Plan | None,
+    device: Device,
+    console: Console,
+    *,
+    top: int,
+    price: float | None,
+) -> None:
+    """The fastest ``top`` layouts of each engine that fit, and the configured one; a line per stage."""
+    names = ", ".join(f.stage.name for f in best.stages)
+    table = Table(
+        "", "layout", "recompute", "micro", "GiB", "step s", "img/s", "MFU", "days", "GPU-h",
+        *(["cost"] if price is not None else []),
+        title=f"{best.gpus} x {device.name}, stages: {names}",
+    )  # fmt: skip
+    engines = ("fsdp", "deepspeed")
+    for engine in engines:
+        of_engine = [p for p in plans if p.parallel.engine == engine and p.fits(device)]
+        for plan in of_engine[:top]:
+            table.add_row("*" if plan == best else "", *_row(plan, device, price))
+        table.add_section()
+    if own is not None:
+        mark = "own" if own.fits(device) else "own, does not fit"
+        table.add_row(mark, *_row(own, device, price))
+    console.print(table)
+    count = sum(plan.fits(device) for plan in plans)
+    print_line(
+        console,
+        f"{count} of {len(plans)} layouts fit; *: the fastest of them, recommended; own: as configured. layout: "
+        "dp_replicate x dp_shard x tp; micro: micro-batch x accumulation, the fastest that fits",
+    )
+
+
+def print_plan(plan: Plan, device: Device, console: Console, *, price: float | None) -> None:
+    """The recommended layout: its settings, memory and time by part, and the full recipe."""
+    parallel = plan.parallel
+    shard = plan.gpus // (parallel.dp_replicate * parallel.tp)
+    settings = [
+        f"parallel.engine={parallel.engine}",
+        *([f"parallel.zero_stage={parallel.zero_stage}"] if parallel.engine == "deepspeed" else []),
+        f"parallel.dp_replicate={parallel.dp_replicate}",
+        f"parallel.dp_shard={shard}",
+        f"parallel.tp={parallel.tp}",
+        f"parallel.activation_checkpointing={parallel.activation_checkpointing}",
+        *(f"stages.{f.stage.name}.micro_batch={f.stage.micro_batch}" for f in plan.stages),
+    ]
+    print_line(console, "recommended: " + " ".join(settings))
+    cost = f", cost {plan.gpu_hours * price:,.0f} at {price:g} per GPU-hour" if price is not None else ""
+    print_line(console, f"full recipe: {plan.days:.2f} days, {plan.gpu_hours:,.0f} GPU-hours{cost}")
+    names = [f.stage.name for f in plan.stages]
+    memory = [{**f.memory, "sum": f.memory_bytes} for f in plan.stages]
+    seconds = [{**f.seconds, "sum": f.step_s} for f in plan.stages]
+    for title, parts, scale, digits in (
+        ("memory of a GPU, GiB", memory, 1 / GIB, 3),
+        ("time of a step, ms", seconds, 1e3, 1),
+    ):
+        table = Table(title, *names)
+        for part in parts[0]:
+            if part == "sum":
+                table.add_section()
+            table.add_row(part, *(f"{scale * each[part]:.{digits}f}" for each in parts))
+        console.print(table)
+
+
+def print_assumptions(device: Device, notes: Sequence[str], console: Console) -> None:
+    """The source of each rate, and the rules of the prediction."""
+    lines = [f"{figure}" for figure in device.figures]
+    lines += [
+        f"host time of an operation {1e6 * LAUNCH_S[device.kind]:.0f} us (assumed)",
+        f"reserve {RESERVE_BYTES[device.kind] / GIB:.1f} GiB for CUDA and NCCL (assumed); "
+        f"{MARGIN:.0%} of the memory stays free",
+        "a GPU's GEMMs reach the rate of a large one; memory-bound parts reach the copy rate "
+        f"({COPY_SHARE:.0%} of the datasheet where nothing is measured)",
+        "overlap: fsdp hides all-gathers and reductions behind computation except for one unit of the model, "
+        "ZeRO-3 its all-gathers, ZeRO-2 its reductions; tp communication is never hidden; latency is left out",
+        "data waits, checkpoints, sample images and faults are not counted",
+        "gains of Triton kernels, compiled blocks and FP8 are calculated, not measured: not yet run on a GPU",
+        *notes,
+    ]
+    print_line(console, "assumptions:")
+    for line in lines:
+        print_line(console, f"  - {line}")
+
+
+def print_errors(measured: Sequence[Measured], skipped: int, folder: Path, console: Console) -> None:
+    """Predicted against measured values by file, and the median error."""
+    skipped_text = f" ({skipped} throughput files of another kind skipped)" if skipped else ""
+    if not measured:
+        print_line(console, f"error of the prediction: unknown, no throughput result in {folder}{skipped_text}")
+        return
+    comparisons = [compare(m) for m in measured]
+    print_line(console, f"error of the prediction against {len(comparisons)} result files{skipped_text}:")
+    for comparison in comparisons:
+        actual = comparison.measured
+        notes = "".join(f"; {note}" for note in actual.notes)
+        print_line(
+            console,
+            f"  {actual.file} ({actual.world} x {actual.device_name}): step {comparison.step_s:.4g} s predicted, "
+            f"{actual.step_s:.4g} s measured ({comparison.step_error:+.0%}); "
+            f"memory {comparison.memory_bytes / GIB:.3f} GiB predicted, "
+            f"{actual.peak_memory_bytes / GIB:.3f} measured ({comparison.memory_error:+.0%}){notes}",
+        )
+    step, memory = median_errors(comparisons)
+    print_line(console, f"  median error: step time {step:.0%}, memory {memory:.0%}")

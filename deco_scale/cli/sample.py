@@ -1,4 +1,4 @@
-"""``deco sample``: pictures from a checkpoint's EMA weights, on one process or many, resumable."""
+"""``deco sample``: images from a checkpoint's EMA weights, on one or more processes, resumable."""
 
 import argparse
 import dataclasses
@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from rich.console import Console
-from rich.progress import Progress
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from deco_scale.checkpoint.manager import CheckpointMeta
+from data_pipeline.console import positive_int, print_line, progress_bar
+from deco_scale.checkpoint.format import CheckpointMeta
 from deco_scale.cli.model_loading import Compute, load_generator, read_checkpoint, sampling_compute
 from deco_scale.config import RunConfig
 from deco_scale.distributed.bootstrap import Environment, choose_device, init_distributed, read_environment
@@ -25,23 +25,23 @@ from deco_scale.errors import ConfigError
 from deco_scale.models.tp_plan import check_tp
 from deco_scale.sampling import SamplerConfig
 from deco_scale.sampling.config import Solver
-from deco_scale.sampling.generate import Generator, SampleRequest, check_requests, check_size
+from deco_scale.sampling.generate import ImageGenerator, SampleRequest, check_requests, check_size
 from deco_scale.sampling.images import save_grid
-from deco_scale.sampling.output_dir import PictureFolder, Record
+from deco_scale.sampling.output_dir import ImageFolder, Record
 from deco_scale.sampling.prompts import read_prompts
 
-SHEET_PICTURES = 400
-"""Up to so many pictures are shown on one sheet as well."""
+MAX_GRID_IMAGES = 400
+"""Up to this number of images are also saved as one grid."""
 _MAX_SEED = 2**63 - 1
 
 
-class _Picture(NamedTuple):
-    job: SampleRequest
+class _PlannedImage(NamedTuple):
+    request: SampleRequest
     record: Record
 
 
-class _Place(NamedTuple):
-    """This process among those that draw: its share of the jobs, and the tp group that draws with it."""
+class _Worker(NamedTuple):
+    """This process: its device, its share of the requests, and the tp group that generates with it."""
 
     env: Environment
     device: torch.device
@@ -49,7 +49,7 @@ class _Place(NamedTuple):
 
     @property
     def share(self) -> tuple[int, int]:
-        """Number of this process's share, and of all shares."""
+        """Index of this process's share, and the number of shares."""
         degree = self.tp.size() if self.tp is not None else 1
         return self.env.rank // degree, self.env.world_size // degree
 
@@ -60,29 +60,32 @@ class _Place(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Draws pictures, each a PNG and a JSON line in pictures.jsonl. The same command run again goes on after a "
-        "break. Run it under torchrun or deepspeed to share the pictures between processes."
+        "Writes images as PNG, each with a JSON line in pictures.jsonl. Run the same command again to resume. "
+        "Run it under torchrun or deepspeed to share the images between processes."
     )
     parser.add_argument("--checkpoint", type=Path, required=True, help="step folder, or a run's folder")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", action="append", help="may be given several times")
     source.add_argument("--prompts", type=Path, help="a file with one prompt per line")
     source.add_argument("--classes", help="class numbers, such as 0-9,17")
-    parser.add_argument("--negative", default="", help="what not to show, in place of the empty prompt")
+    parser.add_argument("--negative", default="", help="what to avoid, in place of the empty prompt")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--per-prompt", type=int, default=1, help="pictures of each prompt or class")
+    parser.add_argument("--per-prompt", type=positive_int, default=1, help="images of each prompt or class")
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument(
         "--seeds",
-        choices=("prompt", "picture"),
+        choices=("prompt", "image"),
+        type=lambda text: "image" if text == "picture" else text,  # its old name
         default="prompt",
-        help="count seeds up within each prompt (as evaluations do), or over all pictures",
+        help="count seeds within each prompt (as evaluations do), or over all images",
     )
     parser.add_argument("--size", help="side in pixels, or HEIGHTxWIDTH; default: the last stage's")
-    parser.add_argument("--batch", type=int, default=32, help="pictures at a time in each process")
-    parser.add_argument("--text-encoder", help="folder, where it has moved since training")
+    parser.add_argument("--batch", type=positive_int, default=32, help="images per batch in each process")
+    parser.add_argument("--text-encoder", help="its folder, if it has moved since training")
     add_sampler_arguments(parser)
-    parser.add_argument("--tp", type=int, default=1, help="processes that share the model (tensor parallelism)")
+    parser.add_argument(
+        "--tp", type=positive_int, default=1, help="processes that share the model (tensor parallelism)"
+    )
     parser.add_argument("--compute", choices=get_args(Compute), help="default: a GPU as in training, a CPU fp32")
     parser.add_argument("--compile", action="store_true", help="compile the transformer blocks")
     parser.add_argument("--cuda-graphs", action="store_true", help="replay the model as CUDA graphs; needs a GPU")
@@ -98,7 +101,7 @@ def add_sampler_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def sampler_of(default: SamplerConfig, args: argparse.Namespace) -> SamplerConfig:
-    """``default`` with what the command line sets; raises :class:`ConfigError` for impossible values."""
+    """``default`` with the command line's values; raises :class:`ConfigError` for impossible ones."""
     names = [field.name for field in dataclasses.fields(SamplerConfig)]
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     try:
@@ -117,7 +120,7 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def parse_classes(text: str, num_classes: int) -> list[int]:
-    """Class numbers of a list such as ``0-9,17``, each once."""
+    """Class numbers of a list such as ``0-9,17``, without duplicates."""
     numbers: dict[int, None] = {}
     for part in text.split(","):
         first, _, last = part.strip().partition("-")
@@ -131,19 +134,17 @@ def parse_classes(text: str, num_classes: int) -> list[int]:
 
 def run(args: argparse.Namespace, console: Console) -> int:
     env = read_environment(os.environ)
-    if args.per_prompt < 1 or args.batch < 1:
-        raise ConfigError("--per-prompt and --batch must be at least 1")
-    if args.tp < 1 or env.world_size % args.tp:
+    if env.world_size % args.tp:
         raise ConfigError(f"--tp {args.tp} must divide the number of processes, {env.world_size}")
     path, cfg, meta = read_checkpoint(args.checkpoint)
     check_tp(cfg.model, args.tp)
     size = parse_size(args.size) if args.size else (cfg.stages[-1].resolution,) * 2
     device = choose_device("auto", env.local_rank)
     settings = _settings(args, cfg, meta, size, device)
-    pictures = _pictures(args, cfg, settings)
+    images = _images(args, cfg, settings)
     try:
         check_size(size, cfg.model.patch_size)
-        check_requests((picture.job for picture in pictures), cfg.model)
+        check_requests((image.request for image in images), cfg.model)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     joins = env.world_size > 1 and not dist.is_initialized()
@@ -153,93 +154,93 @@ def run(args: argparse.Namespace, console: Console) -> int:
     if args.tp > 1:
         shape = (env.world_size // args.tp, args.tp)
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=("dp", "tp"))["tp"]
-    _run_in_place(args, path, pictures, settings, _Place(env, device, mesh), console)
+    _sample(args, path, images, settings, _Worker(env, device, mesh), console)
     if joins:
         dist.destroy_process_group()
     return 0
 
 
-def _run_in_place(
+def _sample(
     args: argparse.Namespace,
     checkpoint: Path,
-    pictures: Sequence[_Picture],
+    images: Sequence[_PlannedImage],
     settings: Record,
-    place: _Place,
+    worker: _Worker,
     console: Console,
 ) -> None:
-    folder = PictureFolder(args.out, rank=place.env.rank)
-    first = place.env.rank == 0
-    records = [picture.record for picture in pictures]
-    with ExitStack() as held:
+    folder = ImageFolder(args.out, rank=worker.env.rank)
+    first = worker.env.rank == 0
+    records = [image.record for image in images]
+    with ExitStack() as stack:
 
         def begin() -> set[str]:
             if not first:
                 return set()
-            held.enter_context(folder.locked())
+            stack.enter_context(folder.locked())
             return folder.open(records, settings)
 
         done = broadcast_object(raise_together(begin))
-        left = [picture for picture in pictures if picture.record["file"] not in done]
+        pending = [image for image in images if image.record["file"] not in done]
         if done and first:
-            console.print(f"{len(done)} of {len(pictures)} pictures are in {args.out} already")
-        if left:
+            print_line(console, f"{len(done)} of {len(images)} images exist in {args.out}: skipping them")
+        if pending:
             generator, _, _ = raise_together(
                 lambda: load_generator(
                     checkpoint,
                     text_encoder=args.text_encoder,
-                    device=place.device,
+                    device=worker.device,
                     compile=args.compile,
                     cuda_graphs=args.cuda_graphs,
-                    tp=place.tp,
+                    tp=worker.tp,
                     compute=settings["compute"],
                 )
             )
 
-            def draw() -> None:
-                _draw(args, generator, left, settings, place, folder, console)
+            def generate() -> None:
+                _generate(args, generator, pending, settings, worker, folder, console)
 
-            if place.tp is None:
-                raise_together(draw)
+            if worker.tp is None:
+                raise_together(generate)
             else:
-                # The others of a tp group would wait for one that cannot write: the launcher has to end them.
-                draw()
+                # If one rank of a tp group cannot write, the others wait: the launcher has to terminate them.
+                generate()
         if dist.is_initialized():
             dist.barrier()
         raise_together(lambda: folder.finish(records) if first else None)
     if first:
-        _show(args, pictures, (settings["height"], settings["width"]), console)
+        _save_grid(args, images, (settings["height"], settings["width"]), console)
 
 
-def _draw(
+def _generate(
     args: argparse.Namespace,
-    generator: Generator,
-    left: Sequence[_Picture],
+    generator: ImageGenerator,
+    pending: Sequence[_PlannedImage],
     settings: Record,
-    place: _Place,
-    folder: PictureFolder,
+    worker: _Worker,
+    folder: ImageFolder,
     console: Console,
 ) -> None:
-    """This process's share of what is left, each picture saved as it is done."""
-    number, shares = place.share
-    mine = left[number::shares]
-    with Progress(console=console, disable=place.env.rank > 0) as progress:
-        task = progress.add_task(f"sampling {len(left)} pictures", total=None)
-        drawn = generator.images(
-            [picture.job for picture in mine],
+    """Generate this process's share of the pending images; each is saved at once."""
+    number, shares = worker.share
+    mine = pending[number::shares]
+    title = f"sampling {len(pending)} images"
+    with progress_bar(console, title, enabled=worker.env.rank == 0) as update:
+        generated = generator.images(
+            [image.request for image in mine],
             size=(settings["height"], settings["width"]),
             sampler=SamplerConfig(**settings["sampler"]),
             batch=args.batch,
-            on_step=lambda done, total: progress.update(task, completed=done, total=total),
+            on_step=lambda done, total: update(completed=done, total=total),
         )
-        for picture, (_, pixels) in zip(mine, drawn, strict=True):
-            if place.writes:
-                folder.save(picture.record, pixels)
+        for image, (_, pixels) in zip(mine, generated, strict=True):
+            if worker.writes:
+                folder.save(image.record, pixels)
 
 
 def _settings(
     args: argparse.Namespace, cfg: RunConfig, meta: CheckpointMeta, size: tuple[int, int], device: torch.device
 ) -> Record:
-    """What all pictures of a folder share; with the job it determines a picture."""
+    """Settings that all images of a folder share; with the request they determine an image."""
     return {
         "height": size[0],
         "width": size[1],
@@ -250,48 +251,51 @@ def _settings(
     }
 
 
-def _pictures(args: argparse.Namespace, cfg: RunConfig, settings: Record) -> list[_Picture]:
-    """All pictures that the command line asks for, with what their lines will say."""
+def _images(args: argparse.Namespace, cfg: RunConfig, settings: Record) -> list[_PlannedImage]:
+    """All images that the command line asks for, with their records."""
     conditions: list[tuple[int, str | int]]
     if args.classes is not None:
         if cfg.model.kind == "t2i_deco":
-            raise ConfigError(f"--classes: a {cfg.model.kind} model draws prompts; give --prompt or --prompts")
+            raise ConfigError(f"--classes: a {cfg.model.kind} model takes prompts; give --prompt or --prompts")
         conditions = [(number, number) for number in parse_classes(args.classes, cfg.model.num_classes)]
     else:
         if cfg.model.kind != "t2i_deco":
-            raise ConfigError(f"--prompt: a {cfg.model.kind} model draws classes; give --classes")
+            raise ConfigError(f"--prompt: a {cfg.model.kind} model takes classes; give --classes")
         conditions = list(enumerate(args.prompt or read_prompts(args.prompts)))
     count = len(conditions) * args.per_prompt
     if not 0 <= args.first_seed <= _MAX_SEED - count:
         raise ConfigError(f"--first-seed {args.first_seed} must not be negative, nor too large for 64 bits")
-    pictures = []
-    for place, (number, condition) in enumerate(conditions):
+    images = []
+    for position, (number, condition) in enumerate(conditions):
         for index in range(args.per_prompt):
-            offset = index if args.seeds == "prompt" else place * args.per_prompt + index
-            job = SampleRequest(condition, index, args.first_seed + offset, args.negative)
+            offset = index if args.seeds == "prompt" else position * args.per_prompt + index
+            request = SampleRequest(condition, index, args.first_seed + offset, args.negative)
             record = {
                 "file": f"{number:05d}_{index:04d}.png",
                 "class" if isinstance(condition, int) else "prompt": condition,
-                "negative": job.negative,
+                "negative": request.negative,
                 "index": index,
-                "seed": job.seed,
+                "seed": request.seed,
                 **settings,
             }
-            pictures.append(_Picture(job, record))
-    return pictures
+            images.append(_PlannedImage(request, record))
+    return images
 
 
-def _show(args: argparse.Namespace, pictures: Sequence[_Picture], size: tuple[int, int], console: Console) -> None:
-    """Say where the pictures are, and put them on one sheet where they are few enough."""
-    where = f"{len(pictures)} pictures in {args.out}"
-    if len(pictures) > SHEET_PICTURES:
-        console.print(where, soft_wrap=True)
-        return
-    drawn: list[Any] = []
-    for picture in pictures:
-        with Image.open(args.out / picture.record["file"]) as image:
-            drawn.append(np.asarray(image.convert("RGB")))
-    sheet = args.out / "grid.png"
-    labels = [str(picture.job.condition) for picture in pictures]
-    save_grid(np.stack(drawn), sheet, columns=min(8, len(drawn)), labels=labels, scale=max(1, 96 // max(size)))
-    console.print(f"{where}, all on one sheet: {sheet}", soft_wrap=True)
+def _save_grid(
+    args: argparse.Namespace, images: Sequence[_PlannedImage], size: tuple[int, int], console: Console
+) -> None:
+    """Put the images into one grid if they are few enough, and print where they are."""
+    message = f"{len(images)} images in {args.out}"
+    if len(images) <= MAX_GRID_IMAGES:
+        pixels: list[Any] = []
+        for image in images:
+            with Image.open(args.out / image.record["file"]) as file:
+                pixels.append(np.asarray(file.convert("RGB")))
+        grid = args.out / "grid.png"
+        labels = [str(image.request.condition) for image in images]
+        save_grid(
+            np.stack(pixels), grid, columns=min(8, len(pixels)), labels=labels, scale=max(1, 96 // max(size))
+        )
+        message += f", all in one grid: {grid}"
+    print_line(console, message)

@@ -1,4 +1,4 @@
-"""``deco plan --simulate``: days and cost of a recipe on GPUs that fail, and how often to save.
+"""``deco plan --simulate``: days and cost of a recipe on GPUs that fail, and how often to save checkpoints.
 
 :mod:`deco_scale.planning.goodput_sim` has the model, its closed forms and its sources.
 """
@@ -13,6 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from data_pipeline.console import positive_int, print_line
 from deco_scale.config import RunConfig
 from deco_scale.errors import ConfigError
 from deco_scale.observability.events import is_number
@@ -35,25 +36,26 @@ from deco_scale.planning.goodput_sim import (
 from deco_scale.planning.hardware import GPUS_PER_NODE
 
 SIZES = tuple(2**n for n in range(3, 13))
-"""GPUs of the table, 8 to 4,096; the number asked for is added."""
+"""GPUs of the table, 8 to 4,096; ``--gpus`` is added."""
 PUBLISHED = {
     "checkpoint_s": (148.8, "the blocking save of a 7B model by PyTorch's DCP"),
     "stall_s": (6.3, "the stall of an asynchronous save of a 7B model by PyTorch's DCP"),
     "restart_s": (900.0, "MegaScale catches up within 15 minutes"),
 }
-"""What is assumed where nothing is given: seconds, and who published them."""
-_MOST_FAULTS = 20_000
-"""Runs that are expected to meet more faults are not simulated."""
-_NEVER = 1_000_000
-"""Runs that are expected to meet more faults are said never to end."""
+"""Default seconds, and their source."""
+_MAX_SIMULATED_FAULTS = 20_000
+"""Runs with more expected faults are not simulated."""
+_MAX_FAULTS = 1_000_000
+"""Runs with more expected faults are reported as never ending."""
 
-Source = tuple[float, str]
+Seconds = tuple[float, str]
+"""A time and its source."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class StepTimes:
-    """Seconds a step of each stage on a number of GPUs (raises :class:`ConfigError` where it cannot be), and how
-    they are known."""
+    """Seconds per step of each stage by number of GPUs (raises :class:`ConfigError` if impossible), and their
+    source."""
 
     of: Callable[[int], list[float]]
     origin: str
@@ -61,27 +63,31 @@ class StepTimes:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("with --simulate")
-    group.add_argument("--simulate", action="store_true", help="goodput, interval of saves, days with faults")
-    group.add_argument("--nodes", type=int, help=f"in place of --gpus, {GPUS_PER_NODE} GPUs each")
+    group.add_argument("--simulate", action="store_true", help="goodput, save interval and days with faults")
+    group.add_argument("--nodes", type=int, help=f"instead of --gpus: nodes of {GPUS_PER_NODE} GPUs")
     group.add_argument(
         "--mtbf-hours",
         type=float,
         help="mean hours between faults of one GPU, with --nodes of one node; Llama 3's 419 unexpected "
         f"interruptions in 54 days on 16,384 GPUs are {LLAMA3_GPU_MTBF_HOURS:,.0f} a GPU",
     )
-    group.add_argument("--mtbf-of", choices=("gpu", "node"), help="what --mtbf-hours is of, where it is another")
+    group.add_argument(
+        "--mtbf-of", choices=("gpu", "node"), help="what --mtbf-hours refers to; default: see there"
+    )
     for name, (seconds, why) in PUBLISHED.items():
         meaning = {
             "checkpoint_s": "until a save is complete",
-            "stall_s": "for which a save holds training up",
+            "stall_s": "that a save blocks training",
             "restart_s": "from a fault to the first step",
         }[name]
         option = "--" + name.replace("_", "-")
         group.add_argument(option, type=float, help=f"seconds {meaning}; default {seconds:g} ({why})")
-    group.add_argument("--step-s", type=float, nargs="+", help="measured seconds a step on --gpus, one a stage")
-    group.add_argument("--measured", type=Path, help="folder of throughput results, one a resolution")
+    group.add_argument(
+        "--step-s", type=float, nargs="+", help="measured seconds per step on --gpus, one per stage"
+    )
+    group.add_argument("--measured", type=Path, help="folder of throughput results, one per resolution")
     group.add_argument("--from-run", type=Path, help="take save, stall, restart and step times from this run")
-    group.add_argument("--runs", type=int, default=2000, help="simulated runs of each size")
+    group.add_argument("--runs", type=positive_int, default=2000, help="simulated runs per number of GPUs")
     group.add_argument("--seed", type=int, default=0, help="of the simulation")
 
 
@@ -93,11 +99,9 @@ def run(
     mtbf_s, meaning = _mtbf(args)
     if args.runs < 2:
         raise ConfigError(f"--runs {args.runs} must be at least 2")
-    if args.price is not None and not args.price > 0:
-        raise ConfigError(f"--price {args.price} must be positive")
     folder = _read_run(args.from_run) if args.from_run is not None else None
     times = _step_times(cfg, args, gpus, folder, fastest)
-    known = _seconds(args, folder)
+    seconds = _seconds(args, folder)
     table = Table(
         "GPUs", "MTBF h", "step s", "days without", "save every", "Young", "Daly", "goodput", "days", "simulated",
         "faults", "GPU-h", *(["cost"] if args.price is not None else []),
@@ -112,20 +116,20 @@ def run(
                 raise
             refused.append(f"{size} GPUs: {error}")
             continue
-        faults = Faults(mtbf_s=mtbf_s(size), **{name: value for name, (value, _) in known.items()})
+        faults = Faults(mtbf_s=mtbf_s(size), **{name: value for name, (value, _) in seconds.items()})
         cells = _row(cfg, size, steps, faults, args)
         table.add_row(*cells, style="bold" if size == gpus else "")
         if size == gpus:
             own = _configured(cfg, steps, faults)
     console.print(table)
-    _explain(console, [*refused, own, times.origin, *(f"{n}={v:g}: {why}" for n, (v, why) in known.items())])
+    _explain(console, [*refused, own, times.origin, *(f"{n}={v:g}: {why}" for n, (v, why) in seconds.items())])
     return 0
 
 
 def gpus_of(args: argparse.Namespace) -> int:
-    """The GPUs asked for; raises :class:`ConfigError` for none, or for both ways to say it."""
+    """``--gpus``, or the GPUs of ``--nodes``; raises :class:`ConfigError` without exactly one of them."""
     if args.nodes is not None and args.gpus is not None:
-        raise ConfigError("--nodes and --gpus say the same thing: give one")
+        raise ConfigError("give either --nodes or --gpus")
     gpus = args.gpus if args.nodes is None else args.nodes * GPUS_PER_NODE
     if gpus is None or gpus < 1:
         raise ConfigError("--simulate needs --gpus or --nodes, at least 1")
@@ -133,7 +137,7 @@ def gpus_of(args: argparse.Namespace) -> int:
 
 
 def _mtbf(args: argparse.Namespace) -> tuple[Callable[[int], float], str]:
-    """Seconds between faults of a whole job by its GPUs, and what was said about them."""
+    """Seconds between faults of a job by its number of GPUs, and a description."""
     if args.mtbf_hours is None or not args.mtbf_hours > 0:
         raise ConfigError(
             "--simulate needs --mtbf-hours above 0, mean hours between faults of a GPU (with --nodes: a node); "
@@ -153,32 +157,32 @@ def _read_run(path: Path) -> RunDir:
     return folder
 
 
-def _seconds(args: argparse.Namespace, folder: RunDir | None) -> dict[str, Source]:
-    """Each time of :data:`PUBLISHED` and where it is from: the option, the run, or what is published."""
+def _seconds(args: argparse.Namespace, folder: RunDir | None) -> dict[str, Seconds]:
+    """Each time of :data:`PUBLISHED` with its source: the option, the run, or the published value."""
     measured = measured_seconds(folder) if folder is not None else {}
-    found: dict[str, Source] = {}
+    times: dict[str, Seconds] = {}
     for name, (published, why) in PUBLISHED.items():
         given = getattr(args, name)
         if given is not None:
-            found[name] = given, "as given"
+            times[name] = given, "as given"
         elif name in measured:
-            found[name] = measured[name], f"mean of {args.from_run}"
+            times[name] = measured[name], f"mean of {args.from_run}"
         else:
-            found[name] = published, f"assumed: {why}"
-    return found
+            times[name] = published, f"assumed: {why}"
+    return times
 
 
 def measured_seconds(folder: RunDir) -> dict[str, float]:
-    """Means of a run's saves, their stalls, and its restarts, as far as it had any; the model adds them up.
+    """Means of a run's saves, their stalls, and its restarts, if it had any.
 
-    A restart is counted from the last sign of life of an attempt to the end of the next first step, whichever
-    attempt did it: to find the fault and to fail at the start is part of it.
+    A restart takes from the last activity of an attempt to the end of the next first step, in whichever attempt:
+    detecting the fault and failed starts are part of it.
     """
     saves = [event for event in folder.events if event.kind == "checkpoint"]
-    found = {}
+    means = {}
     if saves:
-        found["checkpoint_s"] = statistics.fmean(event.fields["total_s"] for event in saves)
-        found["stall_s"] = statistics.fmean(event.fields["stall_s"] for event in saves)
+        means["checkpoint_s"] = statistics.fmean(event.fields["total_s"] for event in saves)
+        means["stall_s"] = statistics.fmean(event.fields["stall_s"] for event in saves)
     accounting = folder.goodput(max(event.time for event in folder.events))
     trained = [a for a in (accounting.attempts if accounting else ()) if a.to_step is not None]
     restarts = []
@@ -187,8 +191,8 @@ def measured_seconds(folder: RunDir) -> dict[str, float]:
         if before.exit_code != 0 and first:
             restarts.append(first[0] - before.last_active)
     if restarts:
-        found["restart_s"] = statistics.fmean(restarts)
-    return found
+        means["restart_s"] = statistics.fmean(restarts)
+    return means
 
 
 def _step_times(
@@ -206,7 +210,7 @@ def _step_times(
         return StepTimes(
             lambda size: [f.step_s for f in forecast(size).stages], f"step times: forecast for {args.gpu}"
         )
-    scaled = "; on other numbers of GPUs in proportion, which is the best that scaling can give"
+    scaled = "; other numbers of GPUs assume ideal scaling"
     if args.step_s is not None:
         return _scaled(
             cfg, [gpus * s for s in args.step_s], f"step times: as given on {gpus} GPUs{scaled}", "--step-s"
@@ -227,7 +231,7 @@ def _scaled(cfg: RunConfig, gpu_seconds: list[float], origin: str, option: str) 
 def _of_results(cfg: RunConfig, path: Path) -> list[float]:
     """GPU-seconds of each stage's step, by the fastest result of its resolution and model."""
     results, _ = read_results(path)
-    found = []
+    seconds = []
     for stage in cfg.stages:
         rates = [
             m.step_s * m.world / m.stage.global_batch
@@ -238,13 +242,13 @@ def _of_results(cfg: RunConfig, path: Path) -> list[float]:
             raise ConfigError(
                 f"--measured {path}: no throughput result of this model at {stage.resolution} pixels"
             )
-        found.append(min(rates) * stage.global_batch)
-    return found
+        seconds.append(min(rates) * stage.global_batch)
+    return seconds
 
 
 def _of_run(cfg: RunConfig, folder: RunDir) -> list[float]:
     worlds = [event.fields["world_size"] for event in folder.events if event.kind == "start"]
-    found = []
+    seconds = []
     for stage in cfg.stages:
         lines = [line for line in folder.metrics if line.get("stage") == stage.name]
         times = [line["step_s"] for line in lines if is_number(line.get("step_s"))]
@@ -252,8 +256,8 @@ def _of_run(cfg: RunConfig, folder: RunDir) -> list[float]:
             raise ConfigError(
                 f"--from-run {folder.path}: needs logged steps of stage {stage.name!r}, on one number of ranks"
             )
-        found.append(statistics.median(times) * worlds[0])
-    return found
+        seconds.append(statistics.median(times) * worlds[0])
+    return seconds
 
 
 def _row(cfg: RunConfig, size: int, steps: list[float], faults: Faults, args: argparse.Namespace) -> list[str]:
@@ -261,12 +265,12 @@ def _row(cfg: RunConfig, size: int, steps: list[float], faults: Faults, args: ar
     best = best_interval(faults)
     segments = segments_of(work, best)
     expected = expected_s(faults, work, segments)
-    played = None
-    if expected / faults.mtbf_s <= _MOST_FAULTS:
-        played = simulate(faults, work, segments, runs=args.runs, seed=args.seed)
+    simulated = None
+    if expected / faults.mtbf_s <= _MAX_SIMULATED_FAULTS:
+        simulated = simulate(faults, work, segments, runs=args.runs, seed=args.seed)
     every = "\n".join(f"{best / seconds:,.0f} steps" for seconds in steps)
     hours = expected * size / HOUR_S
-    ends = expected / faults.mtbf_s <= _NEVER
+    ends = expected / faults.mtbf_s <= _MAX_FAULTS
     cells = [
         f"{size:,}",
         f"{faults.mtbf_s / HOUR_S:,.4g}",
@@ -277,7 +281,7 @@ def _row(cfg: RunConfig, size: int, steps: list[float], faults: Faults, args: ar
         f"{daly_interval(faults):,.1f} s",
         f"{goodput(faults, work, segments):.2%}",
         f"{expected / DAY_S:.3g}" if ends else "never",
-        "-" if played is None else f"{played.mean_s / DAY_S:.3g} +- {played.error_s / DAY_S:.1g}",
+        "-" if simulated is None else f"{simulated.mean_s / DAY_S:.3g} +- {simulated.error_s / DAY_S:.1g}",
         f"{expected / faults.mtbf_s:,.1f}" if ends else "-",
         f"{hours:,.1f}" if ends else "-",
     ]
@@ -297,11 +301,11 @@ def _configured(cfg: RunConfig, steps: list[float], faults: Faults) -> str:
 
 def _explain(console: Console, notes: list[str]) -> None:
     lines = [
-        "save every: the work between two saves that costs least in this model; Young's and Daly's beside it",
-        "goodput: work over the mean wall clock from the first start, closed form; simulated: mean days of --runs "
-        "runs and its standard error; -: too many faults to play",
-        "faults come at random at one rate and end the work at once; what finds a hang belongs to --restart-s",
+        "save every: the best interval in this model; Young's and Daly's formulas for comparison",
+        "goodput: work over mean wall clock since the first start, closed form; simulated: mean days of --runs "
+        "runs and its standard error; -: too many faults to simulate",
+        "faults occur at a constant rate and stop the job at once; --restart-s includes the detection of a hang",
         *notes,
     ]
     for line in lines:
-        console.print(f"  - {line}", highlight=False, soft_wrap=True, markup=False)
+        print_line(console, f"  - {line}")

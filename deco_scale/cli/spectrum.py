@@ -2,8 +2,7 @@
 
     deco spectrum --checkpoint runs/deco --checkpoint runs/baseline --label DeCo --label baseline --out spectrum
 
-:mod:`deco_scale.evaluation.spectrum` says what is computed and where it comes from. The paper uses 10,000
-pictures.
+:mod:`deco_scale.evaluation.spectrum` has the definitions and their source. The paper uses 10,000 images.
 """
 
 import argparse
@@ -14,10 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor
 
 from data_pipeline.config import DataConfig
+from data_pipeline.console import RenamedOption, positive_int, print_line, progress_bar
 from data_pipeline.decode import DecodeError, decode
 from data_pipeline.errors import Reject
 from data_pipeline.pack.readers import read_source
@@ -28,11 +27,11 @@ from deco_scale.errors import ConfigError
 from deco_scale.evaluation.spectrum import (
     BLOCK,
     SIGNALS,
-    Probe,
     Spectrum,
+    SpectrumProbe,
     draw,
     normalised,
-    probe_pictures,
+    probe_images,
     probe_samples,
     write_csv,
 )
@@ -45,13 +44,13 @@ from deco_scale.sampling.prompts import read_prompts
 
 DATA_TIMES = tuple((i + 0.5) / 10 for i in range(10))
 _HIGH = 32
-"""Zig-zag index from which a frequency counts as high in the printed share: the upper half."""
+"""Zig-zag index of the first high frequency in the printed share: the upper half."""
 
 
-class Inputs(NamedTuple):
-    """Pictures ``(P, Y, X, 3)`` in uint8, None where the model samples its own, and P prompts or classes."""
+class _Inputs(NamedTuple):
+    """Uint8 images ``(P, Y, X, 3)``, None if the model samples its own, and P prompts or classes."""
 
-    pictures: Any
+    images: Any
     conditions: list[str] | list[int]
 
 
@@ -66,34 +65,33 @@ class _Model(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Writes spectrum.csv and spectrum.png. Without --data or --folder each model samples pictures of its own "
-        "(Euler, no guidance) and all of its steps are measured, as in the paper; else the pictures are noised to "
-        "--times. EMA weights; the same noise for every checkpoint."
+        "Writes spectrum.csv and spectrum.png. Without --data or --folder each model samples its own images "
+        "(Euler, no guidance) and all steps are measured, as in the paper; otherwise the images are noised to "
+        "--times. It uses EMA weights, and the same noise for every checkpoint."
     )
-    parser.add_argument(
-        "--checkpoint", type=Path, action="append", required=True, help="may be given several times"
-    )
+    parser.add_argument("--checkpoint", type=Path, action="append", required=True, help="may be repeated")
     parser.add_argument("--label", action="append", help="one per checkpoint; default: its folder's name")
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--data", help="URL of packed and indexed shards; a shuffled part of them is taken")
-    source.add_argument("--folder", help="pictures with .txt, .json or .cls beside them; the first ones are taken")
+    source.add_argument("--data", help="URL of packed and indexed shards; a shuffled subset is used")
+    source.add_argument("--folder", help="images with .txt, .json or .cls beside them; the first ones are used")
     parser.add_argument("--prompts", type=Path, help="file with one prompt per line, for sampling by text models")
-    parser.add_argument("--pictures", type=int, default=64)
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--images", type=positive_int, default=64)
+    parser.add_argument(
+        "--pictures", dest="images", type=positive_int, action=RenamedOption, help=argparse.SUPPRESS
+    )
+    parser.add_argument("--batch", type=positive_int, default=16)
     parser.add_argument("--size", type=int, help="side in pixels; default: the last stage's")
     parser.add_argument("--num-steps", type=int, default=100, help="Euler steps, while sampling")
     parser.add_argument("--timestep-shift", type=float, default=1.0, help="of the time grid, while sampling")
     parser.add_argument("--times", type=float, nargs="+", help="between 0 and 1, with --data or --folder")
-    parser.add_argument("--seed", type=int, default=0, help="of the first picture's noise")
-    parser.add_argument("--text-encoder", help="folder, where it has moved since training")
+    parser.add_argument("--seed", type=int, default=0, help="of the first image's noise")
+    parser.add_argument("--text-encoder", help="its folder, if it has moved since training")
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
     """One spectrum per checkpoint, then one table of curves and one figure of all."""
     labels = _labels(args)
-    if args.pictures < 1 or args.batch < 1:
-        raise ConfigError("--pictures and --batch must be at least 1")
     sampler = _sampler(args)
     times = _times(args, sampler)
     spectra: dict[str, Spectrum] = {}
@@ -104,23 +102,22 @@ def run(args: argparse.Namespace, console: Console) -> int:
         inputs = _inputs(args, cfg, size)
         model = _load(path, cfg, args.text_encoder, device)
         with (
-            Progress(console=console, transient=True) as progress,
-            Probe(model.denoiser, model.velocity, times=times) as probe,
+            progress_bar(console, label, len(inputs.conditions)) as update,
+            SpectrumProbe(model.denoiser, model.velocity, times=times) as probe,
         ):
-            task = progress.add_task(label, total=len(inputs.conditions))
             for start in range(0, len(inputs.conditions), args.batch):
                 image, noise, condition = _batch(model, inputs, start, args, size)
                 if image is None:
                     probe_samples(probe, noise, condition, model.null, sampler=sampler)
                 else:
-                    probe_pictures(probe, image, noise, condition, times=times)
-                progress.update(task, completed=start + len(noise))
+                    probe_images(probe, image, noise, condition, times=times)
+                update(completed=start + len(noise))
         spectra[label] = probe.spectrum()
-        _tell(label, spectra[label], console)
+        _print_summary(label, spectra[label], console)
     args.out.mkdir(parents=True, exist_ok=True)
     write_csv(args.out / "spectrum.csv", spectra)
     draw(args.out / "spectrum.png", spectra)
-    console.print(f"curves in {args.out / 'spectrum.csv'}, figure in {args.out / 'spectrum.png'}", soft_wrap=True)
+    print_line(console, f"curves in {args.out / 'spectrum.csv'}, figure in {args.out / 'spectrum.png'}")
     return 0
 
 
@@ -141,9 +138,9 @@ def _load(path: Path, cfg: RunConfig, text_encoder: str | None, device: torch.de
 
 
 def _batch(
-    model: _Model, inputs: Inputs, start: int, args: argparse.Namespace, size: int
+    model: _Model, inputs: _Inputs, start: int, args: argparse.Namespace, size: int
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Images in [-1, 1] where there are any, noise and conditions of the batch that begins at ``start``."""
+    """Images in [-1, 1] (if given), noise and conditions of the batch that starts at ``start``."""
     part = inputs.conditions[start : start + args.batch]
     device = model.null.device
     seeds = range(args.seed + start, args.seed + start + len(part))
@@ -152,21 +149,21 @@ def _batch(
         condition = torch.tensor(part, device=device)
     else:
         condition = model.encoder.encode([str(text) for text in part])
-    if inputs.pictures is None:
+    if inputs.images is None:
         return None, noise, condition
-    pixels = torch.from_numpy(inputs.pictures[start : start + len(part)]).to(device)
+    pixels = torch.from_numpy(inputs.images[start : start + len(part)]).to(device)
     return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1, noise, condition
 
 
-def _inputs(args: argparse.Namespace, cfg: RunConfig, size: int) -> Inputs:
-    """Conditions of the model's kind, with pictures where a data set is given."""
+def _inputs(args: argparse.Namespace, cfg: RunConfig, size: int) -> _Inputs:
+    """Conditions of the model's kind, with images if a data set is given."""
     is_text = cfg.model.kind == "t2i_deco"
     if args.data:
         loader = Loader(
             DataConfig(url=args.data, target="caption" if is_text else "label", workers=0, prefix_probability=0.0),
             resolution=size,
             seed=args.seed,
-            global_batch=args.pictures,
+            global_batch=args.images,
             rank=0,
             world=1,
             start=0,
@@ -175,25 +172,25 @@ def _inputs(args: argparse.Namespace, cfg: RunConfig, size: int) -> Inputs:
             batch = next(iter(loader))
         finally:
             loader.close()
-        return Inputs(batch.images, batch.captions if is_text else _known(batch.labels, cfg, args.data))
+        return _Inputs(batch.images, batch.captions if is_text else _check_labels(batch.labels, cfg, args.data))
     if args.folder:
         return _read_folder(args, cfg, size)
     if not is_text:
-        return Inputs(None, [i % cfg.model.num_classes for i in range(args.pictures)])
+        return _Inputs(None, [i % cfg.model.num_classes for i in range(args.images)])
     prompts = read_prompts(args.prompts) if args.prompts else list(cfg.samples.prompts)
     if not prompts:
         raise ConfigError("the run has no samples.prompts: give --prompts FILE, --data or --folder")
-    return Inputs(None, [prompts[i % len(prompts)] for i in range(args.pictures)])
+    return _Inputs(None, [prompts[i % len(prompts)] for i in range(args.images)])
 
 
-def _read_folder(args: argparse.Namespace, cfg: RunConfig, size: int) -> Inputs:
+def _read_folder(args: argparse.Namespace, cfg: RunConfig, size: int) -> _Inputs:
     is_text = cfg.model.kind == "t2i_deco"
     rejects: list[Reject] = []
-    pictures: list[Any] = []
+    images: list[Any] = []
     captions: list[str] = []
     labels: list[int] = []
     for sample in read_source(args.folder, rejects):
-        if len(pictures) == args.pictures:
+        if len(images) == args.images:
             break
         if not sample.captions if is_text else sample.label is None:
             rejects.append(Reject(sample.name, f"no {'caption' if is_text else 'class number'}"))
@@ -203,20 +200,20 @@ def _read_folder(args: argparse.Namespace, cfg: RunConfig, size: int) -> Inputs:
         except DecodeError as error:
             rejects.append(Reject(sample.name, str(error)))
             continue
-        pictures.append(pixels)
+        images.append(pixels)
         captions.extend(sample.captions[:1])
         labels.extend([] if sample.label is None else [sample.label])
-    if len(pictures) < args.pictures:
-        why = f"; {len(rejects)} were left out, the first: {rejects[0]}" if rejects else ""
-        raise ConfigError(f"--folder {args.folder} gives {len(pictures)} of --pictures {args.pictures}{why}")
-    conditions = captions if is_text else _known(labels, cfg, args.folder)
-    return Inputs(np.stack(pictures), conditions)
+    if len(images) < args.images:
+        why = f"; {len(rejects)} were rejected, the first: {rejects[0]}" if rejects else ""
+        raise ConfigError(f"--folder {args.folder} gives {len(images)} of --images {args.images}{why}")
+    conditions = captions if is_text else _check_labels(labels, cfg, args.folder)
+    return _Inputs(np.stack(images), conditions)
 
 
-def _known(labels: list[int], cfg: RunConfig, where: str) -> list[int]:
-    strange = [label for label in labels if not 0 <= label < cfg.model.num_classes]
-    if strange:
-        raise ConfigError(f"{where} has class {strange[0]}, the model knows 0 to {cfg.model.num_classes - 1}")
+def _check_labels(labels: list[int], cfg: RunConfig, source: str) -> list[int]:
+    unknown = [label for label in labels if not 0 <= label < cfg.model.num_classes]
+    if unknown:
+        raise ConfigError(f"{source} has class {unknown[0]}, the model has 0 to {cfg.model.num_classes - 1}")
     return labels
 
 
@@ -248,10 +245,10 @@ def _sampler(args: argparse.Namespace) -> SamplerConfig:
 
 
 def _times(args: argparse.Namespace, sampler: SamplerConfig) -> Tensor:
-    """Times that are measured, rising: those asked for, or the solver's."""
+    """The measured times in ascending order: the given ones, or the solver's."""
     if not args.data and not args.folder:
         if args.times:
-            raise ConfigError("--times goes with --data or --folder; a sampler has its own")
+            raise ConfigError("--times goes with --data or --folder; a sampler uses its own")
         return time_grid(sampler.num_steps, sampler.timestep_shift)[:-1]
     times = sorted(set(args.times or DATA_TIMES))
     if not all(0 <= t < 1 for t in times):
@@ -261,23 +258,22 @@ def _times(args: argparse.Namespace, sampler: SamplerConfig) -> Tensor:
 
 def _size(args: argparse.Namespace, cfg: RunConfig) -> int:
     side = args.size or cfg.stages[-1].resolution
-    least = BLOCK * cfg.model.patch_size
-    if side < least or side % cfg.model.patch_size:
+    minimum = BLOCK * cfg.model.patch_size
+    if side < minimum or side % cfg.model.patch_size:
         raise ConfigError(
-            f"--size {side}: a block of {BLOCK} x {BLOCK} tokens needs at least {least} pixels, and a multiple of "
-            f"the patch, {cfg.model.patch_size}"
+            f"--size {side}: a block of {BLOCK} x {BLOCK} tokens needs at least {minimum} pixels, and a multiple "
+            f"of the patch, {cfg.model.patch_size}"
         )
     return int(side)
 
 
-def _tell(label: str, spectrum: Spectrum, console: Console) -> None:
+def _print_summary(label: str, spectrum: Spectrum, console: Console) -> None:
     for signal in SIGNALS:
         energy = spectrum.overall(signal)
         high = float(energy[_HIGH:].sum() / energy.sum().clamp_min(torch.finfo(energy.dtype).tiny))
         level = float(normalised(energy)[_HIGH:].mean())
-        console.print(
-            f"{label}, {signal}, {spectrum.pictures} pictures at {len(spectrum.times)} times: the upper half of "
+        print_line(
+            console,
+            f"{label}, {signal}, {spectrum.num_images} images at {len(spectrum.times)} times: the upper half of "
             f"the frequencies has {high:.2%} of the energy and a mean normalised log energy of {level:.3f}",
-            soft_wrap=True,
-            markup=False,
         )

@@ -1,4 +1,4 @@
-"""``deco watch``: a run's folder in the terminal, as it grows."""
+"""``deco watch``: a live view of a run's folder in the terminal."""
 
 import argparse
 import time
@@ -10,6 +10,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from data_pipeline.console import print_line
 from deco_scale.errors import ConfigError
 from deco_scale.observability.run_dir import RunDir
 from deco_scale.observability.summary import ASCII_BARS, BARS, Row, summary_rows
@@ -17,12 +18,12 @@ from deco_scale.observability.summary import ASCII_BARS, BARS, Row, summary_rows
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Shows loss, speed, faults, the last checkpoint, the time to go and where the time went. It only reads; "
+        "Shows loss, speed, faults, the last checkpoint, the remaining time and where the time went. Read-only; "
         "Ctrl-C ends the view, not the run."
     )
     parser.add_argument("run", type=Path, help="run.dir of the configuration")
-    parser.add_argument("--once", action="store_true", help="show it once and end")
-    parser.add_argument("--every", type=float, default=2.0, help="seconds between two looks")
+    parser.add_argument("--once", action="store_true", help="print once and exit")
+    parser.add_argument("--every", type=float, default=2.0, help="seconds between updates")
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
@@ -35,7 +36,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         raise ConfigError(f"{args.run}: no such folder; give the run.dir of a configuration")
     run_dir = RunDir(args.run)
     if args.once:
-        _print(_look(run_dir, console), console)
+        _print(_refresh(run_dir, console), console)
     elif console.is_terminal:
         _live(run_dir, console, args.every)
     else:
@@ -43,43 +44,43 @@ def run(args: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-def _look(run_dir: RunDir, console: Console) -> list[Row]:
+def _refresh(run_dir: RunDir, console: Console) -> list[Row]:
     run_dir.refresh()
     bars = BARS if console.is_terminal and console.encoding.lower().startswith("utf") else ASCII_BARS
     return summary_rows(run_dir, now=time.time(), bars=bars)
 
 
-def _panel(shown: list[Row]) -> Panel:
+def _panel(rows: list[Row]) -> Panel:
     table = Table.grid(padding=(0, 2))
-    for label, value in shown:
+    for label, value in rows:
         style = "bold red" if label == "problem" or (label == "faults" and value != "none") else ""
         table.add_row(Text(label, style="dim"), Text(value, style=style))
     return Panel(table, title="deco watch", title_align="left")
 
 
-def _print(shown: list[Row], console: Console) -> None:
-    """A panel on a terminal, one line a row elsewhere."""
+def _print(rows: list[Row], console: Console) -> None:
+    """A panel on a terminal, elsewhere one line per row."""
     if console.is_terminal:
-        console.print(_panel(shown))
+        console.print(_panel(rows))
         return
-    for label, value in shown:
-        console.print(f"{label}: {value}", markup=False, highlight=False, soft_wrap=True)
+    for label, value in rows:
+        print_line(console, f"{label}: {value}")
 
 
 def _live(run_dir: RunDir, console: Console, every: float) -> None:
-    with Live(_panel(_look(run_dir, console)), console=console, auto_refresh=False) as live:
+    with Live(_panel(_refresh(run_dir, console)), console=console, auto_refresh=False) as live:
         while True:
             time.sleep(every)
-            live.update(_panel(_look(run_dir, console)), refresh=True)
+            live.update(_panel(_refresh(run_dir, console)), refresh=True)
 
 
 def _lines(run_dir: RunDir, console: Console, every: float) -> None:
-    """Without a terminal all rows each time that a file has grown."""
-    seen = None
+    """Without a terminal, print all rows each time that a file has grown."""
+    previous = None
     while True:
-        shown = _look(run_dir, console)
+        rows = _refresh(run_dir, console)
         size = (len(run_dir.metrics), len(run_dir.events), run_dir.quarantined)
-        if size != seen:
-            _print(shown, console)
-            seen = size
+        if size != previous:
+            _print(rows, console)
+            previous = size
         time.sleep(every)

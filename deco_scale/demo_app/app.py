@@ -1,4 +1,4 @@
-"""The page itself: gradio's components, and what happens when they are used."""
+"""The page: gradio's components and their event handlers."""
 
 import html
 import json
@@ -6,17 +6,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from deco_scale.demo_app.service import DemoService
-from deco_scale.demo_app.validation import FIELDS, MAX_SEED, SOLVERS, CheckError
+from deco_scale.demo_app.validation import FIELDS, MAX_SEED, SOLVERS, RequestError
 
 _SESSIONS = 64
-"""Visitors whose last settings are remembered."""
+"""Visitors whose last settings are stored."""
 
 
-def build_page(studio: DemoService, *, title: str, size: tuple[int, int], queue: int, example: str) -> Any:
-    """Blocks with one queued computation at a time; ``size`` is the default (height, width) in pixels.
+def build_page(service: DemoService, *, title: str, size: tuple[int, int], queue: int, example: str) -> Any:
+    """Gradio blocks that run one request at a time; ``size`` is the default (height, width) in pixels.
 
-    ``queue`` orders may wait. Every value is checked by :meth:`DemoService.draw`; messages are shown in a text box,
-    where markup is never rendered.
+    Up to ``queue`` requests wait. :meth:`DemoService.generate` checks every value; messages are shown in a text
+    box, which renders no markup.
     """
     import gradio as gr
 
@@ -25,40 +25,40 @@ def build_page(studio: DemoService, *, title: str, size: tuple[int, int], queue:
         gr.HTML(f"<h2>{html.escape(title)}</h2>")
         with gr.Row():
             with gr.Column(scale=2):
-                inputs = [*_subject_fields(studio, example), *_number_fields(studio, size)]
+                inputs = [*_subject_fields(service, example), *_number_fields(service, size)]
                 go = gr.Button("Draw", variant="primary", elem_id="go")
                 message = gr.Textbox(label="Message", interactive=False, lines=2, elem_id="message")
             with gr.Column(scale=3):
                 gallery, files, shown = _results()
                 again = gr.Button("Use these settings", elem_id="again")
 
-        def draw(*values: Any, progress: Any = gr.Progress()) -> list[Any]:
+        def generate(*values: Any, progress: Any = gr.Progress()) -> list[Any]:
             try:
-                drawn = studio.draw(
+                images = service.generate(
                     dict(zip(FIELDS, values, strict=True)),
-                    lambda done, total: progress((done, total), desc="drawing", unit="steps"),
+                    lambda done, total: progress((done, total), desc="sampling", unit="steps"),
                 )
-            except CheckError as error:
-                # What was drawn before stays.
+            except RequestError as error:
+                # The previous images stay.
                 return [f"Error. {error}", *[gr.skip()] * 5]
-            paths = [str(picture.path) for picture in drawn]
-            settings = [picture.settings for picture in drawn]
+            paths = [str(image.path) for image in images]
+            settings = [image.settings for image in images]
             captioned = [(path, f"seed {each['seed']}") for path, each in zip(paths, settings, strict=True)]
-            done = f"{len(drawn)} picture{'s' if len(drawn) > 1 else ''} drawn."
+            done = f"{len(images)} image{'s' if len(images) > 1 else ''} drawn."
             return [done, captioned, paths, settings, _text(settings[0]), 0]
 
-        def choose(known: Any, event: gr.SelectData) -> tuple[str, int]:
-            index = event.index if isinstance(event.index, int) and 0 <= event.index < len(known) else 0
-            return (_text(known[index]) if known else ""), index
+        def choose(records: Any, event: gr.SelectData) -> tuple[str, int]:
+            index = event.index if isinstance(event.index, int) and 0 <= event.index < len(records) else 0
+            return (_text(records[index]) if records else ""), index
 
-        def use(known: Sequence[dict[str, Any]], index: int) -> list[Any]:
-            if not known:
+        def use(records: Sequence[dict[str, Any]], index: int) -> list[Any]:
+            if not records:
                 return [gr.skip()] * len(FIELDS)
-            return _as_inputs(known[index if index < len(known) else 0])
+            return _as_inputs(records[index if index < len(records) else 0])
 
-        # Values come as they were sent: the check is one function, not a part of each component.
+        # Raw values: they are checked by one function, not by each component.
         outputs = [message, gallery, files, records, shown, chosen]
-        go.click(draw, inputs, outputs, preprocess=False, api_name="generate")
+        go.click(generate, inputs, outputs, preprocess=False, api_name="generate")
         gallery.select(choose, [records], [shown, chosen], api_visibility="private")
         again.click(use, [records, chosen], inputs, api_visibility="private")
     page.queue(max_size=queue, default_concurrency_limit=1, api_open=False)
@@ -66,47 +66,47 @@ def build_page(studio: DemoService, *, title: str, size: tuple[int, int], queue:
     return page
 
 
-def _subject_fields(studio: DemoService, example: str) -> list[Any]:
+def _subject_fields(service: DemoService, example: str) -> list[Any]:
     """The first two of :data:`FIELDS`."""
     import gradio as gr
 
-    if studio.is_text:
+    if service.is_text:
         subject: Any = gr.Textbox(example, label="Prompt", lines=2, elem_id="subject")
     else:
-        label = f"Class, 0 to {studio.generator.num_classes - 1}"
+        label = f"Class, 0 to {service.generator.num_classes - 1}"
         subject = gr.Number(0, label=label, precision=0, elem_id="subject")
-    return [subject, gr.Textbox("", label="Negative prompt", visible=studio.is_text, elem_id="negative")]
+    return [subject, gr.Textbox("", label="Negative prompt", visible=service.is_text, elem_id="negative")]
 
 
-def _number_fields(studio: DemoService, size: tuple[int, int]) -> list[Any]:
+def _number_fields(service: DemoService, size: tuple[int, int]) -> list[Any]:
     """The other :data:`FIELDS`."""
     import gradio as gr
 
-    limits, default, patch = studio.limits, studio.default, studio.generator.patch_size
+    limits, default, patch = service.limits, service.default, service.generator.patch_size
 
-    def whole(value: int, name: str, label: str) -> Any:
+    def integer(value: int, name: str, label: str) -> Any:
         return gr.Number(value, label=label, precision=0, elem_id=name)
 
     with gr.Row():
-        seed = whole(0, "seed", f"Seed, 0 to {MAX_SEED}")
+        seed = integer(0, "seed", f"Seed, 0 to {MAX_SEED}")
         random = gr.Checkbox(False, label="Random seed", elem_id="random")
     with gr.Row():
-        steps = whole(min(default.num_steps, limits.max_steps), "steps", f"Steps, up to {limits.max_steps}")
+        steps = integer(min(default.num_steps, limits.max_steps), "steps", f"Steps, up to {limits.max_steps}")
         guidance = gr.Number(default.guidance, label="Guidance", elem_id="guidance")
         solver = gr.Dropdown(list(SOLVERS), value=default.solver, label="Solver", elem_id="solver")
     with gr.Row():
-        width = whole(size[1], "width", f"Width, multiple of {patch}")
-        height = whole(size[0], "height", f"Height, multiple of {patch}")
-        count = whole(1, "count", f"Pictures, up to {limits.max_pictures}")
+        width = integer(size[1], "width", f"Width, multiple of {patch}")
+        height = integer(size[0], "height", f"Height, multiple of {patch}")
+        count = integer(1, "count", f"Images, up to {limits.max_images}")
     return [seed, random, steps, guidance, solver, width, height, count]
 
 
 def _results() -> tuple[Any, Any, Any]:
-    """Gallery, files to download, and the settings of the chosen picture."""
+    """Gallery, files to download, and the settings of the selected image."""
     import gradio as gr
 
     gallery = gr.Gallery(
-        label="Pictures",
+        label="Images",
         columns=4,
         object_fit="contain",
         interactive=False,
@@ -115,7 +115,7 @@ def _results() -> tuple[Any, Any, Any]:
     )
     files = gr.File(label="PNG files", file_count="multiple", interactive=False, elem_id="files")
     settings = gr.Textbox(
-        label="Settings of the chosen picture",
+        label="Settings of the selected image",
         interactive=False,
         lines=6,
         max_lines=12,
@@ -130,7 +130,7 @@ def _text(settings: dict[str, Any]) -> str:
 
 
 def _as_inputs(settings: dict[str, Any]) -> list[Any]:
-    """Values of :data:`FIELDS` that draw this picture again, alone."""
+    """Values of :data:`FIELDS` that reproduce this image alone."""
     sampler = settings["sampler"]
     values = {
         "subject": settings["prompt"] if "prompt" in settings else settings["class"],

@@ -1,8 +1,8 @@
-"""What reaches gradio at all: an ASGI application around it that lets only the page's own requests through.
+"""An ASGI application around gradio that accepts only the page's own requests.
 
 Gradio serves more than the page needs (uploads, a proxy, direct calls beside the queue, files given as URLs, which
-it fetches). Here a request is answered 403, 404, 413 or 400 unless its path is one of the page's, its body is
-small and its data are plain values, and the file it wants is one of the page's pictures.
+it fetches). A request is answered 403, 404, 413 or 400 unless its path belongs to the page, its body is small, its
+data are plain values, and a requested file is one of the page's images.
 """
 
 import ipaddress
@@ -33,7 +33,7 @@ _POST = _JOIN | {f"{_API}/cancel", f"{_API}/reset"}
 _HEADERS = (
     (
         b"content-security-policy",
-        # Gradio's page holds scripts and styles in its text. Nothing is fetched from elsewhere.
+        # Gradio's page has inline scripts and styles. Nothing is fetched from other hosts.
         b"default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; frame-ancestors 'none'; base-uri 'self'",
     ),
     (b"x-content-type-options", b"nosniff"),
@@ -42,7 +42,7 @@ _HEADERS = (
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a name or address without a port means this machine only."""
+    """Whether a host name or address (without a port) is this machine only."""
     if host.lower() == "localhost":
         return True
     try:
@@ -52,10 +52,10 @@ def is_loopback(host: str) -> bool:
 
 
 class RequestLimits:
-    """Wraps ``app``; ``folder`` holds the pictures that may be fetched.
+    """Wraps ``app``; only images in ``folder`` can be fetched.
 
-    With ``local_only`` a request must also name this machine as its host, so that a page of another site cannot
-    reach this one under a name that it made point here.
+    With ``local_only`` the Host header must name this machine, against DNS rebinding: another site's page cannot
+    reach this one through a name that resolves to it.
     """
 
     def __init__(self, app: App, *, folder: Path, local_only: bool) -> None:
@@ -67,32 +67,32 @@ class RequestLimits:
             return
         if scope["type"] != "http":
             return
-        refused = self._refuse(scope)
-        if refused is None and scope["method"] == "POST":
+        refusal = self._refuse(scope)
+        if refusal is None and scope["method"] == "POST":
             body = await _read_body(receive)
-            refused = (413, "the request is too large") if body is None else None
+            refusal = (413, "the request is too large") if body is None else None
             if body is not None and scope["path"] in _JOIN and not _is_plain(body):
-                refused = (400, "the data must be a list of plain values")
+                refusal = (400, "the data must be a list of plain values")
             receive = _replayed(body or b"", receive)
-        if refused is not None:
-            await _answer(send, *refused)
+        if refusal is not None:
+            await _answer(send, *refusal)
             return
         await self._app(scope, receive, _with_headers(send))
 
     def _refuse(self, scope: Scope) -> tuple[int, str] | None:
-        """Status and reason, None for a request that may pass."""
+        """Status and reason, None for an accepted request."""
         method, path = scope["method"], scope["path"]
         host = next((v.decode("latin-1") for k, v in scope["headers"] if k == b"host"), "")
         if self._local_only and not is_loopback(_host_name(host)):
-            return 403, "this page is for the machine that it runs on"
+            return 403, "this page is only for the machine that it runs on"
         if path.startswith(_FILE):
-            known = method in ("GET", "HEAD") and self._is_picture(path.removeprefix(_FILE))
-            return None if known else (403, "no such picture")
+            allowed = method in ("GET", "HEAD") and self._is_image(path.removeprefix(_FILE))
+            return None if allowed else (403, "no such image")
         if method in ("GET", "HEAD") and (path in _READ or path.startswith(_READ_BELOW)):
             return None
         return None if method == "POST" and path in _POST else (404, "not part of this page")
 
-    def _is_picture(self, name: str) -> bool:
+    def _is_image(self, name: str) -> bool:
         try:
             path = Path(name)
             return path.suffix == ".png" and path.resolve().is_relative_to(self._folder) and path.is_file()
@@ -108,7 +108,7 @@ def _host_name(host: str) -> str:
 
 
 async def _read_body(receive: Receive) -> bytes | None:
-    """The whole body, None where it is larger than allowed or breaks off."""
+    """The full body, None if it is too large or incomplete."""
     body = b""
     while True:
         message = await receive()
@@ -122,18 +122,18 @@ async def _read_body(receive: Receive) -> bytes | None:
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:
-    left = [body]
+    pending = [body]
 
     async def replay() -> Message:
-        if left:
-            return {"type": "http.request", "body": left.pop(), "more_body": False}
+        if pending:
+            return {"type": "http.request", "body": pending.pop(), "more_body": False}
         return await receive()
 
     return replay
 
 
 def _is_plain(body: bytes) -> bool:
-    """Whether a call's data are numbers, texts and flags: gradio fetches what looks like a file, from anywhere."""
+    """Whether a call's data are numbers, strings and booleans: gradio fetches what looks like a file."""
     try:
         call = json.loads(body)
     except (ValueError, RecursionError):

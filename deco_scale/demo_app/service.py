@@ -1,7 +1,7 @@
-"""Draws a visitor's order and keeps its pictures for a while: the page without its looks.
+"""Generates the images of a visitor's request: the page without its user interface.
 
-Pictures are PNG files in a folder of their own that is emptied when the page ends; the oldest go when there are
-more than a fixed number. Each carries its settings as text, under the key ``deco``.
+Images are PNG files in a temporary folder; the oldest are deleted when there are too many. Each has its settings
+as text, under the key ``deco``.
 """
 
 import json
@@ -17,35 +17,35 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from deco_scale.demo_app.validation import MAX_SEED, CheckError, ImageRequest, Limits, check_request
+from deco_scale.demo_app.validation import MAX_SEED, GenerationLimits, ImageRequest, RequestError, check_request
 from deco_scale.sampling import SamplerConfig
-from deco_scale.sampling.generate import Generator, SampleRequest
+from deco_scale.sampling.generate import ImageGenerator, SampleRequest
 
-KEPT_ORDERS = 16
-"""Orders of the largest number of pictures whose files are kept."""
+RETAINED_REQUESTS = 16
+"""Files are retained for this number of requests of the maximum size."""
 
 
-class Drawn(NamedTuple):
-    """A picture's file, and the settings that draw it again."""
+class GeneratedImage(NamedTuple):
+    """An image's file, and the settings that reproduce it."""
 
     path: Path
     settings: dict[str, Any]
 
 
-class _TooLong(Exception):
-    """The time of an order is up."""
+class _Timeout(Exception):
+    """The time limit of a request has passed."""
 
 
 class DemoService:
-    """One generator, one folder; orders are drawn one at a time, which is the caller's part."""
+    """One generator and one folder; not thread-safe: the caller runs one request at a time."""
 
     def __init__(
         self,
-        generator: Generator,
+        generator: ImageGenerator,
         default: SamplerConfig,
         folder: Path,
         *,
-        limits: Limits,
+        limits: GenerationLimits,
         batch: int,
         max_seconds: float,
     ) -> None:
@@ -56,74 +56,76 @@ class DemoService:
     def is_text(self) -> bool:
         return self.generator.kind == "t2i_deco"
 
-    def draw(self, raw: Mapping[str, Any], on_step: Callable[[int, int], None]) -> list[Drawn]:
-        """Pictures of the raw values of an order; ``on_step(done, total)`` after each step of the solver.
+    def generate(self, raw: Mapping[str, Any], on_step: Callable[[int, int], None]) -> list[GeneratedImage]:
+        """Images of a request's raw values; ``on_step(done, total)`` is called after each solver step.
 
-        Raises :class:`CheckError`, for the visitor, where the order cannot be, takes too long or too much memory.
+        Raises :class:`RequestError` for an invalid request, or one that takes too much time or memory.
         """
-        order = check_request(
+        request = check_request(
             raw,
             self.limits,
             patch_size=self.generator.patch_size,
             num_classes=0 if self.is_text else self.generator.num_classes,
         )
-        seed = secrets.randbelow(MAX_SEED - order.count) if order.seed is None else order.seed
-        jobs = [SampleRequest(order.condition, n, seed + n, order.negative) for n in range(order.count)]
-        sampler = replace(self.default, solver=order.solver, num_steps=order.num_steps, guidance=order.guidance)
-        end = time.monotonic() + self._max_seconds
+        seed = secrets.randbelow(MAX_SEED - request.count) if request.seed is None else request.seed
+        samples = [SampleRequest(request.condition, n, seed + n, request.negative) for n in range(request.count)]
+        sampler = replace(
+            self.default, solver=request.solver, num_steps=request.num_steps, guidance=request.guidance
+        )
+        deadline = time.monotonic() + self._max_seconds
 
         def step(done: int, total: int) -> None:
-            if time.monotonic() > end:
-                raise _TooLong
+            if time.monotonic() > deadline:
+                raise _Timeout
             on_step(done, total)
 
         target = self.folder / secrets.token_hex(16)
         target.mkdir(parents=True)
-        drawn = []
+        images = []
         try:
-            for job, pixels in self.generator.images(
-                jobs, size=(order.height, order.width), sampler=sampler, batch=self._batch, on_step=step
+            for sample, pixels in self.generator.images(
+                samples, size=(request.height, request.width), sampler=sampler, batch=self._batch, on_step=step
             ):
-                settings = self._settings(job, order, sampler)
-                drawn.append(Drawn(target / settings["file"], settings))
-                _save(drawn[-1], pixels)
-        except _TooLong:
-            raise CheckError(
-                f"This took longer than {self._max_seconds:g} seconds; ask for fewer, smaller or rougher pictures."
+                settings = self._settings(sample, request, sampler)
+                images.append(GeneratedImage(target / settings["file"], settings))
+                _save(images[-1], pixels)
+        except _Timeout:
+            raise RequestError(
+                f"This took longer than {self._max_seconds:g} seconds; use fewer images, pixels or steps."
             ) from None
         except torch.OutOfMemoryError:
-            raise CheckError("There is not enough memory for this; ask for smaller pictures.") from None
+            raise RequestError("Out of memory; use smaller images.") from None
         finally:
-            self._prune(keep=target if drawn else None)
-        return drawn
+            self._prune(keep=target if images else None)
+        return images
 
-    def _settings(self, job: SampleRequest, order: ImageRequest, sampler: SamplerConfig) -> dict[str, Any]:
-        """As a line of ``deco sample``'s ``pictures.jsonl``."""
+    def _settings(self, sample: SampleRequest, request: ImageRequest, sampler: SamplerConfig) -> dict[str, Any]:
+        """As in a line of ``pictures.jsonl`` of ``deco sample``."""
         return {
-            "file": f"{job.index:04d}_{job.seed}.png",
-            "prompt" if self.is_text else "class": job.condition,
-            "negative": job.negative,
-            "index": job.index,
-            "seed": job.seed,
-            "height": order.height,
-            "width": order.width,
+            "file": f"{sample.index:04d}_{sample.seed}.png",
+            "prompt" if self.is_text else "class": sample.condition,
+            "negative": sample.negative,
+            "index": sample.index,
+            "seed": sample.seed,
+            "height": request.height,
+            "width": request.width,
             "sampler": asdict(sampler),
             "checkpoint_step": self.generator.step,
             "checkpoint_digest": self.generator.digest,
         }
 
     def _prune(self, keep: Path | None) -> None:
-        """Remove the oldest orders' folders, all but ``keep`` if need be, until few enough pictures are left."""
+        """Delete the oldest requests' folders except ``keep``, as long as there are too many images."""
         folders = sorted((p for p in self.folder.iterdir() if p.is_dir()), key=lambda p: p.stat().st_mtime_ns)
         counts = {folder: sum(1 for _ in folder.iterdir()) for folder in folders}
-        left = sum(counts.values())
+        total = sum(counts.values())
         for folder in folders:
-            if folder != keep and (left > KEPT_ORDERS * self.limits.max_pictures or not counts[folder]):
+            if folder != keep and (total > RETAINED_REQUESTS * self.limits.max_images or not counts[folder]):
                 shutil.rmtree(folder)
-                left -= counts[folder]
+                total -= counts[folder]
 
 
-def _save(picture: Drawn, pixels: Any) -> None:
+def _save(image: GeneratedImage, pixels: Any) -> None:
     text = PngInfo()
-    text.add_itxt("deco", json.dumps(picture.settings))
-    Image.fromarray(pixels).save(picture.path, format="PNG", pnginfo=text)
+    text.add_itxt("deco", json.dumps(image.settings))
+    Image.fromarray(pixels).save(image.path, format="PNG", pnginfo=text)

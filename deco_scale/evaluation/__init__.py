@@ -1,1 +1,1 @@
-"""Figures of merit of pictures."""
+"""Scores of generated images."""

@@ -1,4 +1,4 @@
-"""CLIP score: 100 times the cosine between a picture's and its prompt's CLIP embeddings (Hessel et al. 2021)."""
+"""CLIP score: 100 times the cosine between an image's and its prompt's CLIP embeddings (Hessel et al. 2021)."""
 
 import json
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from deco_scale.errors import ConfigError
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
-"""Of the pictures that CLIP was trained on, as its release normalises them."""
+"""Pixel statistics of CLIP's training images, as in its release."""
 
 
 class ClipScorer:
@@ -31,10 +31,10 @@ class ClipScorer:
     def load(cls, folder: Path) -> "ClipScorer":
         """Load a ``transformers`` folder on the CPU, without network and from safetensors only.
 
-        Raises :class:`ConfigError` where it is missing, damaged, or no CLIP.
+        Raises :class:`ConfigError` if it is missing, damaged, or not a CLIP.
         """
         hint = (
-            f"CLIP folder {folder}: needed are config.json, model.safetensors and the tokenizer's files "
+            f"CLIP folder {folder}: expected config.json, model.safetensors and the tokenizer's files "
             "of a CLIP, such as openai/clip-vit-large-patch14"
         )
         if not folder.is_dir():
@@ -44,7 +44,7 @@ class ClipScorer:
         try:
             kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
             if kind != "clip":
-                raise ConfigError(f"{hint}; its config.json is of a {kind}")
+                raise ConfigError(f"{hint}; its config.json has model_type {kind}")
             mean, std = _normalisation(folder / "preprocessor_config.json")
             loaded: Any = CLIPModel.from_pretrained(
                 folder,
@@ -54,10 +54,10 @@ class ClipScorer:
                 output_loading_info=True,
             )
             model, loading = loaded
-            # What a file lacks would be drawn at random, and a missing vocabulary taken for an empty one.
-            lacking = sorted(loading["missing_keys"])[:2]
-            if lacking:
-                raise ConfigError(f"{hint}; its weights lack {', '.join(lacking)}")
+            # transformers initialises missing weights at random and reads a missing vocabulary as an empty one.
+            missing = sorted(loading["missing_keys"])[:2]
+            if missing:
+                raise ConfigError(f"{hint}; missing weights: {', '.join(missing)}")
             if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
                 raise ConfigError(f"{hint}; it has neither tokenizer.json nor vocab.json")
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -83,24 +83,24 @@ class ClipScorer:
         return self
 
     @torch.no_grad()
-    def scores(self, pictures: Sequence[Any], prompts: Sequence[str]) -> Tensor:
-        """Score (B,), on the CPU, of each uint8 picture (Y, X, 3) with its prompt; too long ones are cut."""
+    def scores(self, images: Sequence[Any], prompts: Sequence[str]) -> Tensor:
+        """Score (B,), on the CPU, of each uint8 image (Y, X, 3) with its prompt; long prompts are truncated."""
         device = next(self._model.parameters()).device
         text = self._tokenizer(
             list(prompts), return_tensors="pt", padding=True, truncation=True, max_length=self._max_tokens
         )
-        pixels = torch.from_numpy(np.stack([self._prepared(picture) for picture in pictures]))
-        found = self._model(
+        pixels = torch.from_numpy(np.stack([self._preprocess(image) for image in images]))
+        output = self._model(
             input_ids=text["input_ids"].to(device),
             attention_mask=text["attention_mask"].to(device),
             pixel_values=pixels.to(device),
         )
-        # Both are of length 1 already.
-        return 100 * (found.image_embeds * found.text_embeds).sum(dim=-1).float().cpu()
+        # Both have unit norm.
+        return 100 * (output.image_embeds * output.text_embeds).sum(dim=-1).float().cpu()
 
-    def _prepared(self, picture_YXC: Any) -> Any:
-        """(3, S, S): the shorter side to S by bicubic resampling, the middle cut out, normalised."""
-        image = Image.fromarray(picture_YXC)
+    def _preprocess(self, image_YXC: Any) -> Any:
+        """(3, S, S): shorter side resized to S (bicubic), centre crop, normalised."""
+        image = Image.fromarray(image_YXC)
         side, shorter = self._side, min(image.size)
         width, height = (int(side * length / shorter) for length in image.size)
         image = image.resize((width, height), Image.Resampling.BICUBIC)
@@ -110,8 +110,8 @@ class ClipScorer:
 
 
 def _normalisation(path: Path) -> tuple[Sequence[float], Sequence[float]]:
-    """Mean and standard deviation that a folder states, else the release's."""
+    """Mean and standard deviation in a folder's preprocessor config, else the release's."""
     if not path.is_file():
         return MEAN, STD
-    stated = json.loads(path.read_text(encoding="utf-8"))
-    return stated.get("image_mean", MEAN), stated.get("image_std", STD)
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    return settings.get("image_mean", MEAN), settings.get("image_std", STD)

@@ -7,14 +7,14 @@ from deco_scale.sampling import SamplerConfig
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationConfig:
-    """Pictures drawn and scored every so many steps (0: never), from the EMA weights, by all ranks.
+    """Images generated and scored with the EMA weights on all ranks, each ``every`` steps (0: never).
 
-    ``count`` pictures are drawn, ``batch`` at a time on each rank: of the prompts in ``prompts_file`` (one per
-    line) in turn, or, by class models, of ``classes`` (empty: all). A sheet of the first ``grid`` is always kept,
-    all of them as a file for the ADM suite where ``npz`` is set. ``inception_weights`` with ``reference`` (an
-    ``.npz`` with ``mu`` and ``sigma``, and for sFID ``mu_s`` and ``sigma_s``) gives FID, sFID and Inception score,
-    ``clip_folder`` (a ``transformers`` CLIP) the CLIP score. Scores of few pictures are biased: compare only equal
-    counts.
+    ``count`` images are generated, ``batch`` at a time on each rank, for the prompts in ``prompts_file`` (one per
+    line) in turn or, with class models, for ``classes`` (empty: all). A grid of the first ``grid`` images is
+    always saved, all of them as a file for the ADM suite if ``npz`` is set. ``inception_weights`` with
+    ``reference`` (an ``.npz`` with ``mu`` and ``sigma``, and for sFID ``mu_s`` and ``sigma_s``) gives FID, sFID
+    and Inception score, ``clip_folder`` (a ``transformers`` CLIP) the CLIP score. Scores of few images are biased:
+    compare only equal counts.
     """
 
     every: int = 0
@@ -41,6 +41,6 @@ class EvaluationConfig:
         if (self.inception_weights is None) != (self.reference is None):
             raise ValueError("inception_weights and reference belong together: FID needs both")
         if self.inception_weights is not None and self.count < 2:
-            raise ValueError(f"count={self.count}: FID needs at least 2 pictures")
+            raise ValueError(f"count={self.count}: FID needs at least 2 images")
         if self.clip_folder is not None and self.prompts_file is None:
-            raise ValueError("clip_folder needs prompts_file: CLIP compares pictures with prompts")
+            raise ValueError("clip_folder needs prompts_file: CLIP compares images with prompts")

@@ -1,7 +1,7 @@
-"""GenEval: pictures in the layout that its scorer reads, and a table of what the scorer found.
+"""GenEval: images in the layout that its scorer reads, and a table of its results.
 
 Layout of ``djghosh13/geneval`` (``generation/diffusers_generate.py``): for each line of the metadata file a folder
-with its number in five digits, in it ``metadata.jsonl`` (that line's object) and ``samples/`` with pictures named
+with its number in five digits, in it ``metadata.jsonl`` (that line's object) and ``samples/`` with images named
 by their index within the prompt, in five digits.
 """
 
@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from deco_scale.errors import ConfigError
-from deco_scale.evaluation.files import read_json_lines, write_png, write_whole
-from deco_scale.evaluation.imagenet import PicturesFn
-from deco_scale.sampling.generate import SampleRequest
+from deco_scale.sampling.generate import GenerateFn, SampleRequest
+from deco_scale.sampling.output_dir import encode_png, write_file
 
 PER_PROMPT = 4
 
@@ -32,7 +31,7 @@ class Task(NamedTuple):
 
 
 def read_tasks(path: Path) -> list[Task]:
-    """Tasks of an ``evaluation_metadata.jsonl``; an object without tag or prompt is a :class:`ConfigError`."""
+    """Tasks of an ``evaluation_metadata.jsonl``; raises :class:`ConfigError` for a line without tag or prompt."""
     tasks = []
     for number, entry in enumerate(read_json_lines(path)):
         if not isinstance(entry.get("prompt"), str) or not isinstance(entry.get("tag"), str):
@@ -43,66 +42,84 @@ def read_tasks(path: Path) -> list[Task]:
     return tasks
 
 
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Objects of a file with one JSON object per line; raises :class:`ConfigError` naming a bad line."""
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+    entries = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{path}, line {number}: not JSON ({error})") from error
+        if not isinstance(entry, dict):
+            raise ConfigError(f"{path}, line {number}: not a JSON object")
+        entries.append(entry)
+    return entries
+
+
 def write_metadata(tasks: Sequence[Task], folder: Path) -> None:
-    """Each task's folder with its ``metadata.jsonl``, as far as it is not there."""
+    """Write each task's ``metadata.jsonl``, if it does not exist."""
     for task in tasks:
         path = folder / task.folder / "metadata.jsonl"
         if not path.is_file():
-            write_whole(path, json.dumps(task.metadata).encode(), scratch=folder)
+            write_file(path, json.dumps(task.metadata).encode(), scratch=folder)
 
 
 def missing_images(tasks: Sequence[Task], folder: Path, per_prompt: int) -> list[tuple[Task, int]]:
-    """Tasks and indices within them of the pictures that are not there."""
-    return [(t, i) for t in tasks for i in range(per_prompt) if not _picture(folder, t, i).is_file()]
+    """Task and index within it of each image that does not exist."""
+    return [(t, i) for t in tasks for i in range(per_prompt) if not _image_path(folder, t, i).is_file()]
 
 
 def generate_images(
-    draw: PicturesFn, work: Sequence[tuple[Task, int]], folder: Path, *, on_picture: Callable[[], None]
+    generate: GenerateFn, work: Sequence[tuple[Task, int]], folder: Path, *, on_image: Callable[[], None]
 ) -> None:
-    """Draw these pictures; the noise of each is seeded with its index within the prompt."""
-    drawn = draw([SampleRequest(task.prompt, i, seed=i) for task, i in work])
-    for (task, i), (_, pixels) in zip(work, drawn, strict=True):
-        write_png(_picture(folder, task, i), pixels, scratch=folder)
-        on_picture()
+    """Generate these images; the noise of each is seeded with its index within the prompt."""
+    generated = generate([SampleRequest(task.prompt, i, seed=i) for task, i in work])
+    for (task, i), (_, pixels) in zip(work, generated, strict=True):
+        write_file(_image_path(folder, task, i), encode_png(pixels), scratch=folder)
+        on_image()
 
 
-def _picture(folder: Path, task: Task, index: int) -> Path:
+def _image_path(folder: Path, task: Task, index: int) -> Path:
     return folder / task.folder / "samples" / f"{index:05d}.png"
 
 
 @dataclass(frozen=True)
-class Summary:
-    """Right and all pictures by task, in the file's order, and over pictures and prompts."""
+class GenEvalSummary:
+    """(correct, count) by task, in the file's order, and over all images and all prompts."""
 
     tasks: dict[str, tuple[int, int]]
-    pictures: tuple[int, int]
+    images: tuple[int, int]
     prompts: tuple[int, int]
 
     @property
     def overall(self) -> float:
-        """GenEval's score: the mean of the tasks' shares."""
-        return sum(right / count for right, count in self.tasks.values()) / len(self.tasks)
+        """GenEval's score: the mean over tasks of the share of correct images."""
+        return sum(correct / count for correct, count in self.tasks.values()) / len(self.tasks)
 
 
-def summarise(path: Path) -> Summary:
+def summarise(path: Path) -> GenEvalSummary:
     """Summary of the scorer's ``results.jsonl`` (``evaluation/evaluate_images.py``).
 
-    A prompt is right where any of its pictures is. Raises :class:`ConfigError` naming an object that is not one of
-    the scorer's.
+    A prompt is correct if any of its images is. Raises :class:`ConfigError` naming a line of another kind.
     """
     tasks: dict[str, tuple[int, int]] = {}
     prompts: dict[str, bool] = {}
     for number, entry in enumerate(read_json_lines(path), start=1):
-        tag, correct, key = entry.get("tag"), entry.get("correct"), entry.get("metadata", entry.get("prompt"))
-        if not isinstance(tag, str) or not isinstance(correct, bool) or not isinstance(key, str):
+        tag, is_correct, key = entry.get("tag"), entry.get("correct"), entry.get("metadata", entry.get("prompt"))
+        if not isinstance(tag, str) or not isinstance(is_correct, bool) or not isinstance(key, str):
             raise ConfigError(
                 f"{path}: object {number} lacks tag, correct or metadata; expected GenEval's results"
             )
-        right, count = tasks.get(tag, (0, 0))
-        tasks[tag] = (right + correct, count + 1)
-        prompts[key] = prompts.get(key, False) or correct
+        correct, count = tasks.get(tag, (0, 0))
+        tasks[tag] = (correct + is_correct, count + 1)
+        prompts[key] = prompts.get(key, False) or is_correct
     if not tasks:
         raise ConfigError(f"{path}: no result in it")
-    right = sum(r for r, _ in tasks.values())
-    count = sum(c for _, c in tasks.values())
-    return Summary(tasks, (right, count), (sum(prompts.values()), len(prompts)))
+    correct, count = (sum(column) for column in zip(*tasks.values(), strict=True))
+    return GenEvalSummary(tasks, (correct, count), (sum(prompts.values()), len(prompts)))

@@ -1,9 +1,9 @@
 """The Inception-v3 network of FID, in plain torch, with the names of its published weight file.
 
 This is the network of the ``inception-2015-12-05`` graph with 1008 classes, which published FID values are
-computed with. It differs from later Inceptions: average pooling leaves padding out, the last block pools by
-maximum, pictures are resized without half-pixel centres. Its names and shapes are those of pytorch-fid's
-conversion; a state of other names or shapes is refused.
+computed with. It differs from later Inceptions: average pooling excludes padding, the last block uses max pooling,
+images are resized without half-pixel centres. Names and shapes are those of pytorch-fid's conversion; a state dict
+with others is refused. torchvision's Inception is not used: it cannot be imported beside a CPU build of torch.
 
 Shape letters: B batch, C channels, Y rows, X columns.
 """
@@ -23,7 +23,7 @@ from deco_scale.errors import ConfigError
 WEIGHTS_NAME = "pt_inception-2015-12-05-6726825d.pth"
 WEIGHTS_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{WEIGHTS_NAME}"
 PUBLISHED_SHA256 = "6726825d"
-"""The name of the published file ends with the beginning of its SHA-256."""
+"""The published file's name ends with the start of its SHA-256."""
 SIDE, NUM_CLASSES = 299, 1008
 POOL_DIM = 2048
 SPATIAL_CHANNELS, SPATIAL_SIDE = 7, 17
@@ -42,7 +42,7 @@ _DAMAGED = (
     struct.error,
     pickle.UnpicklingError,
 )
-"""What torch raises for files with flipped bits or a cut end."""
+"""What torch raises for corrupted or truncated files."""
 
 
 class Features(NamedTuple):
@@ -73,7 +73,7 @@ class ConvUnit(nn.Module):
 
 
 def _mean_pool(x_BCYX: Tensor) -> Tensor:
-    """3 x 3 mean over the pixels that exist: padding does not count, as in the graph."""
+    """3 x 3 mean without padding, as in the graph."""
     return F.avg_pool2d(x_BCYX, 3, stride=1, padding=1, count_include_pad=False)
 
 
@@ -188,7 +188,7 @@ class Mixed8(nn.Module):
 
 
 class Inception(nn.Module):
-    """uint8 pictures to :class:`Features`; ``digest`` is the SHA-256 of the weight file, empty without one."""
+    """uint8 images to :class:`Features`; ``digest`` is the SHA-256 of the weight file, empty without one."""
 
     digest = ""
 
@@ -214,18 +214,18 @@ class Inception(nn.Module):
 
     @property
     def published(self) -> bool:
-        """Whether the weights are those that published scores were computed with."""
+        """Whether these are the weights of published scores."""
         return self.digest.startswith(PUBLISHED_SHA256)
 
     @torch.no_grad()
-    def forward(self, pictures_BYXC: Tensor) -> Features:
-        """Features of uint8 pictures ``(B, Y, X, 3)`` of any size.
+    def forward(self, images_BYXC: Tensor) -> Features:
+        """Features of uint8 images ``(B, Y, X, 3)`` of any size.
 
         sFID's are the first 7 channels of the graph's ``mixed_6/conv``, which is ``Mixed_6d.branch1x1`` here,
-        as in the ADM suite. TF32 is off: it would move the scores.
+        as in the ADM suite. TF32 is off, since it would change the scores.
         """
         device = self.fc.weight.device
-        x = resize_tf1(pictures_BYXC.to(device).permute(0, 3, 1, 2).float(), (SIDE, SIDE))
+        x = resize_tf1(images_BYXC.to(device).permute(0, 3, 1, 2).float(), (SIDE, SIDE))
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3((x - 128) / 128)))
             x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, stride=2)))
@@ -239,12 +239,12 @@ class Inception(nn.Module):
 
     @torch.no_grad()
     def class_scores(self, pool_BF: Tensor) -> Tensor:
-        """Logits (B, 1008) without bias, whose softmax the Inception score is computed from in the ADM suite."""
+        """Logits (B, 1008) without bias, of the Inception score, as in the ADM suite."""
         return F.linear(pool_BF, self.fc.weight)
 
 
 def resize_tf1(x_BCYX: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bilinear resize as TensorFlow 1 has it: output i reads position i * in / out, without antialiasing."""
+    """Bilinear resize as in TensorFlow 1: output i reads position i * in / out, without antialiasing."""
     low_x, high_x, at_x = _taps(x_BCYX.shape[3], size[1], x_BCYX)
     low_y, high_y, at_y = _taps(x_BCYX.shape[2], size[0], x_BCYX)
     left, right = x_BCYX[..., low_x], x_BCYX[..., high_x]
@@ -254,7 +254,7 @@ def resize_tf1(x_BCYX: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _taps(source: int, target: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Lower and upper source index of each target position, and where it lies between them."""
+    """Lower and upper source index of each target position, and the interpolation weight."""
     scale = torch.tensor(source, dtype=like.dtype) / target
     position = torch.arange(target, dtype=like.dtype) * scale
     low = position.floor()
@@ -266,8 +266,8 @@ def _taps(source: int, target: int, like: Tensor) -> tuple[Tensor, Tensor, Tenso
 def load_inception(path: Path, device: torch.device) -> Inception:
     """The network with the weights of ``path``, on ``device``.
 
-    Raises :class:`ConfigError` that says which file is needed and where it is published, if ``path`` is
-    missing, not a file of tensors, or holds other names or shapes. Nothing in the file is executed.
+    Raises :class:`ConfigError` with the name and URL of the published file if ``path`` is missing, not a file of
+    tensors, or has other names or shapes. No code in the file is executed.
     """
     if not path.is_file():
         raise ConfigError(f"Inception weights {path}: no such file. {_hint()}")
@@ -277,29 +277,29 @@ def load_inception(path: Path, device: torch.device) -> Inception:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(f"Inception weights {path}: not a file of tensors ({reason}). {_hint()}") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ConfigError(f"Inception weights {path}: not a table of tensors. {_hint()}")
+        raise ConfigError(f"Inception weights {path}: not a dict of tensors. {_hint()}")
     with torch.device("meta"):
         model = Inception()
-    # Counters of training batches, which older torch did not write and inference does not read.
-    wanted = {name: t for name, t in model.state_dict().items() if not name.endswith("num_batches_tracked")}
-    found = {name: t for name, t in state.items() if not str(name).endswith("num_batches_tracked")}
-    _check_names(path, found, wanted)
+    # Older torch did not save these counters, and inference does not use them.
+    expected = {name: t for name, t in model.state_dict().items() if not name.endswith("num_batches_tracked")}
+    actual = {name: t for name, t in state.items() if not str(name).endswith("num_batches_tracked")}
+    _check_names(path, actual, expected)
     model = model.to_empty(device="cpu")
-    model.load_state_dict(found, strict=False)
+    model.load_state_dict(actual, strict=False)
     with path.open("rb") as file:
         model.digest = hashlib.file_digest(file, "sha256").hexdigest()
     return model.eval().requires_grad_(False).to(device)
 
 
-def _check_names(path: Path, found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    missing, unknown = sorted(wanted.keys() - found.keys()), sorted(map(str, found.keys() - wanted.keys()))
+def _check_names(path: Path, actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    missing, unknown = sorted(expected.keys() - actual.keys()), sorted(map(str, actual.keys() - expected.keys()))
     shapes = [
-        f"{name} {tuple(found[name].shape)}, not {tuple(tensor.shape)}"
-        for name, tensor in wanted.items()
-        if name in found and found[name].shape != tensor.shape
+        f"{name} {tuple(actual[name].shape)}, not {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in actual and actual[name].shape != tensor.shape
     ]
     problems = [
-        f"{len(names)} tensors {kind}, as {', '.join(names[:2])}"
+        f"{len(names)} tensors {kind}, such as {', '.join(names[:2])}"
         for kind, names in (("missing", missing), ("unknown", unknown), ("of another shape", shapes))
         if names
     ]
@@ -308,4 +308,4 @@ def _check_names(path: Path, found: dict[str, Tensor], wanted: dict[str, Tensor]
 
 
 def _hint() -> str:
-    return f"Needed is {WEIGHTS_NAME}, published at {WEIGHTS_URL}; give its path"
+    return f"Expected {WEIGHTS_NAME}: download it from {WEIGHTS_URL}"

@@ -1,7 +1,7 @@
-"""``.npz`` files of pictures and statistics, written and read piece by piece.
+"""``.npz`` files of images and statistics, streamed.
 
-A file of 50,000 pictures of 256 pixels has 9.8 GB: one array ``arr_0`` in uint8, (P, Y, X, 3), as the ADM suite
-reads it. Nothing is unpickled; an array of another type or shape than is expected is refused before it is read.
+A file of 50,000 images of 256 pixels has 9.8 GB: one array ``arr_0`` in uint8, (P, Y, X, 3), the layout of the ADM
+suite. Nothing is unpickled; an array of another dtype or shape is refused before it is read.
 """
 
 import struct
@@ -18,29 +18,29 @@ import numpy as np
 from data_pipeline.storage.files import atomic_path
 from deco_scale.errors import RunError
 
-PICTURES = "arr_0"
+IMAGES_KEY = "arr_0"
 _CHUNK = 1 << 24
 
 
 def write_images(path: Path, shape: tuple[int, int, int, int], pieces: Iterable[Any]) -> None:
-    """Write ``arr_0`` of ``shape`` from ``pieces`` (p, Y, X, 3) in order; appears whole or not at all.
+    """Write ``arr_0`` of ``shape`` from ``pieces`` (p, Y, X, 3) in order, atomically.
 
-    Equal pictures give equal bytes. Raises ``ValueError`` where the pieces do not make up the shape,
-    :class:`RunError` where the disk refuses.
+    The same images give the same bytes. Raises ``ValueError`` if the pieces do not add up to the shape,
+    :class:`RunError` if the disk refuses.
     """
     try:
         with atomic_path(path) as partial:
             with partial.open("wb") as file:
                 written = _write_archive(file, shape, pieces)
             if written != shape[0]:
-                raise ValueError(f"{written} pictures in a file of {shape[0]}")
+                raise ValueError(f"{written} images in a file of {shape[0]}")
     except OSError as error:
         raise RunError(f"{path}: {error.strerror}") from error
 
 
 def _write_archive(file: BinaryIO, shape: tuple[int, int, int, int], pieces: Iterable[Any]) -> int:
-    """The archive without compression; the number of pictures in it."""
-    entry = zipfile.ZipInfo(f"{PICTURES}.npy", date_time=(1980, 1, 1, 0, 0, 0))
+    """Write the archive without compression; returns the number of images."""
+    entry = zipfile.ZipInfo(f"{IMAGES_KEY}.npy", date_time=(1980, 1, 1, 0, 0, 0))
     written = 0
     with (
         zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive,
@@ -57,40 +57,40 @@ def _write_archive(file: BinaryIO, shape: tuple[int, int, int, int], pieces: Ite
 
 
 def array_names(path: Path) -> list[str]:
-    """Names of the arrays of a file; raises :class:`RunError` where it is no ``.npz``."""
+    """Names of the arrays of a file; raises :class:`RunError` if it is not an ``.npz``."""
     with _archive(path) as archive:
         return [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
 
 
 def read_floats(path: Path, name: str, shape: tuple[int, ...]) -> Any:
-    """Array ``name`` in float64; raises :class:`RunError` where it has another shape or is not of floats."""
-    with _member(path, name) as (member, found, dtype):
-        if found != shape or dtype.kind != "f" or dtype.itemsize > 8:
-            raise RunError(f"{path}: {name} is {dtype} {found}, expected floats {shape}")
+    """Array ``name`` in float64; raises :class:`RunError` if it has another shape or no float dtype."""
+    with _member(path, name) as (member, actual, dtype):
+        if actual != shape or dtype.kind != "f" or dtype.itemsize > 8:
+            raise RunError(f"{path}: {name} is {dtype} {actual}, expected floats {shape}")
         raw = _read(member, prod(shape) * dtype.itemsize, path, name)
         return np.frombuffer(raw, dtype).reshape(shape).astype(np.float64)
 
 
 def images_shape(path: Path) -> tuple[int, int, int, int]:
-    """Shape (P, Y, X, 3) of a file's pictures; raises :class:`RunError` where it has none in uint8."""
-    with _member(path, PICTURES) as (_, shape, dtype):
+    """Shape (P, Y, X, 3) of a file's images; raises :class:`RunError` if it has none in uint8."""
+    with _member(path, IMAGES_KEY) as (_, shape, dtype):
         return _checked(path, shape, dtype)
 
 
 def read_images(path: Path, batch: int) -> Iterator[Any]:
-    """Pictures (p, Y, X, 3) in order, ``batch`` at a time; raises :class:`RunError` for a damaged file."""
-    with _member(path, PICTURES) as (member, found, dtype):
-        count, *rest = _checked(path, found, dtype)
+    """Images (p, Y, X, 3) in order, ``batch`` at a time; raises :class:`RunError` for a damaged file."""
+    with _member(path, IMAGES_KEY) as (member, actual, dtype):
+        count, *rest = _checked(path, actual, dtype)
         for start in range(0, count, batch):
             size = min(batch, count - start)
-            raw = _read(member, size * prod(rest), path, PICTURES)
+            raw = _read(member, size * prod(rest), path, IMAGES_KEY)
             yield np.frombuffer(raw, np.uint8).reshape(size, *rest)
 
 
 def _checked(path: Path, shape: Sequence[int], dtype: np.dtype[Any]) -> tuple[int, int, int, int]:
     if len(shape) != 4 or shape[3] != 3 or min(shape) < 1 or dtype != np.uint8:
         raise RunError(
-            f"{path}: {PICTURES} is {dtype} {tuple(shape)}, expected uint8 (pictures, height, width, 3)"
+            f"{path}: {IMAGES_KEY} is {dtype} {tuple(shape)}, expected uint8 (images, height, width, 3)"
         )
     return shape[0], shape[1], shape[2], shape[3]
 
@@ -108,28 +108,29 @@ def _archive(path: Path) -> Iterator[zipfile.ZipFile]:
 
 @contextmanager
 def _member(path: Path, name: str) -> Iterator[tuple[IO[bytes], tuple[int, ...], np.dtype[Any]]]:
-    """An array's bytes, shape and type."""
+    """An array's bytes, shape and dtype."""
     with _archive(path) as archive:
         if f"{name}.npy" not in archive.namelist():
             raise RunError(f"{path} has no array {name}; it has {', '.join(archive.namelist()[:8])}")
         with archive.open(f"{name}.npy") as member:
             try:
                 version = np.lib.format.read_magic(member)
-                if version not in ((1, 0), (2, 0)):
+                readers = {
+                    (1, 0): np.lib.format.read_array_header_1_0,
+                    (2, 0): np.lib.format.read_array_header_2_0,
+                }
+                if version not in readers:
                     raise ValueError(f"version {version} of the .npy format")
-                read = np.lib.format.read_array_header_1_0
-                shape, fortran, dtype = (read if version == (1, 0) else np.lib.format.read_array_header_2_0)(
-                    member
-                )
+                shape, fortran, dtype = readers[version](member)
             except ValueError as error:
                 raise RunError(f"{path}: {name} is damaged: {error}") from error
             if fortran or dtype.hasobject:
-                raise RunError(f"{path}: {name} is in Fortran order or holds objects; save it as a plain array")
+                raise RunError(f"{path}: {name} is in Fortran order or has objects; save it as a plain array")
             yield member, shape, dtype
 
 
 def _read(member: IO[bytes], size: int, path: Path, name: str) -> bytearray:
-    """Exactly ``size`` bytes, taken in chunks so that a false header does not reserve memory."""
+    """Exactly ``size`` bytes, read in chunks so that a false header cannot allocate memory."""
     data = bytearray()
     while len(data) < size:
         part = member.read(min(_CHUNK, size - len(data)))

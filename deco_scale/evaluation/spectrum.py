@@ -1,11 +1,11 @@
-"""DCT spectra of what a denoiser computes: its DiT's tokens, and the velocity that it predicts.
+"""DCT spectra of a denoiser: of its DiT's tokens and of its predicted velocity.
 
 Source: DeCo (arXiv 2511.19365), figure 4, section 3.4 and algorithm 3 (appendix E.3): 8 x 8 DCT blocks of the
 DiT's output, as a grid of tokens with D channels, and of the predicted velocity; squared coefficients in zig-zag
-order, averaged over blocks, pictures and all steps of sampling; curves are log(1 + energy) over their maximum.
+order, averaged over blocks, images and all steps of sampling; curves are log(1 + energy) over their maximum.
 
-Where the text is silent: the DCT is orthonormal, so the 64 mean energies average to the mean square; blocks do
-not overlap, and rows and columns beyond the last whole block are left out; every channel counts alike, those of
+What the paper leaves open: the DCT is orthonormal, so the 64 mean energies average to the mean square; blocks do
+not overlap, and rows and columns after the last full block are dropped; all channels have equal weight, those of
 the velocity being R, G, B; the DiT's output is the tokens after the last DiT block, for every kind of model,
 before what turns them into pixels (activation and decoder, or the baseline's final layer); no guidance.
 
@@ -29,35 +29,35 @@ from deco_scale.sampling import SamplerConfig, VelocityFn, sample
 
 FREQUENCIES = BLOCK * BLOCK
 SIGNALS = ("dit_output", "velocity")
-"""What is transformed, as named in tables and figures."""
+"""Signals that are transformed, as named in tables and figures."""
 
 
 def zigzag() -> list[tuple[int, int]]:
-    """(Row, column) of the 64 frequencies of a block from low to high, as ITU-T T.81 figure A.6 has them."""
+    """(Row, column) of the 64 frequencies of a block from low to high, in the order of ITU-T T.81, figure A.6."""
 
-    def place(frequency: tuple[int, int]) -> tuple[int, int]:
+    def order(frequency: tuple[int, int]) -> tuple[int, int]:
         diagonal = sum(frequency)
         # Odd diagonals are walked downwards, even ones upwards.
         return diagonal, frequency[0] if diagonal % 2 else frequency[1]
 
-    return sorted(((u, v) for u in range(BLOCK) for v in range(BLOCK)), key=place)
+    return sorted(((u, v) for u in range(BLOCK) for v in range(BLOCK)), key=order)
 
 
 def block_energies(image_MCYX: Tensor) -> Tensor:
     """Mean squared DCT coefficient of each frequency, ``(64,)`` in float64 and zig-zag order.
 
-    Raises ``ValueError`` for images without one whole block.
+    Raises ``ValueError`` for images smaller than a block.
     """
     rows, cols = (side // BLOCK * BLOCK for side in image_MCYX.shape[-2:])
     if not rows or not cols:
-        raise ValueError(f"no whole {BLOCK} x {BLOCK} block in {image_MCYX.shape[-2]} x {image_MCYX.shape[-1]}")
+        raise ValueError(f"no full {BLOCK} x {BLOCK} block in {image_MCYX.shape[-2]} x {image_MCYX.shape[-1]}")
     coefficients = block_dct(image_MCYX[..., :rows, :cols].float())
     energy = coefficients.square().double().mean(dim=(0, 1, 2, 3)).flatten().cpu()
     return energy[torch.tensor([u * BLOCK + v for u, v in zigzag()])]
 
 
 def normalised(energy_K: Tensor) -> Tensor:
-    """log(1 + energy) over the largest such value of the last axis; zeros where there is no energy at all."""
+    """log(1 + energy) divided by its maximum over the last axis; zeros if there is no energy."""
     logarithm = energy_K.log1p()
     return logarithm / logarithm.amax(dim=-1, keepdim=True).clamp_min(torch.finfo(energy_K.dtype).tiny)
 
@@ -67,17 +67,17 @@ class Spectrum(NamedTuple):
 
     times: list[float]
     energies: dict[str, Tensor]
-    pictures: int
+    num_images: int
 
     def overall(self, signal: str) -> Tensor:
-        """Mean over the times, each of which saw the same pictures, ``(64,)``."""
+        """Mean over the times, ``(64,)``; each time has the same images."""
         return self.energies[signal].mean(dim=0)
 
 
-class Probe:
-    """A velocity function that keeps the spectra of each call; a context, since it hooks the last DiT block.
+class SpectrumProbe:
+    """A velocity that records the spectra of each call; as a context manager it hooks the last DiT block.
 
-    It may be called at ``times`` only, and with any pictures. ``velocity`` must call ``denoiser`` once.
+    It may only be called at ``times``. ``velocity`` must call ``denoiser`` once.
     """
 
     def __init__(self, denoiser: Denoiser, velocity: VelocityFn, *, times: Tensor) -> None:
@@ -87,9 +87,9 @@ class Probe:
         self._sums = {name: torch.zeros(len(self._times), FREQUENCIES, dtype=torch.float64) for name in SIGNALS}
         self._counts = torch.zeros(len(self._times), dtype=torch.int64)
         self._tokens_BND: Tensor | None = None
-        self._hook = denoiser.blocks[-1].register_forward_hook(self._keep)
+        self._hook = denoiser.blocks[-1].register_forward_hook(self._record)
 
-    def __enter__(self) -> "Probe":
+    def __enter__(self) -> "SpectrumProbe":
         return self
 
     def __exit__(
@@ -111,31 +111,33 @@ class Probe:
         return velocity
 
     def spectrum(self) -> Spectrum:
-        """What was seen so far; raises ``ValueError`` where some time saw fewer pictures than another."""
+        """The spectrum so far; raises ``ValueError`` if the times have different numbers of images."""
         low, high = int(self._counts.min()), int(self._counts.max())
         if low != high or not low:
-            raise ValueError(f"between {low} and {high} pictures at the {len(self._times)} times")
+            raise ValueError(f"between {low} and {high} images at the {len(self._times)} times")
         means = {name: sums / low for name, sums in self._sums.items()}
         return Spectrum([float(t) for t in self._times], means, low)
 
-    def _keep(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
+    def _record(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
         self._tokens_BND = output.detach()
 
 
 @torch.no_grad()
-def probe_samples(probe: Probe, noise: Tensor, condition: Tensor, null: Tensor, *, sampler: SamplerConfig) -> None:
-    """Sample without guidance and keep the spectra of every step; ``probe`` has the times of ``sampler``.
+def probe_samples(
+    probe: SpectrumProbe, noise: Tensor, condition: Tensor, null: Tensor, *, sampler: SamplerConfig
+) -> None:
+    """Sample without guidance and record the spectra of every step; ``probe`` has the times of ``sampler``.
 
-    Raises ``ValueError`` for a sampler with guidance, or other than Euler's, which calls the model once a step.
+    Raises ``ValueError`` for a sampler with guidance or other than Euler, which calls the model once per step.
     """
     if sampler.guidance != 1.0 or sampler.solver != "euler":
-        raise ValueError(f"spectra are of Euler steps without guidance, not of {sampler}")
+        raise ValueError(f"spectra need Euler steps without guidance, not {sampler}")
     sample(probe, noise, condition, null.expand_as(condition), sampler)
 
 
 @torch.no_grad()
-def probe_pictures(probe: Probe, image: Tensor, noise: Tensor, condition: Tensor, *, times: Tensor) -> None:
-    """Keep the spectra for pictures ``(B, C, Y, X)`` in [-1, 1], noised to each of ``times``."""
+def probe_images(probe: SpectrumProbe, image: Tensor, noise: Tensor, condition: Tensor, *, times: Tensor) -> None:
+    """Record the spectra of images ``(B, C, Y, X)`` in [-1, 1], noised to each of ``times``."""
     for t in times.to(image.device):
         t_B = t.expand(len(image))
         probe(noised(image, noise, t_B), t_B, condition)
@@ -145,7 +147,7 @@ def write_csv(path: Path, spectra: Mapping[str, Spectrum]) -> None:
     """A row per label, signal, time and frequency, and rows with an empty time for the mean over the times.
 
     Columns: label, signal, time, index (zig-zag, from 0), row and column of the frequency in its block, energy
-    (mean squared coefficient), normalised (0 to 1, as the paper's figure has it).
+    (mean squared coefficient), normalised (0 to 1, as in the paper's figure).
     """
     with path.open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
@@ -176,13 +178,13 @@ def draw(path: Path, spectra: Mapping[str, Spectrum]) -> None:
     for i, (label, spectrum) in enumerate(spectra.items()):
         for signal, style in zip(SIGNALS, ("-", "--"), strict=True):
             shown = normalised(spectrum.overall(signal)).numpy()
-            curves.plot(range(FREQUENCIES), shown, style, color=f"C{i}", label=f"{_named(signal)} ({label})")
+            curves.plot(range(FREQUENCIES), shown, style, color=f"C{i}", label=f"{_title(signal)} ({label})")
         for column, signal in enumerate(SIGNALS):
             axes = figure.add_subplot(grid[1 + i, column])
             energy_TK = normalised(spectrum.energies[signal]).numpy()
             edges = _edges(spectrum.times)
             mesh = axes.pcolormesh(range(FREQUENCIES + 1), edges, energy_TK, vmin=0, vmax=1, cmap="viridis")
-            axes.set(title=f"{_named(signal)} ({label})", xlabel="frequency, zig-zag order", ylabel="time t")
+            axes.set(title=f"{_title(signal)} ({label})", xlabel="frequency, zig-zag order", ylabel="time t")
             figure.colorbar(mesh, ax=axes)
     curves.set(
         xlabel="frequency, zig-zag order (low to high)",
@@ -195,10 +197,10 @@ def draw(path: Path, spectra: Mapping[str, Spectrum]) -> None:
     figure.savefig(path, dpi=130)
 
 
-def _named(signal: str) -> str:
+def _title(signal: str) -> str:
     return {"dit_output": "DiT output", "velocity": "pixel velocity"}[signal]
 
 
 def _edges(times: list[float]) -> list[float]:
-    """Borders of the rows of a map: half-way between neighbouring times, 0 and 1 at the ends."""
+    """Row boundaries of a map: midpoints of neighbouring times, 0 and 1 at the ends."""
     return [0.0, *((a + b) / 2 for a, b in zip(times, times[1:], strict=False)), 1.0]

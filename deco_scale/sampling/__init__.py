@@ -1,13 +1,13 @@
-"""From noise and a condition to pictures; the model is a callable here."""
+"""Sampling: from noise and a condition to images; the model is a callable."""
 
 from deco_scale.sampling.config import SamplerConfig
-from deco_scale.sampling.generate import Generator, SampleRequest
+from deco_scale.sampling.generate import ImageGenerator, SampleRequest
 from deco_scale.sampling.guidance import Guidance, VelocityFn, guided_velocity
 from deco_scale.sampling.samplers import integrate, sample, time_grid
 
 __all__ = [
-    "Generator",
     "Guidance",
+    "ImageGenerator",
     "SampleRequest",
     "SamplerConfig",
     "VelocityFn",

@@ -1,12 +1,11 @@
 """CUDA graphs for functions of tensors without gradients: one launch instead of thousands. Not yet run on a GPU.
 
-A sampler calls the model with the same one or two shapes over and over (with and without guidance), and a small
-batch may compute faster than the host can launch its kernels. ``Graphed(velocity_of(...), device)`` takes the
-place of a velocity; the model must be unsharded.
+A sampler calls the model again and again with the same one or two shapes (with and without guidance), and a small
+batch may compute faster than the host can launch its kernels. ``CudaGraphedVelocity(velocity_of(...), device)``
+replaces a velocity; the model must be unsharded.
 
-Not for training steps: FSDP gathers weights into memory that it allocates anew for each use, which a graph's fixed
-addresses exclude even on one rank, and gradients accumulated in a graph's memory are overwritten by its next
-replay.
+Not for training steps: FSDP gathers weights into newly allocated memory each time, but a graph needs fixed
+addresses, and gradients accumulated in a graph's memory are overwritten by its next replay.
 """
 
 from collections.abc import Callable
@@ -28,11 +27,9 @@ class _Capture(NamedTuple):
 class CudaGraphedVelocity:
     """Captures ``function`` once for each set of input shapes and types, then replays.
 
-    The function must not read values on the host, and what it uses besides its inputs (weights) must stay where it
-    is in memory; changes of values there are seen. Graphs share one pool of memory, so they must not run at the
-    same time. Outputs are copies that later calls leave alone.
-
-    Raises ``ValueError`` on anything but a GPU.
+    The function must not read values on the host, and its weights must keep their addresses (their values may
+    change). Graphs share one memory pool, so they must not run at the same time. Outputs are copies that later
+    calls do not change. Raises ``ValueError`` if ``device`` is not a GPU.
     """
 
     def __init__(self, function: Callable[..., Tensor], device: torch.device) -> None:
@@ -48,20 +45,20 @@ class CudaGraphedVelocity:
         capture = self._captures.get(key)
         if capture is None:
             capture = self._captures[key] = self._capture(inputs)
-        for held, value in zip(capture.inputs, inputs, strict=True):
-            held.copy_(value)
+        for static, value in zip(capture.inputs, inputs, strict=True):
+            static.copy_(value)
         capture.graph.replay()
         return capture.output.clone()
 
     def _capture(self, inputs: tuple[Tensor, ...]) -> _Capture:
-        held = [value.to(self._device).clone(memory_format=torch.contiguous_format) for value in inputs]
+        static = [value.to(self._device).clone(memory_format=torch.contiguous_format) for value in inputs]
         here, aside = torch.cuda.current_stream(self._device), torch.cuda.Stream(self._device)
         aside.wait_stream(here)
         with torch.cuda.stream(aside):
             for _ in range(WARM_UPS):
-                self._function(*held)
+                self._function(*static)
         here.wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            output = self._function(*held)
-        return _Capture(graph, held, output)
+            output = self._function(*static)
+        return _Capture(graph, static, output)

@@ -1,8 +1,8 @@
-"""Pictures from jobs: one trained model with its text encoder, whatever computes behind it.
+"""Images from requests: one trained model with its text encoder, whatever computes behind it.
 
-Commands, evaluations and the grids of a training run all draw with :class:`Generator`. A picture depends on its
-job, the size and the sampler; not on the other jobs of a call, their order, the batch or the processes, up to the
-order in which floating-point sums are taken.
+Commands, evaluations and the sample images of a training run all use :class:`ImageGenerator`. An image depends on
+its request, the size and the sampler; not on the other requests of a call, their order, the batch or the number of
+processes, up to the order of floating-point sums.
 
 Shape letters: B batch, L text tokens, T text width, Y X pixels.
 """
@@ -20,18 +20,17 @@ from deco_scale.sampling.guidance import VelocityFn
 from deco_scale.sampling.images import generate_images
 
 EncodeFn = Callable[[Sequence[str]], Tensor]
-"""Text states ``(B, L, T)`` of captions."""
+"""Text embeddings ``(B, L, T)`` of captions; those of the empty caption are the null condition."""
 
 MAX_PATCHES = 16_384
-"""Patches of a picture, 2048 x 2048 pixels at patch 16: attention's time grows with their square."""
+"""Patches of an image, 2048 x 2048 pixels at patch 16: the time of attention grows with their square."""
 
 
 class SampleRequest(NamedTuple):
-    """One picture to draw.
+    """One image to generate.
 
-    ``condition`` is a prompt or a class number, ``index`` the picture's number among those of the prompt (for its
-    name; nothing is drawn from it), ``seed`` the seed of its noise. ``negative`` takes the place of the empty
-    prompt in the guidance of this picture.
+    ``condition`` is a prompt or a class number, ``index`` the image's number among those of the prompt (for names
+    only), ``seed`` the seed of its noise. ``negative`` takes the place of the empty prompt in the guidance.
     """
 
     condition: str | int
@@ -40,36 +39,42 @@ class SampleRequest(NamedTuple):
     negative: str = ""
 
 
+GenerateFn = Callable[[Sequence[SampleRequest]], Iterator[tuple[SampleRequest, Any]]]
+"""Requests to (request, uint8 image (Y, X, 3)), in order: :meth:`ImageGenerator.images` with its options set."""
+
+
 def check_size(size: tuple[int, int], patch_size: int) -> None:
-    """Raise ``ValueError`` for a (height, width) in pixels that a model of this patch size cannot draw."""
+    """Raise ``ValueError`` for a (height, width) in pixels that a model of this patch size cannot generate."""
     height, width = size
     if height < 1 or width < 1 or height % patch_size or width % patch_size:
         raise ValueError(f"size {height}x{width}: both sides must be positive multiples of {patch_size}")
     patches = (height // patch_size) * (width // patch_size)
     if patches > MAX_PATCHES:
-        raise ValueError(f"size {height}x{width} has {patches} patches of {patch_size}, at most {MAX_PATCHES} fit")
+        raise ValueError(
+            f"size {height}x{width} has {patches} patches of {patch_size}, the maximum is {MAX_PATCHES}"
+        )
 
 
-def check_requests(jobs: Iterable[SampleRequest], model: ModelConfig) -> None:
-    """Raise ``ValueError`` naming the first job that the model cannot draw."""
-    for job in jobs:
+def check_requests(requests: Iterable[SampleRequest], model: ModelConfig) -> None:
+    """Raise ``ValueError`` naming the first request that does not fit the model."""
+    for request in requests:
         if model.kind == "t2i_deco":
-            if not isinstance(job.condition, str):
-                raise ValueError(f"a {model.kind} model draws prompts, not {job.condition!r}")
-        elif not isinstance(job.condition, int) or not 0 <= job.condition < model.num_classes:
+            if not isinstance(request.condition, str):
+                raise ValueError(f"a {model.kind} model takes prompts, not {request.condition!r}")
+        elif not isinstance(request.condition, int) or not 0 <= request.condition < model.num_classes:
             raise ValueError(
-                f"a {model.kind} model draws classes from 0 to {model.num_classes - 1}, not {job.condition!r}"
+                f"a {model.kind} model takes classes from 0 to {model.num_classes - 1}, not {request.condition!r}"
             )
-        elif job.negative:
-            raise ValueError(f"a {model.kind} model takes no negative prompt, got {job.negative!r}")
+        elif request.negative:
+            raise ValueError(f"a {model.kind} model takes no negative prompt, got {request.negative!r}")
 
 
-class Generator:
-    """A model as something that draws jobs.
+class ImageGenerator:
+    """A model with its conditions, which turns requests into images.
 
-    ``velocity`` maps (images, times, conditions) to velocities on ``device``. Text models give ``encode`` and the
-    ``null`` states (L, T) of the empty prompt, class models the null class as a 0-dim ``null`` and no ``encode``.
-    ``digest`` and ``step`` say which weights these are.
+    ``velocity`` maps (images, times, conditions) to velocities on ``device``. Text models need ``encode`` and, as
+    ``null``, the embedding (L, T) of the empty prompt; class models no ``encode`` and the 0-dim null class.
+    ``digest`` and ``step`` identify the weights.
     """
 
     def __init__(
@@ -94,97 +99,97 @@ class Generator:
 
     @property
     def null(self) -> Tensor:
-        """What stands for no condition, (L, T) or a 0-dim class; a copy, so that no caller can change it."""
+        """The null condition, (L, T) or a 0-dim class; a copy, so that no caller can change it."""
         return self._null.clone()
 
     def encode(self, texts: Sequence[str]) -> Tensor:
-        """States ``(B, L, T)`` in fp32; raises ``ValueError`` for a class model."""
+        """Text embeddings ``(B, L, T)`` in fp32; raises ``ValueError`` for a class model."""
         if self._encode is None:
-            raise ValueError(f"a {self.kind} model draws classes and encodes no text")
+            raise ValueError(f"a {self.kind} model takes classes and encodes no text")
         return self._encode(texts).to(self.device).float()
 
     def images(
         self,
-        jobs: Sequence[SampleRequest],
+        requests: Sequence[SampleRequest],
         *,
         size: tuple[int, int],
         sampler: SamplerConfig,
         batch: int,
         on_step: Callable[[int, int], None] | None = None,
     ) -> Iterator[tuple[SampleRequest, Any]]:
-        """Each job with its picture, uint8 (Y, X, 3), in the order of the jobs, ``batch`` at a time.
+        """Each request with its image, uint8 (Y, X, 3), in order, ``batch`` at a time.
 
-        ``size`` is (height, width) in pixels. Each different text of the call is encoded once, with the first
-        batch that needs it, and let go after the last. ``on_step(done, total)`` is called after each step of the
-        solver, counted over all batches. Raises ``ValueError`` at once for a job, size or batch that cannot be.
+        ``size`` is (height, width) in pixels. Each distinct text of the call is encoded once, with the first batch
+        that needs it, and freed after the last. ``on_step(done, total)`` is called after each solver step, counted
+        over all batches. An impossible request, size or batch raises ``ValueError`` before anything is generated.
         """
-        check_requests(jobs, self.model)
+        check_requests(requests, self.model)
         check_size(size, self.patch_size)
         if batch < 1:
             raise ValueError(f"batch={batch} must be at least 1")
-        return self._draw(jobs, size, sampler, batch, on_step)
+        return self._generate(requests, size, sampler, batch, on_step)
 
-    def _draw(
+    def _generate(
         self,
-        jobs: Sequence[SampleRequest],
+        requests: Sequence[SampleRequest],
         size: tuple[int, int],
         sampler: SamplerConfig,
         batch: int,
         on_step: Callable[[int, int], None] | None,
     ) -> Iterator[tuple[SampleRequest, Any]]:
-        texts = _Texts(self, jobs)
-        total = -(-len(jobs) // batch) * sampler.num_steps
+        cache = _ConditionCache(self, requests)
+        total = -(-len(requests) // batch) * sampler.num_steps
         done = 0
 
-        def stepped() -> None:
+        def count_step() -> None:
             nonlocal done
             done += 1
             if on_step is not None:
                 on_step(done, total)
 
-        for start in range(0, len(jobs), batch):
-            part = jobs[start : start + batch]
-            condition, null = texts.conditions(part)
+        for start in range(0, len(requests), batch):
+            part = requests[start : start + batch]
+            condition, null = cache.conditions(part)
             images = generate_images(
                 self.velocity,
                 condition,
                 null,
-                [job.seed for job in part],
+                [request.seed for request in part],
                 size=size,
                 cfg=sampler,
                 batch=len(part),
                 channels=self.model.channels,
-                on_step=stepped,
+                on_step=count_step,
             )
             yield from zip(part, images, strict=True)
 
 
-class _Texts:
-    """Conditions of batches; states of texts are kept as long as a later job of the call needs them."""
+class _ConditionCache:
+    """Conditions of batches; a text's embedding stays in memory while a later request of the call needs it."""
 
-    def __init__(self, generator: Generator, jobs: Sequence[SampleRequest]) -> None:
+    def __init__(self, generator: ImageGenerator, requests: Sequence[SampleRequest]) -> None:
         self._generator, self._null = generator, generator.null
-        self._states: dict[str, Tensor] = {}
-        self._left: Counter[str] = Counter()
+        self._embeddings: dict[str, Tensor] = {}
+        self._pending: Counter[str] = Counter()
         if generator.kind == "t2i_deco":
-            self._left.update(text for job in jobs for text in _texts_of(job))
+            self._pending.update(text for request in requests for text in _texts_of(request))
 
-    def conditions(self, jobs: Sequence[SampleRequest]) -> tuple[Tensor, Tensor]:
-        """Conditions of the jobs and what guidance leads away from, of the same shape."""
+    def conditions(self, requests: Sequence[SampleRequest]) -> tuple[Tensor, Tensor]:
+        """Conditions of the requests and the null conditions of their guidance, of the same shape."""
         if self._generator.kind != "t2i_deco":
-            labels = torch.tensor([job.condition for job in jobs], device=self._generator.device)
+            labels = torch.tensor([request.condition for request in requests], device=self._generator.device)
             return labels, self._null.expand_as(labels)
-        wanted = Counter(text for job in jobs for text in _texts_of(job))
-        new = [text for text in wanted if text not in self._states]
+        texts = Counter(text for request in requests for text in _texts_of(request))
+        new = [text for text in texts if text not in self._embeddings]
         if new:
-            self._states.update(zip(new, self._generator.encode(new), strict=True))
-        condition = torch.stack([self._states[str(job.condition)] for job in jobs])
-        null = torch.stack([self._states[job.negative] if job.negative else self._null for job in jobs])
-        self._left -= wanted
-        self._states = {text: states for text, states in self._states.items() if self._left[text] > 0}
+            self._embeddings.update(zip(new, self._generator.encode(new), strict=True))
+        condition = torch.stack([self._embeddings[str(request.condition)] for request in requests])
+        null = torch.stack([self._embeddings[r.negative] if r.negative else self._null for r in requests])
+        self._pending -= texts
+        self._embeddings = {t: embedding for t, embedding in self._embeddings.items() if self._pending[t] > 0}
         return condition, null.to(condition.dtype)
 
 
-def _texts_of(job: SampleRequest) -> list[str]:
-    """What has to be encoded for a job; the empty negative prompt is the null condition."""
-    return [str(job.condition), job.negative] if job.negative else [str(job.condition)]
+def _texts_of(request: SampleRequest) -> list[str]:
+    """The texts to encode for a request; the empty negative prompt is the null condition."""
+    return [str(request.condition), request.negative] if request.negative else [str(request.condition)]

@@ -28,7 +28,7 @@ class Guidance:
     rescale: float = 0.0
 
     def scale_at(self, t: Tensor) -> float:
-        """Guidance weight at the 0-dim time ``t``, compared in fp32 as the release does."""
+        """Guidance weight at the 0-dim time ``t``; times are compared in fp32, as in the release."""
         low, high = torch.tensor([self.interval_min, self.interval_max], dtype=torch.float32)
         now = t.float().cpu()
         below = now <= high if self.closed_above else now < high
@@ -59,14 +59,14 @@ def rescaled(guided: Tensor, v_cond: Tensor, x: Tensor, t: Tensor, amount: float
     """Velocity whose predicted image has partly the standard deviation of the one without guidance.
 
     Lin et al. 2023 (arXiv 2305.08891, section 3.4): image * (amount * std_cond / std_guided + 1 - amount), each
-    deviation over all values of a picture. They scale what their network puts out; here it is the image
+    deviation over all values of an image. They rescale the network's output; here it is the image
     x + (1 - t) * v that a velocity predicts, since overexposure is of the image, and a velocity's own deviation is
     in large part that of the noise, which guidance does not change.
     """
     remaining = 1.0 - t
-    image, wanted = x + remaining * guided, x + remaining * v_cond
-    std, std_wanted = image.flatten(1).std(1), wanted.flatten(1).std(1)
-    # A picture of one colour has no deviation to match.
-    factor = torch.where(std > 0, std_wanted / std, 1.0)
+    image, unguided = x + remaining * guided, x + remaining * v_cond
+    std, std_unguided = image.flatten(1).std(1), unguided.flatten(1).std(1)
+    # An image of one colour has no deviation to match.
+    factor = torch.where(std > 0, std_unguided / std, 1.0)
     factor = (amount * factor + 1.0 - amount).reshape(-1, *([1] * (x.ndim - 1)))
     return (factor * image - x) / remaining

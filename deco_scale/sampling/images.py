@@ -1,6 +1,6 @@
-"""Pictures from a model given as a callable: noise by seed, guidance, solver, uint8, grids.
+"""Images from a model given as a callable: seeded noise, guidance, solver, uint8, grids.
 
-Shape letters: P pictures, C channels, Y X pixels.
+Shape letters: P images, C channels, Y X pixels.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ from deco_scale.sampling.guidance import VelocityFn
 from deco_scale.sampling.samplers import integrate
 
 PredictFn = Callable[[Tensor, Tensor, Tensor, tuple[int, int]], Tensor]
-"""``predict(patches, t, condition, grid)``, as an engine or a plain denoiser offers it."""
+"""``predict(patches, t, condition, grid)``, as of an engine or a plain denoiser."""
 
 
 def velocity_of(
@@ -41,7 +41,7 @@ def velocity_of(
 
 
 def seeded_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> Tensor:
-    """Noise ``(P, C, Y, X)``, each picture from a CPU generator of its own seed."""
+    """Noise ``(P, C, Y, X)``, each image from a CPU generator of its own seed."""
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
@@ -58,7 +58,7 @@ def generate_images(
     channels: int = 3,
     on_step: Callable[[], None] | None = None,
 ) -> Any:
-    """Pictures (P, Y, X, 3) uint8; ``conditions`` (P, ...), and one ``null`` condition or one for each picture.
+    """Uint8 images (P, Y, X, 3) from ``conditions`` (P, ...) and one ``null`` condition, or one per image.
 
     ``on_step`` is called after each step of the solver.
     """
@@ -82,19 +82,19 @@ def to_uint8(x_PCYX: Tensor) -> Any:
     return pixels.permute(0, 2, 3, 1).cpu().numpy()
 
 
-def save_grid(pictures: Any, path: Path, *, columns: int, labels: Sequence[str] = (), scale: int = 1) -> None:
-    """One PNG with all pictures, row by row, each with its label below; appears whole or not at all."""
-    count, height, width, _ = pictures.shape
+def save_grid(images: Any, path: Path, *, columns: int, labels: Sequence[str] = (), scale: int = 1) -> None:
+    """One PNG with all images, row by row, each with its label below; written atomically."""
+    count, height, width, _ = images.shape
     height, width = height * scale, width * scale
     text = 14 if labels else 0
     rows = -(-count // columns)
-    sheet = Image.new("RGB", (columns * (width + 2), rows * (height + text + 2)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for i, pixels in enumerate(pictures):
+    grid = Image.new("RGB", (columns * (width + 2), rows * (height + text + 2)), "white")
+    draw = ImageDraw.Draw(grid)
+    for i, pixels in enumerate(images):
         left, top = (i % columns) * (width + 2), (i // columns) * (height + text + 2)
-        picture = Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST)
-        sheet.paste(picture, (left, top))
+        image = Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST)
+        grid.paste(image, (left, top))
         if labels:
             draw.text((left + 1, top + height), labels[i][: max(1, width // 6)], fill="black")
     with atomic_path(path, durable=False) as partial:
-        sheet.save(partial, format="PNG")
+        grid.save(partial, format="PNG")

@@ -1,8 +1,8 @@
-"""A folder of pictures that several processes fill and that a broken-off command goes on with.
+"""Folders of generated images: atomic files, the settings they were made with, and resuming.
 
-Each picture is a PNG, and a JSON line that says how it was drawn, written in this order: a picture with its line
-is finished. While drawing, each process appends to a file of lines of its own; in the end, or when the next
-command begins, they become one, ``pictures.jsonl``.
+``deco sample`` writes each image as a PNG, then a JSON line that says how it was generated; an image is complete
+once it has both. While sampling, each process appends to its own file of lines; at the end, or at the start of the
+next command, they are merged into ``pictures.jsonl``.
 """
 
 import fcntl
@@ -13,22 +13,69 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from data_pipeline.storage.files import atomic_write
 from deco_scale.checkpoint.format import NO_LOCKS
 from deco_scale.errors import ConfigError, RunError
 
+SETTINGS = "settings.json"
 LINES = "pictures.jsonl"
 _PARTS = "pictures.part*.jsonl"
 _LOCK = ".pictures.lock"
 
 Record = dict[str, Any]
-"""What a JSON line says of a picture: ``file``, its job, and the settings that all pictures of a folder share."""
+"""One JSON line: ``file``, the request, and the settings that all images of a folder share."""
 
 
-class PictureFolder:
-    """One process's view of the folder; :meth:`open` and :meth:`finish` are for one process, before and after."""
+def write_file(path: Path, data: bytes, *, scratch: Path | None = None, shared: bool = True) -> None:
+    """:func:`~data_pipeline.storage.files.atomic_write` that raises :class:`RunError` if the disk refuses."""
+    try:
+        atomic_write(path, data, scratch=scratch, shared=shared)
+    except OSError as error:
+        raise RunError(f"{path} could not be written: {error.strerror}") from error
+
+
+def encode_png(pixels_YXC: Any) -> bytes:
+    """An uint8 image (Y, X, 3) as PNG."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels_YXC).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def encode_npy(array: Any) -> bytes:
+    """An array as ``.npy``."""
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return buffer.getvalue()
+
+
+def claim_folder(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Write ``settings.json``, or check that the folder has the same settings.
+
+    Raises :class:`ConfigError` naming each difference, so that one folder never mixes two models or samplers.
+    """
+    path = folder / SETTINGS
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            return write_file(path, json.dumps(settings, indent=1).encode())
+        actual = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"--out {folder}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is damaged ({error}); choose another --out") from error
+    if not isinstance(actual, dict):
+        raise ConfigError(f"{path} is not a JSON object; choose another --out")
+    # Both ways: a setting that only one of the two has is a difference as well.
+    differences = _differences(actual, dict.fromkeys(actual) | _as_read(settings))
+    if differences:
+        raise ConfigError(f"--out {folder} has other settings: {'; '.join(differences)}: choose another --out")
+
+
+class ImageFolder:
+    """One process's view of a folder; only one process calls :meth:`open` (at the start) and :meth:`finish`."""
 
     def __init__(self, folder: Path, *, rank: int) -> None:
         self.path = folder
@@ -36,7 +83,7 @@ class PictureFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Create the folder, and keep other commands out of it, where the file system has locks."""
+        """Create the folder and lock out other commands, if the file system supports locks."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = (self.path / _LOCK).open("w")
@@ -46,50 +93,47 @@ class PictureFolder:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise ConfigError(f"--out {self.path}: another command is drawing there") from None
+                raise ConfigError(f"--out {self.path}: another command is writing there") from None
             except OSError as error:
                 if error.errno not in NO_LOCKS:
                     raise ConfigError(f"--out {self.path}: {error.strerror}") from error
             yield
 
-    def open(self, wanted: Sequence[Record], settings: Mapping[str, Any]) -> set[str]:
-        """Files of the wanted pictures that are finished; gathers the lines of a command that was broken off.
+    def open(self, expected: Sequence[Record], settings: Mapping[str, Any]) -> set[str]:
+        """Files among the expected ones that are complete; merges the lines of an interrupted command.
 
-        Raises :class:`ConfigError` saying what differs where the folder has pictures of other ``settings``, or
-        another picture under the name of a wanted one, and for lines that are damaged.
+        Raises :class:`ConfigError` for damaged lines, and naming the differences if the folder has images of other
+        ``settings`` or another image under the name of an expected one.
         """
-        by_file = {record["file"]: _as_read(record) for record in wanted}
+        by_file = {record["file"]: _as_read(record) for record in expected}
         shared = _as_read(settings)
-        found = self._read()
-        for file, record in found.items():
+        records = self._read()
+        for file, record in records.items():
             differences = _differences(record, by_file.get(file, shared))
             if differences:
                 raise ConfigError(
                     f"--out {self.path} has {file} with {'; '.join(differences)}: choose another --out, or remove "
                     "that folder"
                 )
-        self._write(found, order=by_file)
-        return found.keys() & by_file.keys()
+        self._write(records, order=by_file)
+        return records.keys() & by_file.keys()
 
-    def save(self, record: Record, pixels: Any) -> None:
-        """Write a picture, uint8 (Y, X, 3), under its name ``record["file"]``, then its line."""
-        target = self.path / record["file"]
-        encoded = io.BytesIO()
-        Image.fromarray(pixels).save(encoded, format="PNG")
+    def save(self, record: Record, pixels_YXC: Any) -> None:
+        """Write an uint8 image (Y, X, 3) to ``record["file"]``, then its line; raises :class:`RunError`."""
+        write_file(self.path / record["file"], encode_png(pixels_YXC), shared=False)
         try:
-            atomic_write(target, encoded.getvalue())
             with self._lines.open("a", encoding="utf-8") as lines:
                 lines.write(json.dumps(record) + "\n")
         except OSError as error:
-            raise RunError(f"{target} could not be written: {error.strerror}") from error
+            raise RunError(f"{self._lines} could not be written: {error.strerror}") from error
 
-    def finish(self, wanted: Sequence[Record]) -> None:
-        """Make one file of all lines, the wanted pictures first and in their order."""
-        self._write(self._read(), order={record["file"]: record for record in wanted})
+    def finish(self, expected: Sequence[Record]) -> None:
+        """Merge all lines into one file, the expected images first and in their order."""
+        self._write(self._read(), order={record["file"]: record for record in expected})
 
     def _read(self) -> dict[str, Record]:
-        """Records by file, of those pictures that are there."""
-        found: dict[str, Record] = {}
+        """Records of the images that exist, by file."""
+        records: dict[str, Record] = {}
         for path in [self.path / LINES, *sorted(self.path.glob(_PARTS))]:
             try:
                 lines = path.read_bytes().split(b"\n")
@@ -97,28 +141,26 @@ class PictureFolder:
                 continue
             except OSError as error:
                 raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
-            # A process that was killed may have left half a line, which has no end.
+            # A process that was killed may have left an incomplete last line.
             for number, line in enumerate(lines[:-1], start=1):
-                record = _record(line)
+                record = _parse(line)
                 if record is None:
-                    raise ConfigError(f"{path}, line {number}: no picture's line; remove it, or the folder")
+                    raise ConfigError(f"{path}, line {number}: not an image's record; remove it, or the folder")
                 if (self.path / record["file"]).is_file():
-                    found[record["file"]] = record
-        return found
+                    records[record["file"]] = record
+        return records
 
-    def _write(self, found: Mapping[str, Record], order: Mapping[str, object]) -> None:
-        names = [*(name for name in order if name in found), *sorted(name for name in found if name not in order)]
-        text = "".join(json.dumps(found[name]) + "\n" for name in names)
-        try:
-            parts = sorted(self.path.glob(_PARTS))
-            atomic_write(self.path / LINES, text.encode())
-            for path in parts:
-                path.unlink()
-        except OSError as error:
-            raise RunError(f"{self.path / LINES} could not be written: {error.strerror}") from error
+    def _write(self, records: Mapping[str, Record], order: Mapping[str, object]) -> None:
+        names = [*(n for n in order if n in records), *sorted(n for n in records if n not in order)]
+        parts = sorted(self.path.glob(_PARTS))
+        write_file(
+            self.path / LINES, "".join(json.dumps(records[name]) + "\n" for name in names).encode(), shared=False
+        )
+        for path in parts:
+            path.unlink()
 
 
-def _record(line: bytes) -> Record | None:
+def _parse(line: bytes) -> Record | None:
     try:
         record = json.loads(line)
     except ValueError:
@@ -128,23 +170,22 @@ def _record(line: bytes) -> Record | None:
 
 
 def _as_read(record: Mapping[str, Any]) -> Record:
-    """A record as it comes back from its line."""
+    """A record as JSON returns it."""
     return json.loads(json.dumps(dict(record)))  # type: ignore[no-any-return]
 
 
-def _differences(found: Record, wanted: Record) -> list[str]:
-    """What is not as wanted, one message each; settings within settings are named one by one."""
+def _differences(actual: Record, expected: Record) -> list[str]:
+    """One message for each expected value that differs; nested settings are compared one by one."""
     differences = []
-    for key, value in wanted.items():
-        there = found.get(key)
-        if isinstance(value, dict) and isinstance(there, dict):
-            differences += _differences(there, value)
-        elif there != value:
-            differences.append(f"{key}={_told(there)}, now {_told(value)}")
+    for key, value in expected.items():
+        other = actual.get(key)
+        if isinstance(value, dict) and isinstance(other, dict):
+            differences += _differences(other, value)
+        elif other != value:
+            differences.append(f"{key}={_shortened(other)}, now {_shortened(value)}")
     return differences
 
 
-def _told(value: Any) -> str:
-    """A value for a message, not at any length."""
+def _shortened(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 200 else f"{text[:200]}..."

@@ -1,12 +1,12 @@
-"""A folder of ``deco-ckpt export --format diffusers`` as something that draws pictures.
+"""Images from a folder of ``deco-ckpt export --format diffusers``.
 
-The folder is laid out as diffusers' are: ``model_index.json``, ``transformer/`` (settings and safetensors) and
+It has the layout of diffusers: ``model_index.json``, ``transformer/`` (settings and safetensors) and
 ``scheduler/`` (sampler settings). Only JSON and safetensors are read.
 """
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,23 +17,21 @@ from torch import Tensor
 
 from deco_scale.models import Denoiser, ModelConfig
 from deco_scale.models.config import TextEncoderConfig
-from deco_scale.models.encoders import TextEncoder
+from deco_scale.models.encoders import load_text_encoder
 from deco_scale.objectives.config import Prediction
 from deco_scale.sampling.config import SamplerConfig
+from deco_scale.sampling.generate import EncodeFn
 from deco_scale.sampling.images import generate_images, velocity_of
-
-EncodeFn = Callable[[Sequence[str]], Tensor]
-"""Text states ``(B, L, T)`` of captions; the empty caption's are the null condition."""
 
 _WEIGHTS = "diffusion_pytorch_model"
 
 
 class PipelineError(ValueError):
-    """A folder that is no pipeline, or a use that does not fit its model; says what to do."""
+    """The folder is not a pipeline, or a call does not fit its model; says what to do."""
 
 
 class DecoPipeline:
-    """A denoiser with its sampler, and for text models a text encoder: prompts or classes in, pictures out."""
+    """A denoiser with its sampler, and for text models a text encoder: prompts or classes in, images out."""
 
     def __init__(
         self,
@@ -63,8 +61,8 @@ class DecoPipeline:
     ) -> "DecoPipeline":
         """Load an exported folder.
 
-        ``text_encoder`` is a ``transformers`` folder or hub id, or a function from captions to text states;
-        without it the path that the folder names is taken. ``dtype`` converts the weights (default: as stored).
+        ``text_encoder`` is a ``transformers`` folder or hub id, or a function from captions to text embeddings;
+        by default the path that the folder names is used. ``dtype`` converts the weights (default: as stored).
         Raises :class:`PipelineError` naming file or tensor, :class:`ConfigError` for a missing text encoder.
         """
         folder, device = Path(folder), torch.device(device)
@@ -82,7 +80,7 @@ class DecoPipeline:
             if prediction not in get_args(Prediction) or not 0 < t_eps <= 1:
                 raise ValueError(f"prediction={prediction!r} with t_eps={t_eps}")
         except (KeyError, TypeError, ValueError) as error:
-            raise PipelineError(f"{folder}: its settings are damaged: {error}") from error
+            raise PipelineError(f"{folder}: damaged settings: {error}") from error
         with torch.device("meta"):
             denoiser = Denoiser(model)
         try:
@@ -95,7 +93,7 @@ class DecoPipeline:
         if model.kind == "t2i_deco":
             encode = _encoder(text_encoder, index.get("text_encoder"), model, device)
         elif text_encoder is not None:
-            raise PipelineError(f"a {model.kind} model draws classes and takes no text_encoder")
+            raise PipelineError(f"a {model.kind} model takes classes, not a text_encoder")
         return cls(
             denoiser,
             sampler,
@@ -115,14 +113,14 @@ class DecoPipeline:
         batch: int = 8,
         sampler: SamplerConfig | None = None,
     ) -> Any:
-        """Pictures ``(P, Y, X, 3)`` in uint8, one per prompt (text models) or class number (class models).
+        """Images ``(P, Y, X, 3)`` in uint8, one per prompt (text models) or class number (class models).
 
-        ``seeds`` are one per picture (default: 0, 1, ...); ``size`` is (height, width) in pixels. Raises
+        ``seeds`` are one per image (default: 0, 1, ...); ``size`` is (height, width) in pixels. Raises
         :class:`PipelineError` for conditions of the wrong kind, counts that differ, or an impossible size.
         """
         cfg = self.denoiser.cfg
         if not conditions:
-            raise PipelineError("no prompt or class is given")
+            raise PipelineError("no prompt or class given")
         seeds = range(len(conditions)) if seeds is None else seeds
         if len(seeds) != len(conditions) or batch < 1:
             raise PipelineError(f"{len(conditions)} conditions with {len(seeds)} seeds, in batches of {batch}")
@@ -131,10 +129,10 @@ class DecoPipeline:
             cfg.grid(*size)
         except ValueError as error:
             raise PipelineError(str(error)) from error
-        states, null = self._conditions(conditions)
+        embeddings, null = self._conditions(conditions)
         return generate_images(
             self._velocity,
-            states,
+            embeddings,
             null,
             seeds,
             size=size,
@@ -148,15 +146,17 @@ class DecoPipeline:
         if self._encode is not None:
             prompts = [c for c in conditions if isinstance(c, str)]
             if len(prompts) < len(conditions):
-                raise PipelineError(f"a {cfg.kind} model draws prompts, not class numbers")
-            states = self._encode(["", *prompts]).to(self._device).float()
-            wanted = (len(prompts) + 1, cfg.text_tokens, cfg.text_dim)
-            if tuple(states.shape) != wanted:
-                raise PipelineError(f"text states have shape {tuple(states.shape)}, the model needs {wanted}")
-            return states[1:], states[0]
+                raise PipelineError(f"a {cfg.kind} model takes prompts, not class numbers")
+            embeddings = self._encode(["", *prompts]).to(self._device).float()
+            expected = (len(prompts) + 1, cfg.text_tokens, cfg.text_dim)
+            if tuple(embeddings.shape) != expected:
+                raise PipelineError(
+                    f"text embeddings have shape {tuple(embeddings.shape)}, the model needs {expected}"
+                )
+            return embeddings[1:], embeddings[0]
         labels = [c for c in conditions if isinstance(c, int) and 0 <= c < cfg.num_classes]
         if len(labels) < len(conditions):
-            raise PipelineError(f"a {cfg.kind} model draws class numbers from 0 to {cfg.num_classes - 1}")
+            raise PipelineError(f"a {cfg.kind} model takes class numbers from 0 to {cfg.num_classes - 1}")
         on_device = torch.tensor(labels, device=self._device)
         return on_device, torch.tensor(cfg.num_classes, device=self._device)
 
@@ -179,7 +179,7 @@ def _encoder(
     if given is None and not settings.path:
         raise PipelineError("the folder names no text encoder: give text_encoder=, a folder or a function")
     settings = dataclasses.replace(settings, path=str(given) if given is not None else settings.path)
-    return TextEncoder.load(settings, device).encode
+    return load_text_encoder(settings, model.text_dim, device).encode
 
 
 def _weights(folder: Path) -> dict[str, Tensor]:
@@ -201,9 +201,9 @@ def _weights(folder: Path) -> dict[str, Tensor]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise PipelineError(f"{path} is damaged or missing: {error}") from error
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise PipelineError(f"{path} does not hold a JSON object")
-    return found
+    return content

@@ -1,17 +1,122 @@
-"""Prompts from a file."""
+"""Prompts from files: one per line of a text file, or one file per prompt in a folder or tar."""
 
+import gzip
+import io
+import re
+import tarfile
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
 
 from deco_scale.errors import ConfigError
 
+MAX_PROMPT_BYTES = 1 << 20
+MAX_TAR_BYTES = 1 << 26
+_ID = re.compile(r"[A-Za-z0-9_-]+")
 
-def read_prompts(path: Path) -> list[str]:
-    """The file of ``--prompts``, one prompt per line; raises :class:`ConfigError` where it holds none."""
+
+class NamedPrompt(NamedTuple):
+    """``id`` is the file's name without ``.txt``, ``text`` its first line."""
+
+    id: str
+    text: str
+
+
+def read_prompts(path: Path, option: str = "--prompts") -> list[str]:
+    """One prompt per line; empty lines are skipped.
+
+    Raises :class:`ConfigError`, which names ``option``, for a file that cannot be read or has no prompt.
+    """
     try:
-        prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--prompts {path}: {error}") from error
-    prompts = [p for p in prompts if p]
+        raise ConfigError(f"{option} {path}: {error}") from error
+    prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
-        raise ConfigError(f"--prompts {path}: no prompt in it")
+        raise ConfigError(f"{option} {path}: no prompt in it")
     return prompts
+
+
+def read_named_prompts(path: Path) -> list[NamedPrompt]:
+    """Prompts of a folder or tar (plain or gzip) of ``<id>.txt``, sorted by id.
+
+    Nothing is extracted to the disk. Raises :class:`ConfigError` for a tar with links, absolute paths or ``..``,
+    files over 1 MiB or more than 64 MiB in total, an id with other characters than letters, digits, - and _, and a
+    text that is empty or not UTF-8.
+    """
+    prompts: dict[str, str] = {}
+    try:
+        for name, data in _folder_files(path) if path.is_dir() else _tar_files(path):
+            prompt = _parse(path, name, data)
+            if prompt.id in prompts:
+                raise ConfigError(f"{path}: {name}: duplicate id {prompt.id}")
+            prompts[prompt.id] = prompt.text
+    except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
+        raise ConfigError(f"{path}: not a folder or tar of prompts: {error}") from error
+    if not prompts:
+        raise ConfigError(f"{path}: no .txt file in it")
+    return [NamedPrompt(*item) for item in sorted(prompts.items())]
+
+
+def _parse(path: Path, name: str, data: bytes) -> NamedPrompt:
+    key = name.rsplit("/", 1)[-1].removesuffix(".txt")
+    if not _ID.fullmatch(key):
+        raise ConfigError(f"{path}: {name}: an id may have letters, digits, - and _ only")
+    try:
+        lines = data.decode("utf-8").strip().split("\n")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: {name} is not UTF-8 text") from error
+    if not lines[0]:
+        raise ConfigError(f"{path}: {name} is empty")
+    return NamedPrompt(key, lines[0].strip())
+
+
+def _folder_files(path: Path) -> Iterator[tuple[str, bytes]]:
+    for file in sorted(path.glob("*.txt")):
+        if file.name.startswith("."):
+            continue
+        if file.stat().st_size > MAX_PROMPT_BYTES:
+            raise ConfigError(f"{file} has over {MAX_PROMPT_BYTES} bytes: not a prompt")
+        yield file.name, file.read_bytes()
+
+
+class _Limited(io.RawIOBase):
+    """A stream that refuses to give more than ``limit`` bytes: a small gzip may expand to any size."""
+
+    def __init__(self, stream: BinaryIO, limit: int, path: Path) -> None:
+        self._stream, self._left, self._path = stream, limit, path
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._stream.read(min(size, self._left + 1) if size >= 0 else self._left + 1)
+        self._left -= len(data)
+        if self._left < 0:
+            raise ConfigError(f"{self._path} expands to more than {MAX_TAR_BYTES} bytes: not a set of prompts")
+        return data
+
+
+def _tar_files(path: Path) -> Iterator[tuple[str, bytes]]:
+    with path.open("rb") as file:
+        is_gzip = file.read(2) == b"\x1f\x8b"
+        file.seek(0)
+        stream: Any = gzip.GzipFile(fileobj=file) if is_gzip else file
+        with tarfile.open(fileobj=_Limited(stream, MAX_TAR_BYTES, path), mode="r|") as tar:
+            for member in tar:
+                parts = member.name.split("/")
+                if member.name.startswith("/") or ".." in parts or "\\" in member.name:
+                    raise ConfigError(f"{path}: {member.name!r} points outside the tar; not a set of prompts")
+                if member.isdir():
+                    continue
+                if not member.isreg():
+                    raise ConfigError(f"{path}: {member.name!r} is a link or device; not a set of prompts")
+                if member.size > MAX_PROMPT_BYTES:
+                    raise ConfigError(f"{path}: {member.name!r} has {member.size} bytes: not a prompt")
+                # macOS adds a ._ file beside each one.
+                if parts[-1].startswith(".") or not parts[-1].endswith(".txt"):
+                    continue
+                content = tar.extractfile(member)
+                assert content is not None
+                yield member.name, content.read()

@@ -17,11 +17,17 @@ from deco_scale.distributed.collectives import gather_objects, raise_together
 from deco_scale.distributed.replica_check import ReplicaCheck
 from deco_scale.errors import ReplicaMismatchError, RunError
 from deco_scale.evaluation.config import EvaluationConfig
-from deco_scale.evaluation.in_training import Report, Scorer, draw_share, evaluate_share, evaluation_jobs
+from deco_scale.evaluation.in_training import (
+    EvaluationResult,
+    Scorer,
+    evaluate_share,
+    evaluation_requests,
+    generate_share,
+)
 from deco_scale.observability.events import REQUEUE
 from deco_scale.observability.run_logger import RunLogger
 from deco_scale.parallel.mesh import ParallelDims
-from deco_scale.sampling import Generator, SampleRequest
+from deco_scale.sampling import ImageGenerator, SampleRequest
 from deco_scale.sampling.config import SampleImagesConfig
 from deco_scale.sampling.images import save_grid
 from deco_scale.training.callbacks import Callback
@@ -29,7 +35,7 @@ from deco_scale.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
-GeneratorAt = Callable[[int], Generator]
+GeneratorAt = Callable[[int], ImageGenerator]
 """A generator over the model in training at a step; it draws with the weights of the moment."""
 
 
@@ -172,7 +178,7 @@ class Evaluate(Callback):
         self._dims, self._folder, self._log = dims, folder, run_logger
         if not cfg.every:
             return
-        self._jobs = raise_together(lambda: evaluation_jobs(cfg, num_classes=num_classes))
+        self._requests = raise_together(lambda: evaluation_requests(cfg, num_classes=num_classes))
         self._scorer = raise_together(lambda: Scorer(cfg, device))
         if self._scorer.published_weights is False:
             logger.warning("evaluation.inception_weights is not the published file: FID compares with no other")
@@ -185,13 +191,13 @@ class Evaluate(Callback):
         side, rank = self._resolution_at(step), dist.get_rank()
         generator = self._generator_at(step)
 
-        def draw(mine: Sequence[SampleRequest]) -> Iterator[tuple[SampleRequest, Any]]:
+        def generate(mine: Sequence[SampleRequest]) -> Iterator[tuple[SampleRequest, Any]]:
             return generator.images(mine, size=(side, side), sampler=self._cfg.sampler, batch=self._cfg.batch)
 
         with trainer.engine.ema_weights():
-            share = draw_share(draw, self._jobs, rank=self._dims.dp_rank(rank), world=self._dims.dp)
+            share = generate_share(generate, self._requests, rank=self._dims.dp_rank(rank), world=self._dims.dp)
 
-        def score() -> Report:
+        def score() -> EvaluationResult:
             return evaluate_share(
                 self._cfg,
                 # Ranks of a tp group drew the same images; one of them answers for them.
@@ -200,17 +206,17 @@ class Evaluate(Callback):
                 rank=rank,
                 folder=self._folder,
                 step=step,
-                total=_summed,
+                all_reduce=_summed,
                 gather=gather_objects,
             )
 
-        report = raise_together(score)
+        result = raise_together(score)
         trainer.emit("evaluation", step=step, seconds=time.perf_counter() - start)
-        self._log.evaluation(step, report.scalars)
-        if report.sheet is not None:
-            self._log.image("evaluation", report.sheet, step)
-        if report.npz is not None:
-            logger.info("evaluation: %s", report.npz)
+        self._log.evaluation(step, result.scalars)
+        if result.grid is not None:
+            self._log.image("evaluation", result.grid, step)
+        if result.npz is not None:
+            logger.info("evaluation: %s", result.npz)
 
 
 def _summed(values: Tensor) -> Tensor:

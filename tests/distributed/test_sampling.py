@@ -20,9 +20,9 @@ from PIL import Image
 from deco_scale.cli.main import main
 from deco_scale.config import build_config
 from deco_scale.models import Denoiser
-from tests.checkpoints import META, save
 from tests.conftest import ROOT
 from tests.support.assets import tiny_config
+from tests.support.checkpoints import META, save
 from tests.support.ports import free_port
 from tests.support.process_groups import in_group
 
@@ -68,9 +68,9 @@ def read(folder: Path) -> tuple[list[dict[str, Any]], Images]:
 
 def _on_two(root: str) -> None:
     """What two processes draw: half each, together, and what a killed process left."""
-    assert main.main(command(Path(root), "two", "--batch", "4")) == 0
-    assert main.main(command(Path(root), "tp", "--tp", "2", "--batch", "4")) == 0
-    assert main.main(command(Path(root), "resumed_by_two", "--batch", "4")) == 0
+    assert main(command(Path(root), "two", "--batch", "4")) == 0
+    assert main(command(Path(root), "tp", "--tp", "2", "--batch", "4")) == 0
+    assert main(command(Path(root), "resumed_by_two", "--batch", "4")) == 0
 
 
 def _kill_midway(arguments: list[str], out: Path) -> None:
@@ -91,15 +91,15 @@ def _kill_midway(arguments: list[str], out: Path) -> None:
 
 @pytest.fixture(scope="module")
 def drawn(root: Path) -> Iterator[Path]:
-    assert main.main(command(root, "one", "--batch", "15")) == 0
-    assert main.main(command(root, "small_batches", "--batch", "2")) == 0
+    assert main(command(root, "one", "--batch", "15")) == 0
+    assert main(command(root, "small_batches", "--batch", "2")) == 0
     _kill_midway(command(root, "killed", "--batch", "1"), root / "killed")
     # Half a line, as a process leaves that dies while it writes.
     with (root / "killed" / "pictures.part00000.jsonl").open("a") as lines:
         lines.write('{"file": "00002_')
     shutil.copytree(root / "killed", root / "resumed_by_two")
     shutil.copytree(root / "killed", root / "resumed")
-    assert main.main(command(root, "resumed", "--batch", "7")) == 0
+    assert main(command(root, "resumed", "--batch", "7")) == 0
     in_group(_on_two, 2, root, str(root))
     yield root
 

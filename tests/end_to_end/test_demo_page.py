@@ -26,13 +26,13 @@ from PIL import Image
 from checkpoints_tools.base import TensorSpec
 from checkpoints_tools.formats.canonical import write_canonical
 from deco_scale.checkpoint.format import CheckpointMeta
-from deco_scale.cli.main import main as deco
 from deco_scale.config import build_config
 from deco_scale.errors import RunError
 from deco_scale.models import Denoiser
 from tests.conftest import ROOT
 from tests.support.assets import tiny_config
 from tests.support.browser import GOOD, Page, call, draws, request, serve
+from tests.support.commands import deco
 
 QUEUE = 3
 BROWSER_ARGUMENTS = [
@@ -60,7 +60,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, text_encoder: Path) -> 
 
 @pytest.fixture(scope="module")
 def page(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
-    limits = ["--max-side", "64", "--max-pictures", "4", "--max-steps", "20", "--queue", str(QUEUE)]
+    limits = ["--max-side", "64", "--max-images", "4", "--max-steps", "20", "--queue", str(QUEUE)]
     running = serve(checkpoint, tmp_path_factory.mktemp("served") / "tmp", *limits)
     yield running
     if running.process.poll() is None:
@@ -71,7 +71,7 @@ def page(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 def test_wrong_use(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     common = ["demo", "--checkpoint", str(checkpoint)]
     assert deco([*common, "--max-steps", "0"]) == 2
-    assert "--max-steps=0 must be at least 1" in capsys.readouterr().err
+    assert "argument --max-steps: 0 is not at least 1" in capsys.readouterr().err
     assert deco([*common, "--max-side", "8"]) == 2
     assert "the model's patch has 16 pixels" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "gradio", None)
@@ -80,7 +80,7 @@ def test_wrong_use(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
 
 
 def test_a_port_in_use_and_an_address_that_others_reach(
-    page: Page, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    page: Page, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     import uvicorn
     from rich.console import Console
@@ -93,7 +93,8 @@ def test_a_port_in_use_and_an_address_that_others_reach(
         demo._serve(None, "127.0.0.1", port, Console())
     for host, warns in (("127.0.0.1", False), ("0.0.0.0", True)):
         demo._serve(None, host, 0, Console(width=160))
-        assert ("no login" in capsys.readouterr().out) == warns
+        assert ("no login" in caplog.text) == warns
+        caplog.clear()
 
 
 # Fifty inputs that no browser sends: changed fields of an order, then whole requests.
@@ -268,7 +269,7 @@ def test_the_page_in_a_browser(page: Page, browser: Any, tmp_path: Path) -> None
         tab.locator("#files a[download]").first.click()
     started.value.save_as(tmp_path / "0.png")
     with Image.open(tmp_path / "0.png") as image:
-        stored = json.loads(image.text["deco"])
+        stored = json.loads(image.info["deco"])
         first = np.asarray(image)
     assert stored == json.loads(tab.input_value("#settings textarea")) and stored["seed"] == 0
 

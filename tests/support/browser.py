@@ -1,4 +1,4 @@
-"""A running demo page, and orders sent to it as its own interface takes them."""
+"""A running demo page, and requests sent to it as its own interface takes them."""
 
 import http.client
 import json
@@ -13,14 +13,14 @@ from urllib.parse import urlsplit
 
 import psutil
 
-from deco_scale.demo_app.validation import Limits
+from deco_scale.demo_app.validation import GenerationLimits
 from tests.conftest import ROOT
 
 GOOD: dict[str, Any] = {
     "subject": "a red square", "negative": "", "seed": 3, "random": False, "steps": 3, "guidance": 2.0,
     "solver": "adams", "width": 32, "height": 16, "count": 2,
 }  # fmt: skip
-LIMITS = Limits(max_side=64, max_images=4, max_steps=20)
+LIMITS = GenerationLimits(max_side=64, max_images=4, max_steps=20)
 
 
 class Page(NamedTuple):
@@ -74,7 +74,7 @@ def request(page: Page, method: str, path: str, body: bytes | None = None, host:
 
 
 def call(page: Page, data: Any, **more: Any) -> tuple[int, str, list[Any]]:
-    """Status, message and outputs of an order sent as the page's own interface takes it."""
+    """Status, message and outputs of a request sent as the page's own interface takes it."""
     body = data if isinstance(data, bytes) else json.dumps({"data": data, **more}).encode()
     status, answer = request(page, "POST", "/gradio_api/call/generate", body)
     if status != 200:
@@ -89,7 +89,7 @@ def call(page: Page, data: Any, **more: Any) -> tuple[int, str, list[Any]]:
 
 
 def draws(page: Page, **changes: Any) -> list[str]:
-    """Paths of the files of an order that must be drawn."""
+    """Paths of the files of a request that must be drawn."""
     status, message, outputs = call(page, [*(GOOD | changes).values()])
     assert status == 200 and message.endswith("drawn."), message
     return [f"/gradio_api/file={file['path']}" for file in outputs[2]]

@@ -1,4 +1,4 @@
-"""What tests of the evaluations share: images that depend on their job alone, a small judge, scorers' rules."""
+"""What evaluation tests share: images that depend on their request alone, a small Inception, scorers' rules."""
 
 import json
 import re
@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from deco_scale.cli.main import main as deco
-from deco_scale.evaluation.statistics import Gaussian, InceptionScore, Moments, frechet_distance, precision_recall
+from deco_scale.evaluation.fid import Gaussian, InceptionScore, Moments, frechet_distance, precision_recall
 from deco_scale.sampling.generate import SampleRequest
 
 BENCHMARKS = ["imagenet", "geneval", "dpg"]
@@ -75,7 +75,7 @@ def images(count: int, seed: int = 0, side: int = 6) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (count, side, side + 2, 3), dtype=np.uint8)
 
 
-class Judge(nn.Module):
+class SmallInception(nn.Module):
     """Stands for Inception: linear features of the pixels."""
 
     published, digest = False, "0" * 64
@@ -97,17 +97,17 @@ class Judge(nn.Module):
         return pool @ self.fc.weight.T
 
 
-def small_judge(patch: pytest.MonkeyPatch, module: Any) -> Judge:
-    """A judge in place of Inception, with ``module`` expecting features of its widths."""
+def small_inception(patch: pytest.MonkeyPatch, module: Any) -> SmallInception:
+    """A inception in place of Inception, with ``module`` expecting features of its widths."""
     for name, value in (("POOL_DIM", 12), ("SPATIAL_DIM", 7), ("NUM_CLASSES", 5)):
         patch.setattr(module, name, value)
-    return Judge()
+    return SmallInception()
 
 
-def wanted_scores(judge: Any, samples: np.ndarray, reference: np.ndarray) -> dict[str, float]:
-    a, b = judge(torch.from_numpy(samples)), judge(torch.from_numpy(reference))
+def expected_scores(inception: Any, samples: np.ndarray, reference: np.ndarray) -> dict[str, float]:
+    a, b = inception(torch.from_numpy(samples)), inception(torch.from_numpy(reference))
     spread = InceptionScore(5)
-    spread.add(judge.class_scores(a.pool_BF))
+    spread.add(inception.class_scores(a.pool_BF))
     precision, recall = precision_recall(a.pool_BF, b.pool_BF)
     return {
         "fid": frechet_distance(gaussian_of(a.pool_BF), gaussian_of(b.pool_BF)),
@@ -118,21 +118,21 @@ def wanted_scores(judge: Any, samples: np.ndarray, reference: np.ndarray) -> dic
     }
 
 
-def drawing(side: tuple[int, int] = (6, 8), fail_at: int | None = None) -> Any:
-    """A generator's ``images``: each depends on its job alone; breaks off at the ``fail_at``-th."""
+def generator(side: tuple[int, int] = (6, 8), fail_at: int | None = None) -> Any:
+    """A generator's ``images``: each depends on its request alone; interrupted at the ``fail_at``-th."""
 
-    def draw(jobs: Sequence[SampleRequest]) -> Iterator[tuple[SampleRequest, Any]]:
-        for number, job in enumerate(jobs):
+    def generate(requests: Sequence[SampleRequest]) -> Iterator[tuple[SampleRequest, Any]]:
+        for number, request in enumerate(requests):
             if number == fail_at:
                 raise KeyboardInterrupt
-            seed = [job.seed, job.index, *str(job.condition).encode()]
-            yield job, np.random.default_rng(seed).integers(0, 256, (*side, 3), dtype=np.uint8)
+            seed = [request.seed, request.index, *str(request.condition).encode()]
+            yield request, np.random.default_rng(seed).integers(0, 256, (*side, 3), dtype=np.uint8)
 
-    return draw
+    return generate
 
 
 def nothing() -> None:
-    """Hears of each image."""
+    """Ignore an image."""
 
 
 def in_threads(world: int, share: Callable[[int, Callable[[Any], list[Any]]], Any]) -> list[Any]:

@@ -13,10 +13,10 @@ from PIL import Image
 
 from checkpoints_tools.cli import main as deco_ckpt
 from deco_scale.cli import evaluate
-from deco_scale.cli.main import main as deco
 from deco_scale.evaluation import fid
 from deco_scale.evaluation.inception import WEIGHTS_NAME, Inception
 from tests.support import FIXTURES, assets
+from tests.support.commands import deco
 from tests.support.evaluations import (
     BENCHMARKS,
     METADATA,
@@ -26,7 +26,7 @@ from tests.support.evaluations import (
     draw_on_each,
     images,
     official_geneval,
-    small_judge,
+    small_inception,
 )
 from tests.support.process_groups import in_group
 
@@ -163,18 +163,18 @@ def test_two_processes_draw_the_same(whole: Path, material: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("benchmark", "more", "message"),
     [
-        ("imagenet", ["--count", "24"], "begun with other settings: count 23 (now 24)"),
-        ("imagenet", ["--guidance", "1.5"], "begun with other settings: sampler"),
-        ("imagenet", ["--count", "0"], "count=0"),
+        ("imagenet", ["--count", "24"], "has other settings: count=23, now 24"),
+        ("imagenet", ["--guidance", "1.5"], "has other settings: guidance="),
+        ("imagenet", ["--count", "0"], "--count: 0 is not at least 1"),
         ("imagenet", ["--first-seed", "-1"], "first_seed=-1"),
         ("imagenet", ["--size", "24"], "--size: size 24x24"),
         ("imagenet", ["--size", "cat"], "--size cat"),
-        ("imagenet", ["--batch", "0"], "--batch 0"),
+        ("imagenet", ["--batch", "0"], "--batch: 0 is not at least 1"),
         ("imagenet", ["--checkpoint", "TEXT"], "needs classes"),
         ("geneval", ["--checkpoint", "CLASSES"], "needs prompts"),
         ("geneval", ["--per-prompt", "0"], "--per-prompt 0"),
         ("dpg", ["--size", "16x32"], "squares"),
-        ("dpg", ["--prompts", "PROMPTS", "--solver", "heun"], "begun with other settings"),
+        ("dpg", ["--prompts", "PROMPTS", "--solver", "heun"], "has other settings"),
         ("dpg", ["--checkpoint", "NOWHERE"], "neither a complete checkpoint"),
     ],
 )
@@ -199,8 +199,8 @@ def test_what_a_benchmark_needs_is_told(material: Path, capsys: pytest.CaptureFi
 def test_scores_are_shown_and_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    judge = small_judge(monkeypatch, fid)
-    monkeypatch.setattr(evaluate, "load_inception", lambda path, device: judge)
+    inception = small_inception(monkeypatch, fid)
+    monkeypatch.setattr(evaluate, "load_inception", lambda path, device: inception)
     np.savez(tmp_path / "x.npz", images(20, 1))
     np.savez(tmp_path / "y.npz", mu=np.zeros(12), sigma=np.eye(12))
     files = ["--samples", str(tmp_path / "x.npz"), "--reference", str(tmp_path / "y.npz")]
@@ -209,7 +209,7 @@ def test_scores_are_shown_and_kept(
     shown = capsys.readouterr().out
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert f"{scores['fid']:.4f}" in shown and scores["pictures"] == 20
-    assert scores["precision"] is None and "the reference does not allow it" in shown
+    assert scores["precision"] is None and "not with this reference" in shown
     assert "do not compare" in shown and not scores["published_inception"]
 
 

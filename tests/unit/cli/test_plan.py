@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 
-from deco_scale.cli.main import main
 from deco_scale.config import load_config
 from deco_scale.models.tp_plan import check_tp
 from deco_scale.parallel.mesh import ParallelDims, resolve_parallel_dims
@@ -13,6 +12,7 @@ from deco_scale.planning.forecast import fits, plan_as_configured
 from deco_scale.planning.hardware import gpu_device
 from deco_scale.planning.parameters import layout_rows
 from tests.support import CONFIGS
+from tests.support.commands import deco
 
 XXL = CONFIGS / "t2i_xxl.yaml"
 TINY = CONFIGS / "t2i_tiny.yaml"
@@ -21,18 +21,18 @@ TINY = CONFIGS / "t2i_tiny.yaml"
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--gpus", "0", "--gpu", "h100"], "--gpus 0 must be at least 1"),
+        (["--gpus", "0", "--gpu", "h100"], "--gpus: 0 is not at least 1"),
         (["--gpus", "8", "--gpu", "v100"], "--gpu v100: unknown; possible: a100, b200, h100, h200"),
-        (["--gpus", "8"], "needs --gpu"),
+        (["--gpus", "8"], "needs --layout, --precision, --simulate or --gpu"),
         (["--gpus", "7", "--gpu", "h100"], "no layout takes the global batches"),
-        (["--gpus", "8", "--gpu", "h100", "--price", "0"], "--price 0.0 must be positive"),
+        (["--gpus", "8", "--gpu", "h100", "--price", "0"], "--price: 0 is not above 0"),
         (["--gpus", "8", "--gpu", "h100", "--network-gbps", "-1"], "--network-gbps -1.0 must be positive"),
-        (["--gpus", "8", "--gpu", "h100", "--top", "0"], "--top 0"),
+        (["--gpus", "8", "--gpu", "h100", "--top", "0"], "--top: 0 is not at least 1"),
         (["--gpus", "2", "--gpu", "a100", "model.dim=12288", "model.num_heads=96"], "nothing fits on 2 x a100"),
     ],
 )
 def test_the_impossible_is_refused(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main.main(["plan", "--config", str(XXL), *arguments]) == 2
+    assert deco(["plan", "--config", str(XXL), *arguments]) == 2
     assert said in capsys.readouterr().err
 
 
@@ -41,12 +41,12 @@ def test_the_table_has_both_engines_the_cost_and_the_recommendation(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     command = ["plan", "--config", str(XXL), "--gpus", "8", "--gpu", "h100", "--results", str(tmp_path)]
-    assert main.main([*command, "--price", "3"]) == 0
+    assert deco([*command, "--price", "3"]) == 0
     shown = capsys.readouterr().out
     for part in ("fsdp", "ZeRO-3", "recommended: parallel.engine=", "cost", "assumed", "measured", "own"):
         assert part in shown, part
-    assert f"no measured throughput result in {tmp_path}" in shown
-    assert main.main(command) == 0
+    assert f"no throughput result in {tmp_path}" in shown
+    assert deco(command) == 0
     assert "cost" not in capsys.readouterr().out
     # What is recommended can be given to the trainer as it stands.
     line = next(line for line in shown.splitlines() if line.startswith("recommended: "))
@@ -64,7 +64,7 @@ def test_layout_table_still_lists_every_parameter(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    assert main.main(["plan", "--config", str(TINY), "--gpus", "2", "--layout"]) == 0
+    assert deco(["plan", "--config", str(TINY), "--gpus", "2", "--layout"]) == 0
     shown = capsys.readouterr().out
     for row in layout_rows(load_config(TINY).model, ParallelDims(1, 2)):
         assert row.name in shown

@@ -15,14 +15,14 @@ import pytest
 from PIL import Image
 
 from checkpoints_tools import cli as checkpoint_cli
-from deco_scale.cli.main import main
 from deco_scale.cli.sample import parse_classes, parse_size
 from deco_scale.config import build_config
 from deco_scale.errors import ConfigError, RunError
 from deco_scale.sampling.output_dir import ImageFolder
-from tests.checkpoints import META, save, tensors_of
 from tests.conftest import ROOT
 from tests.support.assets import tiny_config
+from tests.support.checkpoints import META, save, tensors_of
+from tests.support.commands import deco
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory, text_encoder: Path) -> 
 
 def sample(checkpoint: Path, out: Path, *more: str) -> int:
     quick = ["--num-steps", "2", "--size", "32"]
-    return main.main(["sample", "--checkpoint", str(checkpoint), "--out", str(out), *quick, *more])
+    return deco(["sample", "--checkpoint", str(checkpoint), "--out", str(out), *quick, *more])
 
 
 def read(out: Path) -> dict[str, tuple[dict[str, Any], np.ndarray[Any, Any]]]:
@@ -93,7 +93,7 @@ def test_only_what_is_missing_is_drawn(classes: Path, tmp_path: Path, capsys: py
     lines = (tmp_path / "pictures.jsonl").read_text().splitlines()
     (tmp_path / "pictures.jsonl").write_text("\n".join(lines[1:]) + "\n")
     assert sample(classes, tmp_path, "--classes", "0-5") == 0
-    assert "2 of 6 images are in" in capsys.readouterr().out
+    assert "2 of 6 images exist in" in capsys.readouterr().out
     assert [r["class"] for r, _ in read(tmp_path).values()] == list(range(6))
     for name in ("00001_0000.png", "00003_0000.png"):
         assert (tmp_path / name).stat().st_mtime_ns == before[name][0]
@@ -148,11 +148,11 @@ def test_damaged_lines_and_two_commands_at_once_are_refused(
     with (tmp_path / ".pictures.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert sample(classes, tmp_path, "--classes", "1") == 2
-        assert "another command is drawing there" in capsys.readouterr().err
+        assert "another command is writing there" in capsys.readouterr().err
     for line in ("{}", '{"file": "../x.png"}', "not json", '["file"]'):
         (tmp_path / "pictures.part00003.jsonl").write_text(line + "\n")
         assert sample(classes, tmp_path, "--classes", "1") == 2
-        assert "pictures.part00003.jsonl, line 1: no image's line" in capsys.readouterr().err
+        assert "pictures.part00003.jsonl, line 1: not an image's record" in capsys.readouterr().err
     (tmp_path / "pictures.part00003.jsonl").unlink()
     (tmp_path / "file").write_text("")
     assert sample(classes, tmp_path / "file", "--classes", "1") == 2
@@ -167,18 +167,18 @@ REFUSED = [
     (["--classes", "8-999999999999"], "the model has classes 0 to"),
     (["--classes", "5-2"], "'5-2' is neither a number nor a range"),
     (["--classes", "1,,2"], "'' is neither a number nor a range"),
-    (["--classes", "1", "--per-prompt", "0"], "must be at least 1"),
-    (["--classes", "1", "--batch", "-1"], "must be at least 1"),
+    (["--classes", "1", "--per-prompt", "0"], "--per-prompt: 0 is not at least 1"),
+    (["--classes", "1", "--batch", "-1"], "--batch: -1 is not at least 1"),
     (["--classes", "1", "--num-steps", "0"], "num_steps=0 must be at least 1"),
     (["--classes", "1", "--guidance", "nan"], "guidance=nan must be a finite number"),
     (["--classes", "1", "--first-seed", "-1"], "--first-seed -1 must not be negative"),
     (["--classes", "1", "--first-seed", str(2**64)], "too large for 64 bits"),
     (["--classes", "1", "--negative", "blur"], "takes no negative prompt"),
-    (["--classes", "1", "--text-encoder", "x"], "takes no text encoder"),
+    (["--classes", "1", "--text-encoder", "x"], "takes classes and no text encoder"),
     (["--classes", "1", "--tp", "2"], "--tp 2 must divide the number of processes, 1"),
     (["--classes", "1", "--cuda-graphs"], "CUDA graphs need a GPU, this process computes on cpu"),
-    (["--prompt", "a cat"], "a c2i_deco model draws classes; give --classes"),
-    (["--prompts", "/nowhere/prompts.txt"], "draws classes"),
+    (["--prompt", "a cat"], "a c2i_deco model takes classes; give --classes"),
+    (["--prompts", "/nowhere/prompts.txt"], "takes classes"),
 ]
 
 
@@ -196,7 +196,7 @@ def test_text_models_refuse_classes_and_missing_prompts(
 ) -> None:
     (tmp_path / "empty.txt").write_text("\n  \n")
     for arguments, message in (
-        (["--classes", "1"], "a t2i_deco model draws prompts"),
+        (["--classes", "1"], "a t2i_deco model takes prompts"),
         (["--prompts", str(tmp_path / "empty.txt")], "no prompt in it"),
         (["--prompts", str(tmp_path / "none.txt")], "No such file"),
         (["--prompt", "x", "--text-encoder", str(tmp_path / "none")], "text encoder"),
@@ -220,7 +220,7 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
 
 
 def test_help_of_one_command_needs_no_other_commands_packages() -> None:
-    code = "import sys; from deco_scale import cli\ntry: cli.main(['--help'])\nexcept SystemExit: pass\n"
+    code = "import sys; from deco_scale.cli.main import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
     code += "assert 'torch' not in sys.modules and 'gradio' not in sys.modules"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)

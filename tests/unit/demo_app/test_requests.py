@@ -1,4 +1,4 @@
-"""The demo page's checks and its studio: any values are an order within the limits or a plain error."""
+"""The demo page's checks and its service: any values are an request within the limits or a plain error."""
 
 import json
 import math
@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from deco_scale.demo_app.limits import is_loopback
-from deco_scale.demo_app.service import KEPT_ORDERS, DemoService
-from deco_scale.demo_app.validation import FIELDS, MAX_SEED, SOLVERS, CheckError, Limits, check_request
+from deco_scale.demo_app.service import RETAINED_REQUESTS, DemoService
+from deco_scale.demo_app.validation import FIELDS, MAX_SEED, SOLVERS, GenerationLimits, RequestError, check_request
 from deco_scale.models import ModelConfig
 from deco_scale.sampling import SamplerConfig
 from deco_scale.sampling.generate import ImageGenerator
@@ -34,47 +34,47 @@ JSON_VALUES = st.recursive(
     numbers=st.dictionaries(st.sampled_from(["steps", "width", "height", "count"]), st.integers(-9, 90)),
     num_classes=st.sampled_from([0, 10]),
 )
-def test_any_values_are_an_order_within_the_limits_or_a_plain_error(
+def test_any_values_give_a_request_within_the_limits_or_a_plain_error(
     changed: dict[str, Any], numbers: dict[str, int], num_classes: int
 ) -> None:
     raw = GOOD | ({"subject": 4} if num_classes else {}) | changed | numbers
     try:
-        order = check_request(raw, LIMITS, patch_size=16, num_classes=num_classes)
-    except CheckError as error:
+        request = check_request(raw, LIMITS, patch_size=16, num_classes=num_classes)
+    except RequestError as error:
         assert len(str(error)) < 200 and str(error).endswith(".")
         return
-    assert order.height in (16, 32, 48, 64) and order.width in (16, 32, 48, 64)
-    assert 1 <= order.count <= 4 and 1 <= order.num_steps <= 20 and 0 <= order.guidance <= 30
-    assert order.seed is None or 0 <= order.seed <= MAX_SEED - order.count
-    assert order.solver in SOLVERS and isinstance(order.condition, int if num_classes else str)
-    assert type(order.count) is int and type(order.guidance) is float
+    assert request.height in (16, 32, 48, 64) and request.width in (16, 32, 48, 64)
+    assert 1 <= request.count <= 4 and 1 <= request.num_steps <= 20 and 0 <= request.guidance <= 30
+    assert request.seed is None or 0 <= request.seed <= MAX_SEED - request.count
+    assert request.solver in SOLVERS and isinstance(request.condition, int if num_classes else str)
+    assert type(request.count) is int and type(request.guidance) is float
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"width": 40}, "Width: 40 is not a multiple of the model's patch, 16 pixels."),
-        ({"height": 80}, "Height: 80 is out of range; allowed are 16 to 64."),
-        ({"steps": 2.5}, "Steps: 2.5 is not a whole number."),
+        ({"height": 80}, "Height: 80 is out of range, 16 to 64."),
+        ({"steps": 2.5}, "Steps: 2.5 is not an integer."),
         ({"steps": True}, "Steps: True is not a number."),
         ({"guidance": math.nan}, "Guidance: nan is not a finite number."),
         ({"count": None}, "Images: nothing is not a number."),
-        ({"seed": MAX_SEED}, "Seed: 2147483647 is out of range; allowed are 0 to 2.14748e+09."),
-        ({"subject": " \n"}, "Prompt: it is empty, say what to draw."),
-        ({"subject": "a" * 1001}, "Prompt: 1001 characters are too many; at most 1000 are allowed."),
-        ({"subject": "\ud800"}, "Prompt: it holds half of a character (a lone surrogate)."),
+        ({"seed": MAX_SEED}, "Seed: 2147483647 is out of range, 0 to 2.14748e+09."),
+        ({"subject": " \n"}, "Prompt: it is empty."),
+        ({"subject": "a" * 1001}, "Prompt: 1001 characters are too many, the maximum is 1000."),
+        ({"subject": "\ud800"}, "Prompt: it has a lone surrogate."),
         ({"negative": ["a"]}, "Negative prompt: a list is not text."),
-        ({"solver": "Euler"}, "Solver: 'Euler' is none of euler, heun, adams."),
+        ({"solver": "Euler"}, "Solver: 'Euler' is not one of euler, heun, adams."),
     ],
 )
 def test_messages_name_the_field_and_what_is_allowed(change: dict[str, Any], message: str) -> None:
-    with pytest.raises(CheckError) as error:
+    with pytest.raises(RequestError) as error:
         check_request(GOOD | change, LIMITS, patch_size=16, num_classes=0)
     assert str(error.value) == message
 
 
-def class_studio(folder: Path, max_seconds: float = 60.0) -> DemoService:
-    """A class model that draws towards a colour of its class."""
+def class_service(folder: Path, max_seconds: float = 60.0) -> DemoService:
+    """A class model that moves towards a colour of its class."""
     model = ModelConfig(kind="c2i_baseline", dim=8, num_heads=1, num_blocks=1, patch_size=4, num_classes=5)
 
     def velocity(x: Tensor, t_B: Tensor, condition: Tensor) -> Tensor:
@@ -83,15 +83,15 @@ def class_studio(folder: Path, max_seconds: float = 60.0) -> DemoService:
     generator = ImageGenerator(
         velocity, model, encode=None, null=torch.tensor(5), device=torch.device("cpu"), digest="abc"
     )
-    limits = Limits(max_side=8, max_images=2, max_steps=5)
+    limits = GenerationLimits(max_side=8, max_images=2, max_steps=5)
     return DemoService(generator, SamplerConfig(), folder, limits=limits, batch=2, max_seconds=max_seconds)
 
 
 def test_a_class_model_draws_again_what_its_settings_say_and_old_images_go(tmp_path: Path) -> None:
-    studio = class_studio(tmp_path / "pictures")
-    order = GOOD | {"subject": 4, "width": 8, "height": 4, "random": True, "seed": None}
+    service = class_service(tmp_path / "images")
+    request = GOOD | {"subject": 4, "width": 8, "height": 4, "random": True, "seed": None}
     steps: list[tuple[int, int]] = []
-    drawn = studio.draw(order, lambda done, total: steps.append((done, total)))
+    drawn = service.generate(request, lambda done, total: steps.append((done, total)))
     assert steps == [(1, 3), (2, 3), (3, 3)] and len(drawn) == 2
     first = drawn[0].settings
     assert (
@@ -100,24 +100,26 @@ def test_a_class_model_draws_again_what_its_settings_say_and_old_images_go(tmp_p
         and drawn[1].settings["seed"] == first["seed"] + 1
     )
     with Image.open(drawn[0].path) as image:
-        assert image.size == (8, 4) and json.loads(image.text["deco"]) == first
+        assert image.size == (8, 4) and json.loads(image.info["deco"]) == first
         pixels = np.asarray(image)
-    again = studio.draw(order | {"random": False, "seed": first["seed"], "count": 1}, lambda done, total: None)
+    again = service.generate(
+        request | {"random": False, "seed": first["seed"], "count": 1}, lambda done, total: None
+    )
     with Image.open(again[0].path) as image:
         np.testing.assert_array_equal(np.asarray(image), pixels)
-    with pytest.raises(CheckError, match="this model draws classes"):
-        studio.draw(order | {"negative": "red"}, lambda done, total: None)
-    for _ in range(KEPT_ORDERS + 3):
-        newest = studio.draw(order, lambda done, total: None)
-    files = [path for path in (tmp_path / "pictures").rglob("*") if path.is_file()]
-    assert len(files) == 2 * KEPT_ORDERS and newest[0].path in files and not drawn[0].path.exists()
+    with pytest.raises(RequestError, match="not available for class models"):
+        service.generate(request | {"negative": "red"}, lambda done, total: None)
+    for _ in range(RETAINED_REQUESTS + 3):
+        newest = service.generate(request, lambda done, total: None)
+    files = [path for path in (tmp_path / "images").rglob("*") if path.is_file()]
+    assert len(files) == 2 * RETAINED_REQUESTS and newest[0].path in files and not drawn[0].path.exists()
 
 
-def test_an_order_that_takes_too_long_ends(tmp_path: Path) -> None:
-    studio = class_studio(tmp_path / "pictures", max_seconds=0.0)
-    with pytest.raises(CheckError, match="longer than 0 seconds"):
-        studio.draw(GOOD | {"subject": 1, "width": 8, "height": 8}, lambda done, total: None)
-    assert not list((tmp_path / "pictures").iterdir())
+def test_a_request_that_takes_too_long_is_stopped(tmp_path: Path) -> None:
+    service = class_service(tmp_path / "images", max_seconds=0.0)
+    with pytest.raises(RequestError, match="longer than 0 seconds"):
+        service.generate(GOOD | {"subject": 1, "width": 8, "height": 8}, lambda done, total: None)
+    assert not list((tmp_path / "images").iterdir())
 
 
 def test_what_is_loopback() -> None:

@@ -1,4 +1,4 @@
-"""Evaluation during training: shares add up to one process, judges are loaded safely, CLIP is transformers'."""
+"""Evaluation during training: shares add up to one process, models are loaded safely, CLIP is transformers'."""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -17,20 +17,20 @@ from deco_scale.evaluation.clip_score import ClipScorer
 from deco_scale.evaluation.config import EvaluationConfig
 from deco_scale.sampling.generate import SampleRequest
 from tests.support.evaluations import (
-    Judge,
-    drawing,
+    SmallInception,
+    expected_scores,
     gaussian_of,
+    generator,
     images,
     in_threads,
     make_clip,
-    small_judge,
-    wanted_scores,
+    small_inception,
 )
 
 # During training.
 
 
-def test_settings_that_cannot_be_are_refused() -> None:
+def test_impossible_settings_are_refused() -> None:
     EvaluationConfig(every=5, prompts_file="p", clip_folder="c", inception_weights="w", reference="r")
     for wrong in (
         {"every": -1},
@@ -48,11 +48,11 @@ def test_settings_that_cannot_be_are_refused() -> None:
             EvaluationConfig(**wrong)  # type: ignore[arg-type]
 
 
-def test_jobs_take_turns(tmp_path: Path) -> None:
+def test_requests_take_turns(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("a cat\n\n a dog \n")
     cfg = EvaluationConfig(count=5, prompts_file=str(tmp_path / "p.txt"))
-    jobs = in_training.evaluation_jobs(cfg, num_classes=0)
-    assert [(j.condition, j.seed) for j in jobs] == [
+    requests = in_training.evaluation_requests(cfg, num_classes=0)
+    assert [(j.condition, j.seed) for j in requests] == [
         ("a cat", 0),
         ("a dog", 0),
         ("a cat", 1),
@@ -60,8 +60,8 @@ def test_jobs_take_turns(tmp_path: Path) -> None:
         ("a cat", 2),
     ]
     cfg = EvaluationConfig(count=5, classes=(7, 2))
-    assert [j.condition for j in in_training.evaluation_jobs(cfg, num_classes=8)] == [7, 2, 7, 2, 7]
-    assert [j.condition for j in in_training.evaluation_jobs(EvaluationConfig(count=4), num_classes=3)] == [
+    assert [j.condition for j in in_training.evaluation_requests(cfg, num_classes=8)] == [7, 2, 7, 2, 7]
+    assert [j.condition for j in in_training.evaluation_requests(EvaluationConfig(count=4), num_classes=3)] == [
         0,
         1,
         2,
@@ -74,21 +74,21 @@ def test_jobs_take_turns(tmp_path: Path) -> None:
         (EvaluationConfig(prompts_file=str(tmp_path / "none")), 0, "none"),
     ):
         with pytest.raises(ConfigError, match=message):
-            in_training.evaluation_jobs(wrong, num_classes=classes)
+            in_training.evaluation_requests(wrong, num_classes=classes)
 
 
 @pytest.fixture
-def judge(monkeypatch: pytest.MonkeyPatch) -> Judge:
-    small_judge(monkeypatch, fid)
-    return small_judge(monkeypatch, in_training)
+def inception(monkeypatch: pytest.MonkeyPatch) -> SmallInception:
+    small_inception(monkeypatch, fid)
+    return small_inception(monkeypatch, in_training)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 11])
 def test_shares_add_up_to_one_process(
-    world: int, judge: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    world: int, inception: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reference = images(40, 3)
-    found = judge(torch.from_numpy(reference))
+    found = inception(torch.from_numpy(reference))
     pool, spatial = gaussian_of(found.pool_BF), gaussian_of(found.spatial_BF)
     np.savez(
         tmp_path / "r.npz",
@@ -97,68 +97,68 @@ def test_shares_add_up_to_one_process(
         mu_s=spatial.mean_F.numpy(),
         sigma_s=spatial.covariance_FF.numpy(),
     )
-    monkeypatch.setattr(in_training, "load_inception", lambda path, device: judge)
+    monkeypatch.setattr(in_training, "load_inception", lambda path, device: inception)
     cfg = EvaluationConfig(
         count=10, batch=3, grid=5, npz=True, inception_weights="w", reference=str(tmp_path / "r.npz")
     )
-    jobs = in_training.evaluation_jobs(cfg, num_classes=4)
+    requests = in_training.evaluation_requests(cfg, num_classes=4)
     scorer = in_training.Scorer(cfg, torch.device("cpu"))
     drawn: list[int] = []
 
-    def share(rank: int, gather: Callable[[Any], list[Any]]) -> in_training.Report:
-        def draw(jobs: Sequence[SampleRequest]) -> Iterator[tuple[SampleRequest, Any]]:
-            drawn.append(len(jobs))
-            return drawing()(jobs)
+    def share(rank: int, gather: Callable[[Any], list[Any]]) -> in_training.EvaluationResult:
+        def generate(requests: Sequence[SampleRequest]) -> Iterator[tuple[SampleRequest, Any]]:
+            drawn.append(len(requests))
+            return generator()(requests)
 
         return in_training.evaluate_share(
             cfg,
-            in_training.draw_share(draw, jobs, rank=rank, world=world),
+            in_training.generate_share(generate, requests, rank=rank, world=world),
             scorer,
             rank=rank,
             folder=tmp_path / "out",
             step=40,
-            total=lambda sums: torch.stack(gather(sums)).sum(dim=0),
+            all_reduce=lambda sums: torch.stack(gather(sums)).sum(dim=0),
             gather=gather,
         )
 
     first, *others = in_threads(world, share)
     # Sharded weights need every rank in every forward pass.
     assert len(set(drawn)) == 1
-    x = np.stack([pixels for _, pixels in drawing()(jobs)])
-    wanted = wanted_scores(judge, x, reference)
-    for report in (first, *others):
-        assert report.scalars.keys() == {"fid", "sfid", "inception_score"}
-        for name, value in report.scalars.items():
-            assert value == pytest.approx(wanted[name], rel=1e-4), name
-    assert all(report.sheet is None and report.npz is None for report in others)
+    x = np.stack([pixels for _, pixels in generator()(requests)])
+    expected = expected_scores(inception, x, reference)
+    for result in (first, *others):
+        assert result.scalars.keys() == {"fid", "sfid", "inception_score"}
+        for name, value in result.scalars.items():
+            assert value == pytest.approx(expected[name], rel=1e-4), name
+    assert all(result.grid is None and result.npz is None for result in others)
     with np.load(first.npz) as npz:
         assert np.array_equal(npz["arr_0"], x)
-    sheet = Image.open(first.sheet)
-    assert first.sheet == tmp_path / "out" / "step_00000040.png" and sheet.width > 5 * 8
+    grid = Image.open(first.grid)
+    assert first.grid == tmp_path / "out" / "step_00000040.png" and grid.width > 5 * 8
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["step_00000040.npz", "step_00000040.png"]
 
 
-def test_images_that_another_disk_has_are_named(tmp_path: Path) -> None:
-    share = in_training.draw_share(drawing(), [SampleRequest(0, 0, i) for i in range(4)], rank=0, world=2)
-    in_training.keep_share(share, tmp_path, 3)
-    with pytest.raises(RunError, match="a disk that all ranks see"):
-        in_training.keep_all(4, tmp_path, 3)
+def test_images_missing_on_this_disk_are_named(tmp_path: Path) -> None:
+    share = in_training.generate_share(generator(), [SampleRequest(0, 0, i) for i in range(4)], rank=0, world=2)
+    in_training.save_share(share, tmp_path, 3)
+    with pytest.raises(RunError, match="a disk that all ranks share"):
+        in_training.join_images(4, tmp_path, 3)
 
 
 @pytest.mark.parametrize("refused", [0, 2])
-def test_all_shares_raise_what_one_disk_refuses(refused: int, tmp_path: Path) -> None:
+def test_all_shares_raise_the_write_error_of_one(refused: int, tmp_path: Path) -> None:
     """Each rank has a disk of its own here; that of one is a file, where no folder can be."""
     (tmp_path / f"disk_{refused}").write_text("not a folder")
     cfg = EvaluationConfig(count=7, batch=2, grid=1, npz=True)
-    jobs = in_training.evaluation_jobs(cfg, num_classes=4)
+    requests = in_training.evaluation_requests(cfg, num_classes=4)
     scorer = in_training.Scorer(cfg, torch.device("cpu"))
 
     def share(rank: int, gather: Callable[[Any], list[Any]]) -> str:
         folder = tmp_path / f"disk_{rank}"
-        drawn = in_training.draw_share(drawing(), jobs, rank=rank, world=3)
+        drawn = in_training.generate_share(generator(), requests, rank=rank, world=3)
         with pytest.raises(RunError) as raised:
             in_training.evaluate_share(
-                cfg, drawn, scorer, rank=rank, folder=folder, step=3, total=lambda sums: sums, gather=gather
+                cfg, drawn, scorer, rank=rank, folder=folder, step=3, all_reduce=lambda sums: sums, gather=gather
             )
         return str(raised.value)
 
@@ -168,12 +168,12 @@ def test_all_shares_raise_what_one_disk_refuses(refused: int, tmp_path: Path) ->
 
 def test_a_sheet_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
-    drawn = in_training.draw_share(drawing(), [SampleRequest(0)], rank=0, world=1)
+    drawn = in_training.generate_share(generator(), [SampleRequest(0)], rank=0, world=1)
     with pytest.raises(RunError, match="step_00000003.png: Not a directory"):
-        in_training.save_sheet(drawn, tmp_path / "file" / "below", 3)
+        in_training.save_image_grid(drawn, tmp_path / "file" / "below", 3)
 
 
-def test_judges_that_are_not_there_are_named(tmp_path: Path) -> None:
+def test_missing_scoring_models_are_named(tmp_path: Path) -> None:
     device = torch.device("cpu")
     (tmp_path / "clip").mkdir()
     for cfg, message in (
@@ -186,9 +186,9 @@ def test_judges_that_are_not_there_are_named(tmp_path: Path) -> None:
 
 
 def test_a_reference_without_statistics_is_named(
-    judge: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    inception: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(in_training, "load_inception", lambda path, device: judge)
+    monkeypatch.setattr(in_training, "load_inception", lambda path, device: inception)
     for name, arrays, message in (("a", {"arr_0": images(3)}, "no mu"), ("b", {"mu": 1, "sigma": 2}, "mu is")):
         np.savez(tmp_path / name, **arrays)
         cfg = EvaluationConfig(inception_weights="w", reference=str(tmp_path / f"{name}.npz"))
@@ -220,28 +220,28 @@ def test_clip_score_is_that_of_transformers_own_processing(clip_folder: Path, si
         pixels = process(images=[Image.fromarray(image)], return_tensors="pt")["pixel_values"]
         with torch.no_grad():
             out = model(pixel_values=pixels, **tokenizer([prompt], return_tensors="pt"))
-        wanted = 100 * torch.cosine_similarity(out.image_embeds, out.text_embeds).item()
-        assert score.item() == pytest.approx(wanted, abs=1e-3)
+        expected = 100 * torch.cosine_similarity(out.image_embeds, out.text_embeds).item()
+        assert score.item() == pytest.approx(expected, abs=1e-3)
 
 
 def test_clip_score_over_shares(clip_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("\n".join(PROMPTS) + "\n" + "red " * 50)
     cfg = EvaluationConfig(count=7, batch=2, prompts_file=str(tmp_path / "p.txt"), clip_folder=str(clip_folder))
-    jobs = in_training.evaluation_jobs(cfg, num_classes=0)
+    requests = in_training.evaluation_requests(cfg, num_classes=0)
     scorer = in_training.Scorer(cfg, torch.device("cpu"))
 
     def share(rank: int, gather: Callable[[Any], list[Any]]) -> dict[str, float]:
-        mine = in_training.draw_share(drawing((30, 28)), jobs, rank=rank, world=2)
+        mine = in_training.generate_share(generator((30, 28)), requests, rank=rank, world=2)
         return scorer.scalars(mine, lambda sums: torch.stack(gather(sums)).sum(dim=0))
 
-    drawn = list(drawing((30, 28))(jobs))
+    drawn = list(generator((30, 28))(requests))
     alone = ClipScorer.load(clip_folder)
-    wanted = np.mean([alone.scores([x], [str(job.condition)]).item() for job, x in drawn])
+    expected = np.mean([alone.scores([x], [str(request.condition)]).item() for request, x in drawn])
     for scalars in in_threads(2, share):
-        assert scalars == {"clip_score": pytest.approx(wanted, abs=1e-3)}
+        assert scalars == {"clip_score": pytest.approx(expected, abs=1e-3)}
 
 
-def test_clips_normalisation_is_that_of_its_folder(clip_folder: Path, tmp_path: Path) -> None:
+def test_clip_normalises_as_its_folder_says(clip_folder: Path, tmp_path: Path) -> None:
     for file in clip_folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     x = images(3, side=28)
@@ -254,7 +254,7 @@ def test_clips_normalisation_is_that_of_its_folder(clip_folder: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("damage", ["kind", "weights", "fewer weights", "pickle only", "no tokenizer"])
-def test_clip_folders_that_are_none_are_named(damage: str, clip_folder: Path, tmp_path: Path) -> None:
+def test_bad_clip_folders_are_named(damage: str, clip_folder: Path, tmp_path: Path) -> None:
     for file in clip_folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     if damage == "kind":

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deco_scale.evaluation.statistics import precision_recall
+from deco_scale.evaluation.fid import precision_recall
 
 
 def points(*rows: tuple[float, float]) -> Tensor:

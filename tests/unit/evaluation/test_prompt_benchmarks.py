@@ -15,12 +15,13 @@ from PIL import Image
 
 from deco_scale.errors import ConfigError
 from deco_scale.evaluation import dpg, geneval
-from deco_scale.evaluation.files import read_json_lines
+from deco_scale.evaluation.geneval import read_json_lines
 from deco_scale.sampling.generate import SampleRequest
+from deco_scale.sampling.prompts import MAX_PROMPT_BYTES, NamedPrompt, read_named_prompts
 from tests.support.evaluations import (
     METADATA,
     OFFICIAL_DPG,
-    drawing,
+    generator,
     nothing,
     official_geneval,
 )
@@ -36,15 +37,15 @@ def test_geneval_layout_is_what_its_scorer_reads(tmp_path: Path) -> None:
     work = geneval.missing_images(tasks, out, 4)
     assert len(work) == 8
     with pytest.raises(KeyboardInterrupt):
-        geneval.generate_images(drawing(fail_at=3), work, out, on_image=nothing)
+        geneval.generate_images(generator(fail_at=3), work, out, on_image=nothing)
     left = geneval.missing_images(tasks, out, 4)
     assert left == work[3:]
-    geneval.generate_images(drawing(), left, out, on_image=nothing)
+    geneval.generate_images(generator(), left, out, on_image=nothing)
     names = [f"{i:05d}.png" for i in range(4)]
     assert official_geneval(out) == {entry["prompt"]: names for entry in METADATA}
     assert sorted(p.name for p in out.iterdir()) == ["00000", "00001"]
     for task, i in work:
-        _, wanted = next(drawing()([SampleRequest(task.prompt, i, seed=i)]))
+        _, wanted = next(generator()([SampleRequest(task.prompt, i, seed=i)]))
         found = np.asarray(Image.open(out / task.folder / "samples" / f"{i:05d}.png"))
         assert np.array_equal(found, wanted)
 
@@ -61,7 +62,7 @@ def test_geneval_layout_is_what_its_scorer_reads(tmp_path: Path) -> None:
         (b"\xff", "m.jsonl"),
     ],
 )
-def test_metadata_that_is_none_is_named(text: str | bytes, message: str, tmp_path: Path) -> None:
+def test_bad_metadata_is_named(text: str | bytes, message: str, tmp_path: Path) -> None:
     path = tmp_path / "m.jsonl"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ConfigError, match=message):
@@ -137,7 +138,7 @@ def test_prompts_of_folder_and_tar(tmp_path: Path) -> None:
     (tmp_path / "p.tar").write_bytes(tar_bytes(members))
     (tmp_path / "p.tar.gz").write_bytes(gzip.compress(tar_bytes(members)))
     for source in ("prompts", "p.tar", "p.tar.gz"):
-        assert dpg.read_prompts(tmp_path / source) == wanted
+        assert read_named_prompts(tmp_path / source) == wanted
 
 
 def header(name: str, **fields: Any) -> bytes:
@@ -155,8 +156,8 @@ HOSTILE: dict[str, Callable[[], bytes]] = {
     "symlink": lambda: tar_bytes([member("1.txt", b"", type=tarfile.SYMTYPE, linkname="/etc/passwd")]),
     "hard link": lambda: tar_bytes([member("1.txt", b"", type=tarfile.LNKTYPE, linkname="/etc/passwd")]),
     "device": lambda: tar_bytes([member("1.txt", b"", type=tarfile.CHRTYPE)]),
-    "huge": lambda: tar_bytes([member("1.txt", bytes(dpg.MAX_PROMPT_BYTES + 1))]),
-    "huge neighbour": lambda: tar_bytes([member("x.bin", bytes(dpg.MAX_PROMPT_BYTES + 1)), member("1.txt")]),
+    "huge": lambda: tar_bytes([member("1.txt", bytes(MAX_PROMPT_BYTES + 1))]),
+    "huge neighbour": lambda: tar_bytes([member("x.bin", bytes(MAX_PROMPT_BYTES + 1)), member("1.txt")]),
     "promises": lambda: header("1.txt", size=1 << 33),
     "promises little": lambda: header("1.txt", size=5000) + bytes(1024),
     "negative": lambda: header("1.txt", size=-512) + bytes(1024),
@@ -180,25 +181,25 @@ def test_hostile_tars_are_refused_and_leave_nothing(case: str, tmp_path: Path) -
     path = tmp_path / "p.tar"
     path.write_bytes(HOSTILE[case]())
     with pytest.raises(ConfigError, match=re.escape(str(path))):
-        dpg.read_prompts(path)
+        read_named_prompts(path)
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_dpg_grids_are_what_its_scorer_cuts(tmp_path: Path) -> None:
-    prompts = [dpg.Prompt(f"p{i}", f"text {i}") for i in range(3)]
+    prompts = [NamedPrompt(f"p{i}", f"text {i}") for i in range(3)]
     folder = tmp_path / "out" / "pictures"
     with pytest.raises(KeyboardInterrupt):
-        dpg.generate_images(drawing((8, 8), fail_at=6), prompts, folder, on_image=nothing)
+        dpg.generate_images(generator((8, 8), fail_at=6), prompts, folder, on_image=nothing)
     left = dpg.missing_prompts(prompts, folder)
     assert left == prompts[1:] and [p.name for p in folder.iterdir()] == ["p0.png"]
-    dpg.generate_images(drawing((8, 8)), left, folder, on_image=nothing)
+    dpg.generate_images(generator((8, 8)), left, folder, on_image=nothing)
     assert sorted(p.name for p in folder.iterdir()) == ["p0.png", "p1.png", "p2.png"]
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["pictures"]
     corners = [(0, 0, 8, 8), (8, 0, 16, 8), (0, 8, 8, 16), (8, 8, 16, 16)]
     for prompt in prompts:
         grid = Image.open(folder / f"{prompt.id}.png")
         for i, corner in enumerate(corners):
-            _, wanted = next(drawing((8, 8))([SampleRequest(prompt.text, i, seed=i)]))
+            _, wanted = next(generator((8, 8))([SampleRequest(prompt.text, i, seed=i)]))
             assert np.array_equal(np.asarray(grid.crop(corner)), wanted)
 
 

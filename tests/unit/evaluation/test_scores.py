@@ -18,10 +18,7 @@ from torchmetrics.image.inception import InceptionScore as OtherInceptionScore
 
 from deco_scale.errors import ConfigError, RunError
 from deco_scale.evaluation import fid
-from deco_scale.evaluation.files import claim_folder
-from deco_scale.evaluation.imagenet import ImageSet, generate_parts, join_pieces, missing_pieces
-from deco_scale.evaluation.npz import array_names, images_shape, read_floats, read_images, write_images
-from deco_scale.evaluation.statistics import (
+from deco_scale.evaluation.fid import (
     ClassSpread,
     Gaussian,
     InceptionScore,
@@ -29,16 +26,19 @@ from deco_scale.evaluation.statistics import (
     frechet_distance,
     precision_recall,
 )
+from deco_scale.evaluation.imagenet import ImageSet, generate_parts, join_pieces, missing_pieces
+from deco_scale.evaluation.npz import array_names, images_shape, read_floats, read_images, write_images
+from deco_scale.sampling.output_dir import claim_folder
 from tests.support.evaluations import (
-    Judge,
-    drawing,
+    SmallInception,
+    expected_scores,
     features,
     gaussian_of,
+    generator,
     images,
     normal,
     nothing,
-    small_judge,
-    wanted_scores,
+    small_inception,
 )
 
 
@@ -106,7 +106,7 @@ def test_inception_score_is_torchmetrics_and_splits_are_averaged() -> None:
     assert len(scores) == 3 and split.score() == pytest.approx(np.mean(scores), rel=1e-12)
 
 
-def test_inception_score_of_sure_and_unsure_judges() -> None:
+def test_inception_score_of_certain_and_uncertain_predictions() -> None:
     sure = InceptionScore(8)
     sure.add(1e4 * torch.eye(8))
     assert sure.score() == pytest.approx(8)
@@ -252,7 +252,7 @@ def test_a_folder_keeps_to_its_settings(tmp_path: Path) -> None:
     settings = {"sampler": {"order": 2, "guidance": 3.5}, "count": 4}
     claim_folder(tmp_path / "out", settings)
     claim_folder(tmp_path / "out", settings)
-    with pytest.raises(ConfigError, match=r"count 4 \(now 5\)"):
+    with pytest.raises(ConfigError, match="count=4, now 5"):
         claim_folder(tmp_path / "out", settings | {"count": 5})
     for damaged in ("{", "[]", "[" * 100_000):
         (tmp_path / "out" / "settings.json").write_text(damaged)
@@ -264,21 +264,21 @@ def test_a_folder_keeps_to_its_settings(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def judge(monkeypatch: pytest.MonkeyPatch) -> Judge:
-    return small_judge(monkeypatch, fid)
+def inception(monkeypatch: pytest.MonkeyPatch) -> SmallInception:
+    return small_inception(monkeypatch, fid)
 
 
 # FID of files.
 
 
-def test_scores_of_files_and_each_kind_of_reference(judge: Any, tmp_path: Path) -> None:
+def test_scores_of_files_and_each_kind_of_reference(inception: Any, tmp_path: Path) -> None:
     x, y = images(60, 1), images(80, 2) // 2 + 30
     np.savez(tmp_path / "x.npz", x)
-    found_b = judge(torch.from_numpy(y))
+    found_b = inception(torch.from_numpy(y))
     pool, spatial = gaussian_of(found_b.pool_BF), gaussian_of(found_b.spatial_BF)
     means = {"mu": pool.mean_F.numpy(), "sigma": pool.covariance_FF.numpy()}
     spatials = {"mu_s": spatial.mean_F.numpy(), "sigma_s": spatial.covariance_FF.numpy()}
-    wanted = wanted_scores(judge, x, y)
+    wanted = expected_scores(inception, x, y)
     assert 0 < wanted["recall"] < 1
     for arrays, absent in (
         ({"arr_0": y}, ()),
@@ -288,23 +288,23 @@ def test_scores_of_files_and_each_kind_of_reference(judge: Any, tmp_path: Path) 
     ):
         np.savez(tmp_path / "y.npz", **arrays)
         seen: list[int] = []
-        scores = fid.score_files(judge, tmp_path / "x.npz", tmp_path / "y.npz", batch=7, on_batch=seen.append)
+        scores = fid.score_files(inception, tmp_path / "x.npz", tmp_path / "y.npz", batch=7, on_batch=seen.append)
         for name, value in wanted.items():
             found = getattr(scores, name)
             assert found is None if name in absent else found == pytest.approx(value, rel=1e-4), name
         assert sum(seen) == fid.check_files(tmp_path / "x.npz", tmp_path / "y.npz")
 
 
-def test_statistics_stand_before_the_references_images(judge: Any, tmp_path: Path) -> None:
+def test_statistics_stand_before_the_references_images(inception: Any, tmp_path: Path) -> None:
     """As in the ADM suite: the images of a reference batch are only some of those the statistics are of."""
     x, y = images(20, 1), images(30, 2)
     np.savez(tmp_path / "x.npz", x)
     np.savez(tmp_path / "y.npz", arr_0=y, mu=np.full(12, 100.0), sigma=np.eye(12))
-    scores = fid.score_files(judge, tmp_path / "x.npz", tmp_path / "y.npz")
-    assert scores.fid > 1e4 and scores.precision == wanted_scores(judge, x, y)["precision"]
+    scores = fid.score_files(inception, tmp_path / "x.npz", tmp_path / "y.npz")
+    assert scores.fid > 1e4 and scores.precision == expected_scores(inception, x, y)["precision"]
 
 
-def test_references_without_use_are_refused(judge: Any, tmp_path: Path) -> None:
+def test_references_without_use_are_refused(inception: Any, tmp_path: Path) -> None:
     np.savez(tmp_path / "x.npz", images(5))
     for arrays, message in (
         ({"other": np.zeros(3)}, "neither arr_0 nor mu"),
@@ -313,10 +313,10 @@ def test_references_without_use_are_refused(judge: Any, tmp_path: Path) -> None:
     ):
         np.savez(tmp_path / "y.npz", **arrays)
         with pytest.raises(RunError, match=message):
-            fid.score_files(judge, tmp_path / "x.npz", tmp_path / "y.npz")
+            fid.score_files(inception, tmp_path / "x.npz", tmp_path / "y.npz")
     np.savez(tmp_path / "y.npz", images(1))
     with pytest.raises(RunError, match="one image"):
-        fid.score_files(judge, tmp_path / "y.npz", tmp_path / "x.npz")
+        fid.score_files(inception, tmp_path / "y.npz", tmp_path / "x.npz")
 
 
 # ImageNet.
@@ -326,22 +326,25 @@ def test_references_without_use_are_refused(judge: Any, tmp_path: Path) -> None:
 @given(st.integers(1, 90), st.integers(1, 7), st.integers(1, 40))
 def test_classes_are_balanced_everywhere_and_no_noise_is_used_twice(count: int, classes: int, piece: int) -> None:
     wanted = ImageSet(count=count, num_classes=classes, size=(6, 8), first_seed=5, piece=piece)
-    jobs = [job for i in range(wanted.num_pieces) for job in wanted.jobs(i)]
-    assert [job.seed for job in jobs] == list(range(5, 5 + count))
+    requests = [request for i in range(wanted.num_pieces) for request in wanted.requests(i)]
+    assert [request.seed for request in requests] == list(range(5, 5 + count))
     for start in range(0, count, 10):
-        seen = [sum(job.condition == c for job in jobs[start : start + 2 * classes]) for c in range(classes)]
+        seen = [
+            sum(request.condition == c for request in requests[start : start + 2 * classes])
+            for c in range(classes)
+        ]
         assert max(seen) - min(seen) <= 1
-    assert len({(job.condition, job.index) for job in jobs}) == count
+    assert len({(request.condition, request.index) for request in requests}) == count
 
 
 def test_broken_off_resumed_and_shared_pieces_give_the_same_file(tmp_path: Path) -> None:
     wanted = ImageSet(count=37, num_classes=4, size=(6, 8), piece=8)
-    generate_parts(drawing(), wanted, tmp_path / "a", missing_pieces(wanted, tmp_path / "a"), on_image=nothing)
+    generate_parts(generator(), wanted, tmp_path / "a", missing_pieces(wanted, tmp_path / "a"), on_image=nothing)
     first = join_pieces(wanted, tmp_path / "a")
     assert first.name == "samples_37x6x8x3.npz" and missing_pieces(wanted, tmp_path / "a") == []
     assert [p.name for p in (tmp_path / "a").iterdir()] == [first.name]
     with pytest.raises(KeyboardInterrupt):
-        generate_parts(drawing(fail_at=20), wanted, tmp_path / "b", [0, 1, 2, 3, 4], on_image=nothing)
+        generate_parts(generator(fail_at=20), wanted, tmp_path / "b", [0, 1, 2, 3, 4], on_image=nothing)
     assert missing_pieces(wanted, tmp_path / "b") == [2, 3, 4]
     with pytest.raises(RunError, match="piece_000002"):
         join_pieces(wanted, tmp_path / "b")
@@ -349,5 +352,5 @@ def test_broken_off_resumed_and_shared_pieces_give_the_same_file(tmp_path: Path)
     cut = tmp_path / "b" / "piece_000001.npy"
     cut.write_bytes(cut.read_bytes()[:-1])
     for share in ([3, 4], [1, 2]):
-        generate_parts(drawing(), wanted, tmp_path / "b", share, on_image=nothing)
+        generate_parts(generator(), wanted, tmp_path / "b", share, on_image=nothing)
     assert join_pieces(wanted, tmp_path / "b").read_bytes() == first.read_bytes()

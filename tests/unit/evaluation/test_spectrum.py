@@ -16,7 +16,6 @@ from checkpoints_tools.base import TensorSpec
 from checkpoints_tools.cli import main as deco_ckpt
 from checkpoints_tools.formats.canonical import write_canonical
 from deco_scale.checkpoint.format import CheckpointMeta
-from deco_scale.cli.main import main as deco
 from deco_scale.cli.spectrum import DATA_TIMES
 from deco_scale.config import build_config
 from deco_scale.evaluation.spectrum import (
@@ -32,6 +31,7 @@ from deco_scale.objectives.frequency import frequency_weights
 from deco_scale.sampling import SamplerConfig, time_grid
 from deco_scale.sampling.images import velocity_of
 from tests.support import FIXTURES, assets
+from tests.support.commands import deco
 
 # ITU-T T.81, figure A.6: the place of each coefficient in the zig-zag sequence.
 JPEG_ORDER = """
@@ -210,8 +210,8 @@ def test_a_text_model_on_images(
     assert len(energies[0]) == 2 * 3 * 64
     np.testing.assert_allclose(energies[0], energies[1], rtol=1e-4, atol=1e-9)
     capsys.readouterr()
-    assert deco([*common, "--pictures", "9", "--out", str(tmp_path / "no")]) == 2
-    assert "gives 3 of --pictures 9" in capsys.readouterr().err
+    assert deco([*common, "--images", "9", "--out", str(tmp_path / "no")]) == 2
+    assert "gives 3 of --images 9" in capsys.readouterr().err
 
 
 def test_indexed_shards_are_read_by_the_loader(shards: Path, text_encoder: Path, tmp_path: Path) -> None:

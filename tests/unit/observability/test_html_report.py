@@ -21,9 +21,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from wandb.proto.wandb_internal_pb2 import Record
+from wandb.proto import wandb_internal_pb2
 
-from deco_scale.cli.main import main
 from deco_scale.observability.config import WandbConfig
 from deco_scale.observability.curves import curves_svg
 from deco_scale.observability.events import Event, append_event, is_number
@@ -35,6 +34,7 @@ from deco_scale.observability.run_logger import RunLogger
 from deco_scale.observability.summary import summary_rows
 from deco_scale.observability.wandb import run_id
 from deco_scale.yaml import dump_yaml
+from tests.support.commands import deco
 
 BEGAN = 1_700_000_000.0
 MARKUP = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&"
@@ -127,7 +127,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> str:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SOME_API_KEY", SECRETS["environment"])
         write_run(folder, images=20)
-        assert main.main(["report", str(folder), "--usd-per-gpu-hour", "3"]) == 0
+        assert deco(["report", str(folder), "--usd-per-gpu-hour", "3"]) == 0
     return (folder / "report.html").read_text(encoding="utf-8")
 
 
@@ -202,13 +202,13 @@ def test_an_empty_folder_gives_a_page_and_wrong_use_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out" / "page.html"
-    assert main.main(["report", str(tmp_path), "--out", str(out)]) == 0
+    assert deco(["report", str(tmp_path), "--out", str(out)]) == 0
     made = Elements()
     made.feed(out.read_text())
     assert made.open == [] and "has not started" in out.read_text()
-    assert main.main(["report", str(tmp_path / "none")]) == 2
-    assert main.main(["report", str(tmp_path), "--usd-per-gpu-hour", "nan"]) == 2
-    assert main.main(["report", str(tmp_path), "--out", str(out.parent)]) == 1
+    assert deco(["report", str(tmp_path / "none")]) == 2
+    assert deco(["report", str(tmp_path), "--usd-per-gpu-hour", "nan"]) == 2
+    assert deco(["report", str(tmp_path), "--out", str(out.parent)]) == 1
     assert [path.name for path in out.parent.iterdir()] == ["page.html"]
     assert "no such folder" in capsys.readouterr().err
 
@@ -258,7 +258,7 @@ def _records(path: Path) -> Iterator[Any]:
         whole += data[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (1, 4):
-            record = Record()
+            record: Any = wandb_internal_pb2.Record()  # type: ignore[attr-defined]
             record.ParseFromString(whole)
             yield record
             whole = b""

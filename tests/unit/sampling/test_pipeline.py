@@ -15,8 +15,8 @@ from deco_scale.models import Denoiser, ModelConfig
 from deco_scale.sampling import SamplerConfig
 from deco_scale.sampling.images import generate_images, velocity_of
 from deco_scale.sampling.pipeline import DecoPipeline, PipelineError
-from tests.checkpoints import CLASSES, TEXT, release_file, release_state, save, tensors_of
 from tests.support.assets import TEXT_DIM, TEXT_TOKENS
+from tests.support.checkpoints import CLASSES, TEXT, release_file, release_state, save, tensors_of
 
 
 def test_an_imported_checkpoint_draws_images(tmp_path: Path, text_encoder: Path) -> None:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from deco_scale.models import Denoiser, ModelConfig
 from deco_scale.sampling import (
-    ImageGenerator,
     Guidance,
+    ImageGenerator,
     SamplerConfig,
     SampleRequest,
     guided_velocity,
@@ -260,7 +260,7 @@ def test_a_negative_prompt_leaves_no_trace() -> None:
         (SampleRequest(1, negative="x"), (4, 4), 1, "no negative prompt"),
         (SampleRequest(1), (4, 6), 1, "4x6: both sides must be positive multiples of 4"),
         (SampleRequest(1), (0, 4), 1, "0x4"),
-        (SampleRequest(1), (4000, 4000), 1, "1000000 patches of 4, at most 16384"),
+        (SampleRequest(1), (4000, 4000), 1, "1000000 patches of 4, the maximum is 16384"),
         (SampleRequest(1), (4, 4), 0, "batch=0"),
     ],
     ids=str,
@@ -271,7 +271,9 @@ def test_impossible_images_are_refused_before_any_is_drawn(
     def velocity(x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
         raise AssertionError("nothing may be drawn")
 
-    generator = ImageGenerator(velocity, CLASS_MODEL, encode=None, null=torch.tensor(3), device=torch.device("cpu"))
+    generator = ImageGenerator(
+        velocity, CLASS_MODEL, encode=None, null=torch.tensor(3), device=torch.device("cpu")
+    )
     with pytest.raises(ValueError, match=message):
         generator.images([SampleRequest(0), job], size=size, sampler=SamplerConfig(), batch=batch)
 
