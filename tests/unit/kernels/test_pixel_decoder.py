@@ -34,7 +34,7 @@ def run(decoder: PixelDecoder, dtype: torch.dtype, patch: int, tokens: int) -> l
 @pytest.mark.parametrize(
     ("patch", "width", "tokens", "chunk"), [(16, 32, 5, 600), (4, 7, 1, 1), (8, 16, 9, 1 << 20)]
 )
-def test_pixel_decoder_is_its_formula(
+def test_pixel_decoder_equals_the_formula(
     features: PixelFeatures, patch: int, width: int, tokens: int, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(pixel_decoder.CHUNK_PIXELS, "cpu", chunk)
@@ -47,7 +47,7 @@ def test_pixel_decoder_is_its_formula(
             assert (one - other).abs().max() / other.abs().max().clamp(min=1e-12) < tolerance
 
 
-def test_pixel_decoder_keeps_only_its_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pixel_decoder_saves_only_its_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(pixel_decoder.CHUNK_PIXELS, "cpu", 256)
 
     def kept(kind: type[PixelDecoder]) -> int:
@@ -58,7 +58,7 @@ def test_pixel_decoder_keeps_only_its_inputs(monkeypatch: pytest.MonkeyPatch) ->
     assert kept(PixelDecoder) < kept(ReferenceDecoder) / 4
 
 
-def test_pixel_decoder_without_gradients_gives_the_same() -> None:
+def test_pixel_decoder_is_the_same_without_gradients() -> None:
     decoder = made(PixelDecoder, "rotary", 8, 16)
     inputs = torch.randn(2, 5, 192), torch.randn(2, 5, 24)
     with torch.no_grad():

@@ -50,7 +50,7 @@ def every(tensors: AdamWTensors) -> list[Tensor]:
 
 @pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("factor", [None, 0.37])
-def test_several_steps_are_those_of_the_formula(kernels: Kernels, factor: float | None) -> None:
+def test_several_steps_equal_the_formula(kernels: Kernels, factor: float | None) -> None:
     with_ema = [True, False, True, True, False]
     ours = tensors_of(random_parameters(0), with_ema=with_ema)
     p, m, v = ([t.double() for t in kind] for kind in (ours.parameters, ours.exp_avgs, ours.exp_avg_sqs))
@@ -73,7 +73,7 @@ def test_several_steps_are_those_of_the_formula(kernels: Kernels, factor: float 
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
-def test_it_is_torch_optim_adamw_and_lerp(kernels: Kernels) -> None:
+def test_update_equals_torch_optim_adamw_and_lerp(kernels: Kernels) -> None:
     start = random_parameters(1)
     ours = tensors_of([p.clone() for p in start], with_ema=[True] * len(start))
     theirs = [torch.nn.Parameter(p.clone()) for p in start]
@@ -131,7 +131,7 @@ def test_a_skipped_step_changes_no_bit_whatever_the_gradient(kernels: Kernels) -
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
-def test_tensors_may_begin_anywhere_and_neighbours_are_left_alone(kernels: Kernels) -> None:
+def test_unaligned_tensors_are_updated_and_their_neighbours_are_not(kernels: Kernels) -> None:
     # Shards of a gradient lie side by side in one buffer, at addresses that 16 need not divide.
     pools = [torch.full((3 * 4099,), 7.0, device=DEVICE) for _ in range(5)]
     # Two tensors each, with a gap of one before, between and behind.
@@ -149,7 +149,7 @@ def test_tensors_may_begin_anywhere_and_neighbours_are_left_alone(kernels: Kerne
         assert not written or not bool((torch.cat([pool[1:4098], pool[4099:8200]]) == 7.0).any())
 
 
-def test_what_the_kernels_cannot_take_is_refused() -> None:
+def test_unsupported_tensors_are_refused() -> None:
     good = torch.zeros(4, 6)
     for bad in (good.half(), good.t(), good[:, ::2], torch.zeros(0)):
         with pytest.raises(ValueError, match="contiguous fp32 tensors"):

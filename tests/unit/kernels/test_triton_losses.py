@@ -40,7 +40,7 @@ def formula(prediction: Tensor, target: Tensor, patch_size: int) -> tuple[Tensor
 
 @pytest.mark.parametrize(("patch_size", "count"), [(8, 5), (16, 9), (24, 4)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_losses_and_gradient_in_one_pass(patch_size: int, count: int, dtype: torch.dtype) -> None:
+def test_losses_and_gradient_equal_the_formulas(patch_size: int, count: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     # Not contiguous: the target is often a slice of tokens.
     prediction = torch.randn(2, count, 3 * patch_size**2, device=DEVICE).to(dtype).requires_grad_()
@@ -61,7 +61,7 @@ def test_losses_and_gradient_in_one_pass(patch_size: int, count: int, dtype: tor
     assert (grad.double() - wanted_grad.double()).abs().max() < tolerance * wanted_grad.double().abs().max()
 
 
-def test_what_does_not_fit_is_refused() -> None:
+def test_shapes_and_dtypes_that_do_not_fit_are_refused() -> None:
     x = torch.randn(2, 3, 192, device=DEVICE)
     with pytest.raises(ValueError, match="must be alike"):
         flow_and_frequency(x, x[:, :2], *tables(), 8)
@@ -73,14 +73,14 @@ def test_what_does_not_fit_is_refused() -> None:
         flow_and_frequency(x.double(), x.double(), *tables(), 8)
 
 
-def test_operator_is_registered_soundly() -> None:
+def test_operator_passes_opcheck() -> None:
     x = torch.randn(2, 3, 192, device=DEVICE, requires_grad=True)
     args = (x, torch.randn(2, 3, 192, device=DEVICE), *tables(), 8)
     torch.library.opcheck(torch.ops.deco_scale.squared_error_sums.default, args)
 
 
 @pytest.mark.parametrize("patch_size", [4, 8])
-def test_objective_with_either_kernels(patch_size: int) -> None:
+def test_objective_is_the_same_with_triton_and_torch(patch_size: int) -> None:
     """Patches of 4 pixels hold no whole block: they take the torch formulas, whatever is chosen."""
     torch.manual_seed(0)
     model = Denoiser(

@@ -1,6 +1,7 @@
 """Triton kernels of norm, modulation, rotary position and residual against their twins, by the interpreter."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -69,15 +70,15 @@ def plain(x: Tensor, weight: Tensor, **settings: object) -> Tensor:
     return rms_norm(x, weight, eps=EPS, **settings)  # type: ignore[arg-type]
 
 
-def cases(dtype: torch.dtype) -> list[tuple[Function, list[Tensor], dict[str, object]]]:
+def cases(dtype: torch.dtype) -> list[tuple[Function, list[Tensor], dict[str, Any]]]:
     """Functions with inputs of odd sizes; weights stay in fp32 as autocast leaves them.
 
     The first of each has tokens for more than one program; the interpreter is slow, so the rest are few.
     """
-    made: list[tuple[Function, list[Tensor], dict[str, object]]] = []
+    made: list[tuple[Function, list[Tensor], dict[str, Any]]] = []
     sizes = [(1, 17, 24), (2, 3, 3)] + ([(1, 2, 1152)] if dtype == torch.float32 else [])
     for cast_first in (False, True):
-        settings: dict[str, object] = {"cast_first": cast_first}
+        settings: dict[str, Any] = {"cast_first": cast_first}
         for batch, tokens, dim in sizes[: 1 if cast_first else None]:
             x, modulation = random(batch, tokens, dim, dtype=dtype), random(batch, 1, 3 * dim, dtype=dtype)
             made.append((modulated, [x, random(dim), modulation], settings))
@@ -94,7 +95,7 @@ def cases(dtype: torch.dtype) -> list[tuple[Function, list[Tensor], dict[str, ob
     return made
 
 
-def test_kernels_are_their_twins_in_float64() -> None:
+def test_kernels_equal_torch_in_float64() -> None:
     for function, inputs, settings in cases(torch.float32):
         wanted = run(function, inputs, torch.float64, kernels="torch", **settings)
         found = run(function, inputs, kernels="triton", **settings)
@@ -118,13 +119,13 @@ def test_half_precision_is_rounded_once(dtype: torch.dtype) -> None:
             kernels="torch",
             **settings,
         )
-        for one, other, of in zip(found, wanted, ["out", *inputs], strict=False):
-            assert one.dtype == (dtype if isinstance(of, str) else of.dtype)
+        assert [one.dtype for one in found] == [dtype, *(x.dtype for x in inputs if x.requires_grad)]
+        for one, other in zip(found, wanted, strict=True):
             assert distance(one, other) < roundings * ROUNDED[dtype], function
 
 
 @pytest.mark.parametrize("cast_first", [False, True])
-def test_norm_and_rotation_round_like_the_twin(cast_first: bool) -> None:
+def test_norm_and_rotation_round_like_torch(cast_first: bool) -> None:
     for function, inputs, settings in cases(torch.float16):
         if function not in (plain, heads) or settings["cast_first"] != cast_first:
             continue
@@ -179,12 +180,12 @@ def test_strided_inputs_and_expanded_gradients() -> None:
     assert distance(*grads) < FP32
 
 
-def test_no_token_at_all() -> None:
+def test_kernels_accept_zero_tokens() -> None:
     found = run(modulated, [random(2, 0, 8), random(8), random(2, 1, 24)], cast_first=False, kernels="triton")
     assert found[0].shape == (2, 0, 8) and not any(grad.any() for grad in found[2:])
 
 
-def test_what_does_not_fit_is_refused() -> None:
+def test_shapes_and_dtypes_that_do_not_fit_are_refused() -> None:
     x, weight, part = random(2, 3, 8), random(8), random(2, 1, 8)
     settings = {"eps": EPS, "cast_first": False, "kernels": "triton"}
     with pytest.raises(ValueError, match=r"shift must be \(2, 1, 8\)"):
@@ -236,7 +237,7 @@ def block_run(block: Block, kernels: str, through: Callable[[Block], Function]) 
 
 
 @pytest.mark.parametrize("way", ["plain", "checkpointed", "compiled"])
-def test_block_with_either_kernels(way: str) -> None:
+def test_block_is_the_same_with_triton_and_torch(way: str) -> None:
     torch.manual_seed(0)
     block = Block(32, 4, mlp_hidden_dim=48, with_context=True, cast_first=False).to(DEVICE)
     ways: dict[str, Callable[[Block], Function]] = {
@@ -253,7 +254,7 @@ def test_block_with_either_kernels(way: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["t2i_deco", "c2i_baseline"])
-def test_denoiser_with_either_kernels(kind: str) -> None:
+def test_denoiser_is_the_same_with_triton_and_torch(kind: str) -> None:
     extra: dict[str, int] = {"num_classes": 3}
     if kind == "t2i_deco":
         extra = {"decoder_width": 8, "decoder_blocks": 1, "num_text_blocks": 1, "text_dim": 6, "text_tokens": 3}

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -74,7 +75,7 @@ def errors(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, flo
 
 
 @pytest.mark.parametrize(("patch", "width", "blocks", "channels", "tokens"), SIZES)
-def test_output_and_every_gradient_are_the_formula(
+def test_output_and_every_gradient_equal_the_formula(
     patch: int, width: int, blocks: int, channels: int, tokens: int
 ) -> None:
     size = (patch, width, blocks, channels)
@@ -86,7 +87,7 @@ def test_output_and_every_gradient_are_the_formula(
 
 
 @pytest.mark.parametrize("autocast", [True, False])
-def test_bf16_is_as_near_to_the_formula_as_the_twin(autocast: bool) -> None:
+def test_bf16_is_as_close_to_the_formula_as_torch(autocast: bool) -> None:
     """With fp32 weights under autocast, and with everything in bf16."""
     size, tokens = (8, 16, 2, 3), 3
     dtype, mode = (torch.float32, torch.bfloat16) if autocast else (torch.bfloat16, None)
@@ -106,7 +107,7 @@ def test_bf16_is_as_near_to_the_formula_as_the_twin(autocast: bool) -> None:
     assert sum(found.values()) < sum(twin.values())
 
 
-def test_half_precision_of_autocast_is_taken() -> None:
+def test_autocast_dtype_is_used() -> None:
     size = (4, 16, 2, 3)
     wanted = run(made(ReferenceDecoder, *size, torch.float64), 2)
     for name, error in errors(run(made(PixelDecoder, *size, torch.float32), 2, torch.float16), wanted).items():
@@ -131,8 +132,9 @@ def arguments(
     return drawn(patches, channels * pixels), drawn(patches, pixels, width), folded, [block], *head
 
 
-def test_gradients_of_pixels_are_made_only_where_asked_for() -> None:
-    patches, *rest = arguments()
+def test_gradients_of_pixels_are_computed_only_if_required() -> None:
+    patches, *others = arguments()
+    rest: list[Any] = others
     render_pixels(patches, *rest, eps=1e-6, kernels="triton").sum().backward()
     wanted = rest[0].grad
     rest[0].grad = None
@@ -151,7 +153,7 @@ def test_no_patches_give_no_output_and_zero_gradients() -> None:
     assert given[-1].grad.abs().max() == given[2].constant.grad.abs().max() == 0
 
 
-def test_only_inputs_are_kept_for_backward() -> None:
+def test_only_inputs_are_saved_for_backward() -> None:
     decoder = made(PixelDecoder, 4, 16, 2, 3, torch.float32)
     patches, token = torch.randn(2, 3, 48, device=DEVICE), torch.randn(2, 3, DIM, device=DEVICE)
     kept = saved_bytes(decoder, lambda: decoder(patches, token))
@@ -165,7 +167,7 @@ def test_only_inputs_are_kept_for_backward() -> None:
     assert not without.requires_grad and torch.equal(without, decoder(patches, token))
 
 
-def test_operator_keeps_the_rules_of_torch() -> None:
+def test_operator_passes_opcheck() -> None:
     from deco_scale.kernels.triton.pixel_decoder import _render
 
     patches, condition, folded, blocks, *head = arguments(patches=2, pixels=4, width=7)
@@ -184,7 +186,7 @@ def test_operator_keeps_the_rules_of_torch() -> None:
     torch.library.opcheck(_render, (patches, condition, folded.constant, weights, 1, 1e-6, torch.float32))
 
 
-def test_compiled_and_checkpointed_it_is_the_same() -> None:
+def test_compile_and_checkpointing_change_nothing() -> None:
     decoder = made(PixelDecoder, 4, 16, 1, 3, torch.float32)
     patches, token = torch.randn(1, 3, 48, device=DEVICE), torch.randn(1, 3, DIM, device=DEVICE)
 
@@ -202,7 +204,7 @@ def test_compiled_and_checkpointed_it_is_the_same() -> None:
             assert torch.equal(one, other)
 
 
-def test_whole_denoiser_is_the_same() -> None:
+def test_denoiser_is_the_same_with_triton_and_torch() -> None:
     cfg = ModelConfig(
         kind="t2i_deco", dim=32, num_heads=2, num_blocks=1, num_text_blocks=1, patch_size=4, decoder_width=8,
         decoder_blocks=2, text_dim=12, text_tokens=3,
@@ -233,7 +235,7 @@ def test_whole_denoiser_is_the_same() -> None:
         ({"width": 65}, "width 65 is above 64"),
     ],
 )
-def test_what_the_kernel_cannot_take_is_refused(change: dict[str, object], message: str) -> None:
+def test_unsupported_inputs_are_refused(change: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         render_pixels(*arguments(**change), eps=1e-6, kernels="triton")  # type: ignore[arg-type]
 
@@ -261,7 +263,7 @@ def test_a_gpu_with_too_little_shared_memory_is_refused(kernel: str, monkeypatch
 
 
 @pytest.mark.parametrize("kernels", ["torch", "triton"])
-def test_what_does_not_fit_is_refused(kernels: str) -> None:
+def test_shapes_that_do_not_fit_are_refused(kernels: str) -> None:
     patches, condition, folded, blocks, *head = arguments()
     cases = {
         "patches": (patches[:, 1:], condition, folded, blocks),
@@ -279,7 +281,7 @@ def test_types_that_differ_are_refused_without_autocast() -> None:
         render_pixels(patches.bfloat16(), *rest, eps=1e-6, kernels="triton")
 
 
-def test_triton_is_imported_only_where_chosen_and_not_interpreted_by_chance() -> None:
+def test_triton_is_imported_only_if_selected_and_never_interpreted_by_accident() -> None:
     """In a process of its own: without triton the twin computes and the choice fails; a CPU is refused."""
     program = """
 import sys

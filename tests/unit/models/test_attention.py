@@ -1,7 +1,7 @@
 """Attention: PyTorch's kernels against the formula, refusals, the measured choice, tables under torch.compile."""
 
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
@@ -27,14 +27,15 @@ SHAPES = [(4, 4, 8), (5, 13, 6), (1, 7, 3), (64, 96, 64), (33, 1, 16)]
 """Queries, keys, head width: odd numbers, and more and fewer keys than queries."""
 
 
-def inputs(queries: int, keys: int, width: int, dtype: torch.dtype) -> list[Tensor]:
+def inputs(queries: int, keys: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Queries, keys, values and a gradient of the output; 2 samples, 3 heads."""
     generator = torch.Generator().manual_seed(0)
     sizes = [(2, length, 3, width) for length in (queries, keys, keys, queries)]
-    return [torch.randn(size, generator=generator, dtype=torch.float64).to(dtype) for size in sizes]
+    q, k, v, grad = (torch.randn(size, generator=generator, dtype=torch.float64).to(dtype) for size in sizes)
+    return q, k, v, grad
 
 
-def results(call: Callable[[Tensor, Tensor, Tensor], Tensor], given: list[Tensor]) -> list[Tensor]:
+def results(call: Callable[[Tensor, Tensor, Tensor], Tensor], given: Sequence[Tensor]) -> list[Tensor]:
     leaves = [x.clone().requires_grad_() for x in given[:3]]
     out = call(*leaves)
     return [out.detach(), *torch.autograd.grad(out, leaves, given[3])]
@@ -47,7 +48,7 @@ def largest_error(found: list[Tensor], wanted: list[Tensor]) -> float:
     return max(((a - b).abs().max() / torch.maximum(b.abs().max(), floor)).item() for a, b in pairs)
 
 
-def by_hand(given: list[Tensor]) -> list[Tensor]:
+def by_hand(given: Sequence[Tensor]) -> list[Tensor]:
     """Output and gradients head by head, with the derivative of softmax written out."""
     q, k, v, grad = (x.double() for x in given)
     found = [torch.empty_like(x) for x in (grad, q, k, v)]
@@ -87,7 +88,7 @@ def test_math_is_float32_under_autocast() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_bound_of_the_choice_holds_for_pytorch_and_not_for_a_wrong_scale(dtype: torch.dtype) -> None:
+def test_error_bound_accepts_pytorch_and_rejects_a_wrong_scale(dtype: torch.dtype) -> None:
     given = inputs(64, 96, 64, dtype)
     wanted = by_hand(given)
     assert largest_error(results(KERNELS["sdpa"], given), wanted) < error_bound(dtype)
@@ -142,7 +143,7 @@ def _raises(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     raise RuntimeError("no kernel image\nand more lines")
 
 
-def test_choice_is_the_fastest_right_candidate() -> None:
+def test_autotune_selects_the_fastest_candidate_that_matches_the_formula() -> None:
     sdpa = KERNELS["sdpa"]
     candidates = {
         "slow": sdpa,
@@ -168,7 +169,7 @@ def test_choice_is_the_fastest_right_candidate() -> None:
     assert "\n" not in line and "fast of fast 1.500 ms, slow 3.000 ms; without raises: " in line
 
 
-def test_choice_by_the_clock_and_with_nothing_left() -> None:
+def test_autotune_measures_by_the_clock_on_a_cpu_and_fails_without_a_candidate() -> None:
     shape = AttentionShape(batch=1, queries=4, keys=4, num_heads=1, head_dim=8)
     found = choose_backend(shape, device=CPU, dtype=torch.float32, candidates={"sdpa": KERNELS["sdpa"]})
     assert found.kernel == "sdpa" and found.times_ms[0][1] > 0
@@ -178,7 +179,7 @@ def test_choice_by_the_clock_and_with_nothing_left() -> None:
         AttentionShape(batch=1, queries=0, keys=4, num_heads=1, head_dim=8)
 
 
-def test_choice_on_a_cpu_measures_nothing() -> None:
+def test_auto_measures_nothing_on_a_cpu() -> None:
     state = torch.get_rng_state()
     shape = AttentionShape(batch=2, queries=256, keys=384, num_heads=24, head_dim=64)
     timer = Stopwatch()
@@ -187,7 +188,7 @@ def test_choice_on_a_cpu_measures_nothing() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_shapes_of_a_model() -> None:
+def test_model_shapes_are_those_of_its_attention_calls() -> None:
     cfg = ModelConfig(
         kind="t2i_deco", dim=1536, num_heads=24, num_blocks=1, patch_size=16, decoder_width=32, decoder_blocks=1,
         text_dim=8, text_tokens=128, num_text_blocks=1,
@@ -202,7 +203,7 @@ def test_shapes_of_a_model() -> None:
         model_shapes(cfg, resolution=256, batch=4, tp=5)
 
 
-def test_table_picks_by_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_table_selects_the_kernel_by_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[str] = []
 
     def noted(name: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
@@ -273,7 +274,7 @@ def test_compiled_attention_is_one_graph_per_shape(backend: AttentionTable | str
 
 @pytest.mark.usefixtures("dynamo")
 @pytest.mark.parametrize("backend", ["sdpa", "math", TABLE], ids=["sdpa", "math", "table"])
-def test_compiled_with_recomputing_and_autocast_has_the_same_gradients(backend: AttentionTable | str) -> None:
+def test_compile_checkpointing_and_autocast_keep_the_gradients(backend: AttentionTable | str) -> None:
     x, context = torch.randn(2, 9, 24), torch.randn(2, 2, 24)
 
     def gradients(call: Callable[..., Tensor], module: Attention) -> list[Tensor]:

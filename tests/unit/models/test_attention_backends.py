@@ -92,7 +92,7 @@ def test_packages_with_operators_are_traced(kernel: str, namespace: str, monkeyp
 
 
 @pytest.mark.usefixtures("stand_ins")
-def test_packages_are_asked_by_chip_dtype_and_width(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packages_are_usable_by_compute_capability_dtype_and_head_width(monkeypatch: pytest.MonkeyPatch) -> None:
     missing = backends.package_missing
     half = torch.bfloat16
 

@@ -48,7 +48,7 @@ def asked(mark: Callable[..., Any]) -> tuple[int, int]:
     return len(times), counter.frame_count
 
 
-def test_marks_are_those_of_pytorch() -> None:
+def test_decorators_have_the_effect_of_pytorchs_own() -> None:
     assert broken(outside_graphs) == broken(torch.compiler.disable) == (2, 2, True)
     assert broken(lambda function: function)[0] == 1
     assert asked(constant_in_graphs) == asked(torch.compiler.assume_constant_result) == (1, 1)

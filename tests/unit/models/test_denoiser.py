@@ -110,7 +110,7 @@ def test_initial_weights_follow_the_recipe_and_the_seed() -> None:
 
 
 @pytest.mark.parametrize("kind", TINY)
-def test_patches_of_the_decoder_and_images_of_a_batch_do_not_see_each_other(kind: str) -> None:
+def test_decoder_patches_and_images_of_a_batch_are_independent(kind: str) -> None:
     cfg = TINY[kind]
     model = fresh(cfg)
     torch.manual_seed(0)

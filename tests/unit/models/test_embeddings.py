@@ -26,7 +26,7 @@ def test_rotary_angles_alternate_between_column_and_row(grid: tuple[int, int], s
             assert angles[row * cols + col].tolist() == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
-def test_a_step_along_one_axis_turns_the_pairs_of_that_axis_alone() -> None:
+def test_a_step_along_one_axis_rotates_only_the_pairs_of_that_axis() -> None:
     angles = rope_angles(3, 5, head_dim=16, scale="grid", device=CPU).view(3, 5, 4, 2)
     columns, rows = angles.diff(dim=1), angles.diff(dim=0)
     assert bool((columns[..., 0] > 0).all()) and not columns[..., 1].any()
@@ -37,7 +37,7 @@ def test_a_step_along_one_axis_turns_the_pairs_of_that_axis_alone() -> None:
 
 @pytest.mark.parametrize("patch_size", [2, 4, 8, 16])
 @pytest.mark.parametrize("kind", ["rotary", "cosine"])
-def test_pixel_features_are_those_of_the_formulas(patch_size: int, kind: PixelFeatures) -> None:
+def test_pixel_features_equal_the_formulas(patch_size: int, kind: PixelFeatures) -> None:
     found = pixel_position_features(patch_size, kind=kind, device=CPU)
     expected = formulas.pixel_features(patch_size, is_text=kind == "rotary")
     assert found.shape == (patch_size**2, 64)

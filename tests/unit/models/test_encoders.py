@@ -24,7 +24,7 @@ def load_text(folder: Path, cache: int = 0) -> TextEncoder:
     return TextEncoder.load(cfg, CPU)
 
 
-def test_null_embedding_is_that_of_the_empty_caption_and_stays(text_encoder: Path) -> None:
+def test_null_embedding_is_that_of_the_empty_caption_and_cannot_be_changed(text_encoder: Path) -> None:
     encoder = load_text(text_encoder)
     null = encoder.null
     assert null.shape == (TEXT_TOKENS, TEXT_DIM) and bool(null.isfinite().all())
@@ -34,7 +34,7 @@ def test_null_embedding_is_that_of_the_empty_caption_and_stays(text_encoder: Pat
     assert torch.equal(encoder.null, null)
 
 
-def test_states_have_fixed_length_and_right_padding(text_encoder: Path) -> None:
+def test_embeddings_have_fixed_length_and_right_padding(text_encoder: Path) -> None:
     encoder = load_text(text_encoder)
     short, long = encoder.encode(["a red square", "a red square on the white ground a a a a"])
     assert short.shape == long.shape == (TEXT_TOKENS, TEXT_DIM)
@@ -42,14 +42,14 @@ def test_states_have_fixed_length_and_right_padding(text_encoder: Path) -> None:
     torch.testing.assert_close(short[:3], long[:3], rtol=1e-4, atol=1e-5)
 
 
-def test_cache_changes_nothing(text_encoder: Path) -> None:
+def test_caching_does_not_change_embeddings(text_encoder: Path) -> None:
     plain, cached = load_text(text_encoder), load_text(text_encoder, cache=2)
     for captions in (["a red", "a blue"], ["a blue", "a green", "a red"], ["a red"]):
         torch.testing.assert_close(plain.encode(captions), cached.encode(captions))
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_our_attention_mask_is_that_of_transformers(causal: bool, text_encoder: Path) -> None:
+def test_attention_mask_equals_that_of_transformers(causal: bool, text_encoder: Path) -> None:
     from transformers import BertConfig, BertModel, Qwen3Config, Qwen3Model
 
     sizes = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -151,9 +151,7 @@ def test_missing_image_encoder_says_what_to_fetch() -> None:
 
 
 @pytest.mark.parametrize("kind", ["text", "image"])
-def test_weights_that_files_lack_are_not_drawn_at_random(
-    kind: str, tmp_path: Path, text_encoder: Path, image_encoder: Path
-) -> None:
+def test_missing_weights_are_an_error(kind: str, tmp_path: Path, text_encoder: Path, image_encoder: Path) -> None:
     source = text_encoder if kind == "text" else image_encoder
     folder = tmp_path / "cut"
     shutil.copytree(source, folder)

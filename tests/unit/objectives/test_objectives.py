@@ -90,7 +90,7 @@ def test_repa_is_zero_for_parallel_tokens_and_refuses_another_grid() -> None:
         repa_loss(tokens, tokens[:, :3])
 
 
-def test_times_and_path() -> None:
+def test_shifted_times_and_end_points_of_the_path() -> None:
     t = base_time(torch.tensor([-30.0, 0.0, 30.0]), "logit_normal")
     torch.testing.assert_close(t, torch.tensor([0.0, 0.5, 1.0]), atol=1e-6, rtol=0)
     torch.testing.assert_close(shift_time(t, 3.0), torch.tensor([0.0, 0.25, 1.0]), atol=1e-6, rtol=0)
@@ -194,7 +194,7 @@ def test_losses_and_gradients_of_a_predicted_image(patch_size: int, kernels: str
     assert all(p.grad is not None and p.grad.isfinite().all() for p in objective.parameters())
 
 
-def test_an_exact_image_costs_nothing() -> None:
+def test_losses_of_the_exact_image_are_zero() -> None:
     objective = image_objective()
     image, noise = torch.randn(2, 2, 3, 16, 16)
     objective.denoiser.register_forward_hook(
@@ -209,7 +209,7 @@ def test_an_exact_image_costs_nothing() -> None:
 
 
 @pytest.mark.parametrize("solver", ["euler", "adams"])
-def test_sampling_from_an_exact_image_lands_on_it(solver: str) -> None:
+def test_sampling_with_the_exact_image_prediction_returns_the_image(solver: str) -> None:
     """The path is straight, so every solver is exact while no step is shorter than the clamp."""
     image, noise = torch.randn(2, 2, 3, 8, 8)
     cfg = SamplerConfig(solver=solver, num_steps=20, guidance=1.0, timestep_shift=1.0)  # type: ignore[arg-type]
@@ -232,6 +232,6 @@ def test_sampling_from_an_exact_image_lands_on_it(solver: str) -> None:
 
 
 @pytest.mark.parametrize("t_eps", [0.0, -0.1, 1.5])
-def test_a_clamp_outside_of_the_path_is_refused(t_eps: float) -> None:
+def test_t_eps_outside_of_its_range_is_refused(t_eps: float) -> None:
     with pytest.raises(ValueError, match=f"t_eps={t_eps} must be above 0"):
         ObjectiveConfig(t_eps=t_eps)

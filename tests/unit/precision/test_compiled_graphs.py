@@ -115,7 +115,7 @@ def test_blocks_of_a_kind_share_one_graph(kind: str) -> None:
 
 
 @pytest.mark.parametrize("recompute", ["full", "selective"])
-def test_recomputed_blocks_are_compiled_too(recompute: ActivationCheckpointing) -> None:
+def test_checkpointed_blocks_are_compiled(recompute: ActivationCheckpointing) -> None:
     few, many = (Run("bf16", *numbers, recompute=recompute) for numbers in ((2, 2), (4, 16)))
     for run in (few, many):
         torch._dynamo.reset()

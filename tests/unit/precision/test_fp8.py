@@ -91,12 +91,12 @@ def distance(found: dict[str, Tensor], wanted: dict[str, Tensor], names: Iterabl
         ({"fp8_emulate": True}, "a100", Fp8Choice("torchao", "current", emulate=True)),
     ],
 )
-def test_recipe_goes_by_the_chip(settings: dict[str, Any], chip: str, wanted: Fp8Choice) -> None:
+def test_auto_recipe_depends_on_the_gpu(settings: dict[str, Any], chip: str, wanted: Fp8Choice) -> None:
     cfg = PrecisionConfig(compute="fp8", **settings)
     assert resolve_fp8(cfg, planned_machine(chip)) == wanted
 
 
-def test_torchao_serves_where_transformer_engine_is_missing() -> None:
+def test_torchao_is_used_if_transformer_engine_is_missing() -> None:
     machine = Machine(capability=(9, 0), cuda=(12, 8), te=False, torchao=True)
     assert resolve_fp8(PrecisionConfig(compute="fp8"), machine) == Fp8Choice("torchao", "current")
 
@@ -123,7 +123,9 @@ def test_torchao_serves_where_transformer_engine_is_missing() -> None:
         ({"fp8_emulate": True}, Machine(None, None, True, False), r"fp8_emulate=true needs torchao"),
     ],
 )
-def test_impossible_wishes_name_what_is_possible(settings: dict[str, Any], machine: Machine, message: str) -> None:
+def test_impossible_settings_list_the_possible_ones(
+    settings: dict[str, Any], machine: Machine, message: str
+) -> None:
     with pytest.raises(ConfigError, match=message):
         resolve_fp8(PrecisionConfig(compute="fp8", **settings), machine)
 
@@ -144,7 +146,7 @@ def test_contradictions_in_the_configuration_are_refused(settings: dict[str, Any
 # Which linears
 
 
-def test_what_does_not_fit_is_named_with_its_reason() -> None:
+def test_linears_that_do_not_fit_are_listed_with_the_reason() -> None:
     odd_text = plan_of(Fp8Choice("te", "current"), shape=BatchShape(4, 4, 6))
     assert len(odd_text.linears) == 2 * 5 and len(odd_text.rejected) == 2 + 5
     assert odd_text.messages()[1:] == [
@@ -165,12 +167,12 @@ def test_what_does_not_fit_is_named_with_its_reason() -> None:
     }  # fmt: skip
 
 
-def test_nothing_in_fp8_is_an_error() -> None:
+def test_a_plan_without_any_fp8_linear_is_an_error() -> None:
     with pytest.raises(ConfigError, match=r"no linear can compute in FP8 \(.*not in multiples of 128"):
         plan_of(Fp8Choice("te", "block"))
 
 
-def test_a_plan_goes_with_fp8_and_only_with_it() -> None:
+def test_a_plan_is_required_for_fp8_and_refused_otherwise() -> None:
     plan = plan_of(choose_fp8(EMULATED, CPU))
     fp8.check_plan(EMULATED, plan)
     with pytest.raises(ValueError, match="compute=bf16 with a plan"):
@@ -202,7 +204,7 @@ def test_table_has_a_row_for_every_module_with_weights() -> None:
 
 
 @pytest.mark.parametrize("condition", [False, True])
-def test_swapping_keeps_every_parameter(condition: bool) -> None:
+def test_replacing_linears_keeps_every_parameter(condition: bool) -> None:
     cfg = PrecisionConfig(compute="fp8", fp8_emulate=True, fp8_decoder_condition=condition)
     model = denoiser()
     before = dict(model.named_parameters())
@@ -246,7 +248,7 @@ def test_emulated_linear_is_the_product_of_rounded_operands() -> None:
     assert not torch.allclose(out.detach(), nn.functional.linear(x.detach(), weight, bias), atol=1e-3)
 
 
-def test_gradients_are_those_of_bf16_but_for_fp8_rounding() -> None:
+def test_gradients_equal_bf16_up_to_fp8_rounding() -> None:
     model, plain = denoiser(), denoiser()
     plan = plan_of(choose_fp8(EMULATED, CPU))
     fp8.apply_fp8(model, plan)
@@ -262,7 +264,7 @@ def test_gradients_are_those_of_bf16_but_for_fp8_rounding() -> None:
     assert distance(found[1], bf16[1], ["decoder.head.weight", "decoder.head.bias"]) < 0.02
 
 
-def test_without_gradients_the_linears_are_the_plain_ones() -> None:
+def test_without_gradients_linears_compute_without_fp8() -> None:
     model, plain = denoiser(), denoiser()
     fp8.apply_fp8(model, plan_of(choose_fp8(EMULATED, CPU)))
     patches, times, text = (part[:1] for part in inputs())
@@ -272,7 +274,7 @@ def test_without_gradients_the_linears_are_the_plain_ones() -> None:
 
 
 @pytest.mark.parametrize("mode", ["full", "selective"])
-def test_recomputing_changes_nothing(mode: ActivationCheckpointing) -> None:
+def test_activation_checkpointing_changes_nothing(mode: ActivationCheckpointing) -> None:
     model, again = denoiser(), denoiser()
     plan = plan_of(choose_fp8(EMULATED, CPU))
     for m in (model, again):

@@ -103,7 +103,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     return te
 
 
-def test_transformer_engine_linears_take_over_the_parameters(stand_in: types.ModuleType) -> None:
+def test_transformer_engine_linears_keep_the_parameters(stand_in: types.ModuleType) -> None:
     model, plain = denoiser(), denoiser()
     before = dict(model.named_parameters())
     plan = plan_of(Fp8Choice("te", "current"))
@@ -188,7 +188,7 @@ def real_pass(manager: Any, model: nn.Module, plan: Fp8Plan, number: int) -> Non
 
 
 @pytest.mark.parametrize("after_a_pass", [False, True])
-def test_real_delayed_scaling_goes_on_from_a_checkpoint(real: Any, after_a_pass: bool) -> None:
+def test_real_delayed_scaling_resumes_from_a_checkpoint(real: Any, after_a_pass: bool) -> None:
     """Transformer Engine's own quantizers, histories and update; no product is computed."""
     plan = plan_of(Fp8Choice("te", "delayed"))
     model, resumed = denoiser(), denoiser()
@@ -241,7 +241,7 @@ def check_scaling(model: nn.Module, plan: Fp8Plan, expected: dict[str, Tensor]) 
                 assert amax.item() == expected[f"fp8.denoiser.{linear.name}.amax_history_{way}"][0, i]
 
 
-def test_scaling_that_only_one_side_has_is_passed_over_aloud() -> None:
+def test_scaling_that_only_one_side_has_is_skipped_with_a_message() -> None:
     model = {"model.denoiser.blocks.0.attn.qkv.weight": (96, 32)}
     scaling = {f"fp8.denoiser.blocks.0.attn.qkv.{kind}": (3,) for kind in ("scale_fwd", "scale_bwd")}
     assert unmatched_scaling(model | scaling, model | scaling) == (set(), [])
@@ -251,7 +251,7 @@ def test_scaling_that_only_one_side_has_is_passed_over_aloud() -> None:
     assert names == set(scaling) and "of 1 linears is not used" in lines[0]
 
 
-def test_what_transformer_engine_cannot_be_combined_with() -> None:
+def test_settings_that_do_not_work_with_transformer_engine_are_refused() -> None:
     te = Fp8Choice("te", "current")
     with pytest.raises(ConfigError, match="selective does not see.*possible: none, full"):
         plan_of(te, recompute="selective")
@@ -260,7 +260,7 @@ def test_what_transformer_engine_cannot_be_combined_with() -> None:
     assert plan_of(te, recompute="full").linears and plan_of(te, compiled=True).linears
 
 
-def test_a_broken_transformer_engine_says_how_to_get_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_transformer_engine_is_an_error_with_the_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformer_engine", None)
     with pytest.raises(ConfigError, match=r"cannot be imported.*pip install"):
         fp8.apply_fp8(denoiser(), plan_of(Fp8Choice("te", "current")))
