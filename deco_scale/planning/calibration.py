@@ -15,8 +15,6 @@ from deco_scale.planning.forecast import StageForecast, forecast_stage
 from deco_scale.planning.hardware import Ceiling, Device, gpu_device, gpu_named, measured_device
 from deco_scale.training.config import StageConfig
 
-KIND, PATTERN = "throughput", "throughput_*.json"
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measured:
@@ -74,21 +72,21 @@ def read_results(folder: Path) -> tuple[list[Measured], int]:
     Raises :class:`ConfigError` naming a file that is not JSON or lacks what it must have. A folder that is not
     there has no measurements.
     """
-    found, skipped = [], 0
-    for path in sorted(folder.glob(PATTERN)):
+    results, skipped = [], 0
+    for path in sorted(folder.glob("throughput_*.json")):
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
             if not isinstance(raw, dict):
                 raise ValueError(f"expected an object, found {type(raw).__name__}")
-            if raw.get("kind") != KIND:
+            if raw.get("kind") != "throughput":
                 skipped += 1
                 continue
-            found.append(_parse(path.name, raw))
+            results.append(_parse(path.name, raw))
         except KeyError as error:
             raise ConfigError(f"result file {path}: {error} is missing") from error
         except (OSError, TypeError, ValueError) as error:
             raise ConfigError(f"result file {path}: {error}") from error
-    return found, skipped
+    return results, skipped
 
 
 def _positive(raw: dict[str, Any], name: str) -> float:
@@ -178,9 +176,5 @@ def compare(measured: Measured) -> Comparison:
 
 def median_errors(comparisons: Sequence[Comparison]) -> tuple[float, float]:
     """Medians of the absolute errors of step time and memory; raises ``ValueError`` without any."""
-    if not comparisons:
-        raise ValueError("no comparison")
-    return (
-        statistics.median(abs(c.step_error) for c in comparisons),
-        statistics.median(abs(c.memory_error) for c in comparisons),
-    )
+    errors = [(abs(c.step_error), abs(c.memory_error)) for c in comparisons]
+    return statistics.median(step for step, _ in errors), statistics.median(memory for _, memory in errors)

@@ -118,31 +118,24 @@ def fastest_micro_batches(
         sizes = micro_batches(stage.global_batch, dims.dp)
         if not sizes:
             return None
-        found = [
+        forecasts = [
             forecast_stage(work, replace(stage, micro_batch=size), parallel, device, gpus=gpus) for size in sizes
         ]
-        fitting = [f for f in found if fits(f.memory_bytes, device)]
-        if fitting:
-            chosen.append(min(fitting, key=lambda f: (f.step_s, f.memory_bytes)))
-        else:
-            chosen.append(min(found, key=lambda f: f.memory_bytes))
+        fitting = [f for f in forecasts if fits(f.memory_bytes, device)]
+        smallest = min(forecasts, key=lambda f: f.memory_bytes)
+        chosen.append(min(fitting, key=lambda f: (f.step_s, f.memory_bytes), default=smallest))
     return Plan(parallel=parallel, gpus=gpus, stages=tuple(chosen))
 
 
 def all_plans(
-    work: Workload,
-    stages: Sequence[StageConfig],
-    layouts: Iterable[ParallelConfig],
-    device: Device,
-    *,
-    gpus: int,
+    work: Workload, stages: Sequence[StageConfig], layouts: Iterable[ParallelConfig], device: Device, *, gpus: int
 ) -> list[Plan]:
     """Plans of all layouts over which the global batches divide, fastest first, those that do not fit last.
 
     Raises :class:`ConfigError` where no layout takes the global batches.
     """
-    found = (fastest_micro_batches(work, stages, parallel, device, gpus=gpus) for parallel in layouts)
-    plans = [plan for plan in found if plan is not None]
+    candidates = (fastest_micro_batches(work, stages, parallel, device, gpus=gpus) for parallel in layouts)
+    plans = [plan for plan in candidates if plan is not None]
     if not plans:
         batches = {stage.name: stage.global_batch for stage in stages}
         raise ConfigError(
@@ -157,10 +150,10 @@ def recommend(plans: Sequence[Plan], device: Device) -> Plan:
     fitting = [plan for plan in plans if plan.fits(device)]
     if fitting:
         return min(fitting, key=lambda plan: (plan.seconds, plan.memory_bytes))
-    least = min(plans, key=lambda plan: plan.memory_bytes)
-    need, have = least.memory_bytes / 2**30, (device.memory_bytes or 0.0) / 2**30
+    smallest = min(plans, key=lambda plan: plan.memory_bytes)
+    required, available = smallest.memory_bytes / 2**30, (device.memory_bytes or 0.0) / 2**30
     raise ConfigError(
-        f"nothing fits on {least.gpus} x {device.name}: of {len(plans)} layouts the smallest needs {need:.1f} GiB "
-        f"a GPU ({least.parallel.activation_checkpointing} activation checkpointing), and there are {have:.1f} "
-        f"GiB, of which {MARGIN:.0%} stay free; take more GPUs, or another kind"
+        f"nothing fits on {smallest.gpus} x {device.name}: of {len(plans)} layouts the smallest needs "
+        f"{required:.1f} GiB a GPU ({smallest.parallel.activation_checkpointing} activation checkpointing), and "
+        f"there are {available:.1f} GiB, of which {MARGIN:.0%} stay free; take more GPUs, or another kind"
     )

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Literal
 
 from deco_scale.errors import ConfigError
@@ -44,9 +45,6 @@ GPUS = {
     ),
 }  # fmt: skip
 GPUS_PER_NODE = 8
-ANCHORS = {"h100": (798e12, 3.0e12)}
-"""bf16 GEMM FLOP/s (8192 cubed) and copy bytes/s (read plus written) that were measured on a GPU of this kind."""
-
 GEMM_SHARE, COPY_SHARE, FP8_SHARE, ATTENTION_SHARE, LINK_SHARE = 0.8, 0.88, 0.65, 0.4, 0.8
 """Assumed share of the datasheet where nothing is measured; attention's and FP8's also where a GEMM is."""
 LAUNCH_S = {"cuda": 5e-6, "cpu": 8e-6}
@@ -74,6 +72,10 @@ class Ceiling:
     gemm_flops: float
     copy_bytes_per_s: float
     source: str
+
+
+ANCHORS = {"h100": Ceiling(gemm_flops=798e12, copy_bytes_per_s=3.0e12, source="8192^3 and copy")}
+"""bf16 GEMM (8192 cubed) and copy (read plus written) that were measured on a GPU of this kind."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,10 +124,10 @@ def gpu_device(
         raise ConfigError(f"precision.compute=fp8: {gpu} has no FP8; possible: bf16, fp32")
     peak = sheet.fp32_flops if compute == "fp32" else sheet.bf16_flops
     gemm, copy = _ceilings(gpu, peak, compute, measured)
-    fp8 = sheet.fp8_flops * FP8_SHARE if compute == "fp8" and sheet.fp8_flops else None
-    network = network_gbps or sheet.network_gbps
+    fp8, network = None, network_gbps or sheet.network_gbps
     figures = [gemm, copy, _assumed("attention", peak, ATTENTION_SHARE, 1e12, "TFLOP/s")]
     if sheet.fp8_flops and compute == "fp8":
+        fp8 = sheet.fp8_flops * FP8_SHARE
         figures.append(_assumed("FP8 GEMM", sheet.fp8_flops, FP8_SHARE, 1e12, "TFLOP/s"))
     figures += [
         _assumed("NVLink, one direction", sheet.nvlink_bytes_per_s, LINK_SHARE, 1e9, "GB/s"),
@@ -169,19 +171,14 @@ def _assumed(what: str, peak: float, share: float, scale: float, unit: str) -> F
 
 
 def _ceilings(gpu: str, peak: float, compute: str, measured: Sequence[Ceiling]) -> tuple[Figure, Figure]:
-    found = list(measured)
-    if gpu in ANCHORS and not found and compute != "fp32":
-        found = [Ceiling(gemm_flops=ANCHORS[gpu][0], copy_bytes_per_s=ANCHORS[gpu][1], source="8192^3 and copy")]
-    if not found:
-        copy = GPUS[gpu].copy_bytes_per_s
-        return (
-            _assumed("GEMM", peak, GEMM_SHARE, 1e12, "TFLOP/s"),
-            _assumed("copy", copy, COPY_SHARE, 1e9, "GB/s"),
-        )
-    best = max(found, key=lambda c: c.gemm_flops)
-    fastest = max(found, key=lambda c: c.copy_bytes_per_s)
-    gemm, moved = best.gemm_flops / 1e12, fastest.copy_bytes_per_s / 1e9
+    if not measured and gpu in ANCHORS and compute != "fp32":
+        measured = [ANCHORS[gpu]]
+    if not measured:
+        gemm = _assumed("GEMM", peak, GEMM_SHARE, 1e12, "TFLOP/s")
+        return gemm, _assumed("copy", GPUS[gpu].copy_bytes_per_s, COPY_SHARE, 1e9, "GB/s")
+    best, fastest = (max(measured, key=attrgetter(name)) for name in ("gemm_flops", "copy_bytes_per_s"))
+    rates = best.gemm_flops / 1e12, fastest.copy_bytes_per_s / 1e9
     return (
-        Figure(what="GEMM", value=gemm, unit="TFLOP/s", origin="measured", source=best.source),
-        Figure(what="copy", value=moved, unit="GB/s", origin="measured", source=fastest.source),
+        Figure(what="GEMM", value=rates[0], unit="TFLOP/s", origin="measured", source=best.source),
+        Figure(what="copy", value=rates[1], unit="GB/s", origin="measured", source=fastest.source),
     )

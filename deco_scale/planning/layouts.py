@@ -1,7 +1,8 @@
 """Every way to spread a run over N GPUs that its engines accept."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, get_args
+from contextlib import suppress
+from typing import Any, Literal, get_args
 
 from deco_scale.errors import ConfigError
 from deco_scale.models import ModelConfig
@@ -23,15 +24,12 @@ def divisors(number: int) -> list[int]:
 
 def tp_degrees(model: ModelConfig, gpus: int) -> list[int]:
     """Degrees that keep a tp group within a node and fit the model; 1 always does."""
-    found = []
+    degrees = []
     for degree in divisors(min(gpus, GPUS_PER_NODE)):
-        try:
+        with suppress(ConfigError):
             check_tp(model, degree)
-        except ConfigError:
-            continue
-        if gpus % degree == 0:
-            found.append(degree)
-    return found
+            degrees += [degree] if gpus % degree == 0 else []
+    return degrees
 
 
 def enumerate_layouts(
@@ -46,30 +44,18 @@ def enumerate_layouts(
     for tp in tp_degrees(model, gpus):
         ranks = gpus // tp
         for mode in get_args(ActivationCheckpointing):
-            meshes = [("fsdp", 3, replicate) for replicate in divisors(ranks)]
-            meshes += [("deepspeed", stage, 1) for stage in ZERO_STAGES]
-            for engine, stage, replicate in meshes:
-                found = _parallel(engine, stage, replicate, ranks // replicate, tp, mode)
-                if found is not None and allowed(found):
-                    resolve_parallel_dims(found, gpus)
-                    yield found
-
-
-def _parallel(
-    engine: str, stage: int, replicate: int, shard: int, tp: int, mode: ActivationCheckpointing
-) -> ParallelConfig | None:
-    """None for combinations that :class:`ParallelConfig` refuses."""
-    try:
-        return ParallelConfig(
-            engine=engine,  # type: ignore[arg-type]
-            zero_stage=stage,  # type: ignore[arg-type]
-            dp_replicate=replicate,
-            dp_shard=shard,
-            tp=tp,
-            activation_checkpointing=mode,
-        )
-    except ValueError:
-        return None
+            settings: list[dict[str, Any]] = [
+                {"engine": "fsdp", "dp_replicate": n, "dp_shard": ranks // n} for n in divisors(ranks)
+            ]
+            settings += [{"engine": "deepspeed", "zero_stage": n, "dp_shard": ranks} for n in ZERO_STAGES]
+            for each in settings:
+                try:
+                    parallel = ParallelConfig(tp=tp, activation_checkpointing=mode, **each)
+                except ValueError:  # a combination that no run accepts
+                    continue
+                if allowed(parallel):
+                    resolve_parallel_dims(parallel, gpus)
+                    yield parallel
 
 
 def micro_batches(global_batch: int, dp: int) -> Sequence[int]:
