@@ -3,10 +3,10 @@
     python -m benchmarks.sampling
 
 The plain loop calls the model twice a step, for the condition and for the null condition, and encodes the prompts
-and the empty prompt in every step. Ours is ``ImageGenerator.images``: both halves of guidance in one call, only one
-half where guidance is off, each prompt encoded once. Same weights, batch, seeds, sampler and pictures (compared to
-1 of 255). The two ways in between show where the time goes. All take turns within a round; the speeds are of the
-medians over the rounds. The weights are random: the time does not depend on them.
+and the empty prompt in every step. Ours is ``ImageGenerator.images``: both halves of guidance in one call, only
+one half where guidance is off, each prompt encoded once. Same weights, batch, seeds, sampler and images (compared
+to 1 of 255). The two ways in between show where the time goes. All take turns within a round; the speeds are of
+the medians over the rounds. The weights are random: the time does not depend on them.
 """
 
 import argparse
@@ -39,7 +39,7 @@ ONE_CALL = "one call a step, text in every step"
 OURS = "ImageGenerator.images"
 
 
-def plain_pictures(
+def plain_images(
     velocity: VelocityFn,
     encode: EncodeFn,
     jobs: Sequence[SampleRequest],
@@ -50,7 +50,7 @@ def plain_pictures(
     one_call: bool,
     text_once: bool,
 ) -> Any:
-    """Pictures (P, Y, X, 3) by Euler's method in a plain loop, guided in every step."""
+    """Images (P, Y, X, 3) by Euler's method in a plain loop, guided in every step."""
     times = time_grid(sampler.num_steps, sampler.timestep_shift)
     parts = []
     with torch.no_grad():
@@ -74,7 +74,7 @@ def plain_pictures(
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of each way to draw the same pictures; raises ``RuntimeError`` where they differ."""
+    """Seconds of each way to draw the same images; raises ``RuntimeError`` where they differ."""
     cfg = load_config(args.config)
     if cfg.model.kind != "t2i_deco" or cfg.text_encoder is None or cfg.samples.sampler.solver != "euler":
         raise ConfigError(f"--config {args.config}: a text model whose samples.sampler is euler is needed")
@@ -96,7 +96,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     prompts, sampler = cfg.samples.prompts, cfg.samples.sampler
     jobs = [SampleRequest(prompt, seed, seed) for prompt in prompts for seed in range(args.per_prompt)]
     side = cfg.stages[-1].resolution
-    plain = partial(plain_pictures, velocity, text.encode, jobs, side=side, sampler=sampler, batch=args.batch)
+    plain = partial(plain_images, velocity, text.encode, jobs, side=side, sampler=sampler, batch=args.batch)
     ways: dict[str, Callable[[], Any]] = {
         PLAIN: partial(plain, one_call=False, text_once=False),
         TEXT_ONCE: partial(plain, one_call=False, text_once=True),
@@ -106,16 +106,16 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         ),
     }
     drawn = {name: draw().astype(int) for name, draw in ways.items()}
-    difference = max(int(np.abs(pictures - drawn[OURS]).max()) for pictures in drawn.values())
+    difference = max(int(np.abs(images - drawn[OURS]).max()) for images in drawn.values())
     if difference > 1:
-        raise RuntimeError(f"the ways draw different pictures: {difference} of 255 at most")
+        raise RuntimeError(f"the ways draw different images: {difference} of 255 at most")
     seconds = medians_s(ways, repeats=args.rounds, device=device, warmup=0)
     return {
         **origin(),
         "config": Path(args.config).name,
         "text_encoder": Path(args.text_encoder).resolve().parent.name,
         "threads": torch.get_num_threads(),
-        "pictures": len(jobs),
+        "images": len(jobs),
         "prompts": len(prompts),
         "batch": args.batch,
         "side": side,
@@ -123,7 +123,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "rounds": args.rounds,
         "largest_difference_of_255": difference,
         "seconds": seconds,
-        "pictures_per_s": {name: len(jobs) / value for name, value in seconds.items()},
+        "images_per_s": {name: len(jobs) / value for name, value in seconds.items()},
         "times_as_fast_as_plain": {name: seconds[PLAIN] / value for name, value in seconds.items()},
     }
 
@@ -145,8 +145,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"sampling: {error}", file=sys.stderr)
         return 2
-    table = Table("way", "pictures/s", "times as fast", title=f"{result['pictures']} pictures, batch {args.batch}")
-    for name, value in result["pictures_per_s"].items():
+    table = Table("way", "images/s", "times as fast", title=f"{result['images']} images, batch {args.batch}")
+    for name, value in result["images_per_s"].items():
         table.add_row(name, f"{value:.2f}", f"{result['times_as_fast_as_plain'][name]:.2f}")
     console.print(table)
     write(result, args.out, "sampling", console)

@@ -1,4 +1,4 @@
-"""One cell of the ablation: pictures, classifier, training, and what is measured of it.
+"""One cell of the ablation: images, classifier, training, and what is measured of it.
 
 Shape letters: B batch, C channels, Y X pixels, F features of the classifier.
 """
@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from data_pipeline.decode import centre_crop
-from deco_scale.evaluation.statistics import Gaussian, Moments, frechet_distance
+from deco_scale.evaluation.fid import Gaussian, Moments, frechet_distance
 from deco_scale.models import Denoiser, ModelConfig
 from deco_scale.objectives import Objective, ObjectiveConfig
 from deco_scale.objectives.config import Prediction
@@ -101,14 +101,14 @@ COMPARISONS = (
 """Better, worse, and what arXiv 2511.19365 (tables 1 and 4) gives for ImageNet at 256 px."""
 
 
-class Pictures(NamedTuple):
+class LabelledImages(NamedTuple):
     """Crops ``(B, Y, X, 3)`` uint8, classes in turn; ``labels`` are their classes."""
 
     images: Any
     labels: Any
 
 
-def prepare_pictures(settings: Settings, work: Path) -> None:
+def prepare_images(settings: Settings, work: Path) -> None:
     """Draw the crops and train the classifier, unless they are in ``work`` already."""
     work.mkdir(parents=True, exist_ok=True)
     counts = (settings.train_per_class, settings.reference_per_class, settings.heldout_per_class)
@@ -123,7 +123,7 @@ def prepare_pictures(settings: Settings, work: Path) -> None:
             np.save(path, np.stack(made, axis=1).reshape(-1, settings.side, settings.side, 3))
     if not _classifier_path(work, settings).exists():
         torch.set_num_threads(1)
-        classifier = train_classifier(_pictures(work, settings, _TRAIN, settings.train_per_class), settings)
+        classifier = train_classifier(_labelled_images(work, settings, _TRAIN, settings.train_per_class), settings)
         save_file(classifier.state_dict(), _classifier_path(work, settings))
 
 
@@ -136,13 +136,13 @@ def _classifier_path(work: Path, settings: Settings) -> Path:
     return work / f"classifier_{name}.safetensors"
 
 
-def _pictures(work: Path, settings: Settings, number: int, count: int) -> Pictures:
+def _labelled_images(work: Path, settings: Settings, number: int, count: int) -> LabelledImages:
     images = np.load(_crops_path(work, settings, number, count), allow_pickle=False)
-    return Pictures(images, np.arange(len(images)) % CLASSES)
+    return LabelledImages(images, np.arange(len(images)) % CLASSES)
 
 
 class Classifier(nn.Module):
-    """A small convolutional network; its features are means over the picture at two depths."""
+    """A small convolutional network; its features are means over the image at two depths."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -164,13 +164,13 @@ class Classifier(nn.Module):
         return self.head(late), torch.cat([early.mean((2, 3)), late], dim=1)
 
 
-def train_classifier(pictures: Pictures, settings: Settings) -> Classifier:
+def train_classifier(dataset: LabelledImages, settings: Settings) -> Classifier:
     """Cross-entropy on real crops; the same weights every time on one thread."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         classifier = Classifier()
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=2e-3)
-    for _, images, labels in _batches(pictures, settings, seed=0, steps=settings.classifier_steps):
+    for _, images, labels in _batches(dataset, settings, seed=0, steps=settings.classifier_steps):
         logits, _ = classifier(_as_input(images))
         optimizer.zero_grad()
         F.cross_entropy(logits, torch.as_tensor(labels)).backward()
@@ -178,14 +178,16 @@ def train_classifier(pictures: Pictures, settings: Settings) -> Classifier:
     return classifier
 
 
-def _batches(pictures: Pictures, settings: Settings, *, seed: int, steps: int) -> Iterator[tuple[int, Any, Any]]:
-    """Number of the step, pictures and labels; epochs in orders of their own."""
+def _batches(
+    dataset: LabelledImages, settings: Settings, *, seed: int, steps: int
+) -> Iterator[tuple[int, Any, Any]]:
+    """Number of the step, images and labels; epochs in orders of their own."""
     random, queue = np.random.default_rng(seed), np.empty(0, dtype=np.int64)
     for step in range(steps):
         while len(queue) < settings.batch:
-            queue = np.concatenate([queue, random.permutation(len(pictures.labels))])
+            queue = np.concatenate([queue, random.permutation(len(dataset.labels))])
         chosen, queue = queue[: settings.batch], queue[settings.batch :]
-        yield step, pictures.images[chosen], pictures.labels[chosen]
+        yield step, dataset.images[chosen], dataset.labels[chosen]
 
 
 def _as_input(images: Any) -> Tensor:
@@ -197,9 +199,9 @@ def run_cell(settings: Settings, name: str, seed: int, work: Path) -> dict[str, 
     torch.set_num_threads(1)
     began = time.perf_counter()
     variant = VARIANTS[name]
-    train = _pictures(work, settings, _TRAIN, settings.train_per_class)
-    reference = _pictures(work, settings, _REFERENCE, settings.reference_per_class)
-    heldout = _pictures(work, settings, _HELDOUT, settings.heldout_per_class)
+    train = _labelled_images(work, settings, _TRAIN, settings.train_per_class)
+    reference = _labelled_images(work, settings, _REFERENCE, settings.reference_per_class)
+    heldout = _labelled_images(work, settings, _HELDOUT, settings.heldout_per_class)
     classifier = Classifier()
     classifier.load_state_dict(load_file(_classifier_path(work, settings)))
     objective = build(settings, variant, seed)
@@ -256,7 +258,7 @@ def build(settings: Settings, variant: Variant, seed: int) -> Objective:
 
 
 def train_variant(
-    objective: Objective, pictures: Pictures, settings: Settings, seed: int
+    objective: Objective, dataset: LabelledImages, settings: Settings, seed: int
 ) -> tuple[AdamWWithEMA, list[float]]:
     """Train in place; returns the optimizer, which holds the EMA, and each step's flow loss."""
     cfg = OptimizerConfig(ema_decay=settings.ema_decay)
@@ -267,7 +269,7 @@ def train_variant(
     device = torch.device("cpu")
     prepare = InputBuilder(seed=seed, device=device, objective=objective.cfg, null=null, num_classes=CLASSES)
     losses = []
-    for step, images, labels in _batches(pictures, settings, seed=seed, steps=settings.steps):
+    for step, images, labels in _batches(dataset, settings, seed=seed, steps=settings.steps):
         numbers = list(range(step * settings.batch, (step + 1) * settings.batch))
         batch = MicroBatch(images, [], [int(label) for label in labels], numbers, None)
         found = objective(*prepare(batch, 1.0))
@@ -281,7 +283,7 @@ def train_variant(
     return optimizer, losses
 
 
-def draw_samples(velocity: VelocityFn, settings: Settings, seed: int) -> Pictures:
+def draw_samples(velocity: VelocityFn, settings: Settings, seed: int) -> LabelledImages:
     """Equally many samples of every class by Euler steps without guidance, as uint8."""
     labels = np.arange(settings.samples_per_class * CLASSES) % CLASSES
     cfg = SamplerConfig(solver="euler", num_steps=settings.sampler_steps, guidance=1.0, timestep_shift=1.0)
@@ -291,30 +293,30 @@ def draw_samples(velocity: VelocityFn, settings: Settings, seed: int) -> Picture
         seeds = [seed * 1_000_000 + start + i for i in range(len(condition))]
         noise = seeded_noise(seeds, (3, settings.side, settings.side))
         parts.append(to_uint8(sample(velocity, noise, condition, condition, cfg)))
-    return Pictures(np.concatenate(parts), labels)
+    return LabelledImages(np.concatenate(parts), labels)
 
 
-def velocity_error(velocity: VelocityFn, pictures: Pictures, settings: Settings) -> float:
+def velocity_error(velocity: VelocityFn, dataset: LabelledImages, settings: Settings) -> float:
     """Mean squared error of the velocity x - eps at times spread evenly, with the same noise for all cells."""
-    image, errors = _as_input(pictures.images), []
+    image, errors = _as_input(dataset.images), []
     times = (torch.arange(len(image)) + 0.5) / len(image) * LAST_TIME
     # Classes come in turn: without another order each would meet times of its own.
     times = times[torch.randperm(len(times), generator=torch.Generator().manual_seed(0))]
     noise = torch.randn(image.shape, generator=torch.Generator().manual_seed(1))
     for start in range(0, len(image), 100):
         cut = slice(start, start + 100)
-        x_t, labels = noised(image[cut], noise[cut], times[cut]), torch.from_numpy(pictures.labels[cut])
+        x_t, labels = noised(image[cut], noise[cut], times[cut]), torch.from_numpy(dataset.labels[cut])
         error = velocity(x_t, times[cut], labels) - (image[cut] - noise[cut])
         errors.append(error.square().mean((1, 2, 3)))
     return torch.cat(errors).mean().item()
 
 
 @torch.no_grad()
-def judge(classifier: Classifier, pictures: Pictures) -> tuple[Gaussian, float]:
-    """The features' distribution, and the share of pictures that the classifier gives to their class."""
+def judge(classifier: Classifier, dataset: LabelledImages) -> tuple[Gaussian, float]:
+    """The features' distribution, and the share of images that the classifier gives to their class."""
     moments, right = Moments(FEATURES), 0
-    for start in range(0, len(pictures.labels), 250):
-        logits, features = classifier(_as_input(pictures.images[start : start + 250]))
+    for start in range(0, len(dataset.labels), 250):
+        logits, features = classifier(_as_input(dataset.images[start : start + 250]))
         moments.add(features)
-        right += int((logits.argmax(1).numpy() == pictures.labels[start : start + 250]).sum())
-    return moments.gaussian(), right / len(pictures.labels)
+        right += int((logits.argmax(1).numpy() == dataset.labels[start : start + 250]).sum())
+    return moments.gaussian(), right / len(dataset.labels)

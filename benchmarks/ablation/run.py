@@ -1,8 +1,8 @@
-"""DeCo against the baseline DiT at equal width, depth and steps, on small real pictures: what each part brings.
+"""DeCo against the baseline DiT at equal width, depth and steps, on small real images: what each part brings.
 
     python -m benchmarks.ablation [--quick] [--steps N] [--seeds 0 1 2] [--variants deco baseline ...]
 
-The pictures are crops of ten photographs (scikit-image, scikit-learn) at 16 px; the class is the photograph. Each
+The images are crops of ten photographs (scikit-image, scikit-learn) at 16 px; the class is the photograph. Each
 variant is trained by the real objective and optimizer for the same number of steps on the same crops, noise and
 times. Then, from EMA weights and without guidance as in the paper's comparison: the Frechet distance of samples to
 other crops in the features of a small classifier trained here, the share of samples that it gives to the class
@@ -33,12 +33,12 @@ from benchmarks.ablation.cells import (
     MEASURES,
     VARIANTS,
     Settings,
-    prepare_pictures,
+    prepare_images,
     run_cell,
 )
 from data_pipeline.storage.files import atomic_write
 
-PICTURE = record.ROOT / "docs" / "images" / "ablation.png"
+IMAGE = record.ROOT / "docs" / "images" / "ablation.png"
 WORK = record.ROOT / "runs" / "ablation"
 QUICK = Settings(
     side=16, patch_size=8, dim=32, num_heads=2, num_blocks=1, steps=4, batch=8, train_per_class=8,
@@ -55,7 +55,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--processes", type=int, default=2, help="cells at a time, one thread each")
     parser.add_argument("--work", type=Path, default=WORK, help="finished cells, crops and classifier")
     parser.add_argument("--out", type=Path, default=record.RESULTS, help="folder of the JSON and CSV")
-    parser.add_argument("--picture", type=Path, default=PICTURE)
+    parser.add_argument("--image", "--picture", type=Path, default=IMAGE)
     args = parser.parse_args(argv)
     if (args.steps is not None and args.steps < 1) or args.processes < 1 or min(args.seeds) < 0:
         parser.error("--steps and --processes must be at least 1, --seeds not negative")
@@ -77,7 +77,7 @@ def run_cells(
     if len(missing) < len(cells):
         console.print(f"{len(cells) - len(missing)} of {len(cells)} cells are there already")
     if missing:
-        prepare_pictures(settings, work)
+        prepare_images(settings, work)
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(min(processes, len(missing)), mp_context=context) as pool:
             waiting = {
@@ -232,6 +232,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     show(result, console)
     path = record.write(result, args.out, "ablation", console)
     write_csv(cells, path.with_suffix(".csv"))
-    draw(result, args.picture)
-    console.print(f"drawn to {args.picture}", soft_wrap=True)
+    draw(result, args.image)
+    console.print(f"drawn to {args.image}", soft_wrap=True)
     return 0

@@ -6,7 +6,7 @@
 Photographs of 1024 x 768 (JPEG, quality 90) lie as tar shards in a real S3 server on this machine. Each
 contender runs in a process of its own on the same cores, the server on the others; rounds interleave, medians
 count. ``webdataset`` is a plain pipeline of that library with the public release's preprocessing, reading the same
-shards through boto3. Bare decoding is the same function in a loop over pictures in memory.
+shards through boto3. Bare decoding is the same function in a loop over images in memory.
 """
 
 import argparse
@@ -47,7 +47,7 @@ MAX_PIXELS = 64 * 2**20
 CONTENDERS = ("bare exact", "ours exact", "webdataset", "bare fast", "ours fast")
 
 
-def write_pictures(folder: Path, count: int) -> None:
+def write_images(folder: Path, count: int) -> None:
     """Crops of the demo's photographs, enlarged to ``SIZE``, each with a caption."""
     random = np.random.default_rng(0)
     sources = [photograph(subject) for subject in SUBJECTS]
@@ -62,18 +62,18 @@ def write_pictures(folder: Path, count: int) -> None:
 
 
 def bare(mode: DecodeMode) -> Iterator[int]:
-    """Pictures decoded in a loop, from memory."""
+    """Images decoded in a loop, from memory."""
     store = open_store(URL)
     index = parse_index(np.frombuffer(store.read_all("index.safetensors") or b"", np.uint8), URL)
-    pictures = []
+    images = []
     for sample in range(len(index)):
         place = index.locate(sample)
         raw = store.read(index.shards[place.shard].key, place.start, place.end - place.start)
-        pictures.append(raw[place.image])
+        images.append(raw[place.image])
     yield 0
     while True:
-        for picture in pictures:
-            decode(picture, (SIDE, SIDE), mode=mode, max_pixels=MAX_PIXELS)
+        for image in images:
+            decode(image, (SIDE, SIDE), mode=mode, max_pixels=MAX_PIXELS)
             yield 1
 
 
@@ -220,7 +220,7 @@ def show(results: dict[str, Any], console: Console) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", type=int, default=160)
+    parser.add_argument("--images", "--pictures", type=int, default=160)
     parser.add_argument("--seconds", type=float, default=8.0)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--cores", help="cores of the contenders, such as 0 or 0,1 (default: half of them)")
@@ -239,11 +239,11 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch, running_server(Path(scratch) / "s3") as server:
         server.create_bucket("bench")
         os.environ.update(server.environment)
-        pictures = Path(scratch) / "pictures"
-        pictures.mkdir()
-        write_pictures(pictures, args.pictures)
+        images = Path(scratch) / "images"
+        images.mkdir()
+        write_images(images, args.images)
         store, rejects = open_store(URL), list[Reject]()
-        pack(read_folder(pictures, rejects), store, shard_bytes=8 * 10**6, rejects=rejects)
+        pack(read_folder(images, rejects), store, shard_bytes=8 * 10**6, rejects=rejects)
         (index, _), seconds = timed(lambda: build_index(store))
         save_index(store, index)
         results: dict[str, Any] = {

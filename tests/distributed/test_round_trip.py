@@ -64,7 +64,7 @@ def _visit(root: str, ways: dict[str, tuple[str, ...]]) -> None:
     def store(name: str) -> CheckpointManager:
         return CheckpointManager(Path(root) / name.replace(" ", "_"), CheckpointConfig())
 
-    def save(engine: Engine, name: str) -> Path:
+    def save(engine: Engine, name: str) -> Path | str:
         checkpoints = store(name)
         checkpoints.prepare()
         dist.barrier()

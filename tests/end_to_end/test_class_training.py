@@ -124,7 +124,7 @@ def test_samples_show_the_class_that_was_asked_for(runs: Path) -> None:
 
     out = runs / "out"
     command = ["sample", "--checkpoint", str(runs / "whole"), "--classes", "0-9", "--per-prompt", "10"]
-    assert main.main([*command, "--batch", "100", "--out", str(out)]) == 0
+    assert main([*command, "--batch", "100", "--out", str(out)]) == 0
     records = [json.loads(line) for line in (out / "pictures.jsonl").read_text().splitlines()]
     assert len(records) == 100
     pictures = [np.asarray(Image.open(out / record["file"]).convert("L").resize((8, 8), Image.Resampling.BOX))

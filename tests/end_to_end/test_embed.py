@@ -33,7 +33,7 @@ def run_embed(config: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPa
     for rank in reversed(range(world)):
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("WORLD_SIZE", str(world))
-        codes.append(main.main(["embed", "--config", str(path), f"data.text_states={folder / 'states'}"]))
+        codes.append(main(["embed", "--config", str(path), f"data.text_states={folder / 'states'}"]))
     return codes
 
 

@@ -129,7 +129,7 @@ def test_deepspeed_job_from_s3_to_pictures(
     for batch in ("1", "3"):
         out = tmp_path / f"out{batch}"
         arguments = ["sample", "--checkpoint", str(run), "--prompt", "a red circle", "--prompt", "a"]
-        assert main.main([*arguments, "--out", str(out), "--per-prompt", "2", "--batch", batch]) == 0
+        assert main([*arguments, "--out", str(out), "--per-prompt", "2", "--batch", batch]) == 0
         records = [json.loads(line) for line in (out / "pictures.jsonl").read_text().splitlines()]
         assert [r["seed"] for r in records] == [0, 1, 0, 1] and (out / "grid.png").exists()
         made.append([np.asarray(Image.open(out / r["file"])).astype(int) for r in records])
@@ -139,7 +139,7 @@ def test_deepspeed_job_from_s3_to_pictures(
 
 def test_sampling_refuses_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = ["--out", str(tmp_path / "out")]
-    assert main.main(["sample", "--checkpoint", str(tmp_path), "--prompt", "x", *out]) == 2
+    assert main(["sample", "--checkpoint", str(tmp_path), "--prompt", "x", *out]) == 2
     assert "neither a complete checkpoint nor a run" in capsys.readouterr().err
 
 
@@ -181,5 +181,5 @@ def test_other_launchers(launcher: str, tmp_path: Path, shards: Path, text_encod
     assert events[0]["world_size"] == 2 and events[-1]["exit_code"] == 75
     last = read_metrics(run)[-1]["step"]
     assert events[-2]["step"] == last and (run / "checkpoints" / f"step_{last:08d}" / "COMPLETE").exists()
-    assert main.main(["watch", str(run), "--once"]) == 0 and main.main(["report", str(run)]) == 0
+    assert main(["watch", str(run), "--once"]) == 0 and main(["report", str(run)]) == 0
     assert "stopped by SIGUSR1" in (run / "report.html").read_text()

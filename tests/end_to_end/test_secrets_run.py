@@ -203,7 +203,7 @@ def test_nothing_that_a_run_writes_or_says_holds_a_secret(
     # In this process: one more that does not begin, and what is made of a finished run.
     monkeypatch.setenv("DECO_ALERTS", environment["DECO_ALERTS"])
     arguments = ["--config", str(tmp_path / "good.yaml"), f"data.url={signed}"]
-    assert train.main(arguments) == 2 and main.main(["report", str(tmp_path / "good")]) == 0
+    assert train.main(arguments) == 2 and main(["report", str(tmp_path / "good")]) == 0
     here = capfd.readouterr()
 
     # Each was used.

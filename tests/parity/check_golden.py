@@ -33,6 +33,12 @@ from deco_scale.objectives.frequency import (
 )
 from deco_scale.objectives.repa import RepaHead, repa_loss
 from deco_scale.sampling import SamplerConfig, sample, time_grid
+from tests.support.release import (
+    denoiser_from_release,
+    model_config_from_release,
+    repa_from_release,
+    repa_to_release,
+)
 
 TOLERANCE = 1e-5
 """fp32 rounding through a few dozen layers; correct code reaches about 1e-6, a wrong eps shows at 2e-5."""
@@ -52,7 +58,7 @@ def under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 def load_denoiser(cfg: ModelConfig, tensors: dict[str, Tensor]) -> Denoiser:
     model = Denoiser(cfg)
-    state = release.denoiser_from_release(under(tensors, release.DENOISER), cfg)
+    state = denoiser_from_release(under(tensors, release.DENOISER), cfg)
     model.load_state_dict(state, strict=True)
     return model
 
@@ -68,7 +74,7 @@ def gradient_checks(
     found = release.denoiser_to_release(grads(denoiser), denoiser.cfg)
     found = {release.DENOISER + name: grad for name, grad in found.items()}
     if repa is not None:
-        head = release.repa_to_release(grads(repa))
+        head = repa_to_release(grads(repa))
         found |= {release.REPA + name: grad for name, grad in head.items()}
     for name, recorded in under(tensors, "gradnorm.").items():
         grad = found[name] if repa is not None or not name.startswith(release.REPA) else None
@@ -123,10 +129,10 @@ def recorded_time(draw: Tensor, loss: dict[str, Any]) -> Tensor:
 
 
 def text_checks(meta: dict[str, Any], tensors: dict[str, Tensor]) -> Iterator[Check]:
-    cfg = release.model_config_from_release(meta["kind"], meta["model"])
+    cfg = model_config_from_release(meta["kind"], meta["model"])
     denoiser = load_denoiser(cfg, tensors)
     loss = meta.get("loss", {})
-    repa_state = release.repa_from_release(under(tensors, release.REPA))
+    repa_state = repa_from_release(under(tensors, release.REPA))
     objective = Objective(
         denoiser,
         ObjectiveConfig(
@@ -188,7 +194,7 @@ def text_checks(meta: dict[str, Any], tensors: dict[str, Tensor]) -> Iterator[Ch
 
 
 def class_checks(meta: dict[str, Any], tensors: dict[str, Tensor]) -> Iterator[Check]:
-    cfg = release.model_config_from_release(meta["kind"], meta["model"])
+    cfg = model_config_from_release(meta["kind"], meta["model"])
     denoiser = load_denoiser(cfg, tensors)
     x_t = tensors["in.x_t"]
     grid = cfg.grid(*x_t.shape[-2:])

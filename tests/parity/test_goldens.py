@@ -12,6 +12,7 @@ from checkpoints_tools.formats import release
 from deco_scale.models import Denoiser
 from tests.parity import check_golden
 from tests.support import FIXTURES
+from tests.support.release import denoiser_from_release, model_config_from_release
 
 GOLDENS = sorted(FIXTURES.glob("*.safetensors"))
 
@@ -42,9 +43,9 @@ def test_a_wrong_value_fails(name: str, tmp_path: Path, capsys: pytest.CaptureFi
 @pytest.mark.parametrize("path", GOLDENS, ids=lambda p: p.stem)
 def test_weights_return_to_the_release_unchanged(path: Path) -> None:
     meta, tensors = check_golden.read(path)
-    cfg = release.model_config_from_release(meta["kind"], meta["model"])
+    cfg = model_config_from_release(meta["kind"], meta["model"])
     original = check_golden.under(tensors, release.DENOISER)
-    ours = release.denoiser_from_release(original, cfg)
+    ours = denoiser_from_release(original, cfg)
     assert set(ours) == set(dict(Denoiser(cfg).named_parameters()))
     back = release.denoiser_to_release(ours, cfg)
     assert back.keys() == original.keys()
@@ -53,11 +54,11 @@ def test_weights_return_to_the_release_unchanged(path: Path) -> None:
 
 def test_missing_weights_are_named() -> None:
     meta, tensors = check_golden.read(GOLDENS[0])
-    cfg = release.model_config_from_release(meta["kind"], meta["model"])
+    cfg = model_config_from_release(meta["kind"], meta["model"])
     state = check_golden.under(tensors, release.DENOISER)
     state["extra"] = state.pop("blocks.0.norm1.weight")
     with pytest.raises(ValueError, match=r"missing \['blocks.0.norm1.weight'\].*\['extra'\]"):
-        release.denoiser_from_release(state, cfg)
+        denoiser_from_release(state, cfg)
 
 
 def test_not_a_golden_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -69,7 +69,7 @@ def test_published_number_of_parameters(name: str) -> None:
 @pytest.mark.parametrize("name", [*PARAMETERS, *sorted(TINY)])
 def test_every_configuration_can_be_planned(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     gpus = "1" if name in TINY else "8"
-    assert main.main(["plan", "--config", f"{ROOT}/configs/{name}.yaml", "--gpus", gpus, "--gpu", "h100"]) == 0
+    assert main(["plan", "--config", f"{ROOT}/configs/{name}.yaml", "--gpus", gpus, "--gpu", "h100"]) == 0
     out = capsys.readouterr().out
     # A model of one process has no layout to fail; the others must fit with the batches that are configured.
     assert "recommended: " in out and "as configured: not possible" not in out

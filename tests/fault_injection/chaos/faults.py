@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from data_pipeline.storage.dev_server import S3Server
-from deco_scale.checkpoint.format import COMPLETE, STEP, verify
+from deco_scale.checkpoint.format import verify
 from deco_scale.errors import ConfigError
+from deco_scale.observability.run_dir import COMPLETE, STEP
 from tests.fault_injection.chaos.cluster import Attempt, Cluster
 from tests.fault_injection.chaos.watch import Watch
 

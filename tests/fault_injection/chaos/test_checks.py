@@ -9,7 +9,8 @@ from typing import Any
 import google_crc32c
 import pytest
 
-from deco_scale.checkpoint.format import COMPLETE, sums_text
+from deco_scale.checkpoint.format import encode_checksums
+from deco_scale.observability.run_dir import COMPLETE
 from tests.fault_injection.chaos.checks import compare_samples, compare_traces, lost_checkpoints
 from tests.fault_injection.chaos.faults import KINDS, folder_of
 from tests.fault_injection.chaos.scenario import LONG, SHORT, Scenario, make_nans, make_plan
@@ -115,7 +116,7 @@ def test_lost_checkpoints(tmp_path: Path) -> None:
         folder = folder_of(tmp_path, step)
         folder.mkdir()
         (folder / "data").write_bytes(b"weights")
-        (folder / COMPLETE).write_bytes(sums_text({"data": (7, google_crc32c.value(b"weights"))}))
+        (folder / COMPLETE).write_bytes(encode_checksums({"data": (7, google_crc32c.value(b"weights"))}))
     assert not lost_checkpoints(tmp_path, {10, 20, 30}, set(), 3)
     (folder_of(tmp_path, 10) / "data").write_bytes(b"what is retired soon")
     assert not lost_checkpoints(tmp_path, {10, 20, 30}, set(), 3)

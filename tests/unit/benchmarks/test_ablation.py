@@ -11,7 +11,7 @@ pytest.importorskip("skimage")
 pytest.importorskip("sklearn")
 
 from benchmarks.ablation import run as ablation
-from benchmarks.ablation.cells import COMPARISONS, VARIANTS, build, prepare_pictures, run_cell
+from benchmarks.ablation.cells import COMPARISONS, VARIANTS, build, prepare_images, run_cell
 
 QUIET = Console(quiet=True)
 
@@ -19,7 +19,7 @@ QUIET = Console(quiet=True)
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ablation")
-    prepare_pictures(ablation.QUICK, folder)
+    prepare_images(ablation.QUICK, folder)
     return folder
 
 
@@ -35,7 +35,7 @@ def test_finished_cells_are_not_trained_again(work: Path, monkeypatch: pytest.Mo
     arguments = (ablation.QUICK, ["baseline", "deco"], [0], work, QUIET)
     first = ablation.run_cells(*arguments, processes=1)
     assert [cell["variant"] for cell in first] == ["baseline", "deco"]
-    monkeypatch.setattr(ablation, "prepare_pictures", lambda *_: pytest.fail("nothing is missing"))
+    monkeypatch.setattr(ablation, "prepare_images", lambda *_: pytest.fail("nothing is missing"))
     assert ablation.run_cells(*arguments, processes=1) == first
     # Other settings are other cells.
     longer = dataclasses.replace(ablation.QUICK, steps=5)
@@ -43,12 +43,12 @@ def test_finished_cells_are_not_trained_again(work: Path, monkeypatch: pytest.Mo
 
 
 def test_the_command_writes_table_figure_and_rows(work: Path, tmp_path: Path) -> None:
-    picture = tmp_path / "figure.png"
+    image = tmp_path / "figure.png"
     arguments = ["--quick", "--seeds", "0", "--variants", "baseline", "deco", "--work", str(work)]
-    assert ablation.main([*arguments, "--out", str(tmp_path), "--picture", str(picture)]) == 0
+    assert ablation.main([*arguments, "--out", str(tmp_path), "--image", str(image)]) == 0
     (path,) = tmp_path.glob("ablation_*.json")
     result = json.loads(path.read_text())
-    assert result["summary"].keys() == {"baseline", "deco"} and picture.read_bytes().startswith(b"\x89PNG")
+    assert result["summary"].keys() == {"baseline", "deco"} and image.read_bytes().startswith(b"\x89PNG")
     header, *rows = path.with_suffix(".csv").read_text().splitlines()
     assert header.startswith("variant,seed,parameters,frechet,accuracy,heldout") and len(rows) == 2
 

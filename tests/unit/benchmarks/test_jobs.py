@@ -26,7 +26,7 @@ IMPORTS = "from pathlib import Path; from rich.console import Console; from benc
 @pytest.fixture(scope="module", autouse=True)
 def own_fork_server() -> Iterator[None]:
     """A server that other tests have started has loaded what they want; with CUDA's libraries, jobs refuse it."""
-    server = forkserver._forkserver  # type: ignore[attr-defined]
+    server: Any = forkserver._forkserver  # type: ignore[attr-defined]
     server._stop()
     yield
     server._stop()

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +146,7 @@ def test_time_goes_to_the_part_that_takes_it(module: str, part: str) -> None:
 def test_medians_take_turns_and_leave_out_the_warm_up() -> None:
     calls: list[str] = []
     found = measure.medians_s(
-        {name: lambda name=name: calls.append(name) for name in "ab"}, repeats=3, device=CPU, warmup=1
+        {name: partial(calls.append, name) for name in "ab"}, repeats=3, device=CPU, warmup=1
     )
     assert calls == ["a", "b"] * 4 and set(found) == {"a", "b"}
     with pytest.raises(ValueError, match="repeats=0"):

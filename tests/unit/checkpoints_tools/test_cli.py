@@ -147,8 +147,8 @@ def test_diff_says_how_much(
 def test_wrong_use_is_2(arguments: list[str], folder: Path, tmp_path: Path, capsys: Any) -> None:
     try:
         code: Any = run(*(a.format(tmp=tmp_path, step=folder) for a in arguments))
-    except SystemExit as error:
-        code = error.code
+    except SystemExit as ended:
+        code = ended.code
     error = capsys.readouterr().err
     assert code == 2 and error.startswith("deco-ckpt: ") and "Traceback" not in error
     assert {p.name for p in tmp_path.iterdir()} == {"step"}

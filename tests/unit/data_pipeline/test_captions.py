@@ -40,11 +40,13 @@ BAD_JSON: dict[str, bytes] = {
     "list": b"[]", "cut": b"{", "not utf-8": b"\xff", "deep": b'{"a":' * 10**5, "deep list": b"[" * 10**5,
     "long": b'{"caption": "' + b"x" * 2**21 + b'"}', "digits": b'{"a": ' + b"9" * 10**5 + b"}",
 }  # fmt: skip
+BAD_WEIGHTS: tuple[object, ...] = ([], [1, 2], [0], [-1], ["1"], [True], [None], 1, [10**400])
+BAD_SHARES: tuple[object, ...] = (0, float("nan"), float("inf"), None, "1", [])
 BAD_CAPTIONS: list[object] = [
     {}, {"captions": []}, {"captions": [1]}, {"captions": ["x", 1]}, {"captions": 3}, {"caption": " "},
     {"caption": "\ud800"}, {"captions": {"text": "x"}}, {"captions": [{"weight": 1}]}, {"captions": [[]]},
-    *({"captions": ["x"], "weights": w} for w in ([], [1, 2], [0], [-1], ["1"], [True], [None], 1, [10**400])),
-    *({"captions": [{"text": "x", "weight": w}]} for w in (0, float("nan"), float("inf"), None, "1", [])),
+    *({"captions": ["x"], "weights": w} for w in BAD_WEIGHTS),
+    *({"captions": [{"text": "x", "weight": w}]} for w in BAD_SHARES),
 ]  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import time
 import warnings
 import zlib
 from collections import Counter
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -366,11 +367,9 @@ def fuzz(count: int) -> Counter[str]:
     for i in range(count):
         encoded = mutated(images[i % len(images)], random)
         began = time.thread_time()
-        read = kind_of(lambda encoded=encoded: image_size(encoded))  # type: ignore[misc]
+        read = kind_of(partial(image_size, encoded))
         for mode in MODES:
-            kind = kind_of(
-                lambda encoded=encoded, mode=mode: decode(encoded, (32, 32), mode=mode, max_pixels=PLENTY)
-            )  # type: ignore[misc]
+            kind = kind_of(partial(decode, encoded, (32, 32), mode=mode, max_pixels=PLENTY))
             outcomes[f"{mode} {kind}"] += 1
             assert kind is not None or read is None
         assert time.thread_time() - began < FAULT_S

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +46,7 @@ def test_round_trip(tmp_path: Path) -> None:
     cache = DiskCache(tmp_path, 10**6)
     assert cache.get("a") is None
     for key in ("a", "", "s3://bucket/shard-1.tar:0-100", "\u00e9" * 500):
-        assert cache.get_or(key, lambda key=key: payload(key)) == payload(key)
+        assert cache.get_or(key, partial(payload, key)) == payload(key)
         assert cache.get_or(key, no_fetch) == payload(key)
     cache.put("empty", b"")
     cache.put("a", b"new")
@@ -101,7 +102,7 @@ def hammer(folder: Path, limit: int, seed: int, results: "multiprocessing.Queue[
     draw = np.random.default_rng(seed)
     wrong = 0
     for key in map(str, draw.integers(0, 60, 400)):
-        wrong += cache.get_or(key, lambda key=key: payload(key)) != payload(key)
+        wrong += cache.get_or(key, partial(payload, key)) != payload(key)
     results.put((wrong, cache.counters["cache_errors"]))
 
 
@@ -158,7 +159,7 @@ def test_a_read_only_folder_still_serves(tmp_path: Path) -> None:
     try:
         for path in folders:
             path.chmod(0o500)
-        cache = DiskCache(tmp_path, 10**6, warn=lambda text: None)
+        cache = DiskCache(tmp_path, 10**6)
         assert cache.get("key") == b"data" and cache.get_or("new", lambda: b"x") == b"x"
     finally:
         for path in folders:

@@ -25,6 +25,7 @@ class Faulty(nn.Module):
         return hidden.relu()
 
 
+HOST = torch.ones(4)
 FAULTS: dict[str, tuple[Callable[[Tensor], object], str]] = {
     "a tensor without a device": (lambda x: torch.arange(4), "aten::arange .*on the host"),
     "that takes part": (lambda x: x + torch.arange(4), "aten::arange"),
@@ -38,7 +39,6 @@ FAULTS: dict[str, tuple[Callable[[Tensor], object], str]] = {
     "a scalar of the host": (lambda x: x * HOST[0], "aten::(select|mul)"),
     "sent without page-locked memory": (lambda x: HOST.to(x.device, non_blocking=True), "aten::_to_copy"),
 }
-HOST = torch.ones(4)
 
 
 @pytest.mark.parametrize("device", ["cuda", "meta"])

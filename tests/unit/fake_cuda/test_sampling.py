@@ -114,9 +114,16 @@ def test_frozen_encoders_stay_on_the_device(monkeypatch: pytest.MonkeyPatch) -> 
     # It would spare fake tensors what it asks of real ones.
     monkeypatch.setattr(masking_utils, "is_tracing", lambda tensor=None: False)
     qwen3 = Qwen3Config(
-        vocab_size=151_936, hidden_size=2048, intermediate_size=6144, num_hidden_layers=28, num_attention_heads=16,
-        num_key_value_heads=8, head_dim=128, max_position_embeddings=40_960, rope_theta=1_000_000.0,
-    )  # fmt: skip
+        vocab_size=151_936,
+        hidden_size=2048,
+        intermediate_size=6144,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=40_960,
+        rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
+    )
     dinov2 = Dinov2Config(
         hidden_size=ENCODER_DIM, num_hidden_layers=12, num_attention_heads=12, image_size=518, patch_size=14
     )

@@ -130,18 +130,18 @@ def test_once_prints_plain_lines_without_a_terminal_and_a_panel_on_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_run(tmp_path)
-    assert main.main(["watch", str(tmp_path), "--once"]) == 0
+    assert main(["watch", str(tmp_path), "--once"]) == 0
     shown = capsys.readouterr().out
     assert "step: 40 of 150, stage small\n" in shown and shown.isascii()
     console = Console(force_terminal=True, width=120, record=True)
     watch._print(summary_rows(RunDir(tmp_path), now=BEGAN), console)
     assert "deco watch" in console.export_text()
-    assert main.main(["watch", str(tmp_path / "new"), "--once"]) == 2
+    assert main(["watch", str(tmp_path / "new"), "--once"]) == 2
     assert "no such folder" in capsys.readouterr().err
     (tmp_path / "new").mkdir()
-    assert main.main(["watch", str(tmp_path / "new"), "--once"]) == 0
+    assert main(["watch", str(tmp_path / "new"), "--once"]) == 0
     assert "has not started" in capsys.readouterr().out
-    assert main.main(["watch", str(tmp_path), "--every", "0"]) == 2
+    assert main(["watch", str(tmp_path), "--every", "0"]) == 2
 
 
 def test_the_view_follows_until_it_is_interrupted(
@@ -158,7 +158,7 @@ def test_the_view_follows_until_it_is_interrupted(
         action()
 
     monkeypatch.setattr(watch.time, "sleep", sleep)
-    assert main.main(["watch", str(tmp_path), "--every", "0.5"]) == 130
+    assert main(["watch", str(tmp_path), "--every", "0.5"]) == 130
     shown = capsys.readouterr().out
     # Shown again only where something came.
     assert shown.count("step: 5 of 150") == 1 and shown.count("step: 6 of 150") == 1

@@ -46,7 +46,8 @@ class Hook(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.got: list[tuple[str, Any]] = []
-        self.answer, self.headers, self.stall_s = 200, {}, 0.0
+        self.answer, self.stall_s = 200, 0.0
+        self.headers: dict[str, str] = {}
 
     @property
     def url(self) -> str:
@@ -400,5 +401,5 @@ def test_neither_a_taken_port_nor_a_dead_webhook_stops_a_run(
         reporter.close()
     said = (tmp_path / "log.txt").read_text()
     assert "WARNING: no Prometheus metrics on 127.0.0.1:" in said and "already in use" in said
-    assert "an alert was not sent: the server was not reached" in said
+    assert "an alert was not sent: the server was not reached: NewConnectionError" in said
     assert "1 of 1 alerts were not sent" in said and PATH not in said + capsys.readouterr().out

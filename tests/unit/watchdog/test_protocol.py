@@ -140,7 +140,7 @@ def test_a_peer_decides_alone_once_the_coordinator_is_lost_or_has_left(leaves: b
     else:
         for connection in list(coordinator._connections.values()):
             connection.messages.close()
-    orders = []
+    orders: list[TerminateOrder] = []
     for tick in range(400):
         peer.wait(0.002, tick)
         report = RankReport(rank=1, phase="step", step=3, silent_s=301.0 if tick > 300 else 0.0)
