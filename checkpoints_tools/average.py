@@ -41,15 +41,15 @@ _GRID = 20_000
 class WidthFit:
     """Coefficients of the stored EMAs, and what they make.
 
-    ``error`` is |made - wanted| / |wanted| of the cumulative profiles; ``mean`` and ``width`` are mean and
-    standard deviation of the profile that is made, as parts of the run, beside ``wanted_mean``.
+    ``error`` is |achieved - expected| / |expected| of the cumulative profiles; ``mean`` and ``width`` are mean and
+    standard deviation of the profile that is achieved, as parts of the run, beside ``expected_mean``.
     """
 
     coefficients: tuple[float, ...]
     error: float
     mean: float
     width: float
-    wanted_mean: float
+    expected_mean: float
 
 
 def check_alike(sources: Sequence[CheckpointReader]) -> None:
@@ -91,21 +91,21 @@ def fit_width(sigma: float, steps: Sequence[int], decay: float) -> WidthFit:
     # Midpoints, finer where the narrowest profile needs it.
     cells = max(_GRID, int(20 * end * rate))
     t = (np.arange(cells) + 0.5) * (end / cells)
-    wanted = (t / end) ** (power + 1)
+    expected = (t / end) ** (power + 1)
     stored = np.exp(-rate * np.maximum(times[:, None] - t, 0.0))
     # The last coefficient is one minus the others.
-    others = np.linalg.lstsq((stored[:-1] - stored[-1]).T, wanted - stored[-1], rcond=1e-9)[0]
+    others = np.linalg.lstsq((stored[:-1] - stored[-1]).T, expected - stored[-1], rcond=1e-9)[0]
     coefficients = np.append(others, 1.0 - others.sum())
-    made = coefficients @ stored
+    achieved = coefficients @ stored
     # Moments of a profile on [0, T] from its cumulative form, by parts.
-    mean = 1.0 - float(made.mean())
-    square = 1.0 - 2.0 * float((made * t).mean()) / end
+    mean = 1.0 - float(achieved.mean())
+    square = 1.0 - 2.0 * float((achieved * t).mean()) / end
     return WidthFit(
         coefficients=tuple(float(c) for c in coefficients),
-        error=float(np.linalg.norm(made - wanted) / np.linalg.norm(wanted)),
+        error=float(np.linalg.norm(achieved - expected) / np.linalg.norm(expected)),
         mean=mean,
         width=max(square - mean**2, 0.0) ** 0.5,
-        wanted_mean=(power + 1) / (power + 2),
+        expected_mean=(power + 1) / (power + 2),
     )
 
 

@@ -4,7 +4,8 @@ Names are the canonical checkpoint's, whatever the file holds: ``model.denoiser.
 ``ema.denoiser.*``, ``exp_avg.*``, ``exp_avg_sq.*``, with the single-device model's names and shapes.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -13,8 +14,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from data_pipeline.storage.files import atomic_folder
 from deco_scale.checkpoint.format import CheckpointMeta
-from deco_scale.errors import ConfigError
+from deco_scale.errors import ConfigError, RunError
 from deco_scale.models import ModelConfig
 
 MODEL, EMA, REPA = "model.denoiser.", "ema.denoiser.", "model.repa_head."
@@ -78,6 +80,31 @@ class CheckpointReader(Protocol):
         ``rows`` are start and end along dimension 0; formats that store another layout may read a full tensor for
         them. Raises :class:`ConfigError` naming file and tensor if data are damaged.
         """
+
+
+def refuse_existing(target: Path) -> None:
+    if target.exists():
+        raise ConfigError(f"{target} exists already; name a new one")
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """Yield a hidden folder that becomes ``target`` at the end; after an error nothing is left behind.
+
+    Raises :class:`ConfigError` if ``target`` exists, :class:`RunError` if the disk cannot be written.
+    """
+    refuse_existing(target)
+    with write_errors(target), atomic_folder(target) as folder:
+        yield folder
+
+
+@contextmanager
+def write_errors(target: Path) -> Iterator[None]:
+    """Turn errors of the operating system into :class:`RunError`."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"cannot write {target}: {error.strerror or error}") from error
 
 
 def read_checked(read: Callable[[str], Tensor], name: str, spec: TensorSpec) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from checkpoints_tools.average import average, check_alike, fit_width, shares_of
-from checkpoints_tools.base import SETS, CheckpointReader, TensorSpec
+from checkpoints_tools.base import SETS, Advance, CheckpointReader, TensorSpec, refuse_existing
 from checkpoints_tools.export_weights import Weights, export_checkpoint, plan_export
 from checkpoints_tools.formats.zero.writer import ZeroLayout
 from checkpoints_tools.import_weights import import_checkpoint, plan_import
@@ -33,7 +33,7 @@ from data_pipeline.console import (
     progress_bar,
 )
 from data_pipeline.text import human_bytes
-from deco_scale.checkpoint.format import verify
+from deco_scale.checkpoint.format import CheckpointMeta, verify
 from deco_scale.config import load_config
 from deco_scale.errors import ConfigError, RunError
 
@@ -61,9 +61,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(name: str, run: Callable[..., int], help: str) -> argparse.ArgumentParser:
-        made = commands.add_parser(name, help=help, description=help)
-        made.set_defaults(run=run)
-        return made
+        sub = commands.add_parser(name, help=help, description=help)
+        sub.set_defaults(run=run)
+        return sub
 
     showing = command("inspect", _inspect, "show what a checkpoint holds; 1 if there are NaN in it")
     showing.add_argument("path", type=Path)
@@ -91,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     exporting.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     exporting.add_argument("--max-shard-bytes", type=positive_int, metavar="N", help="several safetensors files")
-    exporting.add_argument("--dry-run", action="store_true", help="say what would be written")
+    exporting.add_argument("--dry-run", action="store_true", help="print what would be written")
     resharding = command(
         "reshard", _reshard, "move between canonical, DeepSpeed's files, and its universal format"
     )
@@ -110,14 +110,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def _writing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--files", type=positive_int, default=1, metavar="N", help="number of tensor files")
+    workers = default_workers(MAX_WORKERS)
     parser.add_argument(
-        "--workers",
-        type=positive_int,
-        default=default_workers(MAX_WORKERS),
-        metavar="N",
-        help="threads, one file each",
+        "--workers", type=positive_int, default=workers, metavar="N", help="threads, one file each"
     )
-    parser.add_argument("--dry-run", action="store_true", help="say what would be written")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be written")
 
 
 def _inspect(args: argparse.Namespace, console: Console) -> int:
@@ -158,11 +155,11 @@ def _verify(args: argparse.Namespace, console: Console) -> int:
 def _diff(args: argparse.Namespace, console: Console) -> int:
     first, second = open_checkpoint(args.first), open_checkpoint(args.second)
 
-    def chosen(source: CheckpointReader) -> dict[str, TensorSpec]:
+    def selected(source: CheckpointReader) -> dict[str, TensorSpec]:
         prefix = f"{args.only}." if args.only else ""
         return {n: s for n, s in source.specs.items() if n.startswith(prefix)}
 
-    ours, theirs = chosen(first), chosen(second)
+    ours, theirs = selected(first), selected(second)
     if not ours and not theirs:
         raise ConfigError(f"neither checkpoint has {args.only}.* tensors")
     common = [n for n in ours if n in theirs and ours[n].shape == theirs[n].shape]
@@ -170,17 +167,17 @@ def _diff(args: argparse.Namespace, console: Console) -> int:
     print_list(console, f"only in {args.second}", sorted(set(theirs) - set(ours)))
     shapes = [f"{n}: {ours[n].shape} and {theirs[n].shape}" for n in ours if n in theirs and n not in common]
     print_list(console, "of different shapes", shapes)
-    found = {}
+    differences = {}
     with progress_bar(console, "comparing", len(common)) as advance:
         for name in common:
-            found[name] = difference(first, second, name)
+            differences[name] = difference(first, second, name)
             advance(name)
-    apart = {n: d for n, d in found.items() if d.absolute > args.tolerance}
-    if any(d.absolute for d in found.values()):
-        console.print(differences_table({n: d for n, d in found.items() if d.absolute}))
+    different = {n: d for n, d in differences.items() if d.absolute > args.tolerance}
+    if any(d.absolute for d in differences.values()):
+        console.print(differences_table({n: d for n, d in differences.items() if d.absolute}))
     beyond = f"beyond {args.tolerance:g}" if args.tolerance else "in value"
-    print_line(console, f"{len(common):,} tensors compared, {len(apart):,} differ {beyond}")
-    return 1 if apart or shapes or set(ours) != set(theirs) else 0
+    print_line(console, f"{len(common):,} tensors compared, {len(different):,} differ {beyond}")
+    return 1 if different or shapes or set(ours) != set(theirs) else 0
 
 
 def _import(args: argparse.Namespace, console: Console) -> int:
@@ -190,44 +187,48 @@ def _import(args: argparse.Namespace, console: Console) -> int:
             raise ConfigError("--resolution and --text-encoder are set in the --config file where one is given")
         config = load_config(args.config)
     stated = {n: getattr(config.model, n) for n in config.model.__slots__} if config is not None else None
-    source = _checked(open_checkpoint(args.source, stated=stated), console)
+    source = _verified(open_checkpoint(args.source, stated=stated), console)
     if config is not None and source.model != config.model:
         raise ConfigError(f"{args.config}: its model is {config.model}, that of {args.source} is {source.model}")
     plan = plan_import(source, config=config, resolution=args.resolution, text_encoder=args.text_encoder)
-    _refuse_existing(args.target)
+    refuse_existing(args.target)
     for remark in plan.remarks:
         print_line(console, f"note: {remark}")
     size = sum(spec.nbytes for spec in plan.specs.values())
     print_line(
         console, f"{source.model.kind}: {len(plan.specs):,} tensors, {human_bytes(size)} in fp32, to {args.target}"
     )
-    if args.dry_run:
-        return 0
-    with progress_bar(console, "importing", len(plan.specs)) as advance:
-        meta = import_checkpoint(
+    return _write(
+        args,
+        console,
+        "importing",
+        len(plan.specs),
+        lambda advance: import_checkpoint(
             source, plan, args.target, files=args.files, workers=args.workers, advance=advance
-        )
-    print_line(console, f"wrote {args.target}, parameter digest {meta.parameter_digest}")
-    return 0
+        ),
+    )
 
 
 def _export(args: argparse.Namespace, console: Console) -> int:
-    source = _checked(open_checkpoint(args.source), console)
+    source = _verified(open_checkpoint(args.source), console)
     weights: Weights = args.weights or ("both" if args.format == "release" else "ema")
     if args.format == "release" and args.max_shard_bytes is not None:
         raise ConfigError("--max-shard-bytes is for safetensors: the release's .ckpt is one file")
     dtype = torch.float32 if args.dtype == "fp32" else torch.bfloat16
     plan = plan_export(source, format=args.format, weights=weights, dtype=dtype)
-    _refuse_existing(args.target)
+    refuse_existing(args.target)
     print_line(
         console, f"{len(plan.specs):,} tensors, {human_bytes(plan.nbytes)} in {args.dtype}, to {args.target}"
     )
-    if args.dry_run:
-        return 0
-    with progress_bar(console, "exporting", len(plan.specs)) as advance:
-        export_checkpoint(plan, args.target, max_shard_bytes=args.max_shard_bytes, advance=advance)
-    print_line(console, f"wrote {args.target}")
-    return 0
+    return _write(
+        args,
+        console,
+        "exporting",
+        len(plan.specs),
+        lambda advance: export_checkpoint(
+            plan, args.target, max_shard_bytes=args.max_shard_bytes, advance=advance
+        ),
+    )
 
 
 def _reshard(args: argparse.Namespace, console: Console) -> int:
@@ -236,32 +237,27 @@ def _reshard(args: argparse.Namespace, console: Console) -> int:
         if args.dp is None or args.zero_stage is None:
             raise ConfigError("--to deepspeed needs --dp and --zero-stage")
         layout = ZeroLayout(args.dp, 1 if args.tp is None else args.tp, args.zero_stage, args.bf16)
-    source = _checked(open_checkpoint(args.source), console)
-    _refuse_existing(args.target)
+    source = _verified(open_checkpoint(args.source), console)
+    refuse_existing(args.target)
     plan = plan_reshard(
         source, to=args.to, layout=layout, files=args.files, workers=args.workers, memory=args.memory,
         ema_from_model=args.ema_from is not None, config=load_config(args.config) if args.config else None,
     )  # fmt: skip
     for line in plan.lines:
         print_line(console, line)
-    if args.dry_run:
-        return 0
-    with progress_bar(console, "resharding", plan.count) as advance:
-        plan.write(args.target, advance)
-    print_line(console, f"wrote {args.target}")
-    return 0
+    return _write(args, console, "resharding", plan.count, lambda advance: plan.write(args.target, advance))
 
 
 def _average(args: argparse.Namespace, console: Console) -> int:
-    sources = [_checked(open_checkpoint(path), console) for path in args.source]
+    sources = [_verified(open_checkpoint(path), console) for path in args.source]
     metas = [s.meta for s in sources if s.meta is not None]
     if len(metas) < len(sources):
         raise ConfigError("average takes canonical checkpoints; import others first")
     check_alike(sources)
-    _refuse_existing(args.target)
+    refuse_existing(args.target)
     if args.ema_width is not None:
         if args.weights is not None:
-            raise ConfigError("--weights and --ema-width are two ways to weigh: give one")
+            raise ConfigError("--weights and --ema-width exclude each other: give one")
         decays = {m.config.get("optimizer", {}).get("ema_decay") for m in metas}
         decay = next(iter(decays))
         if len(decays) > 1 or not isinstance(decay, float):
@@ -271,7 +267,7 @@ def _average(args: argparse.Namespace, console: Console) -> int:
         print_line(
             console,
             f"fitted: width {fit.width:.4f} (wanted {args.ema_width:g}), mean at {fit.mean:.4f} of the run "
-            f"(wanted {fit.wanted_mean:.4f}), relative error {fit.error:.4f}",
+            f"(wanted {fit.expected_mean:.4f}), relative error {fit.error:.4f}",
         )
         if fit.error > args.max_error:
             raise ConfigError(
@@ -283,29 +279,47 @@ def _average(args: argparse.Namespace, console: Console) -> int:
         shares = shares_of(args.weights, len(sources))
     for source, share in zip(sources, shares, strict=True):
         print_line(console, f"{share:+.6f}  {source.path}")
+    count = sum(n.startswith(("model.", "ema.")) for n in sources[-1].specs)
+    return _write(
+        args,
+        console,
+        "averaging",
+        count,
+        lambda advance: average(
+            sources,
+            shares,
+            args.target,
+            only_ema=args.ema_width is not None,
+            files=args.files,
+            workers=args.workers,
+            advance=advance,
+        ),
+    )
+
+
+def _write(
+    args: argparse.Namespace,
+    console: Console,
+    title: str,
+    count: int,
+    write: Callable[[Advance], CheckpointMeta | None],
+) -> int:
+    """Run a planned write of ``count`` tensors under a progress bar, unless it is a dry run."""
     if args.dry_run:
         return 0
-    count = sum(n.startswith(("model.", "ema.")) for n in sources[-1].specs)
-    with progress_bar(console, "averaging", count) as advance:
-        meta = average(
-            sources, shares, args.target, only_ema=args.ema_width is not None, files=args.files,
-            workers=args.workers, advance=advance,
-        )  # fmt: skip
-    print_line(console, f"wrote {args.target}, parameter digest {meta.parameter_digest}")
+    with progress_bar(console, title, count) as advance:
+        meta = write(advance)
+    digest = f", parameter digest {meta.parameter_digest}" if meta is not None else ""
+    print_line(console, f"wrote {args.target}{digest}")
     return 0
 
 
-def _checked(source: CheckpointReader, console: Console) -> CheckpointReader:
-    """What is copied from must be intact: compares a canonical folder's checksums."""
+def _verified(source: CheckpointReader, console: Console) -> CheckpointReader:
+    """A source must be intact: compares the checksums of a canonical folder."""
     if source.meta is not None:
         with console.status(f"comparing checksums of {cell(source.path)}"):
             verify(source.path)
     return source
-
-
-def _refuse_existing(target: Path) -> None:
-    if target.exists():
-        raise ConfigError(f"{target} exists already; name a new one")
 
 
 def _not_negative(text: str) -> float:

@@ -4,21 +4,33 @@ import dataclasses
 import os
 import tempfile
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from checkpoints_tools.base import EMA, MODEL, REPA, Advance, CheckpointReader, TensorSpec, read_checked
+from checkpoints_tools.base import (
+    EMA,
+    MODEL,
+    REPA,
+    Advance,
+    CheckpointReader,
+    TensorSpec,
+    new_folder,
+    read_checked,
+    refuse_existing,
+    write_errors,
+)  # fmt: skip
 from checkpoints_tools.formats import release
 from checkpoints_tools.import_weights import sampler_of
-from checkpoints_tools.infer_config import meta_state
+from checkpoints_tools.infer_config import release_shapes
 from checkpoints_tools.registry import DIFFUSERS_WEIGHTS, PIPELINE, TRANSFORMER
 from checkpoints_tools.safetensors_out import CHECKSUMS, SETTINGS_CRC, as_json, settings_crc, write_safetensors
-from data_pipeline.storage.files import SAVING, atomic_folder, make_durable
+from data_pipeline.storage.files import SAVING, make_durable
 from deco_scale.checkpoint.integrity import ChecksummedFile, FileChecksums, raw_bytes, write_checksummed
-from deco_scale.errors import ConfigError, RunError
+from deco_scale.errors import ConfigError
 
 Format = Literal["release", "safetensors", "diffusers"]
 Weights = Literal["model", "ema", "both"]
@@ -66,7 +78,7 @@ def plan_export(source: CheckpointReader, *, format: Format, weights: Weights, d
             names += [n for n in source.specs if n.startswith(REPA)]
         cut = _PREFIX[kinds[0]] if format == "diffusers" else ""
         specs = {n.removeprefix(cut): TensorSpec(source.specs[n].shape, dtype) for n in names}
-        make = {n.removeprefix(cut): _reader(source, n) for n in names}
+        make = {n.removeprefix(cut): partial(source.read, n) for n in names}
     return ExportPlan(format, specs, make, settings)
 
 
@@ -83,23 +95,20 @@ def export_checkpoint(
     written, for ``deco-ckpt verify``. Raises :class:`RunError` if the disk cannot be written; then nothing is left
     behind.
     """
-    if target.exists():
-        raise ConfigError(f"{target} exists already; name a new one")
+    refuse_existing(target)
     if plan.format == "release" and target.suffix != ".ckpt":
         raise ConfigError(f"{target}: the release's files are named *.ckpt")
-    try:
-        if plan.format == "release":
+    if plan.format == "release":
+        with write_errors(target):
             target.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=SAVING, dir=target.parent) as scratch:
                 _write_release(plan, Path(scratch), target, advance)
             make_durable(target.parent)
-        else:
-            write = _write_folder if plan.format == "safetensors" else _write_pipeline
-            with atomic_folder(target) as folder:
-                checksums = write(plan, folder, max_shard_bytes, advance)
-                write_checksummed(folder / CHECKSUMS, as_json(checksums))
-    except OSError as error:
-        raise RunError(f"cannot write {target}: {error.strerror or error}") from error
+    else:
+        write = _write_folder if plan.format == "safetensors" else _write_pipeline
+        with new_folder(target) as folder:
+            checksums = write(plan, folder, max_shard_bytes, advance)
+            write_checksummed(folder / CHECKSUMS, as_json(checksums))
 
 
 def _settings(source: CheckpointReader, weights: Weights, dtype: torch.dtype) -> dict[str, Any]:
@@ -118,22 +127,16 @@ def _settings(source: CheckpointReader, weights: Weights, dtype: torch.dtype) ->
         "dtype": str(dtype).removeprefix("torch."),
         "provenance": {
             "format": source.format,
-            "step": meta.step if meta is not None else None,
-            "stage": meta.stage if meta is not None else None,
-            "parameter_digest": meta.parameter_digest if meta is not None else None,
+            **{name: getattr(meta, name, None) for name in ("step", "stage", "parameter_digest")},
         },
     }
-
-
-def _reader(source: CheckpointReader, name: str) -> Callable[[], Tensor]:
-    return lambda: source.read(name)
 
 
 def _release_tensors(
     source: CheckpointReader, kinds: list[str], dtype: torch.dtype
 ) -> tuple[dict[str, TensorSpec], dict[str, Callable[[], Tensor]]]:
     cfg = source.model
-    shapes = {n: tuple(t.shape) for n, t in release.denoiser_to_release(meta_state(cfg), cfg).items()}
+    shapes = release_shapes(cfg)
     specs: dict[str, TensorSpec] = {}
     make: dict[str, Callable[[], Tensor]] = {}
     for kind in kinds:
@@ -150,7 +153,7 @@ def _release_tensors(
             if name.startswith(REPA):
                 there = release.REPA + name.removeprefix(f"{REPA}layers.")
                 specs[there] = TensorSpec(source.specs[name].shape, dtype)
-                make[there] = _reader(source, name)
+                make[there] = partial(source.read, name)
     return specs, make
 
 
@@ -174,16 +177,11 @@ def _write_release(plan: ExportPlan, temporary: Path, target: Path, advance: Adv
         part = storage[starts[name] : starts[name] + spec.nbytes]
         state[name] = torch.empty(0, dtype=spec.dtype).set_(part, 0, spec.shape)  # type: ignore[call-overload]
     file = temporary / target.name
-    with file.open("wb") as raw:
-        out = ChecksummedFile(raw)
+    with ChecksummedFile(file) as out:
         torch.save({"state_dict": state}, out)  # type: ignore[arg-type]
         checksum = out.sync()
     beside = target.with_name(f"{target.name}.json")
-    facts = {
-        **plan.settings,
-        "files": {target.name: checksum},
-        SETTINGS_CRC: settings_crc(plan.settings),
-    }
+    facts = {**plan.settings, "files": {target.name: checksum}, SETTINGS_CRC: settings_crc(plan.settings)}
     write_checksummed(temporary / beside.name, as_json(facts))
     os.rename(temporary / beside.name, beside)
     os.rename(file, target)
@@ -213,12 +211,7 @@ def _write_pipeline(plan: ExportPlan, folder: Path, limit: int | None, advance: 
     }
     checksums = {name: write_checksummed(folder / name, as_json(content)) for name, content in files.items()}
     written = write_safetensors(
-        folder / TRANSFORMER,
-        DIFFUSERS_WEIGHTS,
-        plan.specs,
-        plan.read,
-        max_shard_bytes=limit,
-        advance=advance,
+        folder / TRANSFORMER, DIFFUSERS_WEIGHTS, plan.specs, plan.read, max_shard_bytes=limit, advance=advance
     )
     for name in (TRANSFORMER, "scheduler"):
         make_durable(folder / name)

@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from checkpoints_tools.base import EMA, MODEL, Advance, CheckpointReader, TensorSpec
+from checkpoints_tools.base import EMA, MODEL, Advance, CheckpointReader, TensorSpec, new_folder
 from checkpoints_tools.formats.canonical import CanonicalReader, write_canonical
 from checkpoints_tools.formats.universal import UniversalReader, write_universal
 from checkpoints_tools.formats.zero.layout import partitions, sub_groups, tp_shape
@@ -18,10 +18,10 @@ from checkpoints_tools.formats.zero.side_file import CARRIED, write_side
 from checkpoints_tools.formats.zero.writer import ZeroLayout, check_zero, parameter_order, write_zero
 from checkpoints_tools.import_weights import bare_config
 from checkpoints_tools.memory_budget import peak_bytes
-from data_pipeline.storage.files import atomic_folder, make_durable, write_durably
+from data_pipeline.storage.files import make_durable, write_durably
 from deco_scale.checkpoint.format import CheckpointMeta
 from deco_scale.config import RunConfig
-from deco_scale.errors import ConfigError, RunError
+from deco_scale.errors import ConfigError
 
 Form = Literal["canonical", "deepspeed", "universal"]
 FORMS = ("canonical", "deepspeed", "universal")
@@ -166,18 +166,13 @@ def _tag_writer(view: CheckpointReader, meta: CheckpointMeta, pointer: str, fill
     """Writes a folder with a tag's folder in it, which ``fill`` fills, and the file that names the tag."""
 
     def write(target: Path, advance: Advance) -> None:
-        if target.exists():
-            raise ConfigError(f"{target} exists already; name a new folder")
-        try:
-            with atomic_folder(target) as temporary:
-                folder = temporary / f"global_step{meta.step}"
-                folder.mkdir()
-                fill(folder, advance)
-                write_side(folder, view, _side_names(view), meta, advance)
-                make_durable(folder)
-                write_durably(temporary / pointer, folder.name.encode())
-        except OSError as error:
-            raise RunError(f"cannot write {target}: {error.strerror or error}") from error
+        with new_folder(target) as temporary:
+            folder = temporary / f"global_step{meta.step}"
+            folder.mkdir()
+            fill(folder, advance)
+            write_side(folder, view, _side_names(view), meta, advance)
+            make_durable(folder)
+            write_durably(temporary / pointer, folder.name.encode())
 
     return write
 
@@ -237,7 +232,7 @@ def _meta_of(
         config=json.loads(json.dumps(dataclasses.asdict(cfg))),
     )
     origin = "that of --config" if config is not None else "one with what sampling needs"
-    return meta, [f"there is no data state; the stored configuration is {origin}"]
+    return meta, [f"there is no place in the data; the stored configuration is {origin}"]
 
 
 def _side_names(source: CheckpointReader) -> list[str]:

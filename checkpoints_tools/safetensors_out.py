@@ -69,8 +69,7 @@ def _write_file(
     header = encode_header(
         {n: (_NAMES[spec.dtype], spec.shape) for n, spec in specs.items()}, {"format": "pt", **metadata}
     )
-    with path.open("wb") as raw:
-        out = ChecksummedFile(raw)
+    with ChecksummedFile(path) as out:
         out.write(header)
         for name, spec in specs.items():
             out.write(raw_bytes(read_checked(read, name, spec)))

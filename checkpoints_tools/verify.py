@@ -51,8 +51,7 @@ def _canonical_problems(path: Path, advance: Advance) -> Iterator[str]:
         yield str(error)
         return
     problems = list(_compare(path, recorded, COMPLETE, advance))
-    present = {str(p.relative_to(path)) for p in path.rglob("*") if p.is_file()} - {COMPLETE}
-    problems += [f"{path / name} is not listed in {COMPLETE}" for name in sorted(present - set(recorded))]
+    problems += _unlisted(path, recorded, COMPLETE)
     yield from problems
     if problems:
         return
@@ -93,8 +92,12 @@ def _export_problems(path: Path, advance: Advance) -> Iterator[str]:
     folder = path.parent if path.is_file() else path
     yield from _compare(folder, recorded, beside.name, advance)
     if path.is_dir():
-        present = {str(p.relative_to(path)) for p in path.rglob("*") if p.is_file()} - {CHECKSUMS}
-        yield from (f"{path / n} is not listed in {CHECKSUMS}" for n in sorted(present - set(recorded)))
+        yield from _unlisted(path, recorded, CHECKSUMS)
+
+
+def _unlisted(folder: Path, recorded: Mapping[str, object], listing: str) -> list[str]:
+    present = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} - {listing}
+    return [f"{folder / name} is not listed in {listing}" for name in sorted(present - set(recorded))]
 
 
 def _check_text(path: Path, expected: str) -> None:

@@ -18,11 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoints_tools.base import SETS, Advance, TensorSpec, read_checked
+from checkpoints_tools.base import SETS, Advance, TensorSpec, new_folder, read_checked
 from checkpoints_tools.formats.torch_zip import Archive, StoredTensor
 from checkpoints_tools.infer_config import infer_complete_model
 from checkpoints_tools.memory_budget import MemoryBudget, peak_bytes, sync_files, tensor_budget
-from data_pipeline.storage.files import atomic_folder
 from deco_scale.checkpoint.dcp_metadata import IndexedTensor, Piece, read_index, write_index
 from deco_scale.checkpoint.format import (
     METADATA,
@@ -39,7 +38,7 @@ from deco_scale.checkpoint.integrity import (
     digest_of_sums,
     word_sum,
 )
-from deco_scale.errors import ConfigError, RunError
+from deco_scale.errors import ConfigError
 from deco_scale.models import ModelConfig
 
 
@@ -121,8 +120,7 @@ class _WrittenFile:
     """A file written by one worker: name, size, checksum, the tensors in it, and the weights' word sums."""
 
     name: str
-    size: int
-    crc: int
+    checksum: tuple[int, int]
     index: dict[str, IndexedTensor]
     word_sums: dict[str, int]
 
@@ -147,29 +145,24 @@ def write_canonical(
     ``folder`` exists or ``read`` returns a misshapen tensor, :class:`RunError` if the disk cannot be written; then
     nothing is left behind.
     """
-    if folder.exists():
-        raise ConfigError(f"{folder} exists already; name a new folder")
     shares = [names for names in _shares(specs, files) if names]
     budget = MemoryBudget(tensor_budget(specs.values(), memory))
-    try:
-        with atomic_folder(folder) as temporary:
+    with new_folder(folder) as temporary:
 
-            def work(number: int) -> _WrittenFile:
-                file = temporary / f"__0_{number}.distcp"
-                return _write_file(file, shares[number], specs, read, budget, advance)
+        def work(number: int) -> _WrittenFile:
+            file = temporary / f"__0_{number}.distcp"
+            return _write_file(file, shares[number], specs, read, budget, advance)
 
-            with without_record_checksums(), ThreadPoolExecutor(max(1, workers)) as pool:
-                written = list(pool.map(work, range(len(shares))))
-            sync_files([temporary / file.name for file in written])
-            digest = digest_of_sums({n: s for file in written for n, s in file.word_sums.items()})
-            meta = dataclasses.replace(meta, parameter_digest=digest)
-            write_index(temporary, {n: t for file in written for n, t in file.index.items()})
-            checksums = {file.name: (file.size, file.crc) for file in written}
-            index_file = temporary / METADATA
-            checksums[METADATA] = (index_file.stat().st_size, crc32c_of(index_file))
-            write_markers(temporary, meta, checksums)
-    except OSError as error:
-        raise RunError(f"cannot write {folder}: {error.strerror or error}") from error
+        with without_record_checksums(), ThreadPoolExecutor(max(1, workers)) as pool:
+            written = list(pool.map(work, range(len(shares))))
+        sync_files([temporary / file.name for file in written])
+        digest = digest_of_sums({n: s for file in written for n, s in file.word_sums.items()})
+        meta = dataclasses.replace(meta, parameter_digest=digest)
+        write_index(temporary, {n: t for file in written for n, t in file.index.items()})
+        checksums = {file.name: file.checksum for file in written}
+        index_file = temporary / METADATA
+        checksums[METADATA] = (index_file.stat().st_size, crc32c_of(index_file))
+        write_markers(temporary, meta, checksums)
     return meta
 
 
@@ -183,8 +176,7 @@ def _write_file(
 ) -> _WrittenFile:
     index: dict[str, IndexedTensor] = {}
     word_sums: dict[str, int] = {}
-    with path.open("wb") as raw:
-        out = ChecksummedFile(raw)
+    with ChecksummedFile(path) as out:
         for name in names:
             start, shape = out.size, specs[name].shape
             with budget.reserve(peak_bytes(specs[name])):
@@ -199,7 +191,7 @@ def _write_file(
             piece = Piece((0,) * len(shape), shape, path.name, start, out.size - start)
             index[name] = IndexedTensor(shape, torch.float32, (piece,))
             advance(name)
-    return _WrittenFile(path.name, out.size, out.crc, index, word_sums)
+    return _WrittenFile(path.name, out.checksum, index, word_sums)
 
 
 def _shares(specs: Mapping[str, TensorSpec], files: int) -> list[list[str]]:

@@ -199,5 +199,5 @@ def write_universal(
 
 
 def _save(file: Path, content: object) -> None:
-    with file.open("wb") as raw:
-        torch.save(content, ChecksummedFile(raw))  # type: ignore[arg-type]
+    with ChecksummedFile(file) as out:
+        torch.save(content, out)  # type: ignore[arg-type]

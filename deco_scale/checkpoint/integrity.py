@@ -1,10 +1,11 @@
 """Checksums of files, taken while they are written, and a digest of the weights that ignores sharding."""
 
 import hashlib
+import io
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import google_crc32c
 import torch
@@ -25,47 +26,74 @@ FileChecksums = dict[str, tuple[int, int]]
 """Size and CRC32C of files by name."""
 
 
-class ChecksummedFile:
-    """An open file that is only appended to, with the size and CRC32C of what was written."""
+class ChecksummedFile(io.RawIOBase):
+    """A new file that is only appended to, with the size and CRC32C of what was written.
 
-    def __init__(self, raw: BinaryIO) -> None:
-        self._raw, self._checksum, self._flushed = raw, google_crc32c.Checksum(), 0
+    The first error is kept as :attr:`problem`, because ``torch.save`` hides it behind its own.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path, self._raw, self._checksum, self._flushed = path, path.open("wb"), google_crc32c.Checksum(), 0
         self.size = 0
+        self.problem: OSError | None = None
 
     @property
-    def crc(self) -> int:
-        return int.from_bytes(self._checksum.digest(), "big")
+    def checksum(self) -> tuple[int, int]:
+        """Size and CRC32C of what was written."""
+        return self.size, int.from_bytes(self._checksum.digest(), "big")
+
+    def writable(self) -> bool:
+        return True
 
     def write(self, data: Any) -> int:
         """Write all of ``data``, starting a flush after every ``FLUSH_BYTES``; returns its bytes."""
         view = memoryview(data).cast("B")
-        for start in range(0, len(view), WRITE_BYTES):
-            # The checksum takes bytes only. Small pieces bound the copy and the time that the interpreter is
-            # held; what is written then comes from the cache as well.
-            piece = bytes(view[start : start + WRITE_BYTES])
-            self._raw.write(piece)
-            self._checksum.update(piece)
-            self.size += len(piece)
-            if self.size - self._flushed >= FLUSH_BYTES:
-                self._raw.flush()
-                start_flush(self._raw.fileno(), self._flushed, self.size - self._flushed)
-                self._flushed = self.size
+        try:
+            for start in range(0, len(view), WRITE_BYTES):
+                # The checksum takes bytes only. Small pieces bound the copy and the time that the interpreter is
+                # held; what is written then comes from the cache as well.
+                piece = bytes(view[start : start + WRITE_BYTES])
+                self._raw.write(piece)
+                self._checksum.update(piece)
+                self.size += len(piece)
+                if self.size - self._flushed >= FLUSH_BYTES:
+                    self._raw.flush()
+                    start_flush(self._raw.fileno(), self._flushed, self.size - self._flushed)
+                    self._flushed = self.size
+        except OSError as error:
+            self.problem = self.problem or OSError(error.errno, error.strerror, str(self._path))
+            raise
         return len(view)
 
-    def flush(self) -> None:
+    def tell(self) -> int:
+        return self.size
+
+    def fileno(self) -> int:
+        # DCP asks for it to make the file durable, and does not flush its index before.
         self._raw.flush()
+        return self._raw.fileno()
+
+    def flush(self) -> None:
+        if not self._raw.closed:
+            self._raw.flush()
 
     def sync(self) -> tuple[int, int]:
-        """Wait until everything is on the disk; size and CRC32C."""
-        self._raw.flush()
-        os.fsync(self._raw.fileno())
-        return self.size, self.crc
+        """Wait until everything is on the disk; returns :attr:`checksum`."""
+        os.fsync(self.fileno())
+        return self.checksum
+
+    def close(self) -> None:
+        """Close the file even if its last bytes cannot be written."""
+        try:
+            self._raw.close()
+        finally:
+            super().close()
 
 
 def write_checksummed(path: Path, data: bytes) -> tuple[int, int]:
     """Write a small file durably; size and CRC32C."""
-    with path.open("wb") as raw:
-        file = ChecksummedFile(raw)
+    with ChecksummedFile(path) as file:
         file.write(data)
         return file.sync()
 

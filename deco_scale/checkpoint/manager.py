@@ -98,18 +98,16 @@ class CheckpointManager:
                 raise ConfigError(f"checkpoint.keep_best.metric={name!r} is not logged; possible: {numbers}")
             self._metrics = {name: float(value)} if value is not None and math.isfinite(value) else {}
 
-    def save(self, engine: Engine, meta: CheckpointMeta) -> Path:
+    def save(self, engine: Engine, meta: CheckpointMeta) -> Path | str:
         """Save and wait until it is done; raises :class:`RunError` and leaves nothing half-written.
 
-        A save that is still in flight is finished first, and its error raised.
+        A save that is still in flight is finished first, and its error raised after this save.
         """
-        for save in (None, self._begin):
-            if save is not None:
-                save(engine, meta, checkpoint=True, export=False, inline=True)
-            result = self.finished(wait=True)
+        results = [self.start(engine, meta), self.finished(wait=True)]
+        for result in results:
             if result is not None and result.error is not None:
                 raise RunError(result.error)
-        return self._folder / step_name(meta.step)
+        return self._storage.path_of(meta.step)
 
     def start(
         self, engine: Engine, meta: CheckpointMeta, *, checkpoint: bool = True, export: bool = False
@@ -122,7 +120,24 @@ class CheckpointManager:
         start_time = time.perf_counter()
         previous = self.finished(wait=True)
         inline = not self._cfg.asynchronous
-        self._begin(engine, meta, checkpoint=checkpoint, export=export, inline=inline, start_time=start_time)
+        if self._group is None and (not inline or "gloo" not in dist.get_backend_config()):
+            # The default group only where the caller waits for the save and that group can send host memory.
+            self._group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
+        self._saving_step, self._saving_checkpoint = meta.step, checkpoint
+        meta = dataclasses.replace(meta, optimizer_steps=engine.optimizer_steps, metrics=self._metrics)
+        snapshot = self._stager.stage(engine.state(), prefix="" if checkpoint else PREFIX)
+
+        def task() -> str:
+            parts = [f"checkpoint {self._write(snapshot, meta)}"] if checkpoint else []
+            parts += [f"EMA export {self._export(snapshot, meta)}"] if export else []
+            return ", ".join(parts)
+
+        if not inline:
+            self._stall_s = time.perf_counter() - start_time
+        self._task.start(task, start_time=start_time, inline=inline)
+        if inline:
+            self._stall_s = time.perf_counter() - start_time
+        self._unreported_stall_s = (self._unreported_stall_s or 0.0) + self._stall_s
         return previous
 
     def finished(self, *, wait: bool = False) -> SaveResult | None:
@@ -250,36 +265,6 @@ class CheckpointManager:
     @property
     def _exports(self) -> Path:
         return self._folder.parent / "exports"
-
-    def _begin(
-        self,
-        engine: Engine,
-        meta: CheckpointMeta,
-        *,
-        checkpoint: bool,
-        export: bool,
-        inline: bool,
-        start_time: float | None = None,
-    ) -> None:
-        start_time = time.perf_counter() if start_time is None else start_time
-        if self._group is None and (not inline or "gloo" not in dist.get_backend_config()):
-            # The default group only where the caller waits for the save and that group can send host memory.
-            self._group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
-        self._saving_step, self._saving_checkpoint = meta.step, checkpoint
-        meta = dataclasses.replace(meta, optimizer_steps=engine.optimizer_steps, metrics=self._metrics)
-        snapshot = self._stager.stage(engine.state(), prefix="" if checkpoint else PREFIX)
-
-        def task() -> str:
-            parts = [f"checkpoint {self._write(snapshot, meta)}"] if checkpoint else []
-            parts += [f"EMA export {self._export(snapshot, meta)}"] if export else []
-            return ", ".join(parts)
-
-        if not inline:
-            self._stall_s = time.perf_counter() - start_time
-        self._task.start(task, start_time=start_time, inline=inline)
-        if inline:
-            self._stall_s = time.perf_counter() - start_time
-        self._unreported_stall_s = (self._unreported_stall_s or 0.0) + self._stall_s
 
     def _export(self, snapshot: Snapshot, meta: CheckpointMeta) -> Path | str:
         """Write the EMA to the run's ``exports``, and move it to the URL if set; after an error it stays there."""

@@ -41,19 +41,24 @@ class CheckpointStorage(Protocol):
 
     def publish(self, folder: Path, step: int, names: Sequence[str], checksums: FileChecksums) -> None:
         """Store this rank's part: the files ``names`` of a finished ``folder``."""
+        return None
 
     def complete(self, folder: Path, step: int, checksums: FileChecksums) -> None:
         """Make a published checkpoint visible. ``folder`` has ``meta.json`` and ``COMPLETE``; it is used up."""
 
     def abort(self, step: int) -> None:
         """Remove what a failed save has published of a step."""
+        return None
 
     def recover(self) -> None:
         """Remove what an interrupted save has left behind."""
 
 
-class LocalStorage:
-    """Folders ``step_XXXXXXXX`` of a local disk or a shared file system; see :class:`CheckpointStorage`."""
+class LocalStorage(CheckpointStorage):
+    """Folders ``step_XXXXXXXX`` of a local disk or a shared file system; see :class:`CheckpointStorage`.
+
+    The files are there already when they are published, and invisible until they are complete.
+    """
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -79,9 +84,6 @@ class LocalStorage:
                 os.rename(path, retired)
                 shutil.rmtree(retired)
 
-    def publish(self, folder: Path, step: int, names: Sequence[str], checksums: FileChecksums) -> None:
-        """Nothing to do: the files are on the same file system already."""
-
     def complete(self, folder: Path, step: int, checksums: FileChecksums) -> None:
         final = self.path_of(step)
         replaced = self._root / f"{REPLACED}{final.name}"
@@ -97,9 +99,6 @@ class LocalStorage:
         make_durable(self._root)
         shutil.rmtree(replaced, ignore_errors=True)
 
-    def abort(self, step: int) -> None:
-        """Nothing to do: nothing is published before it is complete."""
-
     def recover(self) -> None:
         for replaced in self._root.glob(f"{REPLACED}*"):
             final = self._root / replaced.name.removeprefix(REPLACED)
@@ -109,7 +108,7 @@ class LocalStorage:
                 os.rename(replaced, final)
 
 
-class ObjectStorage:
+class ObjectStorage(CheckpointStorage):
     """Objects ``step_XXXXXXXX/<file>`` below a URL, ``COMPLETE`` stored last; see :class:`CheckpointStorage`."""
 
     def __init__(self, url: str) -> None:

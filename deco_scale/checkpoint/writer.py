@@ -5,7 +5,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -19,50 +18,6 @@ from deco_scale.checkpoint.staging import Snapshot, StagedPlanner
 from deco_scale.errors import RunError
 
 
-class DcpFile(io.RawIOBase):
-    """A new file for DCP that is only appended to, with :attr:`checksum` (size, CRC32C) of what was written."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self._path, self._file = path, path.open("wb")
-        self._checksummed = ChecksummedFile(self._file)
-        self.problem: OSError | None = None
-
-    @property
-    def checksum(self) -> tuple[int, int]:
-        return self._checksummed.size, self._checksummed.crc
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
-        """Write all of ``data``; the first error is kept, because torch.save hides it behind its own."""
-        try:
-            return self._checksummed.write(data)
-        except OSError as error:
-            self.problem = self.problem or OSError(error.errno, error.strerror, str(self._path))
-            raise
-
-    def tell(self) -> int:
-        return self._checksummed.size
-
-    def fileno(self) -> int:
-        # DCP asks for it to make the file durable, and does not flush its index before.
-        self._file.flush()
-        return self._file.fileno()
-
-    def flush(self) -> None:
-        if not self._file.closed:
-            self._file.flush()
-
-    def close(self) -> None:
-        """Close the file even where its last bytes do not reach the disk."""
-        try:
-            self._file.close()
-        finally:
-            super().close()
-
-
 class ChecksumFileSystem(FileSystem):
     """DCP's files, with :attr:`checksums` of those that this rank wrote and the first :attr:`problem` it met."""
 
@@ -74,9 +29,9 @@ class ChecksumFileSystem(FileSystem):
     @contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:  # type: ignore[override]
         assert mode == "wb", mode
-        file: DcpFile | None = None
+        file: ChecksummedFile | None = None
         try:
-            file = DcpFile(Path(path))
+            file = ChecksummedFile(Path(path))
             yield file
             file.close()
         except OSError as error:

@@ -37,6 +37,7 @@ from tests.support.checkpoints import (
     save,
     tensors_of,
 )
+from tests.support.release import model_config_from_release
 
 GOLDENS = ["t2i_tiny", "c2i_tiny", "c2i_baseline_tiny"]
 
@@ -84,7 +85,7 @@ def test_goldens_come_back_bit_for_bit(name: str, tmp_path: Path) -> None:
     with safe_open(path, framework="pt") as file:
         golden = json.loads(file.metadata()["golden"])
     stored = ModelConfig(**read_meta(tmp_path / "canonical").config["model"])
-    assert stored == release.model_config_from_release(golden["kind"], golden["model"])
+    assert stored == model_config_from_release(golden["kind"], golden["model"])
 
 
 @settings(max_examples=15, deadline=None)
