@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from deco_scale.checkpoint.format import CheckpointMeta, read_meta, read_tensors
+from deco_scale.checkpoint.format import CheckpointMeta, find_checkpoint, read_meta, read_tensors
 from deco_scale.config import RunConfig, build_config
 from deco_scale.errors import ConfigError
 from deco_scale.models import Denoiser
@@ -90,20 +90,12 @@ def sampling_compute(cfg: RunConfig, device: torch.device) -> Compute:
 
 
 def read_checkpoint(checkpoint: Path) -> tuple[Path, RunConfig, CheckpointMeta]:
-    """Step folder of :func:`find_checkpoint`, its configuration and metadata."""
+    """Step folder, configuration and metadata of a checkpoint, or of the newest complete one of a run's folder."""
     path = find_checkpoint(checkpoint)
+    if path is None:
+        raise ConfigError(f"{checkpoint}: neither a complete checkpoint nor a run with one")
     meta = read_meta(path)
     return path, build_config(meta.config, source=str(path / "meta.json")), meta
-
-
-def find_checkpoint(path: Path) -> Path:
-    """A step folder itself, or the newest complete one of a run; raises :class:`ConfigError` without one."""
-    if (path / "COMPLETE").is_file():
-        return path
-    complete = sorted(p.parent for p in path.glob("checkpoints/step_*/COMPLETE"))
-    if not complete:
-        raise ConfigError(f"{path}: neither a complete checkpoint nor a run with one")
-    return complete[-1]
 
 
 def load_denoiser(cfg: RunConfig, path: Path) -> Denoiser:
