@@ -2,8 +2,11 @@
 PYTHON ?= python3
 VENV := .venv
 OUT ?= benchmarks/results
-# Two files at a time, the longest first; then those that measure time or kill processes at chosen moments.
-LONGEST := $(addprefix tests/distributed/test_,traces.py tensor_parallel.py round_trip.py sampling.py communication.py)
+# Two files at a time, those that take minutes first; then those that measure time or kill processes at chosen moments.
+LONGEST := $(addprefix tests/,distributed/test_tensor_parallel.py fault_injection/test_bad_input.py \
+	distributed/test_traces.py distributed/test_faults.py fault_injection/chaos/test_chaos.py \
+	distributed/test_round_trip.py fault_injection/test_epoch.py end_to_end/test_class_training.py \
+	distributed/test_sampling.py distributed/test_communication.py)
 ALONE := tests/end_to_end/test_job.py tests/fault_injection/test_kill.py tests/fault_injection/test_watchdog.py
 WITH_PROCESSES := $(wildcard $(addsuffix /test_*.py,$(addprefix tests/,distributed end_to_end fault_injection fault_injection/chaos)))
 SIDE_BY_SIDE := $(LONGEST) $(filter-out $(LONGEST) $(ALONE),$(WITH_PROCESSES)) tests/unit tests/parity
@@ -47,7 +50,7 @@ test: $(STAMP)
 	$(BIN)/python -m pytest -m "not gpu and not long" --durations 12 $(ALONE)
 
 test-fast: $(STAMP)
-	$(BIN)/python -m pytest -m "not gpu and not long" -n 2 --dist loadfile tests/unit tests/parity
+	$(BIN)/python -m pytest -m "not gpu and not long and not slow" -n 2 --dist loadfile tests/unit tests/parity
 
 test-long: $(STAMP)
 	$(BIN)/python -m pytest -m long tests
