@@ -61,13 +61,13 @@ def send_alert(env_name: str | None, text: str, *, timeout_s: float = TIMEOUT_S)
         except Exception as error:  # of one of apprise's services; its text may have the URL in it
             outcome[0] = f"{type(error).__name__} in apprise"
 
+    # Timeouts of sockets apply to each read; slow name servers and slow answers need one for the whole.
+    thread = threading.Thread(target=post, daemon=True, name="alert")
     try:
-        # Timeouts of sockets apply to each read; slow name servers and slow answers need one for the whole.
-        thread = threading.Thread(target=post, daemon=True, name="alert")
         thread.start()
-        thread.join(timeout_s)
     except RuntimeError:
         return "no thread could be started"
+    thread.join(timeout_s)
     return outcome[0]
 
 
@@ -106,16 +106,12 @@ class AlertSender:
             self._suppressed[kind] += 1
             return
         self._last[kind] = now
-        fields = {name: value for name, value in event.fields.items() if name not in ("host", "step")}
-        host, step = event.fields.get("host", self._host), event.fields.get("step", step)
+        fields = dict(event.fields)
+        host, step = fields.pop("host", self._host), fields.pop("step", step)
+        where = f"{self._run} on {host}" + (f", step {step}" if step is not None else "")
+        what = ", ".join([kind.replace("_", " "), *(f"{name} {value}" for name, value in fields.items())])
         more = self._suppressed.pop(kind, 0)
-        self._put(
-            f"{self._run} on {host}"
-            + (f", step {step}" if step is not None else "")
-            + f": {kind.replace('_', ' ')}"
-            + "".join(f", {name} {value}" for name, value in fields.items())
-            + (f" ({more} more of this kind since the last alert)" if more else "")
-        )
+        self._put(f"{where}: {what}" + (f" ({more} more of this kind since the last alert)" if more else ""))
 
     def close(self, *, timeout_s: float = 10.0) -> None:
         """Send what is queued, for at most ``timeout_s``, and log how many alerts were not sent."""
@@ -203,12 +199,13 @@ def _post(env_name: str, text: str) -> str | None:
     service = _service(env_name)
     import apprise
 
-    with apprise.LogCapture(level=logging.WARNING) as log:
-        sent = service.notify(
-            body=" ".join(scrub(text).split())[:_MAX_CHARS], body_format=apprise.NotifyFormat.TEXT
-        )
-    if sent:
-        return None
-    if status := re.search(r"\berror=(\d{3})\b", log.getvalue()):
+    body = " ".join(scrub(text).split())[:_MAX_CHARS]
+    with apprise.LogCapture(level=logging.DEBUG) as log:
+        if service.notify(body=body, body_format=apprise.NotifyFormat.TEXT):
+            return None
+    if status := re.search(r" WARNING .*\berror=(\d{3})\b", log.getvalue()):
         return f"the server answered {status[1]}"
-    return "the server was not reached" if "onnection error" in log.getvalue() else "apprise could not send it"
+    if not re.search(r" WARNING .*[Cc]onnection error", log.getvalue()):
+        return "apprise could not send it"
+    cause = re.search(r"Socket Exception: .*Caused by (\w+)", log.getvalue())
+    return f"the server was not reached{f': {cause[1]}' if cause else ''}"
