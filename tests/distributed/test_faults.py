@@ -163,7 +163,7 @@ def events(runs: Path, name: str, *kinds: str) -> list[tuple[str, dict[str, Any]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_one_flipped_bit_is_found_at_the_next_check(runs: Path, layout: str) -> None:
+def test_one_flipped_bit_is_detected_at_the_next_check(runs: Path, layout: str) -> None:
     text = said(runs, layout)
     assert text.startswith(f"Corruption: step {FLIPPED_AT}:") and f"after step {FLIPPED_AT - 1}:" in text, text
     # Between two ranks nobody knows who is right.
@@ -175,7 +175,7 @@ def test_one_flipped_bit_is_found_at_the_next_check(runs: Path, layout: str) -> 
     assert ended[1]["exit_code"] == 1
 
 
-def test_the_odd_one_of_many_is_named() -> None:
+def test_the_mismatching_rank_of_many_is_named() -> None:
     from deco_scale.distributed.replica_check import bit_digest, compare_digests
     from deco_scale.errors import ReplicaMismatch
 

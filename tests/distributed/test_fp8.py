@@ -20,8 +20,7 @@ from deco_scale.objectives.inputs import ObjectiveInputs
 from deco_scale.optim.config import OptimizerConfig
 from deco_scale.parallel.engines.base import Engine
 from deco_scale.parallel.mesh import ParallelDims
-from deco_scale.precision import Compute
-from deco_scale.precision.config import PrecisionConfig, autocast
+from deco_scale.precision.config import Compute, PrecisionConfig, autocast
 from deco_scale.precision.fp8 import apply_fp8
 from deco_scale.precision.fp8_plan import BatchShape, Fp8Plan, plan_fp8
 from deco_scale.precision.recipe import choose_fp8

@@ -119,7 +119,7 @@ def test_a_predicted_image_trains_alike_with_its_tokens_spread(runs: Path) -> No
     assert worst_difference(trace(runs / "image_tp"), trace(runs / "image")) < 1e-5
 
 
-def test_samples_show_the_class_that_was_asked_for(runs: Path) -> None:
+def test_samples_show_the_requested_class(runs: Path) -> None:
     from sklearn.linear_model import LogisticRegression
 
     out = runs / "out"

@@ -280,7 +280,7 @@ def test_the_page_in_a_browser(page: Page, browser: Any, tmp_path: Path) -> None
     tab.fill("#subject textarea", hostile)
     tab.fill("#steps input", "-3")
     tab.click("#go")
-    assert shows(tab, "Steps") == "Error. Steps: -3 is out of range; allowed are 1 to 20."
+    assert shows(tab, "Steps") == "Error. Steps: -3 is out of range, 1 to 20."
     # What was drawn is still there, and its settings draw it again.
     tab.locator("#gallery img").first.click()
     tab.click("#again")

@@ -62,7 +62,7 @@ def test_server_keeps_its_data_over_a_kill(tmp_path: Path) -> None:
         server.stop()
 
 
-def test_deepspeed_job_from_s3_to_pictures(
+def test_deepspeed_job_from_s3_to_images(
     s3_environment: S3Server, tmp_path: Path, text_encoder: Path, image_encoder: Path
 ) -> None:
     s3_environment.create_bucket("job")

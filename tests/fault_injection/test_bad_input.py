@@ -141,7 +141,7 @@ def test_checkpoint_of_another_model(config: Path, tmp_path: Path) -> None:
     assert "does not fit the configured model" in output and "decoder" in output
 
 
-def test_other_data_after_a_resume_are_told(config: Path) -> None:
+def test_other_data_after_a_resume_are_reported(config: Path) -> None:
     assert launch(config, "run.stop_at_step=2")[0] == 0
     code, output = launch(config, "run.stop_at_step=3", "data.window=8")
     assert code == 0 and "WARNING: the data are not those of the checkpoint" in output
@@ -149,7 +149,7 @@ def test_other_data_after_a_resume_are_told(config: Path) -> None:
     assert code == 0 and "WARNING" not in output
 
 
-def test_a_checkpoint_that_fails_is_told_and_only_the_last_one_ends_the_run(config: Path, tmp_path: Path) -> None:
+def test_a_failed_checkpoint_is_reported_and_only_the_last_one_ends_the_run(config: Path, tmp_path: Path) -> None:
     assert launch(config, "run.stop_at_step=2")[0] == 0
     checkpoints = tmp_path / "run" / "checkpoints"
     # No file may grow beyond the limit, as on a full disk; logs and the index stay below it.

@@ -107,7 +107,7 @@ def told_once(job: Job, kind: str, rank: int) -> dict[str, Any]:
     return event
 
 
-def test_a_stopped_rank_is_told_with_its_stack(jobs: Any) -> None:
+def test_a_stopped_rank_is_reported_with_its_stack(jobs: Any) -> None:
     job = jobs("", "", "").ready()
     job.ranks[1].send_signal(signal.SIGSTOP)
     began = time.time()
@@ -121,7 +121,7 @@ def test_a_stopped_rank_is_told_with_its_stack(jobs: Any) -> None:
     assert "state: T" in job.stacks(1) and "phase: step" in job.stacks(1)
 
 
-def test_hung_ranks_are_told_with_their_stacks(jobs: Any) -> None:
+def test_hung_ranks_are_reported_with_their_stacks(jobs: Any) -> None:
     """In Python, in a C call that holds the GIL, after it reported its exit, in a long operation, alone."""
     actions = [("", "hang"), ("", "lock"), ("", "exit"), ("", "slower"), ("hang",)]
     started = [jobs(*ranks, slow_timeout_s=TIMEOUT_S) for ranks in actions]

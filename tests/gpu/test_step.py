@@ -56,7 +56,7 @@ def test_a_step_that_does_not_log_never_waits_for_the_device(
     assert run.engine.optimizer_steps == 5
 
 
-def test_pictures_from_graphs_are_those_of_the_eager_model() -> None:
+def test_images_from_graphs_are_those_of_the_eager_model() -> None:
     device = torch.device("cuda")
     torch.manual_seed(0)
     model = Denoiser(CLASSES).to(device).eval()

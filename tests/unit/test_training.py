@@ -113,7 +113,7 @@ class TestCheckpoint:
         assert all(torch.equal(a, source.state()[n]) for n, a in target.state().items())
         assert read_tensors(path, "ema.").keys() == {"denoiser.w"}
 
-    def test_a_flipped_byte_anywhere_is_found_with_the_files_name(self, tmp_path: Path) -> None:
+    def test_any_flipped_byte_is_detected_and_its_file_named(self, tmp_path: Path) -> None:
         checkpoints = self.checkpoints(tmp_path)
         path = checkpoints.save(engine(), meta(1))
         files = sorted(p for p in path.iterdir() if p.name != "COMPLETE")
@@ -216,7 +216,7 @@ def test_encoders_are_one_batch_ahead() -> None:
     ]  # fmt: skip
 
 
-def test_feed_keeps_order_is_bounded_hands_on_errors_and_ends() -> None:
+def test_prefetcher_keeps_order_is_bounded_passes_errors_on_and_ends() -> None:
     pulled: list[int] = []
 
     def source(fail_at: int) -> Iterator[Any]:

@@ -26,7 +26,7 @@ def without_git(folder: Path) -> str:
     return str(bare)
 
 
-def test_the_commit_is_gits_or_told_or_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commit_is_from_git_or_environment_or_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DECO_COMMIT", "abc1234")
     # A tree without .git, inside of another repository too.
     outer = tmp_path / "outer"

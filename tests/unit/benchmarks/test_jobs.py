@@ -131,7 +131,7 @@ def test_a_suite_that_is_a_job_ends_with_its_jobs(tmp_path: Path, fork: bool) ->
     wait_until(lambda: not any(running(pid) for pid in pids))
 
 
-def test_processes_of_a_job_are_found_by_its_mark() -> None:
+def test_processes_of_a_job_are_identified_by_its_mark() -> None:
     environment = {**os.environ, "DECO_SUITE_JOB": "of-this-test"}
     child = subprocess.Popen([sys.executable, "-c", "input()"], env=environment, stdin=subprocess.PIPE)
     try:

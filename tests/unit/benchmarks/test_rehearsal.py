@@ -24,7 +24,7 @@ def test_another_version_than_the_gpu_machine_s_is_named(monkeypatch: pytest.Mon
         rehearsal.versions(HERE)
 
 
-def test_every_module_of_the_project_is_found() -> None:
+def test_every_module_of_the_project_is_listed() -> None:
     names = set(rehearsal.modules())
     assert {
         "launcher.train",

@@ -69,7 +69,7 @@ def test_the_model_is_its_formulas_written_op_by_op(kind: str) -> None:
         assert (one.grad - other.grad).norm() / other.grad.norm() < 5e-6, name
 
 
-def test_differing_gradients_are_seen() -> None:
+def test_differing_gradients_are_detected() -> None:
     objective, inputs = made("c2i_deco")
     twin = make_reference(copy.deepcopy(objective))
     with torch.no_grad():

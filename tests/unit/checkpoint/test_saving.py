@@ -77,7 +77,7 @@ class TestSaving:
         path = checkpoints.save(cast(Engine, PlainEngine(state)), meta_of(2))
         assert all(torch.equal(t, state[n]) for n, t in read_tensors(path, "").items())
 
-    def test_an_error_is_told_with_its_file_and_the_last_good_one_stays(self, tmp_path: Path) -> None:
+    def test_an_error_names_its_file_and_keeps_the_last_checkpoint(self, tmp_path: Path) -> None:
         checkpoints = make(tmp_path)
         checkpoints.save(engine_of(1), meta_of(1))
         in_the_way = tmp_path / "run" / ".saving_step_00000002"
@@ -144,7 +144,7 @@ class TestSaving:
         checkpoints.prepare()
         assert checkpoints.latest() == path
 
-    def test_any_flipped_byte_of_the_listing_is_found(self, tmp_path: Path) -> None:
+    def test_any_flipped_byte_of_the_listing_is_detected(self, tmp_path: Path) -> None:
         checkpoints = make(tmp_path)
         path = checkpoints.save(engine_of(1), meta_of(1))
         original = (path / "COMPLETE").read_bytes()
@@ -184,7 +184,9 @@ class TestSaving:
         assert checkpoints.load(engine_of(0), where).step == 3
         assert list((tmp_path / "run").iterdir()) == []
 
-    def test_s3_that_refuses_is_told_and_nothing_is_left(self, tmp_path: Path, s3_environment: S3Server) -> None:
+    def test_a_refusing_s3_is_reported_and_leaves_nothing_behind(
+        self, tmp_path: Path, s3_environment: S3Server
+    ) -> None:
         s3_environment.create_bucket("refusing")
         checkpoints = make(tmp_path, url="s3://refusing/x")
         checkpoints.save(engine_of(1), meta_of(1))

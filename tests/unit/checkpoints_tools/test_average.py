@@ -47,7 +47,7 @@ def _profile(step: int, at: int) -> float:
 
 
 @pytest.mark.parametrize("sigma", [0.08, 0.12, 0.2])
-def test_width_has_the_width_that_was_asked_for(sigma: float) -> None:
+def test_the_ema_has_the_requested_width(sigma: float) -> None:
     """The discrete profile that the coefficients make, against the moments of the power function."""
     steps = list(range(50, 1001, 50))
     fit = fit_width(sigma, steps, DECAY)

@@ -32,7 +32,7 @@ def _flips(path: Path, random: np.random.Generator) -> Iterator[int]:
 
 
 @pytest.mark.parametrize("kind", ["canonical", "release", "safetensors", "diffusers"])
-def test_a_flipped_bit_is_found_by_file_name(
+def test_a_flipped_bit_is_detected_and_its_file_named(
     kind: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checked = folder

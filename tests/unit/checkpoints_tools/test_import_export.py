@@ -123,7 +123,7 @@ def test_the_baselines_channels_are_the_configurations() -> None:
     assert infer_model(shapes, where="here", stated=dataclasses.asdict(model)) == model
 
 
-def test_what_the_release_lacks_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_settings_that_the_release_lacks_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = release_file(tmp_path / "w.ckpt", {"state_dict": release_state(), "global_step": 3})
     assert cli.main(["import", str(path), str(tmp_path / "out"), "--dry-run"]) == 0
     assert not (tmp_path / "out").exists()

@@ -178,7 +178,7 @@ def test_two_processes_draw_the_same(whole: Path, material: Path, tmp_path: Path
         ("dpg", ["--checkpoint", "NOWHERE"], "neither a complete checkpoint"),
     ],
 )
-def test_wrong_use_is_told(
+def test_usage_errors_are_reported(
     benchmark: str, more: list[str], message: str, whole: Path, material: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     places = {"TEXT": "text", "CLASSES": "classes", "PROMPTS": "prompts", "NOWHERE": "nowhere"}
@@ -189,7 +189,7 @@ def test_wrong_use_is_told(
     assert files_of(whole) == before
 
 
-def test_what_a_benchmark_needs_is_told(material: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_a_benchmark_needs_is_reported(material: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert deco(["evaluate", "geneval", "--out", "x"]) == 2
     assert "--checkpoint, --metadata (or --summary)" in capsys.readouterr().err
     assert deco(["evaluate", "dpg", "--checkpoint", "x", "--out", "x", "--prompts", str(material / "none")]) == 2

@@ -212,7 +212,7 @@ def test_sizes_and_classes_are_read() -> None:
         parse_size("1x2x3")
 
 
-def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+def test_an_unwritable_folder_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     folder = ImageFolder(tmp_path / "file", rank=0)
     with pytest.raises(RunError, match="0.png could not be written"):

@@ -67,7 +67,7 @@ def test_a_shard_that_was_replaced_is_read_anew_though_the_cache_is_warm(tmp_pat
     assert captions(data, cache) == (words("new"), 0)
 
 
-def test_shards_of_a_set_and_sets_of_a_cache_are_told_apart(tmp_path: Path) -> None:
+def test_shards_of_a_set_and_sets_of_a_cache_are_distinguished(tmp_path: Path) -> None:
     """Of one size and one tag; only the key, or only the URL, differs."""
     for folder, shards in (("one", {"a": "1a", "b": "1b"}), ("two", {"a": "2a", "b": "2b"})):
         for shard, word in shards.items():
@@ -89,9 +89,7 @@ def test_every_rank_and_seed_shares_what_the_cache_holds(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("keys", [("a", "b"), ("s 1 0-9", "s 2 0-9"), ("s 1 0-9", "s 1 9-18"), ("", " ")])
-def test_keys_are_told_apart_on_disk_even_where_their_files_are_exchanged(
-    keys: tuple[str, str], tmp_path: Path
-) -> None:
+def test_keys_are_distinguished_even_where_their_files_are_swapped(keys: tuple[str, str], tmp_path: Path) -> None:
     cache = DiskCache(tmp_path, 10**6)
     paths: dict[str, Path] = {}
     for key in keys:

@@ -62,7 +62,7 @@ def test_an_index_is_made_again_only_for_what_changed(tmp_path: Path, workers: i
     assert build_index(store, ScanSettings(scores=("aesthetic",)))[1].reused == 0
 
 
-def test_index_survives_the_disk_bit_by_bit_and_damage_is_found(tmp_path: Path) -> None:
+def test_index_round_trips_bit_by_bit_and_damage_is_detected(tmp_path: Path) -> None:
     url = write_set(
         tmp_path / "s", {"1.png": png(), "1.txt": b"one", "2.png": png(33, 90), "2.json": b'{"text": "b"}'}
     )

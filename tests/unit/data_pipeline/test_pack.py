@@ -276,7 +276,7 @@ def test_shards_of_webdatasets_writers_are_indexed_as_they_are(tmp_path: Path) -
     assert cli.main(["verify", str(tmp_path), "--decode", "--workers", "2"]) == 0
 
 
-def test_class_numbers_are_packed_and_found_beside_numbers(tmp_path: Path) -> None:
+def test_class_numbers_are_packed_and_read_back(tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
     members = {f"{i}.{k}": v for i in range(3) for k, v in (("png", IMAGE), ("cls", b"5"), ("json", b'{"q": 2}'))}
@@ -287,7 +287,7 @@ def test_class_numbers_are_packed_and_found_beside_numbers(tmp_path: Path) -> No
     assert samples_of(tmp_path / "out")[0] == {"png": IMAGE, "cls": b"5", "json": b'{"q": 2}'}
 
 
-def test_a_full_disk_is_told_in_one_line(
+def test_a_full_disk_is_reported_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = files_form(tmp_path / "source")

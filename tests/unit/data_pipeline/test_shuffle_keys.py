@@ -82,7 +82,7 @@ def test_streams_are_shuffled_each_by_itself() -> None:
     all_differ(*([s % CHUNK_SAMPLES for s in stream] for stream in streams))
 
 
-def test_the_epochs_that_are_held_are_told_apart() -> None:
+def test_the_epochs_in_memory_are_distinguished() -> None:
     """Whatever epoch was asked for before."""
     order = ElasticSampler(index_of(64), seed=0, streams=2, window=16)
     for epoch in (0, 1, 5, 0, 2, 1, 0):
@@ -107,7 +107,7 @@ def test_each_block_of_a_mixture_is_shuffled_by_all_its_keys() -> None:
     assert {sum(source == 0 for source in block) for block in dealt} == {3 * BLOCK_POSITIONS // 4}
 
 
-def test_lanes_and_blocks_that_are_held_are_told_apart() -> None:
+def test_lanes_and_blocks_in_memory_are_distinguished() -> None:
     schedule = Schedule([1.0, 1.0], seed=0, key=6, group=0, lanes=2)
     for lane, block in itertools.product((0, 1, 0), (0, 3, 1, 0)):
         fresh = Schedule([1.0, 1.0], seed=0, key=6, group=0, lanes=2)
@@ -205,7 +205,7 @@ def test_bad_samples_are_replaced_by_others_that_no_rank_changes(half_bad: Path)
     assert bad != {sample: other[number] for number, sample in enumerate(order) if sample % 2 == 0}
 
 
-def test_mixed_data_sets_are_told_apart_by_url(tmp_path: Path) -> None:
+def test_mixed_data_sets_are_distinguished_by_url(tmp_path: Path) -> None:
     """Two sets of the same shards' names, sizes and tags, one after the other through one loader."""
     for name in ("one", "two"):
         members: dict[str, bytes] = {}

@@ -167,11 +167,14 @@ def rows_of(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_two_class_models_that_sample(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+def test_two_class_models_that_sample(
+    checkpoints: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = ["spectrum", "--out", str(tmp_path), "--pictures", "3", "--batch", "2", "--num-steps", "2"]
     for name, label in (("c2i_tiny", "DeCo"), ("c2i_baseline_tiny", "baseline")):
         arguments += ["--checkpoint", str(checkpoints[name]), "--label", label]
     assert deco(arguments) == 0
+    assert "--pictures is now called --images" in capsys.readouterr().err
     rows = rows_of(tmp_path)
     # Two labels, two signals, two times and their mean.
     assert len(rows) == 2 * 2 * 3 * 64
@@ -205,7 +208,7 @@ def test_a_text_model_on_images(
     energies = []
     for batch in ("1", "3"):
         out = tmp_path / batch
-        assert deco([*common, "--pictures", "3", "--batch", batch, "--out", str(out)]) == 0
+        assert deco([*common, "--images", "3", "--batch", batch, "--out", str(out)]) == 0
         energies.append([float(row["energy"]) for row in rows_of(out)])
     assert len(energies[0]) == 2 * 3 * 64
     np.testing.assert_allclose(energies[0], energies[1], rtol=1e-4, atol=1e-9)
@@ -219,7 +222,7 @@ def test_indexed_shards_are_read_by_the_loader(shards: Path, text_encoder: Path,
     run = assets.tiny_config(tmp_path / "run", shards, text_encoder)
     run["model"]["patch_size"] = 4
     cfg = build_config(run, source="test")
-    arguments = ["spectrum", "--data", str(shards), "--out", str(tmp_path), "--pictures", "5", "--batch", "2"]
+    arguments = ["spectrum", "--data", str(shards), "--out", str(tmp_path), "--images", "5", "--batch", "2"]
     for name in ("a", "b"):
         weights = {n: torch.full(p.shape, 0.02) for n, p in Denoiser(cfg.model).named_parameters()}
         tensors = {f"{s}.denoiser.{n}": w for s in ("model", "ema") for n, w in weights.items()}

@@ -43,7 +43,7 @@ FAULTS: dict[str, tuple[Callable[[Tensor], object], str]] = {
 
 @pytest.mark.parametrize("device", ["cuda", "meta"])
 @pytest.mark.parametrize("fault", FAULTS)
-def test_faults_are_found_with_operator_and_line(fault: str, device: str) -> None:
+def test_faults_are_reported_with_operator_and_line(fault: str, device: str) -> None:
     call, message = FAULTS[fault]
     if fault == "a number assigned" and device == "meta":
         # There PyTorch fills by the number itself.
@@ -67,7 +67,7 @@ def test_faults_are_found_with_operator_and_line(fault: str, device: str) -> Non
     assert " at unit/test_device_check.py:" in str(found.value) and "lambda x" in str(found.value)
 
 
-def test_a_fault_of_the_model_is_found_in_its_file(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_of_the_model_is_reported_with_its_file(monkeypatch: pytest.MonkeyPatch) -> None:
     """The line of deco_scale, however deep below it the operator ran."""
     linspace = torch.linspace
     monkeypatch.setattr(torch, "linspace", lambda *args, device: linspace(*args))
@@ -78,8 +78,8 @@ def test_a_fault_of_the_model_is_found_in_its_file(monkeypatch: pytest.MonkeyPat
         rope_angles(2, 2, head_dim=8, scale="grid", device=torch.device("cuda"))
 
 
-def test_copies_that_do_not_wait_are_told_from_those_that_do() -> None:
-    place = "unit/test_device_check.py:test_copies_that_do_not_wait_are_told_from_those_that_do"
+def test_non_blocking_copies_are_distinguished_from_blocking_ones() -> None:
+    place = "unit/test_device_check.py:test_non_blocking_copies_are_distinguished_from_blocking_ones"
     with fake_cuda():
         x = torch.empty(4, device="cuda")
         with DeviceCheck("cuda", allowed={place: ("compute", "send", "fetch")}) as check:

@@ -225,7 +225,7 @@ def test_step_stays_on_the_device_and_in_its_types(stage: StageConfig, kernels: 
         assert one == other
 
 
-def test_a_tensor_widened_in_a_block_is_found() -> None:
+def test_a_tensor_widened_in_a_block_is_detected() -> None:
     cfg = dataclasses.replace(
         CONFIG,
         model=dataclasses.replace(CONFIG.model, num_blocks=2, num_text_blocks=1),

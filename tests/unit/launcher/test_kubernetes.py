@@ -165,7 +165,7 @@ def test_manifests_have_only_known_fields(
     assert "/etc/deco-scale/config.yaml" in container["command"]
 
 
-def test_a_jobset_restarts_as_a_whole_and_does_not_count_being_told_to_stop(
+def test_a_jobset_restarts_as_a_whole_and_does_not_count_preemptions(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     _, job = manifests(capsys, "--max-restarts", "9")

@@ -91,7 +91,7 @@ def found(tmp_path_factory: pytest.TempPathFactory, raw: dict[str, Any]) -> dict
     return told[0]
 
 
-def test_nothing_is_found_where_nothing_is_wrong(found: dict[str, Any]) -> None:
+def test_a_healthy_cluster_has_no_findings(found: dict[str, Any]) -> None:
     assert found["problems"]["good"] == []
     assert found["titles"] == [
         "versions", "configuration", "devices", "collectives", "clocks", "storage", "data",
@@ -109,7 +109,7 @@ def test_nothing_is_found_where_nothing_is_wrong(found: dict[str, Any]) -> None:
         ("own folders", ["rank 1 on node1", "shared file system"]),
     ],
 )
-def test_a_planted_fault_is_found_and_its_node_named(
+def test_a_planted_fault_is_detected_and_its_node_named(
     found: dict[str, Any], planted: str, parts: list[str]
 ) -> None:
     (problem,) = found["problems"][planted]
@@ -129,7 +129,7 @@ def test_a_run_folder_that_cannot_be_made_is_named_for_each_node(found: dict[str
         assert any(str(rank) in p and "run.dir" in p for p in problems)
 
 
-def test_several_faults_are_told_at_once(found: dict[str, Any]) -> None:
+def test_several_faults_are_reported_at_once(found: dict[str, Any]) -> None:
     problems = found["problems"]["config in all"]
     assert any("torch is 2.12.1" in p for p in problems) and any("digest" in p for p in problems)
 
@@ -241,7 +241,7 @@ def test_the_estimate_of_a_clock_is_within_its_uncertainty(offset: float, ways: 
     assert found.uncertainty <= min(there + back for there, back in ways) / 2 + 1e-9
 
 
-def test_the_odd_ones_are_named_not_the_many() -> None:
+def test_the_mismatching_ranks_are_named_not_the_majority() -> None:
     ranks = [RankInfo(rank, 0, f"n{rank}") for rank in range(4)]
     facts = [{"a": "2"}, {"a": "1"}, {"a": "1"}, {"a": "1"}]
     (check,) = check_same(facts, ranks, advice="mend it")

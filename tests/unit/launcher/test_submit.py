@@ -232,7 +232,7 @@ def test_hostfile_and_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert all(command[-1] == HOSTILE for command in commands)
 
 
-def test_nothing_is_submitted_unless_asked(
+def test_nothing_is_submitted_without_the_option(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sbatch = tmp_path / "sbatch"

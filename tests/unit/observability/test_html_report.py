@@ -191,7 +191,7 @@ def test_curves_are_drawn_and_hold_no_secret(report: str) -> None:
     assert MARKUP not in drawn and "<script" not in drawn
 
 
-def test_goodput_costs_and_attempts_are_told(report: str) -> None:
+def test_goodput_costs_and_attempts_are_reported(report: str) -> None:
     assert "Effective training time: " in report and "2 attempts" in report
     # 8 ranks for 30 s and 4 for 30 s; with 10 s of 8 ranks and 6 s of 4 down, at 3 a GPU-hour.
     assert "0.100 GPU-hours" in report and "0.30 USD" in report

@@ -115,7 +115,7 @@ def test_other_addresses_are_refused_and_not_repeated(url: str, monkeypatch: pyt
     assert "planted" not in str(caught.value)
 
 
-def test_a_variable_that_is_missing_is_found_before_the_run(hook: Hook, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_variable_is_reported_before_the_run(hook: Hook, monkeypatch: pytest.MonkeyPatch) -> None:
     check_webhook(MonitorConfig())
     check_webhook(MonitorConfig(webhook_env="THE_HOOK"))
     monkeypatch.delenv("THE_HOOK")
@@ -243,7 +243,7 @@ def straggler(rank: int) -> Event:
     return Event(1.0, "straggler", {"rank": rank, "host": f"node{rank}", "factor": 2.0})
 
 
-def test_the_same_kind_is_told_once_a_minute_and_the_rest_is_counted(
+def test_the_same_kind_is_logged_once_a_minute_and_the_rest_is_counted(
     hook: Hook, caplog: pytest.LogCaptureFixture
 ) -> None:
     now = 0.0
@@ -266,7 +266,7 @@ def test_the_same_kind_is_told_once_a_minute_and_the_rest_is_counted(
     ]
 
 
-def test_what_is_left_out_at_the_end_is_told(hook: Hook) -> None:
+def test_samples_dropped_at_the_end_are_reported(hook: Hook) -> None:
     alerts = AlertSender("THE_HOOK", run="the-run")
     for rank in range(3):
         alerts.event(straggler(rank), None)

@@ -35,7 +35,7 @@ def noisy(count: int, mean: float = 2.0) -> list[float]:
     return (mean + 0.1 * torch.randn(count, generator=generator)).tolist()
 
 
-def test_a_spike_is_told_from_noise_and_from_what_is_not_finite() -> None:
+def test_spikes_are_distinguished_from_noise_and_from_nonfinite_losses() -> None:
     losses = noisy(60)
     losses[40], losses[50], losses[55] = 4.0, NAN, math.inf
     cfg = FaultsConfig(spike="skip", spike_window=20)
@@ -71,7 +71,7 @@ def test_spikes_do_not_raise_the_limit() -> None:
     assert [one.consecutive for one in found] == list(range(1, 11))
 
 
-def test_policies() -> None:
+def test_policies_skip_roll_back_or_stop() -> None:
     bad = Anomaly(7, NAN, "skip", 1)
     spike = Anomaly(9, 8.0, "spike", 1)
 

@@ -159,7 +159,7 @@ def launch_into(launched: list[Any]) -> Any:
         lambda x: torch.equal(x, x), lambda x: float(x[0]), lambda x: x.masked_select(x > 0), lambda x: x.unique(),
     ],
 )  # fmt: skip
-def test_the_mode_finds_what_it_looks_for(read: Any) -> None:
+def test_the_mode_detects_host_reads(read: Any) -> None:
     with Synchronising() as mode:
         read(torch.ones(3))
     assert len(mode.found) == 1

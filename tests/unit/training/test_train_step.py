@@ -60,7 +60,7 @@ def test_gradient_and_losses_are_means_over_the_micro_batches(values: list[float
     assert engine.updates == [(0.5, (0.1, 0.2), None)] and result.skipped.item() == 0
 
 
-def test_the_loss_of_the_whole_step_decides_whether_it_is_unwanted() -> None:
+def test_the_loss_of_the_whole_step_decides_whether_it_is_skipped() -> None:
     engine, shown = RecordingEngine(), []
 
     def should_skip(loss: Tensor) -> Tensor:

@@ -145,7 +145,7 @@ def test_waiting_for_a_slow_rank_is_no_hang() -> None:
     assert job.run(20).rank in (1, 2, 3)
 
 
-def test_a_slow_rank_ahead_excuses_nobody() -> None:
+def test_a_slow_rank_ahead_does_not_clear_the_others() -> None:
     job = Clockwork()
     job.ranks[0].update(phase="long_op", step=18, silent_s=100.0)
     job.set(1, "hang")

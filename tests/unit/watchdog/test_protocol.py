@@ -28,7 +28,7 @@ START = 1000.0
 @given(
     st.integers(0, 2**40), st.sampled_from(["start", "step", "long_op"]), st.text(), st.integers(-(2**31), 2**31)
 )
-def test_the_page_carries_what_is_said(step: int, phase: Any, reason: str, code: int) -> None:
+def test_the_heartbeat_page_carries_all_fields(step: int, phase: Any, reason: str, code: int) -> None:
     trainer = HeartbeatPage.create()
     sidecar = HeartbeatPage.map(os.dup(trainer.descriptor))
     try:
@@ -83,7 +83,7 @@ def test_what_is_no_message_closes_the_connection(data: bytes) -> None:
     other.close()
 
 
-def test_a_reader_that_does_not_read_holds_up_nobody() -> None:
+def test_a_reader_that_stalls_blocks_no_other() -> None:
     line, other = pair()
     for _ in range(1000):
         line.send({"text": "x" * 60_000})
