@@ -18,7 +18,8 @@ from deco_scale.objectives import Objective
 from deco_scale.objectives.inputs import ObjectiveInputs
 from deco_scale.optim.adamw_ema import AdamWWithEMA, nan_if_nonfinite
 from deco_scale.optim.config import OptimizerConfig
-from deco_scale.parallel.engines.base import EMA_PREFIX, TokenGroup, Update
+from deco_scale.parallel.engines.base import EMA_PREFIX, Update
+from deco_scale.parallel.sequence_parallel import TokenShard
 from deco_scale.precision import fp8
 from deco_scale.precision.config import PrecisionConfig, autocast
 from deco_scale.precision.fp8_plan import Fp8Plan
@@ -61,7 +62,7 @@ class PlainEngine:
                 unit.compile()
 
     @property
-    def tokens(self) -> TokenGroup | None:
+    def tokens(self) -> TokenShard | None:
         return None
 
     @property

@@ -1,1 +1,1 @@
-"""Sharding of a finished model over processes; nothing in here is known to the model."""
+"""Parallelism applied to a finished model from outside; the model itself knows nothing of it."""

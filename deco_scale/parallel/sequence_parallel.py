@@ -18,7 +18,6 @@ from torch import Tensor
 
 from deco_scale.models.compile import outside_graphs
 from deco_scale.models.tp_plan import part_sizes
-from deco_scale.parallel.engines.base import TokenGroup
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ def _reduce_scatter(x_BND: Tensor, shard: TokenShard) -> Tensor:
     return out.narrow(0, 0, sizes[shard.rank]).transpose(0, 1)
 
 
-def encode_shared(encode: Callable[[Any], Tensor], items: Any, count: int, shard: TokenGroup) -> Tensor:
+def encode_shared(encode: Callable[[Any], Tensor], items: Any, count: int, shard: TokenShard) -> Tensor:
     """Encode ``count`` items once per tp group, each rank a part; all get the features ``(count, ...)``."""
     sizes = part_sizes(count, shard.size)
     start, size = sum(sizes[: shard.rank]), sizes[shard.rank]

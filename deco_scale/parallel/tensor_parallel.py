@@ -12,7 +12,7 @@ Why not PyTorch's ``parallelize_module`` with ``ColwiseParallel``, ``RowwisePara
 - The pixel decoder runs on sharded tokens and folds weights of linears that it never calls. Styles change what a
   module's own call sees, and would leave it with DTensors.
 - A replicated weight's gradient is a sum over the tokens of all ranks. Styles leave a parameter that they do not
-  name a plain tensor, whose gradient nobody would sum over tp.
+  name a plain tensor, whose gradient would not be summed over tp.
 - Triton kernels, FP8 linears and compiled blocks take plain tensors, not DTensors.
 - The movement of tokens (:func:`route_tokens`) also serves Megatron's linears under DeepSpeed.
 """

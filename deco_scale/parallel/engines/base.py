@@ -5,10 +5,10 @@ from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol
 
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 
 from deco_scale.distributed.replica_check import Replicas
 from deco_scale.objectives.inputs import ObjectiveInputs
+from deco_scale.parallel.sequence_parallel import TokenShard
 
 EMA_PREFIX = "denoiser."
 """The EMA covers the denoiser, as in the release; the REPA head is of no use after training."""
@@ -21,19 +21,6 @@ class Update(NamedTuple):
     skipped: Tensor
 
 
-class TokenGroup(Protocol):
-    """Ranks that work on the same samples, each on its own tokens."""
-
-    @property
-    def group(self) -> ProcessGroup: ...
-
-    @property
-    def rank(self) -> int: ...
-
-    @property
-    def size(self) -> int: ...
-
-
 class Engine(Protocol):
     """A sharded objective with its optimizer and EMA.
 
@@ -42,7 +29,7 @@ class Engine(Protocol):
     """
 
     @property
-    def tokens(self) -> TokenGroup | None:
+    def tokens(self) -> TokenShard | None:
         """Ranks that share each sequence; None without tensor parallelism."""
 
     @property

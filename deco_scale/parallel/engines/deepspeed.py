@@ -27,7 +27,7 @@ from deco_scale.objectives.inputs import ObjectiveInputs
 from deco_scale.optim.adamw_ema import MOMENTS, AdamWWithEMA, nan_if_nonfinite
 from deco_scale.optim.config import OptimizerConfig
 from deco_scale.parallel.config import ZeroStage
-from deco_scale.parallel.engines.base import EMA_PREFIX, TokenGroup, Update
+from deco_scale.parallel.engines.base import EMA_PREFIX, Update
 from deco_scale.parallel.engines.deepspeed_config import deepspeed_json
 from deco_scale.parallel.engines.deepspeed_imports import import_deepspeed, import_megatron
 from deco_scale.parallel.init_weights import initial_tensors
@@ -119,7 +119,7 @@ class DeepSpeedEngine:
                     "compile=true under ZeRO-3: much of the blocks runs uncompiled between DeepSpeed's hooks; "
                     "parallel.engine=fsdp compiles all of it"
                 )
-        self._tokens = parallelize(
+        self.tokens = parallelize(
             objective,
             fp8_plan=fp8_plan,
             bias_share=dims.tp,
@@ -151,10 +151,6 @@ class DeepSpeedEngine:
                 self._set_full(parameters[name], part.to(self._device))
             else:
                 parameters[name].data.copy_(part)
-
-    @property
-    def tokens(self) -> TokenGroup | None:
-        return self._tokens
 
     @property
     def optimizer_steps(self) -> int:
@@ -237,7 +233,7 @@ class DeepSpeedEngine:
     def predict(self, patches: Tensor, t: Tensor, condition: Tensor, grid: tuple[int, int]) -> Tensor:
         with autocast(self._precision, self._device):
             prediction = self._engine.module.predict(patches, t, condition, grid)
-        return self._tokens.gather(prediction, patches.shape[1]) if self._tokens else prediction
+        return self.tokens.gather(prediction, patches.shape[1]) if self.tokens else prediction
 
     def _shard_over_dp(self, name: str, part: Tensor) -> DTensor:
         """A parameter's tp part, full on each dp rank, as a DTensor sharded over both."""

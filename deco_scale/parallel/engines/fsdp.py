@@ -29,7 +29,7 @@ from deco_scale.objectives import Objective
 from deco_scale.objectives.inputs import ObjectiveInputs
 from deco_scale.optim.adamw_ema import MOMENTS, AdamWWithEMA, nan_if_nonfinite
 from deco_scale.optim.config import OptimizerConfig
-from deco_scale.parallel.engines.base import EMA_PREFIX, TokenGroup, Update
+from deco_scale.parallel.engines.base import EMA_PREFIX, Update
 from deco_scale.parallel.init_weights import initial_tensors
 from deco_scale.parallel.mesh import ParallelDims
 from deco_scale.parallel.parallelize import parallelize
@@ -82,7 +82,7 @@ class FsdpEngine:
         )
         if compile_blocks:
             limit_recompiles()
-        self._tokens = parallelize(
+        self.tokens = parallelize(
             self._objective,
             fp8_plan=fp8_plan,
             tensor_parallel=partial(apply_tensor_parallel, mesh=mesh["tp"], compile_blocks=compile_blocks)
@@ -110,10 +110,6 @@ class FsdpEngine:
         self._shards = {n: _local(p) for n, p in self._parameters.items()}
         self._optimizer = AdamWWithEMA(self._shards.values(), optimizer, kernels=kernels)
         self._optimizer.track(self._shards, ema={n for n in self._shards if n.startswith(EMA_PREFIX)})
-
-    @property
-    def tokens(self) -> TokenGroup | None:
-        return self._tokens
 
     @property
     def optimizer_steps(self) -> int:
@@ -201,7 +197,7 @@ class FsdpEngine:
             prediction = self._objective.predict(patches, t, condition, grid)
         # The root's weights stay gathered after a forward pass, and may be those of the EMA.
         cast(FSDPModule, self._objective).reshard()
-        return self._tokens.gather(prediction, patches.shape[1]) if self._tokens else prediction
+        return self.tokens.gather(prediction, patches.shape[1]) if self.tokens else prediction
 
 
 def _local(tensor: DTensor) -> Tensor:
