@@ -22,7 +22,7 @@ from deco_scale.parallel.engines.base import EMA_PREFIX, Update
 from deco_scale.parallel.sequence_parallel import TokenShard
 from deco_scale.precision import fp8
 from deco_scale.precision.config import PrecisionConfig, autocast
-from deco_scale.precision.fp8_plan import Fp8Plan
+from deco_scale.precision.fp8_plan import Fp8Plan, check_plan
 
 
 class PlainEngine:
@@ -106,7 +106,7 @@ def build_plain_engine(
     """
     if cfg.parallel.activation_checkpointing != "none":
         raise ConfigError("without an engine there is no activation checkpointing")
-    fp8.check_plan(cfg.precision, fp8_plan)
+    check_plan(cfg.precision, fp8_plan)
     with torch.device("meta"):
         objective = build()
     if fp8_plan is not None:

@@ -149,5 +149,5 @@ def _conditions(
     encode: Callable[..., Tensor] = text.encode
     if shard is not None:
         group = shard
-        return lambda texts: encode_shared(encode, list(texts), len(texts), group), text.null
+        return lambda texts: encode_shared(encode, list(texts), group), text.null
     return encode, text.null

@@ -106,9 +106,9 @@ def _reduce_scatter(x_BND: Tensor, shard: TokenShard) -> Tensor:
     return out.narrow(0, 0, sizes[shard.rank]).transpose(0, 1)
 
 
-def encode_shared(encode: Callable[[Any], Tensor], items: Any, count: int, shard: TokenShard) -> Tensor:
-    """Encode ``count`` items once per tp group, each rank a part; all get the features ``(count, ...)``."""
-    sizes = part_sizes(count, shard.size)
+def encode_shared(encode: Callable[[Any], Tensor], items: Any, shard: TokenShard) -> Tensor:
+    """Encode items once per tp group, each rank a part; all ranks get the features ``(len(items), ...)``."""
+    sizes = part_sizes(len(items), shard.size)
     start, size = sum(sizes[: shard.rank]), sizes[shard.rank]
     # A rank without items encodes the first, to join the collective with the right shape.
     part = encode(items[start : start + size] if size else items[:1])

@@ -8,19 +8,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from deco_scale.errors import ConfigError
-from deco_scale.precision.config import PrecisionConfig
 from deco_scale.precision.fp8_plan import Fp8Linear, Fp8Plan
 from deco_scale.precision.linears import Fp8Forward
 from deco_scale.precision.scaling import STATE_PREFIX
 
-TORCHAO_LINEAR = "deco_scale.precision.linear_torchao.TorchaoLinear"
-TE_LINEAR = "deco_scale.precision.linear_te.TeLinear"
-
-
-def check_plan(cfg: PrecisionConfig, plan: Fp8Plan | None) -> None:
-    """Raise ``ValueError`` for a plan without ``cfg.compute`` ``fp8``, or ``fp8`` without a plan."""
-    if (plan is not None) != (cfg.compute == "fp8"):
-        raise ValueError(f"precision.compute={cfg.compute} with {'a' if plan else 'no'} plan of FP8")
+LINEAR_CLASSES = {
+    "te": "deco_scale.precision.linear_te.TeLinear",
+    "torchao": "deco_scale.precision.linear_torchao.TorchaoLinear",
+}
+"""Import paths of the FP8 linears, by backend."""
 
 
 def apply_fp8(denoiser: nn.Module, plan: Fp8Plan, *, bias_share: int = 1, release_weights: bool = False) -> None:
@@ -44,11 +40,6 @@ def apply_fp8(denoiser: nn.Module, plan: Fp8Plan, *, bias_share: int = 1, releas
         new.release_weight = release_weights and plan.choice.backend == "torchao"
         parent, _, name = linear.name.rpartition(".")
         setattr(denoiser.get_submodule(parent), name, new)
-
-
-def linear_class(plan: Fp8Plan) -> str:
-    """Import path of the FP8 linears' class, for DeepSpeed's list of modules that communicate in bf16."""
-    return TE_LINEAR if plan.choice.backend == "te" else TORCHAO_LINEAR
 
 
 def fp8_context(plan: Fp8Plan | None) -> AbstractContextManager[object]:

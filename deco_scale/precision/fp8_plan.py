@@ -112,6 +112,12 @@ def plan_fp8(
     return Fp8Plan(choice, tuple(linears), tuple(rejected))
 
 
+def check_plan(cfg: PrecisionConfig, plan: Fp8Plan | None) -> None:
+    """Raise ``ValueError`` for a plan without ``cfg.compute`` ``fp8``, or ``fp8`` without a plan."""
+    if (plan is not None) != (cfg.compute == "fp8"):
+        raise ValueError(f"precision.compute={cfg.compute} with {'a' if plan else 'no'} plan of FP8")
+
+
 def precision_rows(
     model: ModelConfig, cfg: PrecisionConfig, plan: Fp8Plan | None, *, tp: int
 ) -> Iterator[ModuleRow]:
@@ -120,8 +126,7 @@ def precision_rows(
     ``plan`` is None unless ``cfg.compute`` is ``fp8``. Norms compute statistics in fp32; masters, moments, EMA and
     losses are always fp32 and not listed.
     """
-    if (plan is not None) != (cfg.compute == "fp8"):
-        raise ValueError(f"precision.compute={cfg.compute} with {'a' if plan else 'no'} plan of FP8")
+    check_plan(cfg, plan)
     selected = {linear.name for linear in plan.linears} if plan else set()
     reasons = dict(plan.rejected) if plan else {}
     linears = {linear.name: linear for linear in _linears(model, tp)}

@@ -41,7 +41,7 @@ def shared_over_tp(encode: Callable[[Any], torch.Tensor], engine: Engine) -> Cal
     tokens = engine.tokens
     if tokens is None:
         return encode
-    return lambda items: encode_shared(encode, items, len(items), tokens)
+    return lambda items: encode_shared(encode, items, tokens)
 
 
 def data_opener(

@@ -193,9 +193,9 @@ def _collectives_and_gradients() -> None:
     partial = torch.ones(2, 10, 3, requires_grad=True)
     summed = shard.scatter_sum(partial * (shard.rank + 1))
     assert torch.equal(summed, torch.full_like(summed, 10.0))
-    encoded = encode_shared(lambda items: torch.tensor([[float(i)] for i in items]), [3, 1, 4, 1, 5, 9], 6, shard)
+    encoded = encode_shared(lambda items: torch.tensor([[float(i)] for i in items]), [3, 1, 4, 1, 5, 9], shard)
     assert encoded.ravel().tolist() == [3, 1, 4, 1, 5, 9]
-    assert encode_shared(lambda items: torch.tensor([[float(i)] for i in items]), [7], 1, shard).tolist() == [[7]]
+    assert encode_shared(lambda items: torch.tensor([[float(i)] for i in items]), [7], shard).tolist() == [[7]]
 
     calls: list[str] = []
 

@@ -36,7 +36,7 @@ from deco_scale.parallel.parallelize import parallelize
 from deco_scale.parallel.tensor_parallel import tp_part, tp_placement
 from deco_scale.precision import fp8
 from deco_scale.precision.config import PrecisionConfig, autocast
-from deco_scale.precision.fp8_plan import Fp8Plan
+from deco_scale.precision.fp8_plan import Fp8Plan, check_plan
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class DeepSpeedEngine:
         fp8_plan: Fp8Plan | None = None,
         kernels: Kernels = "torch",
     ) -> None:
-        fp8.check_plan(precision, fp8_plan)
+        check_plan(precision, fp8_plan)
         deepspeed = import_deepspeed(device)
         self._fp8_plan = fp8_plan
         self._device, self._precision, self._stage, self._dims = device, precision, stage, dims

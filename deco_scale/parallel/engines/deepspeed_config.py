@@ -57,7 +57,7 @@ def deepspeed_json(
         linears = [
             *_LINEARS,
             *(_MEGATRON_LINEARS if tp > 1 else ()),
-            *([fp8.linear_class(fp8_plan)] if fp8_plan else ()),
+            *([fp8.LINEAR_CLASSES[fp8_plan.choice.backend]] if fp8_plan else ()),
         ]
         generated["torch_autocast"] = {
             "enabled": True,

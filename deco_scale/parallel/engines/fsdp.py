@@ -36,7 +36,7 @@ from deco_scale.parallel.parallelize import parallelize
 from deco_scale.parallel.tensor_parallel import apply_tensor_parallel, tp_part
 from deco_scale.precision import fp8
 from deco_scale.precision.config import PrecisionConfig, autocast
-from deco_scale.precision.fp8_plan import Fp8Plan
+from deco_scale.precision.fp8_plan import Fp8Plan, check_plan
 
 
 def shard(objective: Objective, *, mesh: DeviceMesh, precision: PrecisionConfig) -> None:
@@ -70,7 +70,7 @@ class FsdpEngine:
         fp8_plan: Fp8Plan | None = None,
         kernels: Kernels = "torch",
     ) -> None:
-        fp8.check_plan(precision, fp8_plan)
+        check_plan(precision, fp8_plan)
         self._fp8_plan = fp8_plan
         self._device, self._precision, self._dims = device, precision, dims
         with torch.device("meta"):
