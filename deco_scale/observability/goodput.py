@@ -126,20 +126,15 @@ class _Span:
 
 
 def compute_goodput(
-    events: Sequence[Event],
-    metrics: Sequence[Mapping[str, Any]],
-    *,
-    now: float,
-    silent_s: float = SILENT_S,
+    events: Sequence[Event], metrics: Sequence[Mapping[str, Any]], *, now: float, silent_s: float = SILENT_S
 ) -> Goodput | None:
     """The goodput at ``now`` (Unix seconds) by all lines of both files, in the files' order.
 
     None before the first start. Lines of metrics without ``time`` are left out. A clock that goes back is held
     until it has caught up, and nothing is later than ``now``. A run that ended with exit code 0 ends there.
     """
-    launches = _launches(
-        _merge(events, metrics, round(now * _SECOND)), round(now * _SECOND), round(silent_s * _SECOND)
-    )
+    now_us = round(now * _SECOND)
+    launches = _launches(_merge(events, metrics, now_us), now_us, round(silent_s * _SECOND))
     if not launches:
         return None
     totals = dict.fromkeys(CLASSES, 0)
@@ -158,7 +153,7 @@ def compute_goodput(
     return Goodput(microseconds=totals, wall_us=wall, attempts=attempts)
 
 
-def _held(lines: Iterable[tuple[float, str, Mapping[str, Any]]], now: int) -> Iterator[_Mark]:
+def _monotonic(lines: Iterable[tuple[float, str, Mapping[str, Any]]], now: int) -> Iterator[_Mark]:
     """Marks whose time never goes back and is never later than ``now``."""
     latest = None
     for seconds, kind, fields in lines:
@@ -176,7 +171,7 @@ def _merge(events: Sequence[Event], metrics: Sequence[Mapping[str, Any]], now: i
     )
     happened = ((event.time, event.kind, event.fields) for event in events if event.kind != _LOGGED)
     # At the same moment a logged step belongs to the attempt before, not to one that starts.
-    marks = list(heapq.merge(_held(logged, now), _held(happened, now), key=lambda mark: mark.time))
+    marks = list(heapq.merge(_monotonic(logged, now), _monotonic(happened, now), key=lambda mark: mark.time))
     marks = marks[next((i for i, mark in enumerate(marks) if mark.kind == "start"), len(marks)) :]
     resume, following = math.inf, None
     for mark in reversed(marks):
@@ -214,13 +209,11 @@ def _launches(marks: list[_Mark], now: int, silent: int) -> list[_Launch]:
 
 def _attempt(launch: _Launch, *, last: bool) -> Attempt:
     steps = [mark.step for mark in launch.marks if mark.kind in ("first_step", _LOGGED)]
-    ended, fault, reason = launch.last("end"), launch.last("hang", "lost_rank"), None
-    if ended is not None:
-        reason = ended.fields["reason"]
-    elif fault is not None:
-        host = fault.fields.get("host")
-        what = "hung" if fault.kind == "hang" else "was lost"
-        reason = f"rank {fault.fields['rank']}{f' on {host}' if host else ''} {what}"
+    ended, fault = launch.last("end"), launch.last("hang", "lost_rank")
+    reason = ended.fields["reason"] if ended else None
+    if ended is None and fault is not None:
+        host = f" on {fault.fields['host']}" if fault.fields.get("host") else ""
+        reason = f"rank {fault.fields['rank']}{host} {'hung' if fault.kind == 'hang' else 'was lost'}"
     return Attempt(
         number=launch.start.fields["attempt"],
         world_size=launch.start.fields["world_size"],
@@ -280,37 +273,32 @@ def _lost_share(start: int, end: int, resume: float) -> float:
 
 def _waited_shares(anchors: list[_Mark]) -> list[float]:
     """Share of data wait in the time before each anchor: that of the next logged step, or of the last one."""
-    share = next((_waited_share(mark) for mark in reversed(anchors) if mark.kind == _LOGGED), 0.0)
-    shares = []
+    share, shares = None, []
     for mark in reversed(anchors):
-        share = _waited_share(mark) if mark.kind == _LOGGED else share
+        if mark.kind == _LOGGED:
+            waited, step_s = mark.fields.get("data_wait_s"), mark.fields.get("step_s")
+            share = 0.0
+            if is_number(waited) and is_number(step_s) and step_s > 0:
+                share = min(max(waited / step_s, 0.0), 1.0)
         shares.append(share)
-    return shares[::-1]
-
-
-def _waited_share(mark: _Mark) -> float:
-    waited, step_s = mark.fields.get("data_wait_s"), mark.fields.get("step_s")
-    if not is_number(waited) or not is_number(step_s) or step_s <= 0:
-        return 0.0
-    return min(max(waited / step_s, 0.0), 1.0)
+    last = next((share for share in shares if share is not None), 0.0)
+    return [last if share is None else share for share in reversed(shares)]
 
 
 def _overlays(launch: _Launch) -> list[_Span]:
     """First steps, stalls and evaluations within the attempt's life, one after the other."""
-    found = []
+    overlays = []
     for mark in launch.marks:
+        lost = float(mark.kind in (*_SAVES, "evaluation") and mark.step > mark.resume)
         if mark.kind in _SAVES:
             start = mark.time - round(mark.fields["total_s"] * _SECOND)
-            end, name = min(start + round(mark.fields["stall_s"] * _SECOND), mark.time), "checkpoint_stall"
+            end = min(start + round(mark.fields["stall_s"] * _SECOND), mark.time)
+            overlays.append(_Span(start, end, "checkpoint_stall", lost))
         elif mark.kind in ("evaluation", "first_step"):
-            start, end = mark.time - round(mark.fields["seconds"] * _SECOND), mark.time
             name = "evaluation" if mark.kind == "evaluation" else "compile"
-        else:
-            continue
-        lost = name != "compile" and mark.step > mark.resume
-        found.append(_Span(start, end, name, float(lost)))
+            overlays.append(_Span(mark.time - round(mark.fields["seconds"] * _SECOND), mark.time, name, lost))
     spans, time = [], launch.start.time
-    for span in sorted(found, key=lambda span: (span.start, span.end)):
+    for span in sorted(overlays, key=lambda span: (span.start, span.end)):
         start, end = max(span.start, time), min(span.end, launch.end)
         if start < end:
             spans.append(_Span(start, end, span.name, span.lost))

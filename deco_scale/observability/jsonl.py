@@ -58,12 +58,12 @@ class JsonlWriter:
 class JsonlTailer:
     """Reads the objects of a growing JSON lines file: only new bytes, only complete lines.
 
-    ``bad`` counts lines that are no JSON object or longer than 16 MiB. ``generation`` goes up each time that the
-    file was replaced or truncated: objects read before are then no longer in it.
+    ``bad`` counts lines that are no JSON object or longer than 16 MiB. ``replaced``: the last read found the file
+    replaced or truncated, and objects read before are no longer in it.
     """
 
     def __init__(self, path: Path) -> None:
-        self.bad, self.generation = 0, 0
+        self.bad, self.replaced = 0, False
         self._path, self._offset, self._identity, self._partial = path, 0, (0, 0), b""
 
     def read(self) -> list[dict[str, Any]]:
@@ -71,6 +71,7 @@ class JsonlTailer:
 
         Raises ``OSError`` where the file exists and cannot be read.
         """
+        self.replaced = False
         try:
             file = self._path.open("rb")
         except FileNotFoundError:
@@ -79,8 +80,7 @@ class JsonlTailer:
             status = os.fstat(file.fileno())
             identity = (status.st_dev, status.st_ino)
             if self._offset and (identity != self._identity or status.st_size < self._offset):
-                self._offset, self._partial = 0, b""
-                self.generation += 1
+                self._offset, self._partial, self.replaced = 0, b"", True
             self._identity = identity
             file.seek(self._offset)
             new = file.read()
@@ -88,14 +88,14 @@ class JsonlTailer:
         *lines, self._partial = (self._partial + new).split(b"\n")
         if len(self._partial) > _MAX_LINE:
             self._partial = b"?"  # with whatever follows it is no JSON
-        return [entry for line in lines if line.strip() and (entry := self._parse(line)) is not None]
-
-    def _parse(self, line: bytes) -> dict[str, Any] | None:
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError):
-            entry = None
-        if isinstance(entry, dict):
-            return entry
-        self.bad += 1
-        return None
+        entries: list[dict[str, Any]] = []
+        for line in filter(bytes.strip, lines):
+            try:
+                entry = json.loads(line)
+            except (ValueError, RecursionError):
+                entry = None
+            if isinstance(entry, dict):
+                entries.append(entry)
+            else:
+                self.bad += 1
+        return entries

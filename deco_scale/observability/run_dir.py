@@ -44,15 +44,6 @@ class Stage:
 
 
 @dataclass(frozen=True, slots=True)
-class StageProgress:
-    """A stage, its steps done, and the seconds that the others will take; None before any was timed."""
-
-    stage: Stage
-    done: int
-    seconds_left: float | None
-
-
-@dataclass(frozen=True, slots=True)
 class SavedCheckpoint:
     """A complete checkpoint: its step and when it was complete (Unix seconds)."""
 
@@ -77,7 +68,6 @@ class RunDir:
         self.quarantined = 0
         self.config: dict[str, Any] = {}
         self._files = {name: JsonlTailer(path / name) for name in (METRICS, EVENTS, "quarantine.jsonl")}
-        self._generations = dict.fromkeys(self._files, 0)
         self._config_stamp: tuple[int, int] | None = None
         self._bad_events = 0
         self._errors: list[str] = []
@@ -87,31 +77,29 @@ class RunDir:
     def refresh(self) -> None:
         """Read what was written since the last call; :attr:`problems` has what could not be read."""
         self._errors = []
-        new, replaced = self._read(METRICS)
-        self.metrics = [] if replaced else self.metrics
+        new = self._read(METRICS)
+        if self._files[METRICS].replaced:
+            self.metrics = []
         self.metrics += [line for line in new if is_number(line.get("step")) and not _is_evaluation(line)]
-        new, replaced = self._read(EVENTS)
-        if replaced:
+        new = self._read(EVENTS)
+        if self._files[EVENTS].replaced:
             self.events, self._bad_events = [], 0
         for entry in new:
             try:
                 self.events.append(parse_event(entry))
             except ValueError:
                 self._bad_events += 1
-        new, replaced = self._read("quarantine.jsonl")
-        self.quarantined = len(new) + (0 if replaced else self.quarantined)
+        new = self._read("quarantine.jsonl")
+        self.quarantined = len(new) + (0 if self._files["quarantine.jsonl"].replaced else self.quarantined)
         self._read_config()
 
-    def _read(self, name: str) -> tuple[list[dict[str, Any]], bool]:
-        """New objects of a file, and whether it is another one than at the last call."""
-        file, before = self._files[name], self._generations[name]
+    def _read(self, name: str) -> list[dict[str, Any]]:
+        """New objects of a file."""
         try:
-            new = file.read()
+            return self._files[name].read()
         except OSError as error:
             self._errors.append(f"{name} cannot be read: {error.strerror}")
-            new = []
-        self._generations[name] = file.generation
-        return new, file.generation != before
+            return []
 
     def _read_config(self) -> None:
         path = self.path / "config.yaml"
@@ -121,19 +109,16 @@ class RunDir:
             if stamp == self._config_stamp:
                 return
             if status.st_size > _MAX_CONFIG:
-                self._errors.append(f"config.yaml is larger than {_MAX_CONFIG} bytes")
-                return
+                raise ConfigError(f"config.yaml is larger than {_MAX_CONFIG} bytes")
             raw = load_yaml(path.read_text(encoding="utf-8"), "config.yaml")
+            if isinstance(raw, dict):
+                self.config, self._config_stamp = raw, stamp
         except FileNotFoundError:
-            return
+            pass
         except ConfigError as error:
             self._errors.append(str(error)[:200])
-            return
         except (OSError, UnicodeDecodeError) as error:
             self._errors.append(f"config.yaml cannot be read: {type(error).__name__}")
-            return
-        if isinstance(raw, dict):
-            self.config, self._config_stamp = raw, stamp
 
     @property
     def problems(self) -> list[str]:
@@ -163,8 +148,9 @@ class RunDir:
             stages.append(Stage(str(stage.get("name")), start, start + stage["steps"]))
         return stages
 
-    def progress(self) -> list[StageProgress]:
-        """Each stage of the configuration, at the pace of its own last logged steps, without saves and faults."""
+    def progress(self) -> list[tuple[Stage, int, float | None]]:
+        """Each stage, its steps done, and seconds for the others at the pace of its own last logged steps, without
+        saves and faults; None before any was timed."""
         reached = int(self.last.get("step", 0))
         result = []
         for stage in self.stages:
@@ -173,7 +159,7 @@ class RunDir:
             recent = [line for line in self.metrics if line.get("stage") == stage.name][-_RECENT:]
             times = [line["step_s"] for line in recent if is_number(line.get("step_s"))]
             left = (steps - done) * sum(times) / len(times) if times else None
-            result.append(StageProgress(stage, done, 0.0 if done == steps else left))
+            result.append((stage, done, 0.0 if done == steps else left))
         return result
 
     @property

@@ -108,11 +108,10 @@ def _training_rows(run: RunDir, bars: str) -> list[Row]:
 
 def _eta_rows(run: RunDir) -> list[Row]:
     result, total = [], 0.0
-    for part in run.progress():
-        left = part.seconds_left
+    for stage, done, left in run.progress():
         text = "not timed yet" if left is None else f"{duration(left)} to go"
-        steps = part.stage.end - part.stage.start
-        result.append((f"ETA of {printable(part.stage.name, 40)}", f"{part.done} of {steps} steps, {text}"))
+        steps = stage.end - stage.start
+        result.append((f"ETA of {printable(stage.name, 40)}", f"{done} of {steps} steps, {text}"))
         total += math.nan if left is None else left
     if result:
         result.append(("ETA", "unknown before every stage is timed" if math.isnan(total) else duration(total)))
