@@ -7,14 +7,7 @@ from dataclasses import asdict
 
 from deco_scale.watchdog.config import WatchdogConfig
 from deco_scale.watchdog.diagnosis import CONNECTION_LOST, Diagnosis, RankReport, max_silence_s, silent
-from deco_scale.watchdog.protocol import (
-    MALFORMED,
-    MAX_STACK,
-    Member,
-    MessageSocket,
-    TerminateOrder,
-    parse,
-)
+from deco_scale.watchdog.protocol import MALFORMED, MAX_STACK, Member, MessageSocket, TerminateOrder, parse
 
 
 class Peer:
