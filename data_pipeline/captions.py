@@ -43,10 +43,10 @@ def parse_captions(raw: bytes, *, is_json: bool, fields: Sequence[str] = JSON_FI
     strings weighs them. Blank entries of a list are left out. Raises :class:`DecodeError` of kind
     ``bad_caption`` for anything else.
     """
+    entries = json_object(raw) if is_json else {}
     try:
         if not is_json:
             return _captions([(_text(raw), 1.0)])
-        entries = json_object(raw)
         value = next((entries[name] for name in fields if entries.get(name) is not None), None)
         if isinstance(value, str):
             return _captions([(value, 1.0)])
@@ -58,14 +58,8 @@ def parse_captions(raw: bytes, *, is_json: bool, fields: Sequence[str] = JSON_FI
 
 
 def json_numbers(raw: bytes, fields: Sequence[str]) -> list[float]:
-    """Numbers of a ``.json`` member; nan where one is absent, no number, or not finite.
-
-    Raises :class:`DecodeError` of kind ``bad_caption`` for what is no JSON object.
-    """
-    try:
-        entries = json_object(raw)
-    except ValueError as error:
-        raise DecodeError("bad_caption", f"{type(error).__name__}: {error}") from error
+    """Numbers of a ``.json`` member; nan where one is absent, no number, or not finite."""
+    entries = json_object(raw)
     return [_number(entries.get(name)) for name in fields]
 
 
@@ -113,13 +107,15 @@ def _text(raw: bytes) -> str:
 
 
 def json_object(raw: bytes) -> dict[str, Any]:
-    """Entries of a ``.json`` member; raises ``ValueError`` for anything but a JSON object."""
+    """Entries of a ``.json`` member; raises :class:`DecodeError` (``bad_caption``) for all but a JSON object."""
     try:
         entries = json.loads(_text(raw))
+        if not isinstance(entries, dict):
+            raise ValueError("not a JSON object")
     except RecursionError as error:
-        raise ValueError("nested too deeply") from error
-    if not isinstance(entries, dict):
-        raise ValueError("not a JSON object")
+        raise DecodeError("bad_caption", "ValueError: nested too deeply") from error
+    except ValueError as error:
+        raise DecodeError("bad_caption", f"{type(error).__name__}: {error}") from error
     return entries
 
 

@@ -3,7 +3,8 @@
 Nothing is unpacked to disk, and no URL is fetched. What cannot be trained on is listed by name.
 """
 
-import functools
+import contextlib
+import itertools
 import json
 import math
 import os
@@ -25,7 +26,7 @@ from data_pipeline.index.build import (
     image_member,
     shard_samples,
 )
-from data_pipeline.storage.base import Access, ObjectInfo, Store, open_store
+from data_pipeline.storage.base import Access, Store, open_store
 
 IMAGE_COLUMNS = ("image", "jpg", "png", "image_bytes", "image_path", "path")
 CAPTION_FIELDS = ("captions", "caption", "text", "txt", "long_caption", "short_caption")
@@ -80,7 +81,7 @@ def make_sample(
     fields = {key: value for key, value in entries.items() if _is_kept(key, value)}
     if len(set(weights)) > 1:
         fields[WEIGHTS_FIELD] = weights
-    sample = PackedSample(name, image, _suffix(image), captions, fields, number)
+    sample = PackedSample(name, image, _image_suffix(image), captions, fields, number)
     for suffix, raw in sample.texts().items():
         # As the index will read it: a text beyond its limits is better left out here, by name.
         if captions and suffix != "cls":
@@ -129,7 +130,7 @@ def _is_text(value: str) -> bool:
     return True
 
 
-def _suffix(image: bytes) -> str:
+def _image_suffix(image: bytes) -> str:
     """By content: files are often named for another format than theirs."""
     if image.startswith(b"\xff\xd8"):
         return "jpg"
@@ -143,9 +144,9 @@ def read_source(
 ) -> Iterator[PackedSample]:
     """Samples of a folder, a parquet or tar file, or of the tar shards below an ``s3://`` URL.
 
-    A folder is what the first tar or image in it says, else a folder of parquet files: img2dataset writes
-    parquet files with numbers beside its tars and images. What cannot be packed is added to
-    ``rejects``. Raises :class:`DataError` where there is nothing to read.
+    A folder is read as what the first tar or image in it says, else as a folder of parquet files: img2dataset
+    writes parquet files with numbers beside its tars and images. What cannot be packed is added to ``rejects``.
+    Raises :class:`DataError` if there is nothing to read.
     """
     if source.startswith("s3://"):
         return read_tars(open_store(source, access), rejects)
@@ -156,109 +157,100 @@ def read_source(
         return read_parquet(path, rejects)
     if not path.is_dir():
         raise DataError(f"{source}: no such folder or file")
-    suffixes = (file.suffix.lower().lstrip(".") for file in _files(path))
-    kind = next((s for s in suffixes if s == "tar" or s in IMAGE_SUFFIXES), "parquet")
+    kind = next((s for s in map(_suffix, _files(path)) if s == "tar" or s in IMAGE_SUFFIXES), None)
     if kind == "tar":
         return read_tars(open_store(str(path)), rejects)
-    return _read_parquets(path, rejects) if kind == "parquet" else read_folder(path, rejects, workers=workers)
+    if kind is not None:
+        return read_folder(path, rejects, workers=workers)
+    tables = [file for file in _files(path) if file.suffix == ".parquet"]
+    if not tables:
+        raise DataError(f"{path}: holds no images, parquet files or tar shards")
+    return itertools.chain.from_iterable(read_parquet(table, rejects, root=path) for table in tables)
 
 
 def read_folder(folder: Path, rejects: list[Reject], *, workers: int = 1) -> Iterator[PackedSample]:
-    """Images below ``folder`` in the order of their names, with what is beside them; read by threads."""
-    return read_images(_with_texts, image_files(folder), rejects, workers=workers)
+    """Images below ``folder`` in the order of their names, with the texts beside them; read by threads."""
+
+    def read(path: Path) -> PackedSample:
+        texts = {}
+        for suffix in TEXT_SUFFIXES:
+            with contextlib.suppress(FileNotFoundError), path.with_suffix(f".{suffix}").open("rb") as file:
+                texts[suffix] = file.read(MAX_TEXT_BYTES + 1)
+                if len(texts[suffix]) > MAX_TEXT_BYTES:
+                    raise DecodeError("too_large", f"over {MAX_TEXT_BYTES} bytes of text")
+        if not texts:
+            raise DecodeError("no_caption", "no .txt or .json beside it")
+        return _from_members(str(path), path.read_bytes(), texts)
+
+    return read_images(read, image_files(folder), rejects, workers=workers)
 
 
 def image_files(folder: Path) -> Iterator[Path]:
-    """Files below ``folder`` that are named as images, also of formats that are not read."""
-    known = IMAGE_SUFFIXES + _OTHER_IMAGE_SUFFIXES
-    return (path for path in _files(folder) if path.suffix.lower().lstrip(".") in known)
+    """Files below ``folder`` with the suffix of an image, also of formats that are not read."""
+    return (path for path in _files(folder) if _suffix(path) in IMAGE_SUFFIXES + _OTHER_IMAGE_SUFFIXES)
 
 
 def read_images(
     read: Callable[[Path], PackedSample], images: Iterable[Path], rejects: list[Reject], *, workers: int
 ) -> Iterator[PackedSample]:
-    """What ``read`` makes of each, in order and by threads; the others are added to ``rejects``."""
-    for result in _in_order(functools.partial(_attempt, read), images, workers):
+    """``read`` of each image, in order, computed ahead by threads; failures are added to ``rejects``."""
+
+    def attempt(path: Path) -> PackedSample | Reject:
+        if _suffix(path) in _OTHER_IMAGE_SUFFIXES:
+            return Reject(str(path), f"{path.suffix} is not among {', '.join(IMAGE_SUFFIXES)}")
+        try:
+            if path.stat().st_size > MAX_SAMPLE_BYTES:
+                return Reject(str(path), f"{path.stat().st_size} bytes are over {MAX_SAMPLE_BYTES}")
+            return read(path)
+        except (OSError, DecodeError) as error:
+            return Reject(str(path), str(getattr(error, "strerror", error)))
+
+    for result in _map_in_order(attempt, images, workers):
         if isinstance(result, Reject):
             rejects.append(result)
         else:
             yield result
 
 
-def _with_texts(path: Path) -> PackedSample:
-    texts = {suffix: _beside(path, suffix) for suffix in TEXT_SUFFIXES}
-    if not any(raw is not None for raw in texts.values()):
-        raise DecodeError("no_caption", "no .txt or .json beside it")
-    return _from_members(str(path), path.read_bytes(), texts)
+def _map_in_order(work: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
+    with ThreadPoolExecutor(workers, thread_name_prefix="read") as pool:
+        pending: deque[Future[Result]] = deque()
+        for item in items:
+            pending.append(pool.submit(work, item))
+            if len(pending) > 2 * workers:
+                yield pending.popleft().result()
+        yield from (future.result() for future in pending)
 
 
-def _attempt(read: Callable[[Path], PackedSample], path: Path) -> PackedSample | Reject:
-    if path.suffix.lower().lstrip(".") in _OTHER_IMAGE_SUFFIXES:
-        return Reject(str(path), f"{path.suffix} is not among {', '.join(IMAGE_SUFFIXES)}")
-    try:
-        if path.stat().st_size > MAX_SAMPLE_BYTES:
-            return Reject(str(path), f"{path.stat().st_size} bytes are over {MAX_SAMPLE_BYTES}")
-        return read(path)
-    except (OSError, DecodeError) as error:
-        return Reject(str(path), str(getattr(error, "strerror", error)))
-
-
-def _beside(path: Path, suffix: str) -> bytes | None:
-    try:
-        with path.with_suffix(f".{suffix}").open("rb") as file:
-            raw = file.read(MAX_TEXT_BYTES + 1)
-    except FileNotFoundError:
-        return None
-    if len(raw) > MAX_TEXT_BYTES:
-        raise DecodeError("too_large", f"over {MAX_TEXT_BYTES} bytes of text")
-    return raw
-
-
-def _from_members(name: str, image: bytes, texts: Mapping[str, bytes | None]) -> PackedSample:
-    raw = texts.get("json")
-    try:
-        entries = {} if raw is None else json_object(raw)
-    except ValueError as error:
-        raise DecodeError("bad_caption", f"{type(error).__name__}: {error}") from error
+def _from_members(name: str, image: bytes, texts: Mapping[str, bytes]) -> PackedSample:
+    entries = json_object(texts["json"]) if "json" in texts else {}
     return make_sample(name, image, entries=entries, text=texts.get("txt"), label=texts.get("cls"))
 
 
 def read_tars(store: Store, rejects: list[Reject], *, only: str | None = None) -> Iterator[PackedSample]:
     """Samples of all ``.tar`` objects, or of ``only`` one, as :mod:`data_pipeline.index.build` finds them."""
     for shard in store.list():
-        if shard.key.endswith(".tar") and only in (None, shard.key):
-            yield from _read_tar(store, shard, rejects)
-
-
-def _read_tar(store: Store, shard: ObjectInfo, rejects: list[Reject]) -> Iterator[PackedSample]:
-    file = ShardFile(store, shard)
-    for stem, members, _ in shard_samples(file, rejects):
-        name = f"{shard.key}: {stem}"
-        try:
-            image = image_member(members)
-            text_members = {s: members[s] for s in TEXT_SUFFIXES if s in members}
-            sizes = [image.size, *(member.size for member in text_members.values())]
-            if sum(sizes) > MAX_SAMPLE_BYTES or any(size > MAX_TEXT_BYTES for size in sizes[1:]):
-                raise DecodeError("too_large", f"members of {sizes} bytes")
-            texts = {s: file.span(m.offset_data, m.offset_data + m.size) for s, m in text_members.items()}
-            content = file.span(image.offset_data, image.offset_data + image.size)
-            sample = _from_members(name, content, texts)
-        except DecodeError as error:
-            rejects.append(Reject(name, str(error)))
+        if not shard.key.endswith(".tar") or only not in (None, shard.key):
             continue
-        yield sample
-
-
-def _read_parquets(folder: Path, rejects: list[Reject]) -> Iterator[PackedSample]:
-    files = [path for path in _files(folder) if path.suffix == ".parquet"]
-    if not files:
-        raise DataError(f"{folder}: holds no images, parquet files or tar shards")
-    for path in files:
-        yield from read_parquet(path, rejects, root=folder)
+        file = ShardFile(store, shard)
+        for key, members, _ in shard_samples(file, rejects):
+            name = f"{shard.key}: {key}"
+            try:
+                image = image_member(members)
+                texts = {s: members[s] for s in TEXT_SUFFIXES if s in members}
+                sizes = [image.size, *(member.size for member in texts.values())]
+                if sum(sizes) > MAX_SAMPLE_BYTES or max(sizes[1:], default=0) > MAX_TEXT_BYTES:
+                    raise DecodeError("too_large", f"members of {sizes} bytes")
+                contents = {suffix: file.content(member) for suffix, member in texts.items()}
+                sample = _from_members(name, file.content(image), contents)
+            except DecodeError as error:
+                rejects.append(Reject(name, str(error)))
+                continue
+            yield sample
 
 
 def read_parquet(file: Path, rejects: list[Reject], *, root: Path | None = None) -> Iterator[PackedSample]:
-    """Rows of a parquet file with images as bytes, or as paths that lead to below ``root`` (its folder)."""
+    """Rows of a parquet file with images as bytes, or as paths to files below ``root`` (default: its folder)."""
     try:
         import pyarrow.parquet as parquet
         from pyarrow.lib import ArrowException
@@ -316,6 +308,10 @@ def _parquet_image(value: Any, folder: Path, root: Path) -> bytes:
         raise DecodeError("no_image", f"{value}: {error}") from error
 
 
+def _suffix(path: Path) -> str:
+    return path.suffix.lower().lstrip(".")
+
+
 def _files(folder: Path) -> Iterator[Path]:
     """All files below a folder, in the order of their names; folders behind links are not entered."""
     with os.scandir(folder) as entries:
@@ -325,18 +321,3 @@ def _files(folder: Path) -> Iterator[Path]:
             yield from _files(Path(entry.path))
         elif entry.is_file():
             yield Path(entry.path)
-
-
-def _in_order(work: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
-    """Results in the order of the items, worked out ahead by threads."""
-    if workers <= 1:
-        yield from map(work, items)
-        return
-    with ThreadPoolExecutor(workers, thread_name_prefix="read") as pool:
-        waiting: deque[Future[Result]] = deque()
-        for item in items:
-            waiting.append(pool.submit(work, item))
-            if len(waiting) > 2 * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()

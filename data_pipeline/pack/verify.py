@@ -15,7 +15,7 @@ from data_pipeline.captions import parse_captions, parse_label
 from data_pipeline.decode import PILLOW_PIXELS, DecodeError, decode, image_size
 from data_pipeline.errors import StoreError
 from data_pipeline.index.build import PIECE_BYTES, ShardFile, split_name
-from data_pipeline.index.format import BLOCK, Index, Location, load_index
+from data_pipeline.index.format import BLOCK, Location, load_index
 from data_pipeline.pack.writer import MANIFEST_KEY
 from data_pipeline.process_pool import over_processes
 from data_pipeline.storage.base import Access, ObjectInfo, Store
@@ -72,9 +72,26 @@ def verify(
     indexed = {shard.key for shard in index.shards}
     report.problems += [f"{key}: is not in the index" for key in objects if key not in indexed]
     report.problems += [f"{key}: in {MANIFEST_KEY}, but missing" for key in manifest if key not in objects]
-    tasks = _tasks(index, objects, manifest, decode_images, report.problems)
+
+    def tasks() -> Iterator[_Task]:
+        """Shards that can be read; made one by one, since the locations of all samples would not fit in memory."""
+        fields = tuple(index.header["scan"]["caption_fields"])
+        for number, shard in enumerate(index.shards):
+            stored = objects.get(shard.key)
+            if stored is None:
+                report.problems.append(f"{shard.key}: in the index, but missing")
+                continue
+            if stored.size != shard.size:
+                report.problems.append(f"{shard.key}: {stored.size} bytes, the index says {shard.size}")
+            elif stored.etag != shard.etag:
+                what = f"ETag {stored.etag}, the index says {shard.etag}"
+                report.problems.append(f"{shard.key}: was replaced: {what}")
+            size, sha256 = manifest.get(shard.key, (None, None))
+            locations = tuple(map(index.locate, index.shard_rows(number)))
+            yield _Task(stored, locations, fields, sha256, size, decode_images)
+
     workers = min(workers, len(objects))
-    parts = over_processes(verify_shard, tasks, store=store, access=access, workers=workers)
+    parts = over_processes(verify_shard, tasks(), store=store, access=access, workers=workers)
     for done, (task, part) in enumerate(parts, start=1):
         report.add(part)
         if progress:
@@ -92,29 +109,6 @@ def _manifest(store: Store, problems: list[str]) -> dict[str, tuple[int, str]]:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         problems.append(f"{MANIFEST_KEY}: damaged ({type(error).__name__}: {error})")
         return {}
-
-
-def _tasks(
-    index: Index,
-    objects: dict[str, ObjectInfo],
-    manifest: dict[str, tuple[int, str]],
-    decode_images: bool,
-    problems: list[str],
-) -> Iterator[_Task]:
-    """Shards that can be read; made one by one, since the places of all samples would not fit."""
-    fields = tuple(index.header["scan"]["caption_fields"])
-    for number, shard in enumerate(index.shards):
-        stored = objects.get(shard.key)
-        if stored is None:
-            problems.append(f"{shard.key}: in the index, but missing")
-            continue
-        if stored.size != shard.size:
-            problems.append(f"{shard.key}: {stored.size} bytes, the index says {shard.size}")
-        elif stored.etag != shard.etag:
-            problems.append(f"{shard.key}: was replaced: ETag {stored.etag}, the index says {shard.etag}")
-        size, sha256 = manifest.get(shard.key, (None, None))
-        locations = tuple(map(index.locate, index.shard_rows(number)))
-        yield _Task(stored, locations, fields, sha256, size, decode_images)
 
 
 def verify_shard(store: Store, task: _Task) -> VerifyReport:

@@ -11,8 +11,9 @@ import tarfile
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from data_pipeline.errors import DataError, Reject
 from data_pipeline.index.format import INDEX_KEY
@@ -30,16 +31,6 @@ _OURS = re.compile(r"shard-\d{5,}\.tar")
 
 class OccupiedError(DataError):
     """The URL holds shards that packing would mix with, or replace."""
-
-
-@dataclass(frozen=True, slots=True)
-class PackedShard:
-    """An entry of ``shards.json``."""
-
-    key: str
-    size: int
-    samples: int
-    sha256: str
 
 
 @dataclass
@@ -64,43 +55,48 @@ def pack(
 ) -> PackReport:
     """Write ``shard-00000.tar``, ... of about ``shard_bytes`` each, one uploaded while the next is packed.
 
-    The names of ``classes``, if any, are written beside them (``classes.txt``, one a line).
-
-    Raises :class:`OccupiedError` where shards are, unless an interrupted ``pack`` left them or ``overwrite`` is
-    given; shards that ``pack`` does not name are never replaced.
+    The names of ``classes``, if any, are written to ``classes.txt``, one a line. Raises :class:`OccupiedError` if
+    there are shards already, unless an interrupted ``pack`` left them or ``overwrite`` is given; shards that
+    ``pack`` does not name are never replaced.
     """
     replaced = _replaceable(store, overwrite)
     report = PackReport(0, [], rejects)
-    packed: list[PackedShard] = []
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(1, thread_name_prefix="upload") as uploader:
-        uploading: Future[PackedShard] | None = None
-        shard: _Shard | None = None
+        uploads: list[Future[dict[str, Any]]] = []
+        shard: _ShardWriter | None = None
+
+        def upload(shard: _ShardWriter) -> None:
+            # Waiting keeps at most two shards on the disk: this one, and the one that is packed next.
+            if uploads:
+                uploads[-1].result()
+            uploads.append(uploader.submit(shard.upload, store))
+
         for sample in samples:
             if not report.samples:
-                _begin(store, replaced)
-            shard = shard or _Shard(Path(scratch) / f"shard-{len(report.shards):05d}.tar")
+                store.write(MARK_KEY, _MARK)
+                # They describe what is about to be replaced.
+                for key in (MANIFEST_KEY, INDEX_KEY, CLASSES_KEY) if replaced else ():
+                    store.delete(key)
+            shard = shard or _ShardWriter(Path(scratch) / f"shard-{len(uploads):05d}.tar")
             shard.add(f"{report.samples:09d}", sample)
             report.samples += 1
             report.captioned += bool(sample.captions)
             if progress:
                 progress(report.samples)
             if shard.size >= shard_bytes:
-                # Waiting here keeps at most two shards on the disk: this one, and the one that is packed next.
-                packed += [uploading.result()] if uploading else []
-                uploading = uploader.submit(shard.upload, store)
-                report.shards.append(shard.path.name)
+                upload(shard)
                 shard = None
-        packed += [uploading.result()] if uploading else []
         if shard is not None:
-            packed.append(shard.upload(store))
-            report.shards.append(shard.path.name)
-    if not report.samples:
+            upload(shard)
+        packed = [future.result() for future in uploads]
+    if not packed:
         raise DataError(f"nothing to pack; left out: {[str(reject) for reject in rejects[:5]]}")
+    report.shards = [entry["key"] for entry in packed]
     for key in replaced - set(report.shards):
         store.delete(key)
     if classes:
         store.write(CLASSES_KEY, "".join(f"{name}\n" for name in classes).encode())
-    store.write(MANIFEST_KEY, json.dumps([asdict(shard) for shard in packed], indent=1).encode())
+    store.write(MANIFEST_KEY, json.dumps(packed, indent=1).encode())
     store.delete(MARK_KEY)
     return report
 
@@ -119,15 +115,7 @@ def _replaceable(store: Store, overwrite: bool) -> set[str]:
     return tars
 
 
-def _begin(store: Store, replaced: set[str]) -> None:
-    store.write(MARK_KEY, _MARK)
-    if replaced:
-        # They describe what is about to be replaced.
-        for key in (MANIFEST_KEY, INDEX_KEY, CLASSES_KEY):
-            store.delete(key)
-
-
-class _Shard:
+class _ShardWriter:
     """A shard that is being written to a local file."""
 
     def __init__(self, path: Path) -> None:
@@ -146,11 +134,12 @@ class _Shard:
             self._tar.addfile(info, io.BytesIO(raw))
         self._samples += 1
 
-    def upload(self, store: Store) -> PackedShard:
+    def upload(self, store: Store) -> dict[str, Any]:
+        """Upload and remove the file; returns the shard's entry of ``shards.json``."""
         self._tar.close()
         with self.path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         store.write_file(self.path.name, self.path)
         size = self.path.stat().st_size
         self.path.unlink()
-        return PackedShard(self.path.name, size, self._samples, sha256)
+        return {"key": self.path.name, "size": size, "samples": self._samples, "sha256": sha256}
