@@ -1,8 +1,7 @@
-"""Chunks of samples, fetched ahead by threads, checked, kept in memory up to a number of bytes.
+"""Chunks of samples, prefetched by threads into a bounded memory buffer.
 
-A chunk is one ranged read. Every sample in it is checked against the index; a chunk that was damaged on its
-way is fetched again. With a disk cache, a chunk is fetched once for all processes of a node. Precomputed
-text embeddings of the chunk's samples come with it.
+A chunk is one ranged read. Every sample in it is checked against the index; a damaged chunk is fetched again. With
+a disk cache, a chunk is fetched once for all processes of a node. Precomputed text embeddings come with it.
 """
 
 import threading
@@ -18,7 +17,7 @@ from data_pipeline.errors import DataError
 from data_pipeline.index.format import Index, Location
 from data_pipeline.storage.base import ObjectInfo, Store
 from data_pipeline.storage.disk_cache import DiskCache
-from data_pipeline.stream.sampler import Chunks, ElasticSampler
+from data_pipeline.stream.sampler import ElasticSampler
 from data_pipeline.text_embeddings import TextEmbeddingStore
 
 CRC_ATTEMPTS = 12
@@ -34,10 +33,6 @@ class BucketSource:
     sampler: ElasticSampler
     size: tuple[int, int]
     text_embeddings: TextEmbeddingStore | None = None
-
-    @property
-    def chunks(self) -> Chunks:
-        return self.sampler.chunks
 
 
 Buckets = list[dict[int, BucketSource]]
@@ -94,16 +89,17 @@ class ChunkReader:
 
     def prefetch(self, source: BucketSource, sample: int) -> None:
         """Start fetching the chunk of a sample if it is not here, nor on its way, and there is room for it."""
-        self._start(source, source.chunks.of(sample), only_with_room=True)
+        self._start(source, source.sampler.chunks.of(sample), only_with_room=True)
 
     def sample(self, source: BucketSource, sample: int) -> RawSample:
         """A sample, checked against the index."""
-        future = self._start(source, source.chunks.of(sample))
+        future = self._start(source, source.sampler.chunks.of(sample))
         assert future is not None
         chunk, location = future.result(), source.index.locate(sample)
-        embeddings, member = source.text_embeddings, None
-        if embeddings is not None:
-            member = embeddings.member(chunk.embeddings, chunk.embeddings_start, source.index.row(sample))
+        member = None
+        if source.text_embeddings is not None:
+            row = source.index.row(sample)
+            member = source.text_embeddings.member(chunk.embeddings, chunk.embeddings_start, row)
         data = memoryview(chunk.data)[location.start - chunk.start : location.end - chunk.start]
         return RawSample(data, location, member)
 
@@ -114,8 +110,8 @@ class ChunkReader:
         key = (id(source), chunk)
         with self._lock:
             if key not in self._cached:
-                first = int(source.chunks.first[chunk])
-                samples = range(first, first + int(source.chunks.size[chunk]))
+                chunks = source.sampler.chunks
+                samples = range(chunks.first[chunk], chunks.first[chunk] + chunks.size[chunk])
                 spans = _spans(source, samples)
                 size = sum(span.end - span.start for span in spans)
                 if not self._make_room(size) and only_with_room:

@@ -1,6 +1,7 @@
 """Batches of one rank: opens the data sets, prefetches chunks and decodes samples ahead by workers."""
 
 import functools
+import itertools
 import logging
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
@@ -68,15 +69,16 @@ class Loader:
         if global_batch % world:
             raise ValueError(f"global_batch={global_batch} is not divisible by {world} ranks")
         self._cfg, self._seed = cfg, seed
-        self._global_batch, self._rank, self._world, self._start = global_batch, rank, world, start
-        self._queue_size = max(cfg.ahead, global_batch // world)
+        self._batch_size = global_batch // world
+        # Ranks take turns, also from one global batch to the next.
+        self._sample_ids = itertools.count(start + rank, world)
 
         cache_dir = Path(cfg.cache_dir).expanduser() if cfg.cache_dir else None
         self._disk_cache = DiskCache(cache_dir, cfg.cache_bytes) if cache_dir else None
         data_sets = _open_data_sets(cfg, cache_dir, text_identity)
-        self._stores = [store for each in data_sets for store in each.stores]
-        embeddings = data_sets[0].text_embeddings
-        self.null_text_embedding = None if embeddings is None else embeddings.null
+        embeddings = [each.text_embeddings for each in data_sets if each.text_embeddings is not None]
+        self._stores = [each.store for each in data_sets] + [each.store for each in embeddings]
+        self.null_text_embedding = embeddings[0].null if embeddings else None
 
         sizes = bucket_sizes(resolution, multiple=multiple, max_aspect=cfg.bucket_aspect)
         self.buckets = _make_buckets(cfg, data_sets, sizes, seed)
@@ -119,13 +121,11 @@ class Loader:
 
     def __iter__(self) -> Iterator[Batch]:
         """Batches of ``global_batch / world`` samples, one per step."""
-        sample_ids = self._sample_ids()
-        size = self._global_batch // self._world
         while True:
-            while len(self._queue) < self._queue_size:
-                sample_id = next(sample_ids)
+            while len(self._queue) < max(self._cfg.ahead, self._batch_size):
+                sample_id = next(self._sample_ids)
                 self._queue.append((sample_id, self._start_loading(self._sampler.at(sample_id))))
-            batch = [self._queue.popleft() for _ in range(size)]
+            batch = [self._queue.popleft() for _ in range(self._batch_size)]
             samples = [future.result() for _, future in batch]
             yield Batch(
                 images=np.stack([sample.pixels for sample in samples]),
@@ -148,12 +148,6 @@ class Loader:
             return _Deferred(functools.partial(self._decoder.load, ref))
         return self._workers.submit(self._decoder.load, ref)
 
-    def _sample_ids(self) -> Iterator[int]:
-        base = self._start
-        while True:
-            yield from range(base + self._rank, base + self._global_batch, self._world)
-            base += self._global_batch
-
 
 @dataclass(frozen=True, slots=True)
 class _Deferred:
@@ -172,10 +166,6 @@ class _DataSet:
     store: Store
     index: Index
     text_embeddings: TextEmbeddingStore | None
-
-    @property
-    def stores(self) -> list[Store]:
-        return [self.store] if self.text_embeddings is None else [self.store, self.text_embeddings.store]
 
 
 def access_of(cfg: DataConfig) -> Access:
@@ -213,12 +203,16 @@ def _make_buckets(
     cfg: DataConfig, data_sets: list[_DataSet], sizes: tuple[tuple[int, int], ...], seed: int
 ) -> Buckets:
     """Filtered samples by bucket; the first of ``sizes`` is the square. Raises where a data set has none."""
-    resolution, drop = sizes[0][0], cfg.small == "drop"
+    drop, squares = cfg.small == "drop", len(sizes) == 1
+    resolution, _ = sizes[0]
     buckets: Buckets = [{} for _ in sizes]
     for k, data in enumerate(data_sets):
-        min_side = resolution if len(sizes) == 1 and drop else 0
-        index = select(data.index, cfg.filters, target=cfg.target, min_side=min_side)
-        parts = [index] if len(sizes) == 1 else _by_bucket(index, sizes)
+        index = select(data.index, cfg.filters, target=cfg.target, min_side=resolution if squares and drop else 0)
+        parts = [index]
+        if not squares:
+            rows = np.arange(len(index), dtype=np.uint32) if index.rows is None else index.rows
+            bucket_of = assign(index.column("height", 0, len(index)), index.column("width", 0, len(index)), sizes)
+            parts = [index.only(rows[bucket_of == number]) for number in range(len(sizes))]
         if not any(len(part) for part in parts):
             large = f"{resolution} pixels on its shorter side, " if drop else ""
             raise DataError(
@@ -230,12 +224,6 @@ def _make_buckets(
                 sampler = ElasticSampler(part, seed=seed, streams=cfg.streams, window=cfg.window)
                 bucket[k] = BucketSource(data.store, part, sampler, size, data.text_embeddings)
     return [bucket for bucket in buckets if bucket]
-
-
-def _by_bucket(index: Index, sizes: tuple[tuple[int, int], ...]) -> list[Index]:
-    rows = np.arange(len(index.columns["start"]), dtype=np.uint32) if index.rows is None else index.rows
-    bucket = assign(index.column("height", 0, len(index)), index.column("width", 0, len(index)), sizes)
-    return [index.only(rows[bucket == number]) for number in range(len(sizes))]
 
 
 def _of(buckets: Buckets, data_set: int) -> list[BucketSource]:
@@ -261,7 +249,7 @@ def _warn_if_chunks_do_not_fit(cfg: DataConfig, buckets: Buckets, world: int) ->
     for source in (source for bucket in buckets for source in bucket.values()):
         sample_bytes = sum(s.size for s in source.index.shards) / max(1, len(source.index.columns["start"]))
         streams = -(-source.sampler.streams // world)
-        live = min(len(source.chunks.first), streams * (cfg.window // CHUNK_SAMPLES + 1))
+        live = min(len(source.sampler.chunks.first), streams * (cfg.window // CHUNK_SAMPLES + 1))
         need = live * sample_bytes * CHUNK_SAMPLES
         if need > 1.25 * cfg.buffer_bytes:
             logger.warning(

@@ -3,7 +3,7 @@
 Both are fixed by the seed alone, found in constant time, and the same for every number of ranks.
 """
 
-from collections import OrderedDict
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +27,6 @@ class Schedule:
     def __init__(self, weights: Sequence[float], *, seed: int, key: int, group: int, lanes: int) -> None:
         if not 0 < len(weights) <= BLOCK_POSITIONS or min(weights) <= 0:
             raise ValueError(f"weights {list(weights)} must be positive, at most {BLOCK_POSITIONS} of them")
-        self._seed, self._key, self._group, self._lanes = seed, key, group, lanes
         exact = np.asarray(weights, dtype=np.float64) / sum(weights) * BLOCK_POSITIONS
         quotas = np.maximum(1, np.floor(exact)).astype(np.int64)
         # Positions left over go to the largest remainders; where minimums took too many, the largest give.
@@ -36,29 +35,27 @@ class Schedule:
             quotas[order[:left]] += 1
         while quotas.sum() > BLOCK_POSITIONS:
             quotas[np.argmax(quotas)] -= 1
-        self.quotas = quotas
-        self._blocks: OrderedDict[tuple[int, int], tuple[Any, Any]] = OrderedDict()
+
+        @functools.lru_cache(maxsize=2 * lanes)
+        def deal(lane: int, block: int) -> tuple[Any, Any]:
+            """Source of each position of a block, and how many before it in the block have the same."""
+            sources = np.repeat(np.arange(len(quotas), dtype=np.uint16), quotas)
+            sources = generator(seed, key, group << 32 | lane, block).permutation(sources)
+            before = np.empty(BLOCK_POSITIONS, dtype=np.uint16)
+            for source, quota in enumerate(quotas):
+                before[sources == source] = np.arange(quota)
+            return sources, before
+
+        self.quotas, self._deal = quotas, deal
 
     def at(self, position: int, lane: int = 0) -> tuple[int, int]:
         """Source of a lane's position, and how many positions before it have the same source."""
         if len(self.quotas) == 1:
             return 0, position
         block, offset = divmod(position, BLOCK_POSITIONS)
-        if (lane, block) not in self._blocks:
-            self._blocks[lane, block] = self._deal(lane, block)
-            if len(self._blocks) > 2 * self._lanes:
-                self._blocks.popitem(last=False)
-        sources, before = self._blocks[lane, block]
+        sources, before = self._deal(lane, block)
         source = int(sources[offset])
         return source, block * int(self.quotas[source]) + int(before[offset])
-
-    def _deal(self, lane: int, block: int) -> tuple[Any, Any]:
-        sources = np.repeat(np.arange(len(self.quotas), dtype=np.uint16), self.quotas)
-        sources = generator(self._seed, self._key, self._group << 32 | lane, block).permutation(sources)
-        before = np.empty(BLOCK_POSITIONS, dtype=np.uint16)
-        for source, quota in enumerate(self.quotas):
-            before[sources == source] = np.arange(quota)
-        return sources, before
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ so that a rank which owns some residues reads few chunks that others read too. W
 are shuffled in windows. No sample is left out or repeated within an epoch, whatever the numbers.
 """
 
-from collections import OrderedDict
+import functools
 from typing import Any
 
 import numpy as np
@@ -65,12 +65,16 @@ class EpochSampler:
     """Order of one epoch; position to sample in constant time after one permutation of the chunks."""
 
     def __init__(self, chunks: Chunks, *, seed: int, epoch: int, streams: int, window: int) -> None:
-        self._seed, self._epoch, self._streams, self._window = seed, epoch, streams, window
+        @functools.lru_cache(maxsize=2 * streams)
+        def shuffle(stream: int, window: int, size: int) -> Any:
+            random = generator(seed, _WINDOW_KEY, epoch, stream << 32 | window)
+            return random.permutation(size).astype(np.int32)
+
+        self._shuffle, self._streams, self._window = shuffle, streams, window
         order = generator(seed, _CHUNK_KEY, epoch).permutation(len(chunks.first))
         self._first = chunks.first[order]
         self._ends = np.cumsum(chunks.size[order])
         self._length = int(self._ends[-1])
-        self._windows: OrderedDict[tuple[int, int], Any] = OrderedDict()
 
     def __len__(self) -> int:
         return self._length
@@ -88,34 +92,23 @@ class EpochSampler:
         before = int(self._ends[chunk - 1]) if chunk else 0
         return int(self._first[chunk]) + line - before
 
-    def _shuffle(self, stream: int, window: int, size: int) -> Any:
-        key = (stream, window)
-        if key not in self._windows:
-            random = generator(self._seed, _WINDOW_KEY, self._epoch, stream << 32 | window)
-            self._windows[key] = random.permutation(size).astype(np.int32)
-            if len(self._windows) > 2 * self._streams:
-                self._windows.popitem(last=False)
-        return self._windows[key]
-
 
 class ElasticSampler:
     """Endless order: the run's sample ``n`` is position ``n mod length`` of epoch ``n // length``."""
 
     def __init__(self, index: Index, *, seed: int, streams: int, window: int) -> None:
-        self.chunks = Chunks.of_index(index)
+        self.chunks = chunks = Chunks.of_index(index)
         self.length = len(index)
         # A short set has fewer streams, so that each is long enough to be shuffled.
-        self.streams = max(1, min(streams, self.length // window))
-        self._seed, self._window = seed, window
-        self._epochs: OrderedDict[int, EpochSampler] = OrderedDict()
+        self.streams = streams = max(1, min(streams, self.length // window))
+
+        @functools.lru_cache(maxsize=2)
+        def sampler_of(epoch: int) -> EpochSampler:
+            return EpochSampler(chunks, seed=seed, epoch=epoch, streams=streams, window=window)
+
+        self._sampler_of = sampler_of
 
     def at(self, sample_id: int) -> tuple[int, int]:
         """Epoch and sample for the run's sample ``sample_id``."""
         epoch, position = divmod(sample_id, self.length)
-        if epoch not in self._epochs:
-            self._epochs[epoch] = EpochSampler(
-                self.chunks, seed=self._seed, epoch=epoch, streams=self.streams, window=self._window
-            )
-            if len(self._epochs) > 2:
-                self._epochs.popitem(last=False)
-        return epoch, self._epochs[epoch].at(position)
+        return epoch, self._sampler_of(epoch).at(position)
