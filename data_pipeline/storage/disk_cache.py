@@ -1,14 +1,13 @@
-"""Chunks of data kept on a node's own disk, shared by the processes of the node.
+"""Chunks of data on a node's own disk, shared by the processes of the node.
 
 An entry is one file, named by a hash of its key: the payload, then CRC32C of payload and key, then the payload's
-length. It is written under a temporary name and renamed, so that readers see all of it or nothing, and checked
-on every read, so that a damaged disk costs a fetch and never a wrong byte.
+length. It is written under a temporary name and renamed, so readers see all of it or nothing, and checked on every
+read, so a damaged disk costs a fetch and never a wrong byte.
 
-A ledger file holds the bytes in the folder. A writer reserves its bytes there, under an flock, before it writes,
-and evicts first if they would not fit; so the cap holds for all processes together. What the ledger gets wrong
-(killed writers, files removed by hand) errs towards too many bytes, and each eviction scans the folder and sets
-it right. Only files that are being written during a scan may be counted short: the cap is exceeded by at most
-one entry per writer.
+A ledger file holds the total bytes. A writer reserves its bytes there, under an flock, and evicts first if they
+would not fit; so the cap holds for all processes together. The ledger errs towards too many bytes (killed writers,
+files removed by hand), and each eviction scans the folder and corrects it. Only files being written during a scan
+may be counted short: the cap is exceeded by at most one entry per writer.
 """
 
 import contextlib
@@ -25,6 +24,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import google_crc32c
+import psutil
 
 logger = logging.getLogger(__name__)
 
@@ -71,11 +71,9 @@ class DiskCache:
                     # What was used last is evicted last. Another user's file cannot be touched, but serves.
                     with contextlib.suppress(OSError):
                         os.utime(file.fileno())
-        except FileNotFoundError:
-            self._count("cache_misses")
-            return None
         except OSError as error:
-            self._failed(error)
+            if not isinstance(error, FileNotFoundError):
+                self._failed(error)
             self._count("cache_misses")
             return None
         self._count("cache_hits" if intact else "cache_misses")
@@ -144,17 +142,12 @@ class DiskCache:
 
     def _scan(self) -> Iterator[tuple[float, int, Path]]:
         """Time of last use, bytes and path of each file; removes what killed writers left behind."""
-        with os.scandir(self._folder) as folders:
-            names = [Path(each.path) for each in folders if each.is_dir()]
-        for name in names:
-            with os.scandir(name) as files:
-                for each in files:
-                    path = Path(each.path)
-                    # Gone by now: renamed by its writer or removed by a reader that found it damaged.
-                    with contextlib.suppress(FileNotFoundError):
-                        stat = each.stat()
-                        if self._is_leftover(path, stat.st_mtime) and self._remove(path):
-                            continue
+        for folder in [each for each in self._folder.iterdir() if each.is_dir()]:
+            for path in folder.iterdir():
+                # Gone by now: renamed by its writer or removed by a reader that found it damaged.
+                with contextlib.suppress(FileNotFoundError):
+                    stat = path.stat()
+                    if not (self._is_leftover(path, stat.st_mtime) and self._remove(path)):
                         yield stat.st_mtime, stat.st_size, path
 
     def _is_leftover(self, path: Path, written: float) -> bool:
@@ -162,12 +155,8 @@ class DiskCache:
             return False
         if self._clock() - written > LEFTOVER_AGE_S:
             return True
-        try:
-            os.kill(int(path.name.split(".")[1].split("-")[0]), 0)
-        except ProcessLookupError:
-            return True
-        except (PermissionError, ValueError, IndexError, OverflowError):
-            pass
+        with contextlib.suppress(ValueError, IndexError, OverflowError):
+            return not psutil.pid_exists(int(path.name.split(".")[1].split("-")[0]))
         return False
 
     def _remove(self, path: Path) -> bool:

@@ -1,5 +1,6 @@
 """Files below a local folder, as a store."""
 
+import contextlib
 import shutil
 import threading
 from collections import Counter
@@ -33,43 +34,32 @@ class LocalStore:
                 yield self._info(path)
 
     def read(self, key: str, offset: int, length: int, etag: str | None = None) -> bytes:
-        path = self._root / key
-        try:
+        with self._errors(key) as path:
             if etag is not None and self._info(path).etag != etag:
                 raise StoreError(f"{path} changed since it was indexed; run deco-data index again")
             with path.open("rb") as file:
                 file.seek(offset)
                 data = file.read(length)
-        except OSError as error:
-            raise StoreError(f"{path}: {error.strerror}") from error
         self._count(len(data))
         if len(data) != length:
             raise StoreError(f"{path}: ends at {offset + len(data)}, expected {offset + length}")
         return data
 
     def read_all(self, key: str) -> bytes | None:
-        try:
-            data = (self._root / key).read_bytes()
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise StoreError(f"{self._root / key}: {error.strerror}") from error
-        self._count(len(data))
-        return data
+        with self._errors(key) as path, contextlib.suppress(FileNotFoundError):
+            data = path.read_bytes()
+            self._count(len(data))
+            return data
+        return None
 
     def info(self, key: str) -> ObjectInfo | None:
-        try:
-            return self._info(self._root / key)
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise StoreError(f"{self._root / key}: {error.strerror}") from error
+        with self._errors(key) as path, contextlib.suppress(FileNotFoundError):
+            return self._info(path)
+        return None
 
     def delete(self, key: str) -> None:
-        try:
-            (self._root / key).unlink(missing_ok=True)
-        except OSError as error:
-            raise StoreError(f"{self._root / key}: {error.strerror}") from error
+        with self._errors(key) as path:
+            path.unlink(missing_ok=True)
 
     def local_path(self, key: str) -> Path | None:
         return self._root / key
@@ -84,11 +74,16 @@ class LocalStore:
         """Interrupted writes leave nothing that would have to be removed."""
 
     def _replace(self, key: str, fill: Callable[[Path], object]) -> None:
-        path = self._root / key
         self._count(0)
+        with self._errors(key) as path, atomic_path(path, durable=False, shared=True) as partial:
+            fill(partial)
+
+    @contextlib.contextmanager
+    def _errors(self, key: str) -> Iterator[Path]:
+        """Path of an object; what the disk refuses becomes a :class:`StoreError`."""
+        path = self._root / key
         try:
-            with atomic_path(path, durable=False, shared=True) as partial:
-                fill(partial)
+            yield path
         except OSError as error:
             raise StoreError(f"{error.filename or path}: {error.strerror}") from error
 

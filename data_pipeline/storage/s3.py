@@ -59,7 +59,6 @@ _HINTS = {
     "416": "it is shorter than the index says; run deco-data index again",
     "InvalidRange": "it is shorter than the index says; run deco-data index again",
 }
-_MISSING = ("404", "NoSuchKey")
 
 
 def part_bytes(size: int) -> int:
@@ -94,6 +93,10 @@ class _Refused(StoreError):
         self.code = code
 
 
+class _Missing(_Refused):
+    """There is no such object."""
+
+
 class S3Store:
     """See :class:`data_pipeline.storage.base.Store`; threads share its connections and its budget of retries."""
 
@@ -117,35 +120,24 @@ class S3Store:
         return open_store, (self.url, self._access)
 
     def list(self) -> Iterator[ObjectInfo]:
-        query: dict[str, Any] = {"Prefix": self._prefix}
-        while True:
-            page = self._call("", "list_objects_v2", **query)
+        for page in self._pages("list_objects_v2", ContinuationToken="NextContinuationToken"):
             for entry in page.get("Contents", []):
                 key = entry["Key"].removeprefix(self._prefix)
                 yield ObjectInfo(key, entry["Size"], entry["ETag"].strip('"'))
-            if not page.get("IsTruncated"):
-                return
-            query["ContinuationToken"] = page["NextContinuationToken"]
 
     def read(self, key: str, offset: int, length: int, etag: str | None = None) -> bytes:
         return self._read(key, offset, length, etag) if length else b""
 
     def read_all(self, key: str) -> bytes | None:
-        try:
+        with contextlib.suppress(_Missing):
             return self._read(key, 0, None, None)
-        except _Refused as error:
-            if error.code in _MISSING:
-                return None
-            raise
+        return None
 
     def info(self, key: str) -> ObjectInfo | None:
-        try:
+        with contextlib.suppress(_Missing):
             answer = self._call(key, "head_object", Key=self._prefix + key)
-        except _Refused as error:
-            if error.code in _MISSING:
-                return None
-            raise
-        return ObjectInfo(key, answer["ContentLength"], answer["ETag"].strip('"'))
+            return ObjectInfo(key, answer["ContentLength"], answer["ETag"].strip('"'))
+        return None
 
     def delete(self, key: str) -> None:
         self._call(key, "delete_object", Key=self._prefix + key)
@@ -171,14 +163,10 @@ class S3Store:
             raise StoreError(f"{path}: {error.strerror}") from error
 
     def abort_uploads(self) -> None:
-        query: dict[str, Any] = {"Prefix": self._prefix}
-        while True:
-            page = self._call("", "list_multipart_uploads", **query)
+        markers = {"KeyMarker": "NextKeyMarker", "UploadIdMarker": "NextUploadIdMarker"}
+        for page in self._pages("list_multipart_uploads", **markers):
             for upload in page.get("Uploads", []):
                 self._call("", "abort_multipart_upload", Key=upload["Key"], UploadId=upload["UploadId"])
-            if not page.get("IsTruncated"):
-                return
-            query |= {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
 
     def _connect(self) -> Any:
         access = self._access
@@ -198,12 +186,12 @@ class S3Store:
         received = bytearray()
         backoff = self._backoff(key)
         while True:
+            request = {} if etag is None else {"IfMatch": f'"{etag}"'}
+            if length is not None:
+                request["Range"] = f"bytes={offset + len(received)}-{offset + length - 1}"
             try:
                 with self._errors(key):
-                    condition = self._range(
-                        offset + len(received), None if length is None else offset + length, etag
-                    )
-                    response = self._send("get_object", Key=self._prefix + key, **condition)
+                    response = self._send("get_object", Key=self._prefix + key, **request)
                     length = self._check(key, response, offset, length, len(received))
                     etag = response["ETag"].strip('"')
                     # The context is urllib3's own stream: unlike botocore's it has read1, which returns what
@@ -214,11 +202,6 @@ class S3Store:
                 return bytes(received)
             except _Fault as fault:
                 self._pause(backoff, fault)
-
-    @staticmethod
-    def _range(first: int, end: int | None, etag: str | None) -> dict[str, str]:
-        arguments = {} if end is None else {"Range": f"bytes={first}-{end - 1}"}
-        return arguments if etag is None else arguments | {"IfMatch": f'"{etag}"'}
 
     def _check(self, key: str, response: Any, offset: int, length: int | None, received: int) -> int:
         """Length of the whole read, or an error where the answer is not for the range that was asked."""
@@ -277,6 +260,16 @@ class S3Store:
                 raise
             if self._call(key, "head_object", Key=target["Key"])["ContentLength"] != size:
                 raise
+
+    def _pages(self, operation: str, **markers: str) -> Iterator[Any]:
+        """Pages of a listing; ``markers`` maps the arguments of the next request to fields of the last answer."""
+        query: dict[str, Any] = {"Prefix": self._prefix}
+        while True:
+            page = self._call("", operation, **query)
+            yield page
+            if not page.get("IsTruncated"):
+                return
+            query |= {argument: page[field] for argument, field in markers.items()}
 
     def _call(self, key: str, operation: str, **arguments: Any) -> Any:
         """One operation without a body in its answer, tried until it succeeds, is refused or time is up."""
@@ -345,7 +338,8 @@ class S3Store:
         hint = _HINTS.get(code) or _HINTS.get(str(status), answer)
         if hint == _DENIED and self._access.anonymous:
             hint = "access denied to an anonymous reader: the bucket is not public, so credentials are needed"
-        return _Refused(f"{self._name(key)}: {hint}", code)
+        refusal = _Missing if code in ("404", "NoSuchKey") else _Refused
+        return refusal(f"{self._name(key)}: {hint}", code)
 
 
 def _network_fault(error: Exception) -> str | None:
