@@ -17,10 +17,10 @@ def select(index: Index, filters: Filters, *, target: Literal["caption", "label"
     Raises :class:`DataError` for a score that was not indexed.
     """
     for name in filters.min_scores:
-        if SCORE + name not in index.columns:
-            known = [n.removeprefix(SCORE) for n in index.columns if n.startswith(SCORE)]
+        if name not in index.score_names:
             raise DataError(
-                f"data.filters.min_scores.{name}: the index has scores {known}; index with --score {name}"
+                f"data.filters.min_scores.{name}: the index has scores {index.score_names}; "
+                f"index with --score {name}"
             )
     rows = [
         low + np.flatnonzero(_keep(index, slice(low, low + _SLICE), filters, target, min_side))

@@ -50,6 +50,7 @@ SCORE = "score."
 """Prefix of columns with numbers from the samples' ``.json``."""
 _TYPES = {"F32": np.float32, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8}
 _PIECE = 32 * 2**20
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 _ATTEMPTS = 4
 
 
@@ -78,20 +79,24 @@ class Index:
     """
 
     shards: tuple[ObjectInfo, ...]
-    ends: "np.ndarray[Any, np.dtype[np.int64]]"
-    columns: Mapping[str, "np.ndarray[Any, Any]"]
+    ends: np.ndarray[Any, np.dtype[np.int64]]
+    columns: Mapping[str, np.ndarray[Any, Any]]
     digest: str
     header: Mapping[str, Any] = field(default_factory=dict)
-    rows: "np.ndarray[Any, np.dtype[np.uint32]] | None" = None
+    rows: np.ndarray[Any, np.dtype[np.uint32]] | None = None
     whole_digest: str = ""
 
     def __len__(self) -> int:
         return len(self.columns["start"]) if self.rows is None else len(self.rows)
 
+    @property
+    def score_names(self) -> list[str]:
+        return [name.removeprefix(SCORE) for name in self.columns if name.startswith(SCORE)]
+
     def row(self, sample: int) -> int:
         return sample if self.rows is None else int(self.rows[sample])
 
-    def sample_ends(self) -> "np.ndarray[Any, np.dtype[np.int64]]":
+    def sample_ends(self) -> np.ndarray[Any, np.dtype[np.int64]]:
         """Number of samples in shards 0 to i."""
         return self.ends if self.rows is None else np.searchsorted(self.rows, self.ends).astype(np.int64)
 
@@ -99,7 +104,7 @@ class Index:
         """Rows of the ``shard``-th shard."""
         return range(int(self.ends[shard - 1]) if shard else 0, int(self.ends[shard]))
 
-    def column(self, name: str, first: int, last: int) -> "np.ndarray[Any, Any]":
+    def column(self, name: str, first: int, last: int) -> np.ndarray[Any, Any]:
         """Values of samples ``first`` to ``last - 1``."""
         samples = slice(first, last)
         return self.columns[name][samples if self.rows is None else self.rows[samples]]
@@ -120,7 +125,7 @@ class Index:
             is_label=bool(flags & IS_LABEL),
         )
 
-    def only(self, rows: "np.ndarray[Any, Any]") -> "Index":
+    def only(self, rows: np.ndarray[Any, Any]) -> "Index":
         """The same index with some rows (ascending) as its samples, under a digest of its own."""
         rows = np.ascontiguousarray(rows, dtype=np.uint32)
         if self.rows is None and len(rows) == len(self):
@@ -199,7 +204,7 @@ def read_sample(store: Store, index: Index, location: Location) -> bytes:
     return raw
 
 
-def parse_index(raw: "np.ndarray[Any, np.dtype[np.uint8]]", where: str) -> Index:
+def parse_index(raw: Bytes, where: str) -> Index:
     """Index from the bytes of its file, sharing their memory; raises :class:`DataError` for damage."""
     columns, header = unpack_columns(raw, where, COLUMNS, VERSION)
     try:
@@ -215,24 +220,30 @@ def parse_index(raw: "np.ndarray[Any, np.dtype[np.uint8]]", where: str) -> Index
     return Index(shards, ends, columns, digest, rest, whole_digest=digest)
 
 
-def pack_columns(columns: Mapping[str, "np.ndarray[Any, Any]"], header: Mapping[str, Any]) -> bytes:
+def pack_columns(columns: Mapping[str, np.ndarray[Any, Any]], header: Mapping[str, Any]) -> bytes:
     """A safetensors file of columns and a JSON header, with checksums of each."""
     checked = {**header, "crc32c": {name: google_crc32c.value(_bytes(c)) for name, c in columns.items()}}
     text = json.dumps(checked)
     metadata = {"header": text, "crc32c": str(google_crc32c.value(text.encode()))}
-    # Columns of 4 bytes before those of 2 and 1, so that each lies aligned when mapped.
-    arrays = dict(sorted(columns.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])))
+    # Wide columns first, so that each lies aligned when mapped; among equals as the safetensors library sorts.
+    arrays = dict(
+        sorted(columns.items(), key=lambda item: (-item[1].itemsize, item[1].dtype.kind != "f", item[0]))
+    )
     names = {np.dtype(dtype): name for name, dtype in _TYPES.items()}
     tensors = {n: (names[column.dtype], column.shape) for n, column in arrays.items()}
     return b"".join([encode_header(tensors, metadata), *(_bytes(column) for column in arrays.values())])
 
 
 def unpack_columns(
-    raw: "np.ndarray[Any, np.dtype[np.uint8]]", where: str, types: Mapping[str, Any], version: int
+    raw: Bytes, where: str, types: Mapping[str, Any], version: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Columns (views of ``raw``) and header of such a file; raises :class:`DataError` for any damage."""
     try:
-        arrays, metadata = _parse_columns(raw)
+        # Not by the library's own reader, which copies.
+        entries, metadata = parse_header(raw)
+        arrays = {n: raw[e.start : e.end].view(_TYPES[e.dtype]) for n, e in entries.items()}
+        if any(len(entry.shape) != 1 for entry in entries.values()):
+            raise ValueError("a column with more than one axis")
         if str(google_crc32c.value(metadata["header"].encode())) != metadata["crc32c"]:
             raise ValueError("wrong checksum of the header")
         header = json.loads(metadata["header"])
@@ -253,16 +264,7 @@ def unpack_columns(
     return columns, header
 
 
-def _parse_columns(raw: "np.ndarray[Any, np.dtype[np.uint8]]") -> tuple[dict[str, Any], dict[str, str]]:
-    """Columns as views of ``raw``: the library's own reader copies."""
-    entries, metadata = parse_header(raw)
-    for name, entry in entries.items():
-        if len(entry.shape) != 1:
-            raise ValueError(f"column {name} has shape {entry.shape}")
-    return {n: raw[e.start : e.end].view(_TYPES[e.dtype]) for n, e in entries.items()}, metadata
-
-
-def _raw(store: Store, cache: Path | None, *, fresh: bool) -> "np.ndarray[Any, np.dtype[np.uint8]] | None":
+def _raw(store: Store, cache: Path | None, *, fresh: bool) -> Bytes | None:
     """The file's bytes, mapped where they are on a local disk."""
     local = store.local_path(INDEX_KEY)
     if local is not None:
@@ -282,7 +284,7 @@ def _raw(store: Store, cache: Path | None, *, fresh: bool) -> "np.ndarray[Any, n
     return np.memmap(path, dtype=np.uint8, mode="r")
 
 
-def _bytes(column: "np.ndarray[Any, Any]") -> Any:
+def _bytes(column: np.ndarray[Any, Any]) -> Any:
     """A read-only view for the checksum, without a copy: a column may be gigabytes."""
     view = np.ascontiguousarray(column).view(np.uint8)
     view.flags.writeable = False

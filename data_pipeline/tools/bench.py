@@ -16,22 +16,13 @@ _GAUGES = ("queue_ready", "chunks_held", "bytes_held")
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """What one loader did in ``seconds`` after its first batch."""
+    """Rates of one loader after its first batch (megabytes are those read from the store), and its counters."""
 
     mode: DecodeMode
     workers: int
-    images: int
-    seconds: float
+    images_per_s: float
+    mb_per_s: float
     counters: Counter[str]
-
-    @property
-    def images_per_s(self) -> float:
-        return self.images / self.seconds
-
-    @property
-    def mb_per_s(self) -> float:
-        """Megabytes read from the store."""
-        return self.counters["bytes"] / self.seconds / 1e6
 
 
 def measure(
@@ -50,8 +41,7 @@ def measure(
         while passed < seconds:
             images += len(next(batches).sample_ids)
             passed = time.perf_counter() - start
-        counters = loader.counters
+        counters = Counter({n: v - (0 if n in _GAUGES else before[n]) for n, v in loader.counters.items()})
     finally:
         loader.close()
-    changed = {n: v - (0 if n in _GAUGES else before[n]) for n, v in counters.items()}
-    return Measurement(mode, workers, images, passed, Counter(changed))
+    return Measurement(mode, workers, images / passed, counters["bytes"] / passed / 1e6, counters)

@@ -4,12 +4,14 @@ Exit codes: 0 done, 1 the check or run failed, 2 wrong use.
 """
 
 import argparse
+import itertools
 import logging
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, get_args
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -26,6 +28,7 @@ from data_pipeline.console import (
     print_list,
     progress_bar,
 )
+from data_pipeline.decode import DecodeMode
 from data_pipeline.errors import DataError, Reject
 from data_pipeline.index.build import TEXT_SUFFIXES, ScanSettings, build_index, save_index
 from data_pipeline.index.format import load_index
@@ -64,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--anonymous", action="store_true", help="unsigned requests, for public buckets")
     common.add_argument("--requester-pays", action="store_true", help="accept the costs of such a bucket")
     parser = Parser(prog="deco-data", description=__doc__)
+    workers_here = default_workers(MAX_WORKERS)
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(name: str, run: Callable[..., int], help: str, *, workers: bool = True) -> argparse.ArgumentParser:
@@ -71,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
         made = commands.add_parser(name, help=help, description=help, parents=parents)
         made.set_defaults(run=run)
         if workers:
-            made.add_argument("--workers", type=positive_int, default=default_workers(MAX_WORKERS), metavar="N")
+            made.add_argument("--workers", type=positive_int, default=workers_here, metavar="N")
         return made
 
     packing = command("pack", _pack, "pack images with captions into tar shards, and index them")
@@ -82,16 +86,27 @@ def _parser() -> argparse.ArgumentParser:
         "--class-folders", action="store_true", help="SOURCE/NAME/*.jpg: the class is NAME's place among the names"
     )
     packing.add_argument("--overwrite", action="store_true", help="replace shards that were packed there before")
-    _scan_options(packing)
     indexing = command("index", _index, "index the tar shards below a URL")
     indexing.add_argument("url")
-    _scan_options(indexing)
+    for scanning in (packing, indexing):
+        scanning.add_argument(
+            "--score", nargs="+", action="extend", default=[], metavar="NAME", help="numbers of the .json to index"
+        )
+        scanning.add_argument(
+            "--caption-field", nargs="+", action="extend", metavar="NAME", help="fields of the .json with captions"
+        )
+        scanning.add_argument(
+            "--text", type=_suffixes, metavar="txt,json,cls", help="which text member is preferred"
+        )
+        scanning.add_argument("--problems", type=Path, metavar="FILE", help="write all problems there")
     indexing.add_argument("--fresh", action="store_true", help="read shards again that have not changed")
-    showing = command("inspect", _inspect, "show what an index holds", workers=False)
-    showing.add_argument("url")
-    showing.add_argument("--figures", type=Path, metavar="DIR", help="draw histograms.png and contact_sheet.png")
-    showing.add_argument("--samples", type=positive_int, default=24, metavar="N", help="on the contact sheet")
-    showing.add_argument("--resolution", type=positive_int, nargs="+", default=[256, 512], metavar="PX")
+    inspecting = command("inspect", _inspect, "show what an index holds", workers=False)
+    inspecting.add_argument("url")
+    inspecting.add_argument(
+        "--figures", type=Path, metavar="DIR", help="draw histograms.png and contact_sheet.png"
+    )
+    inspecting.add_argument("--samples", type=positive_int, default=24, metavar="N", help="on the contact sheet")
+    inspecting.add_argument("--resolution", type=positive_int, nargs="+", default=[256, 512], metavar="PX")
     checking = command("verify", _verify, "read all shards and compare them with the index and shards.json")
     checking.add_argument("url")
     checking.add_argument("--decode", action="store_true", help="decode every image and parse every caption too")
@@ -100,24 +115,11 @@ def _parser() -> argparse.ArgumentParser:
     timing.add_argument("url")
     timing.add_argument("--seconds", type=positive, default=10.0)
     timing.add_argument("--resolution", type=positive_int, default=256, metavar="PX")
-    timing.add_argument(
-        "--workers", type=positive_int, nargs="+", default=[default_workers(MAX_WORKERS)], metavar="N"
-    )
+    timing.add_argument("--workers", type=positive_int, nargs="+", default=[workers_here], metavar="N")
     serving = command("serve", _serve, "run the embedded S3 server until interrupted", workers=False)
     serving.add_argument("folder", type=Path)
     serving.add_argument("--bucket", default="demo")
     return parser
-
-
-def _scan_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--score", nargs="+", action="extend", default=[], metavar="NAME", help="numbers of the .json to index"
-    )
-    parser.add_argument(
-        "--caption-field", nargs="+", action="extend", metavar="NAME", help="fields of the .json with captions"
-    )
-    parser.add_argument("--text", type=_suffixes, metavar="txt,json,cls", help="which text member is preferred")
-    parser.add_argument("--problems", type=Path, metavar="FILE", help="write all problems there")
 
 
 def _pack(args: argparse.Namespace, console: Console) -> int:
@@ -125,8 +127,9 @@ def _pack(args: argparse.Namespace, console: Console) -> int:
     access, start = _access(args), time.perf_counter()
     classes: list[str] = []
     if args.class_folders:
-        classes = class_names(Path(args.source).expanduser(), rejects)
-        samples = read_class_folders(Path(args.source).expanduser(), classes, rejects, workers=args.workers)
+        folder = Path(args.source).expanduser()
+        classes = class_names(folder, rejects)
+        samples = read_class_folders(folder, classes, rejects, workers=args.workers)
     else:
         samples = read_source(args.source, rejects, access=access, workers=args.workers)
     columns = (TextColumn("packing"), BarColumn(), TextColumn("{task.completed:,} samples"), TimeElapsedColumn())
@@ -144,18 +147,16 @@ def _pack(args: argparse.Namespace, console: Console) -> int:
     rate = report.samples / (time.perf_counter() - start)
     packed = f"packed {report.samples:,} samples into {len(report.shards):,} shards"
     print_line(console, f"{packed} at {args.url}, {rate:,.0f}/s")
-    print_list(console, "left out", report.rejects)
+    print_list(console, "left out", rejects)
     if not report.captioned and args.text is None:
         # Else a .json that holds only numbers would be taken for the text.
         args.text = ("cls", "txt", "json")
-    return _scan(args, console, left_out=report.rejects, fresh=True)
+    args.fresh = True
+    return _index(args, console, rejects)
 
 
-def _index(args: argparse.Namespace, console: Console) -> int:
-    return _scan(args, console, left_out=[], fresh=args.fresh)
-
-
-def _scan(args: argparse.Namespace, console: Console, *, left_out: Sequence[object], fresh: bool) -> int:
+def _index(args: argparse.Namespace, console: Console, rejects: Sequence[Reject] = ()) -> int:
+    """``rejects`` are those of packing, for the list of problems."""
     given = {"caption_fields": args.caption_field, "text": args.text}
     scores = tuple(dict.fromkeys(args.score))
     settings = ScanSettings(scores=scores, **{n: tuple(v) for n, v in given.items() if v})
@@ -163,7 +164,7 @@ def _scan(args: argparse.Namespace, console: Console, *, left_out: Sequence[obje
     store = open_store(args.url, access)
     with progress_bar(console, "indexing") as progress:
         index, report = build_index(
-            store, settings, access=access, workers=args.workers, fresh=fresh, progress=progress
+            store, settings, access=access, workers=args.workers, fresh=args.fresh, progress=progress
         )
     save_index(store, index)
     rate = len(index) / (time.perf_counter() - start)
@@ -173,7 +174,7 @@ def _scan(args: argparse.Namespace, console: Console, *, left_out: Sequence[obje
         f"digest {index.digest}, {rate:,.0f} samples/s",
     )
     print_list(console, "not usable", report.problems)
-    _write_problems(args.problems, [*left_out, *report.problems])
+    _write_problems(args.problems, [*rejects, *report.problems])
     if not len(index):
         return print_error("deco-data", f"{args.url}: none of the samples is usable", 1)
     return 0
@@ -230,19 +231,11 @@ def _verify(args: argparse.Namespace, console: Console) -> int:
 def _bench(args: argparse.Namespace, console: Console) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     results: list[Measurement] = []
-    for workers in dict.fromkeys(args.workers):
-        for mode in ("exact", "fast"):
-            with console.status(f"decoding {mode} with {workers} workers, {args.seconds:g} s"):
-                results.append(
-                    measure(
-                        args.url,
-                        mode=mode,  # type: ignore[arg-type]
-                        workers=workers,
-                        resolution=args.resolution,
-                        seconds=args.seconds,
-                        access=_access(args),
-                    )
-                )
+    modes: tuple[DecodeMode, ...] = get_args(DecodeMode)
+    options: dict[str, Any] = {"resolution": args.resolution, "seconds": args.seconds, "access": _access(args)}
+    for workers, mode in itertools.product(dict.fromkeys(args.workers), modes):
+        with console.status(f"decoding {mode} with {workers} workers, {args.seconds:g} s"):
+            results.append(measure(args.url, mode=mode, workers=workers, **options))
     table = Table("quantity", title=f"{args.url} at {args.resolution} px")
     for one in results:
         table.add_column(f"{one.mode}, {one.workers} workers", justify="right")
@@ -264,10 +257,7 @@ def _serve(args: argparse.Namespace, console: Console) -> int:
 
 def _write_problems(path: Path | None, problems: Sequence[object]) -> None:
     if path is not None:
-        try:
-            path.write_text("".join(f"{printable(problem)}\n" for problem in problems), encoding="utf-8")
-        except OSError as error:
-            raise DataError(f"{path}: {error.strerror}") from error
+        path.write_text("".join(f"{printable(problem)}\n" for problem in problems), encoding="utf-8")
 
 
 def _access(args: argparse.Namespace) -> Access:

@@ -5,6 +5,7 @@ than one of a million.
 """
 
 import functools
+import itertools
 import math
 import re
 from collections import Counter
@@ -30,6 +31,11 @@ _SLICE = 4 * 2**20
 _MAX_16 = 1 << 16
 _BINS = 60
 _MAX_ASPECT_LOG2 = 3.0
+_SIZE_EDGES = np.geomspace(BLOCK, 2.0**30, 20 * _BINS + 1)
+_ASPECT_EDGES = np.linspace(-_MAX_ASPECT_LOG2, _MAX_ASPECT_LOG2, _BINS + 1)
+_ASPECT_TICKS = {
+    "1:8": -3, "1:4": -2, "1:2": -1, "2:3": -0.585, "1:1": 0, "3:2": 0.585, "2:1": 1, "4:1": 2, "8:1": 3,
+}  # fmt: skip
 _SHEET_KEY = 8
 MAX_SAMPLES = 600
 """On a contact sheet: more make an image that few programs open."""
@@ -41,7 +47,7 @@ _BLUE = "#3b6fb6"
 
 @dataclass(frozen=True)
 class Summary:
-    """Counts over an index: ``sides`` and ``chars`` by their value, ``kinds`` of text, ``aspects`` by bins.
+    """Counts over an index: ``sides`` and ``chars`` by value, ``sizes`` and ``aspects`` by bin, ``kinds`` of text.
 
     ``wide`` images are wider than 3:2, ``tall`` ones taller than 2:3.
     """
@@ -49,9 +55,7 @@ class Summary:
     sides: Counts
     chars: Counts
     sizes: Counts
-    size_edges: "np.ndarray[Any, np.dtype[np.float64]]"
     aspects: Counts
-    aspect_edges: "np.ndarray[Any, np.dtype[np.float64]]"
     kinds: dict[str, int]
     captions: int
     wide: int
@@ -60,10 +64,8 @@ class Summary:
 
 def summarise(index: Index) -> Summary:
     """One pass over the columns. Sides and caption lengths are 16-bit numbers, so that every value is counted."""
-    size_edges = np.geomspace(BLOCK, 2.0**30, 20 * _BINS + 1)
-    aspect_edges = np.linspace(-_MAX_ASPECT_LOG2, _MAX_ASPECT_LOG2, _BINS + 1)
     sides, chars = np.zeros(_MAX_16, np.int64), np.zeros(_MAX_16, np.int64)
-    sizes, aspects = np.zeros(len(size_edges) - 1, np.int64), np.zeros(_BINS, np.int64)
+    sizes, aspects = np.zeros(len(_SIZE_EDGES) - 1, np.int64), np.zeros(_BINS, np.int64)
     kinds: Counter[str] = Counter(txt=0, json=0, label=0)
     captions, wide, tall = 0, 0, 0
     for part in _slices(index):
@@ -74,14 +76,14 @@ def summarise(index: Index) -> Summary:
         wide, tall = wide + int((2 * across > 3 * high).sum()), tall + int((2 * high > 3 * across).sum())
         labels = (flags & IS_LABEL) != 0
         chars += np.bincount(part("caption_chars")[~labels], minlength=_MAX_16)
-        sizes += np.histogram(part("length").astype(np.float64) * BLOCK, size_edges)[0]
+        sizes += np.histogram(part("length").astype(np.float64) * BLOCK, _SIZE_EDGES)[0]
         ratio = np.log2(np.maximum(width, 1) / np.maximum(height, 1))
-        aspects += np.histogram(ratio.clip(-_MAX_ASPECT_LOG2, _MAX_ASPECT_LOG2), aspect_edges)[0]
+        aspects += np.histogram(ratio.clip(-_MAX_ASPECT_LOG2, _MAX_ASPECT_LOG2), _ASPECT_EDGES)[0]
         kinds["label"] += int(labels.sum())
         kinds["json"] += int(((flags & IS_JSON) != 0).sum())
         captions += int(part("num_captions").sum(dtype=np.int64))
     kinds["txt"] = len(index) - kinds["json"] - kinds["label"]
-    return Summary(sides, chars, sizes, size_edges, aspects, aspect_edges, dict(kinds), captions, wide, tall)
+    return Summary(sides, chars, sizes, aspects, dict(kinds), captions, wide, tall)
 
 
 def quantile(counts: Counts, share: float) -> int:
@@ -119,7 +121,7 @@ def facts(index: Index, summary: Summary, resolutions: Sequence[int]) -> Iterato
         yield "captions", f"{summary.captions:,}"
         for share in (0.05, 0.5, 0.95, 1):
             yield f"longest caption, {share:.0%} quantile", f"{quantile(summary.chars, share):,} characters"
-    for name in score_names(index):
+    for name in index.score_names:
         lowest, highest, count = score_range(index, name)
         yield f"score {name}", f"{lowest:.4g} to {highest:.4g} in {count:,} samples" if count else "in no sample"
     problems, kinds = problem_kinds(index)
@@ -128,39 +130,42 @@ def facts(index: Index, summary: Summary, resolutions: Sequence[int]) -> Iterato
         yield f"  {kind}", f"{count:,}"
 
 
-def score_names(index: Index) -> list[str]:
-    return [name.removeprefix(SCORE) for name in index.columns if name.startswith(SCORE)]
-
-
 def score_range(index: Index, name: str) -> tuple[float, float, int]:
     """Lowest and highest number of a score, and how many samples have one; (nan, nan, 0) where none has."""
-    lowest, highest, count = math.inf, -math.inf, 0
+    parts = [(float(v.min()), float(v.max()), len(v)) for v in _finite(index, name) if len(v)]
+    if not parts:
+        return math.nan, math.nan, 0
+    lowest, highest, counts = zip(*parts, strict=True)
+    return min(lowest), max(highest), sum(counts)
+
+
+def _finite(index: Index, name: str) -> Iterator[Any]:
+    """A score's numbers, slice by slice, without those that samples lack."""
     for part in _slices(index):
         values = part(SCORE + name)
-        values = values[np.isfinite(values)]
-        if len(values):
-            lowest, highest = min(lowest, float(values.min())), max(highest, float(values.max()))
-            count += len(values)
-    return (lowest, highest, count) if count else (math.nan, math.nan, 0)
+        yield values[np.isfinite(values)]
 
 
 def draw_histograms(index: Index, summary: Summary, path: Path) -> None:
     """Short side, aspect ratio, caption length, bytes of a sample, and each score, as a PNG."""
     from matplotlib.figure import Figure
 
-    scores = score_names(index)
+    scores = index.score_names
     rows = -(-(4 + len(scores)) // 2)
     figure = Figure(figsize=(12, 3.6 * rows), layout="constrained")
     figure.suptitle(f"{len(index):,} samples in {len(index.shards):,} shards, digest {index.digest}", fontsize=12)
-    axes = list(figure.subplots(rows, 2, squeeze=False).flat)
-    _by_value(axes[0], summary.sides, "short side", "pixels")
-    _aspects(axes[1], summary)
-    _by_value(axes[2], summary.chars, "longest caption", "characters")
-    _sizes(axes[3], summary)
-    for axis, name in zip(axes[4:], scores, strict=False):
-        _score(axis, index, name)
-    for axis in axes[4 + len(scores) :]:
-        axis.set_axis_off()
+    short_side, aspect, caption, size, *others = figure.subplots(rows, 2, squeeze=False).flat
+    _by_value(short_side, summary.sides, "short side", "pixels")
+    _bars(aspect, summary.aspects, _ASPECT_EDGES, "aspect ratio", "width : height")
+    aspect.set_xticks(list(_ASPECT_TICKS.values()), list(_ASPECT_TICKS))
+    aspect.set_xlim(-_MAX_ASPECT_LOG2, _MAX_ASPECT_LOG2)
+    _by_value(caption, summary.chars, "longest caption", "characters")
+    _sizes(size, summary)
+    for axis, name in itertools.zip_longest(others, scores):
+        if name is None:
+            axis.set_axis_off()
+        else:
+            _score(axis, index, name)
     figure.savefig(path, dpi=110)
 
 
@@ -169,19 +174,11 @@ def _by_value(axis: Any, counts: Counts, title: str, unit: str) -> None:
     first, last = quantile(counts, 0), quantile(counts, 0.999)
     step = max(1, -(-(last - first + 1) // _BINS))
     edges = np.arange(first, last + step + 1, step)
-    heights = np.add.reduceat(counts, np.minimum(edges[:-1], len(counts) - 1)) if len(edges) > 1 else counts[:0]
-    # reduceat's last part runs to the end of all values.
-    heights[-1] = counts[edges[-2] : edges[-1]].sum()
-    beyond = int(counts[edges[-1] :].sum())
+    # Number of values below each edge.
+    below = np.append(0, np.cumsum(counts))[np.minimum(edges, len(counts))]
+    beyond = int(counts.sum() - below[-1])
     more = f" ({beyond:,} longer)" if beyond else ""
-    _bars(axis, heights, edges, f"{title}: median {quantile(counts, 0.5):,}{more}", unit)
-
-
-def _aspects(axis: Any, summary: Summary) -> None:
-    _bars(axis, summary.aspects, summary.aspect_edges, "aspect ratio", "width : height")
-    ticks = {-3: "1:8", -2: "1:4", -1: "1:2", -0.585: "2:3", 0: "1:1", 0.585: "3:2", 1: "2:1", 2: "4:1", 3: "8:1"}
-    axis.set_xticks(list(ticks), list(ticks.values()))
-    axis.set_xlim(-_MAX_ASPECT_LOG2, _MAX_ASPECT_LOG2)
+    _bars(axis, np.diff(below), edges, f"{title}: median {quantile(counts, 0.5):,}{more}", unit)
 
 
 def _sizes(axis: Any, summary: Summary) -> None:
@@ -192,10 +189,8 @@ def _sizes(axis: Any, summary: Summary) -> None:
     first, last = (int(used[0]), int(used[-1]) + 1) if len(used) else (0, 1)
     step = max(1, -(-(last - first) // _BINS))
     starts = np.arange(first, last, step)
-    ends = np.minimum(starts + step, len(summary.sizes))
-    heights = np.array([summary.sizes[low:high].sum() for low, high in zip(starts, ends, strict=True)])
-    edges = summary.size_edges[np.append(starts, ends[-1])]
-    _bars(axis, heights, edges, "size of a sample", "bytes")
+    edges = _SIZE_EDGES[np.append(starts, min(starts[-1] + step, len(summary.sizes)))]
+    _bars(axis, np.add.reduceat(summary.sizes, starts), edges, "size of a sample", "bytes")
     if edges[-1] > 4 * edges[0]:
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_locator(LogLocator(base=2, numticks=8))
@@ -210,10 +205,7 @@ def _score(axis: Any, index: Index, name: str) -> None:
         axis.set_axis_off()
         return
     edges = np.linspace(lowest, highest if highest > lowest else lowest + 1, _BINS + 1)
-    heights = np.zeros(_BINS, np.int64)
-    for part in _slices(index):
-        values = part(SCORE + name)
-        heights += np.histogram(values[np.isfinite(values)], edges)[0]
+    heights = sum(np.histogram(values, edges)[0] for values in _finite(index, name))
     without = f" ({len(index) - count:,} without)" if count < len(index) else ""
     _bars(axis, heights, edges, f"score {name}{without}", name)
 
