@@ -104,16 +104,13 @@ class DataConfig:
             raise ValueError("text_states of a mixture are set for each of its data sets")
         if any(bool(s.text_states) != bool(self.sources[0].text_states) for s in self.sources):
             raise ValueError("text_states are set for some data sets of the mixture and not for all")
-        for name in ("streams", "window", "fetchers", "ahead", "buffer_bytes", "cache_bytes", "max_pixels"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.workers < 0:
-            raise ValueError(f"workers={self.workers} must be at least 0")
+        counts = ("streams", "window", "fetchers", "ahead", "buffer_bytes", "cache_bytes", "max_pixels")
+        for name, minimum in {**dict.fromkeys(counts, 1), "workers": 0, "bucket_aspect": 1}.items():
+            if getattr(self, name) < minimum:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {minimum}")
         for name in ("deadline_s", "stall_s"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0")
-        if self.bucket_aspect < 1:
-            raise ValueError(f"bucket_aspect={self.bucket_aspect} must be at least 1")
         if self.bucket_aspect > 1 and self.small == "upscale":
             raise ValueError(f"small=upscale is for squares, not for bucket_aspect={self.bucket_aspect}")
         for name in ("prefix_probability", "max_bad_fraction"):

@@ -4,7 +4,7 @@ Exact: RGB; halve with BOX while the image covers twice the size; BICUBIC to the
 the size; centre crop. Fast: the same, but JPEG is halved by its decoder in the DCT domain, other formats by one
 averaging over blocks, and the BICUBIC is a vectorised one. Where the sides halve evenly the two agree to 45 dB
 PSNR; elsewhere the release's BOX displaces pixels by up to half of one, and the fast way does not follow it
-(``benchmarks/decode_quality.py``).
+(``benchmarks/data/decode_quality.py``).
 
 Unlike the release, both turn the image as its EXIF orientation says, show what is transparent over white
 (the release shows the colours hidden below) and scale 16-bit grey to 8 bits (the release clips it to white).
@@ -20,21 +20,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-# The four plug-ins register their formats when imported; Pillow would else import all it has to find WebP.
-from PIL import GifImagePlugin, Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
+# The plug-ins of FORMATS register when imported; Pillow would otherwise import all it has to find WebP.
+from PIL import GifImagePlugin, Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin  # noqa: F401
 
 DecodeMode = Literal["exact", "fast"]
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
-FORMATS = tuple(
-    plugin.format
-    for plugin in (
-        JpegImagePlugin.JpegImageFile,
-        PngImagePlugin.PngImageFile,
-        WebPImagePlugin.WebPImageFile,
-        GifImagePlugin.GifImageFile,
-    )
-)
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
 MAX_SIDE = 65_535
 """Longest side in pixels that a header may claim: the limit of JPEG, and of the index's columns."""
 PILLOW_PIXELS = 179_000_000
@@ -97,7 +89,10 @@ def decode(
         with _faults():
             if mode == "fast":
                 return _fast(opened, orientation, size)
-            return np.asarray(_exact(opened, orientation, size))
+            image = _to_rgb(opened)
+            if orientation in _TURN:
+                image = image.transpose(_TURN[orientation])
+            return np.asarray(cover_and_crop(image, size))
 
 
 def image_size(encoded: bytes) -> tuple[int, int]:
@@ -139,15 +134,8 @@ def _plan(image: tuple[int, int], size: tuple[int, int]) -> tuple[int, tuple[int
     return halvings, (round(width * scale), round(height * scale))
 
 
-def _exact(opened: Image.Image, orientation: int, size: tuple[int, int]) -> Image.Image:
-    image = _to_rgb(opened)
-    if orientation in _TURN:
-        image = image.transpose(_TURN[orientation])
-    return cover_and_crop(image, size)
-
-
 def _fast(opened: Image.Image, orientation: int, size: tuple[int, int]) -> Pixels:
-    """As :func:`_exact`, but the halvings are the decoder's or one averaging, and the resize is vectorised."""
+    """The halvings are the JPEG decoder's or one averaging, and the resize is vectorised."""
     stored = opened.size
     halvings, covering = _plan(_upright(stored, orientation), size)
     # Takes effect for JPEG only: 1/8 at most.
@@ -232,11 +220,9 @@ def _open(encoded: bytes) -> Iterator[Image.Image]:
 
 
 def _prepare_pillow() -> None:
-    """Let Pillow keep memory for the next image, and its remarks on damaged metadata from standard error.
+    """Let Pillow reuse memory (fresh pages cost up to a third of the decoding), and silence its warnings.
 
-    Pages given back to the system and taken anew for every image cost up to a third of the decoding. The
-    filter is for Pillow's modules, not ``catch_warnings``: that swaps the filters of the whole process, and
-    other threads decode at the same time.
+    Not by ``catch_warnings``: it swaps the filters of the whole process while other threads decode.
     """
     if Image.core.get_blocks_max() < KEPT_BLOCKS:
         Image.core.set_blocks_max(KEPT_BLOCKS)

@@ -1,12 +1,11 @@
-"""Text embeddings computed before training: the files they are in, reading and writing them.
+"""Text embeddings computed before training: file format, reader and writer.
 
-Beside each shard's samples lies a sidecar tar with one member a sample: the embeddings, in bfloat16, of every text
-that training may show for it (each caption, and its prefixed forms where prefixes are used), only as many
-tokens as were encoded. ``states.safetensors`` says where each sample's member is, and by what encoder it was made.
+Each shard has a sidecar tar with one member per sample: the embeddings, in bfloat16, of every text that training
+may show for it (each caption, and its prefixed forms). ``states.safetensors`` says where each sample's member is,
+and which encoder made it. A member is: uint16 number of texts, uint16 number of tokens of each, then the
+embeddings, token by token.
 
-A member is: uint16 number of texts, uint16 number of tokens of each, then bfloat16 embeddings, token by token.
-
-Writing them takes any number of processes, one sidecar a shard, and can be resumed; the encoder is a callable.
+Any number of processes write them, one sidecar at a time each, and an interrupted run resumes.
 """
 
 import contextlib
@@ -17,7 +16,7 @@ import json
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -92,63 +91,34 @@ class TextEmbeddingStore:
         raw = store.read_all(EMBEDDINGS_KEY)
         if raw is None:
             raise DataError(f"{where} does not exist; make it with: deco embed --config ...")
-        columns, header = unpack_columns(np.frombuffer(raw, dtype=np.uint8), where, COLUMNS, VERSION)
+        self._columns, header = unpack_columns(np.frombuffer(raw, dtype=np.uint8), where, COLUMNS, VERSION)
         if header["index"] != index.whole_digest:
             raise DataError(f"{where} was made for another index of the shards; embed again")
         self.identity = TextEmbeddingIdentity(
             **{**header["identity"], "prefixes": tuple(header["identity"]["prefixes"])}
         )
         if identity is not None and identity != self.identity:
-            differ = [n for n, v in asdict(identity).items() if v != getattr(self.identity, n)]
-            raise DataError(
-                f"{where} does not match the configuration: "
-                + ", ".join(
-                    f"{n} {getattr(self.identity, n)!r}, expected {getattr(identity, n)!r}" for n in differ
-                )
-            )
-        self._columns = columns
+            actual, expected = asdict(self.identity), asdict(identity)
+            differ = (f"{n} {actual[n]!r}, expected {expected[n]!r}" for n in actual if actual[n] != expected[n])
+            raise DataError(f"{where} does not match the configuration: {', '.join(differ)}")
         self._sidecars = [ObjectInfo(*entry) for entry in header["sidecars"]]
-        self._null = np.asarray(header["null"], dtype=np.uint16)
-
-    @property
-    def null(self) -> "np.ndarray[Any, np.dtype[np.uint16]]":
+        self.null = np.asarray(header["null"], dtype=np.uint16).reshape(-1, self.identity.width)
         """Embedding (tokens, width) of the empty caption, bfloat16 bits."""
-        return self._null.reshape(-1, self.identity.width)
 
     def span(self, shard: int, rows: Sequence[int]) -> tuple[ObjectInfo, int, int]:
         """Sidecar and bytes that hold the members of neighbouring rows of a shard."""
-        columns = self._columns
-        start = BLOCK * int(columns["start"][rows[0]])
-        end = BLOCK * int(columns["start"][rows[-1]]) + int(columns["size"][rows[-1]])
-        return self._sidecars[shard], start, end
+        (start, _), (last, size) = self._place(rows[0]), self._place(rows[-1])
+        return self._sidecars[shard], start, last + size
 
     def member(self, data: bytes, base: int, row: int) -> bytes | None:
         """Content of a row's member within ``data`` from byte ``base`` on; None where it is damaged."""
-        start = BLOCK * int(self._columns["start"][row]) - base
-        content = data[start : start + int(self._columns["size"][row])]
+        start, size = self._place(row)
+        content = data[start - base : start - base + size]
         return content if google_crc32c.value(content) == int(self._columns["crc32c"][row]) else None
 
-
-def save_embeddings(
-    store: Store,
-    columns: Mapping[str, Any],
-    *,
-    index: Index,
-    identity: TextEmbeddingIdentity,
-    sidecars: Sequence[ObjectInfo],
-    null: "np.ndarray[Any, np.dtype[np.uint16]]",
-) -> None:
-    """Write ``states.safetensors``, after all sidecars."""
-    header = {
-        "version": VERSION,
-        "index": index.whole_digest,
-        "identity": asdict(identity),
-        "sidecars": [[s.key, s.size, s.etag] for s in sidecars],
-        "null": null.ravel().tolist(),
-    }
-    store.write(
-        EMBEDDINGS_KEY, pack_columns({n: np.asarray(columns[n], dtype=t) for n, t in COLUMNS.items()}, header)
-    )
+    def _place(self, row: int) -> tuple[int, int]:
+        """First byte and size of a row's member in its sidecar."""
+        return BLOCK * int(self._columns["start"][row]), int(self._columns["size"][row])
 
 
 def embed(
@@ -203,18 +173,14 @@ def _embed_shard(
                     columns["size"].append(len(member))
                     columns["crc32c"].append(google_crc32c.value(member))
                     tar.addfile(info, io.BytesIO(member))
-        key = _sidecar_key(index, number)
+        key = _key(index, number, "states.tar")
         target.write_file(key, path)
     sidecar = target.info(key)
     assert sidecar is not None
     arrays = {name: np.asarray(columns[name], dtype=dtype) for name, dtype in COLUMNS.items()}
-    header = {
-        "version": VERSION,
-        "made_of": _made_of(index, number, identity),
-        "sidecar": [sidecar.size, sidecar.etag],
-    }
-    # Last, so that a sidecar with rows is a whole one.
-    target.write(_rows_key(index, number), pack_columns(arrays, header))
+    made_of = _made_of(index, number, identity)
+    header = {"version": VERSION, "made_of": made_of, "sidecar": [sidecar.size, sidecar.etag]}
+    target.write(_key(index, number, "states.rows"), pack_columns(arrays, header))
 
 
 def _texts(
@@ -249,7 +215,7 @@ def _encoded(texts: Sequence[str], encode: Encode, batch: int) -> Iterator[Any]:
 
 def _finished(target: Store, index: Index, number: int, identity: TextEmbeddingIdentity) -> Any:
     """Columns and sidecar of a shard that is done, or None."""
-    key = _rows_key(index, number)
+    key = _key(index, number, "states.rows")
     raw = target.read_all(key)
     if raw is None:
         return None
@@ -257,33 +223,37 @@ def _finished(target: Store, index: Index, number: int, identity: TextEmbeddingI
     with contextlib.suppress(DataError):
         columns, header = unpack_columns(np.frombuffer(raw, dtype=np.uint8), key, COLUMNS, VERSION)
         if header["made_of"] == _made_of(index, number, identity):
-            return columns, ObjectInfo(_sidecar_key(index, number), *header["sidecar"])
+            return columns, ObjectInfo(_key(index, number, "states.tar"), *header["sidecar"])
     return None
 
 
 def _merge(target: Store, index: Index, identity: TextEmbeddingIdentity, encode: Encode) -> None:
+    """Write ``states.safetensors`` once every shard is done."""
     parts = []
     for number in range(len(index.shards)):
         while (part := _finished(target, index, number, identity)) is None:
             # Another process is still encoding it.
             time.sleep(_WAIT_S)
         parts.append(part)
-    columns = {name: np.concatenate([part[0][name] for part in parts]) for name in COLUMNS}
     (null,) = encode([""])
-    save_embeddings(
-        target, columns, index=index, identity=identity, sidecars=[part[1] for part in parts], null=null
-    )
+    header = {
+        "version": VERSION,
+        "index": index.whole_digest,
+        "identity": asdict(identity),
+        "sidecars": [[s.key, s.size, s.etag] for _, s in parts],
+        "null": np.ravel(null).tolist(),
+    }
+    columns = {name: np.concatenate([columns[name] for columns, _ in parts]) for name in COLUMNS}
+    target.write(EMBEDDINGS_KEY, pack_columns(columns, header))
 
 
 def _made_of(index: Index, number: int, identity: TextEmbeddingIdentity) -> list[Any]:
+    """What a shard's embeddings depend on, as JSON keeps it."""
     shard = index.shards[number]
-    fields = index.header["scan"]["caption_fields"]
-    return [shard.key, shard.size, shard.etag, len(index.shard_rows(number)), list(fields), identity.digest]
+    fields = list(index.header["scan"]["caption_fields"])
+    return [shard.key, shard.size, shard.etag, len(index.shard_rows(number)), fields, identity.digest]
 
 
-def _sidecar_key(index: Index, number: int) -> str:
-    return index.shards[number].key.removesuffix(".tar") + ".states.tar"
-
-
-def _rows_key(index: Index, number: int) -> str:
-    return index.shards[number].key.removesuffix(".tar") + ".states.rows"
+def _key(index: Index, number: int, suffix: str) -> str:
+    """Key of a shard's ``states.tar`` (its sidecar) or ``states.rows`` (where each member lies, written last)."""
+    return f"{index.shards[number].key.removesuffix('.tar')}.{suffix}"
