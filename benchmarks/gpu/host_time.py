@@ -9,7 +9,6 @@ by more launches than its queue holds (about a thousand), the host time is the d
 tell the host's own. On a CPU, host and device are the same.
 """
 
-import dataclasses
 import math
 import statistics
 import time
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from benchmarks import record
 from benchmarks.gpu.attention import attention_overrides, raced_attention
+from benchmarks.gpu.sizes import one_stage
 from benchmarks.jobs.runner import CheckFailed, Found, Where
 from benchmarks.measure import synchronise
 from benchmarks.train.steps import TrainingSteps
@@ -95,8 +95,7 @@ def _config(where: Where, engine: str, micro_batch: int) -> RunConfig:
         f"run.dir={where.out / 'run'}",
     ]
     cfg = load_config(record.ROOT / "configs" / name, settings)
-    stage = dataclasses.replace(cfg.stages[0], micro_batch=micro_batch, global_batch=micro_batch)
-    return dataclasses.replace(cfg, stages=(stage,))
+    return one_stage(cfg, micro_batch=micro_batch, global_batch=micro_batch)
 
 
 def _measure(run: TrainingSteps, batch: Batch, *, repeats: int) -> dict[str, Any]:

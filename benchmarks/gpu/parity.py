@@ -11,64 +11,46 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from rich.console import Console
 
+from benchmarks.gpu.sizes import XXL, one_stage, overrides_of
 from benchmarks.jobs.runner import CheckFailed, Found, NotAvailable, Where
 from benchmarks.train import compare as straightforward
 from benchmarks.train.steps import TrainingSteps
-from deco_scale.config import RunConfig, build_config
+from deco_scale.config import RunConfig, load_config
 from deco_scale.distributed.bootstrap import Environment
 from deco_scale.errors import ConfigError
 
 SAME = 1e-5
 """Largest relative difference of losses and gradient norms in fp32 between engines and layouts."""
+SMALL = (
+    "model.dim=512", "model.num_heads=8", "model.num_blocks=4", "model.num_text_blocks=1", "model.text_dim=256",
+    "model.text_tokens=32", "text_encoder.max_tokens=32",
+)  # fmt: skip
+"""Sizes where not quick."""
 Trace = list[tuple[float, float]]
 """Loss and gradient norm, step by step."""
 
 
-def small_config(where: Where, **sections: Any) -> RunConfig:
-    """A small text model; ``sections`` are merged over it, section by section."""
-    tiny = where.quick
-    model = {
-        "kind": "t2i_deco",
-        "dim": 64 if tiny else 512,
-        "num_heads": 4 if tiny else 8,
-        "num_blocks": 2 if tiny else 4,
-        "num_text_blocks": 1,
-        "decoder_width": 8 if tiny else 32,
-        "decoder_blocks": 1 if tiny else 3,
-        "text_dim": 32 if tiny else 256,
-        "text_tokens": 16 if tiny else 32,
-    }
-    side, batch = (32, 4) if tiny else (256, 16)
-    stage = {
-        "name": "small",
-        "resolution": side,
-        "steps": 100,
-        "global_batch": batch,
-        "micro_batch": batch,
-        "lr": 1e-3,
-    }
-    raw: dict[str, Any] = {
-        "run": {"dir": str(where.out / "run")},
-        "model": model,
-        "text_encoder": {"path": "none", "max_tokens": model["text_tokens"]},
-        "objective": {"repa_weight": 0.0},
-        "data": {"url": "none"},
-        "device": where.device,
-        "precision": {"compute": "fp32"},
+def small_config(where: Where, *overrides: str) -> RunConfig:
+    """A small text model in one stage, in fp32 and on FSDP2 unless ``overrides`` say otherwise."""
+    settings = [
+        *(overrides_of(where) or SMALL),
+        "objective.repa_weight=0.0",
+        "parallel.engine=fsdp",
+        "precision.compute=fp32",
         # The same kernel for all that are compared; the race is a job of its own.
-        "attention": {"backend": "sdpa"},
-        "stages": [stage],
-    }
-    for name, values in sections.items():
-        raw[name] = {**raw.get(name, {}), **values} if isinstance(values, dict) else values
-    return build_config(raw, source="the suite's small model")
+        "attention.backend=sdpa",
+        f"device={where.device}",
+        f"run.dir={where.out / 'run'}",
+    ]
+    side, batch = (32, 4) if where.quick else (256, 16)
+    cfg = load_config(XXL, [*settings, *overrides])
+    return one_stage(cfg, resolution=side, global_batch=batch, micro_batch=batch, lr=1e-3)
 
 
 def trace(cfg: RunConfig, steps: int, env: Environment | None = None) -> Trace:
@@ -107,18 +89,18 @@ def fp8(where: Where) -> Found:
     Both backends are tried, torchao in emulation on a CPU; one that fails does not hide the other.
     """
     steps = 10 if where.quick else 50
-    emulate = {"fp8_emulate": True} if where.device == "cpu" else {}
+    emulate = ["precision.fp8_emulate=true"] if where.device == "cpu" else []
     bf16 = {
-        name: [loss for loss, _ in trace(small_config(where, precision={"compute": "bf16"}, run=run), steps)]
-        for name, run in (("bf16", {}), ("other", {"seed": 1}))
+        name: [loss for loss, _ in trace(small_config(where, "precision.compute=bf16", f"run.seed={seed}"), steps)]
+        for name, seed in (("bf16", 0), ("other", 1))
     }
     where.write("bf16", {"losses": bf16})
     seeds = _distance(bf16["other"], bf16["bf16"])
     lines, wrong, missing, numbers = [], [], [], {"between_seeds": seeds}
-    for backend, options in (("te", {}), ("torchao", emulate)):
-        precision = {"compute": "fp8", "fp8_backend": backend, **options}
+    for backend, options in (("te", []), ("torchao", emulate)):
+        overrides = ["precision.compute=fp8", f"precision.fp8_backend={backend}", *options]
         try:
-            losses = [loss for loss, _ in trace(small_config(where, precision=precision), steps)]
+            losses = [loss for loss, _ in trace(small_config(where, *overrides), steps)]
         except ConfigError as error:
             missing.append(f"{backend}: {error}")
             continue
@@ -176,7 +158,7 @@ def _tp_rank(rank: int, where: Where, folder: str) -> None:
         torch.set_num_threads(1)
         os.environ["OMP_NUM_THREADS"] = "1"
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    losses = trace(small_config(where, parallel={"tp": 2}), 4, Environment(rank, 2, 0))
+    losses = trace(small_config(where, "parallel.tp=2"), 4, Environment(rank, 2, 0))
     if rank == 0:
         (Path(folder) / "trace.json").write_text(json.dumps(losses))
     dist.barrier()

@@ -20,7 +20,7 @@ from benchmarks import record
 from benchmarks.checkpoint.save import RandomState, meta_of
 from benchmarks.gpu.sizes import TINY_CEILINGS
 from benchmarks.jobs.runner import CheckFailed, Found, Where
-from benchmarks.kernels.cases import Setting, autocast, differentiated
+from benchmarks.kernels.cases import Setting, autocast, decoder_inputs, differentiated, make_decoder
 from benchmarks.measure import captured, measure_ceilings, medians_s, synchronise
 from benchmarks.train.eager_reference import ReferenceDecoder
 from deco_scale.checkpoint.config import CheckpointConfig
@@ -91,40 +91,12 @@ def decoder(where: Where) -> Found:
     return Found(f"{kernels}: {rates}; differs by {numbers['largest_difference']:.1e}", numbers)
 
 
-def _decoder(
-    model: ModelConfig, kernels: Kernels, device: torch.device, kind: type[PixelDecoder] = PixelDecoder
-) -> PixelDecoder:
-    """The model's decoder without its condition projection, every weight random."""
-    found = kind(
-        dim=1,
-        width=model.decoder_width,
-        num_blocks=model.decoder_blocks,
-        patch_size=model.patch_size,
-        channels=model.channels,
-        features="rotary",
-    )
-    generator = torch.Generator().manual_seed(0)
-    for parameter in found.parameters():
-        # Some layers start at zero, which would hide the others' gradients.
-        nn.init.normal_(parameter, std=0.2, generator=generator)
-    found.cond_proj = nn.Identity()  # type: ignore[assignment]
-    use_kernels(found, kernels)
-    return found.to(device)
-
-
-def _decoder_inputs(setting: Setting) -> list[Tensor]:
-    """Patches in fp32 and conditions in the computing type; only the latter want a gradient, as in a step."""
-    model, shape = setting.model, (setting.batch, setting.tokens)
-    patches = setting.random(*shape, model.patch_values, dtype=torch.float32, grad=False)
-    return [patches, setting.random(*shape, model.patch_size**2 * model.decoder_width)]
-
-
 def _decoder_errors(setting: Setting, kernels: Kernels) -> dict[str, dict[str, float]]:
     """Relative difference (Euclidean) of output and gradients from the decoder written op by op, in fp32."""
 
     def results(kind: type[PixelDecoder], chosen: Kernels, dtype: torch.dtype) -> dict[str, Tensor]:
-        module = _decoder(setting.model, chosen, setting.device, kind)
-        patches, condition = _decoder_inputs(setting)
+        module = make_decoder(setting, chosen, kind)
+        patches, condition = decoder_inputs(setting)
         leaf = condition.detach().to(dtype).requires_grad_()
         out = autocast(module, dataclasses.replace(setting, dtype=dtype))(patches, leaf)
         seed = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
@@ -145,7 +117,7 @@ def _decoder_errors(setting: Setting, kernels: Kernels) -> dict[str, dict[str, f
 
 def _decoder_rates(setting: Setting, kernels: Kernels, where: Where) -> dict[str, Any]:
     """Seconds of forward and of backward, by difference from both, and the least bytes that each has to move."""
-    module, inputs = _decoder(setting.model, kernels, setting.device), _decoder_inputs(setting)
+    module, inputs = make_decoder(setting, kernels), decoder_inputs(setting)
     function = autocast(module, setting)
 
     def forward() -> Tensor:

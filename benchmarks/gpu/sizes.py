@@ -1,7 +1,11 @@
 """The configuration whose sizes the GPU suite measures, and the tiny ones that it takes where quick."""
 
+import dataclasses
+from typing import Any
+
 from benchmarks.jobs.runner import Where
 from benchmarks.record import ROOT
+from deco_scale.config import RunConfig
 
 XXL = ROOT / "configs" / "t2i_xxl.yaml"
 TINY = (
@@ -18,3 +22,8 @@ TINY_CEILINGS = {"side": 256, "size": 1 << 20}
 def overrides_of(where: Where) -> tuple[str, ...]:
     """What makes the XXL configuration tiny, where sizes are."""
     return TINY if where.quick else ()
+
+
+def one_stage(cfg: RunConfig, **fields: Any) -> RunConfig:
+    """``cfg`` with its first stage alone, and ``fields`` of that changed."""
+    return dataclasses.replace(cfg, stages=(dataclasses.replace(cfg.stages[0], **fields),))

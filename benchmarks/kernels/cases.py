@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from benchmarks.train.eager_reference import ReferenceDecoder, block_dct
 from deco_scale.kernels.adamw import AdamWStep, AdamWTensors, adamw_ema
 from deco_scale.kernels.norm import gated_residual, norm_modulate, norm_rotate
-from deco_scale.kernels.select import Kernels
+from deco_scale.kernels.select import Kernels, use_kernels
 from deco_scale.models import Denoiser, ModelConfig
 from deco_scale.models.attention.dispatch import KERNELS, kernel_missing
 from deco_scale.models.embeddings import PositionScale, rope_angles
@@ -95,21 +95,10 @@ def pixel_decoder(setting: Setting) -> Case:
     model, rows = setting.model, setting.batch * setting.tokens
     pixels, wide = model.patch_size**2, model.decoder_width
 
-    patches = setting.random(setting.batch, setting.tokens, model.patch_values, dtype=torch.float32, grad=False)
-    inputs = [patches, setting.random(setting.batch, setting.tokens, pixels * wide)]
+    inputs = decoder_inputs(setting)
 
     def made(kind: type[PixelDecoder], kernels: Kernels, *, compiled: bool = False) -> Callable[[], object]:
-        decoder = kind(
-            dim=1,
-            width=wide,
-            num_blocks=model.decoder_blocks,
-            patch_size=model.patch_size,
-            channels=model.channels,
-            features="rotary" if model.kind == "t2i_deco" else "cosine",
-        )
-        decoder.cond_proj = nn.Identity()  # type: ignore[assignment]
-        decoder.kernels = kernels
-        decoder.to(setting.device)
+        decoder = make_decoder(setting, kernels, kind)
         function = autocast(torch.compile(decoder) if compiled else decoder, setting)
         return differentiated(function, inputs, list(decoder.parameters()))
 
@@ -127,6 +116,33 @@ def pixel_decoder(setting: Setting) -> Case:
     products = model.channels * wide * 2 + 5 * model.decoder_blocks * wide * wide
     flops = 6.0 * rows * pixels * products
     return Case("pixel decoder", actions, min_bytes=moved, flops=flops, missing=without_triton(setting))
+
+
+def make_decoder(setting: Setting, kernels: Kernels, kind: type[PixelDecoder] = PixelDecoder) -> PixelDecoder:
+    """The model's decoder without its condition projection, every weight random."""
+    model = setting.model
+    decoder = kind(
+        dim=1,
+        width=model.decoder_width,
+        num_blocks=model.decoder_blocks,
+        patch_size=model.patch_size,
+        channels=model.channels,
+        features="rotary" if model.kind == "t2i_deco" else "cosine",
+    )
+    generator = torch.Generator().manual_seed(0)
+    for parameter in decoder.parameters():
+        # Some layers start at zero, which would hide the others' gradients.
+        nn.init.normal_(parameter, std=0.2, generator=generator)
+    decoder.cond_proj = nn.Identity()  # type: ignore[assignment]
+    use_kernels(decoder, kernels)
+    return decoder.to(setting.device)
+
+
+def decoder_inputs(setting: Setting) -> list[Tensor]:
+    """Patches in fp32 and conditions in the computing type; only the latter need a gradient, as in a step."""
+    model, shape = setting.model, (setting.batch, setting.tokens)
+    patches = setting.random(*shape, model.patch_values, dtype=torch.float32, grad=False)
+    return [patches, setting.random(*shape, model.patch_size**2 * model.decoder_width)]
 
 
 def norm_and_modulation(setting: Setting) -> Case:
