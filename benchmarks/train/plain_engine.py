@@ -53,9 +53,7 @@ class PlainEngine:
         torch._dynamo.reset()
         if enabled:
             limit_recompiles()
-        denoiser = self.objective.denoiser
-        units = [*denoiser.transformer_blocks, *([denoiser.decoder] if denoiser.decoder is not None else [])]
-        for unit in units:
+        for unit in self.objective.denoiser.units:
             # What nn.Module.compile sets; there is no public way back.
             unit._compiled_call_impl = None
             if enabled:

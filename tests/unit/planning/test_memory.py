@@ -38,7 +38,7 @@ def units_of(model: ModelConfig, tp: int) -> tuple[int, list[int]]:
     def count(module: torch.nn.Module) -> int:
         return sum(p.numel() // (tp if name.endswith(CUT_BY_TP) else 1) for name, p in module.named_parameters())
 
-    modules = [*denoiser.transformer_blocks, *([denoiser.decoder] if denoiser.decoder is not None else [])]
+    modules = list(denoiser.units)
     units = [count(module) for module in modules]
     return count(denoiser) - sum(units), units
 
