@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar, get_args
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.table import Table
 
 from data_pipeline.console import positive_int, print_line, progress_bar
-from deco_scale.cli.model_loading import Compute, load_generator, read_checkpoint, sampling_compute
-from deco_scale.cli.sample import add_sampler_arguments, parse_size, sampler_of
+from deco_scale.cli.model_loading import read_checkpoint
+from deco_scale.cli.sample import add_generation_arguments, generation_settings, generator_of
 from deco_scale.distributed.bootstrap import choose_device, init_distributed, read_environment
 from deco_scale.distributed.collectives import broadcast_object, raise_together
 from deco_scale.errors import ConfigError
@@ -27,7 +27,7 @@ from deco_scale.evaluation.fid import Scores, check_files, score_files
 from deco_scale.evaluation.imagenet import ImageSet, generate_parts, join_pieces, missing_pieces
 from deco_scale.evaluation.inception import WEIGHTS_NAME, WEIGHTS_URL, load_inception
 from deco_scale.sampling import SamplerConfig
-from deco_scale.sampling.generate import GenerateFn, check_size
+from deco_scale.sampling.generate import GenerateFn
 from deco_scale.sampling.output_dir import claim_folder, write_file
 from deco_scale.sampling.prompts import read_named_prompts
 
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     commands = parser.add_subparsers(dest="benchmark", required=True)
     imagenet = commands.add_parser("imagenet", help="class-balanced images as .npz for the ADM suite")
-    _add_sampling(imagenet, required=True)
+    add_generation_arguments(imagenet)
     imagenet.add_argument("--count", type=positive_int, default=50_000)
     imagenet.add_argument("--first-seed", type=int, default=0, help="image i has seed FIRST_SEED + i")
     imagenet.add_argument("--piece", type=positive_int, default=256, help="images per temporary file")
@@ -53,27 +53,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     fid.add_argument("--out", type=Path, help="file for the scores as JSON")
 
     tasks = commands.add_parser("geneval", help="images for GenEval's scorer, and a table of its results")
-    _add_sampling(tasks, required=False)
+    add_generation_arguments(tasks, required=False)
     tasks.add_argument("--metadata", type=Path, help="the official evaluation_metadata.jsonl")
     tasks.add_argument("--per-prompt", type=int, default=geneval.PER_PROMPT)
     tasks.add_argument("--summary", type=Path, help="the scorer's results.jsonl; prints the table only")
 
     prompts = commands.add_parser("dpg", help="images for DPG-Bench's scorer, and a table of its results")
-    _add_sampling(prompts, required=False)
+    add_generation_arguments(prompts, required=False)
     prompts.add_argument("--prompts", type=Path, help="the official prompts: a folder or tar of .txt files")
     prompts.add_argument("--summary", type=Path, help="the scorer's result file; prints the table only")
-
-
-def _add_sampling(parser: argparse.ArgumentParser, *, required: bool) -> None:
-    parser.add_argument("--checkpoint", type=Path, required=required, help="step folder, or a run's folder")
-    parser.add_argument("--out", type=Path, required=required)
-    parser.add_argument("--size", help="side in pixels, or HEIGHTxWIDTH; default: the last stage's")
-    parser.add_argument("--batch", type=positive_int, default=32, help="images per batch in each process")
-    parser.add_argument("--text-encoder", help="its folder, if it has moved since training")
-    add_sampler_arguments(parser)
-    parser.add_argument("--compute", choices=get_args(Compute), help="default: a GPU as in training, a CPU fp32")
-    parser.add_argument("--compile", action="store_true", help="compile the transformer blocks")
-    parser.add_argument("--cuda-graphs", action="store_true", help="replay the model as CUDA graphs; needs a GPU")
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
@@ -97,14 +85,7 @@ class _Job(NamedTuple):
 
     def load(self) -> GenerateFn:
         """The checkpoint's generator with all options set."""
-        generator, _, _ = load_generator(
-            self.args.checkpoint,
-            text_encoder=self.args.text_encoder,
-            device=self.device,
-            compile=self.args.compile,
-            cuda_graphs=self.args.cuda_graphs,
-            compute=self.settings["compute"],
-        )
+        generator = generator_of(self.args, self.args.checkpoint, self.settings, self.device)
         sampler = SamplerConfig(**self.settings["sampler"])
         return partial(generator.images, size=self.size, sampler=sampler, batch=self.args.batch)
 
@@ -116,23 +97,9 @@ def _job(args: argparse.Namespace, conditions: Literal["classes", "prompts"]) ->
         raise ConfigError(
             f"--checkpoint {args.checkpoint}: {args.benchmark} needs {conditions}, not {cfg.model.kind}"
         )
-    side = cfg.stages[-1].resolution
-    height, width = parse_size(args.size) if args.size else (side, side)
-    try:
-        check_size((height, width), cfg.model.patch_size)
-    except ValueError as error:
-        raise ConfigError(f"--size: {error}") from error
     env = read_environment(os.environ)
     device = choose_device("auto", env.local_rank)
-    settings = {
-        "benchmark": args.benchmark,
-        "height": height,
-        "width": width,
-        "sampler": dataclasses.asdict(sampler_of(cfg.samples.sampler, args)),
-        "compute": args.compute or sampling_compute(cfg, device),
-        "checkpoint_step": meta.step,
-        "checkpoint_digest": meta.parameter_digest,
-    }
+    settings = {"benchmark": args.benchmark, **generation_settings(args, cfg, meta, device)}
     return _Job(args, settings, cfg.model.num_classes, env.rank == 0, device)
 
 

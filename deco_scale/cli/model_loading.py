@@ -54,13 +54,38 @@ def load_generator(
     """
     path, cfg, meta = read_checkpoint(checkpoint)
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    generator = build_generator(
+        load_denoiser(cfg, path).to(device),
+        cfg,
+        meta,
+        text_encoder=text_encoder,
+        compile=compile,
+        cuda_graphs=cuda_graphs,
+        tp=tp,
+        compute=compute,
+    )
+    return generator, cfg, meta
+
+
+def build_generator(
+    denoiser: Denoiser,
+    cfg: RunConfig,
+    meta: CheckpointMeta,
+    *,
+    text_encoder: str | None = None,
+    compile: bool = False,
+    cuda_graphs: bool = False,
+    tp: DeviceMesh | None = None,
+    compute: Compute | None = None,
+) -> ImageGenerator:
+    """:func:`load_generator` with a denoiser that is loaded, on its device."""
+    device = next(denoiser.parameters()).device
     if tp is not None and tp.size() > 1 and cuda_graphs:
         raise ConfigError(
             "CUDA graphs need the full model on each GPU: use either CUDA graphs or tensor parallelism"
         )
     if tp is not None:
         check_tp(cfg.model, tp.size())
-    denoiser = load_denoiser(cfg, path).to(device)
     precision = PrecisionConfig(compute=compute or sampling_compute(cfg, device))
     predict, shard = _predictor(denoiser, precision, device, compile=compile, tp=tp)
     velocity = velocity_of(
@@ -72,7 +97,7 @@ def load_generator(
         except ValueError as error:
             raise ConfigError(str(error)) from error
     encode, null = _conditions(cfg, text_encoder, device, shard)
-    generator = ImageGenerator(
+    return ImageGenerator(
         velocity,
         cfg.model,
         encode=encode,
@@ -81,7 +106,6 @@ def load_generator(
         digest=meta.parameter_digest,
         step=meta.step,
     )
-    return generator, cfg, meta
 
 
 def sampling_compute(cfg: RunConfig, device: torch.device) -> Compute:

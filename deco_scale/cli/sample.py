@@ -63,13 +63,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Writes images as PNG, each with a JSON line in pictures.jsonl. Run the same command again to resume. "
         "Run it under torchrun or deepspeed to share the images between processes."
     )
-    parser.add_argument("--checkpoint", type=Path, required=True, help="step folder, or a run's folder")
+    add_generation_arguments(parser)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", action="append", help="may be given several times")
     source.add_argument("--prompts", type=Path, help="a file with one prompt per line")
     source.add_argument("--classes", help="class numbers, such as 0-9,17")
     parser.add_argument("--negative", default="", help="what to avoid, in place of the empty prompt")
-    parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--per-prompt", type=positive_int, default=1, help="images of each prompt or class")
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument(
@@ -79,20 +78,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="prompt",
         help="count seeds within each prompt (as evaluations do), or over all images",
     )
-    parser.add_argument("--size", help="side in pixels, or HEIGHTxWIDTH; default: the last stage's")
-    parser.add_argument("--batch", type=positive_int, default=32, help="images per batch in each process")
-    parser.add_argument("--text-encoder", help="its folder, if it has moved since training")
-    add_sampler_arguments(parser)
     parser.add_argument(
         "--tp", type=positive_int, default=1, help="processes that share the model (tensor parallelism)"
     )
+
+
+def add_generation_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """Options for generating a folder of images from a checkpoint; :func:`generation_settings` reads them."""
+    parser.add_argument("--checkpoint", type=Path, required=required, help="step folder, or a run's folder")
+    parser.add_argument("--out", type=Path, required=required)
+    parser.add_argument("--size", help="side in pixels, or HEIGHTxWIDTH; default: the last stage's")
+    parser.add_argument("--batch", type=positive_int, default=32, help="images per batch in each process")
+    parser.add_argument("--text-encoder", help="its folder, if it has moved since training")
     parser.add_argument("--compute", choices=get_args(Compute), help="default: a GPU as in training, a CPU fp32")
     parser.add_argument("--compile", action="store_true", help="compile the transformer blocks")
     parser.add_argument("--cuda-graphs", action="store_true", help="replay the model as CUDA graphs; needs a GPU")
-
-
-def add_sampler_arguments(parser: argparse.ArgumentParser) -> None:
-    """An option for each field of :class:`SamplerConfig`; :func:`sampler_of` reads them."""
     text = "default: the run's samples.sampler"
     parser.add_argument("--solver", choices=get_args(Solver), help=text)
     for field in dataclasses.fields(SamplerConfig):
@@ -138,12 +138,10 @@ def run(args: argparse.Namespace, console: Console) -> int:
         raise ConfigError(f"--tp {args.tp} must divide the number of processes, {env.world_size}")
     path, cfg, meta = read_checkpoint(args.checkpoint)
     check_tp(cfg.model, args.tp)
-    size = parse_size(args.size) if args.size else (cfg.stages[-1].resolution,) * 2
     device = choose_device("auto", env.local_rank)
-    settings = _settings(args, cfg, meta, size, device)
+    settings = generation_settings(args, cfg, meta, device)
     images = _images(args, cfg, settings)
     try:
-        check_size(size, cfg.model.patch_size)
         check_requests((image.request for image in images), cfg.model)
     except ValueError as error:
         raise ConfigError(str(error)) from error
@@ -184,16 +182,8 @@ def _sample(
         if done and first:
             print_line(console, f"{len(done)} of {len(images)} images exist in {args.out}: skipping them")
         if pending:
-            generator, _, _ = raise_together(
-                lambda: load_generator(
-                    checkpoint,
-                    text_encoder=args.text_encoder,
-                    device=worker.device,
-                    compile=args.compile,
-                    cuda_graphs=args.cuda_graphs,
-                    tp=worker.tp,
-                    compute=settings["compute"],
-                )
+            generator = raise_together(
+                lambda: generator_of(args, checkpoint, settings, worker.device, tp=worker.tp)
             )
 
             def generate() -> None:
@@ -237,13 +227,41 @@ def _generate(
                 folder.save(image.record, pixels)
 
 
-def _settings(
-    args: argparse.Namespace, cfg: RunConfig, meta: CheckpointMeta, size: tuple[int, int], device: torch.device
+def generator_of(
+    args: argparse.Namespace,
+    checkpoint: Path,
+    settings: Record,
+    device: torch.device,
+    tp: DeviceMesh | None = None,
+) -> ImageGenerator:
+    """The checkpoint's generator with the command line's options."""
+    generator, _, _ = load_generator(
+        checkpoint,
+        text_encoder=args.text_encoder,
+        device=device,
+        compile=args.compile,
+        cuda_graphs=args.cuda_graphs,
+        tp=tp,
+        compute=settings["compute"],
+    )
+    return generator
+
+
+def generation_settings(
+    args: argparse.Namespace, cfg: RunConfig, meta: CheckpointMeta, device: torch.device
 ) -> Record:
-    """Settings that all images of a folder share; with the request they determine an image."""
+    """Settings that all images of a folder share; with the request they determine an image.
+
+    Raises :class:`ConfigError` for an impossible size or sampler.
+    """
+    height, width = parse_size(args.size) if args.size else (cfg.stages[-1].resolution,) * 2
+    try:
+        check_size((height, width), cfg.model.patch_size)
+    except ValueError as error:
+        raise ConfigError(f"--size: {error}") from error
     return {
-        "height": size[0],
-        "width": size[1],
+        "height": height,
+        "width": width,
         "sampler": dataclasses.asdict(sampler_of(cfg.samples.sampler, args)),
         "compute": args.compute or sampling_compute(cfg, device),
         "checkpoint_step": meta.step,

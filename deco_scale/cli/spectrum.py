@@ -6,7 +6,6 @@
 """
 
 import argparse
-import dataclasses
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +20,7 @@ from data_pipeline.decode import DecodeError, decode
 from data_pipeline.errors import Reject
 from data_pipeline.pack.readers import read_source
 from data_pipeline.stream.loader import Loader
-from deco_scale.cli.model_loading import load_denoiser, read_checkpoint, sampling_compute
+from deco_scale.cli.model_loading import build_generator, load_denoiser, read_checkpoint
 from deco_scale.config import RunConfig
 from deco_scale.errors import ConfigError
 from deco_scale.evaluation.spectrum import (
@@ -35,11 +34,8 @@ from deco_scale.evaluation.spectrum import (
     probe_samples,
     write_csv,
 )
-from deco_scale.models import Denoiser
-from deco_scale.models.encoders import TextEncoder, load_text_encoder
-from deco_scale.precision.config import PrecisionConfig, autocast
-from deco_scale.sampling import SamplerConfig, VelocityFn, time_grid
-from deco_scale.sampling.images import seeded_noise, velocity_of
+from deco_scale.sampling import ImageGenerator, SamplerConfig, time_grid
+from deco_scale.sampling.images import seeded_noise
 from deco_scale.sampling.prompts import read_prompts
 
 DATA_TIMES = tuple((i + 0.5) / 10 for i in range(10))
@@ -52,15 +48,6 @@ class _Inputs(NamedTuple):
 
     images: Any
     conditions: list[str] | list[int]
-
-
-class _Model(NamedTuple):
-    """A checkpoint's denoiser, its velocity, its text encoder (None for class models) and its null condition."""
-
-    denoiser: Denoiser
-    velocity: VelocityFn
-    encoder: TextEncoder | None
-    null: Tensor
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -97,18 +84,20 @@ def run(args: argparse.Namespace, console: Console) -> int:
     spectra: dict[str, Spectrum] = {}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for label, checkpoint in zip(labels, args.checkpoint, strict=True):
-        path, cfg, _ = read_checkpoint(checkpoint)
+        path, cfg, meta = read_checkpoint(checkpoint)
         size = _size(args, cfg)
         inputs = _inputs(args, cfg, size)
-        model = _load(path, cfg, args.text_encoder, device)
+        denoiser = load_denoiser(cfg, path).to(device)
+        text_encoder = args.text_encoder if cfg.model.kind == "t2i_deco" else None
+        generator = build_generator(denoiser, cfg, meta, text_encoder=text_encoder)
         with (
             progress_bar(console, label, len(inputs.conditions)) as update,
-            SpectrumProbe(model.denoiser, model.velocity, times=times) as probe,
+            SpectrumProbe(denoiser, generator.velocity, times=times) as probe,
         ):
             for start in range(0, len(inputs.conditions), args.batch):
-                image, noise, condition = _batch(model, inputs, start, args, size)
+                image, noise, condition = _batch(generator, inputs, start, args, size)
                 if image is None:
-                    probe_samples(probe, noise, condition, model.null, sampler=sampler)
+                    probe_samples(probe, noise, condition, generator.null, sampler=sampler)
                 else:
                     probe_images(probe, image, noise, condition, times=times)
                 update(completed=start + len(noise))
@@ -121,34 +110,18 @@ def run(args: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-def _load(path: Path, cfg: RunConfig, text_encoder: str | None, device: torch.device) -> _Model:
-    denoiser = load_denoiser(cfg, path).to(device)
-    precision = PrecisionConfig(compute=sampling_compute(cfg, device))
-    encoder = _text_encoder(cfg, text_encoder, device)
-    null = torch.tensor(cfg.model.num_classes, device=device) if encoder is None else encoder.null.to(device)
-
-    def predict(patches: Tensor, t: Tensor, condition: Tensor, grid: tuple[int, int]) -> Tensor:
-        with autocast(precision, device):
-            return denoiser(patches, t, condition, grid=grid).prediction_BNK
-
-    velocity = velocity_of(
-        predict, cfg.model.patch_size, prediction=cfg.objective.prediction, t_eps=cfg.objective.t_eps
-    )
-    return _Model(denoiser, velocity, encoder, null)
-
-
 def _batch(
-    model: _Model, inputs: _Inputs, start: int, args: argparse.Namespace, size: int
+    generator: ImageGenerator, inputs: _Inputs, start: int, args: argparse.Namespace, size: int
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """Images in [-1, 1] (if given), noise and conditions of the batch that starts at ``start``."""
     part = inputs.conditions[start : start + args.batch]
-    device = model.null.device
+    device = generator.device
     seeds = range(args.seed + start, args.seed + start + len(part))
-    noise = seeded_noise(seeds, (model.denoiser.cfg.channels, size, size)).to(device)
-    if model.encoder is None:
-        condition = torch.tensor(part, device=device)
+    noise = seeded_noise(seeds, (generator.model.channels, size, size)).to(device)
+    if generator.kind == "t2i_deco":
+        condition = generator.encode([str(text) for text in part])
     else:
-        condition = model.encoder.encode([str(text) for text in part])
+        condition = torch.tensor(part, device=device)
     if inputs.images is None:
         return None, noise, condition
     pixels = torch.from_numpy(inputs.images[start : start + len(part)]).to(device)
@@ -215,15 +188,6 @@ def _check_labels(labels: list[int], cfg: RunConfig, source: str) -> list[int]:
     if unknown:
         raise ConfigError(f"{source} has class {unknown[0]}, the model has 0 to {cfg.model.num_classes - 1}")
     return labels
-
-
-def _text_encoder(cfg: RunConfig, given: str | None, device: torch.device) -> TextEncoder | None:
-    """The run's text encoder, None for class models."""
-    if cfg.model.kind != "t2i_deco":
-        return None
-    assert cfg.text_encoder is not None
-    settings = dataclasses.replace(cfg.text_encoder, path=given or cfg.text_encoder.path)
-    return load_text_encoder(settings, cfg.model.text_dim, device)
 
 
 def _labels(args: argparse.Namespace) -> list[str]:

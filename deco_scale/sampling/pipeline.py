@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -20,8 +21,8 @@ from deco_scale.models.config import TextEncoderConfig
 from deco_scale.models.encoders import load_text_encoder
 from deco_scale.objectives.config import Prediction
 from deco_scale.sampling.config import SamplerConfig
-from deco_scale.sampling.generate import EncodeFn
-from deco_scale.sampling.images import generate_images, velocity_of
+from deco_scale.sampling.generate import EncodeFn, ImageGenerator, SampleRequest
+from deco_scale.sampling.images import velocity_of
 
 _WEIGHTS = "diffusion_pytorch_model"
 
@@ -46,9 +47,15 @@ class DecoPipeline:
     ) -> None:
         self.denoiser = denoiser.to(device).eval().requires_grad_(False)
         self.sampler, self.resolution = sampler, resolution
-        self._encode, self._device = encode, device
-        patch_size = denoiser.cfg.patch_size
-        self._velocity = velocity_of(self._predict, patch_size, prediction=prediction, t_eps=t_eps)
+        self._encode_text, cfg = encode, denoiser.cfg
+        is_text = cfg.kind == "t2i_deco"
+        self._generator = ImageGenerator(
+            velocity_of(self._predict, cfg.patch_size, prediction=prediction, t_eps=t_eps),
+            cfg,
+            encode=self._encode if is_text else None,
+            null=self._encode([""])[0] if is_text else torch.tensor(cfg.num_classes),
+            device=device,
+        )
 
     @classmethod
     def from_pretrained(
@@ -118,47 +125,29 @@ class DecoPipeline:
         ``seeds`` are one per image (default: 0, 1, ...); ``size`` is (height, width) in pixels. Raises
         :class:`PipelineError` for conditions of the wrong kind, counts that differ, or an impossible size.
         """
-        cfg = self.denoiser.cfg
         if not conditions:
             raise PipelineError("no prompt or class given")
         seeds = range(len(conditions)) if seeds is None else seeds
-        if len(seeds) != len(conditions) or batch < 1:
-            raise PipelineError(f"{len(conditions)} conditions with {len(seeds)} seeds, in batches of {batch}")
+        if len(seeds) != len(conditions):
+            raise PipelineError(f"{len(conditions)} conditions with {len(seeds)} seeds")
+        items: Sequence[str | int] = conditions
+        requests = [SampleRequest(item, seed=seed) for item, seed in zip(items, seeds, strict=True)]
         size = size or (self.resolution, self.resolution)
         try:
-            cfg.grid(*size)
+            images = self._generator.images(requests, size=size, sampler=sampler or self.sampler, batch=batch)
         except ValueError as error:
             raise PipelineError(str(error)) from error
-        embeddings, null = self._conditions(conditions)
-        return generate_images(
-            self._velocity,
-            embeddings,
-            null,
-            seeds,
-            size=size,
-            cfg=sampler or self.sampler,
-            batch=batch,
-            channels=cfg.channels,
-        )
+        return np.stack([pixels for _, pixels in images])
 
-    def _conditions(self, conditions: Sequence[str] | Sequence[int]) -> tuple[Tensor, Tensor]:
-        cfg = self.denoiser.cfg
-        if self._encode is not None:
-            prompts = [c for c in conditions if isinstance(c, str)]
-            if len(prompts) < len(conditions):
-                raise PipelineError(f"a {cfg.kind} model takes prompts, not class numbers")
-            embeddings = self._encode(["", *prompts]).to(self._device).float()
-            expected = (len(prompts) + 1, cfg.text_tokens, cfg.text_dim)
-            if tuple(embeddings.shape) != expected:
-                raise PipelineError(
-                    f"text embeddings have shape {tuple(embeddings.shape)}, the model needs {expected}"
-                )
-            return embeddings[1:], embeddings[0]
-        labels = [c for c in conditions if isinstance(c, int) and 0 <= c < cfg.num_classes]
-        if len(labels) < len(conditions):
-            raise PipelineError(f"a {cfg.kind} model takes class numbers from 0 to {cfg.num_classes - 1}")
-        on_device = torch.tensor(labels, device=self._device)
-        return on_device, torch.tensor(cfg.num_classes, device=self._device)
+    def _encode(self, texts: Sequence[str]) -> Tensor:
+        assert self._encode_text is not None
+        embeddings, cfg = self._encode_text(texts), self.denoiser.cfg
+        expected = (len(texts), cfg.text_tokens, cfg.text_dim)
+        if tuple(embeddings.shape) != expected:
+            raise PipelineError(
+                f"text embeddings have shape {tuple(embeddings.shape)}, the model needs {expected}"
+            )
+        return embeddings
 
     def _predict(self, patches: Tensor, t: Tensor, condition: Tensor, grid: tuple[int, int]) -> Tensor:
         dtype = self.denoiser.patch_embed.weight.dtype

@@ -52,7 +52,7 @@ def test_the_pipeline_draws_classes(tmp_path: Path) -> None:
     for conditions in (["a cat"], [5], [-1], []):
         with pytest.raises(PipelineError):
             pipeline(conditions)
-    with pytest.raises(PipelineError, match="not a multiple"):
+    with pytest.raises(PipelineError, match="positive multiples of 4"):
         pipeline([1], size=(9, 8))
 
 
