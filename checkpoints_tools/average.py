@@ -1,15 +1,14 @@
 """Averages of checkpoints: plain, weighted, or an EMA of another width made after the fact.
 
-**Width.** A power-function EMA (Karras et al. 2024, arXiv 2312.02696) averages the weights of steps t up to T
-with the profile p(t) = (g + 1) t^g / T^(g + 1), whose standard deviation is sigma * T, with
-sigma^2 = (g + 1) / ((g + 2)^2 (g + 3)). Our checkpoints hold one EMA of constant decay b: that of step T_i
-averages with q_i(t) = l exp(-l (T_i - t)), l = -ln b, and leaves exp(-l T_i) on the initial weights. The average
-asked for is approximated by sum c_i EMA_i, sum c_i = 1, as that paper's post-hoc EMA does with power functions in
-place of exponentials. The paper takes the c_i whose profile is nearest in least squares; here it is the
-cumulative profile, P(t) = (t / T)^(g + 1) against Q_i(t) = exp(-l max(T_i - t, 0)), because our single width
-leaves the profile itself a saw-tooth between kept steps. Where steps move the weights independently of one
-another, integral (sum c_i Q_i - P)^2 dt is the expected squared distance from the average asked for, up to a
-factor.
+**Width.** A power-function EMA (Karras et al. 2024, arXiv 2312.02696) averages the weights of steps t up to T with
+the profile p(t) = (g + 1) t^g / T^(g + 1), whose standard deviation is sigma * T, with sigma^2 = (g + 1) / ((g +
+2)^2 (g + 3)). Our checkpoints hold one EMA of constant decay b: that of step T_i averages with q_i(t) = l exp(-l
+(T_i - t)), l = -ln b, and leaves exp(-l T_i) on the initial weights. The average asked for is approximated by sum
+c_i EMA_i, sum c_i = 1, as that paper's post-hoc EMA does with power functions in place of exponentials. The paper
+fits the profile by least squares; we fit the cumulative profile, P(t) = (t / T)^(g + 1) against Q_i(t) = exp(-l
+max(T_i - t, 0)), because our single width leaves the profile itself a saw-tooth between kept steps. Where steps
+move the weights independently of one another, integral (sum c_i Q_i - P)^2 dt is the expected squared distance
+from the average asked for, up to a factor.
 
 **Limits.** Only the EMAs of the given checkpoints are there: the steps between kept checkpoints must not be many
 times the EMA's own width 1/l, and no average narrower than it can be made. What is lost,
@@ -131,7 +130,7 @@ def average(
 ) -> CheckpointMeta:
     """Write the weighted sum of weights, EMA and REPA head (summed in float64, stored in fp32), without moments.
 
-    The run's place and configuration are those of the last source, which must be canonical; ``only_ema`` takes
+    Progress and configuration are those of the last source, which must be canonical; ``only_ema`` takes
     weights and REPA head from it unchanged as well.
     """
     last = sources[-1]
@@ -153,7 +152,7 @@ def average(
 
 
 def weighted_sum(sources: Sequence[CheckpointReader], shares: Sequence[float], name: str) -> Tensor:
-    """One tensor's weighted sum in fp32; beside it, one piece of :data:`PIECE_ELEMENTS` in float64 is held."""
+    """One tensor's weighted sum in fp32, computed in float64 on pieces of :data:`PIECE_ELEMENTS`."""
     spec = sources[0].specs[name]
     out = torch.empty(spec.shape)
     for rows in pieces(spec, max_elements=PIECE_ELEMENTS):

@@ -1,21 +1,22 @@
 """The ``deco-ckpt`` command: inspect, verify, diff, import, export, reshard, average.
 
-Exit codes: 0 done, 1 the check found something or the disk refused, 2 wrong use or an unreadable checkpoint.
+Exit codes: 0 done, 1 a check failed or the disk cannot be written, 2 wrong use or an unreadable checkpoint.
 """
 
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 
 from checkpoints_tools.average import average, check_alike, fit_width, shares_of
-from checkpoints_tools.base import SETS, Advance, CheckpointReader, TensorSpec, refuse_existing
-from checkpoints_tools.export_weights import Weights, export_checkpoint, plan_export
+from checkpoints_tools.base import SETS, CheckpointReader, TensorSpec, refuse_existing
+from checkpoints_tools.convert import Weights, export_checkpoint, import_checkpoint, plan_export, plan_import
 from checkpoints_tools.formats.zero.writer import ZeroLayout
-from checkpoints_tools.import_weights import import_checkpoint, plan_import
 from checkpoints_tools.memory_budget import use_large_pages
 from checkpoints_tools.registry import open_checkpoint
 from checkpoints_tools.reshard import add_arguments, plan_reshard
@@ -33,7 +34,7 @@ from data_pipeline.console import (
     progress_bar,
 )
 from data_pipeline.text import human_bytes
-from deco_scale.checkpoint.format import CheckpointMeta, verify
+from deco_scale.checkpoint.format import verify
 from deco_scale.config import load_config
 from deco_scale.errors import ConfigError, RunError
 
@@ -198,15 +199,8 @@ def _import(args: argparse.Namespace, console: Console) -> int:
     print_line(
         console, f"{source.model.kind}: {len(plan.specs):,} tensors, {human_bytes(size)} in fp32, to {args.target}"
     )
-    return _write(
-        args,
-        console,
-        "importing",
-        len(plan.specs),
-        lambda advance: import_checkpoint(
-            source, plan, args.target, files=args.files, workers=args.workers, advance=advance
-        ),
-    )
+    write = partial(import_checkpoint, source, plan, args.target, files=args.files, workers=args.workers)
+    return _write(args, console, "importing", len(plan.specs), write)
 
 
 def _export(args: argparse.Namespace, console: Console) -> int:
@@ -220,15 +214,8 @@ def _export(args: argparse.Namespace, console: Console) -> int:
     print_line(
         console, f"{len(plan.specs):,} tensors, {human_bytes(plan.nbytes)} in {args.dtype}, to {args.target}"
     )
-    return _write(
-        args,
-        console,
-        "exporting",
-        len(plan.specs),
-        lambda advance: export_checkpoint(
-            plan, args.target, max_shard_bytes=args.max_shard_bytes, advance=advance
-        ),
-    )
+    write = partial(export_checkpoint, plan, args.target, max_shard_bytes=args.max_shard_bytes)
+    return _write(args, console, "exporting", len(plan.specs), write)
 
 
 def _reshard(args: argparse.Namespace, console: Console) -> int:
@@ -245,7 +232,7 @@ def _reshard(args: argparse.Namespace, console: Console) -> int:
     )  # fmt: skip
     for line in plan.lines:
         print_line(console, line)
-    return _write(args, console, "resharding", plan.count, lambda advance: plan.write(args.target, advance))
+    return _write(args, console, "resharding", plan.count, partial(plan.write, args.target))
 
 
 def _average(args: argparse.Namespace, console: Console) -> int:
@@ -280,35 +267,17 @@ def _average(args: argparse.Namespace, console: Console) -> int:
     for source, share in zip(sources, shares, strict=True):
         print_line(console, f"{share:+.6f}  {source.path}")
     count = sum(n.startswith(("model.", "ema.")) for n in sources[-1].specs)
-    return _write(
-        args,
-        console,
-        "averaging",
-        count,
-        lambda advance: average(
-            sources,
-            shares,
-            args.target,
-            only_ema=args.ema_width is not None,
-            files=args.files,
-            workers=args.workers,
-            advance=advance,
-        ),
-    )
+    options = {"only_ema": args.ema_width is not None, "files": args.files, "workers": args.workers}
+    write = partial(average, sources, shares, args.target, **options)
+    return _write(args, console, "averaging", count, write)
 
 
-def _write(
-    args: argparse.Namespace,
-    console: Console,
-    title: str,
-    count: int,
-    write: Callable[[Advance], CheckpointMeta | None],
-) -> int:
+def _write(args: argparse.Namespace, console: Console, title: str, count: int, write: Callable[..., Any]) -> int:
     """Run a planned write of ``count`` tensors under a progress bar, unless it is a dry run."""
     if args.dry_run:
         return 0
     with progress_bar(console, title, count) as advance:
-        meta = write(advance)
+        meta = write(advance=advance)
     digest = f", parameter digest {meta.parameter_digest}" if meta is not None else ""
     print_line(console, f"wrote {args.target}{digest}")
     return 0

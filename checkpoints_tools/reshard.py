@@ -4,19 +4,20 @@ import dataclasses
 import json
 from argparse import ArgumentParser
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
 
 from checkpoints_tools.base import EMA, MODEL, Advance, CheckpointReader, TensorSpec, new_folder
+from checkpoints_tools.convert import bare_config
 from checkpoints_tools.formats.canonical import CanonicalReader, write_canonical
 from checkpoints_tools.formats.universal import UniversalReader, write_universal
 from checkpoints_tools.formats.zero.layout import partitions, sub_groups, tp_shape
 from checkpoints_tools.formats.zero.reader import ZeroReader
 from checkpoints_tools.formats.zero.side_file import CARRIED, write_side
 from checkpoints_tools.formats.zero.writer import ZeroLayout, check_zero, parameter_order, write_zero
-from checkpoints_tools.import_weights import bare_config
 from checkpoints_tools.memory_budget import peak_bytes
 from data_pipeline.storage.files import make_durable, write_durably
 from deco_scale.checkpoint.format import CheckpointMeta
@@ -35,17 +36,21 @@ _MAX_PIECE = 2**23
 _UNITS = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
 
-Write = Callable[[Path, Advance], None]
-"""Writes what was planned to a folder."""
+Write = Callable[..., object]
+"""Writes to a new folder; called as ``write(folder, advance=advance)``."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Reshard:
-    """A planned conversion: ``lines`` describe it, ``write`` does it, ``count`` is the number of tensors."""
+    """A planned conversion: ``lines`` describe it, ``count`` is the number of tensors to report."""
 
     lines: tuple[str, ...]
     count: int
-    write: Write
+    run: Write
+
+    def write(self, target: Path, advance: Advance) -> None:
+        """Convert to the new folder ``target``."""
+        self.run(target, advance=advance)
 
 
 def add_arguments(parser: ArgumentParser, *, workers: int) -> None:
@@ -111,43 +116,31 @@ def plan_reshard(
         lines.append("there are no optimizer moments")
     total = sum(spec.numel for spec in view.specs.values()) * _ELEMENT
     lines.append(f"{source.format}: {len(view.specs):,} tensors, {total / 2**20:,.1f} MiB in fp32, to {to}")
+    run: Write
     if layout is not None:
         check_zero(source.model, layout)
         lines += _files_of(source, layout)
-        run = _deepspeed_writer(view, meta, layout, workers, memory)
+        piece = _piece_elements(view, workers, memory)
+        fill = partial(write_zero, source=view, meta=meta, layout=layout, workers=workers, piece_elements=piece)
+        run = partial(_write_tag, view=view, meta=meta, pointer="latest", fill=fill)
     else:
         largest = max(peak_bytes(spec) for spec in view.specs.values())
         if largest > memory:
             raise ConfigError(f"--memory {memory}: the largest tensor needs {largest} bytes")
-        run = _universal_writer(view, meta, workers, memory)
         if to == "canonical":
-            lines.append(f"{files or DEFAULT_FILES} tensor files")
-            run = _canonical_writer(view, meta, files or DEFAULT_FILES, workers, memory)
+            files = files or DEFAULT_FILES
+            lines.append(f"{files} tensor files")
+            specs = {n: TensorSpec(s.shape) for n, s in view.specs.items()}
+            run = partial(write_canonical, specs=specs, read=view.read, meta=meta, files=files)
+            run = partial(run, workers=workers, memory=memory)
+        else:
+            fill = partial(write_universal, source=view, meta=meta, workers=workers, memory=memory)
+            run = partial(_write_tag, view=view, meta=meta, pointer="latest_universal", fill=fill)
     return Reshard(tuple(lines), len(view.specs), run)
 
 
-def _canonical_writer(
-    view: CheckpointReader, meta: CheckpointMeta, files: int, workers: int, memory: int
-) -> Write:
-    def write(target: Path, advance: Advance) -> None:
-        specs = {n: TensorSpec(s.shape) for n, s in view.specs.items()}
-        write_canonical(
-            target, specs, view.read, meta, files=files, workers=workers, memory=memory, advance=advance
-        )
-
-    return write
-
-
-def _universal_writer(view: CheckpointReader, meta: CheckpointMeta, workers: int, memory: int) -> Write:
-    def fill(folder: Path, advance: Advance) -> None:
-        write_universal(folder, view, meta, workers=workers, memory=memory, advance=advance)
-
-    return _tag_writer(view, meta, "latest_universal", fill)
-
-
-def _deepspeed_writer(
-    view: CheckpointReader, meta: CheckpointMeta, layout: ZeroLayout, workers: int, memory: int
-) -> Write:
+def _piece_elements(view: CheckpointReader, workers: int, memory: int) -> int:
+    """Elements of a tensor that each worker of DeepSpeed's writer may have in memory."""
     piece = min(_MAX_PIECE, memory // (_COPIES * _ELEMENT * workers))
     widest_row = max(s.numel // max(1, s.shape[0]) if s.shape else 1 for s in view.specs.values())
     # The side file is written tensor by tensor.
@@ -155,26 +148,20 @@ def _deepspeed_writer(
     if piece < widest_row or largest * _ELEMENT * _COPIES > memory:
         needed = _ELEMENT * _COPIES * max(widest_row * workers, largest)
         raise ConfigError(f"--memory {memory}: rows of tensors and the largest one of the EMA need {needed} bytes")
-
-    def fill(folder: Path, advance: Advance) -> None:
-        write_zero(folder, view, meta, layout, workers=workers, piece_elements=piece, advance=advance)
-
-    return _tag_writer(view, meta, "latest", fill)
+    return piece
 
 
-def _tag_writer(view: CheckpointReader, meta: CheckpointMeta, pointer: str, fill: Write) -> Write:
-    """Writes a folder with a tag's folder in it, which ``fill`` fills, and the file that names the tag."""
-
-    def write(target: Path, advance: Advance) -> None:
-        with new_folder(target) as temporary:
-            folder = temporary / f"global_step{meta.step}"
-            folder.mkdir()
-            fill(folder, advance)
-            write_side(folder, view, _side_names(view), meta, advance)
-            make_durable(folder)
-            write_durably(temporary / pointer, folder.name.encode())
-
-    return write
+def _write_tag(
+    target: Path, *, view: CheckpointReader, meta: CheckpointMeta, pointer: str, fill: Write, advance: Advance
+) -> None:
+    """Write a folder with a tag's folder in it, which ``fill`` fills, and the file that names the tag."""
+    with new_folder(target) as temporary:
+        folder = temporary / f"global_step{meta.step}"
+        folder.mkdir()
+        fill(folder, advance=advance)
+        write_side(folder, view, _side_names(view), meta, advance)
+        make_durable(folder)
+        write_durably(temporary / pointer, folder.name.encode())
 
 
 def _with_ema(source: CheckpointReader, *, from_model: bool) -> CheckpointReader:

@@ -12,7 +12,7 @@ from data_pipeline.text import human_bytes, shape_text
 
 
 def facts_table(source: CheckpointReader) -> Table:
-    """Format, place in the run, sizes, files."""
+    """Format, progress of the run, sizes, files."""
     table = Table("quantity", "value", title=cell(str(source.path)))
     for name, value in _rows(source):
         table.add_row(name, cell(value))

@@ -1,4 +1,4 @@
-"""Numbers about tensors, a bounded piece at a time: what ``inspect`` shows and what ``diff`` compares."""
+"""Statistics and differences of tensors, computed in bounded pieces, for ``inspect`` and ``diff``."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from torch import Tensor
 from checkpoints_tools.base import CheckpointReader, pieces
 
 PIECE_ELEMENTS = 4 * 2**20
-"""Elements that are held in float64 at a time."""
+"""Elements that are in memory in float64 at a time."""
 
 
 @dataclass(frozen=True, slots=True)

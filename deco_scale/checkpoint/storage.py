@@ -299,7 +299,7 @@ def _metrics(text: bytes) -> Mapping[str, float]:
 
 @contextmanager
 def _try_exclusive_lock(path: Path) -> Iterator[bool]:
-    """Whether nobody reads the file; within the context nobody begins to."""
+    """Lock the file against readers; False if somebody is reading it."""
     with path.open("rb+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -99,7 +99,7 @@ def model_progress(content: Any, file: Path) -> tuple[int, int, int]:
 
 
 def single_progress(progress: Mapping[tuple[int, int, int], Path], folder: Path) -> tuple[int, int, int]:
-    """The one progress that all model-states files (a file by what it says) agree on; refuses mixed steps."""
+    """The one progress that all model-states files agree on, given a file by progress; refuses mixed steps."""
     if not progress:
         raise ConfigError(f"{folder} has no *_model_states.pt file, which holds the run's progress")
     if len(progress) > 1:

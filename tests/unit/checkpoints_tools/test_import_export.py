@@ -17,10 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from checkpoints_tools import cli
 from checkpoints_tools.base import EMA, MODEL
-from checkpoints_tools.export_weights import export_checkpoint, plan_export
+from checkpoints_tools.convert import export_checkpoint, import_checkpoint, plan_export, plan_import
 from checkpoints_tools.formats import release
 from checkpoints_tools.formats.canonical import CanonicalReader
-from checkpoints_tools.import_weights import import_checkpoint, plan_import
 from checkpoints_tools.infer_config import denoiser_shapes, infer_model, release_shapes
 from checkpoints_tools.registry import open_checkpoint
 from deco_scale.checkpoint.format import read_meta, read_tensors, verify
