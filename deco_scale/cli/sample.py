@@ -27,7 +27,7 @@ from deco_scale.sampling import SamplerConfig
 from deco_scale.sampling.config import Solver
 from deco_scale.sampling.generate import ImageGenerator, SampleRequest, check_requests, check_size
 from deco_scale.sampling.images import save_grid
-from deco_scale.sampling.output_dir import ImageFolder, Record
+from deco_scale.sampling.output_dir import LINES, ImageFolder, Record
 from deco_scale.sampling.prompts import read_prompts
 
 MAX_GRID_IMAGES = 400
@@ -60,7 +60,7 @@ class _Worker(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Writes images as PNG, each with a JSON line in pictures.jsonl. Run the same command again to resume. "
+        f"Writes images as PNG, each with a JSON line in {LINES}. Run the same command again to resume. "
         "Run it under torchrun or deepspeed to share the images between processes."
     )
     add_generation_arguments(parser)

@@ -100,7 +100,7 @@ class DemoService:
         return images
 
     def _settings(self, sample: SampleRequest, request: ImageRequest, sampler: SamplerConfig) -> dict[str, Any]:
-        """As in a line of ``pictures.jsonl`` of ``deco sample``."""
+        """As in the JSON lines of ``deco sample``."""
         return {
             "file": f"{sample.index:04d}_{sample.seed}.png",
             "prompt" if self.is_text else "class": sample.condition,

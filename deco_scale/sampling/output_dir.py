@@ -2,7 +2,7 @@
 
 ``deco sample`` writes each image as a PNG, then a JSON line that says how it was generated; an image is complete
 once it has both. While sampling, each process appends to its own file of lines; at the end, or at the start of the
-next command, they are merged into ``pictures.jsonl``.
+next command, they are merged into :data:`LINES`.
 """
 
 import fcntl
@@ -22,8 +22,8 @@ from deco_scale.errors import ConfigError, RunError
 
 SETTINGS = "settings.json"
 LINES = "pictures.jsonl"
-_PARTS = "pictures.part*.jsonl"
-_LOCK = ".pictures.lock"
+_PARTS = LINES.replace(".jsonl", ".part*.jsonl")
+_LOCK = f".{LINES.replace('jsonl', 'lock')}"
 
 Record = dict[str, Any]
 """One JSON line: ``file``, the request, and the settings that all images of a folder share."""
@@ -79,7 +79,7 @@ class ImageFolder:
 
     def __init__(self, folder: Path, *, rank: int) -> None:
         self.path = folder
-        self._lines = folder / f"pictures.part{rank:05d}.jsonl"
+        self._lines = folder / _PARTS.replace("*", f"{rank:05d}")
 
     @contextmanager
     def locked(self) -> Iterator[None]:

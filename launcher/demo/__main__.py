@@ -28,6 +28,7 @@ from data_pipeline.decode import centre_crop
 from data_pipeline.errors import DataError
 from data_pipeline.storage.dev_server import running_server
 from deco_scale.config import load_config
+from deco_scale.sampling.output_dir import LINES
 from launcher.demo.colour_classifier import fit_colour_classifier
 from launcher.demo.dataset import SUBJECTS, TEMPLATES, crops, write_demo_folder
 
@@ -112,8 +113,8 @@ def _evaluate(out: Path, environment: dict[str, str], console: Console) -> dict[
         prompt_file = folder.with_suffix(".txt")
         prompt_file.write_text("\n".join(prompts) + "\n", encoding="utf-8")
         sample = [sys.executable, "-m", "deco_scale.cli.main", "sample", "--checkpoint", out, "--out", folder]
-        _run([*sample, "--prompts", prompt_file, "--first-seed", HELD_OUT_SEED, "--seeds", "picture"], environment)
-        records = map(json.loads, (folder / "pictures.jsonl").read_text(encoding="utf-8").splitlines())
+        _run([*sample, "--prompts", prompt_file, "--first-seed", HELD_OUT_SEED, "--seeds", "image"], environment)
+        records = map(json.loads, (folder / LINES).read_text(encoding="utf-8").splitlines())
         samples = np.stack([np.asarray(Image.open(folder / record["file"])) for record in records])
         right = classifier.predict(samples) == subjects
         results[name] = {
