@@ -107,7 +107,7 @@ class AnomalyDetector:
         return found
 
     def apply_policy(self, anomalies: Iterable[Anomaly], at_step: int, samples: int) -> None:
-        """Raise :class:`RunError` or :class:`RollbackRequested` where the policy says so; the run is at ``at_step``."""
+        """Raise :class:`RunError` or :class:`RollbackRequested` where the policy says so."""
         for anomaly in anomalies:
             self._apply(anomaly, at_step, samples)
 
@@ -126,5 +126,6 @@ class AnomalyDetector:
         if anomaly.consecutive >= self._limit:
             raise RunError(
                 f"step {anomaly.step}: {why} in {anomaly.consecutive} steps in a row "
-                f"(run.max_bad_steps={self._limit}); weights are as before them. Lower the learning rate, or look at the data of these steps"
+                f"(run.max_bad_steps={self._limit}); weights are "
+                "as before them. Lower the learning rate, or look at the data of these steps"
             )

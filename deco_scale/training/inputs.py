@@ -36,7 +36,7 @@ class Batch(Protocol):
 
     @property
     def text_embeddings(self) -> "Sequence[np.ndarray[Any, np.dtype[np.uint16]]] | Tensor | None":
-        """Text embeddings where they were computed before: (tokens, T) of each caption as bfloat16 bits, or packed."""
+        """Precomputed text embeddings: (tokens, T) of each caption as bfloat16 bits, or packed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +64,8 @@ def split(batch: Batch, parts: int) -> Iterator[Batch]:
 def packed_text_embeddings(embeddings: Sequence[Any], shape: Sequence[int], *, pin: bool = False) -> Tensor:
     """Text embeddings ``(B, L, T)`` in bfloat16 from their bits (tokens, T) each; zero behind the last token.
 
-    ``shape`` is (L, T); ``pin`` page-locks the memory, which needs CUDA. Raises :class:`RunError` for embeddings of
-    another width or too many tokens.
+    ``shape`` is (L, T); ``pin`` page-locks the memory, which needs CUDA. Raises :class:`RunError` for embeddings
+    of another width or too many tokens.
     """
     length, width = shape
     packed = torch.zeros(len(embeddings), length, width, dtype=torch.bfloat16, pin_memory=pin)

@@ -51,9 +51,10 @@ class RankComputeTimer:
     """Seconds that a rank's own linear layers took in a forward pass, without waiting for other ranks.
 
     In synchronous training every rank reports the same step time, even if only one is slow; this does not. Engines
-    gather weights before a module's own hooks run, so the time between these is this device's work. With ``whole_blocks``
-    (compiled ones, whose insides must stay free of hooks) blocks are timed instead: under ZeRO-3 and Megatron's
-    layers that includes waiting for others. Nothing is measured but between :meth:`start` and :meth:`stop`.
+    gather weights before a module's own hooks run, so the time between these is this device's work. With
+    ``whole_blocks`` (compiled ones, whose insides must stay free of hooks) blocks are timed instead: under ZeRO-3
+    and Megatron's layers that includes waiting for others. Nothing is measured but between :meth:`start` and
+    :meth:`stop`.
     """
 
     def __init__(self, blocks: Sequence[nn.Module], device: torch.device, *, whole_blocks: bool) -> None:

@@ -8,8 +8,8 @@ class WatchdogConfig:
     """How long a rank may be without progress before the job is ended; ``timeout_s`` 0 turns the watchdog off.
 
     ``timeout_s`` is for a step (and a wait for data), ``slow_timeout_s`` for what may take long: start-up, a
-    stage's first step, checkpoints, pictures and evaluation. Shorter than ``data.deadline_s``, it ends a run whose
-    object store is away before the data do.
+    stage's first step, checkpoints, sample images and evaluation. Shorter than ``data.deadline_s``, it ends a run
+    whose object store is away before the data do.
     """
 
     timeout_s: float = 600.0
