@@ -118,34 +118,34 @@ def register_secret(value: str) -> None:
 
 def _secrets(environment: Mapping[str, str] | None) -> tuple[str, ...]:
     """All strings to remove, as the environment is now; computed once for each set of values."""
-    whole = set() if environment is not None else set(_registered)
-    parts: set[str] = set()
+    values = set() if environment is not None else set(_registered)
+    fragments: set[str] = set()
     for name, value in (os.environ if environment is None else environment).items():
         if is_secret_name(name):
-            whole.add(value)
+            values.add(value)
         elif "://" in value:
-            parts.update(_url_secrets(value))
-    return _spellings(frozenset(whole), frozenset(parts))
+            fragments.update(_url_secrets(value))
+    return _spellings(frozenset(values), frozenset(fragments))
 
 
 @lru_cache(maxsize=16)
-def _spellings(whole: frozenset[str], parts: frozenset[str]) -> tuple[str, ...]:
-    """All encodings of the values and of parts of URLs, the longest first."""
+def _spellings(values: frozenset[str], fragments: frozenset[str]) -> tuple[str, ...]:
+    """All encodings of the values and of fragments of URLs, the longest first."""
     # Libraries mention a URL's path and query without its host.
-    paths = {value.partition("://")[2].partition("/")[2] for value in whole if "://" in value}
-    found = {form for value in whole | paths for form in _encodings(value) if len(form) >= _MIN_CHARS}
-    parts = parts.union(*map(_url_secrets, whole))
-    found |= {form for part in parts for form in _encodings(part) if len(form) >= _MIN_CHARS_IN_URL}
-    return tuple(sorted((form for form in found if form not in REMOVED), key=len, reverse=True))
+    paths = {value.partition("://")[2].partition("/")[2] for value in values if "://" in value}
+    forms = {form for value in values | paths for form in _encodings(value) if len(form) >= _MIN_CHARS}
+    fragments = fragments.union(*map(_url_secrets, values))
+    forms |= {form for part in fragments for form in _encodings(part) if len(form) >= _MIN_CHARS_IN_URL}
+    return tuple(sorted((form for form in forms if form not in REMOVED), key=len, reverse=True))
 
 
 def _url_secrets(url: str) -> set[str]:
     """Secret parts of a URL: its password (or user, where there is none), values of secret names in its query."""
-    found = _query_secrets(url)
+    secrets = _query_secrets(url)
     if match := re.search(r"://([^/\s]*)@", url):
         user, _, password = match[1].partition(":")
-        found |= {password or user, unquote(password or user)}
-    return found
+        secrets |= {password or user, unquote(password or user)}
+    return secrets
 
 
 def _query_secrets(url: str) -> set[str]:
@@ -157,13 +157,13 @@ def _query_secrets(url: str) -> set[str]:
 
 def _encodings(value: str) -> set[str]:
     """The value, its long lines, and both escaped, percent-encoded and in base64."""
-    found = {value, value.strip(), *(line for line in value.splitlines() if len(line) >= _MIN_CHARS_REFUSED)}
-    for text in list(found):
+    forms = {value, value.strip(), *(line for line in value.splitlines() if len(line) >= _MIN_CHARS_REFUSED)}
+    for text in list(forms):
         raw = text.encode("utf-8", "surrogatepass")
         percent = {quote(raw, safe=""), quote(raw), quote_plus(raw)}
-        found |= {repr(text)[1:-1], json.dumps(text)[1:-1], text.replace("'", "''"), *_base64_forms(raw)}
-        found |= percent | {re.sub(r"%..", lambda m: m[0].lower(), form) for form in percent}
-    return found
+        forms |= {repr(text)[1:-1], json.dumps(text)[1:-1], text.replace("'", "''"), *_base64_forms(raw)}
+        forms |= percent | {re.sub(r"%..", lambda m: m[0].lower(), form) for form in percent}
+    return forms
 
 
 def _base64_forms(raw: bytes) -> Iterator[str]:

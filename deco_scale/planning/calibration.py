@@ -77,7 +77,7 @@ def read_results(folder: Path) -> tuple[list[Measured], int]:
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
             if not isinstance(raw, dict):
-                raise ValueError(f"expected an object, found {type(raw).__name__}")
+                raise ValueError(f"expected an object, not {type(raw).__name__}")
             if raw.get("kind") != "throughput":
                 skipped += 1
                 continue

@@ -56,7 +56,7 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """Of the whole recipe."""
+        """Of all stages."""
         return sum(f.step_s * f.stage.steps for f in self.stages)
 
     @property
@@ -108,7 +108,7 @@ def plan_as_configured(
 def fastest_micro_batches(
     work: Workload, stages: Iterable[StageConfig], parallel: ParallelConfig, device: Device, *, gpus: int
 ) -> Plan | None:
-    """The plan with the fastest micro-batch of each stage that fits, or the one that needs least where none fits.
+    """The plan with the fastest micro-batch of each stage that fits, or the smallest where none fits.
 
     None where a global batch does not divide over the ranks.
     """

@@ -1,10 +1,10 @@
 """Goodput of a run whose processes fail: closed forms, the best interval between checkpoints, and a simulation.
 
-The model. Faults arrive with exponential gaps of mean M (``mtbf_s``, of the whole job) and end the work at once.
+The model. Faults arrive with exponential gaps of mean M (``mtbf_s``, of the job) and stop the work at once.
 Then, and at the beginning, ``restart_s`` pass (a fault in them begins them anew) and the job goes on from the
-last complete checkpoint. Work is cut into equal segments of ``interval_s``; each ends with a save that holds the
-job up for ``stall_s`` and is complete ``checkpoint_s`` after it began; the rest runs beside the next segment, so a
-fault in that time falls back by one segment more. A segment waits where the save before it has not ended. After
+last complete checkpoint. Work is cut into equal segments of ``interval_s``; each ends with a save that blocks
+the job for ``stall_s`` and is complete ``checkpoint_s`` after its start; the rest overlaps the next segment, so a
+fault in that time costs one segment more. A segment waits where the save before it has not ended. After
 the last one the job waits for its save.
 
 With s the length of a segment with its stall, R the restart and L = checkpoint_s - stall_s, memorylessness gives
@@ -101,7 +101,7 @@ def segments_of(work_s: float, interval_s: float) -> int:
 
 
 def expected_s(faults: Faults, work_s: float, segments: int) -> float:
-    """Mean wall-clock seconds of the whole run, exact in the model; inf where it is beyond a float."""
+    """Mean wall-clock seconds of the run, exact in the model; inf where it is beyond a float."""
     mtbf, lag = faults.mtbf_s, faults.lag_s
     segment = faults.segment_s(work_s / segments)
     try:

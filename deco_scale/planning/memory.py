@@ -30,24 +30,24 @@ def state_by_part(engine: str, zero_stage: int) -> dict[str, tuple[int, int]]:
     and shards, stage by stage: masters, moments and average (1), gradients (2), weights (3). fsdp and ZeRO-3
     are measured by ``tests/distributed/test_memory.py``; the others follow from their definition.
     """
-    cut, whole = (1, 0), (0, 1)
+    sharded, full = (1, 0), (0, 1)
     if engine == "fsdp":
-        return {"weights": cut, "gradients": cut, "moments": (2, 0), "average": cut}
+        return {"weights": sharded, "gradients": sharded, "moments": (2, 0), "average": sharded}
     if zero_stage == 0:
-        return {"weights": whole, "gradients": whole, "moments": (0, 2), "average": whole}
+        return {"weights": full, "gradients": full, "moments": (0, 2), "average": full}
     return {
-        "weights": cut if zero_stage == 3 else whole,
-        "masters": cut,
-        "gradients": cut if zero_stage >= 2 else whole,
+        "weights": sharded if zero_stage == 3 else full,
+        "masters": sharded,
+        "gradients": sharded if zero_stage >= 2 else full,
         "moments": (2, 0),
-        "average": cut,
+        "average": sharded,
     }
 
 
 def state_copies(engine: str, zero_stage: int) -> tuple[int, int]:
     """Copies of a rank's dp shard, and of its full tp shard, summed over :func:`state_by_part`."""
     parts = state_by_part(engine, zero_stage).values()
-    return sum(cut for cut, _ in parts), sum(whole for _, whole in parts)
+    return sum(sharded for sharded, _ in parts), sum(full for _, full in parts)
 
 
 CHUNK_FIXED, CHUNK_BLOCK = 4.2, 9.06
@@ -75,7 +75,7 @@ def block_saved(work: Workload, *, tokens: int, context: int, tp: int) -> float:
     if lean:
         before, texts = 3 * a, 2 * r * a
     else:
-        # fp32 needs no cast: the fused projection's result itself is kept.
+        # fp32 needs no cast: the fused projection's result itself is saved.
         casts = 3 * a if a == FP32 else 2 * FP32 + (0 if context else 3 * a)
         before = casts + 2 * normed
         texts = r * (2 * a + FP32 if a == FP32 else 2 * FP32)
@@ -89,16 +89,16 @@ def block_kept(work: Workload, *, tokens: int, context: int, tp: int, mode: Acti
     if mode == "none":
         return block_saved(work, tokens=tokens, context=context, tp=tp)
     a, dim = work.compute_bytes, work.model.dim
-    kept = tokens * dim * a / tp
+    saved = tokens * dim * a / tp
     if mode == "selective":
         hidden = work.model.mlp_hidden_dim / dim
         # Results of qkv, attention, projection, gate, up and down, and of the text's keys and values.
-        kept += tokens * dim * a * (6 + 2 * hidden + 2 * context / tokens) / tp
-    return kept
+        saved += tokens * dim * a * (6 + 2 * hidden + 2 * context / tokens) / tp
+    return saved
 
 
 def outside_saved(work: Workload, *, resolution: int, tp: int) -> dict[str, float]:
-    """Bytes of one image that are kept outside of the blocks, by part."""
+    """Bytes of one image that are saved outside of the blocks, by part."""
     a, model = work.compute_bytes, work.model
     mixed = a != FP32
     rows, cols = model.grid(resolution, resolution)
@@ -138,32 +138,32 @@ class RankElements:
 
 @lru_cache(maxsize=512)
 def rank_elements(model: ModelConfig, dims: ParallelDims, persistent: int) -> RankElements:
-    """Counts for a mesh; ``persistent`` is ZeRO-3's limit below which a weight stays whole."""
+    """Counts for a mesh; ``persistent`` is ZeRO-3's limit below which a weight is not sharded."""
     units: dict[str, int] = {}
-    whole = cut = root = largest = of_linears = kept = 0
+    full = sharded = root = largest = of_linears = unsharded = 0
     linears = weights_of_linears(model)
     for row in layout_rows(model, dims):
         count = row.tp_numel
-        whole, cut = whole + count, cut + row.local_bytes // FP32
+        full, sharded = full + count, sharded + row.local_bytes // FP32
         largest = max(largest, count)
         of_linears += count if row.name in linears else 0
-        kept += count if count <= persistent else 0
+        unsharded += count if count <= persistent else 0
         if row.name.startswith(UNITS):
             unit = "decoder" if row.name.startswith("decoder.") else ".".join(row.name.split(".")[:2])
             units[unit] = units.get(unit, 0) + count
         else:
             root += count
-    return RankElements(whole, cut, root, max(units.values()), largest, of_linears, kept)
+    return RankElements(full, sharded, root, max(units.values()), largest, of_linears, unsharded)
 
 
 def state_bytes(work: Workload, parallel: ParallelConfig, dims: ParallelDims) -> dict[str, float]:
     """fp32 weights, masters, gradients, moments and average of a rank; the REPA head has no average."""
     elements, head = rank_elements(work.model, dims, work.persistent), work.repa_parameters
-    head_cut = head / (dims.dp_shard if parallel.engine == "fsdp" else dims.dp)
+    head_sharded = head / (dims.dp_shard if parallel.engine == "fsdp" else dims.dp)
     parts = {}
-    for part, (cut, whole) in state_by_part(parallel.engine, parallel.zero_stage).items():
-        count: float = cut * elements.sharded + whole * elements.full
-        parts[part] = FP32 * (count + (cut * head_cut + whole * head if part != "average" else 0))
+    for part, (sharded, full) in state_by_part(parallel.engine, parallel.zero_stage).items():
+        count: float = sharded * elements.sharded + full * elements.full
+        parts[part] = FP32 * (count + (sharded * head_sharded + full * head if part != "average" else 0))
     return parts
 
 
@@ -171,7 +171,7 @@ def working_bytes(step: TrainStep) -> float:
     """Gathered or cast weights, and buffers of the engine's reductions.
 
     fsdp: the root stays gathered, one unit computes while the next arrives, one unit's gradient is reduced in
-    fp32; before the last micro-batch gradients are kept whole. DeepSpeed: its buckets, one for each number
+    fp32; before the last micro-batch gradients are not sharded. DeepSpeed: its buckets, one for each number
     format; ZeRO-0 to 2 keep bf16 copies of the linears' weights between the passes, ZeRO-3 gathers ahead.
     """
     work, stage, a = step.work, step.parallel.zero_stage, step.work.compute_bytes
@@ -195,9 +195,9 @@ def activation_bytes(step: TrainStep, *, kind: str) -> dict[str, float]:
     """Of a micro-batch: kept by blocks and outside, and what backward needs for a moment."""
     work, images, tp = step.work, step.micro_batch, step.dims.tp
     model, mode, tokens = work.model, step.parallel.activation_checkpointing, step.tokens
-    kept = model.num_blocks * block_kept(work, tokens=tokens, context=model.text_tokens, tp=tp, mode=mode)
+    saved = model.num_blocks * block_kept(work, tokens=tokens, context=model.text_tokens, tp=tp, mode=mode)
     if model.num_text_blocks:
-        kept += model.num_text_blocks * block_kept(work, tokens=model.text_tokens, context=0, tp=tp, mode=mode)
+        saved += model.num_text_blocks * block_kept(work, tokens=model.text_tokens, context=0, tp=tp, mode=mode)
     # Gradients of gate, up and their product; with recomputation a block's activations as well.
     moment = 3.0 * work.compute_bytes * tokens * model.mlp_hidden_dim / tp
     if step.recomputes:
@@ -206,7 +206,7 @@ def activation_bytes(step: TrainStep, *, kind: str) -> dict[str, float]:
     pixels = 0.0 if work.fused else min(CHUNK_PIXELS[kind], images * step.resolution**2 / tp)
     chunk = pixels * model.decoder_width * work.compute_bytes * (CHUNK_FIXED + CHUNK_BLOCK * model.decoder_blocks)
     outside = outside_saved(work, resolution=step.resolution, tp=tp)
-    per_image = {"blocks": kept, **outside}
+    per_image = {"blocks": saved, **outside}
     return {**{name: images * size for name, size in per_image.items()}, "moment": max(images * moment, chunk)}
 
 

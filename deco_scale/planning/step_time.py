@@ -104,7 +104,7 @@ def operations(work: Workload, *, recomputed: bool) -> int:
 RECOMPUTED = ("linears", "attention", "modulation")
 """Parts of the FLOPs that full activation checkpointing computes once more."""
 REPLICATED = ("modulation",)
-"""Parts of the FLOPs that every tp rank computes whole; all else is spread over tokens, heads or hidden units."""
+"""Parts of the FLOPs that every tp rank computes in full; the rest is split over tokens, heads or hidden units."""
 
 
 def compute_seconds(step: TrainStep, device: Device) -> dict[str, float]:

@@ -50,8 +50,8 @@ def max_checkpoints(cfg: RunConfig) -> tuple[int, int]:
     every = steps // settings.keep_every if settings.keep_every else 0
     best = settings.keep_best.count if settings.keep_best is not None else 0
     exports = steps // settings.ema_every if settings.ema_every else 0
-    kept = 0 if settings.url is not None else settings.keep_last + every + best + 1
-    return min(kept + 1, -(-steps // settings.every)), exports + len(settings.ema_steps)
+    retained = 0 if settings.url is not None else settings.keep_last + every + best + 1
+    return min(retained + 1, -(-steps // settings.every)), exports + len(settings.ema_steps)
 
 
 def check_storage(

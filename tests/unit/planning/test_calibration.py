@@ -82,7 +82,7 @@ def test_a_cpu_file_is_predicted_by_its_own_ceilings(tmp_path: Path) -> None:
     ("content", "said"),
     [
         ("{", "Expecting property name"),
-        ("[1]", "expected an object, found list"),
+        ("[1]", "expected an object, not list"),
         ({k: v for k, v in _result().items() if k != "step_s"}, "'step_s' is missing"),
         (_result(step_s=0), "step_s=0 must be a positive number"),
         (_result(step_s="fast"), "step_s='fast'"),
