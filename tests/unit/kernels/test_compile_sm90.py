@@ -32,10 +32,10 @@ def table() -> dict[str, Any]:
 def launched_kernels() -> set[str]:
     """Module and name of whatever the product launches: ``kernel[grid](...)``."""
     found = set()
-    for path in (ROOT / "deco_scale" / "kernels").glob("*_triton.py"):
+    for path in (ROOT / "deco_scale" / "kernels" / "triton").glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
-                found.add(f"{path.stem.removesuffix('_triton')} {ast.unparse(node.func.value).strip('_')}")
+                found.add(f"{path.stem} {ast.unparse(node.func.value).strip('_')}")
     return found
 
 
