@@ -35,7 +35,7 @@ from deco_scale.planning.parameters import layout_rows
 from deco_scale.precision.fp8_plan import BatchShape, plan_fp8, precision_rows
 from deco_scale.precision.recipe import CHIPS, planned_machine, resolve_fp8
 
-RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 
 GIB = 2**30
 
