@@ -38,6 +38,7 @@ def test_wheel_has_the_four_packages_with_all_modules_and_data_files(wheel: zipf
     assert any(name.endswith(".html.j2") for name in installed)
 
 
+@pytest.mark.slow
 def test_commands_of_the_wheel_print_their_help_in_another_folder(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
     wheel.extractall(tmp_path / "site")
     scripts = ConfigParser()

@@ -31,6 +31,7 @@ def test_a_cell_is_the_same_every_time_and_depends_on_its_seed(work: Path) -> No
     assert all(cells[0][name] != cells[2][name] for name in ("frechet", "heldout", "train_loss"))
 
 
+@pytest.mark.slow
 def test_finished_cells_are_not_trained_again(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = (ablation.QUICK, ["baseline", "deco"], [0], work, QUIET)
     first = ablation.run_cells(*arguments, processes=1)

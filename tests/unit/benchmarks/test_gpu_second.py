@@ -130,6 +130,7 @@ def test_a_failure_is_in_the_log_before_the_tests_end(tmp_path: Path) -> None:
     assert "call of test_it.py::test_wrong failed" in text
 
 
+@pytest.mark.slow
 def test_gpu_tests_are_collected_without_an_s3_client() -> None:
     code = (
         "import sys; sys.modules['boto3'] = sys.modules['botocore'] = None; import pytest; "
@@ -196,6 +197,7 @@ def test_fp8_fails_for_each_backend_by_itself(
     assert ("torchao" in parts(where)) == (far["torchao"] == 1e-3)
 
 
+@pytest.mark.slow
 def test_engines_give_the_same_trace(tmp_path: Path) -> None:
     found = in_a_process("benchmarks.gpu.parity:engines", tmp_path)
     assert found["status"] == "pass", found
@@ -248,6 +250,7 @@ class TestHostTime:
         found = gpu_host_time.host_time(where, engine="fsdp")
         self.check(found.numbers, parts(where))
 
+    @pytest.mark.slow
     def test_zero3_has_the_same_figures(self, tmp_path: Path) -> None:
         found = in_a_process("benchmarks.gpu.host_time:host_time", tmp_path, engine="zero3")
         assert found["status"] == "pass", found

@@ -215,6 +215,7 @@ def test_whatever_a_timed_job_compiles_is_compiled_before(device: str) -> None:
                 assert (*(job.options[name] for name in names), variant["micro_batch"]) in ahead
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["none", "fsdp"])
 def test_graphs_of_the_warm_up_are_those_of_the_steps(
     engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, group: None

@@ -91,6 +91,7 @@ def first_call(folder: Path, *names: str) -> tuple[dict[str, Any], str]:
     return whole, done.stdout
 
 
+@pytest.mark.slow
 def test_first_call_without_git_and_boto3(tmp_path: Path) -> None:
     whole, printed = first_call(tmp_path, "gemm")
     assert whole["commit"] == "abc1234" and whole["kind"] == "gpu_suite_first" and whole["device"] == "cpu"

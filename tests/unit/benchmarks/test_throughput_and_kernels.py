@@ -199,6 +199,7 @@ def check_throughput(folder: Path, world: int) -> None:
     assert ModelConfig(**result["model"]).dim == 48
 
 
+@pytest.mark.slow
 def test_throughput_of_the_real_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         # Set, so that what the launcher sets is undone.
@@ -233,6 +234,7 @@ def test_digest_names_the_configuration_and_wrong_use_is_refused(
     assert ended.value.code == 2
 
 
+@pytest.mark.slow
 def test_kernels_against_twins(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--device", "cpu", "--repeats", "1", "--batch", "1", "--no-compiled", *CEILINGS]
     assert kernels.main(["--config", str(config_file(tmp_path)), *options, "--out", str(tmp_path)]) == 0

@@ -5,6 +5,7 @@ import resource
 from pathlib import Path
 from typing import cast
 
+import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load, load_file
@@ -23,6 +24,8 @@ from deco_scale.parallel.engines.base import Engine
 from tests.support.crash import PlainEngine, meta_of
 from tests.support.process_groups import in_group
 from tests.support.saving import alone, make
+
+pytestmark = pytest.mark.slow
 
 SHARDED = {"a": (7, 6), "b": (5, 8), "c": (3,), "d": (2, 4)}
 

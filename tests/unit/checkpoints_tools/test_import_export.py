@@ -87,6 +87,7 @@ def test_goldens_come_back_bit_for_bit(name: str, tmp_path: Path) -> None:
     assert stored == model_config_from_release(golden["kind"], golden["model"])
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(model=models(), encoder_dim=st.integers(0, 3), files=st.integers(1, 3), seed=st.integers(0, 99))
 def test_canonical_to_release_and_back(

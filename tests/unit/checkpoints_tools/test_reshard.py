@@ -91,6 +91,7 @@ def cases(draw: st.DrawFn) -> tuple[ModelConfig, ZeroLayout, int | None, bool]:
     return ModelConfig(kind=kind, **sizes), layout, head, draw(st.booleans())
 
 
+@pytest.mark.slow
 @settings(max_examples=8, deadline=None)
 @given(cases())
 def test_any_layout_and_back(case: tuple[ModelConfig, ZeroLayout, int | None, bool]) -> None:

@@ -147,6 +147,7 @@ def assert_same_image(a: Path, b: Path) -> None:
     assert np.abs(first - second).max() <= 1
 
 
+@pytest.mark.slow
 def test_two_processes_draw_the_same(whole: Path, material: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     in_group(draw_on_each, 2, tmp_path, str(material), str(tmp_path / "out"))

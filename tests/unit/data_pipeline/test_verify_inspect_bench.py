@@ -114,6 +114,7 @@ def test_verify_reads_in_pieces_of_any_size(packed: Path, monkeypatch: pytest.Mo
         assert not report.problems and report.decoded == 12
 
 
+@pytest.mark.slow
 def test_inspect_draws_both_figures(packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["index", str(packed), "--score", "aesthetic", "width", "absent"]) == 0
     figures = tmp_path / "figures"
@@ -209,6 +210,7 @@ def test_an_index_without_usable_samples_fails_and_names_all_problems(
     assert "none of the samples is usable" in captured.err
 
 
+@pytest.mark.slow
 def test_the_same_over_s3(s3_environment: Any, tmp_path: Path) -> None:
     s3_environment.create_bucket("tools")
     source = files_form(tmp_path / "source", 9)

@@ -173,6 +173,7 @@ def test_a_sheet_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         in_training.save_image_grid(drawn, tmp_path / "file" / "below", 3)
 
 
+@pytest.mark.slow
 def test_missing_scoring_models_are_named(tmp_path: Path) -> None:
     device = torch.device("cpu")
     (tmp_path / "clip").mkdir()

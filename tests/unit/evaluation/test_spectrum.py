@@ -189,6 +189,7 @@ def test_two_class_models_that_sample(
         assert min(figure.size) > 500 and len(figure.convert("RGB").getcolors(2**24)) > 50
 
 
+@pytest.mark.slow
 def test_a_text_model_on_images(
     checkpoints: dict[str, Path], shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -217,6 +218,7 @@ def test_a_text_model_on_images(
     assert "gives 3 of --images 9" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_indexed_shards_are_read_by_the_loader(shards: Path, text_encoder: Path, tmp_path: Path) -> None:
     """A text model of patch 4, whose blocks of tokens fit small images; every model sees the same."""
     run = assets.tiny_config(tmp_path / "run", shards, text_encoder)

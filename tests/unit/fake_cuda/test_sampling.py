@@ -108,6 +108,7 @@ ENCODERS = {
 """Tokens are made on the host. Nothing is read back, also not whether any token is padding."""
 
 
+@pytest.mark.slow
 def test_frozen_encoders_stay_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import Dinov2Config, Dinov2Model, Qwen3Config, Qwen3Model, masking_utils
 

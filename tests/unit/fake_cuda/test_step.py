@@ -29,6 +29,8 @@ from tests.support.device_check import Call, DeviceCheck
 from tests.support.fake_cuda import fake_cuda, meta_device
 from tests.support.plain_engine import PlainEngine, make_objective
 
+pytestmark = pytest.mark.slow
+
 CONFIG = load_config(CONFIGS / "t2i_xxl.yaml")
 BF16, FP32 = torch.bfloat16, torch.float32
 ENCODER_DIM = 768

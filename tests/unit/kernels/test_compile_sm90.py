@@ -23,6 +23,8 @@ from benchmarks.record import RESULTS, ROOT
 
 REWRITE = "python -m benchmarks.kernels --compile-only --out benchmarks/results"
 
+pytestmark = pytest.mark.slow
+
 
 def table() -> dict[str, Any]:
     versions: dict[str, Any] = json.loads((RESULTS / FILE).read_text())

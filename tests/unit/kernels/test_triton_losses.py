@@ -79,6 +79,7 @@ def test_operator_passes_opcheck() -> None:
     torch.library.opcheck(torch.ops.deco_scale.squared_error_sums.default, args)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("patch_size", [4, 8])
 def test_objective_is_the_same_with_triton_and_torch(patch_size: int) -> None:
     """Patches of 4 pixels hold no whole block: they take the torch formulas, whatever is chosen."""

@@ -105,6 +105,7 @@ def test_kernels_equal_torch_in_float64() -> None:
             assert distance(one, other) < FP32, function
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_rounded_once(dtype: torch.dtype) -> None:
     """Against float64 of the same rounded inputs: only the norm's roundings and that of the result."""

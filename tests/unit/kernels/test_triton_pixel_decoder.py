@@ -21,6 +21,8 @@ from deco_scale.kernels.select import use_kernels
 from deco_scale.models import Denoiser, ModelConfig
 from deco_scale.models.pixel_decoder import PixelDecoder
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("triton", reason="the package triton is not installed")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -31,6 +31,8 @@ from tests.support.assets import tiny_config
 from tests.support.ports import free_port
 from tests.support.process_groups import in_group
 
+pytestmark = pytest.mark.slow
+
 RANKS = [RankInfo(0, 0, "node0"), RankInfo(1, 0, "node1")]
 HALF_A_MINUTE = 30.5
 CPU = torch.device("cpu")

@@ -243,6 +243,7 @@ def made(backend: AttentionTable | str) -> Attention:
 TABLE = AttentionTable("math", ((4, 6, "sdpa"), (9, 11, "flash_torch")))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("dynamo")
 @pytest.mark.parametrize("backend", ["auto", "math", TABLE], ids=["auto", "math", "table"])
 @pytest.mark.parametrize("dynamic", [False, None], ids=["static", "dynamic"])

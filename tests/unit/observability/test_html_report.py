@@ -265,6 +265,7 @@ def _records(path: Path) -> Iterator[Any]:
         at += -at % 32768 if -at % 32768 < 7 else 0
 
 
+@pytest.mark.slow
 def test_both_attempts_are_one_run_in_wandb(tmp_path: Path) -> None:
     config = {"data": {"url": f"s3://user:{SECRETS['password']}@bucket/x"}, "model": {"dim": 192}}
     base = {"loss_flow": 1.0, "grad_norm": 1.0, "images_per_s": 1.0, "data_wait_s": 0.0, "step_s": 1.0}

@@ -220,6 +220,7 @@ def test_bytes_that_a_block_moves(compute: Any, context: int) -> None:
         assert 2 * expected == pytest.approx(counted.bytes, rel=0.04)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("blocks", [1, 3])
 def test_bytes_that_the_torch_decoder_moves(blocks: int) -> None:
     decoder = PixelDecoder(dim=16, width=32, num_blocks=blocks, patch_size=16, channels=3, features="rotary")

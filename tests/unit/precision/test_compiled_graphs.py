@@ -21,6 +21,8 @@ from deco_scale.precision.fp8_plan import BatchShape, Fp8Plan, plan_fp8
 from deco_scale.precision.recipe import Fp8Choice
 from tests.unit.precision.test_transformer_engine import stand_in
 
+pytestmark = pytest.mark.slow
+
 __all__ = ["stand_in"]
 CPU = torch.device("cpu")
 CHOICES = {
