@@ -127,6 +127,7 @@ def _torchao() -> bool:
     return importlib.util.find_spec("torchao") is not None
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_without_a_gpu_nothing_is_claimed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # However busy this machine is.

@@ -56,6 +56,7 @@ def running(pid: int) -> bool:
     return False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fork", [False, True])
 def test_functions_pass_fail_and_are_not_available(tmp_path: Path, fork: bool) -> None:
     jobs = [function("passes", options={"number": 7}), *map(function, ("fails", "lacks", "breaks", "dies"))]
@@ -296,6 +297,7 @@ def test_four(): time.sleep({seconds})
 """
 
 
+@pytest.mark.slow
 def test_a_group_of_tests_runs_to_its_end(tmp_path: Path) -> None:
     path = tmp_path / "test_group.py"
     path.write_text(TESTS.format(seconds=0))

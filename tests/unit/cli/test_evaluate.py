@@ -67,6 +67,7 @@ def whole(material: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_imagenet_file_has_what_sample_draws(whole: Path, material: Path, tmp_path: Path) -> None:
     found = files_of(whole / "imagenet")
     assert found.keys() == {"samples_23x16x16x3.npz", "settings.json"}

@@ -73,6 +73,7 @@ def test_shapes_and_dtypes_that_do_not_fit_are_refused() -> None:
         flow_and_frequency(x.double(), x.double(), *tables(), 8)
 
 
+@pytest.mark.slow
 def test_operator_passes_opcheck() -> None:
     x = torch.randn(2, 3, 192, device=DEVICE, requires_grad=True)
     args = (x, torch.randn(2, 3, 192, device=DEVICE), *tables(), 8)
