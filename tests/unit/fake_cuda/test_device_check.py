@@ -64,7 +64,7 @@ def test_faults_are_reported_with_operator_and_line(fault: str, device: str) -> 
             return
         with pytest.raises(DeviceFault, match=message) as found, DeviceCheck(device):
             layer(x)
-    assert " at unit/test_device_check.py:" in str(found.value) and "lambda x" in str(found.value)
+    assert " at unit/fake_cuda/test_device_check.py:" in str(found.value) and "lambda x" in str(found.value)
 
 
 def test_a_fault_of_the_model_is_reported_with_its_file(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,7 +79,7 @@ def test_a_fault_of_the_model_is_reported_with_its_file(monkeypatch: pytest.Monk
 
 
 def test_non_blocking_copies_are_distinguished_from_blocking_ones() -> None:
-    place = "unit/test_device_check.py:test_non_blocking_copies_are_distinguished_from_blocking_ones"
+    place = "unit/fake_cuda/test_device_check.py:test_non_blocking_copies_are_distinguished_from_blocking_ones"
     with fake_cuda():
         x = torch.empty(4, device="cuda")
         with DeviceCheck("cuda", allowed={place: ("compute", "send", "fetch")}) as check:
