@@ -112,34 +112,30 @@ class Breaking:
 def test_a_broken_off_command_goes_on(
     benchmark: str, whole: Path, material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    load, drawn = evaluate.load_generator, []
+    load, drawn = evaluate.generator_of, []
 
-    def breaking(*args: Any, **options: Any) -> Any:
-        generator, *rest = load(*args, **options)
-        return Breaking(generator), *rest
-
-    monkeypatch.setattr(evaluate, "load_generator", breaking)
+    monkeypatch.setattr(evaluate, "generator_of", lambda *args: Breaking(load(*args)))
     assert deco(arguments(benchmark, material, tmp_path)) == 130
     before = files_of(tmp_path)
     assert len(before) > 1
 
-    def counting(*args: Any, **options: Any) -> Any:
-        generator, *rest = load(*args, **options)
+    def counting(*args: Any) -> Any:
+        generator = load(*args)
         images = generator.images
         generator.images = lambda jobs, **more: drawn.extend(jobs) or images(jobs, **more)
-        return generator, *rest
+        return generator
 
-    monkeypatch.setattr(evaluate, "load_generator", counting)
+    monkeypatch.setattr(evaluate, "generator_of", counting)
     assert deco(arguments(benchmark, material, tmp_path)) == 0
     whole_set = {"imagenet": 23, "geneval": 8, "dpg": 8}[benchmark]
     assert 0 < len(drawn) < whole_set
-    found, wanted = files_of(tmp_path / benchmark), files_of(whole / benchmark)
-    assert found.keys() == wanted.keys() and found["settings.json"] == wanted["settings.json"]
-    for name in found:
+    resumed, expected = files_of(tmp_path / benchmark), files_of(whole / benchmark)
+    assert resumed.keys() == expected.keys() and resumed["settings.json"] == expected["settings.json"]
+    for name in resumed:
         if name.endswith(".png"):
             assert_same_image(tmp_path / benchmark / name, whole / benchmark / name)
     # Nothing is left to do, and no model is loaded for it.
-    monkeypatch.setattr(evaluate, "load_generator", None)
+    monkeypatch.setattr(evaluate, "generator_of", None)
     assert deco(arguments(benchmark, material, tmp_path)) == 0
 
 
