@@ -1,7 +1,7 @@
 """The ``deco`` command. Exit codes: 0 done, 1 failed, 2 wrong use or configuration.
 
-Commands that run on several processes are started by ``torchrun -m deco_scale.cli.main`` or
-``deepspeed --module deco_scale.cli.main``.
+Commands that run on several processes are started by ``torchrun -m deco_scale.cli`` or
+``deepspeed --module deco_scale.cli``.
 """
 
 import argparse

@@ -112,7 +112,7 @@ def _evaluate(out: Path, environment: dict[str, str], console: Console) -> dict[
         folder = out / name.replace(" ", "_")
         prompt_file = folder.with_suffix(".txt")
         prompt_file.write_text("\n".join(prompts) + "\n", encoding="utf-8")
-        sample = [sys.executable, "-m", "deco_scale.cli.main", "sample", "--checkpoint", out, "--out", folder]
+        sample = [sys.executable, "-m", "deco_scale.cli", "sample", "--checkpoint", out, "--out", folder]
         _run([*sample, "--prompts", prompt_file, "--first-seed", HELD_OUT_SEED, "--seeds", "image"], environment)
         records = map(json.loads, (folder / LINES).read_text(encoding="utf-8").splitlines())
         samples = np.stack([np.asarray(Image.open(folder / record["file"])) for record in records])

@@ -77,7 +77,7 @@ def _kill_midway(arguments: list[str], out: Path) -> None:
     """Start a command and kill it when it has finished two images."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [sys.executable, "-m", "deco_scale.cli.main", *arguments],
+        [sys.executable, "-m", "deco_scale.cli", *arguments],
         env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     lines = out / "pictures.part00000.jsonl"
@@ -141,7 +141,7 @@ def test_launchers_share_the_images(drawn: Path, launcher: tuple[str, ...]) -> N
     arguments = command(drawn, launcher[0], "--batch", "4")
     port = ["--master_port", str(free_port())]
     done = subprocess.run(
-        [program, *port, *launcher[1:], "deco_scale.cli.main", *arguments],
+        [program, *port, *launcher[1:], "deco_scale.cli", *arguments],
         env=environment, cwd=ROOT, text=True, capture_output=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
