@@ -7,10 +7,12 @@ checkpoint, to be started again.
 """
 
 import argparse
+import logging
 import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NoReturn
 
@@ -26,6 +28,7 @@ from deco_scale.distributed.signals import StopRequest
 from deco_scale.errors import Stopped
 from deco_scale.observability import redact
 from deco_scale.observability.redact import scrub
+from deco_scale.observability.run_logger import logged_to
 from deco_scale.observability.webhooks import check_webhook
 from deco_scale.training.trainer import Progress
 from deco_scale.watchdog.client import NoWatchdog, Watchdog
@@ -81,7 +84,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     with ExitStatus() as status:
         env = status.env = read_environment(os.environ)
-        cfg = load_config(args.config, args.overrides)
+        # All ranks read the same configuration: its notices are shown once.
+        with logged_to(logging.NullHandler()) if env.rank else nullcontext():
+            cfg = load_config(args.config, args.overrides)
         if args.print_config:
             if env.rank == 0:
                 print(dump_config(cfg), end="")

@@ -165,9 +165,9 @@ class RunLogger:
 
     def close(self) -> None:
         """Draw the curves and end what runs."""
-        if not self._active:
-            return
         with self._open:
+            if not self._active:
+                return
             self._goodput()
             entries = read_metrics(self._folder)
             if entries:

@@ -20,8 +20,11 @@ class Callback:
     def on_train_start(self, trainer: "Trainer") -> None:
         """Weights and progress are in place; the first stage comes next."""
 
+    def on_update_end(self, trainer: "Trainer", step: int) -> None:
+        """After update ``step`` (from 1) and its metrics; part of the step's time, as checks of each step are."""
+
     def on_step_end(self, trainer: "Trainer", step: int) -> None:
-        """After update ``step`` (from 1) and its metrics, before a checkpoint; not part of the step's time."""
+        """After :meth:`on_update_end`, before a checkpoint; not part of the step's time."""
 
     def on_log(self, trainer: "Trainer", metrics: Mapping[str, Any]) -> None:
         """A logged step: the line of ``metrics.jsonl``."""

@@ -308,6 +308,7 @@ class Trainer:
                 if logged:
                     self._log(metrics, result, progress, anomalies.skipped, data.counters)
                 anomalies.apply_policy(found, progress.step, progress.samples)
+                self._call("on_update_end", step)
                 with metrics.excluded():
                     self._call("on_step_end", step)
                     self._save(stage, progress, end=end)

@@ -11,11 +11,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from data_pipeline.errors import DataError
 from deco_scale.checkpoint.async_save import SaveResult
 from deco_scale.config import RunConfig, dump_config
 from deco_scale.distributed.collectives import gather_objects, raise_together
 from deco_scale.distributed.replica_check import ReplicaCheck
-from deco_scale.errors import ReplicaMismatchError, RunError
+from deco_scale.errors import ConfigError, ReplicaMismatchError, RunError
 from deco_scale.evaluation.config import EvaluationConfig
 from deco_scale.evaluation.in_training import (
     EvaluationResult,
@@ -62,9 +63,9 @@ class LogRun(Callback):
             self._log.event("checkpoint" if result.checkpoint else "export", **times)
 
     def on_exception(self, trainer: Trainer, error: BaseException) -> None:
-        # An error without a name is a bug or a lost rank; the watchdog finds out which and records the end.
-        if hasattr(error, "exit_code"):
-            self._log.event("end", reason=str(error), exit_code=error.exit_code)
+        # Any other error is a bug or a lost rank; the watchdog finds out which and records the end.
+        if isinstance(error, ConfigError | RunError | DataError):
+            self._log.event("end", reason=str(error), exit_code=getattr(error, "exit_code", 1))
 
     def on_train_end(self, trainer: Trainer) -> None:
         if trainer.stopped is not None:
@@ -90,7 +91,7 @@ class CheckReplicas(Callback):
     def __init__(self, every: int, hosts: Sequence[str]) -> None:
         self._check = ReplicaCheck(every, hosts)
 
-    def on_step_end(self, trainer: Trainer, step: int) -> None:
+    def on_update_end(self, trainer: Trainer, step: int) -> None:
         try:
             self._check.check(trainer.engine, step)
         except ReplicaMismatchError as error:

@@ -22,7 +22,7 @@ from deco_scale.kernels.select import choose_kernels
 from deco_scale.models.attention.dispatch import check_backend
 from deco_scale.models.encoders import TextEncoder, text_identity
 from deco_scale.models.tp_plan import check_tp
-from deco_scale.observability.run_logger import RunLogger
+from deco_scale.observability.run_logger import RunLogger, logged_to
 from deco_scale.parallel.engines.base import Engine
 from deco_scale.parallel.mesh import ParallelDims, accumulation_steps, resolve_parallel_dims
 from deco_scale.planning.flops import peak_flops, training_flops
@@ -75,8 +75,9 @@ def build_trainer(
             quarantine=folder / "quarantine.jsonl",
             text_identity=raise_together(lambda: _text_identity(cfg)) if precomputed else None,
         )
-        # Fail on bad data before minutes are spent on encoders and engines.
-        first: Loader = open_data(cfg.stages[0], 0)
+        # Fail on bad data before minutes are spent on encoders and engines. Warnings come again, to the run's log.
+        with logged_to(logging.NullHandler()):
+            first: Loader = open_data(cfg.stages[0], 0)
         null_embedding = first.null_text_embedding
         first.close()
     need_text = not precomputed or cfg.samples.every > 0 or cfg.evaluation.every > 0
@@ -117,6 +118,11 @@ def build_trainer(
     )
     hosts = gather_objects(socket.gethostname())
     peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    try:
+        callbacks = _callbacks(cfg, dims, engine, text, device, run_logger, hosts)
+    except BaseException:
+        run_logger.close()
+        raise
     trainer = Trainer(
         settings=cfg.run,
         stages=stages,
@@ -127,7 +133,7 @@ def build_trainer(
         device=device,
         config=plain,
         peak_flops=peak * dist.get_world_size() if peak else None,
-        callbacks=_callbacks(cfg, dims, engine, text, device, run_logger, hosts),
+        callbacks=callbacks,
         encoder_prefetcher=_encoder_prefetcher(cfg, build_inputs, device),
         stop=stop,
         faults=cfg.faults,

@@ -54,7 +54,7 @@ def watched(trainer: Any) -> Any:
     batch = trainer.stages[0].cfg.global_batch
 
     class Record(Callback):
-        def on_step_end(self, trainer: Any, step: int) -> None:
+        def on_update_end(self, trainer: Any, step: int) -> None:
             line = {"attempt": int(os.environ["CHAOS_ATTEMPT"]), "step": step, **recorded.take()}
             os.write(file, json.dumps(line).encode() + b"\n")
 
