@@ -147,7 +147,7 @@ def gemm_dtype(precision: PrecisionConfig) -> torch.dtype:
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or the processor's as Linux tells it."""
+    """The GPU's name, or the processor's as Linux reports it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:

@@ -1,4 +1,4 @@
-"""What every result file says of its origin, and writing it, with a plot where there are bars to show."""
+"""Result files with their origin (date, commit, hardware, versions), and a bar chart if there are bars."""
 
 import datetime
 import json

@@ -1,4 +1,4 @@
-"""The GPU machine's versions on a CPU: what would fail there in its first minute fails here first.
+"""Tests the GPU machine's versions on a CPU, to find incompatibilities before the first GPU run.
 
     make rehearsal      makes the environment of constraints-gpu.txt, then runs this module in it
 

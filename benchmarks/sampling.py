@@ -1,4 +1,4 @@
-"""Throughput of sampling against the loop that one would write first.
+"""Throughput of sampling against a plain loop.
 
     python -m benchmarks.sampling
 

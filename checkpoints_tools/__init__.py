@@ -1,1 +1,1 @@
-"""Conversions between the canonical checkpoint and what others read and write."""
+"""Conversions between the canonical checkpoint and the formats of other programs."""

@@ -1,6 +1,6 @@
 """The ``deco-ckpt`` command: inspect, verify, diff, import, export, reshard, average.
 
-Exit codes: 0 done, 1 a check failed or the disk cannot be written, 2 wrong use or an unreadable checkpoint.
+Exit codes: 0 done, 1 a check failed or the disk cannot be written, 2 wrong usage or an unreadable checkpoint.
 """
 
 import argparse
@@ -66,21 +66,25 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
-    showing = command("inspect", _inspect, "show what a checkpoint holds; 1 if there are NaN in it")
+    showing = command("inspect", _inspect, "show a checkpoint's contents; exit code 1 if it contains NaN")
     showing.add_argument("path", type=Path)
     showing.add_argument("--tensors", action="store_true", help="a line with statistics for each tensor")
     checking = command("verify", _verify, "compare checksums, index and the weights' digest")
     checking.add_argument("path", type=Path)
-    comparing = command("diff", _diff, "compare two checkpoints of any formats; 1 if they differ")
+    comparing = command("diff", _diff, "compare two checkpoints of any formats; exit code 1 if they differ")
     comparing.add_argument("first", type=Path)
     comparing.add_argument("second", type=Path)
     comparing.add_argument("--only", choices=SETS, help="compare one set of tensors")
     comparing.add_argument("--tolerance", type=_not_negative, default=0.0, help="allowed absolute difference")
-    importing = command("import", _import, "make a canonical checkpoint of the release's weights or safetensors")
+    importing = command(
+        "import", _import, "convert the release's weights or safetensors to a canonical checkpoint"
+    )
     importing.add_argument("source", type=Path)
     importing.add_argument("target", type=Path)
-    importing.add_argument("--config", type=Path, help="run configuration to store; its model must fit")
-    importing.add_argument("--resolution", type=positive_int, metavar="PX", help="side that the model draws")
+    importing.add_argument("--config", type=Path, help="run configuration to store; its model must match")
+    importing.add_argument(
+        "--resolution", type=positive_int, metavar="PX", help="side of the images that the model generates"
+    )
     importing.add_argument("--text-encoder", help="folder or hub id of the text encoder")
     _writing(importing)
     exporting = command("export", _export, "write the release's layout, safetensors, or a diffusers-style folder")
@@ -91,10 +95,15 @@ def _parser() -> argparse.ArgumentParser:
         "--weights", choices=("ema", "model", "both"), help="default: both for the release, else ema"
     )
     exporting.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
-    exporting.add_argument("--max-shard-bytes", type=positive_int, metavar="N", help="several safetensors files")
+    exporting.add_argument(
+        "--max-shard-bytes",
+        type=positive_int,
+        metavar="N",
+        help="write several safetensors files of at most N bytes",
+    )
     exporting.add_argument("--dry-run", action="store_true", help="print what would be written")
     resharding = command(
-        "reshard", _reshard, "move between canonical, DeepSpeed's files, and its universal format"
+        "reshard", _reshard, "convert between canonical folders, DeepSpeed's files, and its universal format"
     )
     add_arguments(resharding, workers=default_workers(MAX_WORKERS))
     averaging = command("average", _average, "average canonical checkpoints")
@@ -102,9 +111,17 @@ def _parser() -> argparse.ArgumentParser:
     averaging.add_argument("source", type=Path, nargs="+")
     averaging.add_argument("--weights", type=_numbers, metavar="W1,W2,...", help="default: equal")
     averaging.add_argument(
-        "--ema-width", type=float, metavar="SIGMA", help="EMA of this width, relative to the run"
+        "--ema-width",
+        type=float,
+        metavar="SIGMA",
+        help="compute the EMA of this width, relative to the run's length",
     )
-    averaging.add_argument("--max-error", type=_not_negative, default=0.1, help="of the width, default 0.1")
+    averaging.add_argument(
+        "--max-error",
+        type=_not_negative,
+        default=0.1,
+        help="largest accepted relative error of the width; default 0.1",
+    )
     _writing(averaging)
     return parser
 
@@ -113,7 +130,7 @@ def _writing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--files", type=positive_int, default=1, metavar="N", help="number of tensor files")
     workers = default_workers(MAX_WORKERS)
     parser.add_argument(
-        "--workers", type=positive_int, default=workers, metavar="N", help="threads, one file each"
+        "--workers", type=positive_int, default=workers, metavar="N", help="threads, each of which writes one file"
     )
     parser.add_argument("--dry-run", action="store_true", help="print what would be written")
 
@@ -147,7 +164,7 @@ def _verify(args: argparse.Namespace, console: Console) -> int:
             print_error("deco-ckpt", problem, 1)
         return 1
     if has_checksums(args.path):
-        print_line(console, f"{args.path}: every file is as its checksum says")
+        print_line(console, f"{args.path}: every file matches its checksum")
     else:
         print_line(console, f"{args.path}: readable throughout; it comes without checksums of its files")
     return 0
@@ -253,8 +270,8 @@ def _average(args: argparse.Namespace, console: Console) -> int:
         fit = fit_width(args.ema_width, sorted(m.optimizer_steps for m in metas), decay)
         print_line(
             console,
-            f"fitted: width {fit.width:.4f} (wanted {args.ema_width:g}), mean at {fit.mean:.4f} of the run "
-            f"(wanted {fit.expected_mean:.4f}), relative error {fit.error:.4f}",
+            f"fitted: width {fit.width:.4f} (requested {args.ema_width:g}), mean at {fit.mean:.4f} of the run "
+            f"(expected {fit.expected_mean:.4f}), relative error {fit.error:.4f}",
         )
         if fit.error > args.max_error:
             raise ConfigError(

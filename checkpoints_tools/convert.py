@@ -83,14 +83,14 @@ def plan_import(
     remarks = []
     if len(sets) == 1:
         has, lacks = ("weights", "EMA") if sets[0] == MODEL else ("EMA", "weights")
-        remarks.append(f"{source.path} has no {lacks}: a copy of the {has} takes their place")
+        remarks.append(f"{source.path} has no {lacks}: the {has} are copied")
     moments = [n for n in source.specs if n not in origin]
     if moments:
         remarks.append(f"{len(moments)} tensors of optimizer moments are left out")
     specs = {name: TensorSpec(source.specs[old].shape) for name, old in sorted(origin.items())}
     half = {source.specs[old].dtype for old in origin.values() if source.specs[old].dtype.itemsize < 4}
     if half:
-        remarks.append(f"stored in {', '.join(sorted(map(str, half)))}; fp32 here holds the same values")
+        remarks.append(f"stored in {', '.join(sorted(map(str, half)))}; fp32 represents the same values")
     check_fits_fp32({old: source.specs[old] for old in origin.values()}, source.path)
     cfg = config or bare_config(source, resolution=resolution, text_encoder=text_encoder)
     meta = CheckpointMeta(
@@ -203,7 +203,7 @@ def plan_export(source: CheckpointReader, *, format: Format, weights: Weights, d
         if not any(n.startswith(_PREFIX[kind]) for n in source.specs):
             raise ConfigError(f"{source.path} has no {_PREFIX[kind]}* tensors; choose other --weights")
     if format == "diffusers" and weights == "both":
-        raise ConfigError("a diffusers-style folder holds one denoiser: --weights ema or model")
+        raise ConfigError("a diffusers-style folder contains one denoiser: --weights ema or model")
     settings = _settings(source, weights, dtype)
     if format == "release" and settings["prediction"] != "velocity":
         raise ConfigError(f"{source.path} predicts the image; the release would take it for a velocity")

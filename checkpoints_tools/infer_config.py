@@ -46,7 +46,7 @@ def check_fits_fp32(specs: Mapping[str, TensorSpec], path: object) -> None:
     """Raise :class:`ConfigError` naming a tensor whose type fp32 cannot hold."""
     for name, spec in specs.items():
         if not spec.dtype.is_floating_point or spec.dtype.itemsize > 4:
-            raise ConfigError(f"{path}: {name} is {spec.dtype}, which fp32 does not hold")
+            raise ConfigError(f"{path}: {name} is {spec.dtype}, which fp32 cannot represent")
 
 
 def check_repa_head(shapes: Shapes, dim: int, *, where: str) -> None:

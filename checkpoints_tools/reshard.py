@@ -60,15 +60,23 @@ def add_arguments(parser: ArgumentParser, *, workers: int) -> None:
     parser.add_argument("--to", choices=FORMS, required=True)
     parser.add_argument("--dp", type=int, metavar="N", help="data parallel ranks (--to deepspeed)")
     parser.add_argument("--tp", type=int, metavar="M", help="tensor parallel ranks (--to deepspeed), default 1")
-    parser.add_argument("--zero-stage", type=int, choices=(1, 2, 3), help="(--to deepspeed)")
+    parser.add_argument("--zero-stage", type=int, choices=(1, 2, 3), help="ZeRO stage (--to deepspeed)")
     parser.add_argument("--bf16", action="store_true", help="for a run with bf16.enabled (--to deepspeed)")
-    parser.add_argument("--ema-from", choices=("model",), help="a source without EMA: start it at the weights")
-    parser.add_argument("--config", type=Path, help="run configuration to store, where the source has none")
+    parser.add_argument(
+        "--ema-from", choices=("model",), help="start the EMA at the weights, if the source has none"
+    )
+    parser.add_argument("--config", type=Path, help="run configuration to store, if the source has none")
     parser.add_argument(
         "--files", type=int, metavar="N", help=f"number of tensor files (--to canonical), default {DEFAULT_FILES}"
     )
-    parser.add_argument("--workers", type=int, default=workers, metavar="N", help="tensors at a time")
-    parser.add_argument("--memory", type=byte_count, default=DEFAULT_MEMORY, metavar="BYTES", help="default 4GiB")
+    parser.add_argument("--workers", type=int, default=workers, metavar="N", help="tensors converted at a time")
+    parser.add_argument(
+        "--memory",
+        type=byte_count,
+        default=DEFAULT_MEMORY,
+        metavar="BYTES",
+        help="limit of the tensors in memory; default 4GiB",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print what would be written")
 
 
@@ -218,8 +226,8 @@ def _meta_of(
         parameter_digest="",
         config=json.loads(json.dumps(dataclasses.asdict(cfg))),
     )
-    origin = "that of --config" if config is not None else "one with what sampling needs"
-    return meta, [f"there is no place in the data; the stored configuration is {origin}"]
+    origin = "that of --config" if config is not None else "one that has what sampling needs"
+    return meta, [f"the data position is unknown; the stored configuration is {origin}"]
 
 
 def _side_names(source: CheckpointReader) -> list[str]:

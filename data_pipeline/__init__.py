@@ -1,4 +1,4 @@
 """Streaming text-image data: shards in S3 or a folder, an index, an elastic order, decoded batches.
 
-Knows nothing of the model or of torch.
+Independent of the model and of torch.
 """

@@ -12,7 +12,7 @@ _RENAMED = {"leave_out": "drop", "enlarge": "upscale"}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Filters:
-    """Which samples of an index are trained on; judged by the index alone, so an order never depends on a run.
+    """Which samples of an index are trained on; decided by the index alone, so the order never depends on a run.
 
     ``min_side`` and ``max_pixels`` in pixels; ``max_aspect`` is the longer side over the shorter; caption
     lengths in characters of the longest caption. ``min_scores`` names fields of the samples' ``.json`` that were
@@ -54,7 +54,7 @@ class DataConfig:
     of a run's identity: changing them changes which samples a step sees. ``bucket_aspect`` above 1 keeps images
     up to that aspect ratio in buckets of their own shape instead of cropping squares.
 
-    ``small`` says what becomes of images below a stage's resolution: ``drop``, or ``upscale``, as is usual for
+    ``small``: images below a stage's resolution are left out (``drop``) or upscaled (``upscale``), as is usual for
     ImageNet. The older names ``leave_out`` and ``enlarge`` still work.
 
     ``decode`` is ``exact`` (the public release's preprocessing) or ``fast`` (docs/data.md has the difference).

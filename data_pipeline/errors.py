@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 
 class DataError(RuntimeError):
-    """The data cannot be read or are not what the index says; names the object."""
+    """The data cannot be read or do not match the index; names the object."""
 
 
 class StoreError(DataError):

@@ -91,11 +91,13 @@ class RunConfig:
                 "compile=true with parallel.tp > 1 does not work with "
                 "parallel.activation_checkpointing=selective; possible: none, full"
             )
-        wanted = "caption" if is_text else "label"
-        if self.data.target != wanted:
-            raise ValueError(f"data.target={self.data.target}: model.kind {self.model.kind} needs {wanted}")
+        expected = "caption" if is_text else "label"
+        if self.data.target != expected:
+            raise ValueError(f"data.target={self.data.target}: model.kind {self.model.kind} needs {expected}")
         if is_text and self.samples.classes or not is_text and self.samples.prompts:
-            raise ValueError(f"samples: model.kind {self.model.kind} draws {'prompts' if is_text else 'classes'}")
+            raise ValueError(
+                f"samples: model.kind {self.model.kind} samples {'prompts' if is_text else 'classes'}"
+            )
         beyond = [c for c in self.samples.classes if not 0 <= c < self.model.num_classes]
         if beyond:
             raise ValueError(f"samples.classes: {beyond[0]} is not in 0..{self.model.num_classes - 1}")

@@ -1,1 +1,1 @@
-"""Entry points that wire the packages together; nothing imports them."""
+"""Entry points that combine the packages: training, demo, preflight, job submission; nothing imports them."""

@@ -16,11 +16,11 @@ from deco_scale.observability.redact import scrub
 from deco_scale.watchdog.client import NoWatchdog, Watchdog
 
 VERDICT_S = 15.0
-"""How long a rank with an error that has no name waits to hear whether another one was lost."""
+"""How long a rank with an unexpected error waits to learn whether another rank was lost."""
 
 
 class ExitStatus:
-    """A context that takes the errors of a launch: shows them once, tells the watchdog, sets :attr:`code`.
+    """A context that handles the errors of a launch: prints them once, reports to the watchdog, sets :attr:`code`.
 
     Codes: 0 done, 1 the run failed, 2 wrong use or configuration, 75 stopped by a signal after a checkpoint, 130
     interrupted.

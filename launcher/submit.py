@@ -1,12 +1,12 @@
 """Write a job for a cluster, show it, and submit it only with --submit.
 
-    python launcher/submit.py slurm --config configs/t2i_xxl.yaml --nodes 4 [key.path=value ...]
+    python launcher/submit.py slurm --config FILE --nodes 4 [key.path=value ...]
     python launcher/submit.py k8s   --config FILE --nodes 4 --image IMAGE --volume CLAIM:/runs run.dir=/runs/xxl
     python launcher/submit.py hosts --config FILE --nodes 2 --hosts node0,node1 --out hostfile
 
 The job goes to standard output (or --out), a summary to standard error. SLURM and Kubernetes jobs are rendered
-from the Jinja2 templates in launcher/schedulers/templates/; copy one, edit it and give it as --template. Exit
-codes: 0 done, 1 the cluster refused, 2 wrong use or configuration.
+from the Jinja2 templates in launcher/schedulers/templates/; copy one, edit it and pass it as --template. Exit
+codes: 0 done, 1 the cluster refused the job, 2 wrong usage or configuration.
 """
 
 import argparse
@@ -38,25 +38,38 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--config", required=True, type=Path, help="YAML file, see configs/")
     common.add_argument("overrides", nargs="*", metavar="key.path=value")
-    common.add_argument("--nodes", required=True, type=positive_int)
+    common.add_argument("--nodes", required=True, type=positive_int, help="number of nodes")
     common.add_argument(
-        "--gpus-per-node", type=positive_int, default=8, help="also processes per node, where device=cpu"
+        "--gpus-per-node",
+        type=positive_int,
+        default=8,
+        help="processes per node, each with one GPU unless device=cpu; default 8",
     )
-    common.add_argument("--name", help="of the job; default: the name of the configuration")
-    common.add_argument("--env", action="append", default=[], metavar="NAME|NAME=value")
+    common.add_argument("--name", help="name of the job; default: that of the configuration")
+    common.add_argument(
+        "--env", action="append", default=[], metavar="NAME|NAME=value", help="environment variable of the job"
+    )
     common.add_argument("--python", help="interpreter on the nodes")
     common.add_argument("--entry", help="folder of this repository on the nodes")
     common.add_argument("--no-preflight", action="store_true", help="do not check the nodes first")
     common.add_argument(
-        "--grace-s", type=positive_int, default=120, help="seconds between the stop signal and SIGKILL"
+        "--grace-s",
+        type=positive_int,
+        default=120,
+        help="seconds between the stop signal and SIGKILL; default 120",
     )
     common.add_argument(
-        "--max-restarts", type=int, default=10, help="after crashes; being asked to stop does not count"
+        "--max-restarts",
+        type=int,
+        default=10,
+        help="restarts after crashes; stop signals do not count; default 10",
     )
     common.add_argument("--out", type=Path, help="write the job to this file")
     common.add_argument("--submit", action="store_true", help="submit it; otherwise it is only shown")
     scheduled = argparse.ArgumentParser(add_help=False)
-    scheduled.add_argument("--template", type=Path, help="your copy of a file of launcher/schedulers/templates")
+    scheduled.add_argument(
+        "--template", type=Path, help="an edited copy of a file of launcher/schedulers/templates"
+    )
     _add_slurm_options(targets.add_parser("slurm", parents=[common, scheduled], help="a script for sbatch"))
     _add_kubernetes_options(targets.add_parser("k8s", parents=[common, scheduled], help="a JobSet or PyTorchJob"))
     hosts = targets.add_parser("hosts", parents=[common], help="a hostfile for deepspeed")
@@ -71,7 +84,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _add_slurm_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--time", default="24:00:00", help="limit, as sbatch takes it")
+    parser.add_argument("--time", default="24:00:00", help="time limit in sbatch's format; default 24:00:00")
     parser.add_argument("--partition")
     parser.add_argument("--account")
     parser.add_argument("--cpus-per-task", type=positive_int)
@@ -80,11 +93,13 @@ def _add_slurm_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_kubernetes_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--image", required=True)
+    parser.add_argument("--image", required=True, help="container image")
     parser.add_argument("--kind", choices=["JobSet", "PyTorchJob"], default="JobSet")
     parser.add_argument("--namespace")
-    parser.add_argument("--secret", help="Secret that holds each --env NAME without a value")
-    parser.add_argument("--volume", action="append", default=[], metavar="CLAIM:/path")
+    parser.add_argument("--secret", help="Secret that contains each --env NAME without a value")
+    parser.add_argument(
+        "--volume", action="append", default=[], metavar="CLAIM:/path", help="mount this persistent volume claim"
+    )
     parser.add_argument("--shm", default="16Gi", help="size limit of /dev/shm")
     parser.add_argument("--cpus", help="cores that a pod requests")
     parser.add_argument("--memory", help="memory limit of a pod")
@@ -172,7 +187,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for line in lines:
             console.print(line)
         if not args.submit:
-            console.print("not submitted: give --submit")
+            console.print("not submitted: pass --submit to submit it")
             return 0
         return submit()
     except (ConfigError, RunError) as error:

@@ -2,8 +2,8 @@
 
     deepspeed launcher/train.py --config configs/t2i_xxl.yaml [key.path=value ...]
 
-Exit codes: 0 done, 1 the run failed, 2 wrong use or configuration, 75 stopped by SIGTERM or SIGUSR1 after a
-checkpoint, to be started again.
+Exit codes: 0 done, 1 the run failed, 2 wrong usage or configuration, 75 stopped by SIGTERM or SIGUSR1 after saving
+a checkpoint: start it again.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import NoReturn
 
-# A clone that is not installed works, too: launchers start this file by its path.
+# Also works from a clone that is not installed: launchers start this file by its path.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch.distributed as dist
@@ -47,9 +47,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="YAML file, see configs/")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
-    parser.add_argument("--resume", default="auto", metavar="auto|none|PATH")
+    parser.add_argument(
+        "--resume",
+        default="auto",
+        metavar="auto|none|PATH",
+        help="auto (default): newest checkpoint of run.dir, if any; none: start anew",
+    )
     parser.add_argument("--print-config", action="store_true", help="show the resolved YAML and exit")
-    parser.add_argument("--dry-run", action="store_true", help="one step on synthetic data, memory report, exit")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="run one step on synthetic data, report memory and exit"
+    )
     # The deepspeed launcher passes it; the environment has the same.
     parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)
     return parser.parse_args(argv)

@@ -1,12 +1,12 @@
-"""How long saving holds a step up, how fast it writes, and how fast checkpoints are resharded, against ``cp``.
+"""How long saving blocks a step, how fast it writes, and how fast checkpoints are resharded, against ``cp``.
 
     python -m benchmarks.checkpoint                       # 1 GiB of state on the disk of the temporary folder
     python -m benchmarks.checkpoint --folder /mnt/disk
 
 One process saves the same state in turn with ``checkpoint.asynchronous`` on and off, and copies the bytes with
-``cp`` and a sync; medians of the rounds count. The first asynchronous save also makes its plan and is told apart.
-While an asynchronous save runs, the process does matrix products as a training step would; how much
-longer they take than alone is told as the work that was lost beside the stall.
+``cp`` and a sync; medians of the rounds count. The first asynchronous save also makes its plan and is reported
+separately. While an asynchronous save runs, the process does matrix products as a training step would; how much
+longer they take than alone is reported as work lost beside the stall.
 """
 
 import argparse

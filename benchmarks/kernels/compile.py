@@ -1,4 +1,4 @@
-"""Compile the Triton kernels for an H100 that is not there, from the launches of a training step.
+"""Compile the Triton kernels for an H100 without having one, from the launches of a training step.
 
 A training step runs on fake tensors, which have shapes, strides and types but no values, and the operators it
 calls are noted. Then each operator's own launch code runs with meta tensors, while Triton compiles instead of

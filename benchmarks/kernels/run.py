@@ -1,4 +1,4 @@
-"""Each kernel against the roofline of this device, against its twin eager and its twin compiled.
+"""Each kernel against the roofline of this device, against its eager and its compiled equivalent.
 
     python -m benchmarks.kernels [--config FILE] [--batch N] [--resolution N] [--only WORD] [--out DIR]
     python -m benchmarks.kernels --compile-only [--out benchmarks/results]

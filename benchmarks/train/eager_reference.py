@@ -167,7 +167,7 @@ class ReferenceDenoiser(Denoiser):
 
 
 def block_dct(image_BCYX: Tensor) -> Tensor:
-    """YCbCr of an RGB picture, and the orthonormal DCT-II of each 8 x 8 block: ``(B, C, Y / 8, X / 8, 8, 8)``."""
+    """YCbCr of an RGB image, and the orthonormal DCT-II of each 8 x 8 block: ``(B, C, Y / 8, X / 8, 8, 8)``."""
     matrix = torch.tensor(_YCBCR, dtype=image_BCYX.dtype, device=image_BCYX.device)
     ycbcr = torch.einsum("dc,bcyx->bdyx", matrix, image_BCYX)
     n = torch.arange(_DCT, dtype=image_BCYX.dtype, device=image_BCYX.device)
@@ -178,7 +178,7 @@ def block_dct(image_BCYX: Tensor) -> Tensor:
 
 
 class ReferenceObjective(Objective):
-    """Flow, frequency and REPA losses, with the DCT of both velocities as whole pictures; sides divide by 8."""
+    """Flow, frequency and REPA losses, with the DCT of both velocities as whole images; sides divide by 8."""
 
     def forward(
         self,

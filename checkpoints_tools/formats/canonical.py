@@ -110,7 +110,7 @@ class CanonicalReader:
         if stored.shape != piece.sizes or stored.dtype != tensor.dtype:
             raise ConfigError(
                 f"{file}: {name} is {stored.dtype} of shape {stored.shape}, "
-                f"{METADATA} says {tensor.dtype} of shape {piece.sizes}"
+                f"{METADATA} has {tensor.dtype} of shape {piece.sizes}"
             )
         return stored
 

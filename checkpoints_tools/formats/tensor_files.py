@@ -132,5 +132,5 @@ def read_json(path: Path) -> Mapping[str, Any]:
             raise
         raise ConfigError(f"{path} is damaged or missing: {error}") from error
     if not isinstance(content, dict):
-        raise ConfigError(f"{path} does not hold a JSON object")
+        raise ConfigError(f"{path} does not contain a JSON object")
     return content

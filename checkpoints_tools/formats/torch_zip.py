@@ -98,7 +98,7 @@ class Archive:
         position = tensor.untyped_storage()._checkpoint_offset
         available = self._records.get(-1 if position is None else position)
         if position is None or available is None:
-            raise ConfigError(f"{self._where}: the data of {name} are not where its header says")
+            raise ConfigError(f"{self._where}: the data of {name} are not at the offset in its header")
         shape, stride = tuple(tensor.shape), tuple(tensor.stride())
         first = int(tensor.storage_offset())
         needed = (first + _extent(shape, stride)) * tensor.dtype.itemsize
@@ -137,7 +137,7 @@ def _data_records(view: BinaryIO, length: int, where: str) -> Mapping[int, int]:
                 view.seek(info.header_offset)
                 header = view.read(_LOCAL_HEADER_BYTES)
                 if len(header) < _LOCAL_HEADER_BYTES or header[:4] != _LOCAL_MAGIC:
-                    raise ConfigError(f"{where}: record {info.filename} is not where the table says")
+                    raise ConfigError(f"{where}: record {info.filename} is not at the offset in the table")
                 name_bytes, extra_bytes = struct.unpack("<HH", header[26:30])
                 data = info.header_offset + _LOCAL_HEADER_BYTES + name_bytes + extra_bytes
                 if data + info.file_size > length:

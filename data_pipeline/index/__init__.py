@@ -1,1 +1,1 @@
-"""What a data set holds: the index's format, making it, filtering it."""
+"""The index of a data set: its format, building it, filtering it."""

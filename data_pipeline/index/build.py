@@ -221,7 +221,7 @@ def _row(file: ShardFile, members: dict[str, tarfile.TarInfo], end: int, setting
     }
     for name, dtype in COLUMNS.items():
         if not 0 <= row[name] <= np.iinfo(dtype).max:
-            raise DecodeError("too_large", f"{name} {row[name]} is beyond what an index holds")
+            raise DecodeError("too_large", f"{name} {row[name]} is too large for an index")
     return row
 
 

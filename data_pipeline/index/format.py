@@ -190,7 +190,7 @@ def load_index(store: Store, *, cache: Path | None = None) -> Index:
             if store.local_path(INDEX_KEY) is not None or attempt == _ATTEMPTS - 1:
                 raise
     if not len(index):
-        raise DataError(f"{store.url}: the index holds no usable sample")
+        raise DataError(f"{store.url}: the index has no usable sample")
     return index
 
 

@@ -1,1 +1,1 @@
-"""Shards: reading sources, writing, verifying."""
+"""Tar shards: reading sources, writing, verifying."""

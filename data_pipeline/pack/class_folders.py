@@ -33,12 +33,12 @@ def class_names(root: Path, rejects: list[Reject]) -> list[str]:
             else:
                 rejects.append(Reject(entry.path, "lies in no class's folder"))
     if not names:
-        raise DataError(f"{root}: holds no folders; a folder for each class is needed")
+        raise DataError(f"{root}: has no folders; one folder per class is needed")
     for name in names:
         if not name.isprintable():
             raise DataError(f"{root}: {name!r} cannot be the name of a class")
         if next(image_files(root / name), None) is None:
-            raise DataError(f"{root / name}: holds no images; remove it, or it would count as a class")
+            raise DataError(f"{root / name}: has no images; remove it, or it would count as a class")
     return names
 
 

@@ -164,7 +164,7 @@ def read_source(
         return read_folder(path, rejects, workers=workers)
     tables = [file for file in _files(path) if file.suffix == ".parquet"]
     if not tables:
-        raise DataError(f"{path}: holds no images, parquet files or tar shards")
+        raise DataError(f"{path}: has no images, parquet files or tar shards")
     return itertools.chain.from_iterable(read_parquet(table, rejects, root=path) for table in tables)
 
 

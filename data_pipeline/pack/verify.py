@@ -82,9 +82,9 @@ def verify(
                 report.problems.append(f"{shard.key}: in the index, but missing")
                 continue
             if stored.size != shard.size:
-                report.problems.append(f"{shard.key}: {stored.size} bytes, the index says {shard.size}")
+                report.problems.append(f"{shard.key}: {stored.size} bytes, the index has {shard.size}")
             elif stored.etag != shard.etag:
-                what = f"ETag {stored.etag}, the index says {shard.etag}"
+                what = f"ETag {stored.etag}, the index has {shard.etag}"
                 report.problems.append(f"{shard.key}: was replaced: {what}")
             size, sha256 = manifest.get(shard.key, (None, None))
             locations = tuple(map(index.locate, index.shard_rows(number)))
@@ -143,7 +143,7 @@ def verify_shard(store: Store, task: _Task) -> VerifyReport:
         members.get(start + part.start - BLOCK, ("", -1))[1] != part.stop - part.start for start, part in parts
     )
     if misplaced:
-        problems.append(f"{misplaced} of {len(parts)} images and texts are not where the index says")
+        problems.append(f"{misplaced} of {len(parts)} images and texts are not where the index has")
     if task.sha256 is not None:
         report.checksums = 1
         if (task.listed_size, task.sha256) != (shard.size, sha256.hexdigest()):
@@ -183,7 +183,7 @@ def _tar_headers(file: ShardFile, problems: list[str]) -> Iterator[tuple[int, ta
 def _sample_problem(raw: bytes, location: Location, task: _Task) -> str | None:
     crc32c = google_crc32c.value(raw)
     if crc32c != location.crc32c:
-        return f"CRC32C {crc32c:08x}, the index says {location.crc32c:08x}"
+        return f"CRC32C {crc32c:08x}, the index has {location.crc32c:08x}"
     if task.decode:
         try:
             image, text = raw[location.image], raw[location.text]

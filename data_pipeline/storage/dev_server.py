@@ -124,7 +124,7 @@ class S3Server:
                 problem = str(error)
             time.sleep(0.2)
         self.kill()
-        raise DataError(f"the S3 server did not answer in {START_TIMEOUT_S:.0f} s: {problem}")
+        raise DataError(f"the S3 server did not respond within {START_TIMEOUT_S:.0f} s: {problem}")
 
     def _client(self):  # type: ignore[no-untyped-def]
         import boto3

@@ -56,8 +56,8 @@ _HINTS = {
     "NoSuchKey": "no such object",
     "412": _CHANGED,
     "PreconditionFailed": _CHANGED,
-    "416": "it is shorter than the index says; run deco-data index again",
-    "InvalidRange": "it is shorter than the index says; run deco-data index again",
+    "416": "it is shorter than in the index; run deco-data index again",
+    "InvalidRange": "it is shorter than in the index; run deco-data index again",
 }
 
 

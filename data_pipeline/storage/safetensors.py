@@ -63,5 +63,5 @@ def parse_header(raw: Any) -> tuple[dict[str, HeaderEntry], dict[str, str]]:
         entries[name] = HeaderEntry(entry["dtype"], shape, 8 + size + first, 8 + size + last)
         end = last
     if end != len(raw) - 8 - size:
-        raise ValueError(f"{len(raw) - 8 - size} bytes of data, the header says {end}")
+        raise ValueError(f"{len(raw) - 8 - size} bytes of data, the header has {end}")
     return entries, metadata

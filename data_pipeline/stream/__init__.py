@@ -1,1 +1,1 @@
-"""Samples of a run in their order: sampler, mixture, chunk reader, loader."""
+"""A run's samples in order: sampler, mixture, chunk reader, loader."""

@@ -253,7 +253,7 @@ def _warn_if_chunks_do_not_fit(cfg: DataConfig, buckets: Buckets, world: int) ->
         need = live * sample_bytes * CHUNK_SAMPLES
         if need > 1.25 * cfg.buffer_bytes:
             logger.warning(
-                f"{source.store.url}: a rank draws from about {need / 2**30:.1f} GiB of chunks at a time, "
+                f"{source.store.url}: a rank reads from about {need / 2**30:.1f} GiB of chunks at a time, "
                 f"data.buffer_bytes holds {cfg.buffer_bytes / 2**30:.1f}: chunks will be read more than once. "
                 "Lower data.streams or data.window, raise data.buffer_bytes, or set data.cache_dir"
             )

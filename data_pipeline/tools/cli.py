@@ -1,6 +1,6 @@
 """The ``deco-data`` command: pack, index, inspect, verify, bench, serve.
 
-Exit codes: 0 done, 1 the check or run failed, 2 wrong use.
+Exit codes: 0 done, 1 the check or run failed, 2 wrong usage.
 """
 
 import argparse
@@ -65,7 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     common = Parser(add_help=False)
     common.add_argument("--anonymous", action="store_true", help="unsigned requests, for public buckets")
-    common.add_argument("--requester-pays", action="store_true", help="accept the costs of such a bucket")
+    common.add_argument(
+        "--requester-pays", action="store_true", help="pay for the requests, where the bucket requires it"
+    )
     parser = Parser(prog="deco-data", description=__doc__)
     workers_here = default_workers(MAX_WORKERS)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -75,43 +77,65 @@ def _parser() -> argparse.ArgumentParser:
         made = commands.add_parser(name, help=help, description=help, parents=parents)
         made.set_defaults(run=run)
         if workers:
-            made.add_argument("--workers", type=positive_int, default=workers_here, metavar="N")
+            made.add_argument("--workers", type=positive_int, default=workers_here, metavar="N", help="processes")
         return made
 
     packing = command("pack", _pack, "pack images with captions into tar shards, and index them")
     packing.add_argument("source", help="folder of images, parquet or tar files, or s3:// URL of tar shards")
     packing.add_argument("url", help="where the shards go: s3://bucket/prefix or a folder")
-    packing.add_argument("--shard-mb", type=positive, default=256.0, metavar="MB")
     packing.add_argument(
-        "--class-folders", action="store_true", help="SOURCE/NAME/*.jpg: the class is NAME's place among the names"
+        "--shard-mb", type=positive, default=256.0, metavar="MB", help="size of a shard; default 256"
+    )
+    packing.add_argument(
+        "--class-folders",
+        action="store_true",
+        help="SOURCE/NAME/*.jpg: the class number is NAME's position in sorted order",
     )
     packing.add_argument("--overwrite", action="store_true", help="replace shards that were packed there before")
     indexing = command("index", _index, "index the tar shards below a URL")
     indexing.add_argument("url")
     for scanning in (packing, indexing):
         scanning.add_argument(
-            "--score", nargs="+", action="extend", default=[], metavar="NAME", help="numbers of the .json to index"
+            "--score",
+            nargs="+",
+            action="extend",
+            default=[],
+            metavar="NAME",
+            help="numeric fields of the .json to store in the index",
         )
         scanning.add_argument(
-            "--caption-field", nargs="+", action="extend", metavar="NAME", help="fields of the .json with captions"
+            "--caption-field",
+            nargs="+",
+            action="extend",
+            metavar="NAME",
+            help="fields of the .json that contain the caption; the first one present is used",
         )
         scanning.add_argument(
-            "--text", type=_suffixes, metavar="txt,json,cls", help="which text member is preferred"
+            "--text", type=_suffixes, metavar="txt,json,cls", help="text members in order of preference"
         )
-        scanning.add_argument("--problems", type=Path, metavar="FILE", help="write all problems there")
-    indexing.add_argument("--fresh", action="store_true", help="read shards again that have not changed")
-    inspecting = command("inspect", _inspect, "show what an index holds", workers=False)
+        scanning.add_argument("--problems", type=Path, metavar="FILE", help="write all problems to this file")
+    indexing.add_argument("--fresh", action="store_true", help="also read shards that have not changed")
+    inspecting = command("inspect", _inspect, "show the contents of an index", workers=False)
     inspecting.add_argument("url")
     inspecting.add_argument(
         "--figures", type=Path, metavar="DIR", help="draw histograms.png and contact_sheet.png"
     )
-    inspecting.add_argument("--samples", type=positive_int, default=24, metavar="N", help="on the contact sheet")
-    inspecting.add_argument("--resolution", type=positive_int, nargs="+", default=[256, 512], metavar="PX")
+    inspecting.add_argument(
+        "--samples", type=positive_int, default=24, metavar="N", help="images on the contact sheet"
+    )
+    inspecting.add_argument(
+        "--resolution",
+        type=positive_int,
+        nargs="+",
+        default=[256, 512],
+        metavar="PX",
+        help="count usable images at these",
+    )
     checking = command("verify", _verify, "read all shards and compare them with the index and shards.json")
     checking.add_argument("url")
-    checking.add_argument("--decode", action="store_true", help="decode every image and parse every caption too")
-    checking.add_argument("--problems", type=Path, metavar="FILE", help="write all problems there")
-    timing = command("bench", _bench, "measure how fast samples are read and decoded here", workers=False)
+    checking.add_argument("--decode", action="store_true", help="also decode every image and parse every caption")
+    checking.add_argument("--problems", type=Path, metavar="FILE", help="write all problems to this file")
+    timing = command("bench", _bench, "measure how fast this machine reads and decodes samples", workers=False)
     timing.add_argument("url")
     timing.add_argument("--seconds", type=positive, default=10.0)
     timing.add_argument("--resolution", type=positive_int, default=256, metavar="PX")
@@ -197,7 +221,7 @@ def _inspect(args: argparse.Namespace, console: Console) -> int:
         problems = draw_contact_sheet(store, index, sheet, samples=args.samples, resolution=args.resolution[0])
     except OSError as error:
         raise DataError(f"{args.figures}: {error.strerror or error}") from error
-    print_line(console, f"drew {histograms} and {sheet}")
+    print_line(console, f"wrote {histograms} and {sheet}")
     print_list(console, "samples could not be shown", problems)
     return 0
 

@@ -1,0 +1,1 @@
+"""Checkpoints of a run: saving beside training, retention, loading, and the canonical format."""

@@ -1,0 +1,1 @@
+"""The ``deco`` command, one module per subcommand."""

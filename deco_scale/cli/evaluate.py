@@ -178,7 +178,7 @@ def _geneval(args: argparse.Namespace, console: Console) -> None:
         return print_geneval(geneval.summarise(args.summary), console)
     _require(args, "checkpoint", "metadata", "out")
     if not 1 <= args.per_prompt <= 99_999:
-        raise ConfigError(f"--per-prompt {args.per_prompt} must be 1 to 99999, which five digits hold")
+        raise ConfigError(f"--per-prompt {args.per_prompt} must be 1 to 99999")
     tasks = geneval.read_tasks(args.metadata)
     job = _job(args, "prompts")
     job.settings.update(prompts=_digest([task.metadata for task in tasks]))

@@ -1,4 +1,4 @@
-"""The ``deco`` command. Exit codes: 0 done, 1 failed, 2 wrong use or configuration.
+"""The ``deco`` command. Exit codes: 0 done, 1 failed, 2 wrong usage or configuration.
 
 Commands that run on several processes are started by ``torchrun -m deco_scale.cli`` or
 ``deepspeed --module deco_scale.cli``.

@@ -46,16 +46,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "With --layout: each parameter's split and a step's communication, under the configured layout. "
         "With --simulate: goodput, the best save interval, days and cost on GPUs that fail."
     )
-    parser.add_argument("--config", required=True)
+    parser.add_argument("--config", required=True, help="YAML file, see configs/")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     parser.add_argument("--gpus", type=positive_int, help="number of ranks; default 1")
     parser.add_argument("--gpu", help=f"predict on this GPU: {', '.join(sorted(GPUS))}")
-    parser.add_argument("--price", type=positive, help="of one GPU-hour, for the cost of the recipe")
-    parser.add_argument("--network-gbps", type=float, help="Gbit/s of a GPU's share of the network")
+    parser.add_argument("--price", type=positive, help="price of one GPU-hour, to predict the cost")
+    parser.add_argument("--network-gbps", type=float, help="network bandwidth per GPU in Gbit/s")
     parser.add_argument("--top", type=positive_int, default=4, help="layouts shown per engine")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of measured result files")
-    parser.add_argument("--layout", action="store_true", help="each parameter's split")
-    parser.add_argument("--precision", action="store_true", help="each module's number format, on --gpu")
+    parser.add_argument("--layout", action="store_true", help="print how each parameter is split")
+    parser.add_argument("--precision", action="store_true", help="print each module's number format, on --gpu")
     simulate.add_arguments(parser)
 
 

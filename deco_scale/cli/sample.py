@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--prompt", action="append", help="may be given several times")
     source.add_argument("--prompts", type=Path, help="a file with one prompt per line")
     source.add_argument("--classes", help="class numbers, such as 0-9,17")
-    parser.add_argument("--negative", default="", help="what to avoid, in place of the empty prompt")
+    parser.add_argument("--negative", default="", help="negative prompt, in place of the empty prompt")
     parser.add_argument("--per-prompt", type=positive_int, default=1, help="images of each prompt or class")
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument(
@@ -86,7 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_generation_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """Options for generating a folder of images from a checkpoint; :func:`generation_settings` reads them."""
     parser.add_argument("--checkpoint", type=Path, required=required, help="step folder, or a run's folder")
-    parser.add_argument("--out", type=Path, required=required)
+    parser.add_argument("--out", type=Path, required=required, help="folder for the images")
     parser.add_argument("--size", help="side in pixels, or HEIGHTxWIDTH; default: the last stage's")
     parser.add_argument("--batch", type=positive_int, default=32, help="images per batch in each process")
     parser.add_argument("--text-encoder", help="its folder, if it has moved since training")

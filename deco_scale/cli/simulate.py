@@ -63,16 +63,20 @@ class StepTimes:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("with --simulate")
-    group.add_argument("--simulate", action="store_true", help="goodput, save interval and days with faults")
-    group.add_argument("--nodes", type=int, help=f"instead of --gpus: nodes of {GPUS_PER_NODE} GPUs")
+    group.add_argument(
+        "--simulate", action="store_true", help="predict goodput, save interval and days with faults"
+    )
+    group.add_argument("--nodes", type=int, help=f"number of nodes of {GPUS_PER_NODE} GPUs, instead of --gpus")
     group.add_argument(
         "--mtbf-hours",
         type=float,
-        help="mean hours between faults of one GPU, with --nodes of one node; Llama 3's 419 unexpected "
+        help="mean hours between faults of one GPU (with --nodes: of one node). Llama 3's 419 unexpected "
         f"interruptions in 54 days on 16,384 GPUs are {LLAMA3_GPU_MTBF_HOURS:,.0f} a GPU",
     )
     group.add_argument(
-        "--mtbf-of", choices=("gpu", "node"), help="what --mtbf-hours refers to; default: see there"
+        "--mtbf-of",
+        choices=("gpu", "node"),
+        help="what --mtbf-hours refers to; default: node with --nodes, else gpu",
     )
     for name, (seconds, why) in PUBLISHED.items():
         meaning = {
@@ -88,7 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--measured", type=Path, help="folder of throughput results, one per resolution")
     group.add_argument("--from-run", type=Path, help="take save, stall, restart and step times from this run")
     group.add_argument("--runs", type=positive_int, default=2000, help="simulated runs per number of GPUs")
-    group.add_argument("--seed", type=int, default=0, help="of the simulation")
+    group.add_argument("--seed", type=int, default=0, help="seed of the simulation")
 
 
 def run(

@@ -1,0 +1,1 @@
+"""The web page of ``deco demo``: components, validation on the server, limits, and the generator behind it."""

@@ -44,7 +44,7 @@ def build_page(service: DemoService, *, title: str, size: tuple[int, int], queue
             paths = [str(image.path) for image in images]
             settings = [image.settings for image in images]
             captioned = [(path, f"seed {each['seed']}") for path, each in zip(paths, settings, strict=True)]
-            done = f"{len(images)} image{'s' if len(images) > 1 else ''} drawn."
+            done = f"{len(images)} image{'s' if len(images) > 1 else ''} generated."
             return [done, captioned, paths, settings, _text(settings[0]), 0]
 
         def choose(records: Any, event: gr.SelectData) -> tuple[str, int]:

@@ -77,7 +77,7 @@ def init_distributed(env: Environment, device: torch.device) -> None:
     try:
         dist.init_process_group(f"cpu:gloo,cuda:{backend}" if device.type == "cuda" else backend, timeout=TIMEOUT)
     except (RuntimeError, ValueError, dist.DistError) as error:
-        raise RunError(f"the processes did not find each other: {error}") from error
+        raise RunError(f"the processes could not connect to each other: {error}") from error
 
 
 def _check_restarts(variables: Mapping[str, str]) -> None:
@@ -85,7 +85,7 @@ def _check_restarts(variables: Mapping[str, str]) -> None:
     shared = variables.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if shared and int(variables.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
         raise ConfigError(
-            "torchrun --max-restarts keeps one store for all attempts, in which PyTorch finds the addresses of "
+            "torchrun --max-restarts uses one store for all attempts, from which PyTorch reads the addresses of "
             "the attempt before: no restart would succeed. Start torchrun with "
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment, on every node"
         )

@@ -1,1 +1,1 @@
-"""Scores of generated images."""
+"""Scores of generated images: FID, CLIP score, GenEval, DPG-Bench, spectra."""

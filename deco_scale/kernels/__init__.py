@@ -1,1 +1,1 @@
-"""Computations written for speed: plain torch here, Triton in ``triton``, the same results from both."""
+"""Fused computations: plain torch here, Triton in ``triton``, with the same results."""

@@ -1,4 +1,4 @@
-"""The models, for a single device."""
+"""The denoisers and their layers as single-device modules, attention backends, frozen encoders."""
 
 from deco_scale.models.config import ModelConfig, ModelKind
 from deco_scale.models.denoiser import Denoiser, DenoiserOutput, patchify, unpatchify

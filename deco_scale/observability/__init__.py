@@ -1,1 +1,1 @@
-"""What a run leaves behind and what is made of it: events, metrics, goodput, alerts, summaries and reports."""
+"""What a run records and how it is shown: events, metrics, goodput, alerts, summaries, reports."""

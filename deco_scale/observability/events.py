@@ -5,7 +5,7 @@ allowed, and lines of an unknown kind are kept and shown. An attempt is one laun
 
     start              world_size, layout (object), hosts (list of names), attempt (from 1): processes start
     first_step         step, seconds: the first step of a stage in this attempt has ended; it compiles and tunes.
-                       The attempt's first one tells where it resumed: the step before
+                       The attempt's first one shows where it resumed: the step before
     checkpoint         step, stall_s, total_s: a save has ended, total_s after it started; training was blocked for
                        its first stall_s, which include a wait for it at the end of the run
     checkpoint_failed  step, stall_s, total_s, reason

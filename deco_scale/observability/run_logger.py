@@ -1,4 +1,4 @@
-"""What is seen of a run: a progress line, plain lines, ``metrics.jsonl``, wandb, Prometheus, alerts, curves.
+"""Output of a run: progress bar, log lines, ``metrics.jsonl``, events, wandb, Prometheus, alerts, curves.
 
 Everything that is written or shown here has been scrubbed of secrets.
 """
@@ -99,7 +99,7 @@ class RunLogger:
         try:
             self._prometheus = PrometheusExporter(host=host, port=port, total_steps=self._total)
         except RunError as error:
-            logger.warning("%s; training goes on without them", error)
+            logger.warning("%s; training continues without them", error)
             return
         self._open.callback(self._prometheus.close)
         logger.info("Prometheus metrics: http://%s:%d/metrics", host, port)

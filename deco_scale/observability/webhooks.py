@@ -145,7 +145,7 @@ def _service(env_name: str) -> "Apprise":
     """The service at the URL, which is redacted everywhere from here on; raises :class:`ConfigError`."""
     url, variable = os.environ.get(env_name, "").strip(), f"monitor.webhook_env: the variable {env_name}"
     if not url:
-        raise ConfigError(f"{variable} is not set; it must hold the webhook's URL")
+        raise ConfigError(f"{variable} is not set; set it to the webhook's URL")
     register_secret(url)
     try:
         import apprise
@@ -162,15 +162,15 @@ def _service(env_name: str) -> "Apprise":
             if len(part) >= _MIN_TOKEN:
                 register_secret(part)
         if not service.add(url):
-            raise ConfigError(f"{variable} holds neither an https URL nor one of apprise")
+            raise ConfigError(f"{variable} is neither an https URL nor one of apprise")
         return service
     try:
         parts = urlsplit(url)
         host, _ = parts.hostname, parts.port
     except ValueError:
-        raise ConfigError(f"{variable} does not hold a URL") from None
+        raise ConfigError(f"{variable} is not a URL") from None
     if not host or not url.isascii() or any(c <= " " for c in url) or "@" in parts.netloc:
-        raise ConfigError(f"{variable} does not hold a plain https URL")
+        raise ConfigError(f"{variable} is not a plain https URL")
     if parts.scheme == "http":
         _check_local(url, host, variable)
     elif service.add(url):
@@ -189,7 +189,7 @@ def _check_local(url: str, host: str, variable: str) -> None:
     except ValueError:
         loopback = False
     if not loopback:
-        raise ConfigError(f"{variable} must hold an https URL; http is allowed to this machine only")
+        raise ConfigError(f"{variable} must be an https URL; http is allowed to this machine only")
     if select_proxy(url, get_environ_proxies(url)) is not None:
         raise ConfigError(f"{variable} has an http URL that goes through a proxy: add {host} to no_proxy")
 

@@ -1,1 +1,1 @@
-"""Parallelism applied to a finished model from outside; the model itself knows nothing of it."""
+"""Parallelism applied to a finished model from outside, and the engines that train it."""

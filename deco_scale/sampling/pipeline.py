@@ -194,5 +194,5 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise PipelineError(f"{path} is damaged or missing: {error}") from error
     if not isinstance(content, dict):
-        raise PipelineError(f"{path} does not hold a JSON object")
+        raise PipelineError(f"{path} does not contain a JSON object")
     return content

@@ -1,1 +1,1 @@
-"""The loop, the one step, the optimizer, checkpoints and reports."""
+"""The trainer and its callbacks, the training step and its inputs, anomaly detection, metrics."""

@@ -118,7 +118,7 @@ class AnomalyDetector:
         if policy == "stop":
             key = "spike" if spike else "non_finite"
             raise RunError(
-                f"step {anomaly.step}: {why}, and faults.{key}=stop; its update was left out. Look at the data of "
+                f"step {anomaly.step}: {why}, and faults.{key}=stop; its update was left out. Check the data of "
                 "this step, or set another policy and start again"
             )
         if policy == "rollback":
@@ -127,5 +127,5 @@ class AnomalyDetector:
             raise RunError(
                 f"step {anomaly.step}: {why} in {anomaly.consecutive} steps in a row "
                 f"(run.max_bad_steps={self._limit}); weights are "
-                "as before them. Lower the learning rate, or look at the data of these steps"
+                "as before them. Lower the learning rate, or check the data of these steps"
             )

@@ -1,4 +1,4 @@
-"""What may be done beside training: images, evaluation, checks and logs, without the trainer knowing them."""
+"""Hooks for everything beside training: logs, sample images, evaluation, checks."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -9,16 +9,16 @@ if TYPE_CHECKING:
 
 
 class Callback:
-    """Called by the trainer on all ranks together, callback after callback; each method does nothing here.
+    """Methods that the trainer calls on all ranks, callback after callback; by default they do nothing.
 
-    An error that a method raises ends the run, as one of training does.
+    An error raised by a method ends the run.
     """
 
     def on_fit_start(self, trainer: "Trainer") -> None:
         """Everything is built; nothing has been loaded yet."""
 
     def on_train_start(self, trainer: "Trainer") -> None:
-        """Weights and progress are in place; the first stage comes next."""
+        """Weights and progress are restored; the first stage comes next."""
 
     def on_update_end(self, trainer: "Trainer", step: int) -> None:
         """After update ``step`` (from 1) and its metrics; part of the step's time, as checks of each step are."""
@@ -30,13 +30,13 @@ class Callback:
         """A logged step: the line of ``metrics.jsonl``."""
 
     def on_event(self, trainer: "Trainer", kind: str, fields: Mapping[str, Any]) -> None:
-        """Something that ``events.jsonl`` records; see :mod:`deco_scale.observability.events`."""
+        """An entry for ``events.jsonl``; see :mod:`deco_scale.observability.events`."""
 
     def on_save(self, trainer: "Trainer", result: "SaveResult") -> None:
-        """A checkpoint or export has been written, or could not be."""
+        """A checkpoint or export was written, or failed (``result.error``)."""
 
     def on_exception(self, trainer: "Trainer", error: BaseException) -> None:
-        """Training ends by ``error``, which is raised after this; other ranks may be elsewhere."""
+        """``error`` ends the run and is raised afterwards. Other ranks may be elsewhere: no collectives here."""
 
     def on_train_end(self, trainer: "Trainer") -> None:
         """Training is done, or was stopped by a signal (``trainer.stopped``)."""

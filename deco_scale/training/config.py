@@ -52,16 +52,16 @@ FaultPolicy = Literal["skip", "rollback", "stop"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FaultsConfig:
-    """What happens when a step goes wrong, and how that is noticed.
+    """How bad steps are detected, and what happens then.
 
-    A step is bad where loss or gradient norm is not finite; ``run.max_bad_steps`` of them in a row end the run in
-    any case. A step is a spike where its loss is more than ``spike_deviations`` standard deviations above the mean
+    A step is bad if its loss or gradient norm is not finite; ``run.max_bad_steps`` of them in a row end the run in
+    any case. A step is a spike if its loss is more than ``spike_deviations`` standard deviations above the mean
     of about the last ``spike_window`` good steps, after that many since the start.
 
     ``skip`` leaves the update out. ``rollback`` goes back to the newest checkpoint at least ``rollback_steps``
     before the step, and goes on with the data after it; more than ``max_rollbacks`` of them end the run. ``stop``
-    ends the run. Every ``check_replicas_every`` steps (0: never) ranks compare what they hold alike, bit by bit.
-    A rank is a straggler where its own work takes ``straggler_factor`` times the median rank's.
+    ends the run. Every ``check_replicas_every`` steps (0: never) ranks compare replicated tensors bit by bit.
+    A rank is a straggler if its own work takes ``straggler_factor`` times the median rank's.
     """
 
     non_finite: FaultPolicy = "skip"

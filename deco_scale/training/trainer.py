@@ -1,6 +1,6 @@
-"""The trainer: stages in order, steps within, checkpoints when due, rollback where a step went wrong.
+"""The trainer: runs stages and steps, saves checkpoints when due, rolls back when a step went wrong.
 
-What is not training (logs, images, evaluation, checks) is done by callbacks.
+Logs, sample images, evaluation and checks are callbacks.
 """
 
 import logging
@@ -47,10 +47,10 @@ class Data(Protocol):
 
 
 class Heartbeat(Protocol):
-    """Tells the watchdog that this rank goes on; see :mod:`deco_scale.watchdog`."""
+    """Reports to the watchdog that this rank makes progress; see :mod:`deco_scale.watchdog`."""
 
     def beat(self, step: int, phase: Phase) -> None:
-        """The rank begins ``phase`` of ``step``: start-up, a step, or what may take long."""
+        """The rank begins ``phase`` of ``step``: start-up, a step, or a long operation."""
 
 
 class NoHeartbeat:
@@ -127,7 +127,7 @@ class Trainer:
         """Resume as ``--resume`` says, or start anew, and train to the end or to ``run.stop_at_step``.
 
         Raises :class:`Stopped` after a signal and a checkpoint, :class:`ConfigError` for a checkpoint that does
-        not fit, :class:`RunError` where training cannot go on.
+        not fit, :class:`RunError` if training cannot continue.
         """
         with self._reported():
             self._call("on_fit_start")
@@ -140,7 +140,7 @@ class Trainer:
         return progress
 
     def train(self, progress: Progress) -> Progress:
-        """Train from ``progress``; rolls back and goes on where the policy on bad steps says so."""
+        """Train from ``progress``; roll back and continue if the policy on bad steps requires it."""
         self.checkpoints.reserve(self.engine)
         rollbacks = 0
         try:
@@ -152,7 +152,7 @@ class Trainer:
                     if rollbacks > self.faults.max_rollbacks:
                         raise RunError(
                             f"{request}; the run was rolled back {self.faults.max_rollbacks} times already "
-                            "(faults.max_rollbacks): lower the learning rate, or look at the data"
+                            "(faults.max_rollbacks): lower the learning rate, or check the data"
                         ) from None
                     progress = self._roll_back(request)
         finally:
@@ -202,7 +202,7 @@ class Trainer:
 
     @contextmanager
     def _reported(self) -> Iterator[None]:
-        """Show an error to all callbacks, and raise it."""
+        """Report an error to all callbacks and raise it."""
         try:
             yield
         except BaseException as error:
@@ -218,7 +218,7 @@ class Trainer:
         meta, path = loaded
         if meta.seed != self.settings.seed:
             raise ConfigError(
-                f"{path} was trained with run.seed={meta.seed}, not {self.settings.seed}: another seed would show "
+                f"{path} was trained with run.seed={meta.seed}, not {self.settings.seed}: another seed would give "
                 "other samples and noise; set it back, or start anew in another run.dir"
             )
         # The weights fit whatever the network predicts, so nothing else would notice.
@@ -232,7 +232,7 @@ class Trainer:
         return Progress.from_meta(meta)
 
     def _roll_back(self, request: RollbackRequested) -> Progress:
-        """Load the checkpoint that the policy asks for; the data go on after what was trained on."""
+        """Load the checkpoint that the policy requires; the data continue after what was trained on."""
         self.heartbeat.beat(request.at_step, "long_op")
         self._saved(self.checkpoints.finished(wait=True))
         meta = self.checkpoints.rollback(self.engine, max_step=request.step - self.faults.rollback_steps)
@@ -354,7 +354,7 @@ class Trainer:
         self.checkpoints.observe(values)
 
     def _save(self, stage: Stage, progress: Progress, *, end: int) -> None:
-        """Report a save that has ended, and begin one where it is time; the last of a run must succeed."""
+        """Report a save that has ended, and start one if it is due; the last of a run must succeed."""
         step = progress.step
         last = step == self.last_step or self.stopped is not None
         checkpoint = self.checkpoints.due(step) or step == end or last
@@ -387,14 +387,14 @@ class Trainer:
             raise RunError(result.error)
         else:
             # Training is worth more than one checkpoint: the previous one is untouched.
-            logger.warning("%s; training goes on", result.error)
+            logger.warning("%s; training continues", result.error)
 
 
 def _check_data_state(progress: Progress, stage: str, state: Mapping[str, Any]) -> None:
     if progress.stage == stage and progress.data_state != state:
         logger.warning(
-            "the data are not those of the checkpoint (%s, was %s): from here on other samples are seen than "
-            "without the interruption",
+            "the data differ from those of the checkpoint (%s, was %s): from here on training sees other samples "
+            "than without the interruption",
             state,
             progress.data_state,
         )

@@ -1,4 +1,4 @@
-"""What a run does beside training: logs, comparing replicas, sample images, evaluation."""
+"""Callbacks of a run: logs, the resolved configuration, replica checks, sample images, evaluation."""
 
 import logging
 import time
@@ -37,7 +37,7 @@ from deco_scale.training.trainer import Trainer
 logger = logging.getLogger(__name__)
 
 GeneratorAt = Callable[[int], ImageGenerator]
-"""A generator over the model in training at a step; it draws with the weights of the moment."""
+"""A generator over the model in training at a step; it uses the weights of the moment."""
 
 
 class LogRun(Callback):
@@ -86,7 +86,7 @@ class SaveConfig(Callback):
 
 
 class CheckReplicas(Callback):
-    """Compares what ranks hold alike, bit by bit; see :mod:`deco_scale.distributed.replica_check`."""
+    """Compares replicated tensors bit by bit; see :mod:`deco_scale.distributed.replica_check`."""
 
     def __init__(self, every: int, hosts: Sequence[str]) -> None:
         self._check = ReplicaCheck(every, hosts)
@@ -107,7 +107,7 @@ class CheckReplicas(Callback):
 
 
 class SampleImages(Callback):
-    """Draws the configured prompts or classes with the EMA weights; ``samples/step_*.png``."""
+    """Generates images of the configured prompts or classes with the EMA weights; ``samples/step_*.png``."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""What a run reads: frozen encoders, the loader of a stage, random images for a dry run."""
+"""Inputs of a run: frozen encoders, the loader of a stage, random images for a dry run."""
 
 import dataclasses
 import json

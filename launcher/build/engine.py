@@ -1,4 +1,4 @@
-"""The engine that a configuration names."""
+"""Builds the configured engine."""
 
 from collections.abc import Callable
 

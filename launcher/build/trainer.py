@@ -1,4 +1,4 @@
-"""From a configuration to a trainer: where models, data and engines meet."""
+"""Builds a :class:`Trainer` from a configuration: model, data, engine and callbacks."""
 
 import dataclasses
 import json
@@ -145,7 +145,7 @@ def build_trainer(
 
 
 def check(cfg: RunConfig, env: Environment) -> tuple[ParallelDims, torch.device]:
-    """Everything that can be found wrong without other ranks; raises :class:`ConfigError`."""
+    """Checks everything that can be checked without other ranks; raises :class:`ConfigError`."""
     dims = resolve_parallel_dims(cfg.parallel, env.world_size)
     check_tp(cfg.model, dims.tp)
     derive_stages(cfg, dims)

@@ -1,1 +1,1 @@
-"""The demo: the main job end to end on a small data set, by ``make demo``."""
+"""The demo (``make demo``): the full workflow on a small data set."""

@@ -1,11 +1,8 @@
-"""The main job on an embedded default, end to end: S3 shards to images, on two CPU processes.
+"""The demo (``make demo``): the full workflow on a CPU, from S3 shards to images, on two processes.
 
-    make demo
-
-Cuts ten photographs into captioned crops, packs them into an S3 server of its own, trains the tiny
-text-to-image DeCo by the ``deepspeed`` launcher with ZeRO-3, stops half-way and resumes from its own
-checkpoint, samples images for known and for new prompts, and counts how many follow their prompt.
-Exits 1 if too few do.
+Cuts ten photographs into captioned crops, packs them into its own S3 server, trains the tiny text-to-image
+DeCo with the ``deepspeed`` launcher and ZeRO-3, stops halfway, resumes from its own checkpoint, samples images for
+known and for new prompts, and measures how many match their prompt. Exits with 1 if too few do.
 """
 
 import argparse
@@ -141,7 +138,7 @@ def _prompts(kind: str) -> tuple[list[str], Any]:
 
 
 def _report(results: dict[str, dict[str, Any]], out: Path, minutes: float, console: Console) -> int:
-    table = Table("subject", *results, title="images that show what was asked for")
+    table = Table("subject", *results, title="images that match their prompt")
     for subject in SUBJECTS:
         table.add_row(subject.words, *(r["by_subject"][subject.words] for r in results.values()))
     table.add_section()
@@ -151,13 +148,13 @@ def _report(results: dict[str, dict[str, Any]], out: Path, minutes: float, conso
     (out / "result.json").write_text(json.dumps({"minutes": minutes, **results}, indent=1), encoding="utf-8")
     for name, result in results.items():
         console.print(
-            f"{name}: {100 * result['share']:.1f}% of {result['images']} images show what was "
-            f"asked for (chance about {100 / len(SUBJECTS):.0f}%); grid: {result['grid']}"
+            f"{name}: {100 * result['share']:.1f}% of {result['images']} images match their prompt "
+            f"(chance: about {100 / len(SUBJECTS):.0f}%); grid: {result['grid']}"
         )
-    console.print(f"loss curves: {out / 'curves.png'}; {minutes:.1f} minutes in all")
+    console.print(f"loss curves: {out / 'curves.png'}; {minutes:.1f} minutes in total")
     missed = [name for name, result in results.items() if result["share"] < MIN_SHARE[name]]
     if missed:
-        console.print(f"too few images follow their prompts: {', '.join(missed)}")
+        console.print(f"too few images match their prompts: {', '.join(missed)}")
     return 1 if missed else 0
 
 

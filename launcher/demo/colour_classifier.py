@@ -1,4 +1,4 @@
-"""Nearest-centroid classifier on coarse colours: tells whether the demo's images follow their prompts."""
+"""Nearest-centroid classifier on coarse colours: decides which demo images match their prompts."""
 
 from typing import Any
 

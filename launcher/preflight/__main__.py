@@ -3,8 +3,8 @@
     srun|torchrun|deepspeed ... launcher/preflight.py --config FILE [key.path=value ...]
 
 Versions, configuration, devices, collectives, clocks, storage and data. Rank 0 prints a table of each and adds
-lines to run.dir/preflight.log. Exit codes: 0 all is well, 1 a check refuses the run and names the node, 2 wrong
-use or configuration.
+lines to run.dir/preflight.log. Exit codes: 0 all checks passed, 1 a check failed (the node is named),
+2 wrong usage or configuration.
 """
 
 import argparse
@@ -78,9 +78,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--config", required=True, help="YAML file, see configs/")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
-    parser.add_argument("--timeout-s", type=positive, default=300.0, help="how long to wait for all ranks")
-    parser.add_argument("--max-skew-s", type=positive, default=1.0, help="between clocks of nodes")
-    parser.add_argument("--min-gbps", type=positive, help="GB/s from each rank to the next, below which to refuse")
+    parser.add_argument(
+        "--timeout-s", type=positive, default=300.0, help="seconds to wait for all ranks; default 300"
+    )
+    parser.add_argument(
+        "--max-skew-s",
+        type=positive,
+        default=1.0,
+        help="largest accepted clock difference between nodes in seconds; default 1",
+    )
+    parser.add_argument("--min-gbps", type=positive, help="lowest accepted GB/s from each rank to the next")
     # The deepspeed launcher passes it; the environment says the same.
     parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)
     return parser.parse_args(argv)

@@ -75,7 +75,7 @@ def check_devices(device: torch.device, ranks: Sequence[RankInfo]) -> CheckGroup
 
     def little_memory(free_and_total: tuple[int, int]) -> str | None:
         free, total = (size / 2**30 for size in free_and_total)
-        text = f"{free:.1f} of {total:.1f} GiB are free; end what holds the rest (nvidia-smi)"
+        text = f"{free:.1f} of {total:.1f} GiB are free; end the processes that use the rest (see nvidia-smi)"
         return text if gpu and free < FREE_SHARE * total else None
 
     def slow(speed: float) -> str | None:

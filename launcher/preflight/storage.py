@@ -117,7 +117,7 @@ def _index_fact(url: str, data: DataConfig) -> str:
     shard = index.shards[sample.shard]
     raw = store.read(shard.key, sample.start, sample.end - sample.start)
     if google_crc32c.value(raw) != sample.crc32c:
-        raise DataError(f"{url}/{shard.key} does not hold what its index says; run: deco-data index {url}")
+        raise DataError(f"{url}/{shard.key} does not match its index; run: deco-data index {url}")
     return f"{len(index):,} samples in {len(index.shards):,} shards, index {index.digest}"
 
 

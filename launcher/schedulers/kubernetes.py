@@ -70,9 +70,11 @@ def render_kubernetes(
     if too_long > 0:
         raise ConfigError(f"--name {job.name} is {too_long} characters too long for the names of its pods")
     if job.references and options.secret is None:
-        raise ConfigError(f"--env {job.references[0]} has no value: --secret names the Secret that holds it")
+        raise ConfigError(
+            f"--env {job.references[0]} has no value: name the Secret that contains it with --secret"
+        )
     if len(config_text.encode()) > _MAX_CONFIG_BYTES:
-        raise ConfigError(f"--config {job.config}: over 1 MiB, which a ConfigMap does not hold")
+        raise ConfigError(f"--config {job.config}: over 1 MiB, the limit of a ConfigMap")
     refuse_secret_text(config_text, file=f"--config {job.config}")
     paths = [path for _, path in options.volumes]
     if not any(cfg.run.dir == path or cfg.run.dir.startswith(f"{path}/") for path in paths):

@@ -8,9 +8,9 @@ from deco_scale.observability.events import REQUEUE
 from launcher.schedulers.base import ClusterJob, check_names, check_text, render_template
 
 EXIT_WAIT_S = 60
-"""How long the remaining tasks may run after the first one exits: their own exit codes tell more than a kill's."""
+"""How long the remaining tasks may run after the first one exits, so that they report their own exit codes."""
 SHELL_VARIABLES = ("PATH", "HOME", "USER", "LANG", "LD_LIBRARY_PATH", "TMPDIR", "VIRTUAL_ENV")
-"""Exported to the job beside those asked for; no other variable of the submitter's shell is."""
+"""Exported to the job, with those of ``--env``; no other variable of the submitting shell is."""
 _NAMES = r"[A-Za-z0-9_][A-Za-z0-9_.,-]{0,127}"
 
 

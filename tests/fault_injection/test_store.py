@@ -177,7 +177,7 @@ def test_refusals_fail_at_once_without_credentials(server: S3Server, connect: Ca
         ({}, "s3://nowhere/p", QUICK, "x", (0, 1), "no such bucket"),
         ({}, URL, QUICK, "object", (0, 1, "0" * 32), "changed since it was indexed"),
         ({}, URL, QUICK, "object", (len(DATA) - 10, 20), "expected 4000010: changed since"),
-        ({}, URL, QUICK, "object", (len(DATA), 20), "shorter than the index says"),
+        ({}, URL, QUICK, "object", (len(DATA), 20), "shorter than in the index"),
         ({}, URL, anonymous, "object", (0, 1), "access denied to an anonymous reader"),
         (wrong, URL, QUICK, "object", (0, 1), "the secret key is wrong"),
         (unknown, URL, QUICK, "object", (0, 1), "the access key is not known"),

@@ -1,0 +1,1 @@
+"""Triton kernels of :mod:`deco_scale.kernels`; none has run on a GPU yet."""

@@ -139,8 +139,8 @@ def squared_error_sums(
     values = 3 * patch_size * patch_size
     if prediction.shape != target.shape or prediction.shape[-1] != values or patch_size % SIDE:
         raise ValueError(
-            f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} must be alike, and "
-            f"hold RGB patches of {patch_size} pixels a side, a multiple of {SIDE}"
+            f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} must have one shape, "
+            f"RGB patches of {patch_size} pixels a side, a multiple of {SIDE}"
         )
     sizes = {"transform": (transform, 4096), "colours": (colours, 9), "weights": (weights, 192)}
     for name, (table, count) in sizes.items():

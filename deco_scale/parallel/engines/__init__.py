@@ -1,0 +1,1 @@
+"""The FSDP2 and DeepSpeed engines behind one interface."""

@@ -40,7 +40,7 @@ def test_a_flipped_bit_is_detected_and_its_file_named(
         checked = tmp_path / ("out.ckpt" if kind == "release" else "out")
         assert run("export", folder, checked, "--format", kind) == 0
     assert run("verify", checked) == 0
-    assert "every file is as its checksum says" in capsys.readouterr().out
+    assert "every file matches its checksum" in capsys.readouterr().out
     files = (
         [p for p in checked.rglob("*") if p.is_file()] if checked.is_dir() else list(tmp_path.glob("out.ckpt*"))
     )

@@ -128,7 +128,7 @@ def test_settings_that_the_release_lacks_are_reported(tmp_path: Path, capsys: py
     assert cli.main(["import", str(path), str(tmp_path / "out"), "--dry-run"]) == 0
     assert not (tmp_path / "out").exists()
     assert cli.main(["import", str(path), str(tmp_path / "out")]) == 0
-    assert "has no EMA: a copy of the weights" in capsys.readouterr().out
+    assert "has no EMA: the weights are copied" in capsys.readouterr().out
     found = read_tensors(tmp_path / "out", "")
     for name in denoiser_shapes(CLASSES):
         assert torch.equal(found[MODEL + name], found[EMA + name])
@@ -198,7 +198,7 @@ REFUSALS = {
     "misshapen": (_changed(lambda s: s.update({FIRST: torch.zeros(3)})), r"norm1.weight has shape \(3,\)"),
     "not a tensor": (_changed(lambda s: s.update({FIRST: 1.0})), "is a float, not a tensor"),
     "sparse": (_changed(lambda s: s.update({FIRST: torch.eye(4).to_sparse()})), "not a plain dense tensor"),
-    "integers": (_changed(lambda s: s.update({FIRST: torch.ones(16, dtype=torch.int32)})), "fp32 does not hold"),
+    "integers": (_changed(lambda s: s.update({FIRST: torch.ones(16, dtype=torch.int32)})), "fp32 cannot"),
     "not a name": (_changed(lambda s: s.update({3: torch.zeros(2)})), "is not a tensor name"),
     "truncated": (_truncated, "damaged or truncated"),
     "plain pickle": (_plain_pickle, "plain pickles are not read"),

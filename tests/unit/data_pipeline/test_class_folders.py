@@ -73,7 +73,7 @@ def test_what_would_shift_class_numbers_is_refused(tmp_path: Path, capsys: pytes
     (root / "n00000000").mkdir()
     pack = ["pack", "--class-folders"]
     assert cli.main([*pack, str(root), str(tmp_path / "out")]) == 1
-    assert "n00000000: holds no images; remove it" in capsys.readouterr().err
+    assert "n00000000: has no images; remove it" in capsys.readouterr().err
     for source in ("s3://bucket/set", str(tmp_path / "nowhere"), str(root / NAMES[0])):
         assert cli.main([*pack, source, str(tmp_path / "out")]) == 1
     assert not (tmp_path / "out").exists()

@@ -81,7 +81,7 @@ def test_verify_finds_replaced_missing_unknown_and_cut_shards(packed: Path) -> N
     (packed / "new.tar").write_bytes(third.read_bytes())
     found = "\n".join(problems_of(packed))
     for part in (
-        "shard-00000.tar: " + f"{len(raw) - 1024} bytes, the index says {len(raw)}",
+        "shard-00000.tar: " + f"{len(raw) - 1024} bytes, the index has {len(raw)}",
         "shard-00001.tar: in the index, but missing",
         f"shard-00001.tar: in {MANIFEST_KEY}, but missing",
         "new.tar: is not in the index",
@@ -179,7 +179,7 @@ def test_bench_measures_both_modes(packed: Path, capsys: pytest.CaptureFixture[s
         (["verify", "{}"], 1, "no shards and no index"),
         (["bench", "{}"], 1, "no shards and no index"),
         (["pack", "{}/nowhere", "{}/out"], 1, "no such folder or file"),
-        (["pack", "{}", "{}/out"], 1, "holds no images"),
+        (["pack", "{}", "{}/out"], 1, "has no images"),
         (["pack", "{}", "{}/out", "--shard-mb", "0"], 2, "not above 0"),
         (["index", "{}", "--text", "png"], 2, "txt, json, cls"),
         (["verify", "{}", "--workers", "0"], 2, "not at least 1"),
