@@ -165,7 +165,9 @@ def events(runs: Path, name: str, *kinds: str) -> list[tuple[str, dict[str, Any]
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_one_flipped_bit_is_detected_at_the_next_check(runs: Path, layout: str) -> None:
     text = said(runs, layout)
-    assert text.startswith(f"ReplicaMismatchError: step {FLIPPED_AT}:") and f"after step {FLIPPED_AT - 1}:" in text, text
+    assert (
+        text.startswith(f"ReplicaMismatchError: step {FLIPPED_AT}:") and f"after step {FLIPPED_AT - 1}:" in text
+    ), text
     # Between two ranks nobody knows who is right.
     assert "either may be wrong" in text
     found = [fields for _, fields in events(runs, layout, "corruption")]
