@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import tomllib
 import typing
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from deco_scale.config import RunConfig
 from tests.support import ROOT
 
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+PAGES = sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")} - {ROOT / "CHANGELOG.md"})  # it names what is gone
 TOP = ("benchmarks", "checkpoints_tools", "configs", "data_pipeline", "deco_scale", "docs", "launcher", "tests")
 FILES = re.compile(rf"(?<![\w/.])(?:{'|'.join(TOP)})/[\w./*-]*\w")
 MODULES = re.compile(rf"\bpython -m ((?:{'|'.join(TOP)})(?:\.\w+)*)")
@@ -80,3 +81,10 @@ def test_every_package_has_a_page_in_the_api_reference() -> None:
         documented |= set(re.findall(r"^::: ([\w.]+)$", page.read_text(encoding="utf-8"), re.MULTILINE))
     packages = {f"deco_scale.{path.parent.name}" for path in ROOT.glob("deco_scale/*/__init__.py")}
     assert packages | {"data_pipeline", "checkpoints_tools", "launcher"} <= documented
+
+
+def test_the_architecture_page_lists_the_import_layers_of_the_contract() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    contract = next(c for c in project["tool"]["importlinter"]["contracts"] if c["type"] == "layers")
+    layers = "\n".join(f"    {layer.replace(' : ', ', ')}" for layer in contract["layers"])
+    assert f"\n{layers}\n" in (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
