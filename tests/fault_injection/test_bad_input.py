@@ -144,7 +144,7 @@ def test_checkpoint_of_another_model(config: Path, tmp_path: Path) -> None:
 def test_other_data_after_a_resume_are_reported(config: Path) -> None:
     assert launch(config, "run.stop_at_step=2")[0] == 0
     code, output = launch(config, "run.stop_at_step=3", "data.window=8")
-    assert code == 0 and "WARNING: the data are not those of the checkpoint" in output
+    assert code == 0 and "WARNING: the data differ from those of the checkpoint" in output
     code, output = launch(config, "run.stop_at_step=4", "data.window=8")
     assert code == 0 and "WARNING" not in output
 
