@@ -232,13 +232,15 @@ class _Handler(logging.Handler):
 def logged_to(handler: logging.Handler) -> Iterator[None]:
     """Within, the loggers of the product's packages write to ``handler`` from INFO on."""
     loggers = [logging.getLogger(name) for name in PACKAGES]
-    levels = [each.level for each in loggers]
+    before = [(each.level, each.propagate) for each in loggers]
     for each in loggers:
         each.addHandler(handler)
         each.setLevel(logging.INFO)
+        # A library may have given the root logger a handler, which would show each line again, on every rank.
+        each.propagate = False
     try:
         yield
     finally:
-        for each, level in zip(loggers, levels, strict=True):
+        for each, (level, each.propagate) in zip(loggers, before, strict=True):
             each.removeHandler(handler)
             each.setLevel(level)

@@ -49,10 +49,22 @@ def test_an_error_with_a_name_is_the_recorded_end(error: BaseException, code: in
 @pytest.mark.parametrize("active", [True, False])
 def test_a_closed_run_leaves_loggers_as_they_were(active: bool, tmp_path: Path) -> None:
     loggers = [logging.getLogger(name) for name in PACKAGES]
-    before = [(list(each.handlers), each.level) for each in loggers]
+    before = [(list(each.handlers), each.level, each.propagate) for each in loggers]
     run_logger = a_logger(tmp_path, active=active)
     run_logger.close()
-    assert [(each.handlers, each.level) for each in loggers] == before
+    assert [(each.handlers, each.level, each.propagate) for each in loggers] == before
+
+
+@pytest.mark.parametrize("active", [True, False])
+def test_lines_come_once_on_rank_0_whatever_handlers_a_library_adds(
+    active: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """caplog's own handler is one of the root logger."""
+    run_logger = a_logger(tmp_path, active=active)
+    logging.getLogger("deco_scale.training").warning("100% of it")
+    run_logger.close()
+    assert not caplog.messages
+    assert capsys.readouterr().out.count("WARNING: 100% of it") == (1 if active else 0)
 
 
 class Slow(Callback):
