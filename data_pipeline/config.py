@@ -31,7 +31,7 @@ class Filters:
 class Source:
     """One data set of a mixture; ``weight`` is its share of the samples, relative to the others'.
 
-    ``text_states`` is where ``deco embed`` wrote its text states, if it did.
+    ``text_states`` is where ``deco embed`` wrote its text embeddings, if it did.
     """
 
     url: str
@@ -61,7 +61,7 @@ class DataConfig:
     ``ahead`` samples per rank are fetched and decoded before they are needed; ``workers`` of ``worker_kind``
     decode them (0: the training loop decodes), ``fetchers`` read chunks into up to ``buffer_bytes`` of memory.
     ``cache_dir`` keeps up to ``cache_bytes`` of chunks on a local disk, shared by the processes of a node.
-    ``text_states`` is the URL where ``deco embed`` wrote text states; empty encodes captions while training.
+    ``text_states`` is the URL where ``deco embed`` wrote text embeddings; empty encodes captions while training.
 
     ``anonymous`` and ``requester_pays`` are for public buckets; other access is set the standard AWS ways. A
     request that receives nothing for ``stall_s`` seconds is tried again, one that gets nowhere for
@@ -124,5 +124,5 @@ class DataConfig:
 
     @property
     def has_text_embeddings(self) -> bool:
-        """Whether text states are read instead of computed."""
+        """Whether text embeddings are read instead of computed."""
         return bool(self.sources[0].text_states)

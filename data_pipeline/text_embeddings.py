@@ -73,12 +73,12 @@ def unpack_embeddings(member: bytes, text: int, width: int) -> "np.ndarray[Any, 
     """Embedding (tokens, width) of the ``text``-th text of a member."""
     (count,) = np.frombuffer(member, dtype="<u2", count=1)
     if text >= count:
-        raise DataError(f"a sample has {count} text states, expected text number {text}; run deco embed again")
+        raise DataError(f"a sample has {count} text embeddings, expected text number {text}; run deco embed again")
     tokens = np.frombuffer(member, dtype="<u2", count=int(count), offset=2).astype(np.int64)
     first = int(tokens[:text].sum()) * width
     values = np.frombuffer(member, dtype="<u2", offset=2 + 2 * int(count))
     if len(values) != int(tokens.sum()) * width:
-        raise DataError(f"text states of {len(values)} values, expected {int(tokens.sum())} tokens of {width}")
+        raise DataError(f"text embeddings of {len(values)} values, expected {int(tokens.sum())} tokens of {width}")
     return values[first : first + int(tokens[text]) * width].reshape(-1, width)
 
 

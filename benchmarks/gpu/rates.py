@@ -181,7 +181,7 @@ def saving(where: Where) -> Found:
 def sampling(where: Where) -> Found:
     """Images/s at 256 px and 25 steps with guidance, for one image and many, eager and as CUDA graphs.
 
-    Weights are random, text states are there; both ways must draw the same images.
+    Weights are random, text embeddings are there; both ways must draw the same images.
     """
     device = torch.device(where.device)
     model, steps, side = xxl_model(where), 3 if where.quick else 25, 16 if where.quick else 256

@@ -215,7 +215,7 @@ def parse_index(raw: Bytes, where: str) -> Index:
             raise ValueError(f"{len(ends)} ends for {len(shards)} shards and {rows} rows")
         digest = str(header["digest"])
     except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise DataError(f"{where} is damaged ({type(error).__name__}: {error}); make it again") from error
+        raise DataError(f"{where} is damaged ({type(error).__name__}: {error}); run deco-data index") from error
     rest = {n: v for n, v in header.items() if n not in ("shards", "ends", "digest", "version")}
     return Index(shards, ends, columns, digest, rest, whole_digest=digest)
 
@@ -248,7 +248,7 @@ def unpack_columns(
             raise ValueError("wrong checksum of the header")
         header = json.loads(metadata["header"])
         if header["version"] != version:
-            raise DataError(f"{where} has version {header['version']}, expected {version}; make it again")
+            raise DataError(f"{where} has version {header['version']}, expected {version}; run deco-data index")
         if arrays.keys() != header["crc32c"].keys():
             raise ValueError("the columns are not those of the header")
         columns = {n: arrays[n] for n in (*types, *(n for n in arrays if n.startswith(SCORE)))}
@@ -260,7 +260,7 @@ def unpack_columns(
         if len({len(column) for column in columns.values()}) > 1:
             raise ValueError("columns of different lengths")
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
-        raise DataError(f"{where} is damaged ({type(error).__name__}: {error}); make it again") from error
+        raise DataError(f"{where} is damaged ({type(error).__name__}: {error}); run deco-data index") from error
     return columns, header
 
 

@@ -199,7 +199,7 @@ class RunLogger:
         self._write(goodput.as_metrics())
         parts = [f"{name} {goodput.seconds(name):.0f} s" for name in CLASSES if goodput.seconds(name) >= 0.5]
         logger.info(
-            "of %.0f s in %d attempt(s): %s; effective training time %.1f%%",
+            "%.0f s in %d attempt(s): %s; effective training time %.1f%%",
             goodput.wall_s,
             len(goodput.attempts),
             ", ".join(parts),

@@ -126,6 +126,6 @@ class AnomalyDetector:
         if anomaly.consecutive >= self._limit:
             raise RunError(
                 f"step {anomaly.step}: {why} in {anomaly.consecutive} steps in a row "
-                f"(run.max_bad_steps={self._limit}); weights are "
-                "as before them. Lower the learning rate, or check the data of these steps"
+                f"(run.max_bad_steps={self._limit}); the weights are "
+                "those before these steps. Lower the learning rate, or check the data of these steps"
             )

@@ -182,7 +182,7 @@ class Evaluate(Callback):
         self._requests = raise_together(lambda: evaluation_requests(cfg, num_classes=num_classes))
         self._scorer = raise_together(lambda: Scorer(cfg, device))
         if self._scorer.published_weights is False:
-            logger.warning("evaluation.inception_weights is not the published file: FID compares with no other")
+            logger.warning("evaluation.inception_weights is not the published file: its FID is not comparable")
 
     def on_step_end(self, trainer: Trainer, step: int) -> None:
         if not self._cfg.every or step % self._cfg.every:

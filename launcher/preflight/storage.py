@@ -71,7 +71,7 @@ def check_storage(
 
 
 def check_data(cfg: RunConfig, ranks: Sequence[RankInfo]) -> CheckGroup:
-    """Index and first sample of every data set, text states and encoders, from every node. All ranks together."""
+    """Index, first sample, text embeddings and encoders of every data set, read on every node; a collective."""
     leaders = [rank for rank in ranks if rank.local_rank == 0]
     all_facts = gather_objects(_data_facts(cfg) if ranks[dist.get_rank()] in leaders else {})
     facts = [all_facts[rank.rank] for rank in leaders]
@@ -86,7 +86,7 @@ def check_data(cfg: RunConfig, ranks: Sequence[RankInfo]) -> CheckGroup:
 
 
 def _data_facts(cfg: RunConfig) -> dict[str, str]:
-    """What this node reads of each data set, text states and encoder, or why it cannot."""
+    """What this node reads of each data set, text embeddings and encoder, or why it cannot."""
     probes: dict[str, Callable[[], str]] = {}
     for source in cfg.data.sources:
         probes[source.url] = partial(_index_fact, source.url, cfg.data)

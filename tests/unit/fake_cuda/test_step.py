@@ -104,7 +104,7 @@ def warm(device: str, kernels: Kernels) -> None:
 
 
 def batch_of(stage: StageConfig, device: str) -> Batch:
-    """Images and text states as the data's workers give them."""
+    """Images and text embeddings as the data's workers give them."""
     size, side = stage.micro_batch, stage.resolution
     states = [np.zeros((3 + i % 90, CONFIG.model.text_dim), np.uint16) for i in range(size)]
     made = MicroBatch(np.zeros((size, side, side, 3), np.uint8), [""] * size, [0] * size, range(size), states)

@@ -78,7 +78,7 @@ class SmallRun:
         )  # fmt: skip
 
     def batch(self, step: int) -> MicroBatch:
-        """Pictures, and text states of different lengths or labels; in page-locked memory for a GPU."""
+        """Images, and text embeddings of different lengths or labels; in page-locked memory for a GPU."""
         random = np.random.default_rng(step)
         states: Sequence[Any] | None = None
         if self.model.kind == "t2i_deco":
