@@ -33,7 +33,7 @@ WEIGHT_TOLERANCE = 5e-5
 
 
 def class_shards(folder: Path) -> Path:
-    """Pictures with class numbers."""
+    """Images with class numbers."""
     members: dict[str, bytes] = {}
     for i in range(40):
         members |= {f"{i:03d}.png": image_bytes(i, size=(48, 48)), f"{i:03d}.cls": str(i % 4).encode()}
@@ -55,7 +55,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def job(root: Path, shards: Path, text_encoder: Path, image_encoder: Path) -> Callable[..., Job]:
-    """Makes jobs of 10 steps with accumulation and REPA; the class models without text and pictures."""
+    """Makes jobs of 10 steps with accumulation and REPA; the class models without text and images."""
 
     def make(name: str, resume: str = "none", *, kind: str = "t2i", **parallel: Any) -> Job:
         config = tiny_config(root / name, shards, text_encoder, image_encoder)

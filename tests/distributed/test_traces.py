@@ -36,7 +36,7 @@ class Jobs:
     def whole(self, name: str, parallel: dict[str, Any], resume: str = "none", **extra: Any) -> Job:
         config = tiny_config(self._root / name, *self._assets)
         config["parallel"] = parallel
-        # Pictures between the steps: swapping the average in and out must leave no trace.
+        # Images between the steps: swapping the average in and out must leave no trace.
         config["samples"] = {"every": 4, "prompts": ["a red circle", "blue"], "sampler": {"num_steps": 2}}
         config["checkpoint"] = {"every": 10, "keep_last": 5}
         for stage, steps in zip(config["stages"], (12, 8), strict=True):

@@ -1,4 +1,4 @@
-"""A class model from a folder of pictures for each class to samples: digits, ``configs/c2i_tiny.yaml``."""
+"""A class model from a folder of images for each class to samples: digits, ``configs/c2i_tiny.yaml``."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ SHOWN: dict[str, Any] = {
     "evaluation": {"every": 10, "count": 12, "batch": 5, "grid": 6, "npz": True,
                    "sampler": {"solver": "heun", "num_steps": 2}},
 }  # fmt: skip
-"""Pictures while training, which must leave no trace in it."""
+"""Images while training, which must leave no trace in it."""
 
 
 def digit_folders(root: Path) -> Path:

@@ -1,6 +1,6 @@
 """Emulated FP8 against bf16, in the only unit that says something: the noise between two seeds.
 
-Three runs see the same pictures, captions, noise and times: bf16 from initial weights A, FP8 from the same A,
+Three runs see the same images, captions, noise and times: bf16 from initial weights A, FP8 from the same A,
 bf16 from other initial weights B. Losses are smoothed, since a single step's is mostly that of its times.
 """
 
@@ -50,7 +50,7 @@ def built(init_seed: int, compute: Literal["bf16", "fp8"]) -> Objective:
 
 
 def batches() -> list[ObjectiveInputs]:
-    """Smooth pictures that their captions tell apart, with noise and times of their own at every step."""
+    """Smooth images that their captions tell apart, with noise and times of their own at every step."""
     generator = torch.Generator().manual_seed(0)
     coarse = torch.randn(PICTURES, 3, 4, 4, generator=generator)
     pictures = torch.nn.functional.interpolate(coarse, size=(SIDE, SIDE), mode="bilinear").clamp(-1, 1)

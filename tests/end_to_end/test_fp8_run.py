@@ -12,7 +12,7 @@ def test_a_run_in_emulated_fp8_says_what_is_fp8_and_resumes(
 ) -> None:
     def config(name: str, precision: dict[str, Any], until: int | None = None) -> dict[str, Any]:
         made = tiny_config(tmp_path / name, shards, text_encoder)
-        # FP8 takes multiples of 16 tokens: 8 pictures of 4 patches and 6 words.
+        # FP8 takes multiples of 16 tokens: 8 images of 4 patches and 6 words.
         made["stages"] = [made["stages"][1] | {"micro_batch": 8, "steps": 6}]
         made["run"] |= {"stop_at_step": until}
         return made | {"precision": precision, "checkpoint": {"every": 3, "keep_last": 2}}

@@ -1,4 +1,4 @@
-"""The whole job with real parts: S3, the deepspeed launcher, two stages, pictures, wandb, sampling."""
+"""The whole job with real parts: S3, the deepspeed launcher, two stages, images, wandb, sampling."""
 
 import json
 import os

@@ -76,7 +76,7 @@ def make_image_encoder(folder: Path) -> Path:
 
 
 def make_images_folder(folder: Path, count: int, side: int = 48) -> Path:
-    """Coloured noise pictures with captions, every third with several of them."""
+    """Coloured noise images with captions, every third with several of them."""
     folder.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(0)
     for i in range(count):

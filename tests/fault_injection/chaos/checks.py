@@ -83,7 +83,7 @@ def compare_samples(
         if numbers != list(range((step - 1) * batch, step * batch)):
             problems.append(f"step {step} was trained on the samples {numbers}")
         elif sorted(last[step]) != sorted(undisturbed[step]):
-            problems.append(f"step {step} saw other pictures or captions than in the undisturbed run")
+            problems.append(f"step {step} saw other images or captions than in the undisturbed run")
     replays = 0
     for (attempt, rank), done in sorted(executed.items()):
         begin = attempts[attempt - 1]["from"]

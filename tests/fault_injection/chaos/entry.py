@@ -2,7 +2,7 @@
 
 It runs launcher/train.py as ``python launcher/train.py`` does, after two changes to what it puts together. Each
 step that is done adds a line to ``samples_rank_K.jsonl`` in the folder CHAOS_SAMPLES: attempt, step, the numbers
-of the samples and a checksum of each one's picture and caption. At the steps of CHAOS_NAN (a JSON object of step:
+of the samples and a checksum of each one's image and caption. At the steps of CHAOS_NAN (a JSON object of step:
 rank) that rank's part of the gradient becomes NaN before the update.
 """
 
@@ -34,8 +34,8 @@ class Recorded:
 
     def __call__(self, batch: Any, *more: Any, **named: Any) -> Any:
         self.sample_ids += [int(number) for number in batch.sample_ids]
-        pictures = [zlib.crc32(bytes(memoryview(picture).cast("B"))) for picture in batch.images]
-        self.sums += [zlib.crc32(c.encode(), s) for c, s in zip(batch.captions, pictures, strict=True)]
+        images = [zlib.crc32(bytes(memoryview(image).cast("B"))) for image in batch.images]
+        self.sums += [zlib.crc32(c.encode(), s) for c, s in zip(batch.captions, images, strict=True)]
         return self._prepare(batch, *more, **named)
 
     def take(self) -> dict[str, list[int]]:

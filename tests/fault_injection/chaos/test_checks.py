@@ -69,7 +69,7 @@ def samples(rank: int, attempts: list[range]) -> Lines:
         (lambda lines: lines.pop(3), None),
         (lambda lines: lines[-1]["numbers"].__setitem__(0, 0), "was trained on"),
         (lambda lines: lines.append(lines[-1]), "was trained on"),
-        (lambda lines: lines[-1]["sums"].__setitem__(0, 7), "other pictures"),
+        (lambda lines: lines[-1]["sums"].__setitem__(0, 7), "other images"),
         (lambda lines: lines.pop(), "was trained on"),
         (lambda lines: lines.pop(4), "attempt 2, rank 1"),
     ],

@@ -93,7 +93,7 @@ def test_small_images_are_upscaled(mode: DecodeMode, side: tuple[int, int]) -> N
 
 
 def test_enlarging_has_a_bound() -> None:
-    """A picture of one row would cover 512 pixels with 33 million columns."""
+    """An image of one row would cover 512 pixels with 33 million columns."""
     line = _png(Image.new("RGB", (65_000, 1)))
     assert (
         kind_of(lambda: decode(line, (512, 512), mode="exact", max_pixels=64 * 2**20, upscale=True)) == "too_large"

@@ -135,7 +135,7 @@ def test_activations_are_what_autograd_keeps(
         work=work, parallel=parallel, dims=ParallelDims(1, 1), micro_batch=1, accumulation=1, resolution=128
     )
     planned = activation_bytes(step, kind="cpu")
-    # Picture and noise are inputs that no operation keeps; what is held for a moment comes in backward.
+    # Image and noise are inputs that no operation keeps; what is held for a moment comes in backward.
     total = sum(planned.values()) - planned["moment"] - 2 * 4 * 3 * 128**2
     print(model.kind, compute, mode, f"{total / 2**20:.2f} MiB planned, {kept / 2**20:.2f} kept")
     # Left out: times, modulations, statistics of norms, rotary angles.

@@ -134,7 +134,7 @@ def test_a_hang_that_ends_in_time_is_withdrawn() -> None:
 
 
 def test_waiting_for_a_slow_rank_is_no_hang() -> None:
-    """Rank 0 writes pictures at step 17; the others wait for it in step 18, and have their time again after it."""
+    """Rank 0 writes images at step 17; the others wait for it in step 18, and have their time again after it."""
     job = Clockwork()
     job.ranks[0].update(phase="long_op", silent_s=3000.0)
     for rank in (1, 2, 3):
