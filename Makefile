@@ -17,7 +17,7 @@ STAMP := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt requireme
 
 # The GPU machine's versions, on a CPU. Wheels of Transformer Engine are taken from a folder, where it has some.
 REHEARSAL := .venv-rehearsal
-GPU_WHEELS ?= ../shared/gpu/call-01
+GPU_WHEELS ?= wheels
 PYTHON312 ?= $(shell command -v python3.12 2> /dev/null)
 ifneq ($(shell $(or $(PYTHON312),false) -c "" > /dev/null 2>&1 && echo works),works)
 PYTHON312 := $(lastword $(wildcard $(shell pyenv root 2> /dev/null)/versions/3.12*/bin/python3.12))

@@ -4,12 +4,17 @@ import os
 import socket
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
+import torch.distributed as dist
+
 from data_pipeline.errors import DataError
+from deco_scale.config import RunConfig
 from deco_scale.distributed.bootstrap import Environment
+from deco_scale.distributed.collectives import broadcast_object
 from deco_scale.errors import ConfigError, RunError, Stopped
 from deco_scale.observability.events import REQUEUE, Event, append_event
 from deco_scale.observability.redact import scrub
@@ -31,6 +36,18 @@ class ExitStatus:
         self.env = Environment(0, 1, 0)
         self.run_dir: Path | None = None
         self.watchdog: Watchdog = NoWatchdog()
+
+    def start_watchdog(self, cfg: RunConfig) -> Watchdog:
+        """Start this rank's watchdog, which is told of the end; all ranks together."""
+        self.watchdog = Watchdog.start(
+            cfg.watchdog,
+            rank=self.env.rank,
+            world_size=self.env.world_size,
+            run_dir=Path(cfg.run.dir),
+            share=broadcast_object,
+            webhook_env=cfg.monitor.webhook_env,
+        )
+        return self.watchdog
 
     def __enter__(self) -> "ExitStatus":
         return self
@@ -71,6 +88,21 @@ class ExitStatus:
             with suppress(OSError):
                 fields = {"reason": scrub(reason), "exit_code": self.code}
                 append_event(self.run_dir, Event(time.time(), "end", fields))
+
+
+@contextmanager
+def leave_group_in_order() -> Iterator[None]:
+    """Ranks that are done, or were stopped by a signal, leave the process group together."""
+    stopped: Stopped | None = None
+    try:
+        yield
+    except Stopped as signal:
+        stopped = signal
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+    if stopped is not None:
+        raise stopped
 
 
 def exit_now(code: int) -> None:

@@ -13,19 +13,16 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
 # Also works from a clone that is not installed: launchers start this file by its path.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch.distributed as dist
-
 from deco_scale.config import RunConfig, dump_config, load_config
 from deco_scale.distributed.bootstrap import Environment, read_environment
-from deco_scale.distributed.collectives import broadcast_object
 from deco_scale.distributed.signals import StopRequest
-from deco_scale.errors import Stopped
 from deco_scale.observability import redact
 from deco_scale.observability.redact import scrub
 from deco_scale.observability.run_logger import logged_to
@@ -33,7 +30,7 @@ from deco_scale.observability.webhooks import check_webhook
 from deco_scale.training.trainer import Progress
 from deco_scale.watchdog.client import NoWatchdog, Watchdog
 from launcher.build.trainer import build_trainer
-from launcher.exit_status import ExitStatus, exit_now
+from launcher.exit_status import ExitStatus, exit_now, leave_group_in_order
 
 
 class Parser(argparse.ArgumentParser):
@@ -54,9 +51,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="auto (default): newest checkpoint of run.dir, if any; none: start anew",
     )
     parser.add_argument("--print-config", action="store_true", help="show the resolved YAML and exit")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="run one step on synthetic data, report memory and exit"
-    )
+    parser.add_argument("--dry-run", action="store_true", help="one step on synthetic data, report memory, exit")
     # The deepspeed launcher passes it; the environment has the same.
     parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
@@ -102,28 +97,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         status.run_dir = Path(cfg.run.dir)
         stop = StopRequest()
         stop.install()
-
-        def start_watchdog() -> Watchdog:
-            status.watchdog = Watchdog.start(
-                cfg.watchdog,
-                rank=env.rank,
-                world_size=env.world_size,
-                run_dir=Path(cfg.run.dir),
-                share=broadcast_object,
-                webhook_env=cfg.monitor.webhook_env,
-            )
-            return status.watchdog
-
-        stopped: Stopped | None = None
-        try:
+        start_watchdog = partial(status.start_watchdog, cfg)
+        with leave_group_in_order():
             run(cfg, env, resume=args.resume, dry_run=args.dry_run, stop=stop, start_watchdog=start_watchdog)
-        except Stopped as signal:
-            stopped = signal
-        if dist.is_initialized():
-            dist.barrier()
-            dist.destroy_process_group()
-        if stopped is not None:
-            raise stopped
     return status.code
 
 

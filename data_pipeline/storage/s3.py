@@ -269,7 +269,8 @@ class S3Store:
             yield page
             if not page.get("IsTruncated"):
                 return
-            query |= {argument: page[field] for argument, field in markers.items()}
+            # Some servers leave out a marker that they do not need.
+            query |= {argument: page[field] for argument, field in markers.items() if field in page}
 
     def _call(self, key: str, operation: str, **arguments: Any) -> Any:
         """One operation without a body in its answer, tried until it succeeds, is refused or time is up."""

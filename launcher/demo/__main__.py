@@ -39,7 +39,7 @@ MIN_SHARE = {"training prompts": 0.85, "paraphrases": 0.60}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m launcher.demo", description=__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "demo")
     parser.add_argument("--processes", type=int, default=2)
     args = parser.parse_args(argv)

@@ -69,8 +69,8 @@ def test_states_of_another_encoder_length_or_index_are_refused(
     members = states._columns["size"]
     assert members.max() < 2 * TEXT_TOKENS * 24 * 15 and members.min() < 2 * TEXT_TOKENS * 24 * 5
     for change, word in (
-        ({"max_tokens": 7}, "max_tokens is 6, not 7"),
-        ({"zero_padding": False}, "zero_padding is True, not False"),
+        ({"max_tokens": 7}, "max_tokens 6, expected 7"),
+        ({"zero_padding": False}, "zero_padding True, expected False"),
         ({"revision": "other"}, "revision"),
     ):
         expected = type(states.identity)(**{**{n: getattr(states.identity, n) for n in FIELDS}, **change})

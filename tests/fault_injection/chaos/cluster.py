@@ -67,7 +67,7 @@ class Cluster:
         # Node starts launcher/train.py of a folder.
         entry = folder / "entry" / "launcher" / "train.py"
         entry.parent.mkdir(parents=True)
-        entry.symlink_to(ROOT / "tests" / "chaos" / "entry.py")
+        entry.symlink_to(ROOT / "tests" / "fault_injection" / "chaos" / "entry.py")
         self._port = PORT if network is not None else free_port()
         self._command = [
             sys.executable, "-m", "launcher.schedulers.node_agent",

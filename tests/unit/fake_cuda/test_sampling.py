@@ -39,7 +39,7 @@ SAMPLER = {
     "sampling/samplers.py:integrate.<locals>.guided": ("compute",),
     "sampling/images.py:seeded_noise": ("compute",),
     "sampling/images.py:seeded_noise.<locals>.<listcomp>": ("compute",),
-    "sampling/images.py:make_pictures": ("send_pageable",),
+    "sampling/images.py:generate_images": ("send_pageable",),
     "sampling/images.py:to_uint8": ("read", "compute"),
 }
 """Of a call, not of its steps: times and noise are the host's, and the finished images go there."""
@@ -103,7 +103,7 @@ class Tokens:
 
 
 ENCODERS = {
-    "models/encoders.py:TextEncoder._sent": ("compute", "send"),
+    "models/encoders.py:TextEncoder._to_device": ("compute", "send"),
 }
 """Tokens are made on the host. Nothing is read back, also not whether any token is padding."""
 

@@ -147,7 +147,7 @@ class TestCheckpoint:
     def test_another_model_is_refused_by_tensor_name(self, tmp_path: Path) -> None:
         checkpoints = self.checkpoints(tmp_path)
         path = checkpoints.save(engine(), meta(1))
-        with pytest.raises(ConfigError, match=r"denoiser.w has shape \(4, 3\), the model \(4, 2\)"):
+        with pytest.raises(ConfigError, match=r"denoiser.w has shape \(4, 3\), expected \(4, 2\)"):
             checkpoints.load(engine(2), path)
 
     def test_an_index_with_code_in_it_is_refused_unread(self, tmp_path: Path) -> None:
