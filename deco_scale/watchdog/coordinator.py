@@ -105,7 +105,7 @@ class Coordinator:
         watched = self._connected | {self._me.rank}
         orphans = [
             member
-            for rank, member in self._members.items()
+            for rank, member in sorted(self._members.items())
             if rank not in watched or (fault.kind == "lost" and rank == fault.rank != self._me.rank)
         ]
         member, last_report = self._members[fault.rank], self._diagnosis.last_report(fault.rank)

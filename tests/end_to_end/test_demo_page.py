@@ -158,7 +158,7 @@ REQUESTS: dict[str, tuple[str, str, bytes | None]] = {
 
 
 def test_fifty_hostile_inputs(page: Page) -> None:
-    """Each is answered with an error or a image; the page stays up, small, and draws as before."""
+    """Each is answered with an error or an image; the page stays up, small, and draws as before."""
     assert len(ORDERS) + len(REQUESTS) >= 50
     assert request(page, "GET", draws(page)[0])[0] == 200
     before = page.process.memory_info().rss
@@ -182,7 +182,7 @@ def test_fifty_hostile_inputs(page: Page) -> None:
 
 
 HARMLESS = {"markup", "template and traversal"}
-"""Prompts like any other: a image is drawn of them."""
+"""Prompts like any other: an image is drawn of them."""
 
 
 def test_images_are_the_only_files(page: Page) -> None:
@@ -253,7 +253,7 @@ def shows(tab: Any, text: str) -> str:
 
 
 def test_the_page_in_a_browser(page: Page, browser: Any, tmp_path: Path) -> None:
-    """It loads without the network, draws, shows settings and errors, downloads, and draws a image again."""
+    """It loads without the network, draws, shows settings and errors, downloads, and draws an image again."""
     tab = browser.new_page(viewport={"width": 1280, "height": 900})
     tab.set_default_timeout(60_000)
     asked: list[str] = []
@@ -262,7 +262,7 @@ def test_the_page_in_a_browser(page: Page, browser: Any, tmp_path: Path) -> None
     for name, value in (("subject textarea", "a red square"), ("steps input", "3"), ("count input", "2")):
         tab.fill(f"#{name}", value)
     tab.click("#go")
-    assert shows(tab, "drawn") == "2 images drawn."
+    assert shows(tab, "generated") == "2 images generated."
     tab.wait_for_selector("#gallery img >> nth=1")
     assert tab.eval_on_selector_all("#gallery img", "all => all.every(img => img.naturalWidth === 32)")
     with tab.expect_download() as started:
@@ -287,7 +287,7 @@ def test_the_page_in_a_browser(page: Page, browser: Any, tmp_path: Path) -> None
     tab.wait_for_function("document.querySelector('#steps input').value === '3'")
     assert tab.input_value("#subject textarea") == "a red square" and tab.input_value("#count input") == "1"
     tab.click("#go")
-    shows(tab, "1 image drawn")
+    shows(tab, "1 image generated")
     with tab.expect_download() as started:
         tab.locator("#files a[download]").first.click()
     started.value.save_as(tmp_path / "1.png")
@@ -315,7 +315,7 @@ def test_screenshot(browser: Any, tmp_path: Path) -> None:
         tab.fill("#subject textarea", "a photo of a temple")
         tab.fill("#count input", "8")
         tab.click("#go")
-        shows(tab, "8 images drawn")
+        shows(tab, "8 images generated")
         tab.wait_for_selector("#gallery img >> nth=7")
         tab.wait_for_timeout(500)
         tab.screenshot(path=str(ROOT / "docs" / "images" / "demo_page.png"), full_page=True)

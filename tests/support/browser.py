@@ -89,7 +89,7 @@ def call(page: Page, data: Any, **more: Any) -> tuple[int, str, list[Any]]:
 
 
 def draws(page: Page, **changes: Any) -> list[str]:
-    """Paths of the files of a request that must be drawn."""
+    """Paths of the files of a request that must be answered with images."""
     status, message, outputs = call(page, [*(GOOD | changes).values()])
-    assert status == 200 and message.endswith("drawn."), message
+    assert status == 200 and message.endswith("generated."), message
     return [f"/gradio_api/file={file['path']}" for file in outputs[2]]

@@ -63,7 +63,7 @@ def test_losses_and_gradient_equal_the_formulas(patch_size: int, count: int, dty
 
 def test_shapes_and_dtypes_that_do_not_fit_are_refused() -> None:
     x = torch.randn(2, 3, 192, device=DEVICE)
-    with pytest.raises(ValueError, match="must be alike"):
+    with pytest.raises(ValueError, match="must have one shape"):
         flow_and_frequency(x, x[:, :2], *tables(), 8)
     with pytest.raises(ValueError, match="a multiple of 8"):
         flow_and_frequency(x[..., :48], x[..., :48], *tables(), 4)
