@@ -109,7 +109,7 @@ def test_deepspeed_job_from_s3_to_images(
     assert [e["stage"] for e in entries] == ["small"] * 8 + ["large"] * 4
     wanted = {
         "step", "stage", "samples", "loss", "loss_flow", "loss_freq", "loss_repa", "grad_norm", "lr",
-        "images_per_s", "mfu", "step_s", "data_wait_s", "memory_bytes", "rejects",
+        "images_per_s", "mfu", "step_s", "data_wait_s", "memory_bytes", "skipped",
     }  # fmt: skip
     assert wanted <= entries[-1].keys() and entries[-1]["samples"] == 96
     assert all(np.isfinite(e["loss"]) and e["loss_repa"] is not None for e in entries)
