@@ -47,6 +47,7 @@ def batches(url: Path | str, world: int, *, start: int = 0, steps: int = 6, **ex
     return out
 
 
+@pytest.mark.slow
 def test_global_batches_of_three_epochs_do_not_depend_on_world_workers_or_resume(shards: Path) -> None:
     # 100 samples an epoch; 13 batches of 24 are three epochs and a bit.
     wanted = batches(shards, 1, steps=13)

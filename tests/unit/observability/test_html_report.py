@@ -224,6 +224,7 @@ _LINES = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.slow
 @given(st.lists(_LINES, max_size=6), st.lists(_VALUES, max_size=3), st.lists(_VALUES, max_size=3), _VALUES)
 @settings(max_examples=25, deadline=None)
 def test_a_page_is_made_of_whatever_stands_in_the_files(
@@ -317,6 +318,7 @@ def test_a_broken_wandb_id_is_made_anew(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["wandb_id"]
 
 
+@pytest.mark.slow
 @given(
     st.lists(st.tuples(st.integers(0, 10**9), st.floats(allow_nan=True, allow_infinity=True)), max_size=20),
     st.text(max_size=20) | st.sampled_from([MARKUP, "$x_{", "_hidden", "\\$"]),
@@ -333,6 +335,7 @@ def test_curves_are_well_formed_whatever_is_logged(points: list[tuple[int, float
     assert MARKUP not in drawn.decode()
 
 
+@pytest.mark.slow
 def test_a_single_spike_among_many_steps_is_drawn() -> None:
     def height(spike: float) -> int:
         steps = [{"step": i, "loss": spike if i == 54_321 else 1.0} for i in range(100_000)]

@@ -19,6 +19,7 @@ from tests.support.assets import TEXT_DIM, TEXT_TOKENS
 from tests.support.checkpoints import CLASSES, TEXT, release_file, release_state, save, tensors_of
 
 
+@pytest.mark.slow
 def test_an_imported_checkpoint_draws_images(tmp_path: Path, text_encoder: Path) -> None:
     path = release_file(tmp_path / "w.ckpt", {"state_dict": release_state(TEXT)})
     assert cli.main(["import", str(path), str(tmp_path / "step"), "--resolution", "16"]) == 0
