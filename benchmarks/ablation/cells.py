@@ -206,14 +206,14 @@ def run_cell(settings: Settings, name: str, seed: int, work: Path) -> dict[str, 
     classifier.load_state_dict(load_file(_classifier_path(work, settings)))
     objective = build(settings, variant, seed)
     optimizer, losses = train_variant(objective, train, settings, seed)
-    real, _ = judge(classifier, reference)
-    fresh, real_accuracy = judge(classifier, heldout)
+    real, _ = measure(classifier, reference)
+    fresh, real_accuracy = measure(classifier, heldout)
     with optimizer.swap_ema(), torch.no_grad():
         cfg = objective.cfg
         velocity = velocity_of(objective.predict, settings.patch_size, prediction=cfg.prediction, t_eps=cfg.t_eps)
         drawn = draw_samples(velocity, settings, seed)
         heldout_error = velocity_error(velocity, heldout, settings)
-    found, accuracy = judge(classifier, drawn)
+    found, accuracy = measure(classifier, drawn)
     return {
         "variant": name,
         "seed": seed,
@@ -312,7 +312,7 @@ def velocity_error(velocity: VelocityFn, dataset: LabelledImages, settings: Sett
 
 
 @torch.no_grad()
-def judge(classifier: Classifier, dataset: LabelledImages) -> tuple[Gaussian, float]:
+def measure(classifier: Classifier, dataset: LabelledImages) -> tuple[Gaussian, float]:
     """The features' distribution, and the share of images that the classifier gives to their class."""
     moments, right = Moments(FEATURES), 0
     for start in range(0, len(dataset.labels), 250):

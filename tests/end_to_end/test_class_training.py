@@ -127,11 +127,11 @@ def test_samples_show_the_requested_class(runs: Path) -> None:
     assert main([*command, "--batch", "100", "--out", str(out)]) == 0
     records = [json.loads(line) for line in (out / "pictures.jsonl").read_text().splitlines()]
     assert len(records) == 100
-    pictures = [np.asarray(Image.open(out / record["file"]).convert("L").resize((8, 8), Image.Resampling.BOX))
+    images = [np.asarray(Image.open(out / record["file"]).convert("L").resize((8, 8), Image.Resampling.BOX))
                 for record in records]  # fmt: skip
     labels = np.repeat(np.arange(10), 10)
     digits = datasets.load_digits()
-    judge = LogisticRegression(max_iter=200).fit(digits.data, digits.target)
-    right = (judge.predict(np.stack(pictures).reshape(100, 64) * (16 / 255)) == labels).mean()
+    classifier = LogisticRegression(max_iter=200).fit(digits.data, digits.target)
+    right = (classifier.predict(np.stack(images).reshape(100, 64) * (16 / 255)) == labels).mean()
     print(f"digits that the classifier takes for the class asked for: {right:.0%}")
     assert right > 0.8

@@ -24,7 +24,7 @@ MODEL = ModelConfig(
     kind="t2i_deco", dim=32, num_heads=4, num_blocks=2, num_text_blocks=1, patch_size=16, decoder_width=8,
     decoder_blocks=1, text_dim=24, text_tokens=8,
 )  # fmt: skip
-STEPS, BATCH, SIDE, PICTURES, WINDOW = 200, 4, 32, 16, 10
+STEPS, BATCH, SIDE, IMAGES, WINDOW = 200, 4, 32, 16, 10
 CPU = torch.device("cpu")
 
 
@@ -52,15 +52,15 @@ def built(init_seed: int, compute: Literal["bf16", "fp8"]) -> Objective:
 def batches() -> list[ObjectiveInputs]:
     """Smooth images that their captions tell apart, with noise and times of their own at every step."""
     generator = torch.Generator().manual_seed(0)
-    coarse = torch.randn(PICTURES, 3, 4, 4, generator=generator)
-    pictures = torch.nn.functional.interpolate(coarse, size=(SIDE, SIDE), mode="bilinear").clamp(-1, 1)
-    captions = torch.randn(PICTURES, MODEL.text_tokens, MODEL.text_dim, generator=generator)
+    coarse = torch.randn(IMAGES, 3, 4, 4, generator=generator)
+    images = torch.nn.functional.interpolate(coarse, size=(SIDE, SIDE), mode="bilinear").clamp(-1, 1)
+    captions = torch.randn(IMAGES, MODEL.text_tokens, MODEL.text_dim, generator=generator)
     made = []
     for _ in range(STEPS):
-        chosen = torch.randint(PICTURES, (BATCH,), generator=generator)
+        chosen = torch.randint(IMAGES, (BATCH,), generator=generator)
         noise = torch.randn(BATCH, 3, SIDE, SIDE, generator=generator)
         times = torch.randn(BATCH, generator=generator).sigmoid()
-        made.append(ObjectiveInputs(pictures[chosen], noise, times, captions[chosen], None))
+        made.append(ObjectiveInputs(images[chosen], noise, times, captions[chosen], None))
     return made
 
 

@@ -66,8 +66,8 @@ def test_deepspeed_job_from_s3_to_images(
     s3_environment: S3Server, tmp_path: Path, text_encoder: Path, image_encoder: Path
 ) -> None:
     s3_environment.create_bucket("job")
-    pictures = make_images_folder(tmp_path / "pictures", 40)
-    assert data_cli.main(["pack", str(pictures), "s3://job/train", "--shard-mb", "0.1"]) == 0
+    images = make_images_folder(tmp_path / "images", 40)
+    assert data_cli.main(["pack", str(images), "s3://job/train", "--shard-mb", "0.1"]) == 0
     run = tmp_path / "run"
     config = tiny_config(run, "s3://job/train", text_encoder, image_encoder)
     config["parallel"] = {"engine": "deepspeed", "zero_stage": 3}

@@ -141,8 +141,8 @@ def test_nothing_that_a_run_writes_or_says_holds_a_secret(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     s3_environment.create_bucket("secrets")
-    pictures = make_images_folder(tmp_path / "pictures", 24)
-    assert data_cli.main(["pack", str(pictures), "s3://secrets/train", "--shard-mb", "0.1"]) == 0
+    images = make_images_folder(tmp_path / "images", 24)
+    assert data_cli.main(["pack", str(images), "s3://secrets/train", "--shard-mb", "0.1"]) == 0
     capfd.readouterr()
     real = s3_environment.environment
     planted = {

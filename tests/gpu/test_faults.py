@@ -1,4 +1,4 @@
-"""What finds faults, on a GPU: digests, judgements and own times are those of a CPU. Not yet run on a GPU."""
+"""What finds faults, on a GPU: digests, anomalies and times of ranks are those of a CPU. Not yet run on a GPU."""
 
 import pytest
 import torch
@@ -29,20 +29,20 @@ def test_digests_are_those_of_a_cpu_and_every_bit_counts() -> None:
     assert bit_digest([changed]) == bit_digest([on_gpu[3]])
 
 
-def test_a_spike_is_judged_and_read_as_on_a_cpu() -> None:
+def test_a_spike_is_detected_and_read_as_on_a_cpu() -> None:
     losses = [2.0, 2.1, 1.9, 2.0, 2.05, 9.0, 2.0, float("nan"), 2.0, 2.0]
     found = []
     for device in (torch.device("cpu"), torch.device("cuda")):
         cfg = FaultsConfig(spike="skip", spike_window=4)
-        judge = AnomalyDetector(cfg, max_bad_steps=9, device=device)
+        detector = AnomalyDetector(cfg, max_bad_steps=9, device=device)
         kinds = []
         for step, loss in enumerate(losses, start=1):
             value = torch.tensor(loss, device=device)
-            should_skip = judge.should_skip(value)
+            should_skip = detector.should_skip(value)
             assert should_skip is not None
-            judge.add(step, loss=value, skipped=torch.maximum(should_skip, (~torch.isfinite(value)).float()))
-            kinds += [(one.step, one.kind, step) for one in judge.read()]
-        kinds += [(one.step, one.kind, 0) for one in judge.read(everything=True)]
+            detector.add(step, loss=value, skipped=torch.maximum(should_skip, (~torch.isfinite(value)).float()))
+            kinds += [(one.step, one.kind, step) for one in detector.read()]
+        kinds += [(one.step, one.kind, 0) for one in detector.read(everything=True)]
         found.append(kinds)
     assert found[0] == found[1] == [(6, "spike", 8), (8, "skip", 10)]
 

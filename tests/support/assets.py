@@ -94,9 +94,9 @@ def make_images_folder(folder: Path, count: int, side: int = 48) -> Path:
 def make_shards(folder: Path, count: int = 100, shard_bytes: int = 150_000) -> Path:
     """Packed and indexed shards in a local folder."""
     rejects: list[Reject] = []
-    pictures = make_images_folder(folder / "pictures", count)
+    images = make_images_folder(folder / "images", count)
     store = open_store(str(folder / "shards"))
-    pack(read_folder(pictures, rejects), store, shard_bytes=shard_bytes, rejects=rejects)
+    pack(read_folder(images, rejects), store, shard_bytes=shard_bytes, rejects=rejects)
     index, report = build_index(store)
     assert not rejects and not report.problems and len(index) == count
     save_index(store, index)

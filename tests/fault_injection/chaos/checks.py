@@ -29,7 +29,7 @@ MODEL = 0.25
 nothing (a signal to stop) and some an interval and more (in a save); restarts differ by how a fault is found."""
 
 MODEL_FAULTS = 10
-"""Fewer faults say little of a mean: the numbers are told and not judged."""
+"""Fewer faults say little of a mean: the numbers are printed and not checked."""
 
 
 def everything(job: "Chaos", wanted: Path, wanted_samples: Path, nans: Mapping[int, int]) -> dict[str, Any]:

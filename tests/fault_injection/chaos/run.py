@@ -166,9 +166,9 @@ class Chaos:
                 fault |= {"code": ended["code"], "ended_after_s": round(ended["ended"] - at, 1)}
             self.struck.append(fault)
             self.say(f"    {', '.join(f'{k} {v}' for k, v in fault.items() if k not in ('kind', 'moment'))}")
-        self._judge(kind.name, fault, at, trained)
+        self._record_outcome(kind.name, fault, at, trained)
 
-    def _judge(self, name: str, fault: dict[str, Any], at: float, trained: bool) -> None:
+    def _record_outcome(self, name: str, fault: dict[str, Any], at: float, trained: bool) -> None:
         ends = KINDS[name].ends
         if ends is False and "code" in fault:
             self.problems.append(f"{name} ended the attempt: {fault}")

@@ -89,7 +89,7 @@ def test_only_what_is_missing_is_drawn(classes: Path, tmp_path: Path, capsys: py
     assert sample(classes, tmp_path, "--classes", "0-3") == 0
     before = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in tmp_path.glob("0*.png")}
     (tmp_path / "00002_0000.png").unlink()
-    # A image whose line was lost counts as not drawn.
+    # An image whose line was lost counts as not drawn.
     lines = (tmp_path / "pictures.jsonl").read_text().splitlines()
     (tmp_path / "pictures.jsonl").write_text("\n".join(lines[1:]) + "\n")
     assert sample(classes, tmp_path, "--classes", "0-5") == 0

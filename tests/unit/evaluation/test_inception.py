@@ -170,7 +170,7 @@ def test_computes_what_the_published_graph_says(network: Inception, state: dict[
     torch.testing.assert_close(network.class_scores(pool), logits)
 
 
-def test_a_image_is_judged_alone(network: Inception) -> None:
+def test_an_image_is_scored_alone(network: Inception) -> None:
     images = torch.randint(0, 256, (3, 20, 20, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
     together, alone = network(images), network(images[1:2])
     torch.testing.assert_close(together.pool_BF[1:2], alone.pool_BF, rtol=1e-4, atol=1e-5)

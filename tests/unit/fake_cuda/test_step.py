@@ -113,7 +113,7 @@ def batch_of(stage: StageConfig, device: str) -> Batch:
 
 
 def step(device: str, stage: StageConfig, kernels: Kernels) -> tuple[list[Call], dict[str, Tensor]]:
-    """One training step that does not log, after the first: from a batch to the update and its judgement."""
+    """One training step that does not log, after the first: from a batch to the update and its anomaly check."""
     place = torch.device(device)
     warm(device, kernels)
     objective = make_objective(CONFIG, place, kernels=kernels, encoder_dim=ENCODER_DIM)
@@ -124,13 +124,13 @@ def step(device: str, stage: StageConfig, kernels: Kernels) -> tuple[list[Call],
         seed=0, device=place, objective=CONFIG.objective, encode_image=lambda image: features,
         null=torch.empty(CONFIG.model.text_tokens, CONFIG.model.text_dim, device=device),
     )  # fmt: skip
-    judge = AnomalyDetector(FaultsConfig(spike="skip"), max_bad_steps=2, device=place)
+    detector = AnomalyDetector(FaultsConfig(spike="skip"), max_bad_steps=2, device=place)
     with DeviceCheck(device, allowed=STEP) as check:
         inputs = prepare(batch_of(stage, device), stage.timestep_shift)
         result = train_step(
-            engine, [inputs], num_micro_batches=1, lr=stage.lr, betas=stage.betas, should_skip=judge.should_skip
+            engine, [inputs], num_micro_batches=1, lr=stage.lr, betas=stage.betas, should_skip=detector.should_skip
         )
-        judge.add(1, loss=result.losses["loss"], skipped=result.skipped)
+        detector.add(1, loss=result.losses["loss"], skipped=result.skipped)
     assert check.host_calls == STEP.keys() - ({"training/inputs.py:pinned"} if device == "meta" else set())
     state = {n: t for kind in ("ema", "exp_avg", "exp_avg_sq") for n, t in engine.optimizer.tensors(kind).items()}
     assert len(state) == len(list(objective.parameters()))

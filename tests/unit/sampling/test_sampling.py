@@ -218,7 +218,7 @@ def generator_of(words: Words) -> ImageGenerator:
     return ImageGenerator(velocity, TEXT_MODEL, encode=words, null=words([""])[0], device=torch.device("cpu"))
 
 
-def test_each_text_is_encoded_once_and_a_image_depends_on_its_job_alone() -> None:
+def test_each_text_is_encoded_once_and_an_image_depends_on_its_job_alone() -> None:
     words, cfg = Words(), SamplerConfig(num_steps=3)
     generator = generator_of(words)
     jobs = [SampleRequest(prompt, index, index, negative) for prompt in ("cat", "bird") for index in range(3)
