@@ -152,7 +152,7 @@ def compiling(shared_limit: int = SHARED_LIMIT) -> Iterator[dict[str, Compiled]]
 
 
 def name_of(kernel: JITFunction[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    """For instance ``gated_residual gated_residual_forward bf16 bf16 bf16 bf16 TOKENS=4 BLOCK=2048``."""
+    """For instance ``adaln gated_residual_forward bf16 bf16 bf16 bf16 TOKENS=4 BLOCK=2048``."""
     module = kernel.__module__.rpartition(".")[2].removesuffix("_device")
     tensors = [a for a in args if a is None or isinstance(a, Tensor)]
     types = ["-" if a is None else SHORT[a.dtype] for a in tensors]

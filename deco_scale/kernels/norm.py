@@ -1,7 +1,7 @@
 """RMSNorm with what follows it (AdaLN modulation or rotary position), and the gated residual.
 
 Each function has two implementations: plain torch here, and Triton kernels (one forward, one backward) in
-:mod:`deco_scale.kernels.triton` (``norm_modulate``, ``rope``, ``gated_residual``), imported on first use. The
+:mod:`deco_scale.kernels.triton` (``adaln``, ``rope``), imported on first use. The
 Triton kernels save only their inputs for backward.
 
 In fp32 the two differ only in the order of summation. In bf16 the norm itself (see :func:`rms_norm`) and the
@@ -37,7 +37,7 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float, cast_first: bool, kernels
             from deco_scale.kernels.triton.rope import norm_rotate as fused_heads
 
             return fused_heads(x, weight, None, eps, cast_first)
-        from deco_scale.kernels.triton.norm_modulate import norm_modulate as fused
+        from deco_scale.kernels.triton.adaln import norm_modulate as fused
 
         return fused(x, weight, None, None, eps, cast_first)
     normed = F.rms_norm(_accurate(x), (x.shape[-1],), eps=eps)
@@ -63,7 +63,7 @@ def norm_modulate(
 ) -> Tensor:
     """``modulate(rms_norm(x, weight), shift, scale)`` in the dtype to which x, shift and scale promote."""
     if kernels == "triton":
-        from deco_scale.kernels.triton.norm_modulate import norm_modulate as fused
+        from deco_scale.kernels.triton.adaln import norm_modulate as fused
 
         return fused(x_BND, weight_D, shift_B1D, scale_B1D, eps, cast_first)
     normed = rms_norm(x_BND, weight_D, eps=eps, cast_first=cast_first, kernels=kernels)
@@ -92,7 +92,7 @@ def norm_rotate(
 def gated_residual(x_BND: Tensor, gate_B1D: Tensor, y_BND: Tensor, *, kernels: Kernels) -> Tensor:
     """``x + gate * y`` in the dtype to which the three promote."""
     if kernels == "triton":
-        from deco_scale.kernels.triton.gated_residual import gated_residual as fused
+        from deco_scale.kernels.triton.adaln import gated_residual as fused
 
         return fused(x_BND, gate_B1D, y_BND)
     return x_BND + gate_B1D * y_BND

@@ -43,12 +43,11 @@ def _update(addresses, offsets, size, numbers, WHOLE: tl.constexpr):
     """
     factor, step_size, correction_sqrt, decay, beta1, rest1, beta2, rest2, eps, ema_rest = numbers
     parameter_at = _elements(addresses[0], offsets, WHOLE)
-    grad_at = _elements(addresses[1], offsets, WHOLE)
     exp_avg_at = _elements(addresses[2], offsets, WHOLE)
     exp_avg_sq_at = _elements(addresses[3], offsets, WHOLE)
     average_at = _elements(addresses[4], offsets, WHOLE)
     mask, averaged = None if WHOLE else offsets < size, addresses[4] != 0
-    grad = tl.load(grad_at, mask=mask) * factor
+    grad = tl.load(_elements(addresses[1], offsets, WHOLE), mask=mask) * factor
     parameter = tl.load(parameter_at, mask=mask)
     parameter -= decay * parameter
     exp_avg = beta1 * tl.load(exp_avg_at, mask=mask) + rest1 * grad
@@ -66,20 +65,9 @@ def _update(addresses, offsets, size, numbers, WHOLE: tl.constexpr):
 
 @triton.jit
 def _averaged_adamw(
-    addresses,
-    sizes,
-    chunk_tensors,
-    chunk_numbers,
-    scalars,
-    decay,
-    beta1,
-    rest1,
-    beta2,
-    rest2,
-    eps,
-    ema_rest,
-    CHUNK_SIZE: tl.constexpr,
-):
+    addresses, sizes, chunk_tensors, chunk_numbers, scalars,
+    decay, beta1, rest1, beta2, rest2, eps, ema_rest, CHUNK_SIZE: tl.constexpr,
+):  # fmt: skip
     """Chunk ``program_id``: ``addresses`` (tensors, 5) int64, ``sizes`` (tensors,) int64, chunk tables int32.
 
     ``scalars`` are fp32: gradient factor, skipped, step size, root of the second moment's bias correction.
@@ -123,27 +111,11 @@ def adamw_ema_triton(tensors: AdamWTensors, step: AdamWStep) -> None:
     (beta1, beta2), one = step.betas, torch.ones_like(step.count)
     # In fp32, one minus a power of a beta near one would lose digits in the first steps.
     correction1, correction2 = (1.0 - torch.pow(beta, step.count.double()) for beta in step.betas)
-    scalars = torch.stack(
-        [
-            one if step.factor is None else step.factor,
-            one - one if step.skipped is None else step.skipped,
-            (step.lr / correction1).float(),
-            correction2.sqrt().float(),
-        ]
-    )
+    factor = one if step.factor is None else step.factor
+    skipped = one - one if step.skipped is None else step.skipped
+    scalars = torch.stack([factor, skipped, (step.lr / correction1).float(), correction2.sqrt().float()])
     _averaged_adamw[(len(chunk_tensors),)](
-        addresses,
-        sizes,
-        chunk_tensors,
-        chunk_numbers,
-        scalars,
-        step.lr * step.weight_decay,
-        beta1,
-        1.0 - beta1,
-        beta2,
-        1.0 - beta2,
-        step.eps,
-        1.0 - step.ema_decay,
-        CHUNK_SIZE=CHUNK,
-        num_warps=NUM_WARPS,
-    )
+        addresses, sizes, chunk_tensors, chunk_numbers, scalars,
+        step.lr * step.weight_decay, beta1, 1.0 - beta1, beta2, 1.0 - beta2, step.eps, 1.0 - step.ema_decay,
+        CHUNK_SIZE=CHUNK, num_warps=NUM_WARPS,
+    )  # fmt: skip

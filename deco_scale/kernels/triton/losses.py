@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deco_scale.kernels.triton.norm_modulate import check_dtypes, load_fp32
+from deco_scale.kernels.triton.adaln import check_dtypes, load_fp32
 
 SIDE = 8
 BLOCKS = 16
@@ -65,17 +65,9 @@ def _coefficients(colours_ptr, channel, red, green, blue, transposed):
 
 @triton.jit
 def _forward(
-    prediction_ptr,
-    target_ptr,
-    transform_ptr,
-    colours_ptr,
-    weights_ptr,
-    partial_ptr,
-    blocks,
-    patch_size,
-    R: tl.constexpr,
-    SIDE: tl.constexpr,
-):
+    prediction_ptr, target_ptr, transform_ptr, colours_ptr, weights_ptr, partial_ptr,
+    blocks, patch_size, R: tl.constexpr, SIDE: tl.constexpr,
+):  # fmt: skip
     J: tl.constexpr = SIDE * SIDE
     offsets, mask = _offsets(blocks, patch_size, R, SIDE)
     plane = patch_size * patch_size
@@ -95,18 +87,9 @@ def _forward(
 
 @triton.jit
 def _backward(
-    upstream_ptr,
-    prediction_ptr,
-    target_ptr,
-    transform_ptr,
-    colours_ptr,
-    weights_ptr,
-    grad_ptr,
-    blocks,
-    patch_size,
-    R: tl.constexpr,
-    SIDE: tl.constexpr,
-):
+    upstream_ptr, prediction_ptr, target_ptr, transform_ptr, colours_ptr, weights_ptr, grad_ptr,
+    blocks, patch_size, R: tl.constexpr, SIDE: tl.constexpr,
+):  # fmt: skip
     J: tl.constexpr = SIDE * SIDE
     offsets, mask = _offsets(blocks, patch_size, R, SIDE)
     plane = patch_size * patch_size
@@ -150,69 +133,32 @@ def squared_error_sums(
     blocks = prediction.numel() // (3 * SIDE * SIDE)
     programs = triton.cdiv(blocks, BLOCKS)
     partial = prediction.new_empty((programs, 2), dtype=torch.float32)
-    _forward[(programs,)](
-        prediction.contiguous(),
-        target.contiguous(),
-        transform.contiguous(),
-        colours.contiguous(),
-        weights.contiguous(),
-        partial,
-        blocks,
-        patch_size,
-        R=BLOCKS,
-        SIDE=SIDE,
-        num_warps=WARPS,
-    )
+    inputs = [t.contiguous() for t in (prediction, target, transform, colours, weights)]
+    _forward[(programs,)](*inputs, partial, blocks, patch_size, R=BLOCKS, SIDE=SIDE, num_warps=WARPS)
     return partial.sum(0)
 
 
 @squared_error_sums.register_fake
-def _(
-    prediction: Tensor, target: Tensor, transform: Tensor, colours: Tensor, weights: Tensor, patch_size: int
-) -> Tensor:
+def _(prediction, target, transform, colours, weights, patch_size):
     return prediction.new_empty(2, dtype=torch.float32)
 
 
 @torch.library.custom_op("deco_scale::squared_error_gradient", mutates_args=())
 def squared_error_gradient(
-    upstream: Tensor,
-    prediction: Tensor,
-    target: Tensor,
-    transform: Tensor,
-    colours: Tensor,
-    weights: Tensor,
+    upstream: Tensor, prediction: Tensor, target: Tensor, transform: Tensor, colours: Tensor, weights: Tensor,
     patch_size: int,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Gradient of the prediction for upstream gradients (2) of the two sums."""
     blocks = prediction.numel() // (3 * SIDE * SIDE)
+    programs = triton.cdiv(blocks, BLOCKS)
     grad = torch.empty_like(prediction, memory_format=torch.contiguous_format)
-    _backward[(triton.cdiv(blocks, BLOCKS),)](
-        upstream.contiguous(),
-        prediction.contiguous(),
-        target.contiguous(),
-        transform.contiguous(),
-        colours.contiguous(),
-        weights.contiguous(),
-        grad,
-        blocks,
-        patch_size,
-        R=BLOCKS,
-        SIDE=SIDE,
-        num_warps=WARPS,
-    )
+    inputs = [t.contiguous() for t in (upstream, prediction, target, transform, colours, weights)]
+    _backward[(programs,)](*inputs, grad, blocks, patch_size, R=BLOCKS, SIDE=SIDE, num_warps=WARPS)
     return grad
 
 
 @squared_error_gradient.register_fake
-def _(
-    upstream: Tensor,
-    prediction: Tensor,
-    target: Tensor,
-    transform: Tensor,
-    colours: Tensor,
-    weights: Tensor,
-    patch_size: int,
-) -> Tensor:
+def _(upstream, prediction, target, transform, colours, weights, patch_size):
     return torch.empty_like(prediction, memory_format=torch.contiguous_format)
 
 

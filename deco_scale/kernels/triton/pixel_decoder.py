@@ -32,6 +32,8 @@ BACKWARD_TILE = {16: 128, 32: 128, 64: 32}
 FORWARD_TILE_FP32, BACKWARD_TILE_FP32 = 32, 16
 """Full fp32 has no tensor cores: a product is unrolled into registers, which larger tiles overflow."""
 MAX_WIDTH = 64
+# mypy: allow-untyped-defs
+# Rules for shapes repeat the operators' arguments, without the types.
 
 
 def render_patches(
@@ -71,14 +73,9 @@ def render_patches(
 
 @torch.library.custom_op("deco_scale::render_pixels", mutates_args=())
 def _render(
-    patches_MK: Tensor,
-    condition_MPW: Tensor,
-    constant_PW: Tensor,
-    weights_L: Tensor,
-    num_blocks: int,
-    eps: float,
-    dtype: torch.dtype,
-) -> Tensor:
+    patches_MK: Tensor, condition_MPW: Tensor, constant_PW: Tensor, weights_L: Tensor,
+    num_blocks: int, eps: float, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
     device = patches_MK.device
     if device.type == "cpu" and isinstance(forward_kernel, triton.runtime.JITFunction):
         raise ValueError(f"Triton computes on a GPU, the pixels are on {device}; use kernels=torch")
@@ -99,15 +96,9 @@ def _render(
 
 @torch.library.custom_op("deco_scale::render_pixels_backward", mutates_args=())
 def _render_backward(
-    grad_MK: Tensor,
-    patches_MK: Tensor,
-    condition_MPW: Tensor,
-    constant_PW: Tensor,
-    weights_L: Tensor,
-    num_blocks: int,
-    eps: float,
-    with_patches: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad_MK: Tensor, patches_MK: Tensor, condition_MPW: Tensor, constant_PW: Tensor, weights_L: Tensor,
+    num_blocks: int, eps: float, with_patches: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of patches (empty unless ``with_patches``), condition, constant and weights."""
     (_, num_pixels, width), device = condition_MPW.shape, patches_MK.device
     constants = _constants(patches_MK, condition_MPW, num_blocks, grad_MK.dtype)
@@ -130,32 +121,14 @@ def _render_backward(
 
 
 @_render.register_fake
-def _(
-    patches_MK: Tensor,
-    condition_MPW: Tensor,
-    constant_PW: Tensor,
-    weights_L: Tensor,
-    num_blocks: int,
-    eps: float,
-    dtype: torch.dtype,
-) -> Tensor:
+def _(patches_MK, condition_MPW, constant_PW, weights_L, num_blocks, eps, dtype):
     return torch.empty_like(patches_MK, dtype=dtype)
 
 
 @_render_backward.register_fake
-def _(
-    grad_MK: Tensor,
-    patches_MK: Tensor,
-    condition_MPW: Tensor,
-    constant_PW: Tensor,
-    weights_L: Tensor,
-    num_blocks: int,
-    eps: float,
-    with_patches: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(grad_MK, patches_MK, condition_MPW, constant_PW, weights_L, num_blocks, eps, with_patches):
     grad_patches = torch.empty_like(patches_MK) if with_patches else patches_MK.new_empty(0)
-    others = (torch.empty_like(t) for t in (condition_MPW, constant_PW, weights_L))
-    return grad_patches, *others  # type: ignore[return-value]
+    return grad_patches, *(torch.empty_like(t) for t in (condition_MPW, constant_PW, weights_L))
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

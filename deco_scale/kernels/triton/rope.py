@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deco_scale.kernels.triton.norm_modulate import MAX_ROW, check_dtypes, load_fp32, round_norm, rows
+from deco_scale.kernels.triton.adaln import MAX_ROW, check_dtypes, load_fp32, round_norm, rows
 
 FORWARD_TOKENS = 4
 BACKWARD_TOKENS = 16
@@ -51,24 +51,11 @@ def _rotated(x, angles, HEADS: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _norm_rotate_forward(
-    x_ptr,
-    weight_ptr,
-    angles_ptr,
-    out_ptr,
-    all_tokens,
-    tokens,
-    heads,
-    dim,
-    x_stride_b,
-    x_stride_n,
-    x_stride_h,
-    eps,
-    ROTATED: tl.constexpr,
-    CAST_FIRST: tl.constexpr,
-    TOKENS: tl.constexpr,
-    HEADS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    x_ptr, weight_ptr, angles_ptr, out_ptr,
+    all_tokens, tokens, heads, dim, x_stride_b, x_stride_n, x_stride_h, eps,
+    ROTATED: tl.constexpr, CAST_FIRST: tl.constexpr,
+    TOKENS: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     first, end, head, column, inside = _own_part(all_tokens, heads, dim, TOKENS, HEADS, BLOCK)
     weight = load_fp32(weight_ptr, column, column < dim)[None, :]
     # Over the tokens of all samples.
@@ -87,29 +74,12 @@ def _norm_rotate_forward(
 
 @triton.jit
 def _norm_rotate_backward(
-    grad_ptr,
-    x_ptr,
-    weight_ptr,
-    angles_ptr,
-    grad_x_ptr,
-    partial_ptr,
-    all_tokens,
-    tokens,
-    heads,
-    dim,
-    grad_stride_b,
-    grad_stride_n,
-    grad_stride_h,
-    x_stride_b,
-    x_stride_n,
-    x_stride_h,
-    eps,
-    ROTATED: tl.constexpr,
-    CAST_FIRST: tl.constexpr,
-    TOKENS: tl.constexpr,
-    HEADS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    grad_ptr, x_ptr, weight_ptr, angles_ptr, grad_x_ptr, partial_ptr,
+    all_tokens, tokens, heads, dim,
+    grad_stride_b, grad_stride_n, grad_stride_h, x_stride_b, x_stride_n, x_stride_h, eps,
+    ROTATED: tl.constexpr, CAST_FIRST: tl.constexpr,
+    TOKENS: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Gradient of x, and the program's sum of ``grad * x * rstd`` (grad turned back) over tokens and heads."""
     first, end, head, column, inside = _own_part(all_tokens, heads, dim, TOKENS, HEADS, BLOCK)
     weight = load_fp32(weight_ptr, column, column < dim)
@@ -176,26 +146,15 @@ def norm_rotate(x: Tensor, weight: Tensor, angles: Tensor | None, eps: float, ca
     x, weight = rows(x), weight.contiguous()
     angles = None if angles is None else angles.contiguous()
     _norm_rotate_forward[(triton.cdiv(batch * tokens, FORWARD_TOKENS),)](
-        x,
-        weight,
-        angles,
-        out,
-        batch * tokens,
-        tokens,
-        heads,
-        dim,
-        *x.stride()[:3],
-        eps,
-        ROTATED=angles is not None,
-        CAST_FIRST=cast_first,
-        TOKENS=FORWARD_TOKENS,
-        **_tile(heads, dim),
-    )
+        x, weight, angles, out,
+        batch * tokens, tokens, heads, dim, *x.stride()[:3], eps,
+        ROTATED=angles is not None, CAST_FIRST=cast_first, TOKENS=FORWARD_TOKENS, **_tile(heads, dim),
+    )  # fmt: skip
     return out
 
 
 @norm_rotate.register_fake
-def _(x: Tensor, weight: Tensor, angles: Tensor | None, eps: float, cast_first: bool) -> Tensor:
+def _(x, weight, angles, eps, cast_first):
     return x.new_empty(x.shape)
 
 
@@ -207,37 +166,23 @@ def norm_rotate_backward(
     batch, tokens, heads, dim = x.shape
     grad, x, weight = rows(grad), rows(x), weight.contiguous()
     angles = None if angles is None else angles.contiguous()
-    grad_x = x.new_empty(x.shape)
-    programs = triton.cdiv(batch * tokens, BACKWARD_TOKENS)
-    partial = x.new_empty((programs, dim), dtype=torch.float32)
-    _norm_rotate_backward[(programs,)](
-        grad,
-        x,
-        weight,
-        angles,
-        grad_x,
-        partial,
-        batch * tokens,
-        tokens,
-        heads,
-        dim,
-        *grad.stride()[:3],
-        *x.stride()[:3],
-        eps,
-        ROTATED=angles is not None,
-        CAST_FIRST=cast_first,
-        TOKENS=BACKWARD_TOKENS,
-        **_tile(heads, dim),
-    )
+    grad_x, partial = _backward_outputs(x)
+    _norm_rotate_backward[(len(partial),)](
+        grad, x, weight, angles, grad_x, partial,
+        batch * tokens, tokens, heads, dim, *grad.stride()[:3], *x.stride()[:3], eps,
+        ROTATED=angles is not None, CAST_FIRST=cast_first, TOKENS=BACKWARD_TOKENS, **_tile(heads, dim),
+    )  # fmt: skip
     return grad_x, partial
 
 
 @norm_rotate_backward.register_fake
-def _(
-    grad: Tensor, x: Tensor, weight: Tensor, angles: Tensor | None, eps: float, cast_first: bool
-) -> tuple[Tensor, Tensor]:
-    programs = (x.shape[0] * x.shape[1] + BACKWARD_TOKENS - 1) // BACKWARD_TOKENS
-    return x.new_empty(x.shape), x.new_empty((programs, x.shape[3]), dtype=torch.float32)
+def _(grad, x, weight, angles, eps, cast_first):
+    return _backward_outputs(x)
+
+
+def _backward_outputs(x_BNHK: Tensor) -> tuple[Tensor, Tensor]:
+    programs = (x_BNHK.shape[0] * x_BNHK.shape[1] + BACKWARD_TOKENS - 1) // BACKWARD_TOKENS
+    return x_BNHK.new_empty(x_BNHK.shape), x_BNHK.new_empty((programs, x_BNHK.shape[3]), dtype=torch.float32)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

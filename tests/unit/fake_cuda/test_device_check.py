@@ -99,9 +99,9 @@ def test_non_blocking_copies_are_distinguished_from_blocking_ones() -> None:
 
 def operators() -> dict[str, list[tuple[object, ...]]]:
     """Arguments for each custom operator: transposed and sliced tensors, bf16 and fp32."""
-    from deco_scale.kernels.triton import gated_residual, losses, norm_modulate, pixel_decoder, rope
+    from deco_scale.kernels.triton import adaln, losses, pixel_decoder, rope
 
-    assert all((losses, norm_modulate, pixel_decoder, gated_residual, rope))
+    assert all((adaln, losses, pixel_decoder, rope))
     where = "cuda" if torch.cuda.is_available() else "cpu"
 
     def made(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

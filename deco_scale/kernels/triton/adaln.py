@@ -1,4 +1,4 @@
-"""Triton kernels of RMSNorm with AdaLN modulation, and what the kernels over tokens share. Not yet run on a GPU.
+"""Triton kernels of RMSNorm with AdaLN modulation and of the gated residual. Not yet run on a GPU.
 
 The twins and the facts about rounding are in :mod:`deco_scale.kernels.norm`. Every program walks over a few
 tokens of one sample, so that what is the same for all tokens (weight, shift, scale, gate) is read once per
@@ -59,23 +59,10 @@ def round_norm(x, weight, rstd, rounded: tl.constexpr, CAST_FIRST: tl.constexpr)
 
 @triton.jit
 def _norm_modulate_forward(
-    x_ptr,
-    weight_ptr,
-    shift_ptr,
-    scale_ptr,
-    out_ptr,
-    tokens,
-    dim,
-    x_stride_b,
-    x_stride_n,
-    shift_stride_b,
-    scale_stride_b,
-    eps,
-    MODULATED: tl.constexpr,
-    CAST_FIRST: tl.constexpr,
-    TOKENS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    x_ptr, weight_ptr, shift_ptr, scale_ptr, out_ptr,
+    tokens, dim, x_stride_b, x_stride_n, shift_stride_b, scale_stride_b, eps,
+    MODULATED: tl.constexpr, CAST_FIRST: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     sample, _, columns, inside, first, end = own_part(tokens, dim, TOKENS, BLOCK)
     weight = load_fp32(weight_ptr, columns, inside)
     if MODULATED:
@@ -93,25 +80,10 @@ def _norm_modulate_forward(
 
 @triton.jit
 def _norm_modulate_backward(
-    grad_ptr,
-    x_ptr,
-    weight_ptr,
-    scale_ptr,
-    grad_x_ptr,
-    partial_ptr,
-    tokens,
-    dim,
-    grad_stride_b,
-    grad_stride_n,
-    x_stride_b,
-    x_stride_n,
-    scale_stride_b,
-    eps,
-    MODULATED: tl.constexpr,
-    CAST_FIRST: tl.constexpr,
-    TOKENS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    grad_ptr, x_ptr, weight_ptr, scale_ptr, grad_x_ptr, partial_ptr,
+    tokens, dim, grad_stride_b, grad_stride_n, x_stride_b, x_stride_n, scale_stride_b, eps,
+    MODULATED: tl.constexpr, CAST_FIRST: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Gradient of x, and the partial sums of ``grad * x * rstd`` and, if modulated, of ``grad``."""
     sample, group, columns, inside, first, end = own_part(tokens, dim, TOKENS, BLOCK)
     factor = load_fp32(weight_ptr, columns, inside)
@@ -138,6 +110,42 @@ def _norm_modulate_backward(
     tl.store(partial, product_sum, mask=inside)
     if MODULATED:
         tl.store(partial + dim, grad_sum, mask=inside)
+
+
+@triton.jit
+def _gated_residual_forward(
+    x_ptr, gate_ptr, y_ptr, out_ptr,
+    tokens, dim, x_stride_b, x_stride_n, gate_stride_b, y_stride_b, y_stride_n,
+    TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    sample, _, columns, inside, first, end = own_part(tokens, dim, TOKENS, BLOCK)
+    gate = load_fp32(gate_ptr + sample * gate_stride_b, columns, inside)
+    for token in range(first, end):
+        x = load_fp32(x_ptr + sample * x_stride_b + token * x_stride_n, columns, inside)
+        y = load_fp32(y_ptr + sample * y_stride_b + token * y_stride_n, columns, inside)
+        out = x + gate * y
+        offset = (sample * tokens + token) * dim
+        tl.store(out_ptr + offset + columns, out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _gated_residual_backward(
+    grad_ptr, gate_ptr, y_ptr, grad_y_ptr, partial_ptr,
+    tokens, dim, grad_stride_b, grad_stride_n, gate_stride_b, y_stride_b, y_stride_n,
+    TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Gradient of y, and the partial sums of ``grad * y``."""
+    sample, group, columns, inside, first, end = own_part(tokens, dim, TOKENS, BLOCK)
+    gate = load_fp32(gate_ptr + sample * gate_stride_b, columns, inside)
+    product_sum = tl.zeros([BLOCK], tl.float32)
+    for token in range(first, end):
+        grad = load_fp32(grad_ptr + sample * grad_stride_b + token * grad_stride_n, columns, inside)
+        y = load_fp32(y_ptr + sample * y_stride_b + token * y_stride_n, columns, inside)
+        product_sum += grad * y
+        offset = (sample * tokens + token) * dim
+        tl.store(grad_y_ptr + offset + columns, (grad * gate).to(grad_y_ptr.dtype.element_ty), mask=inside)
+    partial = partial_ptr + (sample * tl.num_programs(1) + group) * dim + columns
+    tl.store(partial, product_sum, mask=inside)
 
 
 def rows(x: Tensor) -> Tensor:
@@ -169,9 +177,17 @@ def check_rows(x_BND: Tensor, per_sample: dict[str, Tensor | None]) -> None:
     check_dtypes(x=x_BND, **per_sample)
 
 
-def num_warps(block: int) -> int:
-    """About eight values of a row per thread, so that bf16 rows are read 16 bytes at a time."""
-    return max(1, min(8, block // 256))
+def tile(tokens: int, dim: int) -> dict[str, int]:
+    """Sizes of a program, and warps for about eight values per thread, so that bf16 is read 16 bytes at a time."""
+    block = triton.next_power_of_2(dim)
+    return {"TOKENS": tokens, "BLOCK": block, "num_warps": max(1, min(8, block // 256))}
+
+
+def backward_outputs(x_BND: Tensor, *parts: int) -> tuple[Tensor, Tensor]:
+    """For the gradient of x, and for fp32 partial sums (B, G, ``parts``, D)."""
+    batch, tokens, dim = x_BND.shape
+    groups = (tokens + BACKWARD_TOKENS - 1) // BACKWARD_TOKENS
+    return x_BND.new_empty(x_BND.shape), x_BND.new_empty((batch, groups, *parts, dim), dtype=torch.float32)
 
 
 def promoted(*tensors: Tensor | None) -> torch.dtype:
@@ -198,33 +214,16 @@ def norm_modulate(
     out = x.new_empty(x.shape, dtype=promoted(x, shift, scale))
     x, weight = rows(x), weight.contiguous()
     shift, scale = (None, None) if shift is None or scale is None else (rows(shift), rows(scale))
-    block = triton.next_power_of_2(dim)
     _norm_modulate_forward[batch, triton.cdiv(tokens, FORWARD_TOKENS)](
-        x,
-        weight,
-        shift,
-        scale,
-        out,
-        tokens,
-        dim,
-        x.stride(0),
-        x.stride(1),
-        0 if shift is None else shift.stride(0),
-        0 if scale is None else scale.stride(0),
-        eps,
-        MODULATED=shift is not None,
-        CAST_FIRST=cast_first,
-        TOKENS=FORWARD_TOKENS,
-        BLOCK=block,
-        num_warps=num_warps(block),
-    )
+        x, weight, shift, scale, out,
+        tokens, dim, *x.stride()[:2], *(0 if t is None else t.stride(0) for t in (shift, scale)), eps,
+        MODULATED=shift is not None, CAST_FIRST=cast_first, **tile(FORWARD_TOKENS, dim),
+    )  # fmt: skip
     return out
 
 
 @norm_modulate.register_fake
-def _(
-    x: Tensor, weight: Tensor, shift: Tensor | None, scale: Tensor | None, eps: float, cast_first: bool
-) -> Tensor:
+def _(x, weight, shift, scale, eps, cast_first):
     return x.new_empty(x.shape, dtype=promoted(x, shift, scale))
 
 
@@ -233,45 +232,21 @@ def norm_modulate_backward(
     grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor | None, eps: float, cast_first: bool
 ) -> tuple[Tensor, Tensor]:
     """Gradient of x, and fp32 partial sums (B, G, 1 or 2, D) of ``grad * x / rms(x)`` and, scaled, ``grad``."""
-    batch, tokens, dim = x.shape
     grad, x, weight = rows(grad), rows(x), weight.contiguous()
     scale = None if scale is None else rows(scale)
-    grad_x = x.new_empty(x.shape)
-    groups = triton.cdiv(tokens, BACKWARD_TOKENS)
-    partial = x.new_empty((batch, groups, 1 if scale is None else 2, dim), dtype=torch.float32)
-    block = triton.next_power_of_2(dim)
+    grad_x, partial = backward_outputs(x, 1 if scale is None else 2)
+    batch, groups, _, dim = partial.shape
     _norm_modulate_backward[batch, groups](
-        grad,
-        x,
-        weight,
-        scale,
-        grad_x,
-        partial,
-        tokens,
-        dim,
-        grad.stride(0),
-        grad.stride(1),
-        x.stride(0),
-        x.stride(1),
-        0 if scale is None else scale.stride(0),
-        eps,
-        MODULATED=scale is not None,
-        CAST_FIRST=cast_first,
-        TOKENS=BACKWARD_TOKENS,
-        BLOCK=block,
-        num_warps=num_warps(block),
-    )
+        grad, x, weight, scale, grad_x, partial,
+        x.shape[1], dim, *grad.stride()[:2], *x.stride()[:2], 0 if scale is None else scale.stride(0), eps,
+        MODULATED=scale is not None, CAST_FIRST=cast_first, **tile(BACKWARD_TOKENS, dim),
+    )  # fmt: skip
     return grad_x, partial
 
 
 @norm_modulate_backward.register_fake
-def _(
-    grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor | None, eps: float, cast_first: bool
-) -> tuple[Tensor, Tensor]:
-    groups = (x.shape[1] + BACKWARD_TOKENS - 1) // BACKWARD_TOKENS
-    parts = 1 if scale is None else 2
-    partial = x.new_empty((x.shape[0], groups, parts, x.shape[2]), dtype=torch.float32)
-    return x.new_empty(x.shape), partial
+def _(grad, x, weight, scale, eps, cast_first):
+    return backward_outputs(x, 1 if scale is None else 2)
 
 
 def _save_norm(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -297,3 +272,61 @@ def _norm_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 norm_modulate.register_autograd(_norm_gradients, setup_context=_save_norm)
+
+
+@torch.library.custom_op("deco_scale::gated_residual", mutates_args=())
+def gated_residual(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
+    """``x + gate * y`` of x and y (B, N, D) and gate (B, 1, D).
+
+    Raises ``ValueError`` for shapes or dtypes that do not fit.
+    """
+    check_rows(x, {"gate": gate})
+    check_dtypes(y=y)
+    if y.shape != x.shape:
+        raise ValueError(f"x {tuple(x.shape)} and y {tuple(y.shape)} differ in shape")
+    batch, tokens, dim = x.shape
+    out = x.new_empty(x.shape, dtype=promoted(x, gate, y))
+    x, gate, y = rows(x), rows(gate), rows(y)
+    _gated_residual_forward[batch, triton.cdiv(tokens, FORWARD_TOKENS)](
+        x, gate, y, out,
+        tokens, dim, *x.stride()[:2], gate.stride(0), *y.stride()[:2], **tile(FORWARD_TOKENS, dim),
+    )  # fmt: skip
+    return out
+
+
+@gated_residual.register_fake
+def _(x, gate, y):
+    return x.new_empty(x.shape, dtype=promoted(x, gate, y))
+
+
+@torch.library.custom_op("deco_scale::gated_residual_backward", mutates_args=())
+def gated_residual_backward(grad: Tensor, gate: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradient of y, and fp32 partial sums (B, G, D) of ``grad * y``."""
+    grad, gate, y = rows(grad), rows(gate), rows(y)
+    grad_y, partial = backward_outputs(y)
+    batch, groups, dim = partial.shape
+    _gated_residual_backward[batch, groups](
+        grad, gate, y, grad_y, partial,
+        y.shape[1], dim, *grad.stride()[:2], gate.stride(0), *y.stride()[:2], **tile(BACKWARD_TOKENS, dim),
+    )  # fmt: skip
+    return grad_y, partial
+
+
+@gated_residual_backward.register_fake
+def _(grad, gate, y):
+    return backward_outputs(y)
+
+
+def _save_residual(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    x, gate, y = inputs
+    ctx.x_dtype = x.dtype
+    ctx.save_for_backward(gate, y)
+
+
+def _residual_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    gate, y = ctx.saved_tensors
+    grad_y, partial = torch.ops.deco_scale.gated_residual_backward(grad, gate, y)
+    return grad.to(ctx.x_dtype), partial.sum(1, keepdim=True).to(gate.dtype), grad_y
+
+
+gated_residual.register_autograd(_residual_gradients, setup_context=_save_residual)
