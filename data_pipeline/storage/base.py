@@ -4,14 +4,18 @@ A store may be used by several threads, and pickled: the copy connects anew. Err
 credentials.
 """
 
+import contextlib
+import shutil
+import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 from urllib.parse import urlparse
 
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, StoreError
+from data_pipeline.storage.files import PARTIAL, atomic_path
 from data_pipeline.storage.retry import RetryBudget
 
 
@@ -39,11 +43,6 @@ class Access:
     connections: int = 32
     read_timeout_s: float = 30.0
 
-    def __post_init__(self) -> None:
-        for name in ("deadline_s", "connections", "read_timeout_s"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be above 0")
-
 
 class Store(Protocol):
     """A flat namespace of objects below one URL; all methods raise :class:`StoreError`.
@@ -54,6 +53,11 @@ class Store(Protocol):
 
     url: str
     counters: Counter[str]
+    _lock: threading.Lock
+
+    def __init__(self, url: str, counters: Sequence[str] = ("requests", "bytes")) -> None:
+        self.url, self.counters = url, Counter(dict.fromkeys(counters, 0))
+        self._lock = threading.Lock()
 
     def list(self) -> Iterator[ObjectInfo]:
         """All objects below the URL, sorted by key."""
@@ -72,6 +76,7 @@ class Store(Protocol):
 
     def local_path(self, key: str) -> Path | None:
         """Where the object lies on a local disk, None for one that does not."""
+        return None
 
     def write(self, key: str, data: bytes) -> None:
         """Create or replace an object, all or nothing."""
@@ -81,6 +86,89 @@ class Store(Protocol):
 
     def abort_uploads(self) -> None:
         """Remove what interrupted uploads have left behind, which is billed and which no listing shows."""
+        return None
+
+    def _count(self, **counts: int) -> None:
+        with self._lock:
+            self.counters.update(counts)
+
+
+class LocalStore(Store):
+    """Files below a folder. Interrupted writes leave nothing that would have to be removed."""
+
+    def __init__(self, root: str) -> None:
+        super().__init__(root)
+        self._root = Path(root).expanduser()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return LocalStore, (self.url,)
+
+    def list(self) -> Iterator[ObjectInfo]:
+        if not self._root.is_dir():
+            raise StoreError(f"{self.url}: no such folder")
+        self._count(requests=1)
+        for path in sorted(p for p in self._root.rglob("*") if p.is_file()):
+            if path.suffix != PARTIAL:
+                yield self._info(path)
+
+    def read(self, key: str, offset: int, length: int, etag: str | None = None) -> bytes:
+        with self._errors(key) as path:
+            if etag is not None and self._info(path).etag != etag:
+                raise StoreError(f"{path} changed since it was indexed; run deco-data index again")
+            with path.open("rb") as file:
+                file.seek(offset)
+                data = file.read(length)
+        self._count(requests=1, bytes=len(data))
+        if len(data) != length:
+            raise StoreError(f"{path}: ends at {offset + len(data)}, expected {offset + length}")
+        return data
+
+    def read_all(self, key: str) -> bytes | None:
+        with self._errors(key) as path, contextlib.suppress(FileNotFoundError):
+            data = path.read_bytes()
+            self._count(requests=1, bytes=len(data))
+            return data
+        return None
+
+    def info(self, key: str) -> ObjectInfo | None:
+        with self._errors(key) as path, contextlib.suppress(FileNotFoundError):
+            return self._info(path)
+        return None
+
+    def delete(self, key: str) -> None:
+        with self._errors(key) as path:
+            path.unlink(missing_ok=True)
+
+    def local_path(self, key: str) -> Path | None:
+        return self._root / key
+
+    def write(self, key: str, data: bytes) -> None:
+        with self._replacing(key) as partial:
+            partial.write_bytes(data)
+
+    def write_file(self, key: str, path: Path) -> None:
+        with self._replacing(key) as partial:
+            shutil.copyfile(path, partial)
+
+    @contextlib.contextmanager
+    def _replacing(self, key: str) -> Iterator[Path]:
+        self._count(requests=1)
+        with self._errors(key) as path, atomic_path(path, durable=False, shared=True) as partial:
+            yield partial
+
+    @contextlib.contextmanager
+    def _errors(self, key: str) -> Iterator[Path]:
+        """Path of an object; what the disk refuses becomes a :class:`StoreError`."""
+        path = self._root / key
+        try:
+            yield path
+        except OSError as error:
+            raise StoreError(f"{error.filename or path}: {error.strerror}") from error
+
+    def _info(self, path: Path) -> ObjectInfo:
+        stat = path.stat()
+        key = path.relative_to(self._root).as_posix()
+        return ObjectInfo(key, stat.st_size, f"{stat.st_mtime_ns:x}-{stat.st_size:x}")
 
 
 def open_store(url: str, access: Access = Access(), *, budget: RetryBudget | None = None) -> Store:
@@ -95,7 +183,5 @@ def open_store(url: str, access: Access = Access(), *, budget: RetryBudget | Non
 
         return S3Store(url, access, budget or RetryBudget())
     if scheme in ("", "file"):
-        from data_pipeline.storage.local import LocalStore
-
         return LocalStore(url.removeprefix("file://"))
     raise DataError(f"{url}: only s3:// URLs and local paths can be read")

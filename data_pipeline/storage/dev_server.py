@@ -16,6 +16,10 @@ from data_pipeline.errors import DataError
 
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 10.0
+_OPTIONS = (
+    "-ip=127.0.0.1 -ip.bind=127.0.0.1 -webdav=false -admin.ui=false -s3.port.iceberg=0 -s3.port.lance=0 "
+    "-master.telemetry=false"
+)
 _PORTS = tuple(
     f"{part}.port{kind}" for part in ("s3", "master", "volume", "filer", "admin") for kind in ("", ".grpc")
 )
@@ -50,19 +54,8 @@ class S3Server:
         """Start and wait until an object can be written and read; raises :class:`DataError` if not."""
         ports = _free_ports(len(_PORTS))
         self.port = self.port or ports[0]
-        command = [
-            _binary(),
-            "mini",
-            f"-dir={self.folder / 'data'}",
-            "-ip=127.0.0.1",
-            "-ip.bind=127.0.0.1",
-            "-webdav=false",
-            "-admin.ui=false",
-            "-s3.port.iceberg=0",
-            "-s3.port.lance=0",
-            "-master.telemetry=false",
-            *(f"-{name}={port}" for name, port in zip(_PORTS, [self.port, *ports[1:]], strict=True)),
-        ]
+        port_options = (f"-{name}={port}" for name, port in zip(_PORTS, [self.port, *ports[1:]], strict=True))
+        command = [_binary(), "mini", f"-dir={self.folder / 'data'}", *_OPTIONS.split(), *port_options]
         (self.folder / "data").mkdir(exist_ok=True)
         with (self.folder / "server.log").open("ab") as log:
             self._process = subprocess.Popen(
@@ -83,22 +76,21 @@ class S3Server:
 
     def kill(self) -> None:
         """End it without warning (SIGKILL), as a fault would."""
-        if self._process is not None:
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-            self._process = None
+        self._end(signal.SIGKILL, None)
 
     def stop(self) -> None:
         """End it in order, or by force after a while."""
-        if self._process is None:
-            return
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGTERM)
         try:
-            self._process.wait(STOP_TIMEOUT_S)
-            self._process = None
+            self._end(signal.SIGTERM, STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             self.kill()
+
+    def _end(self, number: signal.Signals, timeout_s: float | None) -> None:
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, number)
+            self._process.wait(timeout_s)
+            self._process = None
 
     def wait(self) -> int:
         assert self._process is not None
@@ -130,20 +122,15 @@ class S3Server:
         import boto3
         from botocore.config import Config
 
-        return boto3.session.Session(
-            aws_access_key_id=self._access, aws_secret_access_key=self._secret, region_name="us-east-1"
-        ).client(
-            "s3",
-            endpoint_url=self.endpoint,
-            config=Config(connect_timeout=2, read_timeout=5, retries={"total_max_attempts": 1}),
-        )
+        session = boto3.session.Session(self._access, self._secret, region_name="us-east-1")
+        config = Config(connect_timeout=2, read_timeout=5, retries={"total_max_attempts": 1})
+        return session.client("s3", endpoint_url=self.endpoint, config=config)
 
     def _credentials(self) -> tuple[str, str]:
         path = self.folder / "credentials"
         if not path.exists():
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(descriptor, "w") as file:
-                file.write(f"{secrets.token_hex(10)}\n{secrets.token_hex(20)}\n")
+            path.touch(mode=0o600)
+            path.write_text(f"{secrets.token_hex(10)}\n{secrets.token_hex(20)}\n")
         access, secret = path.read_text().split()
         return access, secret
 

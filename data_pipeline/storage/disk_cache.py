@@ -15,7 +15,7 @@ import fcntl
 import hashlib
 import logging
 import os
-import secrets
+import re
 import struct
 import threading
 import time
@@ -25,6 +25,8 @@ from pathlib import Path
 
 import google_crc32c
 import psutil
+
+from data_pipeline.storage.files import PARTIAL, atomic_path
 
 logger = logging.getLogger(__name__)
 
@@ -44,11 +46,9 @@ class DiskCache:
     ``counters`` and logged once. Usable from several threads; each process makes its own.
     """
 
-    def __init__(self, folder: Path, limit_bytes: int, *, clock: Callable[[], float] = time.time) -> None:
-        if limit_bytes < 1:
-            raise ValueError(f"limit_bytes={limit_bytes} must be at least 1")
+    def __init__(self, folder: Path, limit_bytes: int) -> None:
         self.counters: Counter[str] = Counter(dict.fromkeys(_COUNTERS, 0))
-        self._folder, self._limit, self._clock = folder, limit_bytes, clock
+        self._folder, self._limit = folder, limit_bytes
         self._lock = threading.Lock()
         self._warned = False
         self._paused_until = 0.0
@@ -64,45 +64,35 @@ class DiskCache:
         path = self._path(key)
         try:
             with path.open("rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                data = file.read(max(0, size - TRAILER.size))
-                intact = file.read() == _trailer(key, data)
-                if intact:
+                data = file.read(max(0, os.fstat(file.fileno()).st_size - TRAILER.size))
+                if file.read() == _trailer(key, data):
                     # What was used last is evicted last. Another user's file cannot be touched, but serves.
                     with contextlib.suppress(OSError):
                         os.utime(file.fileno())
+                    self._count("cache_hits")
+                    return data
+            self._count("cache_damaged")
+            self._remove(path)
+        except FileNotFoundError:
+            pass
         except OSError as error:
-            if not isinstance(error, FileNotFoundError):
-                self._failed(error)
-            self._count("cache_misses")
-            return None
-        self._count("cache_hits" if intact else "cache_misses")
-        if intact:
-            return data
-        self._count("cache_damaged")
-        self._remove(path)
+            self._failed(error)
+        self._count("cache_misses")
         return None
 
     def put(self, key: str, data: bytes) -> None:
         """Keep a payload; an entry larger than the cap is refused like a disk that is full."""
-        now = self._clock()
+        now = time.time()
         if now < self._paused_until:
             return
         path, size = self._path(key), len(data) + TRAILER.size
-        partial = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
         try:
             if size > self._limit:
                 raise OSError(0, f"an entry of {size} bytes exceeds the cap of {self._limit}", str(path))
             self._reserve(size)
-            path.parent.mkdir(exist_ok=True)
-            try:
-                with partial.open("xb") as file:
-                    file.write(data)
-                    file.write(_trailer(key, data))
-                os.replace(partial, path)
-            except BaseException:
-                partial.unlink(missing_ok=True)
-                raise
+            with atomic_path(path, durable=False, shared=True) as partial, partial.open("wb") as file:
+                file.write(data)
+                file.write(_trailer(key, data))
         except OSError as error:
             self._paused_until = now + PAUSE_S
             self._failed(error)
@@ -135,7 +125,7 @@ class DiskCache:
         for _, size, path in entries:
             if total <= target:
                 break
-            if not path.name.endswith(".tmp") and self._remove(path):
+            if path.suffix != PARTIAL and self._remove(path):
                 total -= size
                 self._count("cache_evicted")
         return total
@@ -151,13 +141,11 @@ class DiskCache:
                         yield stat.st_mtime, stat.st_size, path
 
     def _is_leftover(self, path: Path, written: float) -> bool:
-        if path.suffix != ".tmp":
+        if path.suffix != PARTIAL:
             return False
-        if self._clock() - written > LEFTOVER_AGE_S:
-            return True
-        with contextlib.suppress(ValueError, IndexError, OverflowError):
-            return not psutil.pid_exists(int(path.name.split(".")[1].split("-")[0]))
-        return False
+        writer = re.search(r"\.(\d{1,9})-\d+\.", path.name)
+        killed = writer is not None and not psutil.pid_exists(int(writer[1]))
+        return killed or time.time() - written > LEFTOVER_AGE_S
 
     def _remove(self, path: Path) -> bool:
         try:

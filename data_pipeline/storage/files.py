@@ -9,6 +9,8 @@ from pathlib import Path
 
 SAVING = ".saving_"
 """Prefix of the hidden folder in which a folder is written before it takes its name."""
+PARTIAL = ".partial"
+"""Suffix of a hidden file that is being written."""
 
 
 def make_durable(path: Path) -> None:
@@ -22,10 +24,8 @@ def make_durable(path: Path) -> None:
 
 def write_durably(path: Path, data: bytes) -> None:
     """Write a file in place and wait until it is on the disk."""
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    path.write_bytes(data)
+    make_durable(path)
 
 
 @contextlib.contextmanager
@@ -39,7 +39,7 @@ def atomic_path(
     ``path`` at once. ``durable`` waits for the disk before the rename. Raises ``OSError``.
     """
     writer = f".{os.getpid()}-{threading.get_ident()}" if shared else ""
-    partial = (scratch or path.parent) / f".{path.name}{writer}.partial"
+    partial = (scratch or path.parent) / f".{path.name}{writer}{PARTIAL}"
     partial.parent.mkdir(parents=True, exist_ok=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -8,7 +8,6 @@ the load of a server that is already in trouble. A deadline per request ends it.
 import random
 import threading
 import time
-from collections.abc import Callable
 
 from data_pipeline.errors import StoreError
 
@@ -16,47 +15,36 @@ BASE_WAIT_S = 0.2
 MAX_WAIT_S = 10.0
 FLOOR_BYTES_PER_S = 64 * 1024
 """A transfer slower than this is no progress: of 32 at once it is 2 MB/s for a whole node."""
+BUDGET, REFUND, TOKENS_PER_S = 100.0, 0.5, 4.0
 
 
 class RetryBudget:
-    """A token bucket: a retry takes one token, a success gives back ``refund``, time gives ``per_s``.
+    """A token bucket of ``BUDGET``: a retry takes a token, a success gives back ``REFUND``, time ``TOKENS_PER_S``.
 
     An empty bucket delays retries and never fails a request: only a deadline does that, because a training run
     would rather wait than end. The AWS SDKs give back about 10% of a retry per success and fail when nothing is
     left; that bears one fault in 11 requests in the long run. Here a success gives back half a token: at a fault
     rate p, p <= (1 - p) / 2 holds up to p = 1/3 without any delay, so 0.3 is carried for ever, and retries add at
-    most half the load of what succeeds, plus ``per_s``, to a server that fails more than that. In an outage a
-    process asks ``per_s`` times a second after the first ``capacity`` retries, however many readers it has.
+    most half the load of what succeeds, plus 4 a second, to a server that fails more than that. In an outage a
+    process asks 4 times a second after the first 100 retries, however many readers it has.
     """
 
-    def __init__(
-        self,
-        *,
-        capacity: float = 100.0,
-        refund: float = 0.5,
-        per_s: float = 4.0,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._capacity, self._refund, self._per_s, self._clock = capacity, refund, per_s, clock
-        self._tokens, self._updated = capacity, clock()
+    def __init__(self) -> None:
+        self._tokens, self._updated = BUDGET, time.monotonic()
         self._lock = threading.Lock()
 
     def spend(self) -> float:
         """Take a token; returns the seconds to wait until it is there (0 while the bucket is not empty)."""
         with self._lock:
-            now = self._clock()
-            self._add((now - self._updated) * self._per_s)
+            now = time.monotonic()
+            self._tokens = min(BUDGET, self._tokens + (now - self._updated) * TOKENS_PER_S) - 1
             self._updated = now
-            self._tokens -= 1
-            return max(0.0, -self._tokens / self._per_s)
+            return max(0.0, -self._tokens / TOKENS_PER_S)
 
     def succeed(self) -> None:
         """Note a request that went well."""
         with self._lock:
-            self._add(self._refund)
-
-    def _add(self, tokens: float) -> None:
-        self._tokens = min(self._capacity, self._tokens + tokens)
+            self._tokens = min(BUDGET, self._tokens + REFUND)
 
 
 class Backoff:
@@ -67,27 +55,14 @@ class Backoff:
     drips a byte now and then gains nothing. Progress also starts the waits anew, from ``BASE_WAIT_S``.
     """
 
-    def __init__(
-        self,
-        name: str,
-        deadline_s: float,
-        budget: RetryBudget,
-        *,
-        clock: Callable[[], float] = time.monotonic,
-        sleep: Callable[[float], None] = time.sleep,
-        uniform: Callable[[float, float], float] = random.uniform,
-    ) -> None:
-        self._name, self._budget = name, budget
-        self._clock, self._sleep, self._uniform = clock, sleep, uniform
-        self._start = clock()
+    def __init__(self, name: str, deadline_s: float, budget: RetryBudget) -> None:
+        self._name, self._budget, self._start = name, budget, time.monotonic()
         self._deadline = self._start + deadline_s
-        self._attempts = 0
-        self._fruitless = 0
-        self._bytes = 0
+        self._attempts = self._fruitless = self._bytes = 0
 
     @property
     def overdue(self) -> bool:
-        return self._clock() >= self._deadline
+        return time.monotonic() >= self._deadline
 
     def progress(self, num_bytes: int) -> None:
         """Note bytes that arrived."""
@@ -101,12 +76,12 @@ class Backoff:
         A wait that would pass the deadline is cut to it, and one last attempt follows.
         """
         self._attempts += 1
-        now = self._clock()
+        now = time.monotonic()
         if now >= self._deadline:
             raise StoreError(
                 f"{self._name}: gave up after {now - self._start:.1f} s and {self._attempts} attempts with "
                 f"{self._bytes} bytes received; the last fault: {fault}; check the server and the network"
             ) from None
-        jitter = self._uniform(0.0, min(MAX_WAIT_S, BASE_WAIT_S * 2.0 ** min(self._fruitless, 30)))
+        jitter = random.uniform(0.0, min(MAX_WAIT_S, BASE_WAIT_S * 2.0 ** min(self._fruitless, 30)))
         self._fruitless += 1
-        self._sleep(min(max(jitter, self._budget.spend()), self._deadline - now))
+        time.sleep(min(max(jitter, self._budget.spend()), self._deadline - now))

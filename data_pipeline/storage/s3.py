@@ -6,15 +6,14 @@ would multiply. An error that was refused for good carries no cause, because bot
 """
 
 import contextlib
+import functools
 import hashlib
 import os
 import re
-import threading
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlparse
 
 import boto3
@@ -24,7 +23,7 @@ import urllib3.exceptions
 from botocore.config import Config
 
 from data_pipeline.errors import DataError, StoreError
-from data_pipeline.storage.base import Access, ObjectInfo
+from data_pipeline.storage.base import Access, ObjectInfo, Store, open_store
 from data_pipeline.storage.retry import Backoff, RetryBudget
 
 PIECE_BYTES = 1 << 20
@@ -40,6 +39,7 @@ FIRST_CONTACT_S = 60.0
 _FAULTS = ("fault_503", "fault_5xx", "fault_reset", "fault_stall", "fault_truncated")
 _THROTTLED = ("SlowDown", "ServiceUnavailable", "RequestLimitExceeded", "Throttling", "ThrottlingException")
 _CHANGED = "changed since it was indexed; run deco-data index again"
+_SHORTER = "it is shorter than in the index; run deco-data index again"
 _DENIED = "access denied: check the credentials and the bucket's policy"
 _HINTS = {
     "401": _DENIED,
@@ -56,9 +56,17 @@ _HINTS = {
     "NoSuchKey": "no such object",
     "412": _CHANGED,
     "PreconditionFailed": _CHANGED,
-    "416": "it is shorter than in the index; run deco-data index again",
-    "InvalidRange": "it is shorter than in the index; run deco-data index again",
+    "416": _SHORTER,
+    "InvalidRange": _SHORTER,
 }
+_NETWORK_FAULTS = (
+    ("fault_truncated", (aws.IncompleteReadError, urllib3.exceptions.IncompleteRead)),
+    ("fault_stall", (aws.ReadTimeoutError, aws.ConnectTimeoutError, urllib3.exceptions.TimeoutError)),
+    ("fault_reset", (aws.ConnectionError, aws.HTTPClientError, urllib3.exceptions.HTTPError)),
+)
+"""Counters of failures between here and the server, and the errors counted; the first that fits."""
+_md5 = functools.partial(hashlib.md5, usedforsecurity=False)
+T = TypeVar("T")
 
 
 def part_bytes(size: int) -> int:
@@ -68,55 +76,53 @@ def part_bytes(size: int) -> int:
 
 def expected_etag(path: Path, size: int) -> str:
     """What S3 answers for unencrypted objects: MD5, of the parts' MD5s where the upload had parts."""
-    parts = []
-    with path.open("rb") as file:
-        while piece := file.read(part_bytes(size)):
-            parts.append(hashlib.md5(piece, usedforsecurity=False).digest())
     if size <= PART_BYTES:
-        return (parts[0] if parts else hashlib.md5(b"", usedforsecurity=False).digest()).hex()
-    return f"{hashlib.md5(b''.join(parts), usedforsecurity=False).hexdigest()}-{len(parts)}"
+        return _md5(path.read_bytes()).hexdigest()
+    with path.open("rb") as file:
+        parts = [_md5(piece).digest() for piece in iter(lambda: file.read(part_bytes(size)), b"")]
+    return f"{_md5(b''.join(parts)).hexdigest()}-{len(parts)}"
 
 
 class _Fault(Exception):
     """A failure that may pass: the counter of its kind, and a line for the user."""
 
-    def __init__(self, kind: str, text: str) -> None:
-        super().__init__(text)
-        self.kind = kind
 
-
-class _Refused(StoreError):
-    """A failure that will not pass."""
-
-    def __init__(self, text: str, code: str) -> None:
-        super().__init__(text)
-        self.code = code
-
-
-class _Missing(_Refused):
+class _Missing(StoreError):
     """There is no such object."""
 
 
-class S3Store:
+class _NoUpload(StoreError):
+    """There is no such multipart upload."""
+
+
+_REFUSALS = {"404": _Missing, "NoSuchKey": _Missing, "NoSuchUpload": _NoUpload}
+
+
+class S3Store(Store):
     """See :class:`data_pipeline.storage.base.Store`; threads share its connections and its budget of retries."""
 
     def __init__(self, url: str, access: Access, budget: RetryBudget) -> None:
         parsed = urlparse(url)
         if not parsed.netloc:
             raise DataError(f"{url}: an S3 URL looks like s3://bucket/prefix")
-        self.url = url
-        self.counters: Counter[str] = Counter(dict.fromkeys(("requests", "bytes", "retries", *_FAULTS), 0))
+        super().__init__(url, ("requests", "bytes", "retries", *_FAULTS))
         self._access, self._budget = access, budget
         self._bucket = parsed.netloc
         prefix = parsed.path.strip("/")
         self._prefix = f"{prefix}/" if prefix else ""
-        self._lock = threading.Lock()
         self._answered = False
-        self._client = self._connect()
+        config = Config(
+            connect_timeout=min(CONNECT_TIMEOUT_S, access.read_timeout_s),
+            read_timeout=access.read_timeout_s,
+            max_pool_connections=access.connections,
+            tcp_keepalive=True,
+            retries={"mode": "standard", "total_max_attempts": 1},
+            signature_version=botocore.UNSIGNED if access.anonymous else None,
+        )
+        with self._errors(""):
+            self._client = boto3.session.Session().client("s3", config=config)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        from data_pipeline.storage.base import open_store
-
         return open_store, (self.url, self._access)
 
     def list(self) -> Iterator[ObjectInfo]:
@@ -142,9 +148,6 @@ class S3Store:
     def delete(self, key: str) -> None:
         self._call(key, "delete_object", Key=self._prefix + key)
 
-    def local_path(self, key: str) -> Path | None:
-        return None
-
     def write(self, key: str, data: bytes) -> None:
         self._upload(key, len(data), lambda start, size: data[start : start + size])
 
@@ -168,46 +171,32 @@ class S3Store:
             for upload in page.get("Uploads", []):
                 self._call("", "abort_multipart_upload", Key=upload["Key"], UploadId=upload["UploadId"])
 
-    def _connect(self) -> Any:
-        access = self._access
-        config = Config(
-            connect_timeout=min(CONNECT_TIMEOUT_S, access.read_timeout_s),
-            read_timeout=access.read_timeout_s,
-            max_pool_connections=access.connections,
-            tcp_keepalive=True,
-            retries={"mode": "standard", "total_max_attempts": 1},
-            signature_version=botocore.UNSIGNED if access.anonymous else None,
-        )
-        with self._errors(""):
-            return boto3.session.Session().client("s3", config=config)
-
     def _read(self, key: str, offset: int, length: int | None, etag: str | None) -> bytes:
-        """Attempts until all is there; each goes on at the byte, and insists on the object, of the one before."""
+        """Each attempt goes on at the byte, and insists on the object, of the one before."""
         received = bytearray()
-        backoff = self._backoff(key)
-        while True:
-            request = {} if etag is None else {"IfMatch": f'"{etag}"'}
-            if length is not None:
-                request["Range"] = f"bytes={offset + len(received)}-{offset + length - 1}"
-            try:
-                with self._errors(key):
-                    response = self._send("get_object", Key=self._prefix + key, **request)
-                    length = self._check(key, response, offset, length, len(received))
-                    etag = response["ETag"].strip('"')
-                    # The context is urllib3's own stream: unlike botocore's it has read1, which returns what
-                    # has arrived, so a break loses nothing that was received and a drip of bytes is noticed.
-                    with response["Body"] as stream:
-                        self._drain(stream, received, length, backoff)
-                self._budget.succeed()
-                return bytes(received)
-            except _Fault as fault:
-                self._pause(backoff, fault)
 
-    def _check(self, key: str, response: Any, offset: int, length: int | None, received: int) -> int:
-        """Length of the whole read, or an error where the answer is not for the range that was asked."""
+        def attempt(backoff: Backoff) -> bytes:
+            nonlocal length, etag
+            request = {} if etag is None else {"IfMatch": f'"{etag}"'}
+            first = offset + len(received)
+            if length is not None:
+                request["Range"] = f"bytes={first}-{offset + length - 1}"
+            response = self._send("get_object", Key=self._prefix + key, **request)
+            length = self._check(key, response, first, offset, length)
+            etag = response["ETag"].strip('"')
+            # The context is urllib3's own stream: unlike botocore's it has read1, which returns what
+            # has arrived, so a break loses nothing that was received and a drip of bytes is noticed.
+            with response["Body"] as stream:
+                self._drain(stream, received, length, backoff)
+            return bytes(received)
+
+        return self._retried(key, attempt)
+
+    def _check(self, key: str, response: Any, first: int, offset: int, length: int | None) -> int:
+        """Length of the whole read, or an error where the answer is not for the range from ``first`` on."""
         if length is None:
             return int(response["ContentLength"])
-        first, end = offset + received, offset + length
+        end = offset + length
         match = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", response.get("ContentRange", ""))
         if match is None:
             if first == 0 and response["ContentLength"] == length:
@@ -224,7 +213,7 @@ class S3Store:
                 raise _Fault("fault_truncated", f"the body ended at {len(received)} of {length} bytes")
             received += piece
             backoff.progress(len(piece))
-            self._count("bytes", len(piece))
+            self._count(bytes=len(piece))
             if backoff.overdue and len(received) < length:
                 raise _Fault("fault_stall", f"the body came too slowly, {len(received)} of {length} bytes")
 
@@ -245,21 +234,16 @@ class S3Store:
         try:
             with ThreadPoolExecutor(WRITERS, thread_name_prefix="upload") as pool:
                 parts = list(pool.map(send, range(-(-size // step))))
-            self._complete(key, size, parts, target)
+            try:
+                self._call(key, "complete_multipart_upload", **target, MultipartUpload={"Parts": parts})
+            except _NoUpload:
+                # The answer to an attempt that succeeded may have been lost; the upload is gone then.
+                if self._call(key, "head_object", Key=target["Key"])["ContentLength"] != size:
+                    raise
         except BaseException:
             with contextlib.suppress(StoreError, _Fault), self._errors(key):
                 self._send("abort_multipart_upload", **target)
             raise
-
-    def _complete(self, key: str, size: int, parts: Sequence[dict[str, Any]], target: dict[str, str]) -> None:
-        try:
-            self._call(key, "complete_multipart_upload", **target, MultipartUpload={"Parts": parts})
-        except _Refused as error:
-            # The answer to an attempt that succeeded may have been lost; the upload is gone then.
-            if error.code != "NoSuchUpload":
-                raise
-            if self._call(key, "head_object", Key=target["Key"])["ContentLength"] != size:
-                raise
 
     def _pages(self, operation: str, **markers: str) -> Iterator[Any]:
         """Pages of a listing; ``markers`` maps the arguments of the next request to fields of the last answer."""
@@ -273,46 +257,40 @@ class S3Store:
             query |= {argument: page[field] for argument, field in markers.items() if field in page}
 
     def _call(self, key: str, operation: str, **arguments: Any) -> Any:
-        """One operation without a body in its answer, tried until it succeeds, is refused or time is up."""
-        backoff = self._backoff(key)
+        """One operation without a body in its answer."""
+        return self._retried(key, lambda _: self._send(operation, **arguments))
+
+    def _retried(self, key: str, attempt: Callable[[Backoff], T]) -> T:
+        """An attempt's result, tried until it succeeds, is refused or time is up."""
+        limit_s = self._access.deadline_s
+        deadline_s = limit_s if self._answered else min(limit_s, FIRST_CONTACT_S)
+        backoff = Backoff(self._name(key), deadline_s, self._budget)
         while True:
             try:
                 with self._errors(key):
-                    answer = self._send(operation, **arguments)
+                    result = attempt(backoff)
                 self._budget.succeed()
-                return answer
+                return result
             except _Fault as fault:
-                self._pause(backoff, fault)
+                kind, text = fault.args
+                self._count(**{kind: 1})
+                backoff.wait(text)
+                self._count(retries=1)
 
     def _send(self, operation: str, **arguments: Any) -> Any:
-        self._count("requests")
+        self._count(requests=1)
         if self._access.requester_pays:
             arguments["RequestPayer"] = "requester"
         answer = getattr(self._client, operation)(Bucket=self._bucket, **arguments)
         self._answered = True
         return answer
 
-    def _backoff(self, key: str) -> Backoff:
-        deadline_s = self._access.deadline_s
-        if not self._answered:
-            deadline_s = min(deadline_s, FIRST_CONTACT_S)
-        return Backoff(self._name(key), deadline_s, self._budget)
-
-    def _pause(self, backoff: Backoff, fault: _Fault) -> None:
-        self._count(fault.kind)
-        backoff.wait(str(fault))
-        self._count("retries")
-
-    def _count(self, name: str, by: int = 1) -> None:
-        with self._lock:
-            self.counters[name] += by
-
     def _name(self, key: str) -> str:
         return f"s3://{self._bucket}/{self._prefix}{key}"
 
     @contextlib.contextmanager
     def _errors(self, key: str) -> Iterator[None]:
-        """Turn the errors of botocore and urllib3 into :class:`_Fault` or :class:`_Refused`."""
+        """Turn the errors of botocore and urllib3 into :class:`_Fault` or :class:`StoreError`."""
         problem: Exception
         try:
             yield
@@ -321,9 +299,11 @@ class S3Store:
             self._answered = True
             problem = self._classify(key, error)
         except (aws.BotoCoreError, urllib3.exceptions.HTTPError) as error:
-            kind = _network_fault(error)
             text = _plain(error)
-            problem = _Fault(kind, text) if kind else _Refused(f"{self._name(key)}: {text}", type(error).__name__)
+            kind = next((kind for kind, types in _NETWORK_FAULTS if isinstance(error, types)), None)
+            # Trying again does not mend a certificate.
+            passes = kind is not None and "CERTIFICATE_VERIFY_FAILED" not in text
+            problem = _Fault(kind, text) if passes else StoreError(f"{self._name(key)}: {text}")
         raise problem from None
 
     def _classify(self, key: str, error: Any) -> Exception:
@@ -339,21 +319,7 @@ class S3Store:
         hint = _HINTS.get(code) or _HINTS.get(str(status), answer)
         if hint == _DENIED and self._access.anonymous:
             hint = "access denied to an anonymous reader: the bucket is not public, so credentials are needed"
-        refusal = _Missing if code in ("404", "NoSuchKey") else _Refused
-        return refusal(f"{self._name(key)}: {hint}", code)
-
-
-def _network_fault(error: Exception) -> str | None:
-    """Counter of a failure between here and the server; None if trying again is of no use."""
-    if isinstance(error, (aws.IncompleteReadError, urllib3.exceptions.IncompleteRead)):
-        return "fault_truncated"
-    if isinstance(error, (aws.ReadTimeoutError, aws.ConnectTimeoutError, urllib3.exceptions.TimeoutError)):
-        return "fault_stall"
-    if "CERTIFICATE_VERIFY_FAILED" in str(error):
-        return None
-    if isinstance(error, (aws.ConnectionError, aws.HTTPClientError, urllib3.exceptions.HTTPError)):
-        return "fault_reset"
-    return None
+        return _REFUSALS.get(code, StoreError)(f"{self._name(key)}: {hint}")
 
 
 def _plain(error: Exception) -> str:

@@ -271,16 +271,23 @@ class Time:
     def __init__(self) -> None:
         self.now = 0.0
 
-    def clock(self) -> float:
+    def monotonic(self) -> float:
         return self.now
 
     def sleep(self, seconds: float) -> None:
         self.now += seconds
 
 
-def test_budget_carries_three_faults_in_ten_and_slows_an_outage() -> None:
-    time_, draw = Time(), np.random.default_rng(3)
-    budget = RetryBudget(clock=time_.clock)
+@pytest.fixture
+def time_(monkeypatch: pytest.MonkeyPatch) -> Time:
+    replaced = Time()
+    monkeypatch.setattr("data_pipeline.storage.retry.time", replaced)
+    monkeypatch.setattr("random.uniform", lambda low, high: high)
+    return replaced
+
+
+def test_budget_carries_three_faults_in_ten_and_slows_an_outage(time_: Time) -> None:
+    draw, budget = np.random.default_rng(3), RetryBudget()
     waited = 0.0
     for fails in draw.random(100_000) < 0.3:
         if fails:
@@ -294,13 +301,10 @@ def test_budget_carries_three_faults_in_ten_and_slows_an_outage() -> None:
     assert budget.spend() == 0
 
 
-def test_backoff_is_bounded_by_deadline_and_progress() -> None:
+def test_backoff_is_bounded_by_deadline_and_progress(time_: Time) -> None:
     def attempts(bytes_each: int) -> tuple[int, float]:
-        time_ = Time()
-        budget = RetryBudget(clock=time_.clock)
-        backoff = Backoff(
-            "s3://b/k", 100, budget, clock=time_.clock, sleep=time_.sleep, uniform=lambda low, high: high
-        )
+        time_.now = 0.0
+        backoff = Backoff("s3://b/k", 100, RetryBudget())
         for count in range(100_000):
             time_.now += 1
             backoff.progress(bytes_each) if bytes_each else None

@@ -8,9 +8,8 @@ import pytest
 from data_pipeline.config import DataConfig
 from data_pipeline.index.build import build_index, save_index
 from data_pipeline.index.format import load_index
-from data_pipeline.storage.base import open_store
+from data_pipeline.storage.base import LocalStore, open_store
 from data_pipeline.storage.disk_cache import DiskCache
-from data_pipeline.storage.local import LocalStore
 from data_pipeline.stream.loader import Loader
 from tests.support.sets import image_bytes, tar_of
 

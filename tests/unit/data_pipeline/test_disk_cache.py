@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data_pipeline.config import DataConfig
 from data_pipeline.storage.disk_cache import PAUSE_S, TRAILER, DiskCache
 
 LARGEST = 60_000
@@ -126,18 +127,20 @@ def test_processes_share_a_cap(tmp_path: Path) -> None:
     assert limit / 2 < on_disk(tmp_path) <= limit
 
 
-def test_leftovers_of_killed_writers_are_removed(tmp_path: Path) -> None:
+def test_leftovers_of_killed_writers_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = DiskCache(tmp_path, 10**6)
     cache.put("key", b"data")
     (entry,) = files(tmp_path)
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    leftovers = [entry.with_name(f"{entry.name}.{pid}-0.tmp") for pid in (dead.pid, os.getpid(), "odd")]
+    leftovers = [entry.with_name(f".{entry.name}.{pid}-0.partial") for pid in (dead.pid, os.getpid(), "odd")]
     for path in leftovers:
         path.write_bytes(bytes(1000))
     DiskCache(tmp_path, 10**6)
     assert set(files(tmp_path)) == {entry, *leftovers[1:]}
-    DiskCache(tmp_path, 10**6, clock=lambda: time.time() + 3700)
+    later = time.time() + 3700
+    monkeypatch.setattr(time, "time", lambda: later)
+    DiskCache(tmp_path, 10**6)
     assert files(tmp_path) == [entry] and cache.get("key") == b"data"
 
 
@@ -166,10 +169,13 @@ def test_a_read_only_folder_still_serves(tmp_path: Path) -> None:
             path.chmod(0o700)
 
 
-def test_a_write_that_fails_halfway(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_write_that_fails_halfway(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A limit on file sizes stops the write as a full disk does: part of the bytes are there."""
     now = time.time()
-    cache = DiskCache(tmp_path, 10**9, clock=lambda: now)
+    monkeypatch.setattr(time, "time", lambda: now)
+    cache = DiskCache(tmp_path, 10**9)
     cache.put("small", b"data")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, limits[1]))
@@ -190,5 +196,5 @@ def test_an_entry_above_the_cap_is_refused(tmp_path: Path, caplog: pytest.LogCap
     cache = DiskCache(tmp_path, 1000)
     cache.put("key", bytes(1000))
     assert files(tmp_path) == [] and "1012 bytes exceeds the cap of 1000" in caplog.text
-    with pytest.raises(ValueError, match="limit_bytes=0"):
-        DiskCache(tmp_path, 0)
+    with pytest.raises(ValueError, match="cache_bytes=0 must be at least 1"):
+        DataConfig(url="x", cache_bytes=0)

@@ -20,8 +20,7 @@ from data_pipeline.errors import DataError, Reject, StoreError
 from data_pipeline.index.format import load_index
 from data_pipeline.pack.readers import make_sample, read_source
 from data_pipeline.pack.writer import MANIFEST_KEY, MARK_KEY, OccupiedError, pack
-from data_pipeline.storage.base import open_store
-from data_pipeline.storage.local import LocalStore
+from data_pipeline.storage.base import LocalStore, open_store
 from data_pipeline.tools import cli
 from tests.support.sets import (
     IMAGE,
