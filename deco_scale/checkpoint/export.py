@@ -1,6 +1,5 @@
 """The EMA of the denoiser as one safetensors file, gathered to rank 0 tensor by tensor."""
 
-import dataclasses
 import json
 import os
 import shutil
@@ -25,17 +24,9 @@ PREFIX = f"ema.{EMA_PREFIX}"
 WEIGHTS, SETTINGS = "model.safetensors", "config.json"
 
 
-@dataclasses.dataclass(frozen=True, order=True)
-class _Piece:
-    """A box of a tensor, and the rank that sends it."""
-
-    offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
-    rank: int
-
-
-def export_name(step: int) -> str:
-    return f"ema_step_{step:08d}"
+Shape = tuple[int, ...]
+Boxes = dict[Shape, tuple[Shape, int]]
+"""Of the pieces of a tensor, by their offsets: sizes, and the rank that sends it."""
 
 
 def export_ema(snapshot: Snapshot, meta: CheckpointMeta, folder: Path, group: dist.ProcessGroup | None) -> Path:
@@ -44,9 +35,9 @@ def export_ema(snapshot: Snapshot, meta: CheckpointMeta, folder: Path, group: di
     Rank 0 writes and holds one tensor at a time, the others send their parts of it. Raises :class:`RunError` on
     every rank if the disk cannot be written; then nothing is left behind.
     """
-    final = folder / export_name(meta.step)
-    shapes, pieces = _layout(snapshot, group)
-    tensors = _gather_tensors(snapshot, shapes, pieces, group)
+    final = folder / f"ema_step_{meta.step:08d}"
+    shapes, boxes = _layout(snapshot, group)
+    tensors = _gather_tensors(snapshot, shapes, boxes, group)
 
     def write() -> None:
         try:
@@ -63,9 +54,7 @@ def export_ema(snapshot: Snapshot, meta: CheckpointMeta, folder: Path, group: di
     return final
 
 
-def _write(
-    tensors: Iterator[Tensor], shapes: Mapping[str, tuple[int, ...]], meta: CheckpointMeta, final: Path
-) -> None:
+def _write(tensors: Iterator[Tensor], shapes: Mapping[str, Shape], meta: CheckpointMeta, final: Path) -> None:
     objective = meta.config.get("objective") or {}
     settings = {
         "model": meta.config.get("model"),
@@ -87,31 +76,27 @@ def _write(
             shutil.rmtree(final)
 
 
-def _layout(
-    snapshot: Snapshot, group: dist.ProcessGroup | None
-) -> tuple[dict[str, tuple[int, ...]], dict[str, list[_Piece]]]:
+def _layout(snapshot: Snapshot, group: dist.ProcessGroup | None) -> tuple[dict[str, Shape], dict[str, Boxes]]:
     """Shapes by plain name, and the pieces that fill each tensor, each from the lowest rank that has it."""
-    local = []
-    for item in snapshot.plan.items:
-        if item.index.fqn.startswith(PREFIX):
-            data = item.tensor_data
-            assert data is not None
-            box = tuple(data.chunk.offsets), tuple(data.chunk.sizes)
-            local.append((item.index.fqn.removeprefix(PREFIX), tuple(data.size), *box))
-    shapes: dict[str, tuple[int, ...]] = {}
-    boxes: dict[str, dict[tuple[int, ...], _Piece]] = {}
+    local = [
+        (item.index.fqn.removeprefix(PREFIX), tuple(data.size), tuple(data.chunk.offsets), tuple(data.chunk.sizes))
+        for item in snapshot.plan.items
+        if item.index.fqn.startswith(PREFIX) and (data := item.tensor_data) is not None
+    ]
+    shapes: dict[str, Shape] = {}
+    boxes: dict[str, Boxes] = {}
     for rank, items in enumerate(gather_objects(local, group)):
         for name, shape, offsets, sizes in items:
             shapes[name] = shape
             if prod(sizes):
-                boxes.setdefault(name, {}).setdefault(offsets, _Piece(offsets, sizes, rank))
-    return dict(sorted(shapes.items())), {n: sorted(each.values()) for n, each in boxes.items()}
+                boxes.setdefault(name, {}).setdefault(offsets, (sizes, rank))
+    return dict(sorted(shapes.items())), boxes
 
 
 def _gather_tensors(
     snapshot: Snapshot,
-    shapes: Mapping[str, tuple[int, ...]],
-    pieces: Mapping[str, list[_Piece]],
+    shapes: Mapping[str, Shape],
+    boxes: Mapping[str, Boxes],
     group: dist.ProcessGroup | None,
 ) -> Iterator[Tensor]:
     """Full tensors on rank 0, in the order of ``shapes``; the other ranks send their parts and yield nothing."""
@@ -119,16 +104,13 @@ def _gather_tensors(
     for name, shape in shapes.items():
         local = snapshot.tensors.get(f"{PREFIX}{name}")
         full = torch.empty(shape) if rank == 0 else None
-        for piece in pieces.get(name, []):
+        for offsets, (sizes, source) in sorted(boxes.get(name, {}).items()):
             if full is not None:
-                part = local if piece.rank == 0 else torch.empty(piece.sizes)
-                assert part is not None
-                if piece.rank:
-                    dist.recv(part, src=piece.rank, group=group)
-                box = tuple(slice(o, o + s) for o, s in zip(piece.offsets, piece.sizes, strict=True))
-                full[box] = part
-            elif piece.rank == rank:
-                assert local is not None
+                part = torch.empty(sizes) if source or local is None else local
+                if source:
+                    dist.recv(part, src=source, group=group)
+                full[tuple(slice(o, o + s) for o, s in zip(offsets, sizes, strict=True))] = part
+            elif source == rank and local is not None:
                 dist.send(local.contiguous(), dst=0, group=group)
         if full is not None:
             yield full

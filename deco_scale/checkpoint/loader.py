@@ -15,10 +15,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from deco_scale.checkpoint.config import CheckpointConfig
-from deco_scale.checkpoint.dcp_metadata import first_failure
 from deco_scale.checkpoint.format import (
-    META,
-    METADATA,
     CheckpointMeta,
     Reader,
     check_shapes,
@@ -59,14 +56,8 @@ def open_checkpoint(path: Path | str, scratch: Path) -> Iterator[OpenCheckpoint]
             raise_together(lambda: verify(path, rank=dist.get_rank(), world=dist.get_world_size()))
             yield OpenCheckpoint(str(path), path, lambda name: None)
         return
-
-    def start() -> ObjectFetcher:
-        fetcher = ObjectFetcher(path, scratch)
-        fetcher.open([META, METADATA])
-        return fetcher
-
     try:
-        fetcher = raise_together(start)
+        fetcher = raise_together(lambda: ObjectFetcher(path, scratch))
         yield OpenCheckpoint(path, fetcher.folder, fetcher.fetch)
         # Ranks of a node share the folder.
         dist.barrier()
@@ -140,7 +131,7 @@ def _read(state: Mapping[str, Tensor], source: OpenCheckpoint) -> None:
     try:
         dcp.load(cast(dict[str, Any], dict(state)), storage_reader=Reader(source.folder, source.fetch))
     except CheckpointException as error:
-        rank, failure = first_failure(error)
+        rank, (failure, _) = next(iter(error.failures.items()))
         prefix = f"rank {rank}: " if rank else ""
         if isinstance(failure, ConfigError | RunError):
             raise type(failure)(f"{prefix}{failure}") from error

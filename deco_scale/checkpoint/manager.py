@@ -10,9 +10,12 @@ import datetime
 import logging
 import math
 import shutil
+import threading
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +23,10 @@ import torch.distributed as dist
 
 from data_pipeline.storage.files import SAVING
 from deco_scale.checkpoint import loader
-from deco_scale.checkpoint.async_save import BackgroundTask, SaveResult
-from deco_scale.checkpoint.config import CheckpointConfig
+from deco_scale.checkpoint.config import CheckpointConfig, retained
 from deco_scale.checkpoint.export import PREFIX, export_ema
 from deco_scale.checkpoint.format import CheckpointMeta, find_checkpoint, write_markers
 from deco_scale.checkpoint.integrity import FileChecksums, parameter_digest
-from deco_scale.checkpoint.retention import retained
 from deco_scale.checkpoint.staging import Snapshot, Stager
 from deco_scale.checkpoint.storage import (
     CheckpointStorage,
@@ -45,6 +46,21 @@ _TIMEOUT = datetime.timedelta(hours=6)
 """For ranks whose disk or network is slow; a lost rank is noticed at once, by its closed connections."""
 
 
+@dataclass(frozen=True)
+class SaveResult:
+    """How a save ended: a line for the log, or the error that all ranks share, and for how long training waited.
+
+    ``checkpoint`` is False where only the weights were exported.
+    """
+
+    step: int
+    checkpoint: bool
+    message: str
+    error: str | None
+    stall_s: float
+    total_s: float
+
+
 class CheckpointManager:
     """Saves, resumes and retires the checkpoints of a run, in ``folder`` or at ``cfg.url``.
 
@@ -55,11 +71,11 @@ class CheckpointManager:
         self._folder, self._cfg = folder, cfg
         self._local = LocalStorage(folder)
         self._remote: ObjectStorage | None = None
-        self._stager, self._task = Stager(), BackgroundTask()
+        self._stager = Stager()
+        self._saving: Future[SaveResult] | None = None
         self._group: dist.ProcessGroup | None = None
         self._protected: set[int] = set()
         self._metrics: dict[str, float] = {}
-        self._stall_s, self._saving_step, self._saving_checkpoint = 0.0, 0, True
         self._unreported_stall_s: float | None = None
 
     def prepare(self) -> None:
@@ -98,17 +114,6 @@ class CheckpointManager:
                 raise ConfigError(f"checkpoint.keep_best.metric={name!r} is not logged; possible: {numbers}")
             self._metrics = {name: float(value)} if value is not None and math.isfinite(value) else {}
 
-    def save(self, engine: Engine, meta: CheckpointMeta) -> Path | str:
-        """Save and wait until it is done; raises :class:`RunError` and leaves nothing half-written.
-
-        A save that is still in flight is finished first, and its error raised after this save.
-        """
-        results = [self.start(engine, meta), self.finished(wait=True)]
-        for result in results:
-            if result is not None and result.error is not None:
-                raise RunError(result.error)
-        return self._storage.path_of(meta.step)
-
     def start(
         self, engine: Engine, meta: CheckpointMeta, *, checkpoint: bool = True, export: bool = False
     ) -> SaveResult | None:
@@ -123,38 +128,47 @@ class CheckpointManager:
         if self._group is None and (not inline or "gloo" not in dist.get_backend_config()):
             # The default group only where the caller waits for the save and that group can send host memory.
             self._group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
-        self._saving_step, self._saving_checkpoint = meta.step, checkpoint
         meta = dataclasses.replace(meta, optimizer_steps=engine.optimizer_steps, metrics=self._metrics)
         snapshot = self._stager.stage(engine.state(), prefix="" if checkpoint else PREFIX)
+        staged_s = time.perf_counter() - start_time
+        self._saving = saving = Future[SaveResult]()
 
-        def task() -> str:
-            parts = [f"checkpoint {self._write(snapshot, meta)}"] if checkpoint else []
-            parts += [f"EMA export {self._export(snapshot, meta)}"] if export else []
-            return ", ".join(parts)
+        def run() -> None:
+            parts, failure = [], None
+            try:
+                if checkpoint:
+                    parts.append(f"checkpoint {self._write(snapshot, meta)}")
+                if export:
+                    parts.append(f"EMA export {self._export(snapshot, meta)}")
+            except RunError as error:
+                failure = str(error)
+            except BaseException as error:
+                # A bug or a lost rank: raised where the result is asked for.
+                saving.set_exception(error)
+                return
+            total_s = time.perf_counter() - start_time
+            stall_s = total_s if inline else staged_s
+            message = f"{', '.join(parts)} in {total_s:.1f} s (checkpoint_stall_s {stall_s:.2f})"
+            saving.set_result(SaveResult(meta.step, checkpoint, message, failure, stall_s, total_s))
 
-        if not inline:
-            self._stall_s = time.perf_counter() - start_time
-        self._task.start(task, start_time=start_time, inline=inline)
         if inline:
-            self._stall_s = time.perf_counter() - start_time
-        self._unreported_stall_s = (self._unreported_stall_s or 0.0) + self._stall_s
+            run()
+        else:
+            # A daemon thread, so that a process that ends with another error does not hang in it.
+            threading.Thread(target=run, name="checkpoint", daemon=True).start()
+        self._unreported_stall_s = (self._unreported_stall_s or 0.0) + time.perf_counter() - start_time
         return previous
 
     def finished(self, *, wait: bool = False) -> SaveResult | None:
-        """The result of the save that was started last, once; None if there is none or it is still running."""
-        if self._task.busy and not wait:
+        """The result of the save that was started last, once; None if there is none or it is still running.
+
+        An exception of the save that is no :class:`RunError` is a bug or a lost rank, and is raised here.
+        """
+        saving = self._saving
+        if saving is None or not (wait or saving.done()):
             return None
-        result = self._task.wait()
-        if result is None:
-            return None
-        return SaveResult(
-            message=f"{result.message} in {result.total_s:.1f} s (checkpoint_stall_s {self._stall_s:.2f})",
-            error=result.error,
-            checkpoint=self._saving_checkpoint,
-            step=self._saving_step,
-            stall_s=self._stall_s,
-            total_s=result.total_s,
-        )
+        self._saving = None
+        return saving.result()
 
     def take_stall(self) -> float | None:
         """Seconds for which saves have stalled training since the last call, None without a save."""
@@ -168,16 +182,12 @@ class CheckpointManager:
         # Of the same step the one at the URL: the sort is stable.
         return sorted(paths, key=lambda entry: entry[0], reverse=True)
 
-    def latest(self) -> Path | str | None:
-        """The newest complete checkpoint, folder or URL, or None."""
-        return next((path for _, path in self.complete()), None)
-
     def resolve(self, resume: str) -> Path | str | None:
         """The checkpoint for ``auto`` (newest complete), ``none``, or the name of a complete folder or URL."""
         if resume == "none":
             return None
         if resume == "auto":
-            return self.latest()
+            return next((path for _, path in self.complete()), None)
         if "://" in resume:
             return resume
         path = Path(resume)
@@ -308,10 +318,8 @@ class CheckpointManager:
             steps = storage.steps()
             for step in set(steps) - retained(steps, self._cfg, storage.metrics, protected=self._protected):
                 storage.remove(step)
-        except RunError as error:
+        except (RunError, OSError) as error:
             logger.warning("an old checkpoint could not be removed: %s", error)
-        except OSError as error:
-            logger.warning("an old checkpoint could not be removed: %s: %s", error.filename, error.strerror)
 
 
 def _make_empty(folder: Path) -> None:

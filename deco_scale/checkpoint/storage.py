@@ -8,14 +8,13 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Protocol
 
 import google_crc32c
 
 from data_pipeline.errors import DataError, StoreError
 from data_pipeline.storage.base import Store, open_store
 from data_pipeline.storage.files import SAVING, make_durable
-from deco_scale.checkpoint.format import META, NO_LOCKS, read_checksums
+from deco_scale.checkpoint.format import META, METADATA, NO_LOCKS, read_checksums
 from deco_scale.checkpoint.integrity import FileChecksums, check_file, crc32c_of
 from deco_scale.errors import ConfigError, Damaged, RunError
 from deco_scale.observability.run_dir import COMPLETE, STEP, complete_checkpoints
@@ -24,58 +23,33 @@ REPLACED, READING, RETIRED = ".replaced_", ".reading_", ".retired_"
 _PIECE_BYTES = 16 * 2**20
 
 
-class CheckpointStorage(Protocol):
-    """Complete checkpoints of one run by step. Methods other than ``publish`` are for rank 0."""
+class LocalStorage:
+    """A run's complete checkpoints by step: folders ``step_XXXXXXXX`` of a local disk or a shared file system.
 
-    def path_of(self, step: int) -> Path | str:
-        """Folder, or URL, of a step."""
-
-    def steps(self) -> list[int]:
-        """Steps of the complete checkpoints, in order."""
-
-    def metrics(self, step: int) -> Mapping[str, float]:
-        """The metrics that a checkpoint recorded; none where they cannot be parsed."""
-
-    def remove(self, step: int) -> None:
-        """Remove a checkpoint, unless somebody is reading it (where the storage has locks)."""
-
-    def publish(self, folder: Path, step: int, names: Sequence[str], checksums: FileChecksums) -> None:
-        """Store this rank's part: the files ``names`` of a finished ``folder``."""
-        return None
-
-    def complete(self, folder: Path, step: int, checksums: FileChecksums) -> None:
-        """Make a published checkpoint visible. ``folder`` has ``meta.json`` and ``COMPLETE``; it is used up."""
-
-    def abort(self, step: int) -> None:
-        """Remove what a failed save has published of a step."""
-        return None
-
-    def recover(self) -> None:
-        """Remove what an interrupted save has left behind."""
-
-
-class LocalStorage(CheckpointStorage):
-    """Folders ``step_XXXXXXXX`` of a local disk or a shared file system; see :class:`CheckpointStorage`.
-
-    The files are there already when they are published, and invisible until they are complete.
+    Methods other than ``publish`` are for rank 0. The files are there already when they are published, and
+    invisible until they are complete.
     """
 
     def __init__(self, root: Path) -> None:
         self._root = root
 
     def path_of(self, step: int) -> Path:
+        """Folder of a step."""
         return self._root / step_name(step)
 
     def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, in order."""
         return list(complete_checkpoints(self._root))
 
     def metrics(self, step: int) -> Mapping[str, float]:
+        """The metrics that a checkpoint recorded; none where they cannot be parsed."""
         try:
             return _metrics((self.path_of(step) / META).read_bytes())
         except OSError as error:
             raise RunError(f"{self.path_of(step) / META}: {error.strerror}") from error
 
     def remove(self, step: int) -> None:
+        """Remove a checkpoint, unless somebody is reading it (where the file system has locks)."""
         path = self.path_of(step)
         with _try_exclusive_lock(path / COMPLETE) as locked:
             if locked:
@@ -84,7 +58,11 @@ class LocalStorage(CheckpointStorage):
                 os.rename(path, retired)
                 shutil.rmtree(retired)
 
+    def publish(self, folder: Path, step: int, names: Sequence[str], checksums: FileChecksums) -> None:
+        """Store this rank's part: the files ``names`` of a finished ``folder``."""
+
     def complete(self, folder: Path, step: int, checksums: FileChecksums) -> None:
+        """Make a published checkpoint visible. ``folder`` has ``meta.json`` and ``COMPLETE``; it is used up."""
         final = self.path_of(step)
         replaced = self._root / f"{REPLACED}{final.name}"
         make_durable(folder)
@@ -99,7 +77,11 @@ class LocalStorage(CheckpointStorage):
         make_durable(self._root)
         shutil.rmtree(replaced, ignore_errors=True)
 
+    def abort(self, step: int) -> None:
+        """Remove what a failed save has published of a step."""
+
     def recover(self) -> None:
+        """Remove what an interrupted save has left behind."""
         for replaced in self._root.glob(f"{REPLACED}*"):
             final = self._root / replaced.name.removeprefix(REPLACED)
             if final.exists():
@@ -108,8 +90,8 @@ class LocalStorage(CheckpointStorage):
                 os.rename(replaced, final)
 
 
-class ObjectStorage(CheckpointStorage):
-    """Objects ``step_XXXXXXXX/<file>`` below a URL, ``COMPLETE`` stored last; see :class:`CheckpointStorage`."""
+class ObjectStorage:
+    """Objects ``step_XXXXXXXX/<file>`` below a URL, ``COMPLETE`` stored last; see :class:`LocalStorage`."""
 
     def __init__(self, url: str) -> None:
         self._url, self._store = url.rstrip("/"), open_objects(url)
@@ -147,8 +129,7 @@ class ObjectStorage(CheckpointStorage):
             upload(self._store, f"exports/{folder.name}/{file.name}", file, crc32c_of(file))
         shutil.rmtree(folder, ignore_errors=True)
 
-    def abort(self, step: int) -> None:
-        self.remove(step)
+    abort = remove
 
     def recover(self) -> None:
         for step, sizes in self._files().items():
@@ -167,34 +148,35 @@ class ObjectStorage(CheckpointStorage):
         return files
 
 
+CheckpointStorage = LocalStorage | ObjectStorage
+
+
 class ObjectFetcher:
     """Downloads files of a checkpoint in an object store to a scratch folder, each once, and verifies them.
 
-    Ranks that share the scratch folder take turns by a lock on each file.
+    ``COMPLETE``, ``meta.json`` and the index are fetched at once. Ranks that share the scratch folder take turns
+    by a lock on each file.
     """
 
     def __init__(self, url: str, scratch: Path) -> None:
         self._url = url.rstrip("/")
         parent, _, name = self._url.rpartition("/")
         self._prefix, self._store, self.folder = f"{name}/", open_objects(parent), scratch_folder(url, scratch)
-        self._checksums: FileChecksums | None = None
         sizes = sizes_of(self._store)
         self._sizes = {k.removeprefix(self._prefix): n for k, n in sizes.items() if k.startswith(self._prefix)}
         if COMPLETE not in self._sizes:
             raise ConfigError(f"{self._url} is not a complete checkpoint (no {COMPLETE} object)")
-
-    def open(self, names: Sequence[str]) -> None:
-        """Fetch ``COMPLETE`` and ``names``."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._checksums: Mapping[str, tuple[int, int | None]] = {COMPLETE: (self._sizes[COMPLETE], None)}
         self.fetch(COMPLETE)
         self._checksums = read_checksums(self.folder)
-        for name in names:
-            self.fetch(name)
+        self.fetch(META)
+        self.fetch(METADATA)
 
     def fetch(self, name: str) -> None:
         """Raises :class:`ConfigError` for a file that is missing or damaged, naming the object."""
         file = self.folder / name
-        size, crc = (self._sizes[name], None) if self._checksums is None else self._checksums.get(name, (-1, None))
+        size, crc = self._checksums.get(name, (-1, None))
         if size < 0 or self._sizes.get(name) != size:
             raise Damaged(f"{self._url}/{name} is missing, or its size differs from {COMPLETE}")
         try:
@@ -253,10 +235,10 @@ def upload(store: Store, key: str, path: Path, crc32c: int) -> None:
             raise StoreError(f"{store.url}/{key}: {stored.size if stored else 0} of {size} bytes were stored")
         if stored.etag == expected_etag(path, size):
             return
-        checksum = google_crc32c.Checksum()
+        stored_crc = 0
         for piece in _pieces(store, key, size):
-            checksum.update(piece)
-        if int.from_bytes(checksum.digest(), "big") != crc32c:
+            stored_crc = google_crc32c.extend(stored_crc, piece)
+        if stored_crc != crc32c:
             raise StoreError(f"{store.url}/{key}: the stored bytes differ from those that were sent")
 
 

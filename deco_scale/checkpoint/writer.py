@@ -3,7 +3,7 @@
 import io
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch.distributed as dist
@@ -11,7 +11,6 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem
 
-from deco_scale.checkpoint.dcp_metadata import first_failure
 from deco_scale.checkpoint.format import without_record_checksums
 from deco_scale.checkpoint.integrity import ChecksummedFile, FileChecksums
 from deco_scale.checkpoint.staging import Snapshot, StagedPlanner
@@ -19,32 +18,18 @@ from deco_scale.errors import RunError
 
 
 class ChecksumFileSystem(FileSystem):
-    """DCP's files, with :attr:`checksums` of those that this rank wrote and the first :attr:`problem` it met."""
+    """DCP's files, with :attr:`checksums` of those that this rank wrote and the last :attr:`file`."""
 
     def __init__(self) -> None:
         super().__init__()
         self.checksums: FileChecksums = {}
-        self.problem: OSError | None = None
+        self.file: ChecksummedFile | None = None
 
     @contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:  # type: ignore[override]
-        assert mode == "wb", mode
-        file: ChecksummedFile | None = None
-        try:
-            file = ChecksummedFile(Path(path))
-            yield file
-            file.close()
-        except OSError as error:
-            self.problem = self.problem or (file.problem if file else None) or error
-            raise
-        except BaseException:
-            self.problem = self.problem or (file.problem if file else None)
-            raise
-        finally:
-            if file is not None and not file.closed:
-                with suppress(OSError):
-                    file.close()
-        self.checksums[Path(path).name] = file.checksum
+        with ChecksummedFile(Path(path)) as self.file:
+            yield self.file
+        self.checksums[Path(path).name] = self.file.checksum
 
     def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
         super().rename(path, new_path)
@@ -61,17 +46,13 @@ def write_snapshot(snapshot: Snapshot, folder: Path, group: dist.ProcessGroup | 
     writer.fs = files
     try:
         with without_record_checksums():
-            dcp.save(
-                # The planner has the tensors already.
-                {},
-                storage_writer=writer,
-                planner=StagedPlanner(snapshot),
-                process_group=group,
-            )
+            # The planner has the tensors already.
+            dcp.save({}, storage_writer=writer, planner=StagedPlanner(snapshot), process_group=group)
     except CheckpointException as error:
-        if files.problem is not None:
-            raise RunError(f"{files.problem.filename or folder}: {files.problem.strerror}") from error
-        rank, failure = first_failure(error)
-        if rank == dist.get_rank():
-            raise RunError(f"{folder}: {type(failure).__name__}: {failure}") from error
+        failure = error.failures.get(dist.get_rank(), (None,))[0]
+        problem = files.file.problem if files.file is not None and files.file.problem else failure
+        if isinstance(problem, OSError):
+            raise RunError(f"{problem.filename or folder}: {problem.strerror}") from error
+        if problem is not None:
+            raise RunError(f"{folder}: {type(problem).__name__}: {problem}") from error
     return files.checksums

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from deco_scale.checkpoint.async_save import SaveResult
+    from deco_scale.checkpoint.manager import SaveResult
     from deco_scale.training.trainer import Trainer
 
 

@@ -12,9 +12,8 @@ from typing import Any, Protocol
 
 import torch
 
-from deco_scale.checkpoint.async_save import SaveResult
 from deco_scale.checkpoint.format import CheckpointMeta
-from deco_scale.checkpoint.manager import CheckpointManager
+from deco_scale.checkpoint.manager import CheckpointManager, SaveResult
 from deco_scale.distributed.collectives import gather_objects
 from deco_scale.distributed.signals import StopRequest
 from deco_scale.errors import ConfigError, RunError, Stopped

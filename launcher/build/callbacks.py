@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data_pipeline.errors import DataError
-from deco_scale.checkpoint.async_save import SaveResult
+from deco_scale.checkpoint.manager import SaveResult
 from deco_scale.config import RunConfig, dump_config
 from deco_scale.distributed.collectives import gather_objects, raise_together
 from deco_scale.distributed.replica_check import ReplicaCheck

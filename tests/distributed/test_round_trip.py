@@ -40,6 +40,7 @@ def _visit(root: str, ways: dict[str, tuple[str, ...]]) -> None:
     from deco_scale.parallel.engines.fsdp import FsdpEngine
     from deco_scale.parallel.mesh import ParallelDims
     from deco_scale.precision.config import PrecisionConfig
+    from tests.support import saving
 
     # 9 image tokens, 5 text tokens and 30 text features: none divides by four.
     model = ModelConfig(
@@ -72,7 +73,7 @@ def _visit(root: str, ways: dict[str, tuple[str, ...]]) -> None:
             step=1, stage="a", samples=8, optimizer_steps=engine.optimizer_steps, seed=0, config={},
             data_state={}, parameter_digest="",
         )  # fmt: skip
-        return checkpoints.save(engine, meta)
+        return saving.save(checkpoints, engine, meta)
 
     def check_equal(path: Path, wanted: dict[str, torch.Tensor], what: str) -> None:
         if dist.get_rank() == 0:

@@ -8,7 +8,9 @@ from typing import Any, cast
 import torch.distributed as dist
 
 from deco_scale.checkpoint.config import CheckpointConfig
+from deco_scale.checkpoint.format import CheckpointMeta
 from deco_scale.checkpoint.manager import CheckpointManager
+from deco_scale.errors import RunError
 from deco_scale.parallel.engines.base import Engine
 from tests.support.crash import PlainEngine, content, join_alone
 
@@ -28,6 +30,14 @@ def engine_of(step: int) -> Engine:
     made = PlainEngine(content(step))
     made.optimizer_steps = step
     return cast(Engine, made)
+
+
+def save(checkpoints: CheckpointManager, engine: Engine, meta: CheckpointMeta) -> Any:
+    """Save and wait for it; the new checkpoint's path. Raises :class:`RunError` for an error of any save."""
+    for result in (checkpoints.start(engine, meta), checkpoints.finished(wait=True)):
+        if result is not None and result.error is not None:
+            raise RunError(result.error)
+    return dict(checkpoints.complete())[meta.step]
 
 
 def make(folder: Path, **settings: Any) -> CheckpointManager:

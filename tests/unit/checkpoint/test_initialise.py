@@ -13,6 +13,7 @@ from deco_scale.checkpoint.config import CheckpointConfig
 from deco_scale.checkpoint.manager import CheckpointManager
 from deco_scale.errors import ConfigError
 from deco_scale.parallel.engines.base import Engine
+from tests.support import saving
 from tests.support.checkpoints import CLASSES, run, save, tensors_of
 from tests.support.crash import PlainEngine, content, meta_of
 from tests.support.saving import alone, engine_of, make
@@ -34,7 +35,7 @@ class TestInitialise:
     def initialise(self, folder: Path, state: dict[str, Tensor], **settings: Any) -> PlainEngine:
         source = CheckpointManager(folder / "source", CheckpointConfig())
         source.prepare()
-        path = source.save(engine_of(7), meta_of(7))
+        path = saving.save(source, engine_of(7), meta_of(7))
         target = PlainEngine(state)
         target.optimizer_steps = 99
         make(folder, init_from=str(path), **settings).initialise(cast(Engine, target))
@@ -86,7 +87,7 @@ class TestInitialise:
 
     def test_a_release_import_has_weights_and_average_only(self, tmp_path: Path) -> None:
         bare = {n: t for n, t in content(7).items() if not n.startswith("exp_")}
-        path = make(tmp_path).save(cast(Engine, PlainEngine(bare)), meta_of(0))
+        path = saving.save(make(tmp_path), cast(Engine, PlainEngine(bare)), meta_of(0))
         target = PlainEngine(content(1))
         checkpoints = make(tmp_path, init_from=str(path))
         checkpoints.initialise(cast(Engine, target))

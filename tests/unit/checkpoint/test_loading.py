@@ -9,7 +9,7 @@ import pytest
 from deco_scale.checkpoint.format import read_meta
 from deco_scale.parallel.engines.base import Engine
 from tests.support.crash import PlainEngine, content, meta_of
-from tests.support.saving import alone, make
+from tests.support.saving import alone, make, save
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +24,7 @@ def test_updates_are_restored_as_they_were_counted(tmp_path: Path) -> None:
     source.optimizer_steps, target.optimizer_steps = 5, 99
     checkpoints = make(tmp_path)
     # The engine's count is what is stored, not what the caller's meta says.
-    path = checkpoints.save(cast(Engine, source), meta_of(7, samples=1000, optimizer_steps=3))
+    path = save(checkpoints, cast(Engine, source), meta_of(7, samples=1000, optimizer_steps=3))
     assert read_meta(path).optimizer_steps == 5
     found = checkpoints.load(cast(Engine, target), path)
     assert target.optimizer_steps == 5
@@ -37,6 +37,6 @@ def test_a_resumed_run_gets_the_newest_counters(tmp_path: Path) -> None:
     for step, updates in ((4, 3), (12, 8)):
         source = PlainEngine(content(step))
         source.optimizer_steps = updates
-        checkpoints.save(cast(Engine, source), meta_of(step))
+        save(checkpoints, cast(Engine, source), meta_of(step))
     found = checkpoints.resume(cast(Engine, target), "auto")
     assert found is not None and found[0].step == 12 and target.optimizer_steps == 8

@@ -18,7 +18,7 @@ from deco_scale.config import build_config
 from deco_scale.errors import ConfigError, RunError
 from deco_scale.parallel.engines.base import Engine
 from tests.support.crash import PlainEngine, content, meta_of
-from tests.support.saving import alone, engine_of, make
+from tests.support.saving import alone, engine_of, make, save
 
 
 @pytest.fixture
@@ -72,14 +72,14 @@ class TestSaving:
 
     def test_another_shape_is_planned_anew(self, tmp_path: Path) -> None:
         checkpoints = make(tmp_path)
-        checkpoints.save(engine_of(1), meta_of(1))
+        save(checkpoints, engine_of(1), meta_of(1))
         state = {name: torch.cat([tensor, tensor]) for name, tensor in content(2).items()}
-        path = checkpoints.save(cast(Engine, PlainEngine(state)), meta_of(2))
+        path = save(checkpoints, cast(Engine, PlainEngine(state)), meta_of(2))
         assert all(torch.equal(t, state[n]) for n, t in read_tensors(path, "").items())
 
     def test_an_error_names_its_file_and_keeps_the_last_checkpoint(self, tmp_path: Path) -> None:
         checkpoints = make(tmp_path)
-        checkpoints.save(engine_of(1), meta_of(1))
+        save(checkpoints, engine_of(1), meta_of(1))
         in_the_way = tmp_path / "run" / ".saving_step_00000002"
         in_the_way.write_text("")
         checkpoints.start(engine_of(2), meta_of(2))
@@ -89,9 +89,9 @@ class TestSaving:
         assert "Not a directory" in saved.error
         in_the_way.unlink()
         with pytest.raises(RunError, match="No space left on device"):
-            limited(lambda: checkpoints.save(engine_of(3), meta_of(3)), "/dev/full", tmp_path)
+            limited(lambda: save(checkpoints, engine_of(3), meta_of(3)), "/dev/full", tmp_path)
         assert steps_of(tmp_path / "run") == [1]
-        checkpoints.save(engine_of(4), meta_of(4))
+        save(checkpoints, engine_of(4), meta_of(4))
         assert steps_of(tmp_path / "run") == [1, 4]
         verify(tmp_path / "run" / "step_00000001")
 
@@ -119,34 +119,34 @@ class TestSaving:
 
     def test_what_is_read_or_resumed_from_is_not_retired(self, tmp_path: Path) -> None:
         first = make(tmp_path, keep_last=1)
-        path = first.save(engine_of(1), meta_of(1))
+        path = save(first, engine_of(1), meta_of(1))
         checkpoints = make(tmp_path, keep_last=1)
         assert checkpoints.load(engine_of(0), path).step == 1
         for step in (2, 3, 4):
-            checkpoints.save(engine_of(step), meta_of(step))
+            save(checkpoints, engine_of(step), meta_of(step))
         assert steps_of(tmp_path / "run") == [1, 4]
         with shared_lock(tmp_path / "run" / "step_00000004"):
-            checkpoints.save(engine_of(5), meta_of(5))
+            save(checkpoints, engine_of(5), meta_of(5))
             assert steps_of(tmp_path / "run") == [1, 4, 5]
             with (tmp_path / "run" / "step_00000004" / "COMPLETE").open() as file, pytest.raises(BlockingIOError):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        checkpoints.save(engine_of(6), meta_of(6))
+        save(checkpoints, engine_of(6), meta_of(6))
         assert steps_of(tmp_path / "run") == [1, 6]
 
     def test_a_step_that_is_saved_again_replaces_the_first(self, tmp_path: Path) -> None:
         checkpoints = make(tmp_path)
         for seed in (1, 2):
-            path = checkpoints.save(engine_of(seed), meta_of(1))
+            path = save(checkpoints, engine_of(seed), meta_of(1))
             assert torch.equal(read_tensors(path, "model.")["denoiser.bias"], content(seed)["model.denoiser.bias"])
         # A kill between the two renames leaves the first one aside.
         path.rename(path.with_name(".replaced_step_00000001"))
-        assert checkpoints.latest() is None
+        assert checkpoints.resolve("auto") is None
         checkpoints.prepare()
-        assert checkpoints.latest() == path
+        assert checkpoints.resolve("auto") == path
 
     def test_any_flipped_byte_of_the_listing_is_detected(self, tmp_path: Path) -> None:
         checkpoints = make(tmp_path)
-        path = checkpoints.save(engine_of(1), meta_of(1))
+        path = save(checkpoints, engine_of(1), meta_of(1))
         original = (path / "COMPLETE").read_bytes()
         for place in range(len(original)):
             damaged = bytearray(original)
@@ -162,7 +162,7 @@ class TestSaving:
             checkpoints.start(engine_of(step), meta_of(step))
         checkpoints.finished(wait=True)
         assert list((tmp_path / "run").iterdir()) == []
-        where = checkpoints.latest()
+        where = checkpoints.resolve("auto")
         assert where == "s3://saving/a/b/step_00000003"
         engine = engine_of(0)
         assert checkpoints.load(engine, where).step == 3
@@ -189,7 +189,7 @@ class TestSaving:
     ) -> None:
         s3_environment.create_bucket("refusing")
         checkpoints = make(tmp_path, url="s3://refusing/x")
-        checkpoints.save(engine_of(1), meta_of(1))
+        save(checkpoints, engine_of(1), meta_of(1))
         other = make(tmp_path, url="s3://refusing/x")
         other._cfg = CheckpointConfig(every=1, url="s3://absent/x")
         other._remote = None
@@ -197,7 +197,7 @@ class TestSaving:
         saved = other.finished(wait=True)
         assert saved is not None and saved.error is not None and "absent" in saved.error
         assert "no such bucket" in saved.error and list((tmp_path / "run").iterdir()) == []
-        assert checkpoints.latest() == "s3://refusing/x/step_00000001"
+        assert checkpoints.resolve("auto") == "s3://refusing/x/step_00000001"
 
 
 def limited(action: Any, device: str, folder: Path) -> None:

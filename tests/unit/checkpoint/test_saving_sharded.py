@@ -23,7 +23,7 @@ from deco_scale.checkpoint.storage import open_objects
 from deco_scale.parallel.engines.base import Engine
 from tests.support.crash import PlainEngine, meta_of
 from tests.support.process_groups import in_group
-from tests.support.saving import alone, make
+from tests.support.saving import alone, make, save
 
 pytestmark = pytest.mark.slow
 
@@ -145,7 +145,7 @@ def _save_whole(folder: Path) -> None:
     kinds = ("model", "ema", "exp_avg", "exp_avg_sq")
     state = {f"{kind}.denoiser.{i}": torch.full((ROWS, 1024), 3.0) for kind in kinds for i in range(TENSORS)}
     with alone():
-        make(folder).save(cast(Engine, PlainEngine(state)), meta_of(1))
+        save(make(folder), cast(Engine, PlainEngine(state)), meta_of(1))
 
 
 def test_loading_takes_no_more_than_a_rank_s_part(tmp_path: Path) -> None:

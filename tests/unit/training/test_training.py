@@ -32,6 +32,7 @@ from deco_scale.training.inputs import Batch, EncoderOutputs
 from deco_scale.training.noise import draw
 from deco_scale.training.prefetch import EncoderPrefetcher, HostPrefetcher
 from tests.support import CONFIGS
+from tests.support.saving import save
 
 CPU = torch.device("cpu")
 
@@ -97,7 +98,7 @@ class TestCheckpoint:
         checkpoints = self.checkpoints(tmp_path, keep_last=2, keep_every=3)
         source = engine()
         for step in range(1, 8):
-            checkpoints.save(source, meta(step))
+            save(checkpoints, source, meta(step))
         kept = [p.name for p in sorted((tmp_path / "c").iterdir())]
         assert kept == ["step_00000003", "step_00000006", "step_00000007"]
         target = engine()
@@ -115,7 +116,7 @@ class TestCheckpoint:
 
     def test_any_flipped_byte_is_detected_and_its_file_named(self, tmp_path: Path) -> None:
         checkpoints = self.checkpoints(tmp_path)
-        path = checkpoints.save(engine(), meta(1))
+        path = save(checkpoints, engine(), meta(1))
         files = sorted(p for p in path.iterdir() if p.name != "COMPLETE")
         assert len(files) == 3
         for file in files:
@@ -130,8 +131,8 @@ class TestCheckpoint:
 
     def test_half_written_folders_are_never_taken(self, tmp_path: Path) -> None:
         checkpoints = self.checkpoints(tmp_path)
-        checkpoints.save(engine(), meta(1))
-        path = checkpoints.save(engine(), meta(2))
+        save(checkpoints, engine(), meta(1))
+        path = save(checkpoints, engine(), meta(2))
         (path / "COMPLETE").unlink()
         (tmp_path / "c" / ".saving_step_00000003").mkdir()
         found = checkpoints.resolve("auto")
@@ -146,13 +147,13 @@ class TestCheckpoint:
 
     def test_another_model_is_refused_by_tensor_name(self, tmp_path: Path) -> None:
         checkpoints = self.checkpoints(tmp_path)
-        path = checkpoints.save(engine(), meta(1))
+        path = save(checkpoints, engine(), meta(1))
         with pytest.raises(ConfigError, match=r"denoiser.w has shape \(4, 3\), expected \(4, 2\)"):
             checkpoints.load(engine(2), path)
 
     def test_an_index_with_code_in_it_is_refused_unread(self, tmp_path: Path) -> None:
         checkpoints = self.checkpoints(tmp_path)
-        path = checkpoints.save(engine(), meta(1))
+        path = save(checkpoints, engine(), meta(1))
         witness = tmp_path / "executed"
 
         class Evil:
