@@ -22,13 +22,6 @@ CHUNK_PIXELS = {"cpu": 1 << 14, "cuda": 1 << 20}
 """Pixels of a chunk by device. On a CPU its activations should fit the cache; the GPU's is not yet measured."""
 
 
-class Folded(NamedTuple):
-    """Pixel embedding and input projection as one affine map: ``weight`` (W, C), ``constant`` (P, W)."""
-
-    weight: Tensor
-    constant: Tensor
-
-
 class BlockWeights(NamedTuple):
     """A decoder block: norm (W), the two linears (W, W), and the modulation (3W, W) of its condition."""
 
@@ -42,66 +35,59 @@ class BlockWeights(NamedTuple):
     modulation_bias: Tensor
 
 
+class DecoderWeights(NamedTuple):
+    """Embedding with input projection as :func:`fold` makes it, (W, C) and (P, W); blocks; the output (C, W)."""
+
+    folded_weight: Tensor
+    folded_constant: Tensor
+    blocks: Sequence[BlockWeights]
+    head_weight: Tensor
+    head_bias: Tensor
+
+
 def fold(
     embed_weight: Tensor, embed_bias: Tensor, input_weight: Tensor, input_bias: Tensor, position_PF: Tensor
-) -> Folded:
-    """Two linears without a nonlinearity between them are one; a pixel's position makes its part a constant.
+) -> tuple[Tensor, Tensor]:
+    """Weight (W, C) and constants (P, W) of the one linear that embedding and input projection are together.
 
-    ``embed_weight`` (W, C + F) takes channels, then position features.
+    A pixel's position makes its part a constant. ``embed_weight`` (W, C + F) is of channels, then features.
     """
     channels = embed_weight.shape[1] - position_PF.shape[1]
     pixel_WC, position_WF = embed_weight.split([channels, position_PF.shape[1]], dim=1)
     embedded_PW = F.linear(position_PF.to(embed_weight.dtype), position_WF, embed_bias)
-    return Folded(input_weight @ pixel_WC, F.linear(embedded_PW, input_weight, input_bias))
+    return input_weight @ pixel_WC, F.linear(embedded_PW, input_weight, input_bias)
 
 
 def render_pixels(
-    patches_MK: Tensor,
-    condition_MPW: Tensor,
-    folded: Folded,
-    blocks: Sequence[BlockWeights],
-    head_weight: Tensor,
-    head_bias: Tensor,
-    *,
-    eps: float,
-    kernels: Kernels,
+    patches_MK: Tensor, condition_MPW: Tensor, weights: DecoderWeights, *, eps: float, kernels: Kernels
 ) -> Tensor:
     """Output ``(M, K)`` of every pixel of channel-major patches; ``eps`` is that of the layer norms.
 
     Raises ``ValueError`` for shapes that do not fit, and with ``kernels="triton"`` for what those kernels cannot
     take.
     """
-    (patches, pixels, width), channels = condition_MPW.shape, head_weight.shape[0]
+    (patches, pixels, width), channels = condition_MPW.shape, len(weights.head_weight)
     fitting = {
         "patches": (patches_MK.shape, (patches, channels * pixels)),
-        "folded weight": (folded.weight.shape, (width, channels)),
-        "folded constant": (folded.constant.shape, (pixels, width)),
-        "head": (head_weight.shape, (channels, width)),
+        "folded weight": (weights.folded_weight.shape, (width, channels)),
+        "folded constant": (weights.folded_constant.shape, (pixels, width)),
+        "head": (weights.head_weight.shape, (channels, width)),
     }
     for name, (actual, expected) in fitting.items():
         if actual != expected:
             raise ValueError(f"{name} {tuple(actual)} is not {expected}: condition {tuple(condition_MPW.shape)}")
-    if not blocks:
+    if not weights.blocks:
         raise ValueError("a pixel decoder has at least one block, got 0")
-    arguments = (patches_MK, condition_MPW, folded, blocks, head_weight, head_bias)
     if kernels == "torch":
-        return _render_in_chunks(*arguments, eps=eps)
+        return _render_in_chunks(patches_MK, condition_MPW, weights, eps)
     # Triton is imported where it is chosen: it is not there on every machine.
     from deco_scale.kernels.triton.pixel_decoder import render_patches
 
-    return render_patches(*arguments, eps=eps)
+    return render_patches(patches_MK, condition_MPW, weights, eps)
 
 
-def _render_in_chunks(
-    patches_MK: Tensor,
-    condition_MPW: Tensor,
-    folded: Folded,
-    blocks: Sequence[BlockWeights],
-    head_weight: Tensor,
-    head_bias: Tensor,
-    *,
-    eps: float,
-) -> Tensor:
+def _render_in_chunks(patches_MK: Tensor, condition_MPW: Tensor, weights: DecoderWeights, eps: float) -> Tensor:
+    folded_weight, folded_constant, blocks, head_weight, head_bias = weights
     pixels, width = condition_MPW.shape[1:]
     pixels_MPC = patches_MK.unflatten(-1, (-1, pixels)).transpose(-1, -2)
     size = max(1, CHUNK_PIXELS.get(pixels_MPC.device.type, 1 << 20) // pixels)
@@ -114,7 +100,7 @@ def _render_in_chunks(
     modulation_bias = torch.cat([b.modulation_bias + offset.flatten() for b in blocks])
 
     def render(pixels_MPC: Tensor, condition_MPW: Tensor) -> Tensor:
-        x_MPW = F.linear(pixels_MPC, folded.weight) + folded.constant
+        x_MPW = F.linear(pixels_MPC, folded_weight) + folded_constant
         modulations = F.linear(F.silu(condition_MPW), modulation_weight, modulation_bias).chunk(
             3 * len(blocks), -1
         )

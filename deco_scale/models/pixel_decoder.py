@@ -9,7 +9,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from deco_scale.kernels.pixel_decoder import BlockWeights, fold, render_pixels
+from deco_scale.kernels.pixel_decoder import BlockWeights, DecoderWeights, fold, render_pixels
 from deco_scale.kernels.select import Kernels
 from deco_scale.models.embeddings import PIXEL_FEATURES, PixelFeatures, pixel_position_features
 from deco_scale.models.layers import NORM_EPS
@@ -26,36 +26,28 @@ class DecoderBlock(nn.Module):
 
     def reset_parameters(self) -> None:
         """Start as the identity: a zero gate leaves the residual stream untouched."""
-        first, last, modulation = self.mlp[0], self.mlp[2], self.modulation[1]
-        assert isinstance(first, nn.Linear) and isinstance(last, nn.Linear)
-        assert isinstance(modulation, nn.Linear)
+        first, last, modulation = self._linears()
         _init_xavier(first, last)
         nn.init.zeros_(modulation.weight)
         nn.init.zeros_(modulation.bias)
 
     def weights(self) -> BlockWeights:
         """The weights for :func:`render_pixels`, which computes without calling the blocks."""
-        first, last, modulation = self.mlp[0], self.mlp[2], self.modulation[1]
-        assert isinstance(first, nn.Linear) and isinstance(last, nn.Linear)
-        assert isinstance(modulation, nn.Linear)
+        first, last, modulation = self._linears()
         return BlockWeights(
             self.norm.weight, self.norm.bias, first.weight, first.bias, last.weight, last.bias,
             modulation.weight, modulation.bias,
         )  # fmt: skip
+
+    def _linears(self) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
+        return cast(tuple[nn.Linear, nn.Linear, nn.Linear], (self.mlp[0], self.mlp[2], self.modulation[1]))
 
 
 class PixelDecoder(nn.Module):
     """Predict the output of every pixel of a patch from the noised pixels and the patch's token."""
 
     def __init__(
-        self,
-        *,
-        dim: int,
-        width: int,
-        num_blocks: int,
-        patch_size: int,
-        channels: int,
-        features: PixelFeatures,
+        self, *, dim: int, width: int, num_blocks: int, patch_size: int, channels: int, features: PixelFeatures
     ) -> None:
         super().__init__()
         self.patch_size, self.channels, self.features = patch_size, channels, features
@@ -76,26 +68,14 @@ class PixelDecoder(nn.Module):
         """Patches ``(B, N, C * P)``, channel-major, and tokens ``(B, N, D)`` to ``(B, N, C * P)``."""
         if patches_BNK.shape[:2] != token_BND.shape[:2]:
             raise ValueError(f"patches {patches_BNK.shape} and tokens {token_BND.shape} differ")
-        num_pixels = self.patch_size**2
         position_PF = pixel_position_features(self.patch_size, kind=self.features, device=patches_BNK.device)
-        folded = fold(
-            self.pixel_embed.weight,
-            self.pixel_embed.bias,
-            self.input_proj.weight,
-            self.input_proj.bias,
-            position_PF,
-        )
-        condition_BNPW = self.cond_proj(token_BND).unflatten(-1, (num_pixels, -1))
-        out_MK = render_pixels(
-            patches_BNK.flatten(0, 1),
-            condition_BNPW.flatten(0, 1),
-            folded,
-            [cast(DecoderBlock, block).weights() for block in self.blocks],
-            self.head.weight,
-            self.head.bias,
-            eps=NORM_EPS,
-            kernels=self.kernels,
-        )
+        embed, project = self.pixel_embed, self.input_proj
+        folded = fold(embed.weight, embed.bias, project.weight, project.bias, position_PF)
+        blocks = [cast(DecoderBlock, block).weights() for block in self.blocks]
+        weights = DecoderWeights(*folded, blocks, self.head.weight, self.head.bias)
+        condition_MPW = self.cond_proj(token_BND).unflatten(-1, (self.patch_size**2, -1)).flatten(0, 1)
+        patches_MK = patches_BNK.flatten(0, 1)
+        out_MK = render_pixels(patches_MK, condition_MPW, weights, eps=NORM_EPS, kernels=self.kernels)
         # A copy of three values per pixel: FSDP puts hooks on the output, which must not be a view.
         return out_MK.unflatten(0, patches_BNK.shape[:2]).clone()
 

@@ -11,6 +11,7 @@ Shape letters: B batch, N tokens, D model width, G groups of tokens (one program
 # mypy: allow-untyped-defs
 # The arguments of kernels have no Python type.
 
+import functools
 from typing import Any
 
 import torch
@@ -184,7 +185,7 @@ def tile(tokens: int, dim: int) -> dict[str, int]:
 
 
 def backward_outputs(x_BND: Tensor, *parts: int) -> tuple[Tensor, Tensor]:
-    """For the gradient of x, and for fp32 partial sums (B, G, ``parts``, D)."""
+    """Memory for the gradient of x, and for fp32 partial sums (B, G, ``parts``, D)."""
     batch, tokens, dim = x_BND.shape
     groups = (tokens + BACKWARD_TOKENS - 1) // BACKWARD_TOKENS
     return x_BND.new_empty(x_BND.shape), x_BND.new_empty((batch, groups, *parts, dim), dtype=torch.float32)
@@ -192,10 +193,7 @@ def backward_outputs(x_BND: Tensor, *parts: int) -> tuple[Tensor, Tensor]:
 
 def promoted(*tensors: Tensor | None) -> torch.dtype:
     """The type that an operation of torch on all of these would have."""
-    dtype, *others = [t.dtype for t in tensors if t is not None]
-    for other in others:
-        dtype = torch.promote_types(dtype, other)
-    return dtype
+    return functools.reduce(torch.promote_types, [t.dtype for t in tensors if t is not None])
 
 
 @torch.library.custom_op("deco_scale::norm_modulate", mutates_args=())

@@ -8,7 +8,7 @@ Shape letters: M patches, P pixels of a patch, C channels, K = C * P values of a
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from deco_scale.kernels.pixel_decoder import BlockWeights, Folded
+from deco_scale.kernels.pixel_decoder import DecoderWeights
 from deco_scale.kernels.triton.pixel_decoder_device import backward_kernel, forward_kernel
 
 DOT_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -36,16 +36,7 @@ MAX_WIDTH = 64
 # Rules for shapes repeat the operators' arguments, without the types.
 
 
-def render_patches(
-    patches_MK: Tensor,
-    condition_MPW: Tensor,
-    folded: Folded,
-    blocks: Sequence[BlockWeights],
-    head_weight: Tensor,
-    head_bias: Tensor,
-    *,
-    eps: float,
-) -> Tensor:
+def render_patches(patches_MK: Tensor, condition_MPW: Tensor, weights: DecoderWeights, eps: float) -> Tensor:
     """Output ``(M, K)``, channel-major like the patches; ``eps`` is that of the layer norms.
 
     Matrix products take autocast's type where it is on, else the inputs'; the output has that type. Sums, norms,
@@ -53,10 +44,11 @@ def render_patches(
     fp32, bf16 and fp16, for inputs of different types without autocast, for a width above 64, where the GPU has
     too little shared memory, and for tensors on a device that Triton does not compute on.
     """
+    folded_weight, folded_constant, blocks, head_weight, head_bias = weights
     device, width = patches_MK.device, condition_MPW.shape[-1]
     autocast = torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(device.type) if autocast else condition_MPW.dtype
-    given = {patches_MK.dtype, condition_MPW.dtype, folded.weight.dtype, head_weight.dtype}
+    given = {patches_MK.dtype, condition_MPW.dtype, folded_weight.dtype, head_weight.dtype}
     if dtype not in DOT_TYPES or not given <= set(DOT_TYPES) or (not autocast and len(given) > 1):
         raise ValueError(f"pixel decoder kernel got types {sorted(map(str, given))}, computing in {dtype}")
     if width > MAX_WIDTH:
@@ -65,10 +57,10 @@ def render_patches(
     vectors = [
         v for b in blocks for v in (b.norm_weight, b.norm_bias, b.first_bias, b.last_bias, b.modulation_bias)
     ]
-    parts = (*matrices, *vectors, folded.weight.t(), head_weight, head_bias)
+    parts = (*matrices, *vectors, folded_weight.t(), head_weight, head_bias)
     weights_L = torch.cat([part.flatten() for part in parts])
-    inputs = (patches_MK.contiguous(), condition_MPW.contiguous(), folded.constant.contiguous(), weights_L)
-    return _render(*inputs, len(blocks), eps, dtype)
+    inputs = [tensor.contiguous() for tensor in (patches_MK, condition_MPW, folded_constant)]
+    return _render(*inputs, weights_L, len(blocks), eps, dtype)
 
 
 @torch.library.custom_op("deco_scale::render_pixels", mutates_args=())

@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.train.eager_reference import ReferenceDecoder, saved_bytes
-from deco_scale.kernels.pixel_decoder import BlockWeights, Folded, render_pixels
+from deco_scale.kernels.pixel_decoder import BlockWeights, DecoderWeights, render_pixels
 from deco_scale.kernels.select import use_kernels
 from deco_scale.models import Denoiser, ModelConfig
 from deco_scale.models.pixel_decoder import PixelDecoder
@@ -119,7 +118,7 @@ def test_autocast_dtype_is_used() -> None:
 
 def arguments(
     patches: int = 3, pixels: int = 10, width: int = 9, channels: int = 2, *, dtype: torch.dtype = torch.float32
-) -> tuple[Tensor, Tensor, Folded, list[BlockWeights], Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, DecoderWeights]:
     """Random arguments of ``render_pixels`` for one block, each of which wants a gradient."""
     generator = torch.Generator().manual_seed(2)
 
@@ -129,21 +128,24 @@ def arguments(
     square, line = (width, width), (width,)
     shapes = (line, line, square, line, square, line, (3 * width, width), (3 * width,))
     block = BlockWeights(*(drawn(*shape) for shape in shapes))
-    folded = Folded(drawn(width, channels), drawn(pixels, width))
+    folded = drawn(width, channels), drawn(pixels, width)
     head = drawn(channels, width), drawn(channels)
-    return drawn(patches, channels * pixels), drawn(patches, pixels, width), folded, [block], *head
+    return (
+        drawn(patches, channels * pixels),
+        drawn(patches, pixels, width),
+        DecoderWeights(*folded, [block], *head),
+    )
 
 
 def test_gradients_of_pixels_are_computed_only_if_required() -> None:
-    patches, *others = arguments()
-    rest: list[Any] = others
+    patches, *rest = arguments()
     render_pixels(patches, *rest, eps=1e-6, kernels="triton").sum().backward()
-    wanted = rest[0].grad
-    rest[0].grad = None
+    condition = rest[0]
+    wanted, condition.grad = condition.grad, None
     fixed = patches.detach()
     render_pixels(fixed, *rest, eps=1e-6, kernels="triton").sum().backward()
     assert patches.grad is not None and fixed.grad is None
-    assert wanted is not None and torch.equal(wanted, rest[0].grad)
+    assert wanted is not None and torch.equal(wanted, condition.grad)
 
 
 def test_no_patches_give_no_output_and_zero_gradients() -> None:
@@ -151,8 +153,8 @@ def test_no_patches_give_no_output_and_zero_gradients() -> None:
     out = render_pixels(*given, eps=1e-6, kernels="triton")
     out.sum().backward()
     assert out.shape == given[0].shape
-    assert given[-1].grad is not None and given[2].constant.grad is not None
-    assert given[-1].grad.abs().max() == given[2].constant.grad.abs().max() == 0
+    for tensor in (given[2].head_bias, given[2].folded_constant):
+        assert tensor.grad is not None and tensor.grad.abs().max() == 0
 
 
 def test_only_inputs_are_saved_for_backward() -> None:
@@ -172,8 +174,7 @@ def test_only_inputs_are_saved_for_backward() -> None:
 def test_operator_passes_opcheck() -> None:
     from deco_scale.kernels.triton.pixel_decoder import _render
 
-    patches, condition, folded, blocks, *head = arguments(patches=2, pixels=4, width=7)
-    block = blocks[0]
+    patches, condition, (folded, constant, (block,), *head) = arguments(patches=2, pixels=4, width=7)
     names = (
         "modulation_weight",
         "first_weight",
@@ -184,8 +185,8 @@ def test_operator_passes_opcheck() -> None:
         "last_bias",
     )
     parts = [getattr(block, n) for n in (*names, "modulation_bias")]
-    weights = torch.cat([p.detach().flatten() for p in (*parts, folded.weight.t(), *head)]).requires_grad_()
-    torch.library.opcheck(_render, (patches, condition, folded.constant, weights, 1, 1e-6, torch.float32))
+    weights = torch.cat([p.detach().flatten() for p in (*parts, folded.t(), *head)]).requires_grad_()
+    torch.library.opcheck(_render, (patches, condition, constant, weights, 1, 1e-6, torch.float32))
 
 
 def test_compile_and_checkpointing_change_nothing() -> None:
@@ -266,15 +267,15 @@ def test_a_gpu_with_too_little_shared_memory_is_refused(kernel: str, monkeypatch
 
 @pytest.mark.parametrize("kernels", ["torch", "triton"])
 def test_shapes_that_do_not_fit_are_refused(kernels: str) -> None:
-    patches, condition, folded, blocks, *head = arguments()
+    patches, condition, weights = arguments()
     cases = {
-        "patches": (patches[:, 1:], condition, folded, blocks),
-        "folded constant": (patches, condition, Folded(folded.weight, folded.constant[1:]), blocks),
-        "at least one block": (patches, condition, folded, []),
+        "patches": (patches[:, 1:], weights),
+        "folded constant": (patches, weights._replace(folded_constant=weights.folded_constant[1:])),
+        "at least one block": (patches, weights._replace(blocks=[])),
     }
-    for message, given in cases.items():
+    for message, (given, changed) in cases.items():
         with pytest.raises(ValueError, match=message):
-            render_pixels(*given, *head, eps=1e-6, kernels=kernels)  # type: ignore[arg-type]
+            render_pixels(given, condition, changed, eps=1e-6, kernels=kernels)  # type: ignore[arg-type]
 
 
 def test_types_that_differ_are_refused_without_autocast() -> None:
