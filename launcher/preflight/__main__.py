@@ -9,12 +9,10 @@ lines to run.dir/preflight.log. Exit codes: 0 all checks passed, 1 a check faile
 
 import argparse
 import os
-import shutil
 import socket
 import sys
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,53 +21,51 @@ import torch.distributed as dist
 from data_pipeline.console import positive, table_console
 from deco_scale.config import RunConfig
 from deco_scale.distributed.bootstrap import Environment, choose_device, read_environment
-from deco_scale.distributed.collectives import gather_objects, raise_together
+from deco_scale.distributed.collectives import broadcast_object, gather_objects, raise_together
 from deco_scale.errors import ConfigError, RunError
 from launcher.preflight.checks import check_config, check_devices, check_versions, read_versions
 from launcher.preflight.network import check_clocks, check_collectives, join_process_group
-from launcher.preflight.report import Check, CheckGroup, RankInfo, all_problems, problems_by_rank, write_report
+from launcher.preflight.report import Check, RankInfo, Report, all_problems, problems_by_rank, write_report
 from launcher.preflight.storage import check_data, check_storage
 from launcher.schedulers.base import fit
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Probes:
-    """How this process reads the facts about itself."""
-
-    host: str = field(default_factory=socket.gethostname)
-    versions: Callable[[], dict[str, str]] = read_versions
-    clock: Callable[[], float] = time.time
-    free_bytes: Callable[[Path], int] = lambda folder: shutil.disk_usage(folder).free
-
-
 def check_all(
-    cfg: RunConfig, env: Environment, *, probes: Probes, max_skew_s: float = 1.0, min_gbps: float | None = None
-) -> list[CheckGroup]:
-    """Every check, on all ranks together; all ranks return the same groups.
+    cfg: RunConfig,
+    env: Environment,
+    *,
+    host: str,
+    versions: Mapping[str, str],
+    max_skew_s: float = 1.0,
+    min_gbps: float | None = None,
+) -> Report:
+    """Every check, on all ranks together; all ranks return the same report.
 
-    Refuses clocks further apart than ``max_skew_s`` seconds and links slower than ``min_gbps`` GB/s.
+    ``host`` and ``versions`` are this rank's. Refuses clocks further apart than ``max_skew_s`` seconds and links
+    slower than ``min_gbps`` GB/s.
     """
-    ranks = gather_objects(RankInfo(env.rank, env.local_rank, probes.host))
+    ranks = gather_objects(RankInfo(env.rank, env.local_rank, host))
     device = raise_together(lambda: choose_device(cfg.device, env.local_rank))
-    groups = [check_versions(probes.versions(), ranks), check_config(cfg, ranks)]
+    configuration = check_config(cfg, ranks)
+    report = {"versions": check_versions(versions, ranks), "configuration": configuration}
     kinds = gather_objects(device.type)
     if len(set(kinds)) > 1:
         advice = "computes on cpu; set device, or repair its GPUs"
         problems = problems_by_rank(ranks, kinds, lambda kind: advice if kind == "cpu" else None)
-        return [*groups, CheckGroup("devices", (Check("kind", "GPUs on some ranks only", problems),))]
+        return {**report, "devices": [Check("kind", "GPUs on some ranks only", problems)]}
     group = None
     if device.type == "cuda":
         torch.cuda.set_device(device)
         group = dist.new_group(backend="nccl")
-    groups.append(check_devices(device, ranks))
-    groups.append(check_collectives(device, group, ranks, min_gbps=min_gbps))
-    groups.append(check_clocks(ranks, max_skew_s=max_skew_s, clock=probes.clock))
-    if all_problems(groups[1:2]):
-        groups.append(CheckGroup("storage and data", (Check("all", "not checked: configurations differ"),)))
+    report["devices"] = check_devices(device, ranks)
+    report["collectives"] = check_collectives(device, group, ranks, min_gbps=min_gbps)
+    report["clocks"] = check_clocks(ranks, max_skew_s=max_skew_s)
+    if any(check.problems for check in configuration):
+        report["storage and data"] = [Check("all", "not checked: configurations differ")]
     else:
-        groups += [check_storage(cfg, ranks, free_bytes=probes.free_bytes), check_data(cfg, ranks)]
+        report |= {"storage": check_storage(cfg, ranks), "data": check_data(cfg, ranks)}
     # One verdict, whatever each rank saw.
-    return gather_objects(groups)[0]
+    return broadcast_object(report)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -78,16 +74,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--config", required=True, help="YAML file, see configs/")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
-    parser.add_argument(
-        "--timeout-s", type=positive, default=300.0, help="seconds to wait for all ranks; default 300"
-    )
-    parser.add_argument(
-        "--max-skew-s",
-        type=positive,
-        default=1.0,
-        help="largest accepted clock difference between nodes in seconds; default 1",
-    )
-    parser.add_argument("--min-gbps", type=positive, help="lowest accepted GB/s from each rank to the next")
+    option = partial(parser.add_argument, type=positive)
+    option("--timeout-s", default=300.0, help="seconds to wait for all ranks; default 300")
+    option("--max-skew-s", default=1.0, help="largest accepted clock difference of nodes in seconds; default 1")
+    option("--min-gbps", help="lowest accepted GB/s from each rank to the next")
     # The deepspeed launcher passes it; the environment says the same.
     parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
@@ -102,15 +92,16 @@ def load(args: argparse.Namespace, env: Environment, host: str) -> RunConfig:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args, probes, env = parse(argv), Probes(), Environment(0, 1, 0)
+    args, host, env = parse(argv), socket.gethostname(), Environment(0, 1, 0)
     try:
         env = read_environment(os.environ)
-        join_process_group(env, os.environ, timeout_s=args.timeout_s, host=probes.host)
-        cfg = raise_together(lambda: load(args, env, probes.host))
-        groups = check_all(cfg, env, probes=probes, max_skew_s=args.max_skew_s, min_gbps=args.min_gbps)
+        join_process_group(env, os.environ, timeout_s=args.timeout_s, host=host)
+        cfg = raise_together(lambda: load(args, env, host))
+        limits = {"max_skew_s": args.max_skew_s, "min_gbps": args.min_gbps}
+        report = check_all(cfg, env, host=host, versions=read_versions(), **limits)
         if env.rank == 0:
-            write_report(groups, Path(cfg.run.dir) / "preflight.log", table_console())
-        if problems := all_problems(groups):
+            write_report(report, Path(cfg.run.dir) / "preflight.log", table_console())
+        if problems := all_problems(report):
             raise RunError("\n".join(["preflight refuses this run:", *(f"- {problem}" for problem in problems)]))
     except (ConfigError, RunError) as error:
         # What all ranks know is printed once; a rank that never joined is alone with what it knows.

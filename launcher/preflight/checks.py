@@ -7,7 +7,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -15,7 +15,7 @@ import torch
 
 from deco_scale.config import RunConfig, dump_config
 from deco_scale.distributed.collectives import gather_objects
-from launcher.preflight.report import Check, CheckGroup, RankInfo, check_same, format_range, problems_by_rank
+from launcher.preflight.report import Check, RankInfo, check_same, format_range, problems_by_rank
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("deepspeed", "megatron-core", "transformers", "triton", "transformer-engine", "numpy", "boto3")
@@ -24,7 +24,6 @@ FREE_SHARE = 0.9
 """Of a GPU's memory, below which something else is taken to hold it; the driver's own part is smaller."""
 SPEED_SHARE = 0.8
 """Of the median rank's speed, below which a GPU is refused: every step waits for the slowest."""
-_SMI = ("temperature.gpu", "ecc.errors.uncorrected.volatile.total")
 
 
 def read_versions() -> dict[str, str]:
@@ -54,27 +53,33 @@ def source_digest() -> str:
     return digest.hexdigest()[:12]
 
 
-def check_versions(versions: dict[str, str], ranks: Sequence[RankInfo]) -> CheckGroup:
+def check_versions(versions: Mapping[str, str], ranks: Sequence[RankInfo]) -> list[Check]:
     """All ranks together."""
-    return CheckGroup("versions", check_same(gather_objects(versions), ranks, advice="install the same there"))
+    return check_same(gather_objects(versions), ranks, advice="install the same there")
 
 
-def check_config(cfg: RunConfig, ranks: Sequence[RankInfo]) -> CheckGroup:
+def check_config(cfg: RunConfig, ranks: Sequence[RankInfo]) -> list[Check]:
     """Whether all ranks resolved the same configuration. All ranks together."""
     digest = hashlib.sha256(dump_config(cfg).encode()).hexdigest()[:16]
     advice = "give every node the same --config file and the same overrides"
-    return CheckGroup("configuration", check_same(gather_objects({"digest": digest}), ranks, advice=advice))
+    return check_same(gather_objects({"digest": digest}), ranks, advice=advice)
 
 
-def check_devices(device: torch.device, ranks: Sequence[RankInfo]) -> CheckGroup:
+def check_devices(device: torch.device, ranks: Sequence[RankInfo]) -> list[Check]:
     """Kind, memory, arithmetic and speed of every rank's device. All ranks together."""
     gpu = device.type == "cuda"
-    mine = {"device": device_name(device)}, products_are_exact(device), speed_tflops(device), free_memory(device)
-    names, exact, speeds, memory, smi = zip(*gather_objects((*mine, _smi_facts(device))), strict=True)
+    if gpu:
+        name, free_and_total = torch.cuda.get_device_name(device), torch.cuda.mem_get_info(device)
+    else:
+        host = psutil.virtual_memory()
+        name, free_and_total = f"{platform.machine()} with {os.cpu_count()} cores", (host.available, host.total)
+    memory_gib = [size / 2**30 for size in free_and_total]
+    mine = {"device": name}, products_are_exact(device), speed_tflops(device), memory_gib, _smi_facts(device)
+    names, exact, speeds, memory, smi = zip(*gather_objects(mine), strict=True)
     median = statistics.median_high(speeds)
 
-    def little_memory(free_and_total: tuple[int, int]) -> str | None:
-        free, total = (size / 2**30 for size in free_and_total)
+    def little_memory(free_and_total: Sequence[float]) -> str | None:
+        free, total = free_and_total
         text = f"{free:.1f} of {total:.1f} GiB are free; end the processes that use the rest (see nvidia-smi)"
         return text if gpu and free < FREE_SHARE * total else None
 
@@ -85,30 +90,14 @@ def check_devices(device: torch.device, ranks: Sequence[RankInfo]) -> CheckGroup
 
     advice = "its device computes wrong sums: take the node out of service"
     wrong = problems_by_rank(ranks, exact, lambda ok: None if ok else advice)
-    free_gib = format_range([free / 2**30 for free, _ in memory], ranks, "GiB")
-    checks = [
+    free_gib = format_range([free for free, _ in memory], ranks, "GiB")
+    return [
         *check_same(names, ranks, advice="take nodes of one kind, or parallel settings for the slowest"),
         Check("free memory", free_gib, problems_by_rank(ranks, memory, little_memory)),
         Check("products of small integers", "wrong results" if wrong else "exact", wrong),
         Check("matrix product", format_range(speeds, ranks, "TFLOP/s"), problems_by_rank(ranks, speeds, slow)),
         _smi_check(smi, ranks),
     ]
-    return CheckGroup("devices", tuple(checks))
-
-
-def device_name(device: torch.device) -> str:
-    """The GPU's name, or the processor's kind and number of cores."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} with {os.cpu_count()} cores"
-
-
-def free_memory(device: torch.device) -> tuple[int, int]:
-    """Free and all bytes, of the GPU or of the host."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)
-    memory = psutil.virtual_memory()
-    return memory.available, memory.total
 
 
 def products_are_exact(device: torch.device, *, side: int | None = None) -> bool:
@@ -130,35 +119,36 @@ def speed_tflops(device: torch.device) -> float:
     gpu = device.type == "cuda"
     side = 8192 if gpu else 256
     a = torch.ones(side, side, device=device, dtype=torch.bfloat16 if gpu else torch.float32)
-    best = float("inf")
+    times = []
     for _ in range(5):
         start = time.perf_counter()
-        result = a @ a
+        a @ a
         if gpu:
             torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    del result
-    return 2 * side**3 / best / 1e12
+        times.append(time.perf_counter() - start)
+    return 2 * side**3 / min(times) / 1e12
 
 
-def _smi_facts(device: torch.device) -> dict[str, str]:
-    answers = _ask_smi(",".join(_SMI), device=device) if device.type == "cuda" else None
-    return dict(zip(_SMI, (part.strip() for part in answers.split(",")), strict=False)) if answers else {}
+def _smi_facts(device: torch.device) -> tuple[str, str]:
+    """Temperature and uncorrected ECC errors since the driver was loaded, empty where they cannot be asked for."""
+    fields = "temperature.gpu,ecc.errors.uncorrected.volatile.total"
+    answer = _ask_smi(fields, device=device) if device.type == "cuda" else None
+    temperature, _, errors = (answer or "").partition(",")
+    return temperature.strip(), errors.strip()
 
 
-def _smi_check(smi: Sequence[dict[str, str]], ranks: Sequence[RankInfo]) -> Check:
-    """Temperatures, and GPUs with uncorrected ECC errors since the driver was loaded."""
-    if not any(smi):
+def _smi_check(smi: Sequence[tuple[str, str]], ranks: Sequence[RankInfo]) -> Check:
+    temperatures, ecc_errors = zip(*smi, strict=True)
+    if not any(temperatures):
         return Check("nvidia-smi", "not available: nothing to ask")
 
-    def describe(facts: dict[str, str]) -> str | None:
-        errors = facts.get(_SMI[1], "")
+    def describe(errors: str) -> str | None:
         wrong = errors.isdigit() and int(errors)
         return f"{errors} uncorrected ECC errors; reset the GPU or take the node out" if wrong else None
 
-    hottest = max((int(f[_SMI[0]]) for f in smi if f.get(_SMI[0], "").isdigit()), default=None)
+    hottest = max((int(each) for each in temperatures if each.isdigit()), default=None)
     value = "no temperature" if hottest is None else f"at most {hottest} C"
-    return Check("nvidia-smi", value, problems_by_rank(ranks, smi, describe))
+    return Check("nvidia-smi", value, problems_by_rank(ranks, ecc_errors, describe))
 
 
 def _ask_smi(fields: str, *, device: torch.device | None) -> str | None:

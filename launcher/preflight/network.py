@@ -4,18 +4,18 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from data_pipeline.text import human_bytes
 from deco_scale.distributed.bootstrap import Environment, init_distributed
-from deco_scale.distributed.collectives import gather_objects
+from deco_scale.distributed.collectives import broadcast_object, gather_objects
 from deco_scale.errors import RunError
-from launcher.preflight.report import Check, CheckGroup, RankInfo, format_range, problems_by_rank
+from launcher.preflight.report import Check, RankInfo, format_range, problems_by_rank
 
 ROUNDS = 5
 PINGS = 8
@@ -25,8 +25,7 @@ SIZES = {"cuda": (4 * 2**10, 256 * 2**10, 16 * 2**20, 256 * 2**20), "cpu": (4 * 
 """Bytes of a message, by the kind of device."""
 
 
-@dataclass(frozen=True, slots=True)
-class Offset:
+class Offset(NamedTuple):
     """How far a clock is ahead of rank 0's, with its uncertainty, in seconds."""
 
     seconds: float
@@ -87,7 +86,7 @@ def check_collectives(
     *,
     min_gbps: float | None,
     sizes: Sequence[int] | None = None,
-) -> CheckGroup:
+) -> list[Check]:
     """Latency and bus bandwidth of collectives, and the links from each rank to the next. All ranks together.
 
     Bus bandwidth counts what each rank sends in a ring: 2(n-1)/n of an all_reduce, (n-1)/n of an all_gather.
@@ -95,7 +94,7 @@ def check_collectives(
     """
     world = len(ranks)
     if world == 1:
-        return CheckGroup("collectives", (Check("all_reduce, all_gather", "one process: nothing to measure"),))
+        return [Check("all_reduce, all_gather", "one process: nothing to measure")]
     checks = []
     advice = "wrong sums arrived: check its network card and cables"
     for name, run, factor in (("all_reduce", _all_reduce, 2.0), ("all_gather", _all_gather, 1.0)):
@@ -106,7 +105,7 @@ def check_collectives(
             problems = problems_by_rank(ranks, correct, lambda ok: None if ok else advice)
             value = f"{1e6 * max(medians):,.0f} us, {bus:.3g} GB/s"
             checks.append(Check(f"{name} of {human_bytes(size)}", value, problems))
-    return CheckGroup("collectives", (*checks, _links(device, group, ranks, min_gbps)))
+    return [*checks, _links(device, group, ranks, min_gbps)]
 
 
 def _timed(run: Callable[[], bool]) -> tuple[list[float], bool]:
@@ -155,39 +154,39 @@ def _links(
         for r in order
         if min_gbps is not None and speeds[r] < min_gbps
     ]
-    return Check("links", value, tuple(problems))
+    return Check("links", value, problems)
 
 
 def _exchange(values: torch.Tensor, other: int, group: dist.ProcessGroup | None, device: torch.device) -> float:
     """Seconds until a message has gone both ways at once, the faster of two tries."""
-    received, best = torch.empty_like(values), float("inf")
+    send, receive = ((dist.isend, values), (dist.irecv, torch.empty_like(values)))
+    times = []
     for _ in range(2):
         start = time.perf_counter()
-        operations = [
-            dist.P2POp(dist.isend, values, other, group), dist.P2POp(dist.irecv, received, other, group),
-        ]  # fmt: skip
+        operations = [dist.P2POp(function, tensor, other, group) for function, tensor in (send, receive)]
         for work in dist.batch_isend_irecv(operations):
             work.wait()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return best
+        times.append(time.perf_counter() - start)
+    return min(times)
 
 
-def check_clocks(ranks: Sequence[RankInfo], *, max_skew_s: float, clock: Callable[[], float]) -> CheckGroup:
+def check_clocks(
+    ranks: Sequence[RankInfo], *, max_skew_s: float, clock: Callable[[], float] = time.time
+) -> list[Check]:
     """Refuses nodes whose clock surely differs from rank 0's by over ``max_skew_s``. All ranks together."""
-    leaders = [rank.rank for rank in ranks if rank.local_rank == 0 and rank.rank != 0]
     mine: dict[int, Offset] = {}
-    for leader in leaders:
+    for leader in [rank.rank for rank in ranks[1:] if rank.local_rank == 0]:
         # One after the other: answers must not wait for each other.
         if dist.get_rank() == 0:
             mine[leader] = _ask(leader, clock)
         elif dist.get_rank() == leader:
             _answer(clock)
         dist.barrier()
-    offsets = gather_objects(mine)[0]
+    offsets = broadcast_object(mine)
     if not offsets:
-        return CheckGroup("clocks", (Check("clock", "one node: nothing to compare"),))
+        return [Check("clock", "one node: nothing to compare")]
     problems = [
         f"{ranks[r]}: its clock is {o.seconds:+.3f} s (+- {o.uncertainty:.3f}) from rank 0's on "
         f"{ranks[0].host}; start its time service (chrony or ntpd)"
@@ -196,7 +195,7 @@ def check_clocks(ranks: Sequence[RankInfo], *, max_skew_s: float, clock: Callabl
     ]
     worst = max(offsets, key=lambda r: abs(offsets[r].seconds))
     value = f"{offsets[worst].seconds:+.4f} s (+- {offsets[worst].uncertainty:.4f}) at most ({ranks[worst]})"
-    return CheckGroup("clocks", (Check("offset from rank 0", value, tuple(problems)),))
+    return [Check("offset from rank 0", value, problems)]
 
 
 def estimate_offset(pings: Sequence[tuple[float, float, float]]) -> Offset:

@@ -1,11 +1,11 @@
-"""Results of preflight: groups of checks, each check with the problems that refuse the run."""
+"""Results of preflight: checks, each with the problems that refuse the run."""
 
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from rich.console import Console
 from rich.table import Table
@@ -26,30 +26,27 @@ class RankInfo:
         return f"rank {self.rank} on {self.host}"
 
 
-@dataclass(frozen=True, slots=True)
-class Check:
+class Check(NamedTuple):
     """One check: the value to show, and the problems, each naming a rank and what to do."""
 
     name: str
     value: str
-    problems: tuple[str, ...] = ()
+    problems: Sequence[str] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class CheckGroup:
-    title: str
-    checks: tuple[Check, ...]
+Report = Mapping[str, Sequence[Check]]
+"""Checks by the title of their table."""
 
 
 def problems_by_rank(
     ranks: Iterable[RankInfo], values: Iterable[T], describe: Callable[[T], str | None]
-) -> tuple[str, ...]:
+) -> list[str]:
     """``describe`` of each rank's value, behind the rank's name, where it is not None."""
     described = ((rank, describe(value)) for rank, value in zip(ranks, values, strict=True))
-    return tuple(f"{rank}: {problem}" for rank, problem in described if problem is not None)
+    return [f"{rank}: {problem}" for rank, problem in described if problem is not None]
 
 
-def check_same(facts: Sequence[Mapping[str, str]], ranks: Sequence[RankInfo], *, advice: str) -> tuple[Check, ...]:
+def check_same(facts: Sequence[Mapping[str, str]], ranks: Sequence[RankInfo], *, advice: str) -> list[Check]:
     """A check for each fact; ranks whose value is not the most common one (of equals, rank 0's) are named."""
     checks = []
     for name in dict.fromkeys(name for each in facts for name in each):
@@ -62,8 +59,8 @@ def check_same(facts: Sequence[Mapping[str, str]], ranks: Sequence[RankInfo], *,
             more = f" and {len(outliers) - _MAX_NAMED} more" if len(outliers) > _MAX_NAMED else ""
             named = ", ".join(outliers[:_MAX_NAMED]) + more
             problems.append(f"{named}: {name} is {value}, elsewhere {common}; {advice}")
-        checks.append(Check(name, common, tuple(problems)))
-    return tuple(checks)
+        checks.append(Check(name, common, problems))
+    return checks
 
 
 def format_range(values: Sequence[float], ranks: Sequence[RankInfo], unit: str) -> str:
@@ -74,18 +71,19 @@ def format_range(values: Sequence[float], ranks: Sequence[RankInfo], unit: str) 
     return f"{values[low]:.3g} ({ranks[low]}) to {values[high]:.3g} {unit} ({ranks[high]})"
 
 
-def all_problems(groups: Sequence[CheckGroup]) -> list[str]:
-    return [problem for group in groups for check in group.checks for problem in check.problems]
+def all_problems(report: Report) -> list[str]:
+    return [problem for checks in report.values() for check in checks for problem in check.problems]
 
 
-def write_report(groups: Sequence[CheckGroup], log: Path, console: Console) -> None:
+def write_report(report: Report, log: Path, console: Console) -> None:
     """A table of each group on the console, and the same as plain lines with the problems added to ``log``."""
     lines = []
-    for group in groups:
-        table = Table("check", "value", "", title=group.title, title_justify="left")
-        for check in group.checks:
-            table.add_row(check.name, check.value, "[red]refused[/red]" if check.problems else "ok")
-            lines.append(f"{group.title}: {check.name}: {check.value}: {'refused' if check.problems else 'ok'}")
+    for title, checks in report.items():
+        table = Table("check", "value", "", title=title, title_justify="left")
+        for check in checks:
+            verdict = "refused" if check.problems else "ok"
+            table.add_row(check.name, check.value, f"[red]{verdict}[/red]" if check.problems else verdict)
+            lines.append(f"{title}: {check.name}: {check.value}: {verdict}")
             lines += [f"  {problem}" for problem in check.problems]
         console.print(table)
     stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import secrets
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -16,7 +17,8 @@ import torch.distributed as dist
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import DataError
 from data_pipeline.index.format import load_index
-from data_pipeline.storage.base import Store, open_store
+from data_pipeline.storage.base import open_store
+from data_pipeline.storage.files import write_durably
 from data_pipeline.stream.loader import access_of
 from deco_scale.checkpoint.storage import LocalStorage
 from deco_scale.cli.plan import workload
@@ -25,7 +27,7 @@ from deco_scale.distributed.collectives import broadcast_object, gather_objects
 from deco_scale.parallel.config import ParallelConfig
 from deco_scale.parallel.mesh import ParallelDims
 from deco_scale.planning.memory import state_bytes
-from launcher.preflight.report import Check, CheckGroup, RankInfo, check_same, format_range, problems_by_rank
+from launcher.preflight.report import Check, RankInfo, check_same, format_range, problems_by_rank
 
 PROBE_BYTES = 16 * 2**20
 SHARED_WAIT_S = 60.0
@@ -58,54 +60,56 @@ def check_storage(
     cfg: RunConfig,
     ranks: Sequence[RankInfo],
     *,
-    free_bytes: Callable[[Path], int],
+    free_bytes: Callable[[Path], int] = lambda folder: shutil.disk_usage(folder).free,
     shared_wait_s: float = SHARED_WAIT_S,
-) -> CheckGroup:
+) -> list[Check]:
     """The run's folder on every node, the object store of checkpoints, and room. All ranks together."""
-    folder = Path(cfg.run.dir)
-    checks = [_disk_check(folder, ranks), _shared_check(folder, ranks, shared_wait_s)]
-    if cfg.checkpoint.url is not None:
-        checks.append(_objects_check(cfg.checkpoint.url, ranks))
-    checks.append(_room_check(cfg, folder, ranks, free_bytes))
-    return CheckGroup("storage", tuple(checks))
+    folder, url = Path(cfg.run.dir), cfg.checkpoint.url
+    return [
+        _disk_check(folder, ranks),
+        _shared_check(folder, ranks, shared_wait_s),
+        *([_objects_check(url, ranks)] if url is not None else []),
+        _room_check(cfg, folder, ranks, free_bytes),
+    ]
 
 
-def check_data(cfg: RunConfig, ranks: Sequence[RankInfo]) -> CheckGroup:
+def check_data(cfg: RunConfig, ranks: Sequence[RankInfo]) -> list[Check]:
     """Index, first sample, text embeddings and encoders of every data set, read on every node; a collective."""
     leaders = [rank for rank in ranks if rank.local_rank == 0]
     all_facts = gather_objects(_data_facts(cfg) if ranks[dist.get_rank()] in leaders else {})
     facts = [all_facts[rank.rank] for rank in leaders]
     checks = []
-    for check in check_same(facts, leaders, advice="let all nodes read the same data"):
-        values = [each.get(check.name, "") for each in facts]
+    for name, value, problems in check_same(facts, leaders, advice="let all nodes read the same data"):
         failed = problems_by_rank(
-            leaders, values, lambda value: value.removeprefix(_FAILED) if value.startswith(_FAILED) else None
+            leaders,
+            (each.get(name, "") for each in facts),
+            lambda fact: fact.removeprefix(_FAILED) if fact.startswith(_FAILED) else None,
         )
-        checks.append(Check(check.name, check.value.removeprefix(_FAILED), failed or check.problems))
-    return CheckGroup("data", tuple(checks))
+        checks.append(Check(name, value.removeprefix(_FAILED), failed or problems))
+    return checks
 
 
 def _data_facts(cfg: RunConfig) -> dict[str, str]:
     """What this node reads of each data set, text embeddings and encoder, or why it cannot."""
-    probes: dict[str, Callable[[], str]] = {}
-    for source in cfg.data.sources:
-        probes[source.url] = partial(_index_fact, source.url, cfg.data)
-        if source.text_states:
-            probes[source.text_states] = partial(_states_fact, source.text_states, cfg.data)
-    for stage in cfg.stages:
-        if stage.data is not None:
-            probes[stage.data] = partial(_index_fact, stage.data, cfg.data)
-    if cfg.text_encoder is not None and not cfg.data.has_text_embeddings:
-        path, may_download = cfg.text_encoder.path, cfg.text_encoder.allow_download
-        probes["text_encoder.path"] = partial(_path_fact, path, may_download)
-    if cfg.image_encoder is not None and cfg.objective.repa_weight > 0:
-        probes["image_encoder.path"] = partial(_path_fact, cfg.image_encoder.path, False)
     facts = {}
-    for name, probe in probes.items():
+
+    def note(name: str, probe: Callable[..., str], *arguments: object) -> None:
         try:
-            facts[name] = probe()
+            facts[name] = probe(*arguments)
         except DataError as error:
             facts[name] = f"{_FAILED}{error}"
+
+    for source in cfg.data.sources:
+        note(source.url, _index_fact, source.url, cfg.data)
+        if source.text_states:
+            note(source.text_states, _states_fact, source.text_states, cfg.data)
+    for stage in cfg.stages:
+        if stage.data is not None:
+            note(stage.data, _index_fact, stage.data, cfg.data)
+    if cfg.text_encoder is not None and not cfg.data.has_text_embeddings:
+        note("text_encoder.path", _path_fact, cfg.text_encoder.path, cfg.text_encoder.allow_download)
+    if cfg.image_encoder is not None and cfg.objective.repa_weight > 0:
+        note("image_encoder.path", _path_fact, cfg.image_encoder.path, False)
     return facts
 
 
@@ -155,23 +159,29 @@ def _on_each_node(
     return Check(name, value, failed)
 
 
+def _round_trip(
+    where: object, data: bytes, write: Callable[[bytes], object], read: Callable[[], bytes | None]
+) -> tuple[float, float]:
+    """Seconds until ``data`` were written, and until they were read back."""
+    start = time.perf_counter()
+    write(data)
+    written = time.perf_counter()
+    if read() != data:
+        raise DataError(f"{where}: other bytes came back than were written")
+    return written - start, time.perf_counter() - start
+
+
 def _disk_check(folder: Path, ranks: Sequence[RankInfo]) -> Check:
+    me = ranks[dist.get_rank()]
+    path = folder / f".preflight_{me.host}_{me.rank}"
+
     def write_and_read() -> float:
         folder.mkdir(parents=True, exist_ok=True)
-        me = ranks[dist.get_rank()]
-        path = folder / f".preflight_{me.host}_{me.rank}"
-        data, start = os.urandom(PROBE_BYTES), time.perf_counter()
         try:
-            with path.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            seconds = time.perf_counter() - start
-            if path.read_bytes() != data:
-                raise DataError(f"{path}: other bytes came back than were written")
+            write = partial(write_durably, path)
+            return PROBE_BYTES / _round_trip(path, os.urandom(PROBE_BYTES), write, path.read_bytes)[0] / 1e6
         finally:
             path.unlink(missing_ok=True)
-        return PROBE_BYTES / seconds / 1e6
 
     advice = "make run.dir writable there, or set another"
     return _on_each_node(f"write and read {folder}", "MB/s written", write_and_read, ranks, advice=advice)
@@ -208,18 +218,16 @@ def _appears(path: Path, text: str, wait_s: float) -> bool:
 
 
 def _objects_check(url: str, ranks: Sequence[RankInfo]) -> Check:
+    me, size = ranks[dist.get_rank()], PROBE_BYTES // 16
+    key = f".preflight/{hashlib.sha256(f'{me.host} {me.rank}'.encode()).hexdigest()[:16]}"
+
     def write_and_read() -> float:
-        store: Store = open_store(url)
-        me = ranks[dist.get_rank()]
-        key = f".preflight/{hashlib.sha256(f'{me.host} {me.rank}'.encode()).hexdigest()[:16]}"
-        data, start = os.urandom(PROBE_BYTES // 16), time.perf_counter()
+        store = open_store(url)
         try:
-            store.write(key, data)
-            if store.read(key, 0, len(data)) != data:
-                raise DataError(f"{url}/{key}: other bytes came back than were written")
+            write, read = partial(store.write, key), partial(store.read_all, key)
+            return size / _round_trip(f"{url}/{key}", os.urandom(size), write, read)[1] / 1e6
         finally:
             store.delete(key)
-        return len(data) / (time.perf_counter() - start) / 1e6
 
     advice = f"check its AWS settings and the rights on bucket {urlparse(url).netloc}"
     return _on_each_node(f"write and read {url}", "MB/s both ways", write_and_read, ranks, advice=advice)
@@ -240,7 +248,7 @@ def _room_check(
         f"{ranks[0]}: {_gib(free)} are free in {folder}, {_gib(need)} are needed; make room, or lower "
         "checkpoint.keep_last, keep_best, or raise keep_every and ema_every"
     )
-    return Check("room for checkpoints", f"{value}; {_gib(free)} free", (problem,) if free < need else ())
+    return Check("room for checkpoints", f"{value}; {_gib(free)} free", [problem] if free < need else [])
 
 
 def _gib(count: int) -> str:

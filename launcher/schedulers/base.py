@@ -34,15 +34,15 @@ class ClusterJob:
 
     name: str
     config: str
-    overrides: tuple[str, ...]
+    overrides: Sequence[str]
     nodes: int
     processes: int
     gpus: bool
     entry: str
     python: str
     preflight: bool = True
-    literals: tuple[tuple[str, str], ...] = ()
-    references: tuple[str, ...] = ()
+    literals: Sequence[tuple[str, str]] = ()
+    references: Sequence[str] = ()
     grace_s: int = 120
     max_restarts: int = 10
 
@@ -72,7 +72,7 @@ def check_text(text: str, *, option: str) -> None:
         raise ConfigError(f"{option} {text!r} is empty or has a control character")
 
 
-def check_names(rules: Sequence[tuple[str, str | None, str, str]]) -> None:
+def check_names(*rules: tuple[str, str | None, str, str]) -> None:
     """Each rule is (option, value, pattern, what is allowed); the first that fails raises :class:`ConfigError`."""
     for option, value, pattern, allowed in rules:
         if value is not None and not re.fullmatch(pattern, value):
@@ -92,25 +92,21 @@ def refuse_secret_text(text: str, *, file: str) -> None:
             raise ConfigError(f"{file}, line {number}, {_SECRET}")
 
 
-def parse_variables(given: Sequence[str]) -> tuple[tuple[tuple[str, str], ...], tuple[str, ...]]:
-    """Literals and references of ``--env``: ``NAME=value`` and ``NAME``. Raises :class:`ConfigError`."""
-    literals: dict[str, str] = {}
-    references: list[str] = []
+def parse_variables(given: Sequence[str]) -> dict[str, str | None]:
+    """Environment variables of ``--env``: ``NAME=value``, None for ``NAME`` alone. Raises :class:`ConfigError`."""
+    variables: dict[str, str | None] = {}
     for entry in given:
         name, separator, value = entry.partition("=")
         # The value stays out of the message: it may be a secret.
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
             raise ConfigError(f"--env {name!r} is no name of a variable; possible: NAME or NAME=value")
-        if name in literals or name in references:
+        if name in variables:
             raise ConfigError(f"--env {name} is given twice")
-        if not separator:
-            references.append(name)
-            continue
         refuse_secret(name, value, instead="give its name alone (--env NAME): then only a reference is written")
         if value:
             check_text(value, option=f"--env {name}:")
-        literals[name] = value
-    return tuple(literals.items()), tuple(references)
+        variables[name] = value if separator else None
+    return variables
 
 
 def fit(config: Path, overrides: Sequence[str], *, ranks: int) -> tuple[RunConfig, list[str]]:

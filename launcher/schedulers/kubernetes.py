@@ -4,12 +4,9 @@ A pod is a node: ``launcher/schedulers/node_agent.py`` starts one process per GP
 trainers' exit code.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
+import argparse
 
-from deco_scale.config import RunConfig
+from deco_scale.config import RunConfig, dump_config
 from deco_scale.errors import ConfigError
 from deco_scale.observability.events import REQUEUE
 from launcher.schedulers.base import ClusterJob, check_names, refuse_secret_text, render_template
@@ -23,49 +20,35 @@ _POD_SUFFIX, _MAX_LABEL = 6, 63
 _MAX_CONFIG_BYTES = 2**20
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class KubernetesOptions:
-    """Options of ``submit.py k8s``; templates see them as ``k8s``.
-
-    ``secret`` holds the variables that a job names without a value; ``volume`` are volume claims with their mount
-    paths, ``CLAIM:/path``. ``shm`` limits /dev/shm; each pod requests ``cpus`` and ``memory``.
-    """
-
-    image: str
-    kind: Literal["JobSet", "PyTorchJob"] = "JobSet"
-    namespace: str | None = None
-    secret: str | None = None
-    volume: Sequence[str] = ()
-    shm: str = "16Gi"
-    cpus: str | None = None
-    memory: str | None = None
-
-    def __post_init__(self) -> None:
-        quantity = "a quantity such as 16Gi"
-        volume = "CLAIM:/path, CLAIM of lower-case letters, digits, - and ., the path not ending in /"
-        check_names(
-            [
-                ("--image", self.image, _IMAGE, "registry/name:tag or registry/name@sha256:digest"),
-                ("--namespace", self.namespace, _LABEL, "lower-case letters, digits and -"),
-                ("--secret", self.secret, _SUBDOMAIN, "lower-case letters, digits, - and ."),
-                *(("--volume", each, rf"{_SUBDOMAIN}:/[^\s:]*[^\s:/]", volume) for each in self.volume),
-                ("--shm", self.shm, _QUANTITY, quantity),
-                ("--memory", self.memory, _QUANTITY, quantity),
-                ("--cpus", self.cpus, r"\d+m?", "a number of cores such as 64 or 500m"),
-            ]
-        )
-
-    @property
-    def volumes(self) -> list[tuple[str, str]]:
-        """Claims and mount paths."""
-        return [(claim, path) for claim, _, path in (each.partition(":") for each in self.volume)]
+def add_kubernetes_options(parser: argparse.ArgumentParser) -> None:
+    """Options of ``submit.py k8s``; templates see them as ``k8s``."""
+    option = parser.add_argument
+    option("--image", required=True, help="container image")
+    option("--kind", choices=["JobSet", "PyTorchJob"], default="JobSet")
+    option("--namespace")
+    option("--secret", help="Secret that contains each --env NAME without a value")
+    option(
+        "--volume", action="append", default=[], metavar="CLAIM:/path", help="mount this persistent volume claim"
+    )
+    option("--shm", default="16Gi", help="size limit of /dev/shm")
+    option("--cpus", help="cores that a pod requests")
+    option("--memory", help="memory limit of a pod")
 
 
-def render_kubernetes(
-    job: ClusterJob, options: KubernetesOptions, cfg: RunConfig, config_text: str, template: Path | None = None
-) -> str:
+def render_kubernetes(job: ClusterJob, options: argparse.Namespace, cfg: RunConfig) -> str:
     """ConfigMap and job as one YAML text; raises :class:`ConfigError` for what would not work in a pod."""
-    check_names([("--name", job.name, _LABEL, "lower-case letters, digits and -, 63 at most")])
+    quantity = "a quantity such as 16Gi"
+    volume = "CLAIM:/path, CLAIM of lower-case letters, digits, - and ., the path not ending in /"
+    check_names(
+        ("--image", options.image, _IMAGE, "registry/name:tag or registry/name@sha256:digest"),
+        ("--namespace", options.namespace, _LABEL, "lower-case letters, digits and -"),
+        ("--secret", options.secret, _SUBDOMAIN, "lower-case letters, digits, - and ."),
+        *(("--volume", each, rf"{_SUBDOMAIN}:/[^\s:]*[^\s:/]", volume) for each in options.volume),
+        ("--shm", options.shm, _QUANTITY, quantity),
+        ("--memory", options.memory, _QUANTITY, quantity),
+        ("--cpus", options.cpus, r"\d+m?", "a number of cores such as 64 or 500m"),
+        ("--name", job.name, _LABEL, "lower-case letters, digits and -, 63 at most"),
+    )
     too_long = len(f"{job.name}-node-0-{job.nodes - 1}") + _POD_SUFFIX - _MAX_LABEL
     if too_long > 0:
         raise ConfigError(f"--name {job.name} is {too_long} characters too long for the names of its pods")
@@ -73,15 +56,18 @@ def render_kubernetes(
         raise ConfigError(
             f"--env {job.references[0]} has no value: name the Secret that contains it with --secret"
         )
+    # Resolved: files that the configuration names as its base are not in the pod.
+    config_text = dump_config(cfg)
     if len(config_text.encode()) > _MAX_CONFIG_BYTES:
         raise ConfigError(f"--config {job.config}: over 1 MiB, the limit of a ConfigMap")
     refuse_secret_text(config_text, file=f"--config {job.config}")
-    paths = [path for _, path in options.volumes]
+    volumes = [each.split(":") for each in options.volume]
+    paths = [path for _, path in volumes]
     if not any(cfg.run.dir == path or cfg.run.dir.startswith(f"{path}/") for path in paths):
         raise ConfigError(
             f"run.dir={cfg.run.dir} is on no volume ({', '.join(paths) or 'none given'}), and would vanish with "
             "the pod: give --volume CLAIM:/path, a claim that all nodes share, and run.dir below /path"
         )
-    variables = {"config_text": config_text, "requeue_code": REQUEUE, "port": PORT}
-    default = f"{options.kind.lower()}.yaml.j2"
-    return render_template(template, default, {"job": job, "k8s": options, **variables})
+    k8s = {**vars(options), "volumes": volumes}
+    variables = {"k8s": k8s, "config_text": config_text, "requeue_code": REQUEUE, "port": PORT}
+    return render_template(options.template, f"{options.kind.lower()}.yaml.j2", {"job": job, **variables})

@@ -1,8 +1,8 @@
 """A batch script for SLURM, from ``templates/slurm.sh.j2``."""
 
-from dataclasses import dataclass
-from pathlib import Path
+import argparse
 
+from data_pipeline.console import positive_int
 from deco_scale.errors import ConfigError
 from deco_scale.observability.events import REQUEUE
 from launcher.schedulers.base import ClusterJob, check_names, check_text, render_template
@@ -14,40 +14,31 @@ SHELL_VARIABLES = ("PATH", "HOME", "USER", "LANG", "LD_LIBRARY_PATH", "TMPDIR", 
 _NAMES = r"[A-Za-z0-9_][A-Za-z0-9_.,-]{0,127}"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SlurmOptions:
-    """Options of ``submit.py slurm``, in templates ``slurm``; restarts append to the log in ``log_dir``."""
-
-    time: str = "24:00:00"
-    partition: str | None = None
-    account: str | None = None
-    cpus_per_task: int | None = None
-    requeue: bool = True
-    log_dir: str = "."
-
-    def __post_init__(self) -> None:
-        times = "minutes, [hours:]minutes:seconds or days-hours[:minutes[:seconds]], as sbatch takes it"
-        names = "letters, digits and _ . - ,"
-        check_names(
-            [
-                ("--time", self.time, r"(\d+-)?\d{1,3}(:\d{2}){0,2}", times),
-                ("--partition", self.partition, _NAMES, names),
-                ("--account", self.account, _NAMES, names),
-            ]
-        )
-        check_text(self.log_dir, option="--log-dir")
-        # sbatch expands % in the names of output files, and its directives know no escape for quotes.
-        if set(self.log_dir) & set("%'\"\\"):
-            raise ConfigError(
-                f"--log-dir {self.log_dir!r} has %, a quote or a backslash, which sbatch would expand"
-            )
+def add_slurm_options(parser: argparse.ArgumentParser) -> None:
+    """Options of ``submit.py slurm``; the template sees them as ``slurm``."""
+    parser.add_argument("--time", default="24:00:00", help="time limit in sbatch's format; default 24:00:00")
+    parser.add_argument("--partition")
+    parser.add_argument("--account")
+    parser.add_argument("--cpus-per-task", type=positive_int)
+    parser.add_argument("--requeue", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--log-dir", default=".", help="folder of the job's output; restarts append to it")
 
 
-def render_slurm(job: ClusterJob, options: SlurmOptions, template: Path | None = None) -> str:
+def render_slurm(job: ClusterJob, options: argparse.Namespace) -> str:
     """The script for ``sbatch``. Raises :class:`ConfigError`."""
+    times = "minutes, [hours:]minutes:seconds or days-hours[:minutes[:seconds]], as sbatch takes it"
     check_names(
-        [("--name", job.name, r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", "letters, digits and _ . -, 64 at most")]
+        ("--name", job.name, r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", "letters, digits and _ . -, 64 at most"),
+        ("--time", options.time, r"(\d+-)?\d{1,3}(:\d{2}){0,2}", times),
+        ("--partition", options.partition, _NAMES, "letters, digits and _ . - ,"),
+        ("--account", options.account, _NAMES, "letters, digits and _ . - ,"),
     )
+    check_text(options.log_dir, option="--log-dir")
+    # sbatch expands % in the names of output files, and its directives know no escape for quotes.
+    if set(options.log_dir) & set("%'\"\\"):
+        raise ConfigError(
+            f"--log-dir {options.log_dir!r} has %, a quote or a backslash, which sbatch would expand"
+        )
     exported = list(dict.fromkeys((*SHELL_VARIABLES, *job.references)))
     variables = {"requeue_code": REQUEUE, "exit_wait_s": EXIT_WAIT_S, "exported": exported}
-    return render_template(template, "slurm.sh.j2", {"job": job, "slurm": options, **variables})
+    return render_template(options.template, "slurm.sh.j2", {"job": job, "slurm": options, **variables})

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,10 @@ from deco_scale.errors import ConfigError, RunError
 from deco_scale.models import Denoiser
 from deco_scale.yaml import dump_yaml
 from launcher.preflight import __main__ as preflight
-from launcher.preflight.__main__ import Probes, check_all
+from launcher.preflight.__main__ import check_all
 from launcher.preflight.checks import check_config, check_versions, products_are_exact
 from launcher.preflight.network import check_clocks, check_collectives, estimate_offset, join_process_group
-from launcher.preflight.report import CheckGroup, RankInfo, all_problems, check_same
+from launcher.preflight.report import Check, RankInfo, all_problems, check_same
 from launcher.preflight.storage import check_data, check_storage, checkpoint_bytes, max_checkpoints
 from tests.support.assets import tiny_config
 from tests.support.ports import free_port
@@ -55,30 +55,28 @@ def two_nodes(raw: dict[str, Any], scratch: str) -> None:
     rank = dist.get_rank()
     cfg, me = build_config(raw, source="two_nodes"), RANKS[rank]
     versions = {"torch": "2.13.0", "source": "abc"}
-    probes = Probes(host=me.host, versions=lambda: versions)
-    found: dict[str, list[CheckGroup]] = {}
-    found["good"] = check_all(cfg, Environment(rank, 2, 0), probes=probes)
+    found: dict[str, Sequence[Check]] = {}
+    good = check_all(cfg, Environment(rank, 2, 0), host=me.host, versions=versions)
     other = versions if rank == 0 else {**versions, "torch": "2.12.1"}
-    found["versions"] = [check_versions(other, RANKS)]
+    found["versions"] = check_versions(other, RANKS)
     differs = dataclasses.replace(cfg, run=dataclasses.replace(cfg.run, seed=4 + rank))
-    found["config"] = [check_config(differs, RANKS)]
-    odd = dataclasses.replace(probes, versions=lambda: other)
-    found["config in all"] = check_all(differs, Environment(rank, 2, 0), probes=odd)
+    found["config"] = check_config(differs, RANKS)
+    odd = check_all(differs, Environment(rank, 2, 0), host=me.host, versions=other)
     late = HALF_A_MINUTE if rank == 1 else 0.0
-    found["clock"] = [check_clocks(RANKS, max_skew_s=1.0, clock=lambda: time.time() + late)]
-    found["links"] = [check_collectives(CPU, None, RANKS, min_gbps=1e6, sizes=[4096])]
-    found["full"] = [check_storage(cfg, RANKS, free_bytes=lambda folder: 1000)]
+    found["clock"] = check_clocks(RANKS, max_skew_s=1.0, clock=lambda: time.time() + late)
+    found["links"] = check_collectives(CPU, None, RANKS, min_gbps=1e6, sizes=[4096])
+    found["full"] = check_storage(cfg, RANKS, free_bytes=lambda folder: 1000)
     own = dataclasses.replace(cfg, run=dataclasses.replace(cfg.run, dir=f"{scratch}/own{rank}"))
-    found["own folders"] = [check_storage(own, RANKS, free_bytes=lambda folder: 10**12, shared_wait_s=0.1)]
+    found["own folders"] = check_storage(own, RANKS, free_bytes=lambda folder: 10**12, shared_wait_s=0.1)
     gone = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, url=f"{scratch}/nothing"))
-    found["data"] = [check_data(cfg if rank == 0 else gone, RANKS)]
+    found["data"] = check_data(cfg if rank == 0 else gone, RANKS)
     same = f"{scratch}/file"
     Path(same).write_text("")
     blocked = dataclasses.replace(cfg, run=dataclasses.replace(cfg.run, dir=f"{same}/run"))
-    found["not a folder"] = [check_storage(blocked, RANKS, free_bytes=lambda folder: 10**12)]
-    problems = {name: all_problems(groups) for name, groups in found.items()}
-    titles = [group.title for group in found["good"]]
-    Path(scratch, f"rank{rank}.json").write_text(json.dumps({"problems": problems, "titles": titles}))
+    found["not a folder"] = check_storage(blocked, RANKS, free_bytes=lambda folder: 10**12)
+    problems = {name: all_problems({name: checks}) for name, checks in found.items()}
+    problems |= {"good": all_problems(good), "config in all": all_problems(odd)}
+    Path(scratch, f"rank{rank}.json").write_text(json.dumps({"problems": problems, "titles": list(good)}))
 
 
 @pytest.fixture(scope="module")
@@ -196,10 +194,10 @@ def test_checkpoints_in_an_object_store_are_tried(
     s3_environment.create_bucket("preflight")
     me, url = [RankInfo(0, 0, "node0")], "s3://preflight/runs"
     cfg = build_config({**raw, "checkpoint": {**raw["checkpoint"], "url": url}}, source="s3")
-    assert all_problems([check_storage(cfg, me, free_bytes=lambda folder: 10**12)]) == []
+    assert all_problems({"storage": check_storage(cfg, me, free_bytes=lambda folder: 10**12)}) == []
     assert list(open_store(url).list()) == []
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
-    (problem,) = all_problems([check_storage(cfg, me, free_bytes=lambda folder: 10**12)])
+    (problem,) = all_problems({"storage": check_storage(cfg, me, free_bytes=lambda folder: 10**12)})
     assert "rank 0 on node0" in problem and "preflight" in problem and "AWS settings" in problem
     assert s3_environment.environment["AWS_SECRET_ACCESS_KEY"] not in problem
 
@@ -248,7 +246,7 @@ def test_the_mismatching_ranks_are_named_not_the_majority() -> None:
     facts = [{"a": "2"}, {"a": "1"}, {"a": "1"}, {"a": "1"}]
     (check,) = check_same(facts, ranks, advice="mend it")
     assert check.value == "1"
-    assert check.problems == ("rank 0 on n0: a is 2, elsewhere 1; mend it",)
+    assert check.problems == ["rank 0 on n0: a is 2, elsewhere 1; mend it"]
     (check,) = check_same([*facts[1:], {}], ranks, advice="mend it")
     assert "rank 3 on n3: a is missing" in check.problems[0]
 

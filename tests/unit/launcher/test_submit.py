@@ -14,7 +14,7 @@ from deco_scale.observability.redact import looks_secret
 from launcher import submit
 from launcher.schedulers.base import TEMPLATES, ClusterJob
 from launcher.schedulers.hosts import host_commands
-from launcher.schedulers.slurm import SlurmOptions, render_slurm
+from launcher.schedulers.slurm import render_slurm
 from tests.support.submission import HOSTILE, HOSTS, SLURM, refused, rendered
 
 
@@ -56,7 +56,7 @@ def slurm_script(log_dir: Path, **settings: Any) -> str:
         "name": "a", "config": "c.yaml", "overrides": (), "nodes": 2, "processes": 1, "gpus": True,
         "entry": "/e", "python": "python", "preflight": False,
     }  # fmt: skip
-    return render_slurm(ClusterJob(**{**plain, **settings}), SlurmOptions(log_dir=str(log_dir)))
+    return render_slurm(ClusterJob(**{**plain, **settings}), submit.parse([*SLURM, "--log-dir", str(log_dir)]))
 
 
 def test_every_word_reaches_the_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
