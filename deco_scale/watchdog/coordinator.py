@@ -3,29 +3,21 @@
 The port accepts connections from anyone, but ignores all that do not begin with the job's token.
 """
 
+import asyncio
 import hmac
 import resource
-import selectors
 import socket
 import time
+from asyncio import StreamReader, StreamWriter
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
 from deco_scale.watchdog.config import WatchdogConfig
 from deco_scale.watchdog.diagnosis import CONNECTION_LOST, Diagnosis, RankReport
-from deco_scale.watchdog.protocol import (
-    MALFORMED,
-    MAX_LINE,
-    MAX_STACK,
-    Member,
-    MessageSocket,
-    TerminateOrder,
-    parse,
-)
+from deco_scale.watchdog.protocol import BROKEN, MAX_LINE, MAX_STACK, Member, TerminateOrder, parse, receive, send
 
 _HELLO_S = 5.0
-_HELLO_BYTES = 2048
 _MAX_STRANGERS = 64
 _MAX_ORPHANS = 32
 _ALIVE_S = 0.5
@@ -33,76 +25,51 @@ LINGER_S = 5.0
 """How long the coordinator waits for the others after its own trainer exited without a fault."""
 
 
-@dataclass(slots=True)
-class _Connection:
-    messages: MessageSocket
-    accepted_at: float
-    member: Member | None = None
-
-
 class Coordinator:
     """Listens on :attr:`port` for the sidecars of ranks 1 to ``world_size`` - 1; for one rank there is no port.
 
-    ``local``: all ranks are on this machine, and only the loopback interface is listened on.
+    ``clock`` is that of the diagnosis.
     """
 
     def __init__(
-        self, cfg: WatchdogConfig, me: Member, *, world_size: int, token: str, local: bool, now: float
+        self, cfg: WatchdogConfig, me: Member, *, world_size: int, token: str, clock: Callable[[], float]
     ) -> None:
-        self.selector = selectors.DefaultSelector()
-        self._me, self._world_size, self._token = me, world_size, token
-        self._diagnosis = Diagnosis(range(world_size), cfg, now=now)
-        self._connections: dict[socket.socket, _Connection] = {}
+        self._me, self._world_size, self._token, self._clock = me, world_size, token, clock
+        self._diagnosis = Diagnosis(range(world_size), cfg, now=clock())
+        self._strangers: dict[StreamWriter, None] = {}
+        self._writers: dict[int, StreamWriter] = {}
         self._members = {me.rank: me}
         self._stacks: dict[int, str] = {}
         self._ordered = False
-        self._alive_at = 0.0
-        self._server: socket.socket | None = None
+        self._server: asyncio.Server | None = None
         self.port = 0
-        if world_size > 1:
-            # One connection per rank; the usual soft limit is 1024.
-            with suppress(OSError, ValueError):
-                hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-                resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
-            self._server = _listen(local)
-            self._server.setblocking(False)
-            self.port = int(self._server.getsockname()[1])
-            self.selector.register(self._server, selectors.EVENT_READ)
+
+    async def listen(self, *, local: bool) -> None:
+        """Open the port; ``local``: all ranks are on this machine, and only the loopback interface is used."""
+        if self._world_size == 1:
+            return
+        # One connection per rank; the usual soft limit is 1024.
+        with suppress(OSError, ValueError):
+            hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
+        sock = _bind(local)
+        self.port = int(sock.getsockname()[1])
+        self._server = await asyncio.start_server(self._serve, sock=sock, limit=MAX_LINE, backlog=4096)
+        self._alive = asyncio.create_task(self._say_alive())
 
     @property
     def missing(self) -> list[int]:
         """Ranks whose sidecar has not connected yet."""
         return sorted(set(range(self._world_size)) - self._members.keys())
 
-    @property
-    def _connected(self) -> set[int]:
-        return {each.member.rank for each in self._connections.values() if each.member is not None}
-
-    def wait(self, seconds: float, now: float) -> None:
-        """Handle what arrives within this time, at least once; ``now`` is the clock of the diagnosis."""
-        for key, _ in self.selector.select(seconds):
-            if key.fileobj is self._server:
-                self._accept()
-            elif isinstance(key.fileobj, socket.socket) and key.fileobj in self._connections:
-                self._receive(self._connections[key.fileobj], now)
-        clock = time.monotonic()
-        if clock - self._alive_at > _ALIVE_S:
-            self._alive_at = clock
-            self._send_all({"alive": True})
-        for each in list(self._connections.values()):
-            each.messages.flush()
-            if each.messages.closed or (each.member is None and clock - each.accepted_at > _HELLO_S):
-                self._drop(each)
-
-    def tick(self, now: float, report: RankReport) -> TerminateOrder | None:
+    def tick(self, report: RankReport) -> TerminateOrder | None:
         """Take in rank 0's own report; returns the order to terminate, once, after sending it to all."""
+        now = self._clock()
         self._diagnosis.update(now, report)
-        if self._ordered or self.missing:
-            return None
-        fault = self._diagnosis.check(now)
+        fault = None if self._ordered or self.missing else self._diagnosis.check(now)
         if fault is None:
             return None
-        watched = self._connected | {self._me.rank}
+        watched = self._writers.keys() | {self._me.rank}
         orphans = [
             member
             for rank, member in sorted(self._members.items())
@@ -123,87 +90,80 @@ class Coordinator:
         """The innermost frames of rank 0, kept here."""
         self._stacks[self._me.rank] = text
 
-    def stack_of(self, rank: int, seconds: float, now: float) -> str | None:
+    async def stack_of(self, rank: int, seconds: float) -> str | None:
         """The innermost frames of a rank, waited for as long as it is connected."""
         deadline = time.monotonic() + seconds
-        while rank not in self._stacks and rank in self._connected and time.monotonic() < deadline:
-            self.wait(0.05, now)
+        while rank not in self._stacks and rank in self._writers and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)
         return self._stacks.get(rank)
 
-    def close(self, now: float, *, linger_s: float = 0.0) -> None:
+    async def close(self, *, linger_s: float = 0.0) -> None:
         """Let the others exit first for up to ``linger_s``, say goodbye, and free the port."""
         deadline = time.monotonic() + linger_s
-        while self._connected and time.monotonic() < deadline:
-            self.wait(0.05, now)
+        while self._writers and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)
         self._send_all({"over": True})
-        for each in list(self._connections.values()):
-            self._drop(each)
+        for writer in [*self._strangers, *self._writers.values()]:
+            writer.close()
         if self._server is not None:
-            self.selector.unregister(self._server)
             self._server.close()
-            self._server = None
 
-    def _accept(self) -> None:
-        assert self._server is not None
-        strangers = [each for each in self._connections.values() if each.member is None]
-        if len(strangers) > _MAX_STRANGERS + len(self.missing):
-            self._drop(min(strangers, key=lambda each: each.accepted_at))
-        with suppress(OSError):
-            sock, _ = self._server.accept()
-            self._connections[sock] = _Connection(MessageSocket(sock, limit=_HELLO_BYTES), time.monotonic())
-            self.selector.register(sock, selectors.EVENT_READ)
+    async def _serve(self, reader: StreamReader, writer: StreamWriter) -> None:
+        """A connection, for as long as it is open; a sidecar's rank is lost with it, unless it said goodbye."""
+        if len(self._strangers) > _MAX_STRANGERS + len(self.missing):
+            self._strangers.pop(oldest := next(iter(self._strangers)))
+            oldest.close()
+        self._strangers[writer] = None
+        rank: int | None = None
+        try:
+            async with asyncio.timeout(_HELLO_S):
+                rank = self._admit(writer, await receive(reader))
+            while True:
+                self._handle(rank, await receive(reader))
+        except BROKEN:
+            pass
+        finally:
+            writer.close()
+            self._strangers.pop(writer, None)
+            if rank is not None:
+                del self._writers[rank]
+                self._diagnosis.mark_lost(rank, CONNECTION_LOST)
 
-    def _receive(self, connection: _Connection, now: float) -> None:
-        for message in connection.messages.receive():
-            try:
-                if connection.member is None:
-                    self._admit(connection, message, now)
-                else:
-                    self._handle(connection.member.rank, message, now)
-            except MALFORMED:
-                connection.messages.closed = True
-            if connection.messages.closed and connection.member is None:
-                return
-
-    def _admit(self, connection: _Connection, message: dict[str, Any], now: float) -> None:
-        """The first message: the token, and a rank that has not connected yet."""
+    def _admit(self, writer: StreamWriter, message: dict[str, Any]) -> int:
+        """The first message: the token, and a rank that has not connected yet, which is returned."""
         if not hmac.compare_digest(str(message.get("token")).encode(), self._token.encode()):
             raise ValueError("wrong token")
-        member = parse(Member, message["member"])
+        member: Member = parse(Member, message["member"])
         if member.rank not in self.missing:
             raise ValueError(f"rank {member.rank} is connected already, or not part of this job")
-        connection.member = self._members[member.rank] = member
-        connection.messages.limit = MAX_LINE
-        self._diagnosis.update(now, RankReport(rank=member.rank))
-        connection.messages.send({"welcome": True})
+        del self._strangers[writer]
+        self._members[member.rank], self._writers[member.rank] = member, writer
+        self._diagnosis.update(self._clock(), RankReport(rank=member.rank))
+        send(writer, {"welcome": True})
+        return member.rank
 
-    def _handle(self, rank: int, message: dict[str, Any], now: float) -> None:
+    def _handle(self, rank: int, message: dict[str, Any]) -> None:
         if "report" in message:
-            self._diagnosis.update(now, parse(RankReport, {**message["report"], "rank": rank}))
+            self._diagnosis.update(self._clock(), parse(RankReport, {**message["report"], "rank": rank}))
         if "stack" in message:
             self._stacks[rank] = str(message["stack"])[:MAX_STACK]
         if "left" in message:
             self._diagnosis.mark_left(rank)
 
-    def _drop(self, connection: _Connection) -> None:
-        """Close a connection; a sidecar's rank is lost with it, unless it said goodbye."""
-        sock = connection.messages.sock
-        self.selector.unregister(sock)
-        del self._connections[sock]
-        connection.messages.close()
-        if connection.member is not None:
-            self._diagnosis.mark_lost(connection.member.rank, CONNECTION_LOST)
+    async def _say_alive(self) -> None:
+        while True:
+            await asyncio.sleep(_ALIVE_S)
+            self._send_all({"alive": True})
 
     def _send_all(self, message: dict[str, Any]) -> None:
-        for each in self._connections.values():
-            if each.member is not None:
-                each.messages.send(message)
+        for writer in self._writers.values():
+            send(writer, message)
 
 
-def _listen(local: bool) -> socket.socket:
+def _bind(local: bool) -> socket.socket:
     if local:
-        return socket.create_server(("127.0.0.1", 0), backlog=4096)
+        return socket.create_server(("127.0.0.1", 0))
     if socket.has_dualstack_ipv6():
         with suppress(OSError):  # a kernel with IPv6 switched off
-            return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=4096)
-    return socket.create_server(("", 0), backlog=4096)
+            return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
+    return socket.create_server(("", 0))

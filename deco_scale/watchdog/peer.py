@@ -1,81 +1,81 @@
 """The sidecar of ranks 1 to N among the others."""
 
-import selectors
-import socket
+import asyncio
 import time
+from asyncio import StreamReader, StreamWriter
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 
 from deco_scale.watchdog.config import WatchdogConfig
 from deco_scale.watchdog.diagnosis import CONNECTION_LOST, Diagnosis, RankReport, max_silence_s, silent
-from deco_scale.watchdog.protocol import MALFORMED, MAX_STACK, Member, MessageSocket, TerminateOrder, parse
+from deco_scale.watchdog.protocol import BROKEN, MAX_LINE, MAX_STACK, Member, TerminateOrder, parse, receive, send
 
 
 class Peer:
-    """Reports to the coordinator, and decides alone once the coordinator is lost or has left."""
+    """Reports to the coordinator, and decides alone once the coordinator is lost or has left.
 
-    def __init__(self, cfg: WatchdogConfig, me: Member, coordinator: Member, *, now: float) -> None:
-        self.selector = selectors.DefaultSelector()
-        self._cfg, self._me, self._coordinator = cfg, me, coordinator
-        self._messages: MessageSocket | None = None
+    ``clock`` is that of the diagnosis.
+    """
+
+    def __init__(
+        self, cfg: WatchdogConfig, me: Member, coordinator: Member, *, clock: Callable[[], float]
+    ) -> None:
+        self._cfg, self._me, self._coordinator, self._clock = cfg, me, coordinator, clock
+        self._writer: StreamWriter | None = None
         self._order: TerminateOrder | None = None
         self._own_diagnosis: Diagnosis | None = None
-        self._heard_at, self._reported_at = now, float("-inf")
+        self._heard_at, self._reported_at = clock(), float("-inf")
         self._last_report: RankReport | None = None
 
-    def connect(self, host: str, port: int, token: str, seconds: float) -> None:
+    async def connect(self, host: str, port: int, token: str, seconds: float) -> None:
         """Join the others; raises ``OSError`` saying why it cannot."""
         deadline = time.monotonic() + seconds
         while True:
             try:
-                sock = socket.create_connection((host, port), timeout=max(0.1, deadline - time.monotonic()))
+                async with asyncio.timeout(max(0.1, deadline - time.monotonic())):
+                    reader, writer = await asyncio.open_connection(host, port, limit=MAX_LINE)
                 break
             except OSError:
                 if time.monotonic() + 0.5 > deadline:
                     raise
-                time.sleep(0.5)
-        self._messages = MessageSocket(sock)
-        self.selector.register(sock, selectors.EVENT_READ)
-        self._messages.send({"token": token, "member": asdict(self._me)})
-        while time.monotonic() < deadline and not self._messages.closed:
-            self.selector.select(0.1)
-            if any("welcome" in message for message in self._messages.receive()):
-                return
-        raise ConnectionError("the coordinator refused the connection or answered too late")
+                await asyncio.sleep(0.5)
+        send(writer, {"token": token, "member": asdict(self._me)})
+        try:
+            async with asyncio.timeout(max(0.1, deadline - time.monotonic())):
+                await receive(reader)
+        except BROKEN:
+            raise ConnectionError("the coordinator refused the connection or answered too late") from None
+        self._writer, self._task = writer, asyncio.create_task(self._listen(reader))
 
-    def wait(self, seconds: float, now: float) -> None:
-        """Handle what arrives within this time, at least once."""
-        self.selector.select(seconds)
-        if self._messages is None:
-            return
-        self._messages.flush()
-        for message in self._messages.receive():
-            self._heard_at = now
-            try:
+    async def _listen(self, reader: StreamReader) -> None:
+        """Take in what the coordinator sends, until it says goodbye or the connection is lost."""
+        lost: str | None = CONNECTION_LOST
+        with suppress(*BROKEN):
+            while lost is not None:
+                message = await receive(reader)
+                self._heard_at = self._clock()
                 if "order" in message and self._order is None:
                     self._order = parse(TerminateOrder, message["order"])
-            except MALFORMED:
-                self._messages.closed = True
-            if "over" in message:
-                self._decide_alone(now, lost=None)
-                return
-        silent_s = now - self._heard_at
-        if self._messages.closed:
-            self._decide_alone(now, lost=CONNECTION_LOST)
-        elif silent_s > max_silence_s(self._cfg):
-            self._decide_alone(now, lost=silent(silent_s))
+                if "over" in message:
+                    lost = None
+        self._decide_alone(lost)
 
-    def _decide_alone(self, now: float, *, lost: str | None) -> None:
-        assert self._messages is not None
-        self.selector.unregister(self._messages.sock)
-        self._messages.close()
-        self._messages = None
+    def _decide_alone(self, lost: str | None) -> None:
+        if self._writer is None:
+            return
+        self._writer.close()
+        self._writer = None
         ranks = {self._me.rank} if lost is None else {self._me.rank, self._coordinator.rank}
-        self._own_diagnosis = Diagnosis(ranks, self._cfg, now=now)
+        self._own_diagnosis = Diagnosis(ranks, self._cfg, now=self._clock())
         if lost is not None:
             self._own_diagnosis.mark_lost(self._coordinator.rank, lost)
 
-    def tick(self, now: float, report: RankReport) -> TerminateOrder | None:
+    def tick(self, report: RankReport) -> TerminateOrder | None:
         """Send a report; returns the order to terminate, if there is one."""
+        now = self._clock()
+        if now - self._heard_at > max_silence_s(self._cfg):
+            self._decide_alone(silent(now - self._heard_at))
         if self._order is not None or self._own_diagnosis is None:
             self._send_report(report)
             return self._order
@@ -93,9 +93,9 @@ class Peer:
         clock = time.monotonic()
         changed = self._last_report is None or _important(self._last_report) != _important(report)
         due = clock - self._reported_at > min(1.0, self._cfg.timeout_s / 4)
-        if self._messages is not None and (changed or due):
+        if self._writer is not None and (changed or due):
             self._last_report, self._reported_at = report, clock
-            self._messages.send({"report": asdict(report)})
+            send(self._writer, {"report": asdict(report)})
 
     def may_exit(self, since_s: float) -> bool:
         """Whether this sidecar may exit after its trainer exited without a fault."""
@@ -103,23 +103,22 @@ class Peer:
 
     def send_stack(self, text: str) -> None:
         """Send the innermost frames of this rank to the coordinator."""
-        if self._messages is not None:
-            self._messages.send({"stack": text[:MAX_STACK]})
+        if self._writer is not None:
+            send(self._writer, {"stack": text[:MAX_STACK]})
 
-    def stack_of(self, rank: int, seconds: float, now: float) -> str | None:
+    async def stack_of(self, rank: int, seconds: float) -> str | None:
         """None: only the coordinator has the other ranks' stacks."""
         return None
 
-    def close(self, now: float, *, linger_s: float = 0.0) -> None:
+    async def close(self, *, linger_s: float = 0.0) -> None:
         """Say goodbye, once the last report is sent."""
-        if self._messages is None:
-            return
-        self._messages.send({"left": True})
-        deadline = time.monotonic() + 1.0
-        while not self._messages.flush() and time.monotonic() < deadline:
-            time.sleep(0.02)
-        self._messages.close()
-        self._messages = None
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            send(writer, {"left": True})
+            writer.close()
+            with suppress(OSError):
+                async with asyncio.timeout(1.0):
+                    await writer.wait_closed()
 
 
 def _important(report: RankReport) -> tuple[object, ...]:

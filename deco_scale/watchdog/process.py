@@ -2,7 +2,6 @@
 
 import os
 import re
-import select
 import signal
 import time
 from contextlib import suppress
@@ -33,18 +32,18 @@ class ProcessIdentity:
 
     @property
     def running(self) -> bool:
-        """Whether it runs on this machine; a zombie does not."""
+        """Whether it runs on this machine; a zombie does not. Raises ``OSError`` where that cannot be read."""
         try:
             state, started = _stat(self.pid)
             return started == self.started and state not in "ZX" and _boot() == self.boot
-        except OSError:
+        except (FileNotFoundError, ProcessLookupError):
             return False
 
-    def kill(self) -> None:
-        """SIGKILL, if it runs on this machine."""
-        if self.running:
-            with suppress(OSError):
-                os.kill(self.pid, signal.SIGKILL)
+    def send(self, number: signal.Signals) -> None:
+        """Send it a signal, if it runs on this machine."""
+        with suppress(OSError):
+            if self.running:
+                os.kill(self.pid, number)
 
 
 def _stat(pid: int) -> tuple[str, int]:
@@ -65,23 +64,15 @@ class TrainerProcess:
 
     def __init__(self, identity: ProcessIdentity, dump: int) -> None:
         self.identity, self.dump = identity, dump
-        self.pidfd: int | None = None
-        with suppress(OSError, AttributeError):  # a kernel before 5.3, or a sandbox
-            self.pidfd = os.pidfd_open(self.identity.pid)
-        # The pid may have been reused before it was opened.
-        self._gone = not self.identity.running
-        self._children: set[ProcessIdentity] = set()
+        self._gone = False
+        self._children: set[psutil.Process] = set()
 
     @property
     def gone(self) -> bool:
         """Whether it has exited; a zombie has."""
         if not self._gone:
-            if self.pidfd is None:
+            with suppress(OSError):  # where no file can be opened, it may still run
                 self._gone = not self.identity.running
-            else:
-                poll = select.poll()
-                poll.register(self.pidfd, select.POLLIN)
-                self._gone = bool(poll.poll(0))
         return self._gone
 
     def state(self) -> str:
@@ -101,15 +92,11 @@ class TrainerProcess:
 
     def track_children(self) -> None:
         """Remember its descendants: after its exit nothing shows that they were its own."""
-        if self.gone:
-            return
-        children: set[ProcessIdentity] = set()
-        with suppress(psutil.Error):
-            for child in psutil.Process(self.identity.pid).children(recursive=True):
-                if child.pid != os.getpid():
-                    with suppress(OSError):
-                        children.add(ProcessIdentity.of(child.pid))
-        self._children = {child for child in self._children if child.running} | children
+        if not self.gone:
+            with suppress(psutil.Error):
+                children = psutil.Process(self.identity.pid).children(recursive=True)
+                self._children.update(child for child in children if child.pid != os.getpid())
+        self._children = {child for child in self._children if child.is_running()}
 
     def stacks(self) -> str:
         """Stacks of all its threads; raises ``TimeoutError`` saying why there are none.
@@ -119,9 +106,9 @@ class TrainerProcess:
         if self.gone:
             raise TimeoutError("the process is gone")
         before, state = os.fstat(self.dump).st_size, self.state()
-        self._send(DUMP_SIGNAL)
+        self.identity.send(DUMP_SIGNAL)
         if state == "T":
-            self._send(signal.SIGCONT)
+            self.identity.send(signal.SIGCONT)
         deadline = time.monotonic() + DUMP_S
         size, steady = before, 0
         while time.monotonic() < deadline and steady < 3 and not self.gone:
@@ -137,7 +124,7 @@ class TrainerProcess:
     def kill(self) -> bool:
         """SIGKILL to it and its descendants; returns whether it is gone soon after."""
         self.track_children()
-        self._send(signal.SIGKILL)
+        self.identity.send(signal.SIGKILL)
         # The second time for those that were started meanwhile.
         for _ in range(2):
             self.kill_children()
@@ -147,7 +134,8 @@ class TrainerProcess:
         """SIGKILL to what it started and left behind."""
         self.track_children()
         for child in self._children:
-            child.kill()
+            with suppress(psutil.Error):
+                child.kill()
 
     def wait(self, seconds: float) -> bool:
         """Whether it is gone within this time."""
@@ -157,13 +145,6 @@ class TrainerProcess:
                 return False
             time.sleep(0.02)
         return True
-
-    def _send(self, number: signal.Signals) -> None:
-        with suppress(OSError):
-            if self.pidfd is not None:
-                signal.pidfd_send_signal(self.pidfd, number)
-            elif self.identity.running:
-                os.kill(self.identity.pid, number)
 
 
 def innermost_frames(dump: str, count: int = 4) -> str:

@@ -1,7 +1,7 @@
-"""What sidecars of different ranks send each other: JSON objects, one per line, over non-blocking connections."""
+"""What sidecars of different ranks send each other: JSON objects, one per line, over asyncio's streams."""
 
 import json
-import socket
+from asyncio import StreamReader, StreamWriter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from typing import Any, Literal, get_args, get_origin
@@ -9,76 +9,31 @@ from typing import Any, Literal, get_args, get_origin
 from deco_scale.watchdog.diagnosis import Fault, RankReport
 from deco_scale.watchdog.process import ProcessIdentity
 
+LOCALHOST = "127.0.0.1"
 MAX_LINE = 64 * 1024
+"""Bytes of the longest line accepted: neither side can fill the other's memory."""
 MAX_STACK = 2000
 """Characters of the innermost frames."""
-MALFORMED = (KeyError, TypeError, ValueError, OverflowError)
-"""Errors that reading a message of any other form raises."""
+BROKEN = (OSError, KeyError, TypeError, ValueError, OverflowError, RecursionError)
+"""Errors that receiving and parsing a message raises: the connection has ended, or what came is no message."""
 _MAX_UNSENT = 2**20
 
 
-class MessageSocket:
-    """A connection; :attr:`closed` once the other side ended it, sent something malformed, or does not read.
+async def receive(reader: StreamReader) -> dict[str, Any]:
+    """The next message; raises one of :data:`BROKEN`."""
+    message = json.loads(await reader.readline())
+    if not isinstance(message, dict):
+        raise TypeError(f"expected an object, not {message!r}")
+    return message
 
-    ``limit`` is the longest line accepted, in bytes; neither side can fill the other's memory.
-    """
 
-    def __init__(self, sock: socket.socket, *, limit: int = MAX_LINE) -> None:
-        sock.setblocking(False)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.sock, self.limit = sock, limit
-        self.closed = False
-        self._in = self._out = b""
-
-    def receive(self) -> list[dict[str, Any]]:
-        """Messages that have arrived in full, also those before the connection was closed."""
-        try:
-            for _ in range(4):
-                chunk = self.sock.recv(MAX_LINE)
-                self._in += chunk
-                self.closed = self.closed or not chunk
-                if len(chunk) < MAX_LINE:
-                    break
-        except (BlockingIOError, InterruptedError):
-            pass
-        except OSError:
-            self.closed = True
-        *lines, self._in = self._in.split(b"\n")
-        messages: list[dict[str, Any]] = []
-        for line in lines:
-            try:
-                message = json.loads(line) if len(line) <= self.limit else None
-            except (ValueError, RecursionError):
-                message = None
-            if not isinstance(message, dict):
-                self.closed = True
-                break
-            messages.append(message)
-        self.closed = self.closed or len(self._in) > self.limit
-        return messages
-
-    def send(self, message: Mapping[str, Any]) -> None:
-        """Send now as far as possible; the rest waits for :meth:`flush`."""
-        line = json.dumps(message).encode() + b"\n"
-        assert len(line) <= MAX_LINE, f"a message of {len(line)} bytes"
-        self._out += line
-        self.closed = self.closed or len(self._out) > _MAX_UNSENT
-        self.flush()
-
-    def flush(self) -> bool:
-        """Send what is pending; True once nothing is left."""
-        while self._out and not self.closed:
-            try:
-                self._out = self._out[self.sock.send(self._out) :]
-            except (BlockingIOError, InterruptedError):
-                return False
-            except OSError:
-                self.closed = True
-        return not self._out
-
-    def close(self) -> None:
-        self.closed = True
-        self.sock.close()
+def send(writer: StreamWriter, message: Mapping[str, Any]) -> None:
+    """Send now as far as possible, and the rest later; closes the connection of a reader that does not read."""
+    line = json.dumps(message).encode() + b"\n"
+    assert len(line) <= MAX_LINE, f"a message of {len(line)} bytes"
+    writer.write(line)
+    if writer.transport.get_write_buffer_size() > _MAX_UNSENT:
+        writer.transport.abort()
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +73,7 @@ class TerminateOrder:
 
 
 def parse(kind: Any, raw: Any) -> Any:
-    """JSON as a dataclass, a tuple of them, a literal or a plain type; raises one of :data:`MALFORMED`."""
+    """JSON as a dataclass, a tuple of them, a literal or a plain type; raises one of :data:`BROKEN`."""
     if isinstance(kind, type) and is_dataclass(kind):
         return kind(**{each.name: parse(each.type, raw[each.name]) for each in fields(kind)})
     if get_origin(kind) is tuple:

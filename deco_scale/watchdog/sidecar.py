@@ -4,29 +4,28 @@ It shares no thread, lock or session with the trainer, so that it survives whate
 ignores the signals that launchers send to process groups, and exits at most :data:`LAST_S` after its trainer.
 """
 
-import json
+import asyncio
 import os
-import selectors
 import signal
-import socket
 import sys
 import time
 from concurrent.futures import wait
 from contextlib import suppress
 from dataclasses import asdict, replace
-from pathlib import Path
+from multiprocessing.connection import Connection
 from typing import Any
 
+from deco_scale.errors import RunError
 from deco_scale.watchdog.artifacts import ALERT_S, FaultArtifacts, log_to_stderr, start_alert
 from deco_scale.watchdog.config import WatchdogConfig
 from deco_scale.watchdog.coordinator import Coordinator
 from deco_scale.watchdog.diagnosis import MAX_REASON, NO_FAULT, RankReport
 from deco_scale.watchdog.heartbeat import PHASES, HeartbeatPage
 from deco_scale.watchdog.peer import Peer
-from deco_scale.watchdog.process import ProcessIdentity, TrainerProcess, innermost_frames
-from deco_scale.watchdog.protocol import Member, TerminateOrder, parse
+from deco_scale.watchdog.process import TrainerProcess, innermost_frames
+from deco_scale.watchdog.protocol import LOCALHOST, Member, TerminateOrder
 
-TICK_S = 0.2
+TICK_S = 0.1
 LAST_S = 8.0
 """How long it may outlive the trainer, whatever happens."""
 START_S = 60.0
@@ -36,23 +35,65 @@ _IGNORED = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGTSTP", "SIG
 
 
 class Sidecar:
-    """Watches ``trainer`` and carries out the order to terminate it."""
+    """Watches the trainer of ``me`` and carries out the order to terminate it.
+
+    ``pipe`` leads to the trainer; ``page`` and ``dump`` are descriptors of its heartbeat page and its stacks.
+    """
 
     def __init__(
-        self,
-        me: Member,
-        page: HeartbeatPage,
-        trainer: TrainerProcess,
-        artifacts: FaultArtifacts,
-        webhook_env: str | None,
+        self, pipe: Any, *, me: Member, page: int, dump: int, artifacts: FaultArtifacts, webhook_env: str | None
     ) -> None:
-        self._me, self._page, self._trainer, self._artifacts = me, page, trainer, artifacts
-        self._webhook_env = webhook_env
+        self._pipe, self._me, self._artifacts, self._webhook_env = pipe, me, artifacts, webhook_env
+        self._page, self._trainer = HeartbeatPage.map(page), TrainerProcess(me.trainer, dump)
         self._clock, self._seconds = time.monotonic(), 0.0
-        self._progress, self._progress_at = (page.count, page.exited), 0.0
+        self._progress, self._progress_at = (self._page.count, self._page.exited), 0.0
         self._stopped_at: float | None = None
         self._finished_at: float | None = None
         self._children_at = 0.0
+
+    async def run(
+        self,
+        cfg: WatchdogConfig,
+        *,
+        world_size: int,
+        coordinator: Member,
+        host: str,
+        token: str,
+        port: int | None = None,
+    ) -> int:
+        """Join the other sidecars, then watch; returns the exit code. Without a port, open it for the others."""
+        link: Coordinator | Peer
+        try:
+            if port is None:
+                link = Coordinator(cfg, self._me, world_size=world_size, token=token, clock=self.now)
+                await link.listen(local=host == LOCALHOST)
+                self._answer(link.port)
+                await self._gather(link)
+            else:
+                link = Peer(cfg, self._me, coordinator, clock=self.now)
+                await link.connect(host, port, token, START_S)
+        except OSError as error:
+            self._answer(RunError(str(error)))
+            return 1
+        self._answer("ready")
+        await self._watch(link)
+        return 0
+
+    async def _gather(self, link: Coordinator) -> None:
+        """Wait for the sidecars of all ranks; raises ``OSError`` naming those that are missing."""
+        deadline = time.monotonic() + START_S
+        while link.missing:
+            await asyncio.sleep(TICK_S)
+            if time.monotonic() > deadline and link.missing:
+                missing = ", ".join(map(str, link.missing[:20]))
+                raise TimeoutError(f"the sidecars of ranks {missing} did not connect within {START_S:g} s")
+            if self._trainer.gone:
+                raise ConnectionError("the trainer is gone")
+
+    def _answer(self, answer: object) -> None:
+        """Tell the trainer, which may be gone."""
+        with suppress(OSError):
+            self._pipe.send(answer)
 
     def now(self) -> float:
         """Seconds, counting a pause of the machine or of this process as two at most."""
@@ -60,24 +101,20 @@ class Sidecar:
         self._seconds += min(self._clock - before, 2.0)
         return self._seconds
 
-    def watch(self, link: Coordinator | Peer) -> None:
+    async def _watch(self, link: Coordinator | Peer) -> None:
         """Until the trainer is gone or asks the sidecar to exit, or the job is terminated."""
-        if not self._trainer.gone and self._trainer.pidfd is not None:
-            link.selector.register(self._trainer.pidfd, selectors.EVENT_READ)
-        now = self.now()
         while True:
-            link.wait(TICK_S, now)
-            now = self.now()
+            await asyncio.sleep(TICK_S)
             self._page.alive_count += 1
-            report = self._observe(now)
-            order = link.tick(now, report)
+            report = self._observe(self.now())
+            order = link.tick(report)
             if order is not None:
-                self._terminate(order, link, report)
+                await self._terminate(order, link, report)
                 return
             if self._may_exit(link, report):
                 if report.code not in NO_FAULT:
                     self._trainer.kill_children()
-                link.close(now)
+                await link.close()
                 return
 
     def _observe(self, now: float) -> RankReport:
@@ -112,17 +149,10 @@ class Sidecar:
             return False
         if self._finished_at is None:
             self._finished_at = time.monotonic()
-            self._stop_waking(link)
         since_s = time.monotonic() - self._finished_at
         return since_s > LAST_S or (exit_reported and link.may_exit(since_s))
 
-    def _stop_waking(self, link: Coordinator | Peer) -> None:
-        """The exit of the trainer ends no wait any more; otherwise every later one would end at once."""
-        pidfd = self._trainer.pidfd
-        if pidfd is not None and pidfd in link.selector.get_map():
-            link.selector.unregister(pidfd)
-
-    def _terminate(self, order: TerminateOrder, link: Coordinator | Peer, report: RankReport) -> None:
+    async def _terminate(self, order: TerminateOrder, link: Coordinator | Peer, report: RankReport) -> None:
         writes_event = order.report is not None and self._artifacts.claim_event(self._me.rank)
         line = ""
         stack: str | None = None
@@ -130,22 +160,21 @@ class Sidecar:
             stack = self._dump(order, report)
             link.send_stack(stack)
             if writes_event and order.fault.rank != self._me.rank:
-                stack = link.stack_of(order.fault.rank, 2.5, self.now())
+                stack = await link.stack_of(order.fault.rank, 2.5)
         if writes_event:
             # Of an error, rank 0 writes the event itself where it reported its exit.
             line = self._artifacts.write_event(order, stack, end=self._me.rank == 0 and report.code is None)
         if order.fault.kind == "error":
-            answer({"exit": order.fault.code})
+            self._answer(order.fault.code)
             self._trainer.wait(1.5)
-        self._stop_waking(link)
         if not self._trainer.kill():
             pid, state = self._me.trainer.pid, self._trainer.state()
             log_to_stderr(f"rank {self._me.rank}: process {pid} survives SIGKILL (state {state})")
         for orphan in order.orphans:
-            orphan.trainer.kill()
-            orphan.sidecar.kill()
+            orphan.trainer.send(signal.SIGKILL)
+            orphan.sidecar.send(signal.SIGKILL)
         alert = start_alert(self._webhook_env, line) if line and self._webhook_env is not None else None
-        link.close(self.now(), linger_s=4.0)
+        await link.close(linger_s=4.0)
         if alert is not None:
             wait([alert], ALERT_S)
 
@@ -171,55 +200,13 @@ class Sidecar:
         return innermost_frames(stacks) or stacks.strip()
 
 
-def answer(message: dict[str, Any]) -> None:
-    """Write a line to the trainer, which may be gone."""
-    with suppress(OSError):
-        os.write(1, json.dumps(message).encode() + b"\n")
-
-
 def main() -> int:
     for name in _IGNORED:
         signal.signal(getattr(signal, name), signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
-    raw = json.loads(sys.stdin.readline())
-    sys.stdin.close()
-    cfg = WatchdogConfig(timeout_s=raw["timeout_s"], slow_timeout_s=raw["slow_timeout_s"])
-    identity: ProcessIdentity = parse(ProcessIdentity, raw["trainer"])
-    me = Member(raw["rank"], socket.gethostname(), identity, ProcessIdentity.of(os.getpid()))
-    artifacts = FaultArtifacts(Path(raw["run_dir"]), raw["shown"], raw["started"])
-    trainer = TrainerProcess(identity, raw["dump"])
-    sidecar = Sidecar(me, HeartbeatPage.map(raw["page"]), trainer, artifacts, raw["webhook_env"])
-    try:
-        if me.rank == 0:
-            link: Coordinator | Peer = _gather_peers(raw, cfg, me, sidecar, trainer)
-        else:
-            link = Peer(cfg, me, parse(Member, raw["coordinator"]), now=sidecar.now())
-            link.connect(raw["host"], raw["port"], raw["token"], START_S)
-        answer({"ready": True})
-    except OSError as error:
-        answer({"error": str(error)})
-        return 1
-    sidecar.watch(link)
-    return 0
-
-
-def _gather_peers(
-    raw: dict[str, Any], cfg: WatchdogConfig, me: Member, sidecar: Sidecar, trainer: TrainerProcess
-) -> Coordinator:
-    """Wait for the sidecars of all ranks; raises ``OSError`` naming those that are missing."""
-    coordinator = Coordinator(
-        cfg, me, world_size=raw["world_size"], token=raw["token"], local=raw["local"], now=sidecar.now()
-    )
-    answer({"port": coordinator.port, "member": asdict(me)})
-    deadline = time.monotonic() + START_S
-    while coordinator.missing:
-        coordinator.wait(TICK_S, sidecar.now())
-        if time.monotonic() > deadline and coordinator.missing:
-            missing = ", ".join(map(str, coordinator.missing[:20]))
-            raise TimeoutError(f"the sidecars of ranks {missing} did not connect within {START_S:g} s")
-        if trainer.gone:
-            raise ConnectionError("the trainer is gone")
-    return coordinator
+    pipe: Any = Connection(int(sys.argv[1]))
+    settings, job = pipe.recv()
+    return asyncio.run(Sidecar(pipe, **settings).run(**job))
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ connection.
 
 import ctypes
 import itertools
-import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -32,14 +32,14 @@ class Shared:
 
     def __call__(self, value: Any) -> Any:
         self.count += 1
-        path = self.folder / f"shared_{self.count}.json"
+        path = self.folder / f"shared_{self.count}.pickle"
         if self.rank == 0:
-            path.with_suffix(".part").write_text(json.dumps(value))
+            path.with_suffix(".part").write_bytes(pickle.dumps(value))
             path.with_suffix(".part").rename(path)
             return value
         while not path.exists():
             time.sleep(0.01)
-        return json.loads(path.read_text())
+        return pickle.loads(path.read_bytes())  # noqa: S301  # written above
 
 
 def sleeps_in_the_lock() -> None:

@@ -1,7 +1,7 @@
 """Near ties between causes, and what the coordinator concludes from peers that leave, are lost or never came."""
 
+import asyncio
 import os
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -83,54 +83,57 @@ class Job:
 
     def __init__(self, world_size: int) -> None:
         me = ProcessIdentity.of(os.getpid())
+        self.now = 0.0
+        self.runner = asyncio.Runner()
         self.members = [
             Member(rank, f"node{rank}", ProcessIdentity(rank, 1, me.boot), me) for rank in range(world_size)
         ]
         self.coordinator = Coordinator(
-            CFG, self.members[0], world_size=world_size, token="token", local=True, now=0.0
+            CFG, self.members[0], world_size=world_size, token="token", clock=lambda: self.now
         )
         self.peers = {
-            rank: Peer(CFG, self.members[rank], self.members[0], now=0.0) for rank in range(1, world_size)
+            rank: Peer(CFG, self.members[rank], self.members[0], clock=lambda: self.now)
+            for rank in range(1, world_size)
         }
 
-    def connect(self) -> None:
-        threads = [
-            threading.Thread(target=peer.connect, args=("127.0.0.1", self.coordinator.port, "token", 5.0))
-            for peer in self.peers.values()
-        ]
-        for thread in threads:
-            thread.start()
-        while self.coordinator.missing:
-            self.coordinator.wait(0.01, 0.0)
-        for thread in threads:
-            thread.join()
+    async def connect(self) -> None:
+        await self.coordinator.listen(local=True)
+        port = self.coordinator.port
+        await asyncio.gather(*(peer.connect("127.0.0.1", port, "token", 5.0) for peer in self.peers.values()))
+        assert not self.coordinator.missing
 
     def run(self, start: float, seconds: float, **reports: dict[str, Any]) -> TerminateOrder | None:
         """The first order; ``rank_1={...}`` is what a rank reports, other peers are healthy."""
+        return self.runner.run(self._run(start, seconds, reports))
+
+    async def _run(self, start: float, seconds: float, reports: dict[str, Any]) -> TerminateOrder | None:
         for tick in range(int(seconds * 10)):
-            now = start + tick / 10
+            self.now = start + tick / 10
             for rank, peer in self.peers.items():
-                peer.tick(now, RankReport(rank=rank, **{"phase": "step", **reports.get(f"rank_{rank}", {})}))
-            # Twice: data from another socket of this process is there, but one wait may see only some of it.
-            self.coordinator.wait(0.005, now)
-            self.coordinator.wait(0.0, now)
-            order = self.coordinator.tick(now, RankReport(rank=0, phase="step"))
+                peer.tick(RankReport(rank=rank, **{"phase": "step", **reports.get(f"rank_{rank}", {})}))
+            await asyncio.sleep(0.005)
+            order = self.coordinator.tick(RankReport(rank=0, phase="step"))
             if order is not None:
                 return order
         return None
+
+    def leave(self, rank: int) -> None:
+        self.runner.run(self.peers.pop(rank).close())
+
+    def cut_off(self, rank: int) -> None:
+        self.peers.pop(rank)._writer.transport.abort()
 
 
 @contextmanager
 def job_of(world_size: int, *, connect: bool = True) -> Iterator[Job]:
     job = Job(world_size)
-    try:
+    with job.runner as runner:
         if connect:
-            job.connect()
+            runner.run(job.connect())
         yield job
-    finally:
         for peer in job.peers.values():
-            peer.close(0.0)
-        job.coordinator.close(0.0)
+            runner.run(peer.close())
+        runner.run(job.coordinator.close())
 
 
 def test_nothing_is_decided_before_all_sidecars_connected() -> None:
@@ -141,7 +144,7 @@ def test_nothing_is_decided_before_all_sidecars_connected() -> None:
 
 def test_a_closed_connection_without_a_goodbye_is_a_lost_rank() -> None:
     with job_of(3) as job:
-        job.peers.pop(1)._messages.close()
+        job.cut_off(1)
         order = job.run(1.0, 5.0)
         assert (order.fault.kind, order.member.rank) == ("lost", 1)
         assert order.orphans == (job.members[1],)
@@ -149,14 +152,14 @@ def test_a_closed_connection_without_a_goodbye_is_a_lost_rank() -> None:
 
 def test_a_goodbye_is_no_fault() -> None:
     with job_of(3) as job:
-        job.peers.pop(1).close(0.0)
+        job.leave(1)
         assert job.run(1.0, 5.0) is None
 
 
 def test_orphans_are_all_ranks_whose_sidecar_is_not_connected() -> None:
     """Rank 2 is gone and the sidecar of rank 1 is lost: neighbours end both trainers."""
     with job_of(4) as job:
-        job.peers.pop(1)._messages.close()
+        job.cut_off(1)
         order = job.run(1.0, 5.0, rank_2={"gone": True})
         assert (order.fault.kind, order.member.rank) == ("lost", 2)
         assert [orphan.rank for orphan in order.orphans] == [1, 2]
@@ -170,6 +173,6 @@ def test_rank_0_lingers_for_the_others_and_longer_while_something_is_wrong() -> 
         assert job.run(2.0, SETTLE_S / 2, rank_1={"gone": True}) is None
         assert not job.coordinator.may_exit(LINGER_S + 0.1)
     with job_of(2) as job:
-        job.peers.pop(1).close(0.0)
+        job.leave(1)
         assert job.run(1.0, 0.5) is None
         assert job.coordinator.may_exit(0.0)

@@ -1,10 +1,11 @@
 """The watchdog's shared page, messages between sidecars, and who is let in; without processes."""
 
+import asyncio
 import json
 import os
 import socket
-import threading
-from contextlib import suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -18,11 +19,9 @@ from deco_scale.watchdog.diagnosis import Fault, RankReport
 from deco_scale.watchdog.heartbeat import PHASES, ExitReport, HeartbeatPage
 from deco_scale.watchdog.peer import Peer
 from deco_scale.watchdog.process import ProcessIdentity, innermost_frames
-from deco_scale.watchdog.protocol import MALFORMED, MAX_LINE, Member, MessageSocket, TerminateOrder, parse
+from deco_scale.watchdog.protocol import BROKEN, MAX_LINE, Member, TerminateOrder, parse, receive, send
 
 CFG = WatchdogConfig(timeout_s=300.0, slow_timeout_s=3600.0)
-RANKS = 4
-START = 1000.0
 
 
 @given(
@@ -56,100 +55,133 @@ def test_a_long_reason_is_cut() -> None:
     os.close(page.descriptor)
 
 
-def pair() -> tuple[MessageSocket, socket.socket]:
-    server = socket.create_server(("127.0.0.1", 0))
-    other = socket.create_connection(server.getsockname())
-    mine, _ = server.accept()
-    server.close()
-    other.settimeout(2)
-    return MessageSocket(mine), other
+async def received(data: bytes) -> list[Any]:
+    """Messages that a reader has of the data before it gives up."""
+    reader, found = asyncio.StreamReader(limit=MAX_LINE), []
+    reader.feed_data(data)
+    with suppress(*BROKEN):
+        while True:
+            found.append(await asyncio.wait_for(receive(reader), 2))
+    return found
 
 
 @pytest.mark.parametrize(
     "data", [b"x" * (MAX_LINE + 1), b"[1]\n", b"\xff\n", b"{" * 60_000 + b"\n", b"\n", b"1" * 9000 + b"\n"]
 )
 def test_what_is_no_message_closes_the_connection(data: bytes) -> None:
-    line, other = pair()
-    sender = threading.Thread(target=other.sendall, args=(b'{"first": 1}\n' + data,))
-    sender.start()
-    sender.join()
-    found: list[Any] = []
-    for _ in range(200):
-        found += line.receive()
-        if line.closed:
-            break
-    assert line.closed and found == [{"first": 1}]
-    line.close()
-    other.close()
+    async def said() -> list[Any]:
+        async with a_coordinator("right") as coordinator:
+            reader, writer = await asyncio.open_connection("127.0.0.1", coordinator.port)
+            hello = json.dumps({"token": "right", "member": asdict(MEMBERS[1])}).encode()
+            writer.write(hello + b"\n" + data + b"\n")
+            with suppress(ConnectionError):
+                await asyncio.wait_for(reader.read(), 5)
+            assert coordinator.missing == []
+            return await received(b'{"first": 1}\n' + data + b"\n")
+
+    assert asyncio.run(said()) == [{"first": 1}]
 
 
 def test_a_reader_that_stalls_blocks_no_other() -> None:
-    line, other = pair()
-    for _ in range(1000):
-        line.send({"text": "x" * 60_000})
-        if line.closed:
-            break
-    assert line.closed
-    line.close()
-    other.close()
+    async def send_much() -> bool:
+        async with await asyncio.start_server(lambda reader, writer: None, "127.0.0.1", 0) as server:
+            _, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+            for _ in range(1000):
+                send(writer, {"text": "x" * 60_000})
+                if writer.transport.is_closing():
+                    return True
+        return False
+
+    assert asyncio.run(send_much())
+
+
+ME = ProcessIdentity.of(os.getpid())
+MEMBERS = [Member(rank, f"node{rank}", ME, ME) for rank in range(3)]
+
+
+@asynccontextmanager
+async def a_coordinator(token: str) -> AsyncIterator[Coordinator]:
+    coordinator = Coordinator(CFG, MEMBERS[0], world_size=2, token=token, clock=lambda: 0.0)
+    await coordinator.listen(local=True)
+    yield coordinator
+    await coordinator.close()
 
 
 def test_only_the_token_lets_a_rank_in_and_only_once() -> None:
-    me = ProcessIdentity.of(os.getpid())
-    members = [Member(rank, "node", me, me) for rank in range(3)]
-    coordinator = Coordinator(CFG, members[0], world_size=2, token="right", local=True, now=0.0)
-    entered = False
-    for token, member, welcome in (
-        ("wrong", members[1], False),
-        ("", members[1], False),
-        ("right", members[0], False),
-        ("right", members[2], False),
-        ("right", members[1], True),
-        ("right", members[1], False),
-    ):
-        with socket.create_connection(("127.0.0.1", coordinator.port)) as other:
-            other.sendall(json.dumps({"token": token, "member": asdict(member)}).encode() + b"\n")
-            other.settimeout(0.01)
-            said = None
-            for _ in range(100):
-                coordinator.wait(0.01, 0.0)
-                with suppress(TimeoutError, ConnectionError):
-                    said = other.recv(100)
-                    break
-            assert said is not None and (said == b'{"welcome": true}\n') == welcome
-            entered = entered or welcome
-            assert coordinator.missing == ([] if entered else [1])
-    coordinator.close(0.0)
+    async def try_all() -> int:
+        entered = False
+        async with a_coordinator("right") as coordinator:
+            for token, member, welcome in (
+                ("wrong", MEMBERS[1], False),
+                ("", MEMBERS[1], False),
+                ("right", MEMBERS[0], False),
+                ("right", MEMBERS[2], False),
+                ("right", MEMBERS[1], True),
+                ("right", MEMBERS[1], False),
+            ):
+                reader, writer = await asyncio.open_connection("127.0.0.1", coordinator.port)
+                writer.write(json.dumps({"token": token, "member": asdict(member)}).encode() + b"\n")
+                said = await asyncio.wait_for(reader.readline(), 5)
+                assert (said == b'{"welcome": true}\n') == welcome and (welcome or said == b"")
+                entered = entered or welcome
+                assert coordinator.missing == ([] if entered else [1])
+                writer.close()
+            return coordinator.port
+
     with pytest.raises(ConnectionRefusedError):
-        socket.create_connection(("127.0.0.1", coordinator.port))
+        socket.create_connection(("127.0.0.1", asyncio.run(try_all())))
 
 
 @pytest.mark.parametrize("leaves", [False, True])
 def test_a_peer_decides_alone_once_the_coordinator_is_lost_or_has_left(leaves: bool) -> None:
-    me = ProcessIdentity.of(os.getpid())
-    members = [Member(rank, f"node{rank}", me, me) for rank in range(2)]
-    coordinator = Coordinator(CFG, members[0], world_size=2, token="right", local=True, now=0.0)
-    peer = Peer(CFG, members[1], members[0], now=0.0)
-    joined = threading.Thread(target=peer.connect, args=("127.0.0.1", coordinator.port, "right", 5.0))
-    joined.start()
-    while coordinator.missing:
-        coordinator.wait(0.01, 0.0)
-    joined.join()
-    if leaves:
-        coordinator.close(0.0)
-    else:
-        for connection in list(coordinator._connections.values()):
-            connection.messages.close()
-    orders: list[TerminateOrder] = []
-    for tick in range(400):
-        peer.wait(0.002, tick)
-        report = RankReport(rank=1, phase="step", step=3, silent_s=301.0 if tick > 300 else 0.0)
-        orders += filter(None, [peer.tick(float(tick), report)])
-    (order,) = orders
+    now = 0.0
+
+    async def orders() -> list[TerminateOrder]:
+        nonlocal now
+        async with a_coordinator("right") as coordinator:
+            found: list[TerminateOrder] = []
+            peer = Peer(CFG, MEMBERS[1], MEMBERS[0], clock=lambda: now)
+            await peer.connect("127.0.0.1", coordinator.port, "right", 5.0)
+            if leaves:
+                await coordinator.close()
+            else:
+                coordinator._writers[1].transport.abort()
+            for tick in range(400):
+                now = float(tick)
+                await asyncio.sleep(0.002)
+                silent_s = 301.0 if tick > 300 else 0.0
+                found += filter(None, [peer.tick(RankReport(rank=1, phase="step", step=3, silent_s=silent_s))])
+        return found
+
+    (order,) = asyncio.run(orders())
     assert order.report is not None and (order.fault.kind, order.member.rank) == (
         ("hang", 1) if leaves else ("lost", 0)
     )
     assert order.member.host == f"node{order.member.rank}" and bool(order.orphans) != leaves
+
+
+def test_a_silent_coordinator_is_lost() -> None:
+    now = 0.0
+
+    async def order() -> TerminateOrder | None:
+        nonlocal now
+        async with a_coordinator("right") as coordinator:
+            peer = Peer(CFG, MEMBERS[1], MEMBERS[0], clock=lambda: now)
+            await peer.connect("127.0.0.1", coordinator.port, "right", 5.0)
+            report = RankReport(rank=1, phase="step", step=3)
+            now = CFG.timeout_s - 1
+            assert peer.tick(report) is None
+            coordinator._send_all({"alive": True})
+            await asyncio.sleep(0.05)
+            now += CFG.timeout_s - 1
+            assert peer.tick(report) is None
+            now += 2
+            assert peer.tick(report) is None
+            now += 2
+            return peer.tick(report)
+
+    found = asyncio.run(order())
+    assert found.fault.kind == "lost" and found.member.rank == 0 and "silent for 301.0 s" in found.text
 
 
 @settings(deadline=None)
@@ -160,7 +192,7 @@ def test_a_peer_decides_alone_once_the_coordinator_is_lost_or_has_left(leaves: b
 )
 def test_reports_and_orders_of_any_form_are_refused_in_one_way(raw: dict[str, Any]) -> None:
     for kind in (RankReport, TerminateOrder, Member):
-        with pytest.raises(MALFORMED):
+        with pytest.raises(BROKEN):
             parse(kind, raw)
 
 
