@@ -26,7 +26,7 @@ from benchmarks.measure import synchronise
 from benchmarks.train.steps import TrainingSteps
 from deco_scale.config import RunConfig, load_config
 from deco_scale.distributed.bootstrap import Environment
-from deco_scale.objectives.inputs import ObjectiveInputs
+from deco_scale.objectives.objective import ObjectiveInputs
 from deco_scale.parallel.engines.base import Update
 from deco_scale.training.inputs import Batch, split
 

@@ -15,7 +15,7 @@ from deco_scale.errors import ConfigError
 from deco_scale.kernels.select import Kernels
 from deco_scale.models.compile import limit_recompiles
 from deco_scale.objectives import Objective
-from deco_scale.objectives.inputs import ObjectiveInputs
+from deco_scale.objectives.objective import ObjectiveInputs
 from deco_scale.optim.adamw_ema import AdamWWithEMA, nan_if_nonfinite
 from deco_scale.optim.config import OptimizerConfig
 from deco_scale.parallel.engines.base import EMA_PREFIX, Update

@@ -28,16 +28,15 @@ from deco_scale.models.attention.autotune import BackendChoice, table_of
 from deco_scale.models.attention.dispatch import AttentionSetting, check_backend
 from deco_scale.models.tp_plan import check_tp
 from deco_scale.objectives import Objective
-from deco_scale.objectives.inputs import ObjectiveInputs
+from deco_scale.objectives.objective import ObjectiveInputs
 from deco_scale.parallel.engines.base import Engine, Update
 from deco_scale.parallel.mesh import ParallelDims, resolve_parallel_dims
 from deco_scale.training.inputs import Batch, InputBuilder, MicroBatch, pinned, split
 from deco_scale.training.prefetch import HostPrefetcher
 from deco_scale.training.train_step import StepResult, train_step
 from deco_scale.training.trainer import Data, Stage
-from launcher.build.data import data_opener, load_encoders, shared_over_tp, synthetic_opener
-from launcher.build.engine import build_engine
-from launcher.build.model import choose_attention, objective_builder, plan_fp8_linears
+from launcher.build.data import SyntheticData, load_encoders, open_loader, shared_over_tp
+from launcher.build.model import build_engine, choose_attention, objective_builder, plan_fp8_linears
 from launcher.build.trainer import derive_stages
 
 ENCODER_DIM = 768
@@ -207,18 +206,9 @@ def _checked(cfg: RunConfig, device: torch.device) -> Kernels:
 
 def _open(cfg: RunConfig, layout: ParallelDims, stage: Stage, data: bool) -> Data:
     if not data:
-        return synthetic_opener(layout)(stage.cfg, 0)
-    folder = Path(cfg.run.dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    opener = data_opener(
-        cfg.data,
-        layout,
-        patch_size=cfg.model.patch_size,
-        seed=cfg.run.seed,
-        quarantine=folder / "quarantine.jsonl",
-        text_identity=None,
-    )
-    return opener(stage.cfg, 0)
+        return SyntheticData(layout, stage.cfg, 0)
+    Path(cfg.run.dir).mkdir(parents=True, exist_ok=True)
+    return open_loader(cfg, layout, None, stage.cfg, 0)
 
 
 def _constant_features(

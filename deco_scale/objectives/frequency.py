@@ -14,6 +14,7 @@ from torch import Tensor
 from deco_scale.objectives.config import FrequencyMode
 
 BLOCK = 8
+CPU = torch.device("cpu")
 
 _LUMA = (
     (16, 11, 10, 16, 24, 40, 51, 61),
@@ -35,18 +36,14 @@ _CHROMA = (
 _YCBCR = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.081312))
 
 
-def dct_matrix(device: torch.device | None = None) -> Tensor:
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)
+def dct_matrix(device: torch.device = CPU) -> Tensor:
     """Orthonormal DCT-II as ``(8, 8)``, frequencies in rows; fp32 throughout, as in the release.
 
     Like the other constants of this file it is made and copied to a device once, since a copy in every step
     would wait for the device. Callers must not write to it.
     """
-    return _dct_matrix(device or torch.device("cpu"))
-
-
-@lru_cache(maxsize=16)
-@torch.inference_mode(False)
-def _dct_matrix(device: torch.device) -> Tensor:
     n = torch.arange(BLOCK, dtype=torch.float32, device="cpu")
     matrix = torch.cos(math.pi * (2 * n + 1) * n[:, None] / (2 * BLOCK))
     scale = torch.full((BLOCK, 1), math.sqrt(2 / BLOCK), device="cpu")
@@ -69,19 +66,10 @@ def block_transform(device: torch.device) -> Tensor:
     return torch.kron(matrix, matrix).to(device)
 
 
-def frequency_weights(
-    quality: float, *, gamma: float, mode: FrequencyMode, device: torch.device | None = None
-) -> Tensor:
-    """Weights ``(3, 8, 8)`` of Y, Cb, Cr, each with mean one.
-
-    ``quality`` is JPEG's, clamped to 1..100 as an integer; low quality spreads the weights more.
-    """
-    return _frequency_weights(max(1, min(100, int(quality))), gamma, mode, device or torch.device("cpu"))
-
-
 @lru_cache(maxsize=16)
 @torch.inference_mode(False)
-def _frequency_weights(quality: int, gamma: float, mode: FrequencyMode, device: torch.device) -> Tensor:
+def frequency_weights(quality: int, *, gamma: float, mode: FrequencyMode, device: torch.device = CPU) -> Tensor:
+    """Weights ``(3, 8, 8)`` of Y, Cb, Cr, each with mean one; low ``quality`` (JPEG's) spreads them."""
     scale = 5000 / quality if quality < 50 else 200 - 2 * quality
     tables = []
     for base in (_LUMA, _CHROMA, _CHROMA):

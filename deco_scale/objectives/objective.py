@@ -1,12 +1,15 @@
 """The training objective as one module: a denoiser, the REPA head, and their losses as named scalars.
 
 Engines wrap this module, so that its ``forward`` is all that a training step runs.
-Shape letters: B batch, C channels, Y X pixels, N patches, K values of a patch.
+Source of REPA: arXiv 2410.06940.
+Shape letters: B batch, C channels, Y X pixels, L text tokens, T text width, N patches, K values of a patch,
+D model width, F encoder width.
 """
 
-from typing import Protocol
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deco_scale.kernels.select import Kernels
@@ -20,29 +23,47 @@ from deco_scale.objectives.frequency import (
     frequency_loss,
     frequency_weights,
 )
-from deco_scale.objectives.repa import RepaHead, repa_loss
 
 LOSS_NAMES = ("loss", "loss_flow", "loss_freq", "loss_repa")
 
 
-class Tokens(Protocol):
-    """The tokens for which this process computes losses."""
+class ObjectiveInputs(NamedTuple):
+    """Arguments of :meth:`Objective.forward`, on the device.
+
+    ``image`` and ``noise`` (B, C, Y, X), times ``t`` (B,), ``condition`` (B, L, T) of text or labels (B,),
+    ``features`` (B, N, F) of the image encoder where REPA is on.
+    """
+
+    image: Tensor
+    noise: Tensor
+    t: Tensor
+    condition: Tensor
+    features: Tensor | None
+
+
+class Tokens:
+    """The tokens for which this process computes losses: all, unless tensor parallelism spreads them."""
 
     def own(self, x_BND: Tensor) -> Tensor:
         """Those tokens of a full sequence."""
-
-    def share(self, count: int) -> float:
-        """Their share of ``count`` tokens."""
-
-
-class AllTokens:
-    """This process computes the losses of all tokens."""
-
-    def own(self, x_BND: Tensor) -> Tensor:
         return x_BND
 
     def share(self, count: int) -> float:
+        """Their share of ``count`` tokens."""
         return 1.0
+
+
+class RepaHead(nn.Module):
+    """Three-layer SiLU MLP from model tokens to encoder tokens."""
+
+    def __init__(self, dim: int, encoder_dim: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, encoder_dim)
+        )
+
+    def forward(self, hidden_BND: Tensor) -> Tensor:
+        return self.layers(hidden_BND)
 
 
 class Objective(nn.Module):
@@ -54,11 +75,9 @@ class Objective(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.denoiser = denoiser
-        self.tokens: Tokens = AllTokens()
+        self.tokens = Tokens()
         self.repa_head: RepaHead | None = None
         if cfg.repa_weight > 0:
-            if cfg.repa_layer > denoiser.cfg.num_blocks:
-                raise ValueError(f"repa_layer={cfg.repa_layer} but the model has {denoiser.cfg.num_blocks} blocks")
             self.repa_head = RepaHead(denoiser.cfg.dim, encoder_dim)
 
     def forward(
@@ -79,13 +98,8 @@ class Objective(nn.Module):
         patches_BNK = patchify(noised(image_BCYX, noise_BCYX, t_B), model.patch_size)
         scored_BNK = self.tokens.own(patches_BNK)
         target_BNK = self._target(image_BCYX, noise_BCYX, scored_BNK, t_B)
-        out = self.denoiser(
-            patches_BNK,
-            t_B,
-            condition,
-            grid=grid,
-            hidden_after=self.cfg.repa_layer if self.repa_head is not None else 0,
-        )
+        hidden_after = self.cfg.repa_layer if self.repa_head is not None else 0
+        out = self.denoiser(patches_BNK, t_B, condition, grid=grid, hidden_after=hidden_after)
         velocity_BNK = out.prediction_BNK
         if self.cfg.prediction == "image":
             velocity_BNK = velocity_from_image(velocity_BNK, scored_BNK, t_B, self.cfg.t_eps)
@@ -132,15 +146,9 @@ class Objective(nn.Module):
         if self.kernels == "triton" and whole_blocks and model.channels == 3:
             from deco_scale.kernels.triton.losses import flow_and_frequency
 
-            flow, frequency = flow_and_frequency(
-                velocity_BNK,
-                target_BNK,
-                block_transform(device),
-                colour_matrix(device),
-                weights,
-                model.patch_size,
-            )
-            return {"loss_flow": flow, "loss_freq": frequency}
+            tables = block_transform(device), colour_matrix(device), weights
+            losses = flow_and_frequency(velocity_BNK, target_BNK, *tables, model.patch_size)
+            return dict(zip(("loss_flow", "loss_freq"), losses, strict=True))
         velocity_BNK = velocity_BNK.float()
         error_BNK = velocity_BNK - target_BNK
         if whole_blocks:
@@ -148,6 +156,20 @@ class Objective(nn.Module):
         else:
             error = unpatchify(error_BNK, grid, model.patch_size)
         return {"loss_flow": flow_loss(velocity_BNK, target_BNK), "loss_freq": frequency_loss(error, weights)}
+
+
+def repa_loss(projected_BNF: Tensor, features_BNF: Tensor) -> Tensor:
+    """Mean of one minus the cosine similarity, token by token, in fp32.
+
+    Raises ``ValueError`` when the encoder's tokens do not lie on the model's patch grid.
+    """
+    if projected_BNF.shape != features_BNF.shape:
+        raise ValueError(
+            f"encoder tokens {tuple(features_BNF.shape)} do not match the model's "
+            f"{tuple(projected_BNF.shape)}: the encoder must see one of its patches per model patch"
+        )
+    similarity = F.cosine_similarity(projected_BNF.float(), features_BNF.float(), dim=-1)
+    return (1.0 - similarity).mean()
 
 
 def drop_condition(condition: Tensor, null: Tensor, dropped_B: Tensor) -> Tensor:

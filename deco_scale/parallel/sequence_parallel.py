@@ -18,10 +18,11 @@ from torch import Tensor
 
 from deco_scale.models.compile import outside_graphs
 from deco_scale.models.tp_plan import part_sizes
+from deco_scale.objectives.objective import Tokens
 
 
 @dataclass(frozen=True)
-class TokenShard:
+class TokenShard(Tokens):
     """A tp group, and this rank's tokens in it."""
 
     group: dist.ProcessGroup

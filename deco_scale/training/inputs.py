@@ -14,7 +14,7 @@ from torch import Tensor
 from deco_scale.errors import RunError
 from deco_scale.objectives import ObjectiveConfig, drop_condition
 from deco_scale.objectives.flow_matching import base_time, shift_time
-from deco_scale.objectives.inputs import ObjectiveInputs
+from deco_scale.objectives.objective import ObjectiveInputs
 from deco_scale.training.noise import draw
 
 

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deco_scale.objectives import LOSS_NAMES
-from deco_scale.objectives.inputs import ObjectiveInputs
+from deco_scale.objectives.objective import ObjectiveInputs
 from deco_scale.parallel.engines.base import Engine
 
 

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from deco_scale.models import Denoiser, ModelConfig
 from deco_scale.objectives import Objective, ObjectiveConfig
-from deco_scale.objectives.inputs import ObjectiveInputs
+from deco_scale.objectives.objective import ObjectiveInputs
 from deco_scale.optim.config import OptimizerConfig
 from deco_scale.parallel.config import ParallelConfig, ZeroStage
 from deco_scale.parallel.engines.base import Engine

@@ -16,7 +16,7 @@ from torch.func import functional_call
 from deco_scale.models import Denoiser, ModelConfig
 from deco_scale.models.config import ActivationCheckpointing
 from deco_scale.objectives import Objective, ObjectiveConfig
-from deco_scale.objectives.inputs import ObjectiveInputs
+from deco_scale.objectives.objective import ObjectiveInputs
 from deco_scale.optim.config import OptimizerConfig
 from deco_scale.parallel.engines.base import Engine
 from deco_scale.parallel.mesh import ParallelDims

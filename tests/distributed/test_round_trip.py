@@ -33,7 +33,7 @@ def _visit(root: str, ways: dict[str, tuple[str, ...]]) -> None:
     from deco_scale.checkpoint.manager import CheckpointManager
     from deco_scale.models import Denoiser, ModelConfig
     from deco_scale.objectives import Objective, ObjectiveConfig
-    from deco_scale.objectives.inputs import ObjectiveInputs
+    from deco_scale.objectives.objective import ObjectiveInputs
     from deco_scale.optim.config import OptimizerConfig
     from deco_scale.parallel.engines.base import Engine
     from deco_scale.parallel.engines.deepspeed import DeepSpeedEngine

@@ -19,10 +19,10 @@ from deco_scale.checkpoint.format import read_tensors
 from deco_scale.models import ModelConfig
 from deco_scale.models.tp_plan import check_tp, part_sizes
 from deco_scale.objectives import Objective, ObjectiveConfig
-from deco_scale.objectives.inputs import ObjectiveInputs
+from deco_scale.objectives.objective import ObjectiveInputs
 from deco_scale.parallel.engines.base import Engine
 from deco_scale.parallel.sequence_parallel import TokenShard, encode_shared
-from deco_scale.planning.parameters import layout_rows
+from deco_scale.planning.memory import layout_rows
 from tests.support.assets import tiny_config
 from tests.support.process_groups import Job, full_tensor, in_group, run_jobs, trace, worst_difference
 from tests.support.sets import image_bytes, tar_of
@@ -40,8 +40,8 @@ def class_shards(folder: Path) -> Path:
     folder.mkdir()
     (folder / "a.tar").write_bytes(tar_of(members))
     store = open_store(str(folder))
-    index, report = build_index(store)
-    assert not report.problems and len(index) == 40
+    index, _ = build_index(store)
+    assert not index.problems and len(index) == 40
     save_index(store, index)
     return folder
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from deco_scale.models import Denoiser, ModelConfig
 from deco_scale.objectives import Objective, ObjectiveConfig
-from deco_scale.objectives.inputs import ObjectiveInputs
+from deco_scale.objectives.objective import ObjectiveInputs
 from deco_scale.parallel.init_weights import initial_tensors
 from deco_scale.precision.config import PrecisionConfig, autocast
 from deco_scale.precision.fp8 import apply_fp8

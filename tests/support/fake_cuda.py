@@ -51,7 +51,7 @@ def _own_constants() -> Iterator[None]:
     from deco_scale.objectives import frequency
 
     cached = (
-        frequency._dct_matrix, frequency.colour_matrix, frequency.block_transform, frequency._frequency_weights,
+        frequency.dct_matrix, frequency.colour_matrix, frequency.block_transform, frequency.frequency_weights,
         adamw._chunks,
     )  # fmt: skip
     for function in cached:

@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 from torch import Tensor, nn
 
 from deco_scale.distributed.replica_check import Replicas
-from deco_scale.objectives.inputs import ObjectiveInputs
+from deco_scale.objectives.objective import ObjectiveInputs
 from deco_scale.parallel.sequence_parallel import TokenShard
 
 EMA_PREFIX = "denoiser."

@@ -23,7 +23,7 @@ from deco_scale.models.compile import limit_recompiles
 from deco_scale.models.config import ActivationCheckpointing
 from deco_scale.models.tp_plan import split_dim
 from deco_scale.objectives import Objective
-from deco_scale.objectives.inputs import ObjectiveInputs
+from deco_scale.objectives.objective import ObjectiveInputs
 from deco_scale.optim.adamw_ema import MOMENTS, AdamWWithEMA, nan_if_nonfinite
 from deco_scale.optim.config import OptimizerConfig
 from deco_scale.parallel.config import ZeroStage

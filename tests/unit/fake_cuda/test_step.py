@@ -38,7 +38,7 @@ KERNELS: tuple[Kernels, ...] = get_args(Kernels)
 
 CONSTANTS = {
     f"objectives/frequency.py:{name}": ("compute", "send_pageable")
-    for name in ("_dct_matrix", "colour_matrix", "block_transform", "_frequency_weights")
+    for name in ("dct_matrix", "colour_matrix", "block_transform", "frequency_weights")
 }
 """Made and copied once per process, in the first step."""
 STEP = {
@@ -53,7 +53,7 @@ PRODUCTS = {f"aten::{name}" for name in ("mm", "addmm", "bmm", "baddbmm", "convo
 WIDENED = {
     "training/inputs.py:InputBuilder._embeddings",
     "kernels/norm.py:_accurate",
-    "objectives/repa.py:repa_loss",
+    "objectives/objective.py:repa_loss",
     "kernels/pixel_decoder.py:_render_in_chunks.<locals>.render",
     "objectives/objective.py:Objective._pixel_losses",
 }
@@ -64,7 +64,7 @@ IN_FP32 = (
     "models/embeddings.py",
     "objectives/flow_matching.py",
     "objectives/frequency.py",
-    "objectives/repa.py:repa_loss",
+    "objectives/objective.py:repa_loss",
     "kernels/adamw.py",
     "optim/adamw_ema.py",
     "training/anomalies.py",

@@ -138,12 +138,11 @@ def arguments(
 
 
 def test_gradients_of_pixels_are_computed_only_if_required() -> None:
-    patches, *rest = arguments()
-    render_pixels(patches, *rest, eps=1e-6, kernels="triton").sum().backward()
-    condition = rest[0]
+    patches, condition, weights = arguments()
+    render_pixels(patches, condition, weights, eps=1e-6, kernels="triton").sum().backward()
     wanted, condition.grad = condition.grad, None
     fixed = patches.detach()
-    render_pixels(fixed, *rest, eps=1e-6, kernels="triton").sum().backward()
+    render_pixels(fixed, condition, weights, eps=1e-6, kernels="triton").sum().backward()
     assert patches.grad is not None and fixed.grad is None
     assert wanted is not None and torch.equal(wanted, condition.grad)
 

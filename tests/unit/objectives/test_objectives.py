@@ -15,7 +15,7 @@ from deco_scale.objectives.frequency import (
     frequency_loss,
     frequency_weights,
 )
-from deco_scale.objectives.repa import repa_loss
+from deco_scale.objectives.objective import Tokens, repa_loss
 from deco_scale.sampling import SamplerConfig, sample
 
 
@@ -36,7 +36,7 @@ def test_constants_are_made_once_and_are_ordinary_tensors() -> None:
     with torch.inference_mode():
         weights = frequency_weights(77, gamma=0.9, mode="inv", device=device)
     assert weights is frequency_weights(77, gamma=0.9, mode="inv", device=device)
-    assert dct_matrix(device) is dct_matrix() and not weights.is_inference()
+    assert dct_matrix(device) is dct_matrix(device) and not weights.is_inference()
     error = torch.randn(1, 3, 8, 8, requires_grad=True)
     frequency_loss(error, weights).backward()
     assert error.grad is not None
@@ -125,7 +125,7 @@ def test_velocity_of_an_image_in_float64_and_at_the_clamp() -> None:
     assert velocity_from_image(image.bfloat16(), x_t, t, 0.05).dtype == torch.float32
 
 
-class FirstTokens:
+class FirstTokens(Tokens):
     """Scores the first two tokens only, as one of several processes."""
 
     def own(self, x_BND: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deco_scale.objectives.inputs import ObjectiveInputs
+from deco_scale.objectives.objective import ObjectiveInputs
 from deco_scale.parallel.engines.base import Engine, Update
 from deco_scale.parallel.engines.deepspeed import DeepSpeedEngine
 from deco_scale.parallel.mesh import ParallelDims
