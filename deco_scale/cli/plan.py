@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,10 +15,9 @@ from deco_scale.cli import simulate
 from deco_scale.config import RunConfig, load_config
 from deco_scale.errors import ConfigError
 from deco_scale.models.tp_plan import check_tp
-from deco_scale.parallel.config import ParallelConfig
 from deco_scale.parallel.engines.deepspeed_config import ZERO3_PERSISTENT
 from deco_scale.parallel.mesh import ParallelDims, resolve_parallel_dims
-from deco_scale.planning.calibration import Measured, ceilings_of, compare, median_errors, read_results
+from deco_scale.planning.calibration import Measured, ceilings_of, compare, read_results
 from deco_scale.planning.comms import seconds_of, step_traffic
 from deco_scale.planning.flops import (
     DINOV2_B,
@@ -27,16 +27,13 @@ from deco_scale.planning.flops import (
     TrainStep,
     Workload,
 )
-from deco_scale.planning.forecast import Plan, all_plans, plan_as_configured, recommend
+from deco_scale.planning.forecast import DAY_S, Plan, all_plans, enumerate_layouts, plan_as_configured, recommend
 from deco_scale.planning.hardware import COPY_SHARE, GPUS, LAUNCH_S, Device, gpu_device
-from deco_scale.planning.layouts import enumerate_layouts
-from deco_scale.planning.memory import MARGIN, RESERVE_BYTES, state_copies
-from deco_scale.planning.parameters import layout_rows
+from deco_scale.planning.memory import MARGIN, RESERVE_BYTES, layout_rows, state_copies
 from deco_scale.precision.fp8_plan import BatchShape, plan_fp8, precision_rows
-from deco_scale.precision.recipe import CHIPS, planned_machine, resolve_fp8
+from deco_scale.precision.recipe import planned_machine, resolve_fp8
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
-
 GIB = 2**30
 
 
@@ -61,25 +58,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, console: Console) -> int:
     """Print the requested tables."""
+    cfg = load_config(args.config, args.overrides)
     if args.simulate:
-        cfg = load_config(args.config, args.overrides)
         fastest = _fastest(cfg, args) if args.gpu is not None else None
         return simulate.run(cfg, args, console, fastest=fastest)
     args.gpus = 1 if args.gpus is None else args.gpus
-    tables: list[Callable[[RunConfig, argparse.Namespace, Console], None]] = []
-    if args.layout:
-        tables.append(show_layout)
-    if args.precision:
-        tables.append(show_precision)
-    elif args.gpu is not None:
-        tables.append(show_forecast)
-    if not tables:
+    if not (args.layout or args.precision or args.gpu is not None):
         raise ConfigError(
             f"deco plan needs --layout, --precision, --simulate or --gpu ({', '.join(sorted(GPUS))})"
         )
-    cfg = load_config(args.config, args.overrides)
-    for show in tables:
-        show(cfg, args, console)
+    if args.layout:
+        show_layout(cfg, args, console)
+    if args.precision:
+        show_precision(cfg, args, console)
+    elif args.gpu is not None:
+        show_forecast(cfg, args, console)
     return 0
 
 
@@ -101,39 +94,32 @@ def show_layout(cfg: RunConfig, args: argparse.Namespace, console: Console) -> N
         f"{shard / GIB:.3f} (sharded over dp) + {num_full} x {full / GIB:.3f} (replicated) of weights, masters, "
         "gradients, two moments and EMA (without the REPA head)"
     )
-    print_traffic(cfg, dims, console)
+    _print_traffic(cfg, dims, console)
 
 
 def show_precision(cfg: RunConfig, args: argparse.Namespace, console: Console) -> None:
     """Each module's number format, and why not FP8."""
-    dims = resolve_parallel_dims(cfg.parallel, args.gpus)
-    check_tp(cfg.model, dims.tp)
-    plan, chip = None, args.gpu or "h100"
+    tp, plan, where = resolve_parallel_dims(cfg.parallel, args.gpus).tp, None, ""
+    check_tp(cfg.model, tp)
     if cfg.precision.compute == "fp8":
-        if chip not in CHIPS:
-            raise ConfigError(f"--gpu {chip}: unknown; possible: {', '.join(sorted(CHIPS))}")
+        chip = args.gpu or "h100"
+        where = f" on {chip}"
         plan = plan_fp8(
             cfg.model,
             cfg.precision,
             resolve_fp8(cfg.precision, planned_machine(chip)),
-            tp=dims.tp,
+            tp=tp,
             batches=[BatchShape(*shape) for shape in cfg.batch_shapes()],
             recompute=cfg.parallel.activation_checkpointing,
             compile_blocks=cfg.compile,
         )
-    where = f" on {chip}" if plan else ""
     table = Table("module", "in x out", "computes", "why not FP8", title=f"precision.compute{where}")
-    for row in precision_rows(cfg.model, cfg.precision, plan, tp=dims.tp):
+    for row in precision_rows(cfg.model, cfg.precision, plan, tp=tp):
         table.add_row(row.name, f"{row.in_features}x{row.out_features}", row.computes, row.why)
     console.print(table)
 
 
-def _zero_setting(cfg: RunConfig, name: str, default: int) -> int:
-    """A value of DeepSpeed's ``zero_optimization`` in the configuration."""
-    return int(cfg.parallel.deepspeed.get("zero_optimization", {}).get(name, default))
-
-
-def print_traffic(cfg: RunConfig, dims: ParallelDims, console: Console, device: Device | None = None) -> None:
+def _print_traffic(cfg: RunConfig, dims: ParallelDims, console: Console, device: Device | None = None) -> None:
     """A step's communication in each stage, by formulas that a test compares with a real step.
 
     ``device`` adds the time of each line alone on the links.
@@ -154,30 +140,38 @@ def show_forecast(cfg: RunConfig, args: argparse.Namespace, console: Console) ->
     measured, skipped = read_results(args.results)
     device = _device(cfg, args, measured)
     work, notes = workload(cfg)
-    layouts = enumerate_layouts(cfg.model, args.gpus, allowed=lambda parallel: _accepted(cfg, parallel))
-    plans = all_plans(work, cfg.stages, layouts, device, gpus=args.gpus)
+    plans = _plans(cfg, work, device, args.gpus)
     best = recommend(plans, device)
-    own, why_not = _configured(cfg, work, device, args.gpus)
-    print_plans(plans, best, own, device, console, top=args.top, price=args.price)
+    own, why_not = None, ""
+    try:
+        check_tp(cfg.model, resolve_parallel_dims(cfg.parallel, args.gpus).tp)
+        own = plan_as_configured(work, cfg.stages, cfg.parallel, device, gpus=args.gpus)
+    except ConfigError as error:
+        why_not = f"as configured: not possible: {error}"
+    _print_plans(plans, best, own, device, args, console)
     if why_not:
-        print_line(console, f"as configured: not possible: {why_not}")
-    print_plan(best, device, console, price=args.price)
+        print_line(console, why_not)
+    _print_plan(best, args.price, console)
     chosen = dataclasses.replace(cfg, parallel=best.parallel, stages=tuple(f.stage for f in best.stages))
-    print_traffic(chosen, resolve_parallel_dims(best.parallel, args.gpus), console, device)
-    print_assumptions(device, notes, console)
-    print_errors(measured, skipped, args.results, console)
+    _print_traffic(chosen, resolve_parallel_dims(best.parallel, args.gpus), console, device)
+    _print_assumptions(device, notes, console)
+    skipped_text = f" ({skipped} throughput files of another kind skipped)" if skipped else ""
+    if measured:
+        _print_errors(measured, skipped_text, console)
+    else:
+        text = f"error of the prediction: unknown, no throughput result in {args.results}{skipped_text}"
+        print_line(console, text)
 
 
 def _fastest(cfg: RunConfig, args: argparse.Namespace) -> Callable[[int], Plan]:
     """The fastest plan that fits, by the number of GPUs."""
-    measured, _ = read_results(args.results)
-    device, (work, _) = _device(cfg, args, measured), workload(cfg)
+    device, (work, _) = _device(cfg, args, read_results(args.results)[0]), workload(cfg)
+    return lambda gpus: recommend(_plans(cfg, work, device, gpus), device)
 
-    def at(gpus: int) -> Plan:
-        layouts = enumerate_layouts(cfg.model, gpus, allowed=lambda parallel: _accepted(cfg, parallel))
-        return recommend(all_plans(work, cfg.stages, layouts, device, gpus=gpus), device)
 
-    return at
+def _plans(cfg: RunConfig, work: Workload, device: Device, gpus: int) -> list[Plan]:
+    layouts = enumerate_layouts(cfg.model, gpus, check=lambda layout: dataclasses.replace(cfg, parallel=layout))
+    return all_plans(work, cfg.stages, layouts, device, gpus=gpus)
 
 
 def _device(cfg: RunConfig, args: argparse.Namespace, measured: list[Measured]) -> Device:
@@ -186,47 +180,22 @@ def _device(cfg: RunConfig, args: argparse.Namespace, measured: list[Measured]) 
     return gpu_device(args.gpu, compute=compute, network_gbps=args.network_gbps, measured=ceilings)
 
 
-def _accepted(cfg: RunConfig, parallel: ParallelConfig) -> bool:
-    try:
-        dataclasses.replace(cfg, parallel=parallel)
-    except ValueError:
-        return False
-    return True
-
-
-def _configured(cfg: RunConfig, work: Workload, device: Device, gpus: int) -> tuple[Plan | None, str]:
-    """The plan as configured, or why it is impossible on these GPUs."""
-    try:
-        check_tp(cfg.model, resolve_parallel_dims(cfg.parallel, gpus).tp)
-        return plan_as_configured(work, cfg.stages, cfg.parallel, device, gpus=gpus), ""
-    except ConfigError as error:
-        return None, str(error)
-
-
 def workload(cfg: RunConfig) -> tuple[Workload, list[str]]:
     """What the configuration computes, and notes on what the plan leaves out."""
     notes: list[str] = []
-    encoders = []
-    if cfg.text_encoder is not None and (not cfg.data.has_text_embeddings or cfg.samples.every):
-        name = Path(cfg.text_encoder.path).name
+    encoders: list[Encoder] = []
+    is_encoded = cfg.data.has_text_embeddings
+    if cfg.text_encoder is not None and (not is_encoded or cfg.samples.every):
+        name, tokens = Path(cfg.text_encoder.path).name, cfg.text_encoder.max_tokens
         if name in KNOWN_TEXT_ENCODERS:
-            total, multiplied = KNOWN_TEXT_ENCODERS[name]
-            runs = not cfg.data.has_text_embeddings
-            encoders.append(
-                Encoder(
-                    name=name,
-                    parameters=total,
-                    multiplied=multiplied,
-                    tokens=cfg.text_encoder.max_tokens,
-                    runs=runs,
-                )
-            )
+            encoders.append(Encoder(name, *KNOWN_TEXT_ENCODERS[name], tokens=tokens, runs=not is_encoded))
         else:
             known = ", ".join(KNOWN_TEXT_ENCODERS)
             notes.append(f"text encoder {name!r} is unknown (known: {known}): it is left out")
     repa = cfg.objective.repa_weight > 0
     if repa:
         encoders.append(DINOV2_B)
+    zero = cfg.parallel.deepspeed.get("zero_optimization", {})
     work = Workload(
         model=cfg.model,
         compute=cfg.precision.compute,
@@ -234,9 +203,9 @@ def workload(cfg: RunConfig) -> tuple[Workload, list[str]]:
         fused=cfg.kernels != "torch",
         compile=cfg.compile,
         encoders=tuple(encoders),
-        persistent=_zero_setting(cfg, "stage3_param_persistence_threshold", ZERO3_PERSISTENT),
-        reduce_bucket=_zero_setting(cfg, "reduce_bucket_size", 500_000_000),
-        prefetch_bucket=_zero_setting(cfg, "stage3_prefetch_bucket_size", 50_000_000),
+        persistent=int(zero.get("stage3_param_persistence_threshold", ZERO3_PERSISTENT)),
+        reduce_bucket=int(zero.get("reduce_bucket_size", 500_000_000)),
+        prefetch_bucket=int(zero.get("stage3_prefetch_bucket_size", 50_000_000)),
     )
     running = [encoder.name for encoder in encoders if encoder.runs]
     if running:
@@ -247,100 +216,75 @@ def workload(cfg: RunConfig) -> tuple[Workload, list[str]]:
     return work, notes
 
 
-def layout_name(plan: Plan) -> str:
-    """Engine and mesh, replicas x shards x tp."""
-    parallel = plan.parallel
-    shard = plan.gpus // (parallel.dp_replicate * parallel.tp)
-    engine = "fsdp" if parallel.engine == "fsdp" else f"ZeRO-{parallel.zero_stage}"
-    return f"{engine} {parallel.dp_replicate}x{shard}x{parallel.tp}"
-
-
 def _row(plan: Plan, device: Device, price: float | None) -> list[str]:
-    mfu = [forecast.mfu(device) for forecast in plan.stages]
-    cells = [
-        layout_name(plan),
-        plan.parallel.activation_checkpointing,
+    parallel, mfu = plan.parallel, [forecast.mfu(device) for forecast in plan.stages]
+    engine = "fsdp" if parallel.engine == "fsdp" else f"ZeRO-{parallel.zero_stage}"
+    return [
+        f"{engine} {parallel.dp_replicate}x{parallel.dp_shard}x{parallel.tp}",
+        parallel.activation_checkpointing,
         "\n".join(f"{f.stage.micro_batch}x{f.accumulation}" for f in plan.stages),
         "\n".join(f"{f.memory_bytes / GIB:.1f}" for f in plan.stages),
         "\n".join(f"{f.step_s:.3f}" for f in plan.stages),
         "\n".join(f"{f.images_per_s:,.0f}" for f in plan.stages),
         "\n".join("-" if share is None else f"{share:.1%}" for share in mfu),
-        f"{plan.days:.2f}",
+        f"{plan.seconds / DAY_S:.2f}",
         f"{plan.gpu_hours:,.0f}",
+        *([f"{plan.gpu_hours * price:,.0f}"] if price is not None else []),
     ]
-    return cells + ([f"{plan.gpu_hours * price:,.0f}"] if price is not None else [])
 
 
-def print_plans(
-    plans: Sequence[Plan],
-    best: Plan,
-    own: Plan | None,
-    device: Device,
-    console: Console,
-    *,
-    top: int,
-    price: float | None,
+def _print_plans(
+    plans: Sequence[Plan], best: Plan, own: Plan | None, device: Device, args: argparse.Namespace, console: Console
 ) -> None:
-    """The fastest ``top`` layouts of each engine that fit, and the configured one; a line per stage."""
-    names = ", ".join(f.stage.name for f in best.stages)
+    """The fastest ``--top`` layouts of each engine that fit, and the configured one; a line per stage."""
     table = Table(
         "", "layout", "recompute", "micro", "GiB", "step s", "img/s", "MFU", "days", "GPU-h",
-        *(["cost"] if price is not None else []),
-        title=f"{best.gpus} x {device.name}, stages: {names}",
+        *(["cost"] if args.price is not None else []),
+        title=f"{best.gpus} x {device.name}, stages: {', '.join(f.stage.name for f in best.stages)}",
     )  # fmt: skip
-    engines = ("fsdp", "deepspeed")
-    for engine in engines:
-        of_engine = [p for p in plans if p.parallel.engine == engine and p.fits(device)]
-        for plan in of_engine[:top]:
-            table.add_row("*" if plan == best else "", *_row(plan, device, price))
+    fitting = [plan for plan in plans if plan.fits(device)]
+    for engine in ("fsdp", "deepspeed"):
+        for plan in [plan for plan in fitting if plan.parallel.engine == engine][: args.top]:
+            table.add_row("*" if plan == best else "", *_row(plan, device, args.price))
         table.add_section()
     if own is not None:
         mark = "own" if own.fits(device) else "own, does not fit"
-        table.add_row(mark, *_row(own, device, price))
+        table.add_row(mark, *_row(own, device, args.price))
     console.print(table)
-    count = sum(plan.fits(device) for plan in plans)
     print_line(
         console,
-        f"{count} of {len(plans)} layouts fit; *: the fastest of them, recommended; own: as configured. layout: "
-        "dp_replicate x dp_shard x tp; micro: micro-batch x accumulation, the fastest that fits",
+        f"{len(fitting)} of {len(plans)} layouts fit; *: the fastest of them, recommended; own: as configured. "
+        "layout: dp_replicate x dp_shard x tp; micro: micro-batch x accumulation, the fastest that fits",
     )
 
 
-def print_plan(plan: Plan, device: Device, console: Console, *, price: float | None) -> None:
+def _print_plan(plan: Plan, price: float | None, console: Console) -> None:
     """The recommended layout: its settings, memory and time by part, and the full recipe."""
-    parallel = plan.parallel
-    shard = plan.gpus // (parallel.dp_replicate * parallel.tp)
-    settings = [
-        f"parallel.engine={parallel.engine}",
-        *([f"parallel.zero_stage={parallel.zero_stage}"] if parallel.engine == "deepspeed" else []),
-        f"parallel.dp_replicate={parallel.dp_replicate}",
-        f"parallel.dp_shard={shard}",
-        f"parallel.tp={parallel.tp}",
-        f"parallel.activation_checkpointing={parallel.activation_checkpointing}",
-        *(f"stages.{f.stage.name}.micro_batch={f.stage.micro_batch}" for f in plan.stages),
-    ]
+    names = ["engine", "zero_stage", "dp_replicate", "dp_shard", "tp", "activation_checkpointing"]
+    if plan.parallel.engine == "fsdp":
+        names.remove("zero_stage")
+    settings = [f"parallel.{name}={getattr(plan.parallel, name)}" for name in names]
+    settings += [f"stages.{f.stage.name}.micro_batch={f.stage.micro_batch}" for f in plan.stages]
     print_line(console, "recommended: " + " ".join(settings))
     cost = f", cost {plan.gpu_hours * price:,.0f} at {price:g} per GPU-hour" if price is not None else ""
-    print_line(console, f"full recipe: {plan.days:.2f} days, {plan.gpu_hours:,.0f} GPU-hours{cost}")
-    names = [f.stage.name for f in plan.stages]
-    memory = [{**f.memory, "sum": f.memory_bytes} for f in plan.stages]
-    seconds = [{**f.seconds, "sum": f.step_s} for f in plan.stages]
+    print_line(console, f"full recipe: {plan.seconds / DAY_S:.2f} days, {plan.gpu_hours:,.0f} GPU-hours{cost}")
     for title, parts, scale, digits in (
-        ("memory of a GPU, GiB", memory, 1 / GIB, 3),
-        ("time of a step, ms", seconds, 1e3, 1),
+        ("memory of a GPU, GiB", [f.memory for f in plan.stages], 1 / GIB, 3),
+        ("time of a step, ms", [f.seconds for f in plan.stages], 1e3, 1),
     ):
-        table = Table(title, *names)
+        table = Table(title, *(f.stage.name for f in plan.stages))
         for part in parts[0]:
-            if part == "sum":
-                table.add_section()
             table.add_row(part, *(f"{scale * each[part]:.{digits}f}" for each in parts))
+        table.add_section()
+        table.add_row("sum", *(f"{scale * sum(each.values()):.{digits}f}" for each in parts))
         console.print(table)
 
 
-def print_assumptions(device: Device, notes: Sequence[str], console: Console) -> None:
+def _print_assumptions(device: Device, notes: Sequence[str], console: Console) -> None:
     """The source of each rate, and the rules of the prediction."""
-    lines = [f"{figure}" for figure in device.figures]
-    lines += [
+    print_line(console, "assumptions:")
+    for line in (
+        *device.figures,
         f"host time of an operation {1e6 * LAUNCH_S[device.kind]:.0f} us (assumed)",
         f"reserve {RESERVE_BYTES[device.kind] / GIB:.1f} GiB for CUDA and NCCL (assumed); "
         f"{MARGIN:.0%} of the memory stays free",
@@ -351,29 +295,22 @@ def print_assumptions(device: Device, notes: Sequence[str], console: Console) ->
         "data waits, checkpoints, sample images and faults are not counted",
         "gains of Triton kernels, compiled blocks and FP8 are calculated, not measured: not yet run on a GPU",
         *notes,
-    ]
-    print_line(console, "assumptions:")
-    for line in lines:
+    ):
         print_line(console, f"  - {line}")
 
 
-def print_errors(measured: Sequence[Measured], skipped: int, folder: Path, console: Console) -> None:
-    """Predicted against measured values by file, and the median error."""
-    skipped_text = f" ({skipped} throughput files of another kind skipped)" if skipped else ""
-    if not measured:
-        print_line(console, f"error of the prediction: unknown, no throughput result in {folder}{skipped_text}")
-        return
+def _print_errors(measured: Sequence[Measured], skipped: str, console: Console) -> None:
+    """Predicted against measured values by file, and the medians of the absolute errors."""
     comparisons = [compare(m) for m in measured]
-    print_line(console, f"error of the prediction against {len(comparisons)} result files{skipped_text}:")
-    for comparison in comparisons:
-        actual = comparison.measured
-        notes = "".join(f"; {note}" for note in actual.notes)
+    print_line(console, f"error of the prediction against {len(comparisons)} result files{skipped}:")
+    for m, step_s, memory, step_error, memory_error in comparisons:
+        note = "; with encoders, which the prediction leaves out" if m.encoders else ""
         print_line(
             console,
-            f"  {actual.file} ({actual.world} x {actual.device_name}): step {comparison.step_s:.4g} s predicted, "
-            f"{actual.step_s:.4g} s measured ({comparison.step_error:+.0%}); "
-            f"memory {comparison.memory_bytes / GIB:.3f} GiB predicted, "
-            f"{actual.peak_memory_bytes / GIB:.3f} measured ({comparison.memory_error:+.0%}){notes}",
+            f"  {m.file} ({m.world} x {m.device_name}): step {step_s:.4g} s predicted, {m.step_s:.4g} s measured "
+            f"({step_error:+.0%}); memory {memory / GIB:.3f} GiB predicted, "
+            f"{m.peak_memory_bytes / GIB:.3f} measured ({memory_error:+.0%}){note}",
         )
-    step, memory = median_errors(comparisons)
+    step = statistics.median(abs(c.step_error) for c in comparisons)
+    memory = statistics.median(abs(c.memory_error) for c in comparisons)
     print_line(console, f"  median error: step time {step:.0%}, memory {memory:.0%}")

@@ -19,10 +19,8 @@ from deco_scale.errors import ConfigError
 from deco_scale.observability.events import is_number
 from deco_scale.observability.run_dir import RunDir
 from deco_scale.planning.calibration import read_results
-from deco_scale.planning.forecast import Plan
+from deco_scale.planning.forecast import DAY_S, HOUR_S, Plan
 from deco_scale.planning.goodput_sim import (
-    DAY_S,
-    HOUR_S,
     LLAMA3_GPU_MTBF_HOURS,
     Faults,
     best_interval,

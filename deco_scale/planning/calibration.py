@@ -1,17 +1,17 @@
 """Measured training steps, and how far the prediction is from each of them."""
 
 import json
-import statistics
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from deco_scale.errors import ConfigError
 from deco_scale.models import ModelConfig
 from deco_scale.parallel.config import ParallelConfig
 from deco_scale.planning.flops import IMAGE_ENCODER_DIM, Workload
-from deco_scale.planning.forecast import StageForecast, forecast_stage
+from deco_scale.planning.forecast import forecast_stage
 from deco_scale.planning.hardware import Ceiling, Device, gpu_device, gpu_named, measured_device
 from deco_scale.training.config import StageConfig
 
@@ -21,11 +21,11 @@ class Measured:
     """One result file: what ran where, and what it took.
 
     ``peak_memory_bytes`` is what PyTorch allocated on a GPU, or a process's largest resident set, of which
-    ``memory_before_bytes`` was there before the model. ``notes`` says what the prediction leaves out.
+    ``memory_before_bytes`` was there before the model. ``encoders``: it had encoders, which the prediction leaves
+    out.
     """
 
     file: str
-    date: str
     device_name: str
     work: Workload
     parallel: ParallelConfig
@@ -35,7 +35,7 @@ class Measured:
     peak_memory_bytes: float
     memory_before_bytes: float
     ceiling: Ceiling
-    notes: tuple[str, ...]
+    encoders: bool
 
     @property
     def gpu(self) -> str | None:
@@ -49,21 +49,14 @@ class Measured:
         return gpu_device(self.gpu, compute=self.work.compute, measured=[self.ceiling])
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Comparison:
+class Comparison(NamedTuple):
     """Prediction against one measurement; errors are shares of what was measured."""
 
     measured: Measured
     step_s: float
     memory_bytes: float
-
-    @property
-    def step_error(self) -> float:
-        return self.step_s / self.measured.step_s - 1
-
-    @property
-    def memory_error(self) -> float:
-        return self.memory_bytes / self.measured.peak_memory_bytes - 1
+    step_error: float
+    memory_error: float
 
 
 def read_results(folder: Path) -> tuple[list[Measured], int]:
@@ -97,30 +90,22 @@ def _positive(raw: dict[str, Any], name: str) -> float:
 
 
 def _count(raw: dict[str, Any], name: str) -> int:
-    value = _positive(raw, name)
-    if value != int(value):
+    if not (value := _positive(raw, name)).is_integer():
         raise ValueError(f"{name}={raw[name]!r} must be a whole number")
     return int(value)
 
 
-def _parse(name: str, raw: dict[str, Any]) -> Measured:
+def _parse(file: str, raw: dict[str, Any]) -> Measured:
     for key, known in (("compute", ("fp32", "bf16", "fp8")), ("kernels", ("triton", "torch"))):
         if raw[key] not in known:
             raise ValueError(f"{key}={raw[key]!r} is none of {known}")
-    mesh, micro, world = raw["layout"], _count(raw, "micro_batch"), _count(raw, "world")
-    sizes: dict[str, Any] = {axis: _count(mesh, axis) for axis in ("dp_replicate", "dp_shard", "tp")}
-    accumulation = _count(raw, "accumulation")
-    dp = sizes["dp_replicate"] * sizes["dp_shard"]
-    if dp * sizes["tp"] != world:
-        raise ValueError(f"layout={mesh} is not world={world}")
-    stage = StageConfig(
-        name=str(raw["config"]),
-        resolution=_count(raw, "resolution"),
-        steps=1,
-        global_batch=micro * accumulation * dp,
-        micro_batch=micro,
-        lr=0.0,
-    )
+    micro, world, resolution = (_count(raw, key) for key in ("micro_batch", "world", "resolution"))
+    sizes: dict[str, Any] = {axis: _count(raw["layout"], axis) for axis in ("dp_replicate", "dp_shard", "tp")}
+    if math.prod(sizes.values()) != world:
+        raise ValueError(f"layout={raw['layout']} is not world={world}")
+    batch = micro * _count(raw, "accumulation") * world // sizes["tp"]
+    name = str(raw["config"])
+    stage = StageConfig(name=name, resolution=resolution, steps=1, global_batch=batch, micro_batch=micro, lr=0.0)
     work = Workload(
         model=ModelConfig(**raw["model"]),
         compute=raw["compute"],
@@ -128,7 +113,7 @@ def _parse(name: str, raw: dict[str, Any]) -> Measured:
         fused=raw["kernels"] == "triton",
         compile=bool(raw["compile"]),
     )
-    work.model.grid(stage.resolution, stage.resolution)
+    work.model.grid(resolution, resolution)
     parallel = ParallelConfig(
         engine=raw["engine"],
         # fsdp has no ZeRO stage.
@@ -137,8 +122,7 @@ def _parse(name: str, raw: dict[str, Any]) -> Measured:
         **sizes,
     )
     return Measured(
-        file=name,
-        date=str(raw["date"]),
+        file=file,
         device_name=str(raw["device"]),
         work=work,
         parallel=parallel,
@@ -150,9 +134,9 @@ def _parse(name: str, raw: dict[str, Any]) -> Measured:
         ceiling=Ceiling(
             gemm_flops=_positive(raw, "gemm_tflops_per_s") * 1e12,
             copy_bytes_per_s=_positive(raw, "copy_gb_per_s") * 1e9,
-            source=name,
+            source=file,
         ),
-        notes=("with encoders, which the prediction leaves out",) if raw.get("encoders") else (),
+        encoders=bool(raw.get("encoders")),
     )
 
 
@@ -162,19 +146,8 @@ def ceilings_of(measured: Sequence[Measured], gpu: str, compute: str) -> list[Ce
     return [m.ceiling for m in measured if m.gpu == gpu and (m.work.compute == "fp32") == fp32]
 
 
-def predict(measured: Measured) -> StageForecast:
-    """The forecast for what ran."""
-    return forecast_stage(measured.work, measured.stage, measured.parallel, measured.device(), gpus=measured.world)
-
-
-def compare(measured: Measured) -> Comparison:
+def compare(m: Measured) -> Comparison:
     """Prediction beside measurement; memory without the reserve, which is no part of what was measured."""
-    forecast = predict(measured)
-    memory = forecast.memory_bytes - forecast.memory["reserve"] + measured.memory_before_bytes
-    return Comparison(measured=measured, step_s=forecast.step_s, memory_bytes=memory)
-
-
-def median_errors(comparisons: Sequence[Comparison]) -> tuple[float, float]:
-    """Medians of the absolute errors of step time and memory; raises ``ValueError`` without any."""
-    errors = [(abs(c.step_error), abs(c.memory_error)) for c in comparisons]
-    return statistics.median(step for step, _ in errors), statistics.median(memory for _, memory in errors)
+    forecast = forecast_stage(m.work, m.stage, m.parallel, m.device(), gpus=m.world)
+    step_s, memory = forecast.step_s, forecast.memory_bytes - forecast.memory["reserve"] + m.memory_before_bytes
+    return Comparison(m, step_s, memory, step_s / m.step_s - 1, memory / m.peak_memory_bytes - 1)

@@ -11,20 +11,16 @@ and network work at the same time, so the slower one counts; latency is left out
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from deco_scale.models.tp_plan import part_sizes
 from deco_scale.parallel.mesh import ParallelDims
 from deco_scale.planning.flops import TrainStep
 from deco_scale.planning.hardware import GPUS_PER_NODE, Device
-from deco_scale.planning.parameters import UNITS, layout_rows, weights_of_linears
-
-FP32_BYTES = 4
+from deco_scale.planning.memory import FP32, Row, layout_rows
 
 
-@dataclass(frozen=True, slots=True)
-class Traffic:
+class Traffic(NamedTuple):
     """One line of the table."""
 
     what: str
@@ -35,66 +31,58 @@ class Traffic:
 
 def step_traffic(step: TrainStep) -> Iterator[Traffic]:
     """What a step sends for the denoiser (REPA head aside); axes of one rank send nothing."""
-    return fsdp_traffic(step) if step.parallel.engine == "fsdp" else zero_traffic(step)
+    return _fsdp_traffic(step) if step.parallel.engine == "fsdp" else _zero_traffic(step)
 
 
-def fsdp_traffic(step: TrainStep) -> Iterator[Traffic]:
-    """The lines of FSDP2."""
+def _fsdp_traffic(step: TrainStep) -> Iterator[Traffic]:
     shards, compute_bytes = step.dims.dp_shard, step.work.compute_bytes
     units = root = 0
     for row in layout_rows(step.work.model, step.dims):
         # As FSDP sends it: dimension 0 padded to a multiple of the ranks.
         elements = -(-row.tp_shape[0] // shards) * shards * math.prod(row.tp_shape[1:])
-        if row.name.startswith(UNITS):
-            units += elements
-        else:
-            root += elements
+        units, root = (units + elements, root) if row.unit else (units, root + elements)
     if shards > 1:
         # Units are gathered again in backward, what is left stays gathered.
         gathered = step.accumulation * (2 * units + root) * compute_bytes
         yield Traffic("weights", "all-gather", "dp_shard", gathered)
-        yield Traffic("gradients", "reduce-scatter", "dp_shard", (units + root) * FP32_BYTES)
+        yield Traffic("gradients", "reduce-scatter", "dp_shard", (units + root) * FP32)
     if step.dims.dp_replicate > 1:
-        yield Traffic("gradients", "all-reduce", "dp_replicate", (units + root) * FP32_BYTES // shards)
+        yield Traffic("gradients", "all-reduce", "dp_replicate", (units + root) * FP32 // shards)
     # FSDP hands every block its inputs in the compute type, the text tokens too.
     yield from _tensor_parallel(step, reductions=1, text_bytes=compute_bytes)
 
 
-def zero_traffic(step: TrainStep) -> Iterator[Traffic]:
+def _zero_traffic(step: TrainStep) -> Iterator[Traffic]:
     """The lines of DeepSpeed's ZeRO.
 
     Weights of at most ``work.persistent`` elements stay gathered under ZeRO-3 (its
     ``stage3_param_persistence_threshold``). Its prefetch may find up to one bucket of weights still there
     when backward starts; that saving is left out.
     """
-    model, stage = step.work.model, step.parallel.zero_stage
-    rows, linear = layout_rows(model, step.dims), weights_of_linears(model)
-    dp, micros = step.dims.dp, step.accumulation
+    stage, dp, micros = step.parallel.zero_stage, step.dims.dp, step.accumulation
+    rows = layout_rows(step.work.model, step.dims)
 
-    def sent(name: str) -> int:
+    def sent(row: Row) -> int:
         """Bytes an element: ZeRO sends what linears own in the compute type, the rest in fp32."""
-        return step.work.compute_bytes if stage and name in linear else FP32_BYTES
+        return step.work.compute_bytes if stage and row.of_linear else FP32
 
     if dp > 1 and stage < 3:
-        gradients = sum(row.tp_numel * sent(row.name) for row in rows)
+        gradients = sum(row.tp_numel * sent(row) for row in rows)
         # ZeRO-2 keeps only its part of a gradient, so every micro-batch is reduced.
         yield Traffic("gradients", "all-reduce", "dp", gradients * (micros if stage == 2 else 1))
         if stage:
-            alignment = 2 * dp
-            elements = -(-sum(row.tp_numel for row in rows) // alignment) * alignment
-            yield Traffic("weights", "all-gather", "dp", elements * FP32_BYTES)
+            elements = -(-sum(row.tp_numel for row in rows) // (2 * dp)) * 2 * dp
+            yield Traffic("weights", "all-gather", "dp", elements * FP32)
     if dp > 1 and stage == 3:
         gathered = reduced = 0
         for row in rows:
             part = -(-row.tp_numel // dp) * dp
-            reduced += micros * part * sent(row.name)
-            if row.tp_numel <= step.work.persistent:
-                gathered += part * FP32_BYTES
-            else:
-                gathered += 2 * micros * part * sent(row.name)
+            reduced += micros * part * sent(row)
+            persistent = row.tp_numel <= step.work.persistent
+            gathered += part * (FP32 if persistent else 2 * micros * sent(row))
         yield Traffic("weights", "all-gather", "dp", gathered)
         yield Traffic("gradients", "reduce-scatter", "dp", reduced)
-    yield from _tensor_parallel(step, reductions=micros, text_bytes=FP32_BYTES)
+    yield from _tensor_parallel(step, reductions=micros, text_bytes=FP32)
 
 
 def _tensor_parallel(step: TrainStep, *, reductions: int, text_bytes: int) -> Iterator[Traffic]:
@@ -120,7 +108,7 @@ def _tensor_parallel(step: TrainStep, *, reductions: int, text_bytes: int) -> It
     total = step.accumulation * (passes * (image + text) + whole_text)
     yield Traffic("tokens", "all-gather", "tp", total)
     yield Traffic("tokens", "reduce-scatter", "tp", total)
-    yield Traffic("gradients of replicated weights", "all-reduce", "tp", reductions * replicated * FP32_BYTES)
+    yield Traffic("gradients of replicated weights", "all-reduce", "tp", reductions * replicated * FP32)
 
 
 def seconds_of(line: Traffic, dims: ParallelDims, device: Device) -> float:
@@ -133,8 +121,6 @@ def seconds_of(line: Traffic, dims: ParallelDims, device: Device) -> float:
         "dp_replicate": (dims.dp_replicate, dims.tp * dims.dp_shard),
     }[line.axis]
     together = max(1, min(size, min(dims.dp * dims.tp, GPUS_PER_NODE) // stride))  # on one node
-    if size == 1:
-        return 0.0
     ways = 2 if line.kind == "all-reduce" else 1
     nodes = -(-size // together)
     inside = ways * line.bytes * (size - 1) / size / device.nvlink_bytes_per_s if together > 1 else 0.0
@@ -150,10 +136,9 @@ def split_by_overlap(step: TrainStep, device: Device) -> tuple[float, float]:
     """
     hidden = exposed = 0.0
     for line in step_traffic(step):
-        seconds, gradients = seconds_of(line, step.dims, device), line.what == "gradients"
-        if step.parallel.engine == "fsdp":
-            overlaps = line.axis != "tp"
+        seconds, stage = seconds_of(line, step.dims, device), 2 if line.what == "gradients" else 3
+        if line.axis != "tp" and (step.parallel.engine == "fsdp" or step.parallel.zero_stage == stage):
+            hidden += seconds
         else:
-            overlaps = line.axis != "tp" and step.parallel.zero_stage == (2 if gradients else 3)
-        hidden, exposed = hidden + seconds * overlaps, exposed + seconds * (not overlaps)
+            exposed += seconds
     return hidden, exposed

@@ -4,6 +4,7 @@ Counts multiply-adds of linears and attention twice, the backward pass as two fo
 and frozen encoders are not counted in an image's FLOPs. For the XXL model: 1.17 T at 256 px, 4.39 T at 512 px.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,38 +15,33 @@ from deco_scale.training.config import StageConfig
 
 PEAK_BF16_FLOPS = {"B200": 2.25e15, "H200": 989e12, "H100": 989e12, "A100": 312e12, "A800": 312e12}
 """Dense bf16 FLOP/s of the datasheets, by a part of the device's name."""
-FLOPS_PARTS = ("linears", "attention", "modulation", "embedding", "decoder")
-"""``linears`` are those inside attention and MLP; ``decoder`` includes the projection of its condition."""
 
 
 def forward_flops_by_part(cfg: ModelConfig, height: int, width: int) -> dict[str, float]:
-    """FLOPs of one image through the denoiser, by :data:`FLOPS_PARTS`."""
-    rows, cols = cfg.grid(height, width)
-    tokens, dim, text = rows * cols, cfg.dim, cfg.text_tokens
+    """FLOPs of one image through the denoiser.
+
+    ``linears`` are those inside attention and MLP; ``decoder`` includes the projection of its condition.
+    """
+    tokens, dim, text, wide = math.prod(cfg.grid(height, width)), cfg.dim, cfg.text_tokens, cfg.decoder_width
     own = 4 * dim * dim + 3 * dim * cfg.mlp_hidden_dim
-    linears = cfg.num_blocks * (tokens * own + text * 2 * dim * dim) + cfg.num_text_blocks * text * own
     attended = cfg.num_blocks * tokens * (tokens + text) + cfg.num_text_blocks * text * text
-    modulation = (cfg.num_blocks + cfg.num_text_blocks) * 6 * dim * dim
-    embedding = tokens * cfg.patch_values * dim + 256 * dim + dim * dim + text * cfg.text_dim * dim
-    if cfg.decoder_width == 0:
-        decoder = tokens * dim * cfg.patch_values + 2 * dim * dim
-    else:
-        wide = cfg.decoder_width
-        pixel = (cfg.channels + 64) * wide + wide * wide + wide * cfg.channels
-        pixel += cfg.decoder_blocks * 5 * wide * wide
+    decoder = tokens * dim * cfg.patch_values + 2 * dim * dim
+    if wide:
+        pixel = wide * (2 * cfg.channels + 64 + wide + cfg.decoder_blocks * 5 * wide)
         decoder = tokens * dim * cfg.patch_size**2 * wide + height * width * pixel
-    parts = (linears, 2 * attended * dim, modulation, embedding, decoder)
-    return {name: 2.0 * count for name, count in zip(FLOPS_PARTS, parts, strict=True)}
-
-
-def forward_flops(cfg: ModelConfig, height: int, width: int) -> float:
-    """FLOPs of one image through the denoiser."""
-    return sum(forward_flops_by_part(cfg, height, width).values())
+    products = {
+        "linears": cfg.num_blocks * (tokens * own + text * 2 * dim * dim) + cfg.num_text_blocks * text * own,
+        "attention": 2 * attended * dim,
+        "modulation": (cfg.num_blocks + cfg.num_text_blocks) * 6 * dim * dim,
+        "embedding": tokens * cfg.patch_values * dim + 256 * dim + dim * dim + text * cfg.text_dim * dim,
+        "decoder": decoder,
+    }
+    return {name: 2.0 * count for name, count in products.items()}
 
 
 def training_flops(cfg: ModelConfig, height: int, width: int) -> float:
     """FLOPs of one training image: forward and twice that for backward."""
-    return 3.0 * forward_flops(cfg, height, width)
+    return 3.0 * sum(forward_flops_by_part(cfg, height, width).values())
 
 
 def peak_flops(device_name: str) -> float | None:
@@ -53,12 +49,7 @@ def peak_flops(device_name: str) -> float | None:
     return next((v for k, v in PEAK_BF16_FLOPS.items() if k in device_name), None)
 
 
-PlannedCompute = Literal["fp32", "bf16", "fp8"]
-IMAGE_ENCODER_PATCH = 16
-"""Pixels of the model's image that one token of the image encoder stands for, along each side."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Encoder:
     """A frozen encoder: parameters, those of them that every token is multiplied with, and its tokens.
 
@@ -74,8 +65,8 @@ class Encoder:
 
     def flops(self, resolution: int) -> float:
         """Of one image's forward pass: linears only, attention is a few per cent at these lengths."""
-        tokens = self.tokens or (resolution // IMAGE_ENCODER_PATCH) ** 2 + 1
-        return 2.0 * self.multiplied * tokens
+        # A token of the image encoder stands for 16 x 16 pixels of the model's image.
+        return 2.0 * self.multiplied * (self.tokens or (resolution // 16) ** 2 + 1)
 
 
 # Qwen3-1.7B: 28 layers of width 2048 with 16 query and 8 key heads of 128, MLP 6144, vocabulary 151,936.
@@ -95,7 +86,7 @@ class Workload:
     """
 
     model: ModelConfig
-    compute: PlannedCompute
+    compute: Literal["fp32", "bf16", "fp8"]
     repa_dim: int = 0
     fused: bool = False
     compile: bool = False
@@ -116,7 +107,7 @@ class Workload:
         return 2 * dim * (dim + 1) + wide * (dim + 1) if wide else 0
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class TrainStep:
     """A training step on one rank: ``accumulation`` micro-batches of square images, ``resolution`` pixels wide."""
 
@@ -132,22 +123,14 @@ class TrainStep:
         cls, work: Workload, stage: StageConfig, parallel: ParallelConfig, dims: ParallelDims
     ) -> "TrainStep":
         """A stage's step with its own micro-batch; raises :class:`ConfigError` where sizes do not divide."""
-        batch, micro_batch, where = stage.global_batch, stage.micro_batch, f"stages.{stage.name}"
-        steps = accumulation_steps(global_batch=batch, micro_batch=micro_batch, dp=dims.dp, where=where)
-        return cls(
-            work=work,
-            parallel=parallel,
-            dims=dims,
-            micro_batch=micro_batch,
-            accumulation=steps,
-            resolution=stage.resolution,
-        )
+        batch, micro, where = stage.global_batch, stage.micro_batch, f"stages.{stage.name}"
+        steps = accumulation_steps(global_batch=batch, micro_batch=micro, dp=dims.dp, where=where)
+        return cls(work, parallel, dims, micro, steps, stage.resolution)
 
     @property
     def tokens(self) -> int:
         """Image tokens of one image."""
-        rows, cols = self.work.model.grid(self.resolution, self.resolution)
-        return rows * cols
+        return math.prod(self.work.model.grid(self.resolution, self.resolution))
 
     @property
     def recomputes(self) -> bool:

@@ -1,19 +1,26 @@
-"""Plans of a recipe on N GPUs: memory, step time and cost of every layout, and the one to take."""
+"""Plans of a recipe on N GPUs: every layout that the engines accept, its memory, step time and cost, and the one
+to take."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from typing import Any, get_args
 
 from deco_scale.errors import ConfigError
+from deco_scale.models import ModelConfig
+from deco_scale.models.config import ActivationCheckpointing
+from deco_scale.models.tp_plan import check_tp
 from deco_scale.parallel.config import ParallelConfig
 from deco_scale.parallel.mesh import resolve_parallel_dims
 from deco_scale.planning.flops import TrainStep, Workload, training_flops
-from deco_scale.planning.hardware import Device
-from deco_scale.planning.layouts import micro_batches
+from deco_scale.planning.hardware import GPUS_PER_NODE, Device
 from deco_scale.planning.memory import MARGIN, memory_by_part
 from deco_scale.planning.step_time import step_by_part
 from deco_scale.training.config import StageConfig
 
 HOUR_S, DAY_S = 3600.0, 86400.0
+MAX_MICRO_BATCH = 512
+"""Beyond this nothing is gained: a GPU has been full for long."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,10 +67,6 @@ class Plan:
         return sum(f.step_s * f.stage.steps for f in self.stages)
 
     @property
-    def days(self) -> float:
-        return self.seconds / DAY_S
-
-    @property
     def gpu_hours(self) -> float:
         return self.seconds / HOUR_S * self.gpus
 
@@ -80,6 +83,39 @@ class Plan:
 def fits(memory_bytes: float, device: Device) -> bool:
     """Whether the margin stays free; a device of unknown memory takes anything."""
     return device.memory_bytes is None or memory_bytes <= device.memory_bytes * (1 - MARGIN)
+
+
+def divisors(number: int) -> list[int]:
+    """Ascending."""
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def tp_degrees(model: ModelConfig, gpus: int) -> list[int]:
+    """Degrees that keep a tp group within a node and fit the model; 1 always does."""
+    degrees = []
+    for degree in divisors(min(gpus, GPUS_PER_NODE)):
+        with suppress(ConfigError):
+            check_tp(model, degree)
+            degrees += [degree] if gpus % degree == 0 else []
+    return degrees
+
+
+def enumerate_layouts(
+    model: ModelConfig, gpus: int, *, check: Callable[[ParallelConfig], object]
+) -> Iterator[ParallelConfig]:
+    """Settings of ``parallel`` with every size filled in, but for those where ``check`` raises ``ValueError``."""
+    for tp in tp_degrees(model, gpus):
+        ranks = gpus // tp
+        settings: list[dict[str, Any]] = [
+            *({"engine": "fsdp", "dp_replicate": n, "dp_shard": ranks // n} for n in divisors(ranks)),
+            *({"engine": "deepspeed", "zero_stage": n, "dp_shard": ranks} for n in (1, 2, 3)),
+        ]
+        for mode in get_args(ActivationCheckpointing):
+            for each in settings:
+                with suppress(ValueError):  # a combination that no run accepts
+                    parallel = ParallelConfig(tp=tp, activation_checkpointing=mode, **each)
+                    check(parallel)
+                    yield parallel
 
 
 def forecast_stage(
@@ -101,30 +137,9 @@ def plan_as_configured(
     work: Workload, stages: Iterable[StageConfig], parallel: ParallelConfig, device: Device, *, gpus: int
 ) -> Plan:
     """The plan with the micro-batches that the stages state."""
+    parallel = replace(parallel, dp_shard=resolve_parallel_dims(parallel, gpus).dp_shard)
     forecasts = tuple(forecast_stage(work, stage, parallel, device, gpus=gpus) for stage in stages)
     return Plan(parallel=parallel, gpus=gpus, stages=forecasts)
-
-
-def fastest_micro_batches(
-    work: Workload, stages: Iterable[StageConfig], parallel: ParallelConfig, device: Device, *, gpus: int
-) -> Plan | None:
-    """The plan with the fastest micro-batch of each stage that fits, or the smallest where none fits.
-
-    None where a global batch does not divide over the ranks.
-    """
-    chosen = []
-    dims = resolve_parallel_dims(parallel, gpus)
-    for stage in stages:
-        sizes = micro_batches(stage.global_batch, dims.dp)
-        if not sizes:
-            return None
-        forecasts = [
-            forecast_stage(work, replace(stage, micro_batch=size), parallel, device, gpus=gpus) for size in sizes
-        ]
-        fitting = [f for f in forecasts if fits(f.memory_bytes, device)]
-        smallest = min(forecasts, key=lambda f: f.memory_bytes)
-        chosen.append(min(fitting, key=lambda f: (f.step_s, f.memory_bytes), default=smallest))
-    return Plan(parallel=parallel, gpus=gpus, stages=tuple(chosen))
 
 
 def all_plans(
@@ -132,10 +147,25 @@ def all_plans(
 ) -> list[Plan]:
     """Plans of all layouts over which the global batches divide, fastest first, those that do not fit last.
 
-    Raises :class:`ConfigError` where no layout takes the global batches.
+    Each stage has the fastest micro-batch that fits, or the smallest where none fits. Raises :class:`ConfigError`
+    where no layout takes the global batches.
     """
-    candidates = (fastest_micro_batches(work, stages, parallel, device, gpus=gpus) for parallel in layouts)
-    plans = [plan for plan in candidates if plan is not None]
+
+    def fastest(stage: StageConfig, parallel: ParallelConfig, dp: int) -> StageForecast:
+        sizes = [size for size in divisors(stage.global_batch // dp) if size <= MAX_MICRO_BATCH]
+        forecasts = [
+            forecast_stage(work, replace(stage, micro_batch=size), parallel, device, gpus=gpus) for size in sizes
+        ]
+        fitting = [f for f in forecasts if fits(f.memory_bytes, device)]
+        smallest = min(forecasts, key=lambda f: f.memory_bytes)
+        return min(fitting, key=lambda f: (f.step_s, f.memory_bytes), default=smallest)
+
+    plans = []
+    for parallel in layouts:
+        dp = resolve_parallel_dims(parallel, gpus).dp
+        if all(stage.global_batch % dp == 0 for stage in stages):
+            chosen = tuple(fastest(stage, parallel, dp) for stage in stages)
+            plans.append(Plan(parallel=parallel, gpus=gpus, stages=chosen))
     if not plans:
         batches = {stage.name: stage.global_batch for stage in stages}
         raise ConfigError(
@@ -146,10 +176,9 @@ def all_plans(
 
 
 def recommend(plans: Sequence[Plan], device: Device) -> Plan:
-    """The fastest plan that fits; raises :class:`ConfigError` saying what the smallest one would need."""
-    fitting = [plan for plan in plans if plan.fits(device)]
-    if fitting:
-        return min(fitting, key=lambda plan: (plan.seconds, plan.memory_bytes))
+    """The first plan; if it does not fit, raises :class:`ConfigError` saying what the smallest one would need."""
+    if plans[0].fits(device):
+        return plans[0]
     smallest = min(plans, key=lambda plan: plan.memory_bytes)
     required, available = smallest.memory_bytes / 2**30, (device.memory_bytes or 0.0) / 2**30
     raise ConfigError(

@@ -19,12 +19,12 @@ that of blocking saves that last ``stall_s``: Young's sqrt(2 C M) (CACM 17, 1974
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from deco_scale.errors import ConfigError
 
-HOUR_S, DAY_S = 3600.0, 86400.0
 LLAMA3_GPU_MTBF_HOURS = 54 * 24 * 16384 / 419
 """Hours of one GPU between interruptions of Llama 3's training: 419 unexpected ones in 54 days on 16,384 GPUs."""
 
@@ -39,10 +39,10 @@ class Faults:
     restart_s: float
 
     def __post_init__(self) -> None:
-        if not 0 < self.mtbf_s < math.inf:
-            raise ConfigError(f"the mean time between faults, {self.mtbf_s} s, must be positive and finite")
-        if not 0 < self.stall_s < math.inf:
-            raise ConfigError(f"the stall of a checkpoint, {self.stall_s} s, must be positive and finite")
+        times = {"mean time between faults": self.mtbf_s, "stall of a checkpoint": self.stall_s}
+        for what, seconds in times.items():
+            if not 0 < seconds < math.inf:
+                raise ConfigError(f"the {what}, {seconds} s, must be positive and finite")
         if not self.stall_s <= self.checkpoint_s < math.inf:
             raise ConfigError(
                 f"a checkpoint's time, {self.checkpoint_s} s, must be finite and at least its stall, "
@@ -81,15 +81,11 @@ def best_interval(faults: Faults) -> float:
     The root of exp((t + C)/M) (1 - t/M) = 1, or where saves would overlap the shortest interval at which they do
     not, if that is longer.
     """
-    stall = faults.stall_s / faults.mtbf_s
-    low, high = 0.0, 1.0
+    stall, low, high = faults.stall_s / faults.mtbf_s, 0.0, 1.0
     for _ in range(100):
         middle = (low + high) / 2
         # The logarithm: the exponential may be too large for a float.
-        if middle + stall + math.log1p(-middle) > 0:
-            low = middle
-        else:
-            high = middle
+        low, high = (middle, high) if middle + stall + math.log1p(-middle) > 0 else (low, middle)
     return max(low * faults.mtbf_s, faults.lag_s)
 
 
@@ -119,11 +115,9 @@ def goodput(faults: Faults, work_s: float, segments: int) -> float:
     return work_s / expected_s(faults, work_s, segments)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Simulated:
+class Simulated(NamedTuple):
     """Mean wall-clock seconds of simulated runs with its standard error, and the mean number of faults."""
 
-    runs: int
     mean_s: float
     error_s: float
     faults: float
@@ -136,13 +130,8 @@ def simulate(
 
     It knows nothing of the closed forms: each fault is drawn, and what is complete at that moment is counted.
     """
-    if runs < 2:
-        raise ValueError(f"runs={runs} must be at least 2")
-    random = np.random.default_rng(seed)
-    segment = faults.segment_s(work_s / segments)
-    wall, met = np.zeros(runs), np.zeros(runs)
-    durable = np.zeros(runs, dtype=np.int64)
-    active = np.arange(runs)
+    random, segment = np.random.default_rng(seed), faults.segment_s(work_s / segments)
+    wall, met, durable, active = np.zeros(runs), np.zeros(runs), np.zeros(runs, dtype=np.int64), np.arange(runs)
     for _ in range(max_faults + 1):
         gap = random.exponential(faults.mtbf_s, size=len(active))
         need = faults.restart_s + (segments - durable[active]) * segment + faults.lag_s
@@ -151,8 +140,7 @@ def simulate(
         met[active] += ~done
         active, gap = active[~done], gap[~done]
         if not len(active):
-            mean, error = wall.mean(), wall.std(ddof=1) / math.sqrt(runs)
-            return Simulated(runs=runs, mean_s=float(mean), error_s=float(error), faults=float(met.mean()))
+            return Simulated(float(wall.mean()), float(wall.std(ddof=1) / math.sqrt(runs)), float(met.mean()))
         worked = gap - faults.restart_s
         passed = np.floor(np.maximum(worked, 0.0) / segment)
         within = worked - passed * segment

@@ -1,26 +1,107 @@
-"""Peak memory of one rank by part: parameters and optimizer state, activations, working buffers.
+"""Every parameter's part on a rank, and the peak memory of one rank: state, activations, working buffers.
 
-Activations are the bytes that autograd saves for backward, counted tensor by tensor from the model's formulas;
-``tests/unit/planning/test_costs.py`` compares with what autograd saves of a small model. Small tensors (times,
-modulations, statistics of norms) are left out.
+The mesh need not exist. Activations are the bytes that autograd saves for backward, counted tensor by tensor from
+the model's formulas; ``tests/unit/planning/test_costs.py`` compares with what autograd saves of a small model.
+Small tensors (times, modulations, statistics of norms) are left out.
 
 Letters: a bytes of an element in the compute type, D model width, h hidden units over D, r text tokens over
 image tokens.
 """
 
-from dataclasses import dataclass
+import math
+import re
+from collections import Counter
 from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import nn
 
 from deco_scale.kernels.pixel_decoder import CHUNK_PIXELS
-from deco_scale.models import ModelConfig
+from deco_scale.models import Denoiser, ModelConfig
 from deco_scale.models.config import ActivationCheckpointing
+from deco_scale.models.tp_plan import Split, check_tp, split_dim, split_of
 from deco_scale.parallel.config import ParallelConfig
 from deco_scale.parallel.mesh import ParallelDims
 from deco_scale.planning.flops import TrainStep, Workload
-from deco_scale.planning.parameters import UNITS, layout_rows, weights_of_linears
 
 FP32 = 4
-STATE_PARTS = ("weights", "masters", "gradients", "moments", "average")
+
+
+class Row(NamedTuple):
+    """One parameter of the layout table; ``local_bytes`` is a rank's share in fp32."""
+
+    name: str
+    global_shape: tuple[int, ...]
+    split: Split
+    tp_shape: tuple[int, ...]
+    local_bytes: int
+    of_linear: bool
+
+    @property
+    def tp_numel(self) -> int:
+        """Elements of a tp rank's part."""
+        return math.prod(self.tp_shape)
+
+    @property
+    def unit(self) -> str:
+        """The module with this parameter that FSDP shards by itself; empty for the root."""
+        match = re.match(r"((?:text_)?blocks\.\d+|decoder)\.", self.name)
+        return match[1] if match else ""
+
+
+@lru_cache(maxsize=32)
+def _modules(cfg: ModelConfig) -> list[tuple[str, nn.Module]]:
+    with torch.device("meta"):
+        return list(Denoiser(cfg).named_modules())
+
+
+@lru_cache(maxsize=512)
+def layout_rows(cfg: ModelConfig, dims: ParallelDims) -> tuple[Row, ...]:
+    """The plan of each parameter of the denoiser for a mesh; FSDP and ZeRO-3 cut ``tp_shape`` over dp_shard."""
+    check_tp(cfg, dims.tp)
+    rows = []
+    for path, module in _modules(cfg):
+        for own, parameter in module.named_parameters(recurse=False):
+            name, shape = f"{path}.{own}", list(parameter.shape)
+            dim = split_dim(name)
+            if dim is not None:
+                shape[dim] //= dims.tp
+            local = 4 * -(-shape[0] // dims.dp_shard) * math.prod(shape[1:])
+            is_linear = isinstance(module, nn.Linear)
+            rows.append(Row(name, tuple(parameter.shape), split_of(name), tuple(shape), local, is_linear))
+    return tuple(rows)
+
+
+class RankElements(NamedTuple):
+    """Elements of the denoiser on one rank: its tp shard, that shard divided over dp, and units of it."""
+
+    full: int
+    sharded: int
+    root: int
+    largest_unit: int
+    largest_weight: int
+    of_linears: int
+    persistent: int
+
+
+@lru_cache(maxsize=512)
+def rank_elements(model: ModelConfig, dims: ParallelDims, persistent: int) -> RankElements:
+    """Counts for a mesh; ``persistent`` is ZeRO-3's limit below which a weight is not sharded."""
+    units: Counter[str] = Counter()
+    rows = layout_rows(model, dims)
+    sizes = [row.tp_numel for row in rows]
+    for row, size in zip(rows, sizes, strict=True):
+        units[row.unit] += size
+    return RankElements(
+        full=sum(sizes),
+        sharded=sum(row.local_bytes // FP32 for row in rows),
+        root=units.pop("", 0),
+        largest_unit=max(units.values()),
+        largest_weight=max(sizes),
+        of_linears=sum(size for row, size in zip(rows, sizes, strict=True) if row.of_linear),
+        persistent=sum(size for size in sizes if size <= persistent),
+    )
 
 
 def state_by_part(engine: str, zero_stage: int) -> dict[str, tuple[int, int]]:
@@ -46,114 +127,8 @@ def state_by_part(engine: str, zero_stage: int) -> dict[str, tuple[int, int]]:
 
 def state_copies(engine: str, zero_stage: int) -> tuple[int, int]:
     """Copies of a rank's dp shard, and of its full tp shard, summed over :func:`state_by_part`."""
-    parts = state_by_part(engine, zero_stage).values()
-    return sum(sharded for sharded, _ in parts), sum(full for _, full in parts)
-
-
-CHUNK_FIXED, CHUNK_BLOCK = 4.2, 9.06
-"""Values for each pixel and unit of width that a chunk of the torch decoder holds in backward: fixed, and a block;
-counted by autograd."""
-
-
-def block_saved(work: Workload, *, tokens: int, context: int, tp: int) -> float:
-    """Bytes of one image in one block that recomputes nothing, on one of ``tp`` ranks.
-
-    ``context`` counts text tokens that are extra keys and values. The eager path casts to fp32 around
-    each norm; fused kernels and compiled blocks keep their inputs only.
-    """
-    a, model = work.compute_bytes, work.model
-    hidden = model.mlp_hidden_dim / model.dim
-    r = context / tokens
-    lean = work.fused or work.compile
-    # What a norm multiplies its weight with: the class models cast it first.
-    normed = FP32 if model.kind == "t2i_deco" else a
-    # The residual stream before each half, each half's result, for the gate.
-    own = 4 * a if lean else 2 * (FP32 + normed + a + a)
-    modulated = 2 * a
-    # Queries, keys and values as attention reads them; with text, keys and values are copied together.
-    attended = a + (2 * (1 + r) * a if context else a)
-    if lean:
-        before, texts = 3 * a, 2 * r * a
-    else:
-        # fp32 needs no cast: the fused projection's result itself is saved.
-        casts = 3 * a if a == FP32 else 2 * FP32 + (0 if context else 3 * a)
-        before = casts + 2 * normed
-        texts = r * (2 * a + FP32 if a == FP32 else 2 * FP32)
-    products = (3 if work.compile else 4) * hidden * a
-    split = before + attended + texts + a + products
-    return tokens * model.dim * (own / tp + modulated + split / tp)
-
-
-def block_kept(work: Workload, *, tokens: int, context: int, tp: int, mode: ActivationCheckpointing) -> float:
-    """Bytes of one image and block under a recomputing ``mode``: the input, and what ``selective`` keeps."""
-    if mode == "none":
-        return block_saved(work, tokens=tokens, context=context, tp=tp)
-    a, dim = work.compute_bytes, work.model.dim
-    saved = tokens * dim * a / tp
-    if mode == "selective":
-        hidden = work.model.mlp_hidden_dim / dim
-        # Results of qkv, attention, projection, gate, up and down, and of the text's keys and values.
-        saved += tokens * dim * a * (6 + 2 * hidden + 2 * context / tokens) / tp
-    return saved
-
-
-def outside_saved(work: Workload, *, resolution: int, tp: int) -> dict[str, float]:
-    """Bytes of one image that are saved outside of the blocks, by part."""
-    a, model = work.compute_bytes, work.model
-    mixed = a != FP32
-    rows, cols = model.grid(resolution, resolution)
-    tokens, values = rows * cols, model.channels * resolution**2
-    # Image and noise stay as the step's arguments, beside the patches. Text states: as they come and as they are
-    # cast, and what embedding them keeps.
-    text = model.text_tokens * (model.text_dim * (FP32 + (a if mixed else 0)) + model.dim * 3 * FP32)
-    inputs = values * (2 * FP32 + a) + text
-    # Prediction, target and coefficients, in fp32 whatever computes.
-    losses = values * 3 * FP32
-    if work.repa_dim:
-        losses += tokens * (5 * a * model.dim + 2 * FP32 * work.repa_dim)
-    decoder = 2 * a * tokens * model.dim
-    if model.decoder_width:
-        decoder += (values * FP32 if mixed else 0) + a * resolution**2 * model.decoder_width
-    return {"inputs": inputs, "losses": losses / tp, "decoder": decoder / tp}
-
-
-RESERVE_BYTES = {"cuda": 2 * 2**30, "cpu": 600 * 2**20}
-"""Assumed: CUDA context and NCCL's buffers; on a CPU a process with PyTorch loaded."""
-MARGIN = 0.08
-"""Share of a GPU's memory that a plan leaves free, for fragmentation and what is not counted."""
-
-
-@dataclass(frozen=True, slots=True)
-class RankElements:
-    """Elements of the denoiser on one rank: its tp shard, that shard divided over dp, and units of it."""
-
-    full: int
-    sharded: int
-    root: int
-    largest_unit: int
-    largest_weight: int
-    of_linears: int
-    persistent: int
-
-
-@lru_cache(maxsize=512)
-def rank_elements(model: ModelConfig, dims: ParallelDims, persistent: int) -> RankElements:
-    """Counts for a mesh; ``persistent`` is ZeRO-3's limit below which a weight is not sharded."""
-    units: dict[str, int] = {}
-    full = sharded = root = largest = of_linears = unsharded = 0
-    linears = weights_of_linears(model)
-    for row in layout_rows(model, dims):
-        count = row.tp_numel
-        full, sharded = full + count, sharded + row.local_bytes // FP32
-        largest = max(largest, count)
-        of_linears += count if row.name in linears else 0
-        unsharded += count if count <= persistent else 0
-        if row.name.startswith(UNITS):
-            unit = "decoder" if row.name.startswith("decoder.") else ".".join(row.name.split(".")[:2])
-            units[unit] = units.get(unit, 0) + count
-        else:
-            root += count
-    return RankElements(full, sharded, root, max(units.values()), largest, of_linears, unsharded)
+    sharded, full = zip(*state_by_part(engine, zero_stage).values(), strict=True)
+    return sum(sharded), sum(full)
 
 
 def state_bytes(work: Workload, parallel: ParallelConfig, dims: ParallelDims) -> dict[str, float]:
@@ -191,37 +166,95 @@ def working_bytes(step: TrainStep) -> float:
     return copies + work.reduce_bucket * FP32 * sets
 
 
+def block_saved(
+    work: Workload, *, tokens: int, context: int, tp: int, mode: ActivationCheckpointing = "none"
+) -> float:
+    """Bytes of one image in one block, on one of ``tp`` ranks; what a recomputing ``mode`` keeps, or everything.
+
+    ``context`` counts text tokens that are extra keys and values. The eager path casts to fp32 around
+    each norm; fused kernels and compiled blocks keep their inputs only.
+    """
+    a, model = work.compute_bytes, work.model
+    hidden = model.mlp_hidden_dim / model.dim
+    r = context / tokens
+    if mode != "none":
+        # The input. Selective: results of qkv, attention, projection, gate, up and down, and the text's keys and
+        # values as well.
+        results = 6 + 2 * hidden + 2 * context / tokens if mode == "selective" else 0
+        return tokens * model.dim * a / tp + tokens * model.dim * a * results / tp
+    lean = work.fused or work.compile
+    # What a norm multiplies its weight with: the class models cast it first.
+    normed = FP32 if model.kind == "t2i_deco" else a
+    # The residual stream before each half, each half's result, for the gate.
+    own = 4 * a if lean else 2 * (FP32 + normed + a + a)
+    modulated = 2 * a
+    # Queries, keys and values as attention reads them; with text, keys and values are copied together.
+    attended = a + (2 * (1 + r) * a if context else a)
+    if lean:
+        before, texts = 3 * a, 2 * r * a
+    else:
+        # fp32 needs no cast: the fused projection's result itself is saved.
+        casts = 3 * a if a == FP32 else 2 * FP32 + (0 if context else 3 * a)
+        before = casts + 2 * normed
+        texts = r * (2 * a + FP32 if a == FP32 else 2 * FP32)
+    products = (3 if work.compile else 4) * hidden * a
+    split = before + attended + texts + a + products
+    return tokens * model.dim * (own / tp + modulated + split / tp)
+
+
+CHUNK_FIXED, CHUNK_BLOCK = 4.2, 9.06
+"""Values for each pixel and unit of width that a chunk of the torch decoder holds in backward: fixed, and a block;
+counted by autograd."""
+
+
 def activation_bytes(step: TrainStep, *, kind: str) -> dict[str, float]:
     """Of a micro-batch: kept by blocks and outside, and what backward needs for a moment."""
-    work, images, tp = step.work, step.micro_batch, step.dims.tp
-    model, mode, tokens = work.model, step.parallel.activation_checkpointing, step.tokens
-    saved = model.num_blocks * block_kept(work, tokens=tokens, context=model.text_tokens, tp=tp, mode=mode)
+    work, model, images, tp, tokens = step.work, step.work.model, step.micro_batch, step.dims.tp, step.tokens
+    a, area, text = work.compute_bytes, step.resolution**2, model.text_tokens
+    values, cast = model.channels * area, work.compute_bytes != FP32
+    mode = step.parallel.activation_checkpointing
+    blocks = model.num_blocks * block_saved(work, tokens=tokens, context=text, tp=tp, mode=mode)
     if model.num_text_blocks:
-        saved += model.num_text_blocks * block_kept(work, tokens=model.text_tokens, context=0, tp=tp, mode=mode)
+        blocks += model.num_text_blocks * block_saved(work, tokens=text, context=0, tp=tp, mode=mode)
+    # Image and noise stay as the step's arguments, beside the patches. Text states: as they come and as they are
+    # cast, and what embedding them keeps.
+    inputs = values * (2 * FP32 + a) + text * (model.text_dim * (FP32 + a * cast) + model.dim * 3 * FP32)
+    # Prediction, target and coefficients, in fp32 whatever computes.
+    losses = values * 3 * FP32
+    if work.repa_dim:
+        losses += tokens * (5 * a * model.dim + 2 * FP32 * work.repa_dim)
+    decoder = 2 * a * tokens * model.dim
+    if model.decoder_width:
+        decoder += values * FP32 * cast + a * area * model.decoder_width
     # Gradients of gate, up and their product; with recomputation a block's activations as well.
-    moment = 3.0 * work.compute_bytes * tokens * model.mlp_hidden_dim / tp
+    moment = 3.0 * a * tokens * model.mlp_hidden_dim / tp
     if step.recomputes:
-        moment += block_saved(work, tokens=tokens, context=model.text_tokens, tp=tp)
+        moment += block_saved(work, tokens=tokens, context=text, tp=tp)
     # Backward through one chunk of the torch decoder; the fused one holds none.
-    pixels = 0.0 if work.fused else min(CHUNK_PIXELS[kind], images * step.resolution**2 / tp)
-    chunk = pixels * model.decoder_width * work.compute_bytes * (CHUNK_FIXED + CHUNK_BLOCK * model.decoder_blocks)
-    outside = outside_saved(work, resolution=step.resolution, tp=tp)
-    per_image = {"blocks": saved, **outside}
-    return {**{name: images * size for name, size in per_image.items()}, "moment": max(images * moment, chunk)}
+    pixels = 0.0 if work.fused else min(CHUNK_PIXELS[kind], images * area / tp)
+    chunk = pixels * model.decoder_width * a * (CHUNK_FIXED + CHUNK_BLOCK * model.decoder_blocks)
+    return {
+        "activations of blocks": images * blocks,
+        "inputs": images * inputs,
+        "losses": images * (losses / tp),
+        "decoder": images * (decoder / tp),
+        "held for a moment": max(images * moment, chunk),
+    }
+
+
+RESERVE_BYTES = {"cuda": 2 * 2**30, "cpu": 600 * 2**20}
+"""Assumed: CUDA context and NCCL's buffers; on a CPU a process with PyTorch loaded."""
+MARGIN = 0.08
+"""Share of a GPU's memory that a plan leaves free, for fragmentation and what is not counted."""
 
 
 def memory_by_part(step: TrainStep, *, kind: str) -> dict[str, float]:
     """Bytes of a rank at its peak, in backward of the last micro-batch; the parts sum to the whole."""
-    activations = activation_bytes(step, kind=kind)
     size = 2 if kind == "cuda" else FP32
     return {
         **state_bytes(step.work, step.parallel, step.dims),
         "working weights": working_bytes(step),
-        "activations of blocks": activations["blocks"],
-        "inputs": activations["inputs"],
-        "losses": activations["losses"],
-        "decoder": activations["decoder"],
-        "held for a moment": activations["moment"],
+        **activation_bytes(step, kind=kind),
         "encoders": sum(size * encoder.parameters for encoder in step.work.encoders),
         "reserve": float(RESERVE_BYTES[kind]),
     }

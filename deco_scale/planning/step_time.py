@@ -19,9 +19,8 @@ from typing import Literal
 from deco_scale.planning.comms import split_by_overlap
 from deco_scale.planning.flops import TrainStep, Workload, forward_flops_by_part
 from deco_scale.planning.hardware import Device
-from deco_scale.planning.memory import rank_elements
+from deco_scale.planning.memory import FP32, rank_elements
 
-FP32 = 4
 RMS_PASSES = {"cuda": (8, 12), "cpu": (20, 73)}
 """Bytes an fp32 value of an RMS norm moves, forward and backward: PyTorch has one kernel for it on a GPU."""
 LOSS_BYTES = 300
@@ -48,15 +47,11 @@ def block_moved(
 def _eager(work: Workload, r: float, rotary: bool, rms: tuple[int, int]) -> tuple[float, float]:
     a, h = work.compute_bytes, work.model.mlp_hidden_dim / work.model.dim
     cast = 0 if a == FP32 else a + FP32
-    weighted = 2 * FP32
-    norm = (2 * cast + rms[0] + weighted, 2 * cast + rms[1] + 2 * FP32 + 3 * FP32 + FP32)
-    modulated = (2 * a + 2 * a, 2 * a + 3 * a + 2 * a)
-    gated = (5 * a, 6 * a)
-    product = (5 * h * a, 9 * h * a)
-    heads = 2 + (r if r else 0)
-    forward = 2 * (norm[0] + modulated[0] + gated[0]) + heads * norm[0] + product[0]
+    norm = (2 * cast + rms[0] + 2 * FP32, 2 * cast + rms[1] + 6 * FP32)
+    modulated, gated, product = (4 * a, 7 * a), (5 * a, 6 * a), (5 * h * a, 9 * h * a)
+    forward = 2 * (norm[0] + modulated[0] + gated[0]) + (2 + r) * norm[0] + product[0]
     # The fused projection's gradient is put together, and both branches' gradients are added.
-    backward = 2 * (norm[1] + modulated[1] + 3 * a + gated[1]) + heads * norm[1] + product[1] + 9 * a
+    backward = 2 * (norm[1] + modulated[1] + 3 * a + gated[1]) + (2 + r) * norm[1] + product[1] + 9 * a
     if rotary:
         forward += 2 * (2 * cast + 16 + 12 + 8)
         backward += 2 * (2 * cast + 16 + 4 + 12 + 8)
@@ -69,9 +64,8 @@ def _eager(work: Workload, r: float, rotary: bool, rms: tuple[int, int]) -> tupl
 def _lean(work: Workload, r: float) -> tuple[float, float]:
     a, h = work.compute_bytes, work.model.mlp_hidden_dim / work.model.dim
     product = (3 * h * a, 5 * h * a) if work.compile else (5 * h * a, 9 * h * a)
-    heads = 2 + r
-    forward = 2 * (2 * a + 3 * a) + heads * 2 * a + product[0] + (4 * (1 + r) * a if r else 0)
-    backward = 2 * (6 * a + 3 * a) + heads * 3 * a + product[1] + 9 * a + 4 * r * a
+    forward = 2 * (2 * a + 3 * a) + (2 + r) * 2 * a + product[0] + (4 * (1 + r) * a if r else 0)
+    backward = 2 * (6 * a + 3 * a) + (2 + r) * 3 * a + product[1] + 9 * a + 4 * r * a
     return forward, backward
 
 
@@ -81,24 +75,14 @@ def decoder_moved(work: Workload, *, resolution: int, tp: int) -> tuple[float, f
     The torch one counts its small products too, which are bound by what they move, and the recomputation.
     The fused one reads pixels and condition once and writes the velocity, or the condition's gradient, once.
     """
-    model, a = work.model, work.compute_bytes
-    pixels = resolution**2 / tp
+    model, pixels = work.model, resolution**2 / tp
     if not model.decoder_width:
         return 0.0, 0.0
+    wide = pixels * work.compute_bytes * model.decoder_width
     if work.fused:
         values = pixels * FP32 * model.channels
-        condition = pixels * a * model.decoder_width
-        return values + condition + values, 2 * condition + 2 * values
-    wide = pixels * a * model.decoder_width
+        return values + wide + values, 2 * wide + 2 * values
     return wide * (11 + 19 * model.decoder_blocks), wide * (26.5 + 73.2 * model.decoder_blocks)
-
-
-def operations(work: Workload, *, recomputed: bool) -> int:
-    """How many operations a micro-batch issues in both passes."""
-    forward, backward = BLOCK_OPERATIONS[work.fused or work.compile]
-    blocks = work.model.num_blocks + work.model.num_text_blocks
-    decoder = sum(DECODER_OPERATIONS[work.fused]) if work.model.decoder_width else 0
-    return blocks * (forward * (2 if recomputed else 1) + backward) + decoder + OTHER_OPERATIONS
 
 
 RECOMPUTED = ("linears", "attention", "modulation")
@@ -139,25 +123,22 @@ def compute_seconds(step: TrainStep, device: Device) -> dict[str, float]:
     return {name: step.micro_batch * seconds for name, seconds in parts.items()}
 
 
-def optimizer_seconds(step: TrainStep, device: Device) -> float:
-    """Norm, clipping, AdamW and average over what a rank updates."""
-    work, dims = step.work, step.dims
-    elements = rank_elements(work.model, dims, work.persistent)
-    if step.parallel.engine == "deepspeed" and step.parallel.zero_stage == 0:
-        updated: float = elements.full + work.repa_parameters
-    else:
-        updated = elements.sharded + work.repa_parameters / dims.dp_shard
-    return ADAMW_BYTES[work.fused] * updated / device.copy_bytes_per_s
-
-
 def step_by_part(step: TrainStep, device: Device) -> dict[str, float]:
     """Seconds of a step by part; they sum to the step."""
-    parts = compute_seconds(step, device)
-    issue = operations(step.work, recomputed=step.recomputes) * device.launch_s
+    work, dims, parts = step.work, step.dims, compute_seconds(step, device)
+    forward, backward = BLOCK_OPERATIONS[work.fused or work.compile]
+    blocks = work.model.num_blocks + work.model.num_text_blocks
+    decoder = sum(DECODER_OPERATIONS[work.fused]) if work.model.decoder_width else 0
+    operations = blocks * (forward * (2 if step.recomputes else 1) + backward) + decoder + OTHER_OPERATIONS
+    issue = operations * device.launch_s
     parts["host"] = issue if device.kind == "cpu" else max(0.0, issue - sum(parts.values()))
     parts = {name: step.accumulation * seconds for name, seconds in parts.items()}
     hidden, exposed = split_by_overlap(step, device)
-    units = step.work.model.num_blocks + step.work.model.num_text_blocks + 1
-    parts["communication"] = exposed + max(hidden - sum(parts.values()), hidden / units)
-    parts["optimizer"] = optimizer_seconds(step, device)
+    parts["communication"] = exposed + max(hidden - sum(parts.values()), hidden / (blocks + 1))
+    # Norm, clipping, AdamW and average over what a rank updates.
+    elements = rank_elements(work.model, dims, work.persistent)
+    updated = elements.sharded + work.repa_parameters / dims.dp_shard
+    if step.parallel.engine == "deepspeed" and step.parallel.zero_stage == 0:
+        updated = elements.full + work.repa_parameters
+    parts["optimizer"] = ADAMW_BYTES[work.fused] * updated / device.copy_bytes_per_s
     return parts

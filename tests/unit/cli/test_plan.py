@@ -10,7 +10,7 @@ from deco_scale.parallel.mesh import ParallelDims, resolve_parallel_dims
 from deco_scale.planning.flops import Workload
 from deco_scale.planning.forecast import fits, plan_as_configured
 from deco_scale.planning.hardware import gpu_device
-from deco_scale.planning.parameters import layout_rows
+from deco_scale.planning.memory import layout_rows
 from tests.support import CONFIGS
 from tests.support.commands import deco
 

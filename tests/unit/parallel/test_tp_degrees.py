@@ -8,8 +8,8 @@ from deco_scale.errors import ConfigError
 from deco_scale.models import ModelConfig
 from deco_scale.models.tp_plan import check_tp
 from deco_scale.parallel.mesh import ParallelDims
-from deco_scale.planning.layouts import tp_degrees
-from deco_scale.planning.parameters import layout_rows
+from deco_scale.planning.forecast import tp_degrees
+from deco_scale.planning.memory import layout_rows
 
 TEXT = ModelConfig(
     kind="t2i_deco", dim=32, num_heads=4, num_blocks=1, patch_size=8, decoder_width=4, decoder_blocks=1,

@@ -12,9 +12,8 @@ from deco_scale.parallel.config import ParallelConfig
 from deco_scale.parallel.mesh import ParallelDims, accumulation_steps, resolve_parallel_dims
 from deco_scale.planning.comms import Traffic, seconds_of
 from deco_scale.planning.flops import TrainStep, Workload
-from deco_scale.planning.forecast import all_plans, forecast_stage, recommend
-from deco_scale.planning.hardware import GPUS, Device, gpu_device, gpu_named
-from deco_scale.planning.layouts import enumerate_layouts
+from deco_scale.planning.forecast import all_plans, enumerate_layouts, forecast_stage, recommend
+from deco_scale.planning.hardware import GPUS, gpu_device, gpu_named
 from deco_scale.planning.memory import memory_by_part
 from deco_scale.planning.step_time import step_by_part
 from deco_scale.training.config import StageConfig
@@ -23,8 +22,8 @@ from tests.support import CONFIGS
 XXL = CONFIGS / "t2i_xxl.yaml"
 
 
-def _any(parallel: ParallelConfig) -> bool:
-    return True
+def _any(parallel: ParallelConfig) -> None:
+    """Takes every layout."""
 
 
 def _stage(**changes: Any) -> StageConfig:
@@ -42,7 +41,7 @@ def _step(work: Workload, parallel: ParallelConfig, dims: ParallelDims, micro_ba
 def test_every_layout_is_one_that_a_run_accepts(gpus: int) -> None:
     model, device = load_config(XXL).model, gpu_device("h100", compute="bf16")
     stages = (_stage(global_batch=48), _stage(name="t", resolution=512, global_batch=96))
-    layouts = list(enumerate_layouts(model, gpus, allowed=_any))
+    layouts = list(enumerate_layouts(model, gpus, check=_any))
     assert len(layouts) == len(set(map(repr, layouts)))
     plans = all_plans(Workload(model=model, compute="bf16"), stages, layouts, device, gpus=gpus)
     for plan in plans:
@@ -121,12 +120,9 @@ def test_links_are_as_fast_as_the_slower_of_node_and_network() -> None:
 
 
 def test_rates_say_whether_they_were_measured() -> None:
-    def origins(device: Device) -> dict[str, str]:
-        return {figure.what: figure.origin for figure in device.figures}
-
-    assert origins(gpu_device("h100", compute="bf16"))["GEMM"] == "measured"
+    assert gpu_device("h100", compute="bf16").figures[0] == "GEMM 798 TFLOP/s (measured: 8192^3 and copy)"
     assert gpu_device("h100", compute="bf16").gemm_flops == 798e12
-    assert origins(gpu_device("b200", compute="bf16"))["GEMM"] == "assumed"
+    assert gpu_device("b200", compute="bf16").figures[0] == "GEMM 1,800 TFLOP/s (assumed: 80% of 2,250)"
     assert gpu_device("b200", compute="fp8").fp8_flops == 4.5e15 * 0.65
     assert gpu_named("NVIDIA H100 80GB HBM3") == "h100" and gpu_named("some processor") is None
 

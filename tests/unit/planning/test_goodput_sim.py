@@ -49,7 +49,7 @@ def test_simulated_runs_agree_with_the_closed_form(faults: Faults, segments: int
     assert played.error_s < 0.02 * expected
     # Faults come at one rate all the time: their number less that of the time passed has the variance of both.
     drift = played.faults - played.mean_s / faults.mtbf_s
-    assert abs(drift) < 4 * math.sqrt(expected / faults.mtbf_s / played.runs)
+    assert abs(drift) < 4 * math.sqrt(expected / faults.mtbf_s / 8000)
     again = simulate(faults, work, segments, runs=8000, seed=3)
     assert played == again
 

@@ -106,7 +106,7 @@ def test_what_backward_holds_for_a_moment(mode: Any, tp: int) -> None:
     expected = 2 * 3 * tokens * 4 * LARGE_BLOCKS.dim / tp
     if mode != "none":
         expected += block_saved(work, tokens=tokens, context=LARGE_BLOCKS.text_tokens, tp=tp)
-    assert found["moment"] == pytest.approx(3 * expected)
+    assert found["held for a moment"] == pytest.approx(3 * expected)
 
 
 @MODELS
@@ -130,7 +130,5 @@ def test_the_parts_are_all_there(kind: str, size: int) -> None:
     parts = memory_by_part(step, kind=kind)
     assert parts["encoders"] == size * 3e6 and parts["reserve"] == RESERVE_BYTES[kind]
     assert parts["working weights"] == working_bytes(step)
-    activations = activation_bytes(step, kind=kind)
-    names = ("activations of blocks", "inputs", "losses", "decoder", "held for a moment")
-    assert sum(parts[name] for name in names) == pytest.approx(sum(activations.values()))
+    assert activation_bytes(step, kind=kind).items() <= parts.items()
     assert min(parts.values()) > 0
