@@ -198,7 +198,7 @@ def _sample(
             dist.barrier()
         raise_together(lambda: folder.finish(records) if first else None)
     if first:
-        _save_grid(args, images, (settings["height"], settings["width"]), console)
+        _save_grid(args, images, console)
 
 
 def _generate(
@@ -300,9 +300,7 @@ def _images(args: argparse.Namespace, cfg: RunConfig, settings: Record) -> list[
     return images
 
 
-def _save_grid(
-    args: argparse.Namespace, images: Sequence[_PlannedImage], size: tuple[int, int], console: Console
-) -> None:
+def _save_grid(args: argparse.Namespace, images: Sequence[_PlannedImage], console: Console) -> None:
     """Put the images into one grid if they are few enough, and print where they are."""
     message = f"{len(images)} images in {args.out}"
     if len(images) <= MAX_GRID_IMAGES:
@@ -312,8 +310,6 @@ def _save_grid(
                 pixels.append(np.asarray(file.convert("RGB")))
         grid = args.out / "grid.png"
         labels = [str(image.request.condition) for image in images]
-        save_grid(
-            np.stack(pixels), grid, columns=min(8, len(pixels)), labels=labels, scale=max(1, 96 // max(size))
-        )
+        save_grid(pixels, grid, labels=labels)
         message += f", all in one grid: {grid}"
     print_line(console, message)

@@ -1,6 +1,7 @@
 """CLIP score: 100 times the cosine between an image's and its prompt's CLIP embeddings (Hessel et al. 2021)."""
 
 import json
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 from torch import Tensor
 
 from deco_scale.errors import ConfigError
@@ -21,61 +21,44 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 class ClipScorer:
     """A frozen CLIP from a local folder."""
 
-    def __init__(self, model: Any, tokenizer: Any, mean: Sequence[float], std: Sequence[float]) -> None:
-        self._model, self._tokenizer = model.eval().requires_grad_(False), tokenizer
-        self._mean, self._std = np.array(mean, np.float32), np.array(std, np.float32)
-        self._side = int(model.config.vision_config.image_size)
-        self._max_tokens = int(model.config.text_config.max_position_embeddings)
-
-    @classmethod
-    def load(cls, folder: Path) -> "ClipScorer":
+    def __init__(self, folder: Path) -> None:
         """Load a ``transformers`` folder on the CPU, without network and from safetensors only.
 
         Raises :class:`ConfigError` if it is missing, damaged, or not a CLIP.
         """
-        hint = (
-            f"CLIP folder {folder}: expected config.json, model.safetensors and the tokenizer's files "
-            "of a CLIP, such as openai/clip-vit-large-patch14"
-        )
-        if not folder.is_dir():
-            raise ConfigError(f"{hint}; there is no such folder")
+        try:
+            self._load(folder)
+        except Exception as error:  # transformers raises many kinds for damaged files
+            reason = textwrap.shorten(str(error) or type(error).__name__, 240)
+            raise ConfigError(
+                f"CLIP folder {folder}: expected config.json, model.safetensors and the tokenizer's files "
+                f"of a CLIP, such as openai/clip-vit-large-patch14 ({reason})"
+            ) from error
+
+    def _load(self, folder: Path) -> None:
         from transformers import AutoTokenizer, CLIPModel
 
-        try:
-            kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-            if kind != "clip":
-                raise ConfigError(f"{hint}; its config.json has model_type {kind}")
-            mean, std = _normalisation(folder / "preprocessor_config.json")
-            loaded: Any = CLIPModel.from_pretrained(
-                folder,
-                local_files_only=True,
-                use_safetensors=True,
-                dtype=torch.float32,
-                output_loading_info=True,
-            )
-            model, loading = loaded
-            # transformers initialises missing weights at random and reads a missing vocabulary as an empty one.
-            missing = sorted(loading["missing_keys"])[:2]
-            if missing:
-                raise ConfigError(f"{hint}; missing weights: {', '.join(missing)}")
-            if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-                raise ConfigError(f"{hint}; it has neither tokenizer.json nor vocab.json")
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except ConfigError:
-            raise
-        except (
-            OSError,
-            ValueError,
-            LookupError,
-            AttributeError,
-            TypeError,
-            RuntimeError,
-            SafetensorError,
-        ) as error:
-            raise ConfigError(
-                f"{hint} ({(str(error).strip() or type(error).__name__).splitlines()[0]})"
-            ) from error
-        return cls(model, tokenizer, mean, std)
+        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+        if kind != "clip":
+            raise ValueError(f"its config.json has model_type {kind}")
+        loaded: Any = CLIPModel.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+        )
+        self._model, loading = loaded
+        # transformers initialises missing weights at random and reads a missing vocabulary as an empty one.
+        if loading["missing_keys"]:
+            raise ValueError(f"missing weights: {', '.join(sorted(loading['missing_keys'])[:2])}")
+        if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+            raise ValueError("it has neither tokenizer.json nor vocab.json")
+        self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        settings: dict[str, Any] = {}
+        if (folder / "preprocessor_config.json").is_file():
+            settings = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
+        self._mean = np.array(settings.get("image_mean", MEAN), np.float32)
+        self._std = np.array(settings.get("image_std", STD), np.float32)
+        self._model.eval().requires_grad_(False)
+        self._side = int(self._model.config.vision_config.image_size)
+        self._max_tokens = int(self._model.config.text_config.max_position_embeddings)
 
     def to(self, device: torch.device) -> "ClipScorer":
         """Move the model; returns itself."""
@@ -107,11 +90,3 @@ class ClipScorer:
         left, top = (width - side) // 2, (height - side) // 2
         pixels = np.asarray(image.crop((left, top, left + side, top + side)), np.float32) / 255
         return ((pixels - self._mean) / self._std).transpose(2, 0, 1)
-
-
-def _normalisation(path: Path) -> tuple[Sequence[float], Sequence[float]]:
-    """Mean and standard deviation in a folder's preprocessor config, else the release's."""
-    if not path.is_file():
-        return MEAN, STD
-    settings = json.loads(path.read_text(encoding="utf-8"))
-    return settings.get("image_mean", MEAN), settings.get("image_std", STD)

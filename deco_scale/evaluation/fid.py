@@ -7,10 +7,11 @@ are computed in float64, batch by batch.
 Shape letters: N features of a set, F their width, K classes.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,8 +24,7 @@ SPLIT = 5000
 """Images per split of the Inception score, as in the ADM suite."""
 
 
-@dataclass(frozen=True)
-class Gaussian:
+class Gaussian(NamedTuple):
     """Mean (F,) and covariance (F, F) in float64."""
 
     mean_F: Tensor
@@ -101,24 +101,39 @@ class ClassSpread:
 class InceptionScore:
     """Mean of the scores of consecutive splits of ``split`` images, the last one possibly shorter."""
 
-    def __init__(self, classes: int, *, split: int = SPLIT) -> None:
-        self._classes, self._split = classes, split
-        self._parts: list[ClassSpread] = []
+    def __init__(self, classes: int, *, split: int = SPLIT, device: torch.device | None = None) -> None:
+        self._new_part, self._split = partial(ClassSpread, classes, device), split
+        self.parts = [self._new_part()]
 
     def add(self, logits_NK: Tensor) -> None:
         """Add the logits of the next images."""
         while len(logits_NK):
-            if not self._parts or self._parts[-1].count == self._split:
-                self._parts.append(ClassSpread(self._classes, logits_NK.device))
-            room = self._split - int(self._parts[-1].count)
-            self._parts[-1].add(logits_NK[:room])
+            if self.parts[-1].count == self._split:
+                self.parts.append(self._new_part())
+            room = self._split - int(self.parts[-1].count)
+            self.parts[-1].add(logits_NK[:room])
             logits_NK = logits_NK[room:]
 
     def score(self) -> float:
-        """Mean over the splits; raises ``ValueError`` without any image."""
-        if not self._parts:
-            raise ValueError("an Inception score needs at least one image")
-        return sum(part.score() for part in self._parts) / len(self._parts)
+        """Mean over the splits; nan without any image."""
+        return sum(part.score() for part in self.parts) / len(self.parts)
+
+
+class ImageSums:
+    """Sums over images for FID, sFID and Inception score; those of several processes may be added."""
+
+    def __init__(self, inception: Inception, device: torch.device, *, split: int = SPLIT) -> None:
+        self._inception = inception
+        self.pool, self.spatial = Moments(POOL_DIM, device), Moments(SPATIAL_DIM, device)
+        self.classes = InceptionScore(NUM_CLASSES, split=split, device=device)
+
+    def add(self, images_BYXC: Any) -> Tensor:
+        """Add a batch of uint8 images (B, Y, X, 3); returns their pool features (B, 2048)."""
+        features = self._inception(torch.tensor(images_BYXC))
+        self.pool.add(features.pool_BF)
+        self.spatial.add(features.spatial_BF)
+        self.classes.add(self._inception.class_scores(features.pool_BF))
+        return features.pool_BF
 
 
 def precision_recall(
@@ -128,7 +143,7 @@ def precision_recall(
 
     A set's manifold is the union of balls around its features that reach to the ``neighbours``-th nearest of
     the same set. Precision is the share of samples within the reference's manifold, recall the share of the
-    reference within the samples'. At most ``block`` x ``block`` distances are in memory at a time. Raises
+    reference within the samples'. Distances of ``block`` features are in memory at a time. Raises
     ``ValueError`` for sets that are too small. The ADM suite rounds features to half precision here, so its
     last digits may differ.
     """
@@ -138,55 +153,33 @@ def precision_recall(
     # Centred, the differences of large squares below lose fewer digits.
     centre = reference_NF.mean(dim=0)
     samples, reference = samples_NF - centre, reference_NF - centre
-    precision = _inside(samples, reference, _radii(reference, neighbours, block), block)
-    recall = _inside(reference, samples, _radii(samples, neighbours, block), block)
-    return precision, recall
+    return _inside(samples, reference, neighbours, block), _inside(reference, samples, neighbours, block)
 
 
-def _squared_distances(a_NF: Tensor, b_MF: Tensor) -> Tensor:
-    squares = a_NF.square().sum(dim=1)[:, None] + b_MF.square().sum(dim=1)
-    return torch.addmm(squares, a_NF, b_MF.T, alpha=-2).clamp(min=0)
+def _inside(queries_NF: Tensor, centres_MF: Tensor, neighbours: int, block: int) -> float:
+    """Share of the queries in the union of balls around the centres."""
+    # Each centre is its own nearest one.
+    nearest = [rows.topk(neighbours + 1, largest=False) for rows in _distances(centres_MF, centres_MF, block)]
+    radii_M = torch.cat([found.values[:, neighbours] for found in nearest])
+    inside = [int((rows <= radii_M).any(dim=1).sum()) for rows in _distances(queries_NF, centres_MF, block)]
+    return sum(inside) / len(queries_NF)
 
 
-def _radii(features_NF: Tensor, neighbours: int, block: int) -> Tensor:
-    """Squared distance (N,) of each feature to its ``neighbours``-th nearest other one."""
-    radii = []
-    for rows in features_NF.split(block):
-        nearest = rows.new_empty(len(rows), 0)
-        for columns in features_NF.split(block):
-            nearest = torch.cat([nearest, _squared_distances(rows, columns)], dim=1)
-            # Each feature is its own nearest one.
-            nearest = nearest.topk(min(neighbours + 1, nearest.shape[1]), largest=False).values
-        radii.append(nearest[:, neighbours])
-    return torch.cat(radii)
+def _distances(a_NF: Tensor, b_MF: Tensor, block: int) -> Iterator[Tensor]:
+    """Squared distances (rows, M), ``block`` rows at a time."""
+    for rows in a_NF.split(block):
+        tiles = []
+        for columns in b_MF.split(block):
+            squares = rows.square().sum(dim=1)[:, None] + columns.square().sum(dim=1)
+            tiles.append(torch.addmm(squares, rows, columns.T, alpha=-2).clamp(min=0))
+        yield torch.cat(tiles, dim=1)
 
 
-def _inside(queries_NF: Tensor, centres_MF: Tensor, radii_M: Tensor, block: int) -> float:
-    inside = 0
-    for rows in queries_NF.split(block):
-        is_inside = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
-        for columns, radii in zip(centres_MF.split(block), radii_M.split(block), strict=True):
-            is_inside |= (_squared_distances(rows, columns) <= radii).any(dim=1)
-        inside += int(is_inside.sum())
-    return inside / len(queries_NF)
-
-
-@dataclass(frozen=True)
-class Reference:
+class Reference(NamedTuple):
     """Statistics that images are compared with; ``spatial`` is None if those of sFID are unknown."""
 
     pool: Gaussian
     spatial: Gaussian | None
-
-
-@dataclass(frozen=True)
-class ImageStatistics:
-    """Of a set of images: moments of both kinds of features, all pool features (N, 2048), Inception score."""
-
-    pool: Gaussian
-    spatial: Gaussian
-    pool_features_NF: Tensor
-    inception_score: float
 
 
 @dataclass(frozen=True)
@@ -199,23 +192,6 @@ class Scores:
     inception_score: float
     precision: float | None
     recall: float | None
-
-
-def image_statistics(
-    inception: Inception, batches: Iterable[Any], on_batch: Callable[[int], None]
-) -> ImageStatistics:
-    """Run the network over uint8 batches (B, Y, X, 3); ``on_batch`` gets the size of each."""
-    device = inception.fc.weight.device
-    pool, spatial = Moments(POOL_DIM, device), Moments(SPATIAL_DIM, device)
-    spread, pool_features = InceptionScore(NUM_CLASSES), []
-    for images in batches:
-        features = inception(torch.tensor(images))
-        pool.add(features.pool_BF)
-        spatial.add(features.spatial_BF)
-        spread.add(inception.class_scores(features.pool_BF))
-        pool_features.append(features.pool_BF)
-        on_batch(len(images))
-    return ImageStatistics(pool.gaussian(), spatial.gaussian(), torch.cat(pool_features), spread.score())
 
 
 def read_reference(path: Path, device: torch.device) -> Reference | None:
@@ -261,24 +237,30 @@ def score_files(
 ) -> Scores:
     """Scores of the images in ``samples`` against ``reference``; raises :class:`RunError` naming a bad file."""
     check_files(samples, reference)
-    statistics = read_reference(reference, inception.fc.weight.device)
-    sample_statistics = image_statistics(inception, read_images(samples, batch), on_batch)
-    reference_images = None
-    if IMAGES_KEY in array_names(reference):
-        reference_images = image_statistics(inception, read_images(reference, batch), on_batch)
-    if statistics is None:
-        assert reference_images is not None
-        statistics = Reference(reference_images.pool, reference_images.spatial)
+    device = inception.fc.weight.device
+
+    def read_features(path: Path) -> tuple[ImageSums, Tensor]:
+        sums, features = ImageSums(inception, device), []
+        for images in read_images(path, batch):
+            features.append(sums.add(images))
+            on_batch(len(images))
+        return sums, torch.cat(features)
+
+    known = read_reference(reference, device)
+    sums, features = read_features(samples)
     precision = recall = None
-    features = sample_statistics.pool_features_NF
-    # Three neighbours and the image itself.
-    if reference_images is not None and min(len(features), len(reference_images.pool_features_NF)) > 3:
-        precision, recall = precision_recall(features, reference_images.pool_features_NF)
+    if IMAGES_KEY in array_names(reference):
+        reference_sums, reference_features = read_features(reference)
+        known = known or Reference(reference_sums.pool.gaussian(), reference_sums.spatial.gaussian())
+        # Three neighbours and the image itself.
+        if min(len(features), len(reference_features)) > 3:
+            precision, recall = precision_recall(features, reference_features)
+    assert known is not None
     return Scores(
         num_images=len(features),
-        fid=frechet_distance(sample_statistics.pool, statistics.pool),
-        sfid=frechet_distance(sample_statistics.spatial, statistics.spatial) if statistics.spatial else None,
-        inception_score=sample_statistics.inception_score,
+        fid=frechet_distance(sums.pool.gaussian(), known.pool),
+        sfid=frechet_distance(sums.spatial.gaussian(), known.spatial) if known.spatial else None,
+        inception_score=sums.classes.score(),
         precision=precision,
         recall=recall,
     )

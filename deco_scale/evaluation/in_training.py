@@ -16,13 +16,15 @@ from torch import Tensor
 from deco_scale.errors import ConfigError, RunError
 from deco_scale.evaluation.clip_score import ClipScorer
 from deco_scale.evaluation.config import EvaluationConfig
-from deco_scale.evaluation.fid import ClassSpread, Moments, Reference, frechet_distance, read_reference
-from deco_scale.evaluation.inception import NUM_CLASSES, POOL_DIM, SPATIAL_DIM, Inception, load_inception
+from deco_scale.evaluation.fid import ImageSums, Reference, frechet_distance, read_reference
+from deco_scale.evaluation.inception import Inception, load_inception
 from deco_scale.evaluation.npz import write_images
 from deco_scale.sampling.generate import GenerateFn, SampleRequest
 from deco_scale.sampling.images import save_grid
 from deco_scale.sampling.output_dir import encode_npy, write_file
 from deco_scale.sampling.prompts import read_prompts
+
+_CPU = torch.device("cpu")
 
 AllReduceFn = Callable[[Tensor], Tensor]
 """A float64 tensor on the CPU to its sum over all shares; a collective."""
@@ -53,6 +55,7 @@ def evaluation_requests(cfg: EvaluationConfig, *, num_classes: int) -> list[Samp
     Prompts or classes take turns. Noise is seeded with the index within the prompt, or for classes with the
     image's number, as in ``deco evaluate``. Raises :class:`ConfigError` for settings that do not fit the model.
     """
+    conditions: Sequence[str | int]
     if num_classes:
         if cfg.prompts_file is not None:
             raise ConfigError("evaluation.prompts_file is for text models; set evaluation.classes instead")
@@ -61,15 +64,16 @@ def evaluation_requests(cfg: EvaluationConfig, *, num_classes: int) -> list[Samp
             raise ConfigError(
                 f"evaluation.classes: {unknown[:4]}, but the model has classes 0 to {num_classes - 1}"
             )
-        classes = cfg.classes or tuple(range(num_classes))
-        return [SampleRequest(classes[i % len(classes)], i // len(classes), seed=i) for i in range(cfg.count)]
-    if cfg.prompts_file is None or cfg.classes:
+        conditions = cfg.classes or range(num_classes)
+    elif cfg.prompts_file is None or cfg.classes:
         raise ConfigError("evaluation.prompts_file is missing: a text model needs a file with one prompt per line")
-    prompts = read_prompts(Path(cfg.prompts_file), "evaluation.prompts_file")
-    return [
-        SampleRequest(prompts[i % len(prompts)], i // len(prompts), seed=i // len(prompts))
-        for i in range(cfg.count)
-    ]
+    else:
+        conditions = read_prompts(Path(cfg.prompts_file), "evaluation.prompts_file")
+    requests = []
+    for i in range(cfg.count):
+        index, number = divmod(i, len(conditions))
+        requests.append(SampleRequest(conditions[number], index, seed=i if num_classes else index))
+    return requests
 
 
 def generate_share(
@@ -95,18 +99,15 @@ class Scorer:
         self._cfg, self._device = cfg, device
         self._inception: Inception | None = None
         self._reference: Reference | None = None
-        self._clip: ClipScorer | None = None
-        cpu = torch.device("cpu")
+        self._clip = ClipScorer(Path(cfg.clip_folder)) if cfg.clip_folder is not None else None
         if cfg.inception_weights is not None and cfg.reference is not None:
-            self._inception = load_inception(Path(cfg.inception_weights), cpu)
+            self._inception = load_inception(Path(cfg.inception_weights), _CPU)
             try:
-                self._reference = read_reference(Path(cfg.reference), cpu)
+                self._reference = read_reference(Path(cfg.reference), _CPU)
             except RunError as error:
                 raise ConfigError(f"evaluation.reference: {error}") from error
             if self._reference is None:
                 raise ConfigError(f"evaluation.reference={cfg.reference} has no mu and sigma")
-        if cfg.clip_folder is not None:
-            self._clip = ClipScorer.load(Path(cfg.clip_folder))
 
     @property
     def published_weights(self) -> bool | None:
@@ -120,46 +121,29 @@ class Scorer:
         """
         scalars: dict[str, float] = {}
         batches = [share[i : i + self._cfg.batch] for i in range(0, len(share), self._cfg.batch)]
-        if self._inception is not None:
-            assert self._reference is not None
-            scalars |= self._inception_scalars(self._inception, self._reference, batches, all_reduce)
+        if self._inception is not None and self._reference is not None:
+            sums = ImageSums(self._inception.to(self._device), _CPU, split=self._cfg.count)
+            for batch in batches:
+                sums.add(np.stack([image.pixels for image in batch]))
+            self._inception.to(_CPU)
+            for part in (sums.pool, sums.spatial, *sums.classes.parts):
+                for values in part.sums():
+                    values.copy_(all_reduce(values.clone()))
+            scalars["fid"] = frechet_distance(sums.pool.gaussian(), self._reference.pool)
+            scalars["inception_score"] = sums.classes.score()
+            if self._reference.spatial is not None:
+                scalars["sfid"] = frechet_distance(sums.spatial.gaussian(), self._reference.spatial)
         if self._clip is not None:
-            sums = torch.zeros(2, dtype=torch.float64)
+            total = torch.zeros(2, dtype=torch.float64)
             self._clip.to(self._device)
             for batch in batches:
                 scores = self._clip.scores(
                     [image.pixels for image in batch], [str(image.request.condition) for image in batch]
                 )
-                sums += torch.tensor([scores.double().sum(), len(batch)])
-            self._clip.to(torch.device("cpu"))
-            score, count = all_reduce(sums).tolist()
+                total += torch.tensor([scores.double().sum(), len(batch)])
+            self._clip.to(_CPU)
+            score, count = all_reduce(total).tolist()
             scalars["clip_score"] = score / count
-        return scalars
-
-    def _inception_scalars(
-        self,
-        inception: Inception,
-        reference: Reference,
-        batches: Sequence[Sequence[EvaluationImage]],
-        all_reduce: AllReduceFn,
-    ) -> dict[str, float]:
-        pool, spatial, spread = Moments(POOL_DIM), Moments(SPATIAL_DIM), ClassSpread(NUM_CLASSES)
-        inception.to(self._device)
-        for batch in batches:
-            features = inception(torch.from_numpy(np.stack([image.pixels for image in batch])))
-            pool.add(features.pool_BF.cpu())
-            spatial.add(features.spatial_BF.cpu())
-            spread.add(inception.class_scores(features.pool_BF).cpu())
-        inception.to(torch.device("cpu"))
-        for part in (pool, spatial, spread):
-            for sums in part.sums():
-                sums.copy_(all_reduce(sums.clone()))
-        scalars = {
-            "fid": frechet_distance(pool.gaussian(), reference.pool),
-            "inception_score": spread.score(),
-        }
-        if reference.spatial is not None:
-            scalars["sfid"] = frechet_distance(spatial.gaussian(), reference.spatial)
         return scalars
 
 
@@ -228,10 +212,6 @@ def save_image_grid(images: Sequence[EvaluationImage], folder: Path, step: int) 
     """``step_XXXXXXXX.png`` of these images, sorted by number and labelled; raises :class:`RunError`."""
     ordered = sorted(images, key=lambda image: image.number)
     path = folder / f"step_{step:08d}.png"
-    pixels = np.stack([image.pixels for image in ordered])
     labels = [str(image.request.condition) for image in ordered]
-    try:
-        save_grid(pixels, path, columns=min(8, len(ordered)), labels=labels, scale=max(1, 96 // pixels.shape[2]))
-    except OSError as error:
-        raise RunError(f"{path}: {error.strerror}") from error
+    save_grid([image.pixels for image in ordered], path, labels=labels)
     return path

@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from data_pipeline.storage.files import atomic_path
+from deco_scale.errors import RunError
 from deco_scale.models import patchify, unpatchify
 from deco_scale.objectives.config import Prediction
 from deco_scale.objectives.flow_matching import velocity_from_image
@@ -82,19 +83,24 @@ def to_uint8(x_PCYX: Tensor) -> Any:
     return pixels.permute(0, 2, 3, 1).cpu().numpy()
 
 
-def save_grid(images: Any, path: Path, *, columns: int, labels: Sequence[str] = (), scale: int = 1) -> None:
-    """One PNG with all images, row by row, each with its label below; written atomically."""
-    count, height, width, _ = images.shape
-    height, width = height * scale, width * scale
-    text = 14 if labels else 0
-    rows = -(-count // columns)
+def save_grid(images: Sequence[Any], path: Path, *, labels: Sequence[str], columns: int = 8) -> None:
+    """One PNG with all uint8 images (Y, X, 3), row by row, each with its label below; small ones are enlarged.
+
+    Written atomically; raises :class:`RunError` if the disk refuses.
+    """
+    height, width, _ = images[0].shape
+    scale, columns = max(1, 96 // max(height, width)), min(columns, len(images))
+    height, width, text = height * scale, width * scale, 14
+    rows = -(-len(images) // columns)
     grid = Image.new("RGB", (columns * (width + 2), rows * (height + text + 2)), "white")
     draw = ImageDraw.Draw(grid)
-    for i, pixels in enumerate(images):
+    for i, (pixels, label) in enumerate(zip(images, labels, strict=True)):
         left, top = (i % columns) * (width + 2), (i // columns) * (height + text + 2)
         image = Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST)
         grid.paste(image, (left, top))
-        if labels:
-            draw.text((left + 1, top + height), labels[i][: max(1, width // 6)], fill="black")
-    with atomic_path(path, durable=False) as partial:
-        grid.save(partial, format="PNG")
+        draw.text((left + 1, top + height), label[: max(1, width // 6)], fill="black")
+    try:
+        with atomic_path(path, durable=False) as partial:
+            grid.save(partial, format="PNG")
+    except OSError as error:
+        raise RunError(f"{path}: {error.strerror}") from error

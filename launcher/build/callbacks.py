@@ -2,11 +2,10 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -14,30 +13,29 @@ from torch import Tensor
 from data_pipeline.errors import DataError
 from deco_scale.checkpoint.manager import SaveResult
 from deco_scale.config import RunConfig, dump_config
-from deco_scale.distributed.collectives import gather_objects, raise_together
+from deco_scale.distributed.collectives import gather_objects, raise_together, run_on_rank_zero
 from deco_scale.distributed.replica_check import ReplicaCheck
 from deco_scale.errors import ConfigError, ReplicaMismatchError, RunError
 from deco_scale.evaluation.config import EvaluationConfig
 from deco_scale.evaluation.in_training import (
+    EvaluationImage,
     EvaluationResult,
     Scorer,
     evaluate_share,
     evaluation_requests,
-    generate_share,
 )
 from deco_scale.observability.events import REQUEUE
 from deco_scale.observability.run_logger import RunLogger
-from deco_scale.parallel.mesh import ParallelDims
-from deco_scale.sampling import ImageGenerator, SampleRequest
-from deco_scale.sampling.config import SampleImagesConfig
+from deco_scale.sampling import SampleRequest
+from deco_scale.sampling.config import SampleImagesConfig, SamplerConfig
 from deco_scale.sampling.images import save_grid
 from deco_scale.training.callbacks import Callback
 from deco_scale.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
-GeneratorAt = Callable[[int], ImageGenerator]
-"""A generator over the model in training at a step; it uses the weights of the moment."""
+DrawShare = Callable[[int, Sequence[SampleRequest], SamplerConfig, int], tuple[Sequence[EvaluationImage], int]]
+"""Draws with the EMA weights at a step: this rank's share of the requests' images, and their side in pixels."""
 
 
 class LogRun(Callback):
@@ -68,10 +66,9 @@ class LogRun(Callback):
             self._log.event("end", reason=str(error), exit_code=getattr(error, "exit_code", 1))
 
     def on_train_end(self, trainer: Trainer) -> None:
-        if trainer.stopped is not None:
-            self._log.event("end", reason=f"stopped by {trainer.stopped}", exit_code=REQUEUE)
-        else:
-            self._log.event("end", reason="done", exit_code=0)
+        stopped = trainer.stopped
+        reason, code = ("done", 0) if stopped is None else (f"stopped by {stopped}", REQUEUE)
+        self._log.event("end", reason=reason, exit_code=code)
 
 
 class SaveConfig(Callback):
@@ -95,116 +92,81 @@ class CheckReplicas(Callback):
         try:
             self._check.check(trainer.engine, step)
         except ReplicaMismatchError as error:
-            for mismatch in error.mismatches:
-                trainer.emit(
-                    "corruption",
-                    rank=mismatch.rank,
-                    host=trainer.hosts[mismatch.rank],
-                    tensors=mismatch.count,
-                    first=mismatch.first,
-                )
+            for rank, count, first in ((each.rank, each.count, each.first) for each in error.mismatches):
+                trainer.emit("corruption", rank=rank, host=trainer.hosts[rank], tensors=count, first=first)
             raise
 
 
-class SampleImages(Callback):
-    """Generates images of the configured prompts or classes with the EMA weights; ``samples/step_*.png``."""
+class _UseImages(Callback):
+    """Every ``cfg.every`` steps :meth:`use` gets this rank's share of the images of ``requests``."""
 
     def __init__(
         self,
-        cfg: SampleImagesConfig,
-        *,
-        generator_at: GeneratorAt,
-        resolution_at: Callable[[int], int],
-        dims: ParallelDims,
-        folder: Path,
+        cfg: SampleImagesConfig | EvaluationConfig,
+        draw: DrawShare,
         run_logger: RunLogger,
+        requests: Sequence[SampleRequest],
     ) -> None:
-        self._cfg, self._generator_at, self._resolution_at = cfg, generator_at, resolution_at
-        self._dims, self._folder, self._log = dims, folder, run_logger
-        self._conditions: list[str | int] = [*cfg.prompts, *cfg.classes]
+        self._every, self._sampler, self._requests = cfg.every, cfg.sampler, requests
+        self._batch = cfg.batch if isinstance(cfg, EvaluationConfig) else len(requests)
+        self._draw, self._log = draw, run_logger
 
     def on_step_end(self, trainer: Trainer, step: int) -> None:
-        if not self._cfg.every or step % self._cfg.every:
+        if not self._every or step % self._every:
             return
         trainer.heartbeat.beat(step, "long_op")
         start = time.perf_counter()
-        side, conditions = self._resolution_at(step), self._conditions
-        # Ranks of a tp group draw the same images together. Sharded weights need every rank in every forward
-        # pass: all draw equally many, some of them twice.
-        rank, world = self._dims.dp_rank(dist.get_rank()), self._dims.dp
-        share = -(-len(conditions) // world)
-        mine = [SampleRequest(conditions[(rank * share + i) % len(conditions)]) for i in range(share)]
-        generator = self._generator_at(step)
-        with trainer.engine.ema_weights():
-            drawn = generator.images(mine, size=(side, side), sampler=self._cfg.sampler, batch=share)
-            images = np.stack([pixels for _, pixels in drawn])
-        parts = gather_objects(images)
-        path = self._folder / f"step_{step:08d}.png"
-
-        def write() -> None:
-            if dist.get_rank() != 0:
-                return
-            every = np.concatenate(parts[:: self._dims.tp])[: len(conditions)]
-            columns, labels = min(5, len(conditions)), [str(c) for c in conditions]
-            try:
-                save_grid(every, path, columns=columns, labels=labels, scale=max(1, 96 // side))
-            except OSError as error:
-                raise RunError(f"{path}: {error.strerror}") from error
-
-        raise_together(write)
+        share, side = self._draw(step, self._requests, self._sampler, self._batch)
+        self.use(share, side, step)
         trainer.emit("evaluation", step=step, seconds=time.perf_counter() - start)
+
+    def use(self, share: Sequence[EvaluationImage], side: int, step: int) -> None:
+        """On all ranks together; ``side`` is that of the images in pixels."""
+        raise NotImplementedError
+
+
+class SampleImages(_UseImages):
+    """Generates images of the configured prompts or classes with the EMA weights; ``samples/step_*.png``."""
+
+    def __init__(self, cfg: SampleImagesConfig, draw: DrawShare, run_logger: RunLogger, run_dir: Path) -> None:
+        conditions: list[str | int] = [*cfg.prompts, *cfg.classes]
+        super().__init__(cfg, draw, run_logger, [SampleRequest(each) for each in conditions])
+        self._folder = run_dir / "samples"
+
+    def use(self, share: Sequence[EvaluationImage], side: int, step: int) -> None:
+        drawn = sorted((image for part in gather_objects(share) for image in part), key=lambda each: each.number)
+        path = self._folder / f"step_{step:08d}.png"
+        pixels, labels = [each.pixels for each in drawn], [str(each.request.condition) for each in drawn]
+        options = {"columns": min(5, len(drawn)), "scale": max(1, 96 // side)}
+        run_on_rank_zero(lambda: save_grid(pixels, path, labels=labels, **options))
         self._log.image("samples", path, step)
 
 
-class Evaluate(Callback):
+class Evaluate(_UseImages):
     """Evaluates the EMA weights on all ranks; scores go to ``metrics.jsonl`` and wandb.
 
     Nothing of the training's state is touched: the data stay where they are, and noise has generators of its own.
     Raises :class:`ConfigError` at once where a scorer's files are missing.
     """
 
-    def __init__(
-        self,
-        cfg: EvaluationConfig,
-        *,
-        num_classes: int,
-        generator_at: GeneratorAt,
-        resolution_at: Callable[[int], int],
-        dims: ParallelDims,
-        folder: Path,
-        run_logger: RunLogger,
-        device: torch.device,
-    ) -> None:
-        self._cfg, self._generator_at, self._resolution_at = cfg, generator_at, resolution_at
-        self._dims, self._folder, self._log = dims, folder, run_logger
-        if not cfg.every:
-            return
-        self._requests = raise_together(lambda: evaluation_requests(cfg, num_classes=num_classes))
-        self._scorer = raise_together(lambda: Scorer(cfg, device))
-        if self._scorer.published_weights is False:
-            logger.warning("evaluation.inception_weights is not the published file: its FID is not comparable")
+    def __init__(self, cfg: RunConfig, draw: DrawShare, run_logger: RunLogger, device: torch.device) -> None:
+        self._cfg, self._folder = cfg.evaluation, Path(cfg.run.dir) / "evaluation"
+        requests: Sequence[SampleRequest] = []
+        if self._cfg.every:
+            num_classes = 0 if cfg.model.kind == "t2i_deco" else cfg.model.num_classes
+            requests = raise_together(lambda: evaluation_requests(self._cfg, num_classes=num_classes))
+            self._scorer = raise_together(lambda: Scorer(self._cfg, device))
+            if self._scorer.published_weights is False:
+                logger.warning("evaluation.inception_weights is not the published file: its FID is not comparable")
+        super().__init__(self._cfg, draw, run_logger, requests)
 
-    def on_step_end(self, trainer: Trainer, step: int) -> None:
-        if not self._cfg.every or step % self._cfg.every:
-            return
-        trainer.heartbeat.beat(step, "long_op")
-        start = time.perf_counter()
-        side, rank = self._resolution_at(step), dist.get_rank()
-        generator = self._generator_at(step)
-
-        def generate(mine: Sequence[SampleRequest]) -> Iterator[tuple[SampleRequest, Any]]:
-            return generator.images(mine, size=(side, side), sampler=self._cfg.sampler, batch=self._cfg.batch)
-
-        with trainer.engine.ema_weights():
-            share = generate_share(generate, self._requests, rank=self._dims.dp_rank(rank), world=self._dims.dp)
-
+    def use(self, share: Sequence[EvaluationImage], side: int, step: int) -> None:
         def score() -> EvaluationResult:
             return evaluate_share(
                 self._cfg,
-                # Ranks of a tp group drew the same images; one of them answers for them.
-                share if rank % self._dims.tp == 0 else [],
+                share,
                 self._scorer,
-                rank=rank,
+                rank=dist.get_rank(),
                 folder=self._folder,
                 step=step,
                 all_reduce=_summed,
@@ -212,7 +174,6 @@ class Evaluate(Callback):
             )
 
         result = raise_together(score)
-        trainer.emit("evaluation", step=step, seconds=time.perf_counter() - start)
         self._log.evaluation(step, result.scalars)
         if result.grid is not None:
             self._log.image("evaluation", result.grid, step)

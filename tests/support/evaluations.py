@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from deco_scale.cli.main import main as deco
+from deco_scale.evaluation import fid
 from deco_scale.evaluation.fid import Gaussian, InceptionScore, Moments, frechet_distance, precision_recall
 from deco_scale.sampling.generate import SampleRequest
 
@@ -97,10 +98,10 @@ class SmallInception(nn.Module):
         return pool @ self.fc.weight.T
 
 
-def small_inception(patch: pytest.MonkeyPatch, module: Any) -> SmallInception:
-    """A inception in place of Inception, with ``module`` expecting features of its widths."""
+def small_inception(patch: pytest.MonkeyPatch) -> SmallInception:
+    """In place of Inception, with features of its widths expected."""
     for name, value in (("POOL_DIM", 12), ("SPATIAL_DIM", 7), ("NUM_CLASSES", 5)):
-        patch.setattr(module, name, value)
+        patch.setattr(fid, name, value)
     return SmallInception()
 
 

@@ -13,7 +13,6 @@ from PIL import Image
 
 from checkpoints_tools.cli import main as deco_ckpt
 from deco_scale.cli import evaluate
-from deco_scale.evaluation import fid
 from deco_scale.evaluation.inception import WEIGHTS_NAME, Inception
 from tests.support import FIXTURES, assets
 from tests.support.commands import deco
@@ -197,7 +196,7 @@ def test_what_a_benchmark_needs_is_reported(material: Path, capsys: pytest.Captu
 def test_scores_are_shown_and_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    inception = small_inception(monkeypatch, fid)
+    inception = small_inception(monkeypatch)
     monkeypatch.setattr(evaluate, "load_inception", lambda path, device: inception)
     np.savez(tmp_path / "x.npz", images(20, 1))
     np.savez(tmp_path / "y.npz", mu=np.zeros(12), sigma=np.eye(12))

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from deco_scale.errors import ConfigError, RunError
-from deco_scale.evaluation import fid, in_training
+from deco_scale.evaluation import in_training
 from deco_scale.evaluation.clip_score import ClipScorer
 from deco_scale.evaluation.config import EvaluationConfig
 from deco_scale.sampling.generate import SampleRequest
@@ -79,8 +79,7 @@ def test_requests_take_turns(tmp_path: Path) -> None:
 
 @pytest.fixture
 def inception(monkeypatch: pytest.MonkeyPatch) -> SmallInception:
-    small_inception(monkeypatch, fid)
-    return small_inception(monkeypatch, in_training)
+    return small_inception(monkeypatch)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 11])
@@ -214,7 +213,7 @@ def test_clip_score_is_that_of_transformers_own_processing(clip_folder: Path, si
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     x = np.random.default_rng(0).integers(0, 256, (3, *size, 3), dtype=np.uint8)
-    found = ClipScorer.load(clip_folder).scores(x, PROMPTS)
+    found = ClipScorer(clip_folder).scores(x, PROMPTS)
     model, tokenizer = CLIPModel.from_pretrained(clip_folder), AutoTokenizer.from_pretrained(clip_folder)
     process = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
     for image, prompt, score in zip(x, PROMPTS, found, strict=True):
@@ -236,7 +235,7 @@ def test_clip_score_over_shares(clip_folder: Path, tmp_path: Path) -> None:
         return scorer.scalars(mine, lambda sums: torch.stack(gather(sums)).sum(dim=0))
 
     drawn = list(generator((30, 28))(requests))
-    alone = ClipScorer.load(clip_folder)
+    alone = ClipScorer(clip_folder)
     expected = np.mean([alone.scores([x], [str(request.condition)]).item() for request, x in drawn])
     for scalars in in_threads(2, share):
         assert scalars == {"clip_score": pytest.approx(expected, abs=1e-3)}
@@ -246,12 +245,12 @@ def test_clip_normalises_as_its_folder_says(clip_folder: Path, tmp_path: Path) -
     for file in clip_folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     x = images(3, side=28)
-    before = ClipScorer.load(tmp_path).scores(x, PROMPTS)
+    before = ClipScorer(tmp_path).scores(x, PROMPTS)
     (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0, 0, 0], "image_std": [1, 1, 1]}')
-    assert (ClipScorer.load(tmp_path).scores(x, PROMPTS) - before).abs().min() > 1e-3
+    assert (ClipScorer(tmp_path).scores(x, PROMPTS) - before).abs().min() > 1e-3
     (tmp_path / "preprocessor_config.json").write_text("{")
     with pytest.raises(ConfigError, match="CLIP folder"):
-        ClipScorer.load(tmp_path)
+        ClipScorer(tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["kind", "weights", "fewer weights", "pickle only", "no tokenizer"])
@@ -272,4 +271,4 @@ def test_bad_clip_folders_are_named(damage: str, clip_folder: Path, tmp_path: Pa
         for file in tmp_path.glob("token*"):
             file.unlink()
     with pytest.raises(ConfigError, match=re.escape(f"CLIP folder {tmp_path}")):
-        ClipScorer.load(tmp_path)
+        ClipScorer(tmp_path)

@@ -166,7 +166,7 @@ def test_images_do_not_depend_on_the_batch(tmp_path: Path) -> None:
     conditions, null = torch.tensor([0.1, 0.2, 0.3]), torch.tensor(0.0)
     made = [generate_images(velocity, conditions, null, [5, 6, 7], size=(8, 8), cfg=cfg, batch=b) for b in (1, 3)]
     assert np.array_equal(*made)
-    save_grid(made[0], tmp_path / "grid.png", columns=2, labels=["a", "b", "c"], scale=4)
+    save_grid(made[0], tmp_path / "grid.png", columns=2, labels=["a", "b", "c"])
     assert (tmp_path / "grid.png").stat().st_size > 100
 
 
