@@ -14,7 +14,7 @@ JSON_FIELDS = ("captions", "caption", "text")
 """Where a ``.json`` member's captions are looked for."""
 PREFIXES = ("A photo of ", "An image of ", "A picture of ", "This is a photo of ")
 """Short openings, as the release puts before short captions half of the time."""
-_WEIGHTS_FIELD = "weights"
+WEIGHTS_FIELD = "weights"
 MAX_TEXT_BYTES = 2**20
 """Longest member in bytes: a list nested in as many brackets takes some 30 times the memory."""
 _MAX_LABEL_DIGITS = 18
@@ -52,7 +52,7 @@ def parse_captions(raw: bytes, *, is_json: bool, fields: Sequence[str] = JSON_FI
             return _captions([(value, 1.0)])
         if not isinstance(value, list):
             raise ValueError(f"none of the fields {tuple(fields)} holds text")
-        return _captions(_weighted(value, entries.get(_WEIGHTS_FIELD)))
+        return _captions(_weighted(value, entries.get(WEIGHTS_FIELD)))
     except ValueError as error:
         raise DecodeError("bad_caption", f"{type(error).__name__}: {error}") from error
 
@@ -136,7 +136,7 @@ def _weighted(value: list[Any], weights: object) -> list[tuple[str, float]]:
         if weights is None:
             return [(text, 1.0) for text in value]
         if not isinstance(weights, list) or len(weights) != len(value):
-            raise ValueError(f"{_WEIGHTS_FIELD!r} must be a list of {len(value)} numbers")
+            raise ValueError(f"{WEIGHTS_FIELD!r} must be a list of {len(value)} numbers")
         return [(text, _number(weight)) for text, weight in zip(value, weights, strict=True)]
     pairs = []
     for entry in value:

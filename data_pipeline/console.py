@@ -9,7 +9,14 @@ from typing import NoReturn
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from data_pipeline.text import printable
 
@@ -93,16 +100,10 @@ def progress_bar(
     console: Console, title: str, total: int | None = None, *, enabled: bool = True
 ) -> Iterator[Callable[..., None]]:
     """A bar that is gone when it is done; yields ``update(name)``, or ``update(name, completed, total)``."""
-    columns = (
-        TextColumn(title),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[name]}"),
-    )
-    with Progress(
-        *columns, console=console, transient=True, disable=not (enabled and console.is_terminal)
-    ) as progress:
+    times, name = (TimeElapsedColumn(), TimeRemainingColumn()), TextColumn("{task.fields[name]}")
+    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), *times, name)
+    hidden = not (enabled and console.is_terminal)
+    with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
         task = progress.add_task("", total=total, name="")
 
         def update(name: str = "", completed: int | None = None, total: int | None = None) -> None:

@@ -9,12 +9,15 @@ import contextlib
 import functools
 import io
 import itertools
+import multiprocessing
 import os
 import tarfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import google_crc32c
 import numpy as np
@@ -22,20 +25,9 @@ import numpy as np
 from data_pipeline.captions import JSON_FIELDS, json_numbers, parse_captions, parse_label
 from data_pipeline.decode import DecodeError, image_size
 from data_pipeline.errors import DataError, Reject
-from data_pipeline.index.format import (
-    BLOCK,
-    COLUMNS,
-    INDEX_KEY,
-    IS_JSON,
-    IS_LABEL,
-    SCORE,
-    Index,
-    make_index,
-    parse_index,
-    write_index,
-)
-from data_pipeline.process_pool import over_processes
-from data_pipeline.storage.base import Access, ObjectInfo, Store
+from data_pipeline.index import format
+from data_pipeline.index.format import BLOCK, COLUMNS, INDEX_KEY, IS_JSON, IS_LABEL, SCORE, Index
+from data_pipeline.storage.base import Access, ObjectInfo, Store, open_store
 
 PARTIAL_KEY = "index.partial"
 """What a scan has done so far; removed when it is done."""
@@ -47,9 +39,9 @@ MAX_HEADER_BYTES = 1 << 20
 """Longest extended header of a tar that is read: names and attributes."""
 PIECE_BYTES = 8 * 2**20
 _PIECES = 4
-_TAR_DAMAGE = (
-    tarfile.TarError, ValueError, OverflowError, EOFError, KeyError, TypeError, IndexError, RecursionError,
-)  # fmt: skip
+_TAR_DAMAGE = (tarfile.TarError, ArithmeticError, EOFError, LookupError, TypeError, ValueError, RecursionError)
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,14 +55,6 @@ class ScanSettings:
     text: tuple[str, ...] = TEXT_SUFFIXES
     caption_fields: tuple[str, ...] = JSON_FIELDS
     scores: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class ScanReport:
-    """What a scan rejected, as ``<shard>: <key>: <reason>``, and how many shards an earlier scan had read."""
-
-    problems: list[str]
-    reused: int
 
 
 class ShardFile(io.RawIOBase):
@@ -242,8 +226,10 @@ def build_index(
     workers: int = 1,
     fresh: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
-) -> tuple[Index, ScanReport]:
+) -> tuple[Index, int]:
     """Scan all ``.tar`` objects below the store's URL, in the order of their keys.
+
+    Returns the index, and the number of shards that an earlier scan had read.
 
     Unless ``fresh``, unchanged shards of an earlier scan (finished or interrupted) are not read again.
     ``workers`` above 1 are processes. Raises :class:`DataError` if there are no shards.
@@ -261,15 +247,14 @@ def build_index(
         if progress:
             progress(shard.key, len(done), len(shards))
         if time.monotonic() - last_save > SAVE_EVERY_S:
-            write_index(store, _merge(shards, done, settings), PARTIAL_KEY)
+            format.write_index(store, _merge(shards, done, settings), PARTIAL_KEY)
             last_save = time.monotonic()
-    index = _merge(shards, done, settings)
-    return index, ScanReport([p for problems in index.header["problems"] for p in problems], reused)
+    return _merge(shards, done, settings), reused
 
 
 def save_index(store: Store, index: Index) -> None:
     """Write the index beside the shards, and remove what an interrupted scan left."""
-    write_index(store, index, INDEX_KEY)
+    format.write_index(store, index)
     store.delete(PARTIAL_KEY)
 
 
@@ -282,7 +267,7 @@ def _merge(shards: Sequence[ObjectInfo], done: Mapping[ObjectInfo, _Part], setti
     parts, problems = zip(*(done[shard] for shard in scanned), strict=True)
     columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     header = {"scan": asdict(settings), "problems": list(problems)}
-    return make_index(scanned, [len(part["start"]) for part in parts], columns, header=header)
+    return format.make_index(scanned, [len(part["start"]) for part in parts], columns, header=header)
 
 
 def _earlier_scans(store: Store, settings: ScanSettings) -> dict[ObjectInfo, _Part]:
@@ -295,7 +280,7 @@ def _earlier_scans(store: Store, settings: ScanSettings) -> dict[ObjectInfo, _Pa
             continue
         # A damaged or older index is made anew.
         with contextlib.suppress(DataError):
-            index = parse_index(np.frombuffer(raw, dtype=np.uint8), key)
+            index = format.parse_index(np.frombuffer(raw, dtype=np.uint8), key)
             if index.header["scan"] != expected:
                 continue
             for i, shard in enumerate(index.shards):
@@ -303,3 +288,33 @@ def _earlier_scans(store: Store, settings: ScanSettings) -> dict[ObjectInfo, _Pa
                 columns = {n: c[rows.start : rows.stop] for n, c in index.columns.items()}
                 parts[shard] = (columns, list(index.header["problems"][i]))
     return parts
+
+
+def over_processes(
+    work: Callable[[Store, T], R], tasks: Iterable[T], *, store: Store, access: Access, workers: int
+) -> Iterator[tuple[T, R]]:
+    """``(task, work(store, task))`` for each task, as they complete; one worker is this process.
+
+    ``work`` must be picklable; each process opens the store anew. Raises :class:`DataError` if one was killed.
+    """
+    if workers <= 1:
+        yield from ((task, work(store, task)) for task in tasks)
+        return
+    remaining = iter(tasks)
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        running: dict[Future[R], T] = {}
+        while True:
+            # A short queue: an error should not wait for thousands of submitted tasks.
+            for task in itertools.islice(remaining, 2 * workers - len(running)):
+                running[pool.submit(_in_process, work, store.url, access, task)] = task
+            if not running:
+                return
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                try:
+                    yield running.pop(future), future.result()
+                except BrokenProcessPool as error:
+                    raise DataError("a worker was killed, perhaps for memory; try fewer --workers") from error
+
+
+def _in_process(work: Callable[[Store, T], R], url: str, access: Access, task: T) -> R:
+    return work(open_store(url, access), task)

@@ -1,21 +1,22 @@
-"""What is packed: a folder of images, parquet files or tar shards, read as one stream of samples.
+"""What is packed: folders of images, parquet files or tar shards, read as one stream of samples.
 
 Nothing is unpacked to disk, and no URL is fetched. What cannot be trained on is listed by name.
 """
 
+import bisect
 import contextlib
 import itertools
 import json
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from data_pipeline.captions import MAX_TEXT_BYTES, json_object, parse_captions, parse_label
+from data_pipeline.captions import MAX_TEXT_BYTES, WEIGHTS_FIELD, json_object, parse_captions, parse_label
 from data_pipeline.decode import DecodeError, image_size
 from data_pipeline.errors import DataError, Reject
 from data_pipeline.index.build import (
@@ -27,16 +28,17 @@ from data_pipeline.index.build import (
     shard_samples,
 )
 from data_pipeline.storage.base import Access, Store, open_store
+from data_pipeline.stream.sampler import generator
 
 IMAGE_COLUMNS = ("image", "jpg", "png", "image_bytes", "image_path", "path")
 CAPTION_FIELDS = ("captions", "caption", "text", "txt", "long_caption", "short_caption")
 """Fields of a ``.json`` and columns of a parquet file whose texts are a sample's captions."""
-WEIGHTS_FIELD = "weights"
 URL_COLUMNS = ("url", "image_url", "URL")
 MAX_FIELD_CHARS = 4096
 """Longer strings beside the captions (EXIF dumps, web pages) are not kept."""
 _OTHER_IMAGE_SUFFIXES = ("bmp", "tif", "tiff", "avif", "heic", "jxl", "jp2")
 _ROWS = 64
+_ORDER_KEY = 9
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -183,6 +185,51 @@ def read_folder(folder: Path, rejects: list[Reject], *, workers: int = 1) -> Ite
         return _from_members(str(path), path.read_bytes(), texts)
 
     return read_images(read, image_files(folder), rejects, workers=workers)
+
+
+def class_names(root: Path, rejects: list[Reject]) -> list[str]:
+    """Sorted names of the folders in ``root``; hidden folders, and files beside them, are added to ``rejects``.
+
+    Raises :class:`DataError` where there is no such folder, or one without images: it would shift the numbers of
+    the classes behind it.
+    """
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder; classes are folders on a local disk")
+    names = []
+    with os.scandir(root) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            if entry.name.startswith("."):
+                rejects.append(Reject(entry.path, "hidden"))
+            elif entry.is_dir():
+                names.append(entry.name)
+            else:
+                rejects.append(Reject(entry.path, "lies in no class's folder"))
+    if not names:
+        raise DataError(f"{root}: has no folders; one folder per class is needed")
+    for name in names:
+        if not name.isprintable():
+            raise DataError(f"{root}: {name!r} cannot be the name of a class")
+        if next(image_files(root / name), None) is None:
+            raise DataError(f"{root / name}: has no images; remove it, or it would count as a class")
+    return names
+
+
+def read_class_folders(
+    root: Path, names: Sequence[str], rejects: list[Reject], *, workers: int = 1
+) -> Iterator[PackedSample]:
+    """Images of all classes in an order that depends on their names alone, labelled by place in ``names``.
+
+    They are mixed, since a run reads neighbours together: sorted, a batch would hold few classes. ``names`` are
+    sorted.
+    """
+    images = [path for name in names for path in image_files(root / name)]
+    order = generator(0, _ORDER_KEY).permutation(len(images))
+
+    def labelled(path: Path) -> PackedSample:
+        number = bisect.bisect_left(names, path.relative_to(root).parts[0])
+        return make_sample(str(path), path.read_bytes(), entries={}, text=None, label=str(number).encode())
+
+    return read_images(labelled, (images[i] for i in order), rejects, workers=workers)
 
 
 def image_files(folder: Path) -> Iterator[Path]:

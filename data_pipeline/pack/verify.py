@@ -14,10 +14,9 @@ import google_crc32c
 from data_pipeline.captions import parse_captions, parse_label
 from data_pipeline.decode import PILLOW_PIXELS, DecodeError, decode, image_size
 from data_pipeline.errors import StoreError
-from data_pipeline.index.build import PIECE_BYTES, ShardFile, split_name
+from data_pipeline.index.build import PIECE_BYTES, ShardFile, over_processes, split_name
 from data_pipeline.index.format import BLOCK, Location, load_index
 from data_pipeline.pack.writer import MANIFEST_KEY
-from data_pipeline.process_pool import over_processes
 from data_pipeline.storage.base import Access, ObjectInfo, Store
 
 LISTED_PER_SHARD = 20

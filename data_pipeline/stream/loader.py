@@ -15,8 +15,7 @@ import numpy as np
 from data_pipeline.captions import PREFIXES
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import DataError
-from data_pipeline.index.filter import select
-from data_pipeline.index.format import Index, load_index
+from data_pipeline.index.format import Index, load_index, select
 from data_pipeline.storage.base import Access, Store, open_store
 from data_pipeline.storage.disk_cache import DiskCache
 from data_pipeline.storage.retry import RetryBudget

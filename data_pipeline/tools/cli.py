@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 the check or run failed, 2 wrong usage.
 """
 
 import argparse
+import functools
 import itertools
 import logging
 import sys
@@ -14,36 +15,29 @@ from pathlib import Path
 from typing import Any, get_args
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from data_pipeline.console import (
-    Parser,
-    cell,
-    default_workers,
-    positive,
-    positive_int,
-    print_error,
-    print_line,
-    print_list,
-    progress_bar,
-)
+from data_pipeline import console as shared
+from data_pipeline.config import DataConfig
+from data_pipeline.console import positive, positive_int, print_error, print_line, print_list, progress_bar
 from data_pipeline.decode import DecodeMode
 from data_pipeline.errors import DataError, Reject
 from data_pipeline.index.build import TEXT_SUFFIXES, ScanSettings, build_index, save_index
 from data_pipeline.index.format import load_index
-from data_pipeline.pack.class_folders import class_names, read_class_folders
-from data_pipeline.pack.readers import read_source
+from data_pipeline.pack.readers import class_names, read_class_folders, read_source
 from data_pipeline.pack.verify import verify
 from data_pipeline.pack.writer import OccupiedError, pack
 from data_pipeline.storage.base import Access, open_store
 from data_pipeline.storage.dev_server import running_server
+from data_pipeline.stream.loader import Loader
 from data_pipeline.text import human_bytes, printable
-from data_pipeline.tools.bench import Measurement, measure
 from data_pipeline.tools.inspect import draw_contact_sheet, draw_histograms, facts, summarise
 
 MAX_WORKERS = 16
 """Default for machines with many cores, which other jobs may share."""
+BENCH_BATCH = 32
+_GAUGES = ("queue_ready", "chunks_held", "bytes_held")
+"""Counters of a present state, not sums."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,10 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console()
     try:
         return int(args.run(args, console))
-    except OccupiedError as error:
-        return print_error("deco-data", error, 2)
     except DataError as error:
-        return print_error("deco-data", error, 1)
+        return print_error("deco-data", error, 2 if isinstance(error, OccupiedError) else 1)
     except OSError as error:
         return print_error("deco-data", f"{error.filename or tempfile.gettempdir()}: {error.strerror or error}", 1)
     except KeyboardInterrupt:
@@ -63,13 +55,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    common = Parser(add_help=False)
+    common = shared.Parser(add_help=False)
     common.add_argument("--anonymous", action="store_true", help="unsigned requests, for public buckets")
     common.add_argument(
         "--requester-pays", action="store_true", help="pay for the requests, where the bucket requires it"
     )
-    parser = Parser(prog="deco-data", description=__doc__)
-    workers_here = default_workers(MAX_WORKERS)
+    parser = shared.Parser(prog="deco-data", description=__doc__)
+    workers_here = shared.default_workers(MAX_WORKERS)
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(name: str, run: Callable[..., int], help: str, *, workers: bool = True) -> argparse.ArgumentParser:
@@ -95,25 +87,14 @@ def _parser() -> argparse.ArgumentParser:
     indexing = command("index", _index, "index the tar shards below a URL")
     indexing.add_argument("url")
     for scanning in (packing, indexing):
-        scanning.add_argument(
-            "--score",
-            nargs="+",
-            action="extend",
-            default=[],
-            metavar="NAME",
-            help="numeric fields of the .json to store in the index",
-        )
-        scanning.add_argument(
-            "--caption-field",
-            nargs="+",
-            action="extend",
-            metavar="NAME",
-            help="fields of the .json that contain the caption; the first one present is used",
+        several = functools.partial(scanning.add_argument, nargs="+", action="extend", metavar="NAME")
+        several("--score", default=[], help="numeric fields of the .json to store in the index")
+        several(
+            "--caption-field", help="fields of the .json that contain the caption; the first one present is used"
         )
         scanning.add_argument(
             "--text", type=_suffixes, metavar="txt,json,cls", help="text members in order of preference"
         )
-        scanning.add_argument("--problems", type=Path, metavar="FILE", help="write all problems to this file")
     indexing.add_argument("--fresh", action="store_true", help="also read shards that have not changed")
     inspecting = command("inspect", _inspect, "show the contents of an index", workers=False)
     inspecting.add_argument("url")
@@ -123,22 +104,19 @@ def _parser() -> argparse.ArgumentParser:
     inspecting.add_argument(
         "--samples", type=positive_int, default=24, metavar="N", help="images on the contact sheet"
     )
+    pixels: dict[str, Any] = {"type": positive_int, "metavar": "PX"}
     inspecting.add_argument(
-        "--resolution",
-        type=positive_int,
-        nargs="+",
-        default=[256, 512],
-        metavar="PX",
-        help="count usable images at these",
+        "--resolution", **pixels, nargs="+", default=[256, 512], help="count usable images at these"
     )
     checking = command("verify", _verify, "read all shards and compare them with the index and shards.json")
     checking.add_argument("url")
     checking.add_argument("--decode", action="store_true", help="also decode every image and parse every caption")
-    checking.add_argument("--problems", type=Path, metavar="FILE", help="write all problems to this file")
+    for listing in (packing, indexing, checking):
+        listing.add_argument("--problems", type=Path, metavar="FILE", help="write all problems to this file")
     timing = command("bench", _bench, "measure how fast this machine reads and decodes samples", workers=False)
     timing.add_argument("url")
     timing.add_argument("--seconds", type=positive, default=10.0)
-    timing.add_argument("--resolution", type=positive_int, default=256, metavar="PX")
+    timing.add_argument("--resolution", **pixels, default=256)
     timing.add_argument("--workers", type=positive_int, nargs="+", default=[workers_here], metavar="N")
     serving = command("serve", _serve, "run the embedded S3 server until interrupted", workers=False)
     serving.add_argument("folder", type=Path)
@@ -156,9 +134,7 @@ def _pack(args: argparse.Namespace, console: Console) -> int:
         samples = read_class_folders(folder, classes, rejects, workers=args.workers)
     else:
         samples = read_source(args.source, rejects, access=access, workers=args.workers)
-    columns = (TextColumn("packing"), BarColumn(), TextColumn("{task.completed:,} samples"), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=None)
+    with progress_bar(console, "packing") as update:
         report = pack(
             samples,
             open_store(args.url, access),
@@ -166,7 +142,7 @@ def _pack(args: argparse.Namespace, console: Console) -> int:
             rejects=rejects,
             classes=classes,
             overwrite=args.overwrite,
-            progress=lambda count: progress.update(task, completed=count),
+            progress=lambda count: update(completed=count),
         )
     rate = report.samples / (time.perf_counter() - start)
     packed = f"packed {report.samples:,} samples into {len(report.shards):,} shards"
@@ -187,18 +163,18 @@ def _index(args: argparse.Namespace, console: Console, rejects: Sequence[Reject]
     access, start = _access(args), time.perf_counter()
     store = open_store(args.url, access)
     with progress_bar(console, "indexing") as progress:
-        index, report = build_index(
+        index, reused = build_index(
             store, settings, access=access, workers=args.workers, fresh=args.fresh, progress=progress
         )
     save_index(store, index)
     rate = len(index) / (time.perf_counter() - start)
     print_line(
         console,
-        f"indexed {len(index):,} samples in {len(index.shards):,} shards ({report.reused:,} unchanged), "
+        f"indexed {len(index):,} samples in {len(index.shards):,} shards ({reused:,} unchanged), "
         f"digest {index.digest}, {rate:,.0f} samples/s",
     )
-    print_list(console, "not usable", report.problems)
-    _write_problems(args.problems, [*rejects, *report.problems])
+    print_list(console, "not usable", index.problems)
+    _write_problems(args.problems, [*rejects, *index.problems])
     if not len(index):
         return print_error("deco-data", f"{args.url}: none of the samples is usable", 1)
     return 0
@@ -210,7 +186,7 @@ def _inspect(args: argparse.Namespace, console: Console) -> int:
     summary = summarise(index)
     table = Table("quantity", "value", title=args.url)
     for name, value in facts(index, summary, args.resolution):
-        table.add_row(cell(name), value)
+        table.add_row(shared.cell(name), value)
     console.print(table)
     if args.figures is None:
         return 0
@@ -228,14 +204,9 @@ def _inspect(args: argparse.Namespace, console: Console) -> int:
 
 def _verify(args: argparse.Namespace, console: Console) -> int:
     access, start = _access(args), time.perf_counter()
+    store = open_store(args.url, access)
     with progress_bar(console, "verifying") as progress:
-        report = verify(
-            open_store(args.url, access),
-            access=access,
-            workers=args.workers,
-            decode_images=args.decode,
-            progress=progress,
-        )
+        report = verify(store, access=access, workers=args.workers, decode_images=args.decode, progress=progress)
     seconds = time.perf_counter() - start
     decoded = f", {report.decoded:,} decoded" if args.decode else ""
     print_line(
@@ -254,21 +225,36 @@ def _verify(args: argparse.Namespace, console: Console) -> int:
 
 def _bench(args: argparse.Namespace, console: Console) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    results: list[Measurement] = []
+    table, columns = Table("quantity", title=f"{args.url} at {args.resolution} px"), []
     modes: tuple[DecodeMode, ...] = get_args(DecodeMode)
-    options: dict[str, Any] = {"resolution": args.resolution, "seconds": args.seconds, "access": _access(args)}
     for workers, mode in itertools.product(dict.fromkeys(args.workers), modes):
         with console.status(f"decoding {mode} with {workers} workers, {args.seconds:g} s"):
-            results.append(measure(args.url, mode=mode, workers=workers, **options))
-    table = Table("quantity", title=f"{args.url} at {args.resolution} px")
-    for one in results:
-        table.add_column(f"{one.mode}, {one.workers} workers", justify="right")
-    table.add_row("images/s", *(f"{one.images_per_s:,.1f}" for one in results))
-    table.add_row("MB/s read", *(f"{one.mb_per_s:,.1f}" for one in results))
-    for name in dict.fromkeys(name for one in results for name in one.counters):
-        table.add_row(name, *(f"{one.counters[name]:,}" for one in results))
+            columns.append(_measure(args, mode, workers))
+        table.add_column(f"{mode}, {workers} workers", justify="right")
+    for name in dict.fromkeys(name for column in columns for name in column):
+        table.add_row(name, *(column.get(name, "0") for column in columns))
     console.print(table)
     return 0
+
+
+def _measure(args: argparse.Namespace, mode: DecodeMode, workers: int) -> dict[str, str]:
+    """Rates and counters of one rank's loader, without a model, after its first batch."""
+    given = {"anonymous": args.anonymous, "requester_pays": args.requester_pays}
+    cfg = DataConfig(url=args.url, decode=mode, workers=workers, **given)
+    loader = Loader(cfg, resolution=args.resolution, seed=0, global_batch=BENCH_BATCH, rank=0, world=1, start=0)
+    try:
+        batches = iter(loader)
+        next(batches)
+        before, start = loader.counters, time.perf_counter()
+        images, passed = 0, 0.0
+        while passed < args.seconds:
+            images += len(next(batches).sample_ids)
+            passed = time.perf_counter() - start
+        counted = {n: v - (0 if n in _GAUGES else before[n]) for n, v in loader.counters.items()}
+    finally:
+        loader.close()
+    rates = {"images/s": images / passed, "MB/s read": counted["bytes"] / passed / 1e6}
+    return {n: f"{v:,.1f}" for n, v in rates.items()} | {n: f"{v:,}" for n, v in counted.items()}
 
 
 def _serve(args: argparse.Namespace, console: Console) -> int:

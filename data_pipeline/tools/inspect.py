@@ -8,6 +8,7 @@ import functools
 import itertools
 import math
 import re
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -39,8 +40,7 @@ _ASPECT_TICKS = {
 _SHEET_KEY = 8
 MAX_SAMPLES = 600
 """On a contact sheet: more make an image that few programs open."""
-_COLUMNS, _TILE, _GAP, _LINES = 6, 256, 18, 5
-_TEXT, _SMALL = 15, 12
+_COLUMNS, _TILE, _GAP, _LINES, _TEXT = 6, 256, 18, 5, 12
 _INK, _GREY, _PAPER, _FRAME = "#1a1a1a", "#777777", "#ffffff", "#ececec"
 _BLUE = "#3b6fb6"
 
@@ -230,12 +230,15 @@ def draw_contact_sheet(
 
     A smaller image is shown at its own size. Returns what could not be shown, by name.
     """
+    import matplotlib
+
     count = min(samples, MAX_SAMPLES, len(index))
     chosen = np.sort(generator(seed, _SHEET_KEY).choice(len(index), size=count, replace=False))
-    text, small = _font(_TEXT), _font(_SMALL)
-    line = _TEXT + 4
+    # Of equal characters, so that lines can be counted in them; matplotlib brings it along.
+    font = ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSansMono.ttf", _TEXT)
+    width, line = int(_TILE / font.getlength("x")), _TEXT + 4
     across = min(_COLUMNS, max(1, count))
-    pitch_x, pitch_y = _TILE + _GAP, _TILE + _SMALL + 10 + _LINES * line + _GAP
+    pitch_x, pitch_y = _TILE + _GAP, _TILE + (1 + _LINES) * line + _GAP
     down = -(-count // across)
     sheet = Image.new("RGB", (across * pitch_x + _GAP, down * pitch_y + _GAP), _PAPER)
     draw = ImageDraw.Draw(sheet)
@@ -252,9 +255,9 @@ def draw_contact_sheet(
         except (DataError, DecodeError) as error:
             problems.append(f"sample {sample}: {error}")
             shown = (f"cannot be shown: {error}",)
-        draw.text((left, top + _TILE + 4), f"#{sample}  {note}", _GREY, small)
-        for row, words in enumerate(_wrap(shown, text, _TILE, _LINES)):
-            draw.text((left, top + _TILE + _SMALL + 10 + row * line), words, _INK, text)
+        draw.text((left, top + _TILE + 4), f"#{sample}  {note}", _GREY, font)
+        for row, words in enumerate(_wrap(shown, width, _LINES), start=1):
+            draw.text((left, top + _TILE + 4 + row * line), words, _INK, font)
     sheet.save(path)
     return problems
 
@@ -272,38 +275,12 @@ def _load(store: Store, index: Index, sample: int, resolution: int) -> tuple[Ima
     return image, parse_captions(raw[location.text], is_json=location.is_json, fields=fields).texts
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans, which matplotlib brings along."""
-    import matplotlib
-
-    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
-
-
-def _wrap(texts: Sequence[str], font: ImageFont.FreeTypeFont, width: int, lines: int) -> list[str]:
-    """At most so many lines that fit the width; a word that does not fit is broken, a text cut short gets dots."""
-    rows: list[str] = []
-    for text in texts[:lines]:
-        rows.append("")
-        # What no sheet has room for need not be measured.
-        for word in "".join(c if c.isprintable() else " " for c in text[:2000]).split():
-            joined = f"{rows[-1]} {word}".strip()
-            if font.getlength(joined) <= width:
-                rows[-1] = joined
-                continue
-            if rows[-1]:
-                rows.append("")
-            for character in word:
-                if font.getlength(rows[-1] + character) > width:
-                    rows.append("")
-                rows[-1] += character
-            if len(rows) > lines:
-                break
-    if len(rows) <= lines and len(texts) <= lines:
-        return rows
-    last = rows[lines - 1]
-    while last and font.getlength(f"{last}...") > width:
-        last = last[:-1]
-    return [*rows[: lines - 1], f"{last.rstrip()}..."]
+def _wrap(texts: Sequence[str], width: int, lines: int) -> list[str]:
+    """At most so many lines of ``width`` characters; a word that is longer is broken, a text cut short gets dots."""
+    # What no sheet has room for need not be wrapped.
+    words = ("".join(c if c.isprintable() else " " for c in text[:2000]) for text in texts[: lines + 1])
+    rows = [row for text in words for row in textwrap.wrap(text, width)]
+    return rows if len(rows) <= lines else [*rows[: lines - 1], f"{rows[lines - 1][: width - 3].rstrip()}..."]
 
 
 def _slices(index: Index) -> Iterator[Callable[[str], Any]]:

@@ -97,8 +97,8 @@ def make_shards(folder: Path, count: int = 100, shard_bytes: int = 150_000) -> P
     images = make_images_folder(folder / "images", count)
     store = open_store(str(folder / "shards"))
     pack(read_folder(images, rejects), store, shard_bytes=shard_bytes, rejects=rejects)
-    index, report = build_index(store)
-    assert not rejects and not report.problems and len(index) == count
+    index, _ = build_index(store)
+    assert not rejects and not index.problems and len(index) == count
     save_index(store, index)
     return folder / "shards"
 

@@ -209,8 +209,8 @@ def make_shards(server: S3Server, folder: Path) -> str:
     server.create_bucket("chaos")
     store, rejects = open_store("s3://chaos/shards"), list[Reject]()
     pack(read_folder(make_images_folder(folder, 100), rejects), store, shard_bytes=150_000, rejects=rejects)
-    index, report = build_index(store)
-    assert not rejects and not report.problems
+    index, _ = build_index(store)
+    assert not rejects and not index.problems
     save_index(store, index)
     return "s3://chaos/shards"
 

@@ -13,7 +13,7 @@ from data_pipeline.config import DataConfig
 from data_pipeline.decode import DecodeMode, centre_crop, decode
 from data_pipeline.errors import Reject
 from data_pipeline.index.format import load_index
-from data_pipeline.pack.class_folders import class_names, read_class_folders
+from data_pipeline.pack.readers import class_names, read_class_folders
 from data_pipeline.storage.base import open_store
 from data_pipeline.stream.loader import Loader
 from data_pipeline.tools import cli

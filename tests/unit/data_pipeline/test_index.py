@@ -10,8 +10,7 @@ import pytest
 from data_pipeline.config import Filters
 from data_pipeline.errors import DataError
 from data_pipeline.index.build import ScanSettings, build_index, save_index
-from data_pipeline.index.filter import select
-from data_pipeline.index.format import SCORE, load_index
+from data_pipeline.index.format import SCORE, load_index, select
 from data_pipeline.storage.base import open_store
 from tests.support.sets import png, tar_of, write_set
 
@@ -30,8 +29,8 @@ def test_unusable_samples_duplicates_and_cut_shards_are_listed_by_name(tmp_path:
     (tmp_path / "b.tar").write_bytes(whole[: whole.rindex(b"2.txt")])
     (tmp_path / "c.tar").write_bytes(whole[:700])
     (tmp_path / "d.tar").write_bytes(b"")
-    index, report = build_index(open_store(str(tmp_path)))
-    text = "\n".join(report.problems)
+    index, _ = build_index(open_store(str(tmp_path)))
+    text = "\n".join(index.problems)
     for part in (
         "a.tar: 1: no_caption", "a.tar: 3: no_image", "a.tar: 4: undecodable",
         "a.tar: 5: bad_caption", "a.tar: 6: bad_caption",
@@ -50,16 +49,16 @@ def test_an_index_is_made_again_only_for_what_changed(tmp_path: Path, workers: i
         members = {k: v for i in range(5) for k, v in ((f"{i}.png", png(salt=i)), (f"{i}.txt", name.encode()))}
         (tmp_path / f"{name}.tar").write_bytes(tar_of(members))
     store = open_store(str(tmp_path))
-    index, report = build_index(store, workers=workers)
-    assert report.reused == 0 and len(index) == 15
+    index, reused = build_index(store, workers=workers)
+    assert reused == 0 and len(index) == 15
     save_index(store, index)
     (tmp_path / "d.tar").write_bytes((tmp_path / "a.tar").read_bytes())
     (tmp_path / "b.tar").write_bytes(tar_of({"9.png": png(), "9.txt": b"new"}))
-    index, report = build_index(store, workers=workers)
-    assert report.reused == 2 and len(index) == 16
-    fresh, report = build_index(store, workers=workers, fresh=True)
-    assert report.reused == 0 and fresh.digest == index.digest
-    assert build_index(store, ScanSettings(scores=("aesthetic",)))[1].reused == 0
+    index, reused = build_index(store, workers=workers)
+    assert reused == 2 and len(index) == 16
+    fresh, reused = build_index(store, workers=workers, fresh=True)
+    assert reused == 0 and fresh.digest == index.digest
+    assert build_index(store, ScanSettings(scores=("aesthetic",)))[1] == 0
 
 
 def test_index_round_trips_bit_by_bit_and_damage_is_detected(tmp_path: Path) -> None:

@@ -154,10 +154,9 @@ def test_summary_is_numpys(sides: list[tuple[int, int]]) -> None:
 
 
 def test_captions_are_wrapped_into_their_tile() -> None:
-    font = inspect._font(15)
     for texts in (["x" * 500], ["a b " * 300], ["short"], ["one", "two"], [str(i) for i in range(9)]):
-        rows = inspect._wrap(texts, font, 256, 5)
-        assert 1 <= len(rows) <= 5 and all(font.getlength(row) <= 256 for row in rows)
+        rows = inspect._wrap(texts, 35, 5)
+        assert 1 <= len(rows) <= 5 and all(len(row) <= 35 for row in rows)
         assert rows[-1].endswith("...") == (len(" ".join(texts)) > 20 or len(texts) > 5)
 
 
