@@ -77,33 +77,28 @@ class CanonicalReader:
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
         tensor = self._index[name]
-        first, end = rows if rows is not None else (0, tensor.shape[0] if tensor.shape else 1)
-        pieces = [p for p in tensor.pieces if _overlap(p, first, end) or not tensor.shape]
-        if len(pieces) == 1 and (rows is None or pieces[0].sizes[1:] == tensor.shape[1:]):
-            return self._read_piece(name, tensor, pieces[0], (first, end) if tensor.shape else None)
+        if rows is None and len(tensor.pieces) == 1:
+            return self._stored(name, tensor.pieces[0]).read()
+        first, end = (0, tensor.shape[0]) if rows is None else rows
         out = torch.empty((end - first, *tensor.shape[1:]), dtype=tensor.dtype)
-        for piece in pieces:
-            start = max(piece.offsets[0], first)
-            part = self._read_piece(name, tensor, piece, (first, end))
-            box = [slice(start - first, start - first + part.shape[0])]
-            box += [slice(o, o + s) for o, s in zip(piece.offsets[1:], piece.sizes[1:], strict=True)]
-            out[tuple(box)] = part
+        for piece in tensor.pieces:
+            top = piece.offsets[0]
+            start, stop = max(first, top), min(end, top + piece.sizes[0])
+            if start < stop:
+                part = self._stored(name, piece).read((start - top, stop - top))
+                if part.shape == out.shape:
+                    return part
+                columns = zip(piece.offsets[1:], piece.sizes[1:], strict=True)
+                out[slice(start - first, stop - first), *(slice(o, o + s) for o, s in columns)] = part
         return out
 
     def check_tensor(self, name: str) -> None:
         """Parse the headers of all pieces of a tensor; raises :class:`ConfigError` naming file and tensor."""
         for piece in self._index[name].pieces:
-            self._stored(name, self._index[name], piece)
+            self._stored(name, piece)
 
-    def _read_piece(self, name: str, tensor: IndexedTensor, piece: Piece, rows: tuple[int, int] | None) -> Tensor:
-        """Those of ``rows`` (of the full tensor) that ``piece`` holds."""
-        stored = self._stored(name, tensor, piece)
-        if rows is None:
-            return stored.read()
-        start, end = (min(max(r - piece.offsets[0], 0), piece.sizes[0]) for r in rows)
-        return stored.read() if (start, end) == (0, piece.sizes[0]) else stored.read((start, end))
-
-    def _stored(self, name: str, tensor: IndexedTensor, piece: Piece) -> StoredTensor:
+    def _stored(self, name: str, piece: Piece) -> StoredTensor:
+        tensor = self._index[name]
         file = self.path / piece.file
         archive = Archive(file, start=piece.start, length=piece.length, what=name)
         stored = archive.stored(archive.content, name)
@@ -235,7 +230,3 @@ def _any_overlap(pieces: tuple[Piece, ...]) -> bool:
             if all(a < b + n and b < a + m for a, m, b, n in sides):
                 return True
     return False
-
-
-def _overlap(piece: Piece, first: int, end: int) -> bool:
-    return bool(piece.sizes) and piece.offsets[0] < end and first < piece.offsets[0] + piece.sizes[0]

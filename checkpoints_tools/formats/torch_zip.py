@@ -6,18 +6,21 @@ The header is compared with the archive's own table of records, and that with th
 read. Compressed records are refused: PyTorch writes none, and they could expand without bound.
 """
 
+import dataclasses
 import io
+import os
 import pickle
 import struct
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
+from deco_scale.checkpoint.integrity import raw_bytes
 from deco_scale.errors import ConfigError
 
 _LOCAL_HEADER_BYTES = 30
@@ -28,36 +31,42 @@ MAX_PICKLE_BYTES = 64 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A strided tensor at byte ``start`` of ``file``."""
+    """A strided tensor whose first element is at byte ``start`` of ``file``; ``meta`` has its type and layout."""
 
     file: Path
     start: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
+    meta: Tensor
 
     @property
-    def contiguous(self) -> bool:
-        return self.stride == _row_major(self.shape)
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.meta.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.meta.dtype
+
+    def reshaped(self, shape: tuple[int, ...]) -> "StoredTensor":
+        """The same contiguous tensor with another shape of as many elements."""
+        return dataclasses.replace(self, meta=self.meta.view(shape))
 
     def read_into(self, flat: Tensor, first: int = 0) -> None:
-        """Fill a flat tensor of the stored type with elements from ``first`` on; they must be contiguous."""
-        assert self.contiguous and flat.dtype == self.dtype
-        _fill(flat, self.file, self.start + first * self.dtype.itemsize)
+        """Fill a flat tensor of the stored type with elements from ``first`` on, in the order of the file."""
+        data = raw_bytes(flat)
+        try:
+            with self.file.open("rb") as stream:
+                stream.seek(self.start + first * self.dtype.itemsize)
+                count = stream.readinto(data)
+        except OSError as error:
+            raise ConfigError(f"{self.file} cannot be read: {error.strerror}") from error
+        if count < len(data):
+            raise ConfigError(f"{self.file} is truncated: {len(data) - count} bytes are missing")
 
     def read(self, rows: tuple[int, int] | None = None) -> Tensor:
         """Contiguous copy of all rows, or of some along dimension 0."""
-        if self.contiguous:
-            shape, first = self.shape, 0
-            if rows is not None:
-                shape, first = (rows[1] - rows[0], *self.shape[1:]), rows[0] * self.stride[0]
-            tensor = torch.empty(shape, dtype=self.dtype)
-            self.read_into(tensor.view(-1), first)
-            return tensor
-        flat = torch.empty(_extent(self.shape, self.stride), dtype=self.dtype)
-        _fill(flat, self.file, self.start)
-        tensor = flat.as_strided(self.shape, self.stride)
-        return (tensor if rows is None else tensor[rows[0] : rows[1]]).contiguous()
+        part = self.meta if rows is None else self.meta[rows[0] : rows[1]]
+        flat = torch.empty(_extent(part), dtype=self.dtype)
+        self.read_into(flat, int(part.storage_offset() - self.meta.storage_offset()))
+        return flat.as_strided(part.shape, part.stride()).contiguous()
 
 
 class Archive:
@@ -85,9 +94,9 @@ class Archive:
             raise
         except pickle.UnpicklingError as error:
             raise ConfigError(f"{self._where} is refused: {_first_line(error)}") from error
-        except (MemoryError, RecursionError, Exception) as error:
+        except Exception as error:
             # The pickle machine meets arbitrary bytes here: any exception means a damaged archive.
-            raise ConfigError(f"{self._where} is damaged: {type(error).__name__}: {_first_line(error)}") from error
+            raise ConfigError(f"{self._where} is damaged or truncated: {_first_line(error)}") from error
 
     def stored(self, tensor: object, name: str) -> StoredTensor:
         """Locate the data of a tensor of ``content``; raises :class:`ConfigError` naming the tensor."""
@@ -99,15 +108,14 @@ class Archive:
         available = self._records.get(-1 if position is None else position)
         if position is None or available is None:
             raise ConfigError(f"{self._where}: the data of {name} are not at the offset in its header")
-        shape, stride = tuple(tensor.shape), tuple(tensor.stride())
-        first = int(tensor.storage_offset())
-        needed = (first + _extent(shape, stride)) * tensor.dtype.itemsize
-        if needed > available or tensor.numel() * tensor.dtype.itemsize > available:
+        first, size = int(tensor.storage_offset()), tensor.dtype.itemsize
+        needed = (first + _extent(tensor)) * size
+        if needed > available or tensor.numel() * size > available:
             raise ConfigError(
-                f"{self._where}: {name} of shape {shape} needs {needed} bytes, {available} are stored for it"
+                f"{self._where}: {name} of shape {tuple(tensor.shape)} needs {needed} bytes, "
+                f"{available} are stored for it"
             )
-        start = self._start + position + first * tensor.dtype.itemsize
-        return StoredTensor(self._file, start, shape, stride, tensor.dtype)
+        return StoredTensor(self._file, self._start + position + first * size, tensor)
 
 
 def check_record_crcs(file: Path) -> None:
@@ -129,30 +137,24 @@ def _data_records(view: BinaryIO, length: int, where: str) -> Mapping[int, int]:
             "load an older file there and save it again)"
         )
     records: dict[int, int] = {}
-    try:
-        with zipfile.ZipFile(view) as archive:
-            for info in archive.infolist():
-                if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
-                    raise ConfigError(f"{where}: record {info.filename} is compressed, as torch.save writes none")
-                view.seek(info.header_offset)
-                header = view.read(_LOCAL_HEADER_BYTES)
-                if len(header) < _LOCAL_HEADER_BYTES or header[:4] != _LOCAL_MAGIC:
-                    raise ConfigError(f"{where}: record {info.filename} is not at the offset in the table")
-                name_bytes, extra_bytes = struct.unpack("<HH", header[26:30])
-                data = info.header_offset + _LOCAL_HEADER_BYTES + name_bytes + extra_bytes
-                if data + info.file_size > length:
-                    raise ConfigError(f"{where} is truncated: record {info.filename} goes beyond its end")
-                if info.filename.endswith("/data.pkl") and info.file_size > MAX_PICKLE_BYTES:
-                    raise ConfigError(f"{where}: a header of {info.file_size} bytes is refused")
-                if info.filename.endswith("/byteorder"):
-                    view.seek(data)
-                    if view.read(info.file_size) != b"little":
-                        raise ConfigError(f"{where} was written on a big-endian machine, which is not supported")
-                records[data] = info.file_size
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"{where} is damaged or truncated: {error}") from error
+    with zipfile.ZipFile(view) as archive:
+        for info in archive.infolist():
+            if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
+                raise ConfigError(f"{where}: record {info.filename} is compressed, as torch.save writes none")
+            view.seek(info.header_offset)
+            header = view.read(_LOCAL_HEADER_BYTES)
+            if len(header) < _LOCAL_HEADER_BYTES or header[:4] != _LOCAL_MAGIC:
+                raise ConfigError(f"{where}: record {info.filename} is not at the offset in the table")
+            data = info.header_offset + _LOCAL_HEADER_BYTES + sum(struct.unpack("<HH", header[26:30]))
+            if data + info.file_size > length:
+                raise ConfigError(f"{where} is truncated: record {info.filename} goes beyond its end")
+            if info.filename.endswith("/data.pkl") and info.file_size > MAX_PICKLE_BYTES:
+                raise ConfigError(f"{where}: a header of {info.file_size} bytes is refused")
+            if info.filename.endswith("/byteorder"):
+                view.seek(data)
+                if view.read(info.file_size) != b"little":
+                    raise ConfigError(f"{where} was written on a big-endian machine, which is not supported")
+            records[data] = info.file_size
     return records
 
 
@@ -175,43 +177,19 @@ class _FileRange(io.RawIOBase):
         self._at = base + offset
         return self._at
 
-    def tell(self) -> int:
-        return self._at
-
     def readinto(self, buffer: Any) -> int:
         count = max(0, min(len(buffer), self._length - self._at))
-        self._file.seek(self._start + self._at)
-        done = self._file.readinto(memoryview(buffer)[:count])  # type: ignore[attr-defined]
-        self._at += done
-        return int(done)
+        data = os.pread(self._file.fileno(), count, self._start + self._at)
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
 
 
-def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return torch.empty(shape, device="meta").stride()
-
-
-def _extent(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
+def _extent(tensor: Tensor) -> int:
     """Elements from the first to the last one of a strided tensor."""
-    if 0 in shape:
+    if not tensor.numel():
         return 0
-    return 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
-
-
-def _fill(tensor: Tensor, file: Path, start: int) -> None:
-    if tensor.numel() == 0:
-        return
-    target = memoryview(cast(Any, tensor.view(-1).view(torch.uint8).numpy()))
-    try:
-        with file.open("rb") as stream:
-            stream.seek(start)
-            done = 0
-            while done < len(target):
-                count = stream.readinto(target[done:])
-                if not count:
-                    raise ConfigError(f"{file} is truncated: {len(target) - done} bytes are missing")
-                done += count
-    except OSError as error:
-        raise ConfigError(f"{file} cannot be read: {error.strerror}") from error
+    return 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def _first_line(error: BaseException) -> str:

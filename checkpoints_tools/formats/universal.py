@@ -27,7 +27,6 @@ from checkpoints_tools.formats.zero.side_file import (
     open_archive,
     parameter_shapes,
     read_side,
-    reshaped,
     resolve_tag,
     single_progress,
     stored_number,
@@ -115,8 +114,8 @@ class UniversalReader:
             content = archive.content
             tensor = content.get("param") if isinstance(content, Mapping) else content
             stored = archive.stored(tensor, name)
-            if len(stored.shape) == 1 and stored.contiguous and stored.shape[0] == prod(shapes[name]):
-                stored = reshaped(stored, shapes[name])
+            if len(stored.shape) == 1 and stored.meta.is_contiguous() and stored.shape[0] == prod(shapes[name]):
+                stored = stored.reshaped(shapes[name])
             if stored.shape != shapes[name]:
                 raise ConfigError(f"{file}: {name} has shape {stored.shape}, expected {shapes[name]}")
             self._stored[f"{_FILES[stem]}.{name}"] = stored

@@ -222,7 +222,7 @@ class ZeroReader:
                 for flat, first in zip(flats, firsts, strict=True):
                     if flat.dtype != first.dtype:
                         raise ConfigError(f"{flat.file} holds {flat.dtype} where {first.file} holds {first.dtype}")
-                    if len(flat.shape) != 1 or flat.shape[0] not in allowed or not flat.contiguous:
+                    if len(flat.shape) != 1 or flat.shape[0] not in allowed or not flat.meta.is_contiguous():
                         raise ConfigError(
                             f"{flat.file}: a flat buffer of group {group} has shape {flat.shape}, "
                             f"expected {' or '.join(map(str, sorted(allowed)))} elements"

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from checkpoints_tools.base import Advance, CheckpointReader, TensorSpec
 from checkpoints_tools.formats.tensor_files import SafetensorsStore
-from checkpoints_tools.formats.torch_zip import Archive, StoredTensor
+from checkpoints_tools.formats.torch_zip import Archive
 from checkpoints_tools.infer_config import check_fits_fp32, check_sets
 from checkpoints_tools.safetensors_out import write_safetensors
 from deco_scale.checkpoint.format import CheckpointMeta
@@ -186,9 +186,3 @@ def check_model(specs: Mapping[str, TensorSpec], path: Path) -> ModelConfig:
     model = check_sets(specs, None, where=str(path))
     check_fits_fp32(specs, path)
     return model
-
-
-def reshaped(stored: StoredTensor, shape: tuple[int, ...]) -> StoredTensor:
-    """A contiguous stored tensor with another shape of as many elements."""
-    stride = torch.empty(shape, device="meta").stride()
-    return dataclasses.replace(stored, shape=shape, stride=stride)
