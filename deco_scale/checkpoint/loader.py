@@ -29,7 +29,7 @@ from deco_scale.checkpoint.storage import ObjectFetcher, scratch_folder
 from deco_scale.distributed.collectives import raise_together
 from deco_scale.errors import ConfigError, RunError
 from deco_scale.parallel.engines.base import EMA_PREFIX, Engine
-from deco_scale.precision.scaling import unmatched_scaling
+from deco_scale.precision.fp8 import unmatched_scaling
 
 logger = logging.getLogger(__name__)
 

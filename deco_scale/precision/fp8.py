@@ -1,22 +1,77 @@
-"""Replaces linears by FP8 ones, whose weights keep their names, shapes and fp32."""
+"""Replaces linears by FP8 ones, whose weights keep their names, shapes and fp32; their scaling in a checkpoint."""
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from deco_scale.errors import ConfigError
 from deco_scale.precision.fp8_plan import Fp8Linear, Fp8Plan
-from deco_scale.precision.linears import Fp8Forward
-from deco_scale.precision.scaling import STATE_PREFIX
+from deco_scale.precision.recipe import import_te
 
 LINEAR_CLASSES = {
-    "te": "deco_scale.precision.linear_te.TeLinear",
+    "te": "deco_scale.precision.transformer_engine.TeLinear",
     "torchao": "deco_scale.precision.linear_torchao.TorchaoLinear",
 }
 """Import paths of the FP8 linears, by backend."""
+STATE_PREFIX = "fp8."
+"""Of the names of scaling state in a checkpoint, which only delayed scaling has."""
+
+
+class Fp8Forward(nn.Module):
+    """Mixin before a backend's linear class, whose ``forward`` it calls.
+
+    Without gradients (sampling between steps) it computes in autocast's dtype like any linear, because a sampler's
+    batches have shapes that FP8 may not take. ``bias_share`` and ``release_weight``: see :func:`apply_fp8`.
+
+    A class, because ``torch.compile`` shares one graph between modules that run the same code. A ``forward`` set
+    on each instance would need a graph in each block, and blocks beyond Dynamo's limit would run eagerly.
+    """
+
+    has_bias: bool
+    bias_share: int = 1
+    release_weight: bool = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        device = x.device.type
+        if torch.is_autocast_enabled(device):
+            # torchao looks at CUDA's autocast only.
+            x = x.to(torch.get_autocast_dtype(device))
+        return self._with_bias_share(x) if self.bias_share > 1 else self._linear(x)
+
+    def _with_bias_share(self, x: Tensor) -> Tensor:
+        # Takes precedence over the parameter of the same name.
+        self.__dict__["bias"] = self._parameters["bias"] / self.bias_share  # type: ignore[operator]
+        try:
+            return self._linear(x)
+        finally:
+            del self.__dict__["bias"]
+
+    def _linear(self, x: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return F.linear(x, self.weight, self.bias if self.has_bias else None)  # type: ignore[arg-type]
+        return self._without_kept_weight(x) if self.release_weight else self._product(x)
+
+    def _product(self, x: Tensor) -> Tensor:
+        """The backend's linear."""
+        return super().forward(x)  # type: ignore[misc,no-any-return]
+
+    def _without_kept_weight(self, x: Tensor) -> Tensor:
+        """Save None in place of a view of the weight, which would keep the gathered weight alive."""
+
+        def pack(tensor: Tensor) -> Tensor | None:
+            return None if tensor._is_view() and tensor._base is self.weight else tensor
+
+        def unpack(packed: Tensor | None) -> Tensor:
+            # torchao saves the transposed weight.
+            return self.weight.detach().t() if packed is None else packed  # type: ignore[operator,union-attr]
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            return self._product(x)
 
 
 def apply_fp8(denoiser: nn.Module, plan: Fp8Plan, *, bias_share: int = 1, release_weights: bool = False) -> None:
@@ -27,10 +82,8 @@ def apply_fp8(denoiser: nn.Module, plan: Fp8Plan, *, bias_share: int = 1, releas
     only; Transformer Engine saves the parameter itself and its FP8 copies). Raises :class:`ConfigError` if the
     backend cannot be imported.
     """
-    make = _te_linear if plan.choice.backend == "te" else _torchao_linear
     for linear in plan.linears:
-        old = denoiser.get_submodule(linear.name)
-        new = make(linear, plan)
+        old, new = denoiser.get_submodule(linear.name), _linear_of(linear, plan)
         # The same parameter objects, because DeepSpeed's have attributes.
         new.weight = old.weight
         if linear.has_bias:
@@ -59,9 +112,9 @@ def checkpoint_function(plan: Fp8Plan | None) -> Callable[..., Any]:
     """
     if plan is None or plan.choice.backend != "te":
         return checkpoint
-    from deco_scale.precision.transformer_engine import import_te
+    from deco_scale.precision.transformer_engine import te
 
-    return import_te().checkpoint  # type: ignore[no-any-return]
+    return te.checkpoint  # type: ignore[no-any-return]
 
 
 def scaling_state(denoiser: nn.Module, plan: Fp8Plan | None) -> dict[str, Tensor]:
@@ -93,18 +146,34 @@ def load_scaling_state(denoiser: nn.Module, plan: Fp8Plan | None, state: Mapping
             set_scaling(denoiser.get_submodule(linear.name), {kind: state[name] for kind, name in names.items()})
 
 
-def _torchao_linear(linear: Fp8Linear, plan: Fp8Plan) -> Fp8Forward:
+def unmatched_scaling(stored: Mapping[str, Any], expected: Mapping[str, Any]) -> tuple[set[str], list[str]]:
+    """Names of scaling state that only the checkpoint or only the run has, and log lines about them.
+
+    A checkpoint fits a run without it, because scaling is not part of the model.
+    """
+    only_run = {n for n in expected if n.startswith(STATE_PREFIX)} - set(stored)
+    only_checkpoint = {n for n in stored if n.startswith(STATE_PREFIX)} - set(expected)
+    lines = []
+    if only_run:
+        lines.append(
+            f"FP8: {_linears_of(only_run)} linears start with fresh scaling; the checkpoint has none of theirs"
+        )
+    if only_checkpoint:
+        lines.append(f"FP8: the checkpoint's scaling of {_linears_of(only_checkpoint)} linears is not used")
+    return only_run | only_checkpoint, lines
+
+
+def _linears_of(names: set[str]) -> int:
+    return len({name.rpartition(".")[0] for name in names})
+
+
+def _linear_of(linear: Fp8Linear, plan: Fp8Plan) -> Fp8Forward:
+    if plan.choice.backend == "te":
+        make = import_te().TeLinear
+        sizes = linear.in_features, linear.out_features
+        return make(*sizes, bias=linear.has_bias, params_dtype=torch.float32, device="meta")  # type: ignore[no-any-return]
     try:
         from deco_scale.precision.linear_torchao import torchao_linear
     except ImportError as error:
         raise ConfigError(f"precision.fp8_backend=torchao needs torchao: pip install torchao ({error})") from error
     return torchao_linear(linear.in_features, linear.out_features, emulate=plan.choice.emulate)
-
-
-def _te_linear(linear: Fp8Linear, plan: Fp8Plan) -> Fp8Forward:
-    from deco_scale.precision.transformer_engine import import_te
-
-    import_te()
-    from deco_scale.precision.linear_te import te_linear
-
-    return te_linear(linear.in_features, linear.out_features, bias=linear.has_bias)

@@ -3,6 +3,7 @@
 Sizes are those of a rank: local sizes of linears split over tp, tokens as gathered.
 """
 
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -97,19 +98,13 @@ def plan_fp8(
             "compile=true with Transformer Engine does not work with parallel.activation_checkpointing=full; "
             "possible: compile=false, activation_checkpointing=none, or precision.fp8_backend=torchao"
         )
-    linears, rejected = [], []
-    for linear in _linears(model, tp):
-        if not _is_candidate(linear.name, cfg):
-            continue
-        reason = _misfit(linear, model, choice, tp=tp, batches=batches)
-        if reason:
-            rejected.append((linear.name, reason))
-        else:
-            linears.append(linear)
+    candidates = [linear for linear in _linears(model, tp) if _is_candidate(linear.name, cfg)]
+    misfits = {linear.name: _misfit(linear, choice, tp=tp, batches=batches) for linear in candidates}
+    linears = tuple(linear for linear in candidates if not misfits[linear.name])
     if not linears:
-        reasons = "; ".join(dict.fromkeys(reason for _, reason in rejected))
+        reasons = "; ".join(dict.fromkeys(misfits.values()))
         raise ConfigError(f"precision.compute=fp8: no linear can compute in FP8 ({reasons}); possible: bf16, fp32")
-    return Fp8Plan(choice, tuple(linears), tuple(rejected))
+    return Fp8Plan(choice, linears, tuple((name, reason) for name, reason in misfits.items() if reason))
 
 
 def check_plan(cfg: PrecisionConfig, plan: Fp8Plan | None) -> None:
@@ -173,17 +168,15 @@ def _is_candidate(name: str, cfg: PrecisionConfig) -> bool:
     return name.startswith(("blocks.", "text_blocks.")) and name.endswith(BLOCK_LINEARS)
 
 
-def _misfit(
-    linear: Fp8Linear, model: ModelConfig, choice: Fp8Choice, *, tp: int, batches: Sequence[BatchShape]
-) -> str:
+def _misfit(linear: Fp8Linear, choice: Fp8Choice, *, tp: int, batches: Sequence[BatchShape]) -> str:
     """Why FP8 cannot take it, or nothing."""
-    multiple = choice.feature_multiple
+    multiple = choice.multiple
     if linear.in_features % multiple or linear.out_features % multiple:
         return f"{linear.in_features} x {linear.out_features} is not in multiples of {multiple}"
     for shape in batches:
         for tokens in _tokens(linear.name, shape, tp):
-            if tokens % choice.token_multiple:
-                return f"a micro-batch has {tokens} tokens, not a multiple of {choice.token_multiple}"
+            if tokens % multiple:
+                return f"a micro-batch has {tokens} tokens, not a multiple of {multiple}"
     return ""
 
 
@@ -206,10 +199,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _ranges(numbers: Sequence[int]) -> str:
-    runs: list[list[int]] = []
-    for number in sorted(numbers):
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
+    # Within a run of consecutive numbers, number and position differ by the same.
+    grouped = itertools.groupby(enumerate(sorted(numbers)), lambda placed: placed[1] - placed[0])
+    runs = [[number for _, number in run] for _, run in grouped]
     return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

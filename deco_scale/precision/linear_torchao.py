@@ -4,7 +4,7 @@ from torch import nn
 from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 from torchao.float8.float8_linear import Float8Linear
 
-from deco_scale.precision.linears import Fp8Forward
+from deco_scale.precision.fp8 import Fp8Forward
 
 
 class TorchaoLinear(Fp8Forward, Float8Linear):  # type: ignore[misc]

@@ -6,7 +6,7 @@ Sources: Transformer Engine 2.x, ``pytorch/quantization.py`` (which chip has whi
 
 import importlib.util
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -19,13 +19,8 @@ CHIPS = {"a100": (8, 0), "l40s": (8, 9), "h100": (9, 0), "h200": (9, 0), "b200":
 """Compute capability of the GPUs that can be planned for."""
 _BLOCK_CUDA = (12, 9)
 """First CUDA version whose cuBLAS has block-scaled products for Hopper."""
-_SIZES: dict[Recipe, tuple[int, int]] = {
-    # (tokens, features). Transformer Engine documents 16 for both; its own check would take 8 tokens.
-    "delayed": (16, 16),
-    "current": (16, 16),
-    "block": (128, 128),
-    "mxfp8": (32, 32),
-}
+# Transformer Engine documents 16; its own check would take 8 tokens.
+_MULTIPLES: dict[Recipe, int] = {"delayed": 16, "current": 16, "block": 128, "mxfp8": 32}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +42,9 @@ class Fp8Choice:
     emulate: bool = False
 
     @property
-    def token_multiple(self) -> int:
-        """The number of tokens of a micro-batch must be a multiple of this."""
-        return _SIZES[self.recipe][0]
-
-    @property
-    def feature_multiple(self) -> int:
-        """Input and output features of a linear must be multiples of this."""
-        return _SIZES[self.recipe][1]
+    def multiple(self) -> int:
+        """Tokens of a micro-batch, and input and output features of a linear, must be multiples of this."""
+        return _MULTIPLES[self.recipe]
 
     @property
     def formats(self) -> str:
@@ -150,7 +140,14 @@ def choose_fp8(cfg: PrecisionConfig, device: torch.device) -> Fp8Choice:
     """:func:`resolve_fp8` for ``device``; imports Transformer Engine to see that it works."""
     choice = resolve_fp8(cfg, this_machine(device))
     if choice.backend == "te":
-        from deco_scale.precision.transformer_engine import import_te
-
         import_te()
     return choice
+
+
+def import_te() -> Any:
+    """The module that wraps Transformer Engine; raises :class:`ConfigError` with the way to install it."""
+    try:
+        return importlib.import_module("deco_scale.precision.transformer_engine")
+    except (ImportError, RuntimeError, OSError) as error:
+        # A build for another PyTorch or CUDA raises any of the three.
+        raise ConfigError(f"Transformer Engine cannot be imported ({error}); {TE_INSTALL}") from error

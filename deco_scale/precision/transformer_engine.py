@@ -1,4 +1,4 @@
-"""Transformer Engine's FP8 context, and the state of its delayed scaling.
+"""Transformer Engine's FP8 linear and context, and the state of its delayed scaling; imports that package.
 
 Written to the API and source of Transformer Engine 2.20. Not yet run on a GPU.
 """
@@ -8,9 +8,13 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+import transformer_engine.pytorch as te
 from torch import Tensor, nn
+from transformer_engine.common import recipe as recipes
 
 from deco_scale.errors import ConfigError
+from deco_scale.models.compile import outside_graphs
+from deco_scale.precision.fp8 import Fp8Forward
 from deco_scale.precision.recipe import TE_INSTALL, Recipe
 
 HISTORY = 1024
@@ -20,19 +24,16 @@ KINDS = ("scale_fwd", "amax_history_fwd", "scale_bwd", "amax_history_bwd")
 _SIZES = {"fwd": 3, "bwd": 2}
 
 
-def import_te() -> Any:
-    """``transformer_engine.pytorch``; raises :class:`ConfigError` with the way to install it."""
-    try:
-        import transformer_engine.pytorch as te
-    except (ImportError, RuntimeError, OSError) as error:
-        # A build for another PyTorch or CUDA raises any of the three.
-        raise ConfigError(f"Transformer Engine cannot be imported ({error}); {TE_INSTALL}") from error
-    return te
+class TeLinear(Fp8Forward, te.Linear):  # type: ignore[misc]
+    """Computes in FP8 inside of Transformer Engine's context; a graph break in compiled blocks."""
+
+    @outside_graphs
+    def _product(self, x: Tensor) -> Tensor:
+        return super()._product(x)
 
 
 def te_context(recipe: Recipe) -> AbstractContextManager[object]:
     """Context in which linears of Transformer Engine compute in FP8."""
-    te = import_te()
     if hasattr(te, "autocast"):
         return te.autocast(enabled=True, recipe=te_recipe(recipe))  # type: ignore[no-any-return]
     return te.fp8_autocast(enabled=True, fp8_recipe=te_recipe(recipe))  # type: ignore[no-any-return]
@@ -40,9 +41,6 @@ def te_context(recipe: Recipe) -> AbstractContextManager[object]:
 
 def te_recipe(recipe: Recipe) -> Any:
     """Transformer Engine's recipe object, with its default formats (:attr:`Fp8Choice.formats`)."""
-    import_te()
-    from transformer_engine.common import recipe as recipes
-
     if recipe == "delayed":
         return recipes.DelayedScaling(amax_history_len=HISTORY, amax_compute_algo="max", reduce_amax=True)
     name = {"current": "Float8CurrentScaling", "block": "Float8BlockScaling", "mxfp8": "MXFP8BlockScaling"}[recipe]

@@ -15,11 +15,9 @@ from deco_scale.errors import ConfigError
 from deco_scale.precision import fp8
 from deco_scale.precision.fp8_plan import Fp8Plan
 from deco_scale.precision.recipe import Fp8Choice
-from deco_scale.precision.scaling import unmatched_scaling
-from deco_scale.precision.transformer_engine import te_recipe
 from tests.unit.precision.test_fp8 import denoiser, inputs, plan_of
 
-LINEAR_MODULE = "deco_scale.precision.linear_te"
+WRAPPER = "deco_scale.precision.transformer_engine"
 KINDS = ("scale_fwd", "amax_history_fwd", "scale_bwd", "amax_history_bwd")
 """Of a checkpoint; those written before Transformer Engine 2.20 have the same."""
 
@@ -97,9 +95,9 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     package.pytorch, package.common, common.recipe = te, common, recipes  # type: ignore[attr-defined]
     for path, module in (("", package), (".pytorch", te), (".common", common), (".common.recipe", recipes)):
         monkeypatch.setitem(sys.modules, f"transformer_engine{path}", module)
-    # Of the class that it finds where it is imported.
-    monkeypatch.setitem(sys.modules, LINEAR_MODULE, package)
-    monkeypatch.delitem(sys.modules, LINEAR_MODULE)
+    # Of the package that it finds where it is imported.
+    monkeypatch.setitem(sys.modules, WRAPPER, package)
+    monkeypatch.delitem(sys.modules, WRAPPER)
     return te
 
 
@@ -159,6 +157,8 @@ def real(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     from transformer_engine.pytorch import quantization
+
+    from deco_scale.precision.transformer_engine import te_recipe
 
     create, manager = quantization.RecipeState.create, quantization.FP8GlobalStateManager
     on_cpu = functools.partial(create, device=torch.device("cpu"))
@@ -244,10 +244,10 @@ def check_scaling(model: nn.Module, plan: Fp8Plan, expected: dict[str, Tensor]) 
 def test_scaling_that_only_one_side_has_is_skipped_with_a_message() -> None:
     model = {"model.denoiser.blocks.0.attn.qkv.weight": (96, 32)}
     scaling = {f"fp8.denoiser.blocks.0.attn.qkv.{kind}": (3,) for kind in ("scale_fwd", "scale_bwd")}
-    assert unmatched_scaling(model | scaling, model | scaling) == (set(), [])
-    names, lines = unmatched_scaling(model, model | scaling)
+    assert fp8.unmatched_scaling(model | scaling, model | scaling) == (set(), [])
+    names, lines = fp8.unmatched_scaling(model, model | scaling)
     assert names == set(scaling) and "1 linears start with fresh scaling" in lines[0]
-    names, lines = unmatched_scaling(model | scaling, {})
+    names, lines = fp8.unmatched_scaling(model | scaling, {})
     assert names == set(scaling) and "of 1 linears is not used" in lines[0]
 
 
@@ -262,5 +262,6 @@ def test_settings_that_do_not_work_with_transformer_engine_are_refused() -> None
 
 def test_a_broken_transformer_engine_is_an_error_with_the_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformer_engine", None)
+    monkeypatch.delitem(sys.modules, WRAPPER, raising=False)
     with pytest.raises(ConfigError, match=r"cannot be imported.*pip install"):
         fp8.apply_fp8(denoiser(), plan_of(Fp8Choice("te", "current")))
