@@ -137,8 +137,7 @@ class SampleImages(_UseImages):
         drawn = sorted((image for part in gather_objects(share) for image in part), key=lambda each: each.number)
         path = self._folder / f"step_{step:08d}.png"
         pixels, labels = [each.pixels for each in drawn], [str(each.request.condition) for each in drawn]
-        options = {"columns": min(5, len(drawn)), "scale": max(1, 96 // side)}
-        run_on_rank_zero(lambda: save_grid(pixels, path, labels=labels, **options))
+        run_on_rank_zero(lambda: save_grid(pixels, path, labels=labels, columns=5))
         self._log.image("samples", path, step)
 
 

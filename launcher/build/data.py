@@ -1,6 +1,7 @@
 """Inputs of a run: frozen encoders, the loader of a stage, random images for a dry run."""
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,7 +11,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from data_pipeline.config import DataConfig
 from data_pipeline.errors import DataError
 from data_pipeline.stream.loader import Batch, Loader
 from deco_scale.config import RunConfig
@@ -21,7 +21,6 @@ from deco_scale.parallel.engines.base import Engine
 from deco_scale.parallel.mesh import ParallelDims
 from deco_scale.parallel.sequence_parallel import encode_shared
 from deco_scale.training.config import StageConfig
-from deco_scale.training.trainer import Data
 
 
 def load_encoders(
@@ -44,32 +43,26 @@ def shared_over_tp(encode: Callable[[Any], torch.Tensor], engine: Engine) -> Cal
     return lambda items: encode_shared(encode, items, tokens)
 
 
-def data_opener(
-    data: DataConfig,
-    dims: ParallelDims,
-    *,
-    patch_size: int,
-    seed: int,
-    quarantine: Path,
-    text_identity: dict[str, Any] | None,
-) -> Callable[[StageConfig, int], Loader]:
-    """Opens a stage's loader on all ranks together, from a number of samples on.
+def open_loader(
+    cfg: RunConfig, dims: ParallelDims, text_identity: dict[str, Any] | None, stage: StageConfig, samples: int
+) -> Loader:
+    """A stage's loader, on all ranks together, from a number of samples on.
 
-    Bad samples are written to ``quarantine``; ``text_identity`` is that of the text encoder where text embeddings
-    are read.
+    Bad samples are written to the run's ``quarantine.jsonl``; ``text_identity`` is that of the text encoder where
+    text embeddings are read.
     """
 
     def record(entry: dict[str, Any]) -> None:
-        with quarantine.open("a", encoding="utf-8") as lines:
+        with (Path(cfg.run.dir) / "quarantine.jsonl").open("a", encoding="utf-8") as lines:
             lines.write(json.dumps({"rank": dist.get_rank(), **entry}) + "\n")
 
-    def open_stage(stage: StageConfig, samples: int) -> Loader:
+    def open_here() -> Loader:
         try:
             return Loader(
-                dataclasses.replace(data, url=stage.data, mixture=()) if stage.data else data,
+                dataclasses.replace(cfg.data, url=stage.data, mixture=()) if stage.data else cfg.data,
                 resolution=stage.resolution,
-                multiple=patch_size,
-                seed=seed,
+                multiple=cfg.model.patch_size,
+                seed=cfg.run.seed,
                 global_batch=stage.global_batch,
                 rank=dims.dp_rank(dist.get_rank()),
                 world=dims.dp,
@@ -80,12 +73,7 @@ def data_opener(
         except DataError as error:
             raise RunError(str(error)) from error
 
-    return lambda stage, samples: raise_together(lambda: open_stage(stage, samples))
-
-
-def synthetic_opener(dims: ParallelDims) -> Callable[[StageConfig, int], Data]:
-    """Opens random images with empty captions in place of data."""
-    return lambda stage, samples: SyntheticData(stage, dims)
+    return raise_together(open_here)
 
 
 class SyntheticData:
@@ -93,24 +81,16 @@ class SyntheticData:
 
     counters: dict[str, int] = {}
 
-    def __init__(self, stage: StageConfig, dims: ParallelDims) -> None:
-        self._stage, self._rank, self._world = stage, dims.dp_rank(dist.get_rank()), dims.dp
+    def __init__(self, dims: ParallelDims, stage: StageConfig, samples: int) -> None:
+        self._side, self._count, self._start = stage.resolution, stage.global_batch, samples
+        self._rank, self._world = dims.dp_rank(dist.get_rank()), dims.dp
 
     def __iter__(self) -> Iterator[Batch]:
-        side, step = self._stage.resolution, 0
-        while True:
-            first = step * self._stage.global_batch
-            sample_ids = list(range(first + self._rank, first + self._stage.global_batch, self._world))
-            random = np.random.default_rng(sample_ids[0])
-            shape = (len(sample_ids), side, side, 3)
-            yield Batch(
-                images=random.integers(0, 256, shape, dtype=np.uint8),
-                captions=[""] * len(sample_ids),
-                text_embeddings=None,
-                labels=[0] * len(sample_ids),
-                sample_ids=sample_ids,
-            )
-            step += 1
+        for first in itertools.count(self._start, self._count):
+            sample_ids = list(range(first + self._rank, first + self._count, self._world))
+            shape = (len(sample_ids), self._side, self._side, 3)
+            images = np.random.default_rng(sample_ids[0]).integers(0, 256, shape, dtype=np.uint8)
+            yield Batch(images, [""] * len(sample_ids), [0] * len(sample_ids), sample_ids, None)
 
     def state(self, samples: int) -> dict[str, Any]:
         return {"synthetic": True, "samples": samples}

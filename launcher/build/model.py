@@ -1,18 +1,21 @@
-"""The plain objective of a configuration, its kernels and attention, and the plan of its FP8 linears."""
+"""The plain objective of a configuration, its kernels, attention and FP8 linears, and the engine around it."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
 from deco_scale.config import RunConfig
 from deco_scale.distributed.collectives import run_on_rank_zero
 from deco_scale.errors import ConfigError
-from deco_scale.kernels.select import Kernels, use_kernels
+from deco_scale.kernels.select import Kernels, choose_kernels, use_kernels
 from deco_scale.models import Denoiser
 from deco_scale.models.attention.autotune import BackendChoice, choose_backend, model_shapes, table_of
 from deco_scale.models.attention.dispatch import AttentionSetting
 from deco_scale.models.layers import Attention
 from deco_scale.objectives import Objective
+from deco_scale.parallel.engines.base import Engine
+from deco_scale.parallel.mesh import ParallelDims
 from deco_scale.precision.fp8_plan import BatchShape, Fp8Plan, plan_fp8
 from deco_scale.precision.recipe import choose_fp8
 
@@ -77,3 +80,33 @@ def plan_fp8_linears(cfg: RunConfig, tp: int, device: torch.device) -> Fp8Plan |
         recompute=cfg.parallel.activation_checkpointing,
         compile_blocks=cfg.compile,
     )
+
+
+def build_engine(
+    cfg: RunConfig,
+    dims: ParallelDims,
+    device: torch.device,
+    build: Callable[[], Objective],
+    fp8_plan: Fp8Plan | None = None,
+) -> Engine:
+    """The configured engine around a freshly initialised objective; ``fp8_plan`` goes with ``compute: fp8``."""
+    parallel = cfg.parallel
+    settings: dict[str, Any] = {
+        "dims": dims,
+        "device": device,
+        "optimizer": cfg.optimizer,
+        "kernels": choose_kernels(cfg.kernels, device),
+        "precision": cfg.precision,
+        "fp8_plan": fp8_plan,
+        "compile_blocks": cfg.compile,
+        "activation_checkpointing": parallel.activation_checkpointing,
+        "seed": cfg.run.seed,
+    }
+    if parallel.engine == "deepspeed":
+        from deco_scale.parallel.engines.deepspeed import DeepSpeedEngine
+
+        settings |= {"stage": parallel.zero_stage, "micro_batch": cfg.stages[0].micro_batch}
+        return DeepSpeedEngine(build, overrides=parallel.deepspeed, **settings)
+    from deco_scale.parallel.engines.fsdp import FsdpEngine
+
+    return FsdpEngine(build, **settings)

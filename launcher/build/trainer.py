@@ -1,10 +1,12 @@
 """Builds a :class:`Trainer` from a configuration: model, data, engine and callbacks."""
 
 import dataclasses
+import itertools
 import json
 import logging
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from deco_scale.distributed.bootstrap import Environment, choose_device, init_di
 from deco_scale.distributed.collectives import gather_objects, raise_together
 from deco_scale.distributed.signals import StopRequest
 from deco_scale.errors import ConfigError
+from deco_scale.evaluation.in_training import EvaluationImage, generate_share
 from deco_scale.kernels.select import choose_kernels
 from deco_scale.models.attention.dispatch import check_backend
 from deco_scale.models.encoders import TextEncoder, text_identity
@@ -26,7 +29,8 @@ from deco_scale.observability.run_logger import RunLogger, logged_to
 from deco_scale.parallel.engines.base import Engine
 from deco_scale.parallel.mesh import ParallelDims, accumulation_steps, resolve_parallel_dims
 from deco_scale.planning.flops import peak_flops, training_flops
-from deco_scale.sampling import ImageGenerator
+from deco_scale.sampling import ImageGenerator, SampleRequest
+from deco_scale.sampling.config import SamplerConfig
 from deco_scale.sampling.images import velocity_of
 from deco_scale.training.callbacks import Callback
 from deco_scale.training.inputs import InputBuilder, padded_text_embeddings
@@ -34,9 +38,8 @@ from deco_scale.training.metrics import RankComputeTimer
 from deco_scale.training.prefetch import EncoderPrefetcher
 from deco_scale.training.trainer import Heartbeat, Stage, Trainer
 from launcher.build.callbacks import CheckReplicas, Evaluate, LogRun, SampleImages, SaveConfig
-from launcher.build.data import data_opener, load_encoders, shared_over_tp, synthetic_opener
-from launcher.build.engine import build_engine
-from launcher.build.model import choose_attention, compute_dtype, objective_builder, plan_fp8_linears
+from launcher.build.data import SyntheticData, load_encoders, open_loader, shared_over_tp
+from launcher.build.model import build_engine, choose_attention, compute_dtype, objective_builder, plan_fp8_linears
 
 logger = logging.getLogger(__name__)
 
@@ -64,17 +67,12 @@ def build_trainer(
     heartbeat = start_watchdog()
     raise_together(lambda: _prepare_folder(folder, checkpoints) if dist.get_rank() == 0 else None)
     precomputed = cfg.data.has_text_embeddings and not dry_run
-    open_data: Callable[..., Any] = synthetic_opener(dims)
+    open_data: Callable[..., Any] = partial(SyntheticData, dims)
     null_embedding = None
     if not dry_run:
-        open_data = data_opener(
-            cfg.data,
-            dims,
-            patch_size=cfg.model.patch_size,
-            seed=cfg.run.seed,
-            quarantine=folder / "quarantine.jsonl",
-            text_identity=raise_together(lambda: _text_identity(cfg)) if precomputed else None,
-        )
+        encoder = cfg.text_encoder if precomputed else None
+        identity = raise_together(lambda: text_identity(encoder, cfg.model.text_dim) if encoder else None)
+        open_data = partial(open_loader, cfg, dims, identity)
         # Fail on bad data before minutes are spent on encoders and engines. Warnings come again, to the run's log.
         with logged_to(logging.NullHandler()):
             first: Loader = open_data(cfg.stages[0], 0)
@@ -82,10 +80,10 @@ def build_trainer(
         first.close()
     need_text = not precomputed or cfg.samples.every > 0 or cfg.evaluation.every > 0
     text, image = raise_together(lambda: load_encoders(cfg, device, need_text=need_text))
-    kernels = choose_kernels(cfg.kernels, device)
     attention, choices = choose_attention(cfg, dims.tp, device)
     fp8_plan = raise_together(lambda: plan_fp8_linears(cfg, dims.tp, device))
-    build = objective_builder(cfg, image.width if image is not None else 0, kernels, attention)
+    encoder_dim = image.width if image is not None else 0
+    build = objective_builder(cfg, encoder_dim, choose_kernels(cfg.kernels, device), attention)
     engine = build_engine(cfg, dims, device, build, fp8_plan)
     stages = derive_stages(cfg, dims)
     plain = json.loads(json.dumps(dataclasses.asdict(cfg)))
@@ -116,6 +114,12 @@ def build_trainer(
         encode_text=encode_text,
         encode_image=shared_over_tp(image.encode, engine) if image else None,
     )
+    encoders = (build_inputs.encode_text, cfg.text_encoder), (build_inputs.encode_image, cfg.image_encoder)
+    text_ahead, image_ahead = (bool(encode and settings and settings.ahead) for encode, settings in encoders)
+    prefetcher = None
+    if text_ahead or image_ahead:
+        encode = partial(build_inputs.encode, text=text_ahead, image=image_ahead)
+        prefetcher = EncoderPrefetcher(encode, device)
     hosts = gather_objects(socket.gethostname())
     peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     try:
@@ -134,7 +138,7 @@ def build_trainer(
         config=plain,
         peak_flops=peak * dist.get_world_size() if peak else None,
         callbacks=callbacks,
-        encoder_prefetcher=_encoder_prefetcher(cfg, build_inputs, device),
+        encoder_prefetcher=prefetcher,
         stop=stop,
         faults=cfg.faults,
         heartbeat=heartbeat,
@@ -161,19 +165,13 @@ def check(cfg: RunConfig, env: Environment) -> tuple[ParallelDims, torch.device]
 
 def derive_stages(cfg: RunConfig, dims: ParallelDims) -> list[Stage]:
     """Stages with accumulation and FLOPs; raises :class:`ConfigError` for impossible batches."""
-    return [
-        Stage(
-            cfg=stage,
-            accumulation=accumulation_steps(
-                global_batch=stage.global_batch,
-                micro_batch=stage.micro_batch,
-                dp=dims.dp,
-                where=f"stages.{stage.name}",
-            ),
-            image_flops=training_flops(cfg.model, stage.resolution, stage.resolution),
-        )
-        for stage in cfg.stages
-    ]
+    stages = []
+    for stage in cfg.stages:
+        batches = {"global_batch": stage.global_batch, "micro_batch": stage.micro_batch}
+        accumulation = accumulation_steps(**batches, dp=dims.dp, where=f"stages.{stage.name}")
+        image_flops = training_flops(cfg.model, stage.resolution, stage.resolution)
+        stages.append(Stage(cfg=stage, accumulation=accumulation, image_flops=image_flops))
+    return stages
 
 
 def _callbacks(
@@ -185,69 +183,39 @@ def _callbacks(
     run_logger: RunLogger,
     hosts: list[str],
 ) -> list[Callback]:
-    folder = Path(cfg.run.dir)
+    def side_at(step: int) -> int:
+        """Of the images of the stage that step ``step`` (counted from 1) belongs to."""
+        ends = itertools.accumulate(stage.steps for stage in cfg.stages)
+        sides = [stage.resolution for stage, end in zip(cfg.stages, ends, strict=True) if step <= end]
+        return sides[0] if sides else cfg.stages[-1].resolution
 
-    def generator_at(step: int) -> ImageGenerator:
-        velocity = velocity_of(
-            engine.predict, cfg.model.patch_size, prediction=cfg.objective.prediction, t_eps=cfg.objective.t_eps
-        )
-        return ImageGenerator(
-            velocity,
+    def draw(
+        step: int, requests: Sequence[SampleRequest], sampler: SamplerConfig, batch: int
+    ) -> tuple[Sequence[EvaluationImage], int]:
+        prediction, t_eps = cfg.objective.prediction, cfg.objective.t_eps
+        generator = ImageGenerator(
+            velocity_of(engine.predict, cfg.model.patch_size, prediction=prediction, t_eps=t_eps),
             cfg.model,
             encode=text.encode if text is not None else None,
             null=text.null if text is not None else torch.tensor(cfg.model.num_classes),
             device=device,
             step=step,
         )
+        side, rank = side_at(step), dist.get_rank()
+        generate = partial(generator.images, size=(side, side), sampler=sampler, batch=batch)
+        with engine.ema_weights():
+            share = generate_share(generate, requests, rank=dims.dp_rank(rank), world=dims.dp)
+        # Ranks of a tp group drew the same images; one of them answers for them.
+        return share if rank % dims.tp == 0 else [], side
 
-    def resolution_at(step: int) -> int:
-        """Of the stage that step ``step`` (counted from 1) belongs to."""
-        end = 0
-        for stage in cfg.stages:
-            end += stage.steps
-            if step <= end:
-                break
-        return stage.resolution
-
-    drawing: dict[str, Any] = {
-        "generator_at": generator_at,
-        "resolution_at": resolution_at,
-        "dims": dims,
-        "run_logger": run_logger,
-    }
-    attempt = {
-        "world_size": dist.get_world_size(),
-        "layout": dataclasses.asdict(dims),
-        "hosts": sorted(set(hosts)),
-    }
+    layout = {"world_size": dist.get_world_size(), "layout": dataclasses.asdict(dims)}
     return [
-        LogRun(run_logger, attempt),
+        LogRun(run_logger, {**layout, "hosts": sorted(set(hosts))}),
         SaveConfig(cfg),
         CheckReplicas(cfg.faults.check_replicas_every, hosts),
-        SampleImages(cfg.samples, folder=folder / "samples", **drawing),
-        Evaluate(
-            cfg.evaluation,
-            num_classes=0 if cfg.model.kind == "t2i_deco" else cfg.model.num_classes,
-            folder=folder / "evaluation",
-            device=device,
-            **drawing,
-        ),
+        SampleImages(cfg.samples, draw, run_logger, Path(cfg.run.dir)),
+        Evaluate(cfg, draw, run_logger, device),
     ]
-
-
-def _encoder_prefetcher(
-    cfg: RunConfig, build_inputs: InputBuilder, device: torch.device
-) -> EncoderPrefetcher | None:
-    text = build_inputs.encode_text is not None and cfg.text_encoder is not None and cfg.text_encoder.ahead
-    image = build_inputs.encode_image is not None and cfg.image_encoder is not None and cfg.image_encoder.ahead
-    if not text and not image:
-        return None
-    return EncoderPrefetcher(lambda micro: build_inputs.encode(micro, text=text, image=image), device)
-
-
-def _text_identity(cfg: RunConfig) -> dict[str, Any]:
-    assert cfg.text_encoder is not None
-    return text_identity(cfg.text_encoder, cfg.model.text_dim)
 
 
 def _prepare_folder(folder: Path, checkpoints: CheckpointManager) -> None:

@@ -104,7 +104,8 @@ class Data:
 
 
 def test_checks_of_a_step_are_part_of_its_time_and_images_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "on_update_end" in vars(CheckReplicas) and "on_step_end" in vars(SampleImages)
+    assert CheckReplicas.on_update_end is not Callback.on_update_end
+    assert SampleImages.on_step_end is not Callback.on_step_end
     slow, nothing = Slow(), lambda *_, **__: None
     monkeypatch.setattr(time, "perf_counter", lambda: slow.now)
     stage = StageConfig(name="s", resolution=16, global_batch=1, micro_batch=1, steps=2, lr=1e-3)
