@@ -126,9 +126,9 @@ class Scorer:
             for batch in batches:
                 sums.add(np.stack([image.pixels for image in batch]))
             self._inception.to(_CPU)
-            for part in (sums.pool, sums.spatial, *sums.classes.parts):
-                for values in part.sums():
-                    values.copy_(all_reduce(values.clone()))
+            (spread,) = sums.classes.parts
+            for values in (*sums.pool.sums(), *sums.spatial.sums(), *spread.sums()):
+                values.copy_(all_reduce(values.clone()))
             scalars["fid"] = frechet_distance(sums.pool.gaussian(), self._reference.pool)
             scalars["inception_score"] = sums.classes.score()
             if self._reference.spatial is not None:

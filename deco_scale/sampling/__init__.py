@@ -2,17 +2,6 @@
 
 from deco_scale.sampling.config import SamplerConfig
 from deco_scale.sampling.generate import ImageGenerator, SampleRequest
-from deco_scale.sampling.guidance import Guidance, VelocityFn, guided_velocity
-from deco_scale.sampling.samplers import integrate, sample, time_grid
+from deco_scale.sampling.samplers import VelocityFn, sample, time_grid
 
-__all__ = [
-    "Guidance",
-    "ImageGenerator",
-    "SampleRequest",
-    "SamplerConfig",
-    "VelocityFn",
-    "guided_velocity",
-    "integrate",
-    "sample",
-    "time_grid",
-]
+__all__ = ["ImageGenerator", "SampleRequest", "SamplerConfig", "VelocityFn", "sample", "time_grid"]

@@ -7,7 +7,7 @@ processes, up to the order of floating-point sums.
 Shape letters: B batch, L text tokens, T text width, Y X pixels.
 """
 
-from collections import Counter
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from deco_scale.models import ModelConfig
 from deco_scale.sampling.config import SamplerConfig
-from deco_scale.sampling.guidance import VelocityFn
-from deco_scale.sampling.images import generate_images
+from deco_scale.sampling.images import seeded_noise, to_uint8
+from deco_scale.sampling.samplers import VelocityFn, integrate
 
 EncodeFn = Callable[[Sequence[str]], Tensor]
 """Text embeddings ``(B, L, T)`` of captions; those of the empty caption are the null condition."""
@@ -127,69 +127,44 @@ class ImageGenerator:
         check_size(size, self.patch_size)
         if batch < 1:
             raise ValueError(f"batch={batch} must be at least 1")
-        return self._generate(requests, size, sampler, batch, on_step)
-
-    def _generate(
-        self,
-        requests: Sequence[SampleRequest],
-        size: tuple[int, int],
-        sampler: SamplerConfig,
-        batch: int,
-        on_step: Callable[[int, int], None] | None,
-    ) -> Iterator[tuple[SampleRequest, Any]]:
-        cache = _ConditionCache(self, requests)
         total = -(-len(requests) // batch) * sampler.num_steps
-        done = 0
 
-        def count_step() -> None:
-            nonlocal done
-            done += 1
-            if on_step is not None:
-                on_step(done, total)
+        @torch.no_grad()
+        def generate() -> Iterator[tuple[SampleRequest, Any]]:
+            embeddings: dict[str, Tensor] = {}
+            done = itertools.count(1)
+            last_use = {text: i for i, request in enumerate(requests) for text in self._texts_of(request)}
+            for start in range(0, len(requests), batch):
+                part = requests[start : start + batch]
+                condition, null = self._conditions(part, embeddings)
+                for text in [text for text in embeddings if last_use[text] < start + batch]:
+                    del embeddings[text]
+                x = seeded_noise([request.seed for request in part], (self.model.channels, *size)).to(self.device)
+                for state in integrate(self.velocity, x, condition, null, sampler):
+                    x = state
+                    if on_step is not None:
+                        on_step(next(done), total)
+                yield from zip(part, to_uint8(x), strict=True)
 
-        for start in range(0, len(requests), batch):
-            part = requests[start : start + batch]
-            condition, null = cache.conditions(part)
-            images = generate_images(
-                self.velocity,
-                condition,
-                null,
-                [request.seed for request in part],
-                size=size,
-                cfg=sampler,
-                batch=len(part),
-                channels=self.model.channels,
-                on_step=count_step,
-            )
-            yield from zip(part, images, strict=True)
+        return generate()
 
+    def _texts_of(self, request: SampleRequest) -> list[str]:
+        """The texts to encode for a request; the empty negative prompt is the null condition."""
+        if self._encode is None:
+            return []
+        return [str(request.condition), request.negative] if request.negative else [str(request.condition)]
 
-class _ConditionCache:
-    """Conditions of batches; a text's embedding stays in memory while a later request of the call needs it."""
-
-    def __init__(self, generator: ImageGenerator, requests: Sequence[SampleRequest]) -> None:
-        self._generator, self._null = generator, generator.null
-        self._embeddings: dict[str, Tensor] = {}
-        self._pending: Counter[str] = Counter()
-        if generator.kind == "t2i_deco":
-            self._pending.update(text for request in requests for text in _texts_of(request))
-
-    def conditions(self, requests: Sequence[SampleRequest]) -> tuple[Tensor, Tensor]:
-        """Conditions of the requests and the null conditions of their guidance, of the same shape."""
-        if self._generator.kind != "t2i_deco":
-            labels = torch.tensor([request.condition for request in requests], device=self._generator.device)
+    def _conditions(
+        self, requests: Sequence[SampleRequest], embeddings: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Conditions of the requests and the null conditions of their guidance; encodes what is new."""
+        if self._encode is None:
+            labels = torch.tensor([request.condition for request in requests], device=self.device)
             return labels, self._null.expand_as(labels)
-        texts = Counter(text for request in requests for text in _texts_of(request))
-        new = [text for text in texts if text not in self._embeddings]
+        texts = dict.fromkeys(text for request in requests for text in self._texts_of(request))
+        new = [text for text in texts if text not in embeddings]
         if new:
-            self._embeddings.update(zip(new, self._generator.encode(new), strict=True))
-        condition = torch.stack([self._embeddings[str(request.condition)] for request in requests])
-        null = torch.stack([self._embeddings[r.negative] if r.negative else self._null for r in requests])
-        self._pending -= texts
-        self._embeddings = {t: embedding for t, embedding in self._embeddings.items() if self._pending[t] > 0}
+            embeddings.update(zip(new, self.encode(new), strict=True))
+        condition = torch.stack([embeddings[str(request.condition)] for request in requests])
+        null = torch.stack([embeddings[r.negative] if r.negative else self._null for r in requests])
         return condition, null.to(condition.dtype)
-
-
-def _texts_of(request: SampleRequest) -> list[str]:
-    """The texts to encode for a request; the empty negative prompt is the null condition."""
-    return [str(request.condition), request.negative] if request.negative else [str(request.condition)]

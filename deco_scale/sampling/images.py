@@ -1,4 +1,4 @@
-"""Images from a model given as a callable: seeded noise, guidance, solver, uint8, grids.
+"""What images are made from and with: velocities over images, seeded noise, uint8, grids.
 
 Shape letters: P images, C channels, Y X pixels.
 """
@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
@@ -17,9 +16,7 @@ from deco_scale.errors import RunError
 from deco_scale.models import patchify, unpatchify
 from deco_scale.objectives.config import Prediction
 from deco_scale.objectives.flow_matching import velocity_from_image
-from deco_scale.sampling.config import SamplerConfig
-from deco_scale.sampling.guidance import VelocityFn
-from deco_scale.sampling.samplers import integrate
+from deco_scale.sampling.samplers import VelocityFn
 
 PredictFn = Callable[[Tensor, Tensor, Tensor, tuple[int, int]], Tensor]
 """``predict(patches, t, condition, grid)``, as of an engine or a plain denoiser."""
@@ -44,37 +41,6 @@ def velocity_of(
 def seeded_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> Tensor:
     """Noise ``(P, C, Y, X)``, each image from a CPU generator of its own seed."""
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-
-
-@torch.no_grad()
-def generate_images(
-    velocity: VelocityFn,
-    conditions: Tensor,
-    null: Tensor,
-    seeds: Sequence[int],
-    *,
-    size: tuple[int, int],
-    cfg: SamplerConfig,
-    batch: int,
-    channels: int = 3,
-    on_step: Callable[[], None] | None = None,
-) -> Any:
-    """Uint8 images (P, Y, X, 3) from ``conditions`` (P, ...) and one ``null`` condition, or one per image.
-
-    ``on_step`` is called after each step of the solver.
-    """
-    parts = []
-    for start in range(0, len(seeds), batch):
-        condition = conditions[start : start + batch]
-        away = null[start : start + batch] if null.ndim == conditions.ndim else null.expand_as(condition)
-        noise = seeded_noise(seeds[start : start + batch], (channels, *size)).to(condition.device)
-        x = noise
-        for state in integrate(velocity, noise, condition, away, cfg):
-            x = state
-            if on_step is not None:
-                on_step()
-        parts.append(to_uint8(x))
-    return np.concatenate(parts)
 
 
 def to_uint8(x_PCYX: Tensor) -> Any:

@@ -1,5 +1,10 @@
-"""ODE solvers from noise (t = 0) to image (t = 1): Euler, Heun and Adams-Bashforth on non-uniform grids."""
+"""ODE solvers from noise (t = 0) to image (t = 1) with classifier-free guidance.
 
+Euler, Heun and Adams-Bashforth on non-uniform grids. Guidance takes one batched call for the conditional and the
+unconditional velocity. Shape letters: B batch.
+"""
+
+from collections import deque
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -7,8 +12,10 @@ import torch
 from torch import Tensor
 
 from deco_scale.objectives.flow_matching import shift_time
-from deco_scale.sampling.config import SamplerConfig, Solver
-from deco_scale.sampling.guidance import Guidance, VelocityFn, guided_velocity
+from deco_scale.sampling.config import SamplerConfig
+
+VelocityFn = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""``velocity(x, t_B, condition)`` of a plain conditional model, of x's shape."""
 
 
 def time_grid(num_steps: int, shift: float) -> Tensor:
@@ -36,78 +43,87 @@ def adams_weights(times: Tensor, step: int, order: int) -> list[float]:
     return weights
 
 
+def guidance_at(cfg: SamplerConfig, t: Tensor) -> float:
+    """Guidance weight at the 0-dim time ``t``: that of ``cfg`` within its interval, 1 outside.
+
+    The interval is open below; above it is closed for one-step solvers and open for multistep ones. Times are
+    compared in fp32. All of this is as in the release.
+    """
+    low, high = torch.tensor([cfg.guidance_min, cfg.guidance_max], dtype=torch.float32)
+    now = t.float().cpu()
+    below = now < high if cfg.solver == "adams" else now <= high
+    return cfg.guidance if bool((now > low) & below) else 1.0
+
+
+def guided_velocity(
+    velocity: VelocityFn,
+    x: Tensor,
+    t: Tensor,
+    condition: Tensor,
+    null: Tensor,
+    scale: float,
+    *,
+    rescale: float = 0.0,
+) -> Tensor:
+    """Guided velocity at the 0-dim time ``t`` < 1; without guidance only the conditional half is computed."""
+    t_B = t.expand(x.shape[0])
+    if scale == 1.0:
+        return velocity(x, t_B, condition)
+    both = velocity(torch.cat([x, x]), torch.cat([t_B, t_B]), torch.cat([null, condition]))
+    v_null, v_cond = both.chunk(2)
+    guided = v_null + scale * (v_cond - v_null)
+    return rescaled(guided, v_cond, x, t, rescale) if rescale > 0 else guided
+
+
+def rescaled(guided: Tensor, v_cond: Tensor, x: Tensor, t: Tensor, amount: float) -> Tensor:
+    """Velocity whose predicted image has partly the standard deviation of the one without guidance.
+
+    Lin et al. 2023 (arXiv 2305.08891, section 3.4): image * (amount * std_cond / std_guided + 1 - amount), each
+    deviation over all values of an image. They rescale the network's output; here it is the image
+    x + (1 - t) * v that a velocity predicts, since overexposure is of the image, and a velocity's own deviation is
+    in large part that of the noise, which guidance does not change.
+    """
+    remaining = 1.0 - t
+    image, unguided = x + remaining * guided, x + remaining * v_cond
+    std, std_unguided = image.flatten(1).std(1), unguided.flatten(1).std(1)
+    # An image of one colour has no deviation to match.
+    factor = torch.where(std > 0, std_unguided / std, 1.0)
+    factor = (amount * factor + 1.0 - amount).reshape(-1, *([1] * (x.ndim - 1)))
+    return (factor * image - x) / remaining
+
+
 def integrate(
     velocity: VelocityFn, noise: Tensor, condition: Tensor, null: Tensor, cfg: SamplerConfig
 ) -> Iterator[Tensor]:
     """Yield the state after each step; the last one is the sample, in fp32 (float64 for noise in float64).
 
     ``null`` has the batch's shape already. A step of Euler and Adams costs one call of ``velocity`` (of twice the
-    batch while guidance is on), one of Heun two, but the last, which costs one.
+    batch while guidance is on), one of Heun two, but the last, which costs one: it is Euler's, which leaves the
+    order 2, since no training showed a velocity at t = 1, and that of a predicted image is 0 / 0 there.
     """
     times = time_grid(cfg.num_steps, cfg.timestep_shift)
-    guidance = Guidance(
-        scale=cfg.guidance,
-        interval_min=cfg.guidance_min,
-        interval_max=cfg.guidance_max,
-        closed_above=cfg.solver != "adams",
-        rescale=cfg.guidance_rescale,
-    )
     x = noise.to(torch.promote_types(noise.dtype, torch.float32))
     on_device = times.to(x.device, x.dtype)
 
     def guided(x: Tensor, node: int) -> Tensor:
         """Velocity at a point of the time grid, guided or not as that time says."""
-        scale = guidance.scale_at(times[node])
-        v = guided_velocity(velocity, x, on_device[node], condition, null, scale, rescale=guidance.rescale)
-        return v.to(x.dtype)
+        scale, rescale = guidance_at(cfg, times[node]), cfg.guidance_rescale
+        return guided_velocity(velocity, x, on_device[node], condition, null, scale, rescale=rescale).to(x.dtype)
 
-    advances: dict[Solver, Callable[[GuidedFn, Tensor, Tensor, int], Tensor]]
-    advances = {"euler": _euler, "heun": _heun, "adams": _Adams(times, cfg.order)}
-    advance = advances[cfg.solver]
+    history: list[Tensor] = []
     for step in range(cfg.num_steps):
-        x = advance(guided, x, on_device, step)
+        width = on_device[step + 1] - on_device[step]
+        v = guided(x, step)
+        if cfg.solver == "adams":
+            history = [*history, v][-cfg.order :]
+            weights = adams_weights(times, step, cfg.order)
+            v = torch.stack([w * h for w, h in zip(weights, history, strict=True)]).sum(0)
+        elif cfg.solver == "heun" and step + 1 < cfg.num_steps:
+            v = 0.5 * (v + guided(x + width * v, step + 1))
+        x = x + width * v
         yield x
-
-
-GuidedFn = Callable[[Tensor, int], Tensor]
-"""Guided velocity of a state at a point of the time grid."""
-
-
-def _euler(guided: GuidedFn, x: Tensor, times: Tensor, step: int) -> Tensor:
-    return x + (times[step + 1] - times[step]) * guided(x, step)
-
-
-def _heun(guided: GuidedFn, x: Tensor, times: Tensor, step: int) -> Tensor:
-    """Trapezoidal rule with Euler's step as the prediction; each end is guided as its own time says.
-
-    The last step is Euler's, which leaves the order 2: no training showed a velocity at t = 1, and that of a
-    predicted image is 0 / 0 there.
-    """
-    width = times[step + 1] - times[step]
-    v = guided(x, step)
-    predicted = x + width * v
-    if step + 2 == len(times):
-        return predicted
-    return x + width * (0.5 * (v + guided(predicted, step + 1)))
-
-
-class _Adams:
-    """Adams-Bashforth: the polynomial through the last guided velocities, integrated over the step."""
-
-    def __init__(self, times: Tensor, order: int) -> None:
-        self._times, self._order = times, order
-        self._history: list[Tensor] = []
-
-    def __call__(self, guided: GuidedFn, x: Tensor, times: Tensor, step: int) -> Tensor:
-        self._history = [*self._history, guided(x, step)][-self._order :]
-        weights = adams_weights(self._times, step, self._order)
-        v = torch.stack([w * h for w, h in zip(weights, self._history, strict=True)]).sum(0)
-        return x + (times[step + 1] - times[step]) * v
 
 
 def sample(velocity: VelocityFn, noise: Tensor, condition: Tensor, null: Tensor, cfg: SamplerConfig) -> Tensor:
     """Final state of :func:`integrate`."""
-    x = noise
-    for state in integrate(velocity, noise, condition, null, cfg):
-        x = state
-    return x
+    return deque(integrate(velocity, noise, condition, null, cfg), maxlen=1).pop()

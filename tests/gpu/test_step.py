@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -10,10 +11,9 @@ from torch import Tensor
 
 from deco_scale.kernels.select import Kernels
 from deco_scale.models import Denoiser
-from deco_scale.sampling import SamplerConfig
+from deco_scale.sampling import ImageGenerator, SamplerConfig, SampleRequest, VelocityFn
 from deco_scale.sampling.cuda_graphs import CudaGraphedVelocity
-from deco_scale.sampling.guidance import VelocityFn
-from deco_scale.sampling.images import generate_images, velocity_of
+from deco_scale.sampling.images import velocity_of
 from tests.unit.training.test_host_reads import CLASSES, MODEL, SmallRun
 
 pytestmark = [
@@ -75,17 +75,16 @@ def test_images_from_graphs_are_those_of_the_eager_model() -> None:
     for cuda_graphs in (False, True):
         calls.clear()
         velocity: VelocityFn = velocity_of(predict, CLASSES.patch_size)
-        drawn.append(
-            generate_images(
-                CudaGraphedVelocity(velocity, device) if cuda_graphs else velocity,
-                torch.tensor([1, 2, 3], device=device),
-                torch.tensor(10, device=device),
-                [5, 6, 7],
-                size=(24, 24),
-                cfg=cfg,
-                batch=2,
-            )
+        generator = ImageGenerator(
+            CudaGraphedVelocity(velocity, device) if cuda_graphs else velocity,
+            CLASSES,
+            encode=None,
+            null=torch.tensor(10),
+            device=device,
         )
+        requests = [SampleRequest(label, seed=seed) for label, seed in ((1, 5), (2, 6), (3, 7))]
+        images = generator.images(requests, size=(24, 24), sampler=cfg, batch=2)
+        drawn.append(np.stack([pixels for _, pixels in images]))
     # Three warm-ups and the capture of each shape, of which there are three.
     assert sorted(calls) == [1] * 4 + [2] * 4 + [4] * 4
     # The same kernels; a library may choose another algorithm, which moves a rounding to bytes by one.

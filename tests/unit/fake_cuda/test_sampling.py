@@ -34,12 +34,12 @@ SAMPLER = {
     "sampling/samplers.py:time_grid": ("compute",),
     "objectives/flow_matching.py:shift_time": ("compute",),
     "sampling/samplers.py:adams_weights": ("compute",),
-    "sampling/guidance.py:Guidance.scale_at": ("compute",),
+    "sampling/samplers.py:guidance_at": ("compute",),
     "sampling/samplers.py:integrate": ("compute", "send_pageable"),
     "sampling/samplers.py:integrate.<locals>.guided": ("compute",),
     "sampling/images.py:seeded_noise": ("compute",),
     "sampling/images.py:seeded_noise.<locals>.<listcomp>": ("compute",),
-    "sampling/images.py:generate_images": ("send_pageable",),
+    "sampling/generate.py:ImageGenerator.images.<locals>.generate": ("send_pageable",),
     "sampling/images.py:to_uint8": ("read", "compute"),
 }
 """Of a call, not of its steps: times and noise are the host's, and the finished images go there."""

@@ -1,5 +1,6 @@
 """Checkpoints that were imported or exported draw the images of their weights."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from checkpoints_tools import cli
 from checkpoints_tools.base import EMA
 from deco_scale.cli.main import main as deco
 from deco_scale.models import Denoiser, ModelConfig
-from deco_scale.sampling import SamplerConfig
-from deco_scale.sampling.images import generate_images, velocity_of
+from deco_scale.sampling import ImageGenerator, SamplerConfig, SampleRequest
+from deco_scale.sampling.generate import EncodeFn
+from deco_scale.sampling.images import velocity_of
 from deco_scale.sampling.pipeline import DecoPipeline, PipelineError
 from tests.support.assets import TEXT_DIM, TEXT_TOKENS
 from tests.support.checkpoints import CLASSES, TEXT, release_file, release_state, save, tensors_of
@@ -29,12 +31,19 @@ def test_an_imported_checkpoint_draws_images(tmp_path: Path, text_encoder: Path)
 
 
 def _drawn(
-    model: ModelConfig, tensors: dict[str, Tensor], states: Tensor, null: Tensor, cfg: SamplerConfig
+    model: ModelConfig,
+    tensors: dict[str, Tensor],
+    conditions: Sequence[int | str],
+    cfg: SamplerConfig,
+    encode: EncodeFn | None = None,
 ) -> Any:
     denoiser = Denoiser(model)
     denoiser.load_state_dict({n.removeprefix(EMA): t for n, t in tensors.items() if n.startswith(EMA)})
     velocity = velocity_of(lambda p, t, c, g: denoiser(p, t, c, grid=g).prediction_BNK, model.patch_size)
-    return generate_images(velocity, states, null, [3, 4], size=(8, 8), cfg=cfg, batch=2)
+    null = encode([""])[0] if encode is not None else torch.tensor(model.num_classes)
+    generator = ImageGenerator(velocity, model, encode=encode, null=null, device=torch.device("cpu"))
+    requests = [SampleRequest(condition, seed=seed) for condition, seed in zip(conditions, (3, 4), strict=True)]
+    return np.stack([pixels for _, pixels in generator.images(requests, size=(8, 8), sampler=cfg, batch=2)])
 
 
 def test_the_pipeline_draws_classes(tmp_path: Path) -> None:
@@ -48,7 +57,7 @@ def test_the_pipeline_draws_classes(tmp_path: Path) -> None:
     assert pipeline.sampler.solver == "euler" and pipeline.sampler.guidance == 3.2
     cfg = SamplerConfig(solver="euler", num_steps=3, guidance=2.0)
     found = pipeline([1, 4], seeds=[3, 4], size=(8, 8), sampler=cfg, batch=2)
-    wanted = _drawn(CLASSES, tensors, torch.tensor([1, 4]), torch.tensor(CLASSES.num_classes), cfg)
+    wanted = _drawn(CLASSES, tensors, [1, 4], cfg)
     assert np.array_equal(found, wanted)
     for conditions in (["a cat"], [5], [-1], []):
         with pytest.raises(PipelineError):
@@ -64,10 +73,14 @@ def test_the_pipeline_draws_prompts(tmp_path: Path, text_encoder: Path) -> None:
     assert cli.main(["export", str(source), str(out), "--format", "diffusers"]) == 0
     generator = torch.Generator().manual_seed(0)
     table = {c: torch.randn(TEXT_TOKENS, TEXT_DIM, generator=generator) for c in ("", "a", "b")}
-    pipeline = DecoPipeline.from_pretrained(out, text_encoder=lambda cs: torch.stack([table[c] for c in cs]))
+
+    def encode(texts: Sequence[str]) -> Tensor:
+        return torch.stack([table[text] for text in texts])
+
+    pipeline = DecoPipeline.from_pretrained(out, text_encoder=encode)
     cfg = SamplerConfig(num_steps=3)
     found = pipeline(["a", "b"], seeds=[3, 4], size=(8, 8), sampler=cfg, batch=2)
-    wanted = _drawn(TEXT, tensors, torch.stack([table["a"], table["b"]]), table[""], cfg)
+    wanted = _drawn(TEXT, tensors, ["a", "b"], cfg, encode)
     assert np.array_equal(found, wanted)
     by_path = DecoPipeline.from_pretrained(out, text_encoder=text_encoder, dtype=torch.bfloat16)
     assert by_path(["a red square"], size=(8, 8), sampler=cfg).shape == (1, 8, 8, 3)

@@ -9,23 +9,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from deco_scale.models import Denoiser, ModelConfig
 from deco_scale.sampling import (
-    Guidance,
     ImageGenerator,
     SamplerConfig,
     SampleRequest,
-    guided_velocity,
     sample,
     time_grid,
 )
 from deco_scale.sampling.cuda_graphs import CudaGraphedVelocity
 from deco_scale.sampling.generate import check_size
-from deco_scale.sampling.guidance import rescaled
-from deco_scale.sampling.images import generate_images, save_grid, to_uint8, velocity_of
-from deco_scale.sampling.samplers import adams_weights
+from deco_scale.sampling.images import save_grid, to_uint8, velocity_of
+from deco_scale.sampling.samplers import adams_weights, guidance_at, guided_velocity, rescaled
 
 SOLVERS: list[dict[str, Any]] = [
     {"solver": "euler"}, {"solver": "heun"}, *({"solver": "adams", "order": order} for order in (1, 2, 3, 4)),
@@ -142,11 +140,11 @@ def test_second_order_weights_are_the_published_ones() -> None:
 
 def test_interval_is_compared_in_fp32() -> None:
     # The shifted grid can hold exactly fp32(0.1), which as a Python float is greater than 0.1.
-    guidance = Guidance(scale=4.0, interval_min=0.1)
-    assert guidance.scale_at(torch.tensor(0.1, dtype=torch.float32)) == 1.0
-    assert guidance.scale_at(torch.tensor(0.11)) == 4.0
-    assert guidance.scale_at(torch.tensor(1.0)) == 4.0
-    assert Guidance(scale=4.0, closed_above=False).scale_at(torch.tensor(1.0)) == 1.0
+    cfg = SamplerConfig(solver="euler", guidance=4.0, guidance_min=0.1)
+    assert guidance_at(cfg, torch.tensor(0.1, dtype=torch.float32)) == 1.0
+    assert guidance_at(cfg, torch.tensor(0.11)) == 4.0
+    assert guidance_at(cfg, torch.tensor(1.0)) == 4.0
+    assert guidance_at(SamplerConfig(solver="adams", guidance=4.0), torch.tensor(1.0)) == 1.0
 
 
 def test_guidance_extrapolates_from_the_null_condition() -> None:
@@ -159,15 +157,16 @@ def test_guidance_extrapolates_from_the_null_condition() -> None:
 
 
 def test_images_do_not_depend_on_the_batch(tmp_path: Path) -> None:
-    def velocity(x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
-        return condition.view(-1, 1, 1, 1) - x
-
-    cfg = SamplerConfig(num_steps=4)
-    conditions, null = torch.tensor([0.1, 0.2, 0.3]), torch.tensor(0.0)
-    made = [generate_images(velocity, conditions, null, [5, 6, 7], size=(8, 8), cfg=cfg, batch=b) for b in (1, 3)]
+    generator, cfg = generator_of(Words()), SamplerConfig(num_steps=4)
+    requests = [SampleRequest(text, seed=seed) for text, seed in (("a", 5), ("bc", 6), ("def", 7))]
+    made = [
+        np.stack([pixels for _, pixels in generator.images(requests, size=(8, 8), sampler=cfg, batch=batch)])
+        for batch in (1, 3)
+    ]
     assert np.array_equal(*made)
     save_grid(made[0], tmp_path / "grid.png", columns=2, labels=["a", "b", "c"])
-    assert (tmp_path / "grid.png").stat().st_size > 100
+    # Enlarged 12 times, with a border of 2 pixels and a label of 14 pixels each.
+    assert Image.open(tmp_path / "grid.png").size == (2 * 98, 2 * 112)
 
 
 def test_graphs_without_a_gpu_are_refused() -> None:
