@@ -1,6 +1,7 @@
 """The errors of the package; :class:`ConfigError` and :class:`RunError` carry a command's exit code."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 
@@ -8,6 +9,15 @@ class ConfigError(ValueError):
     """Wrong use or configuration: nothing was started. Exit code 2."""
 
     exit_code = 2
+
+
+@contextmanager
+def as_config_error(prefix: str = "") -> Iterator[None]:
+    """Turns a ``ValueError`` of what runs inside into a :class:`ConfigError` that begins with ``prefix``."""
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError(f"{prefix}{error}") from error
 
 
 class Damaged(ConfigError):

@@ -19,10 +19,11 @@ from typing import Any
 from rich.console import Console
 
 from data_pipeline.console import RenamedOption, positive, positive_int, print_line
-from deco_scale.cli.model_loading import load_generator
+from deco_scale.cli.model_loading import build_generator, load_denoiser, read_checkpoint
 from deco_scale.config import RunConfig
 from deco_scale.demo_app.limits import RequestLimits, is_loopback
 from deco_scale.demo_app.validation import GenerationLimits
+from deco_scale.distributed.bootstrap import choose_device
 from deco_scale.errors import ConfigError, RunError
 
 logger = logging.getLogger(__name__)
@@ -74,7 +75,9 @@ def _application(args: argparse.Namespace, limits: GenerationLimits, folder: Pat
     from deco_scale.demo_app.app import build_page
     from deco_scale.demo_app.service import DemoService
 
-    generator, cfg, meta = load_generator(args.checkpoint, text_encoder=args.text_encoder, compile=args.compile)
+    path, cfg, meta = read_checkpoint(args.checkpoint)
+    denoiser = load_denoiser(cfg, path, choose_device("auto", 0))
+    generator = build_generator(denoiser, cfg, meta, text_encoder=args.text_encoder, compile=args.compile)
     service = DemoService(
         generator, cfg.samples.sampler, folder, limits=limits, batch=args.batch, max_seconds=args.max_seconds
     )

@@ -14,7 +14,7 @@ from data_pipeline.console import positive_int, print_line, progress_bar
 from data_pipeline.index.format import load_index
 from data_pipeline.storage.base import open_store
 from data_pipeline.stream.loader import access_of, text_embedding_identity
-from data_pipeline.text_embeddings import embed
+from data_pipeline.text_embeddings import Embedder
 from deco_scale.config import load_config
 from deco_scale.errors import ConfigError
 from deco_scale.models.encoders import TextEncoder, text_identity
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         data, target = (open_store(url, access_of(cfg.data)) for url in (source.url, source.text_states))
         index = load_index(data)
         with progress_bar(console, f"embedding {source.url}", len(index.shards), enabled=rank == 0) as update:
-            embed(data, index, target, encode, identity, rank=rank, world=world, batch=batch, progress=update)
+            Embedder(data, index, target, encode, identity, batch).run(rank=rank, world=world, progress=update)
         if rank == 0:
             print_line(console, f"text embeddings of {len(index)} samples in {source.text_states}")
     return 0

@@ -7,26 +7,21 @@ import itertools
 import json
 import os
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, TypeVar
 
-import torch
-import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
 from data_pipeline.console import positive_int, print_line, progress_bar
-from deco_scale.cli.model_loading import read_checkpoint
-from deco_scale.cli.sample import add_generation_arguments, generation_settings, generator_of
-from deco_scale.distributed.bootstrap import choose_device, init_distributed, read_environment
-from deco_scale.distributed.collectives import broadcast_object, raise_together
-from deco_scale.errors import ConfigError
+from deco_scale.cli.sample import Generation, add_generation_arguments
+from deco_scale.distributed.bootstrap import choose_device, read_environment
+from deco_scale.distributed.collectives import raise_together, run_on_rank_zero
+from deco_scale.errors import ConfigError, as_config_error
 from deco_scale.evaluation import dpg, geneval
 from deco_scale.evaluation.fid import Scores, check_files, score_files
 from deco_scale.evaluation.imagenet import ImageSet, generate_parts, join_pieces, missing_pieces
 from deco_scale.evaluation.inception import WEIGHTS_NAME, WEIGHTS_URL, load_inception
-from deco_scale.sampling import SamplerConfig
 from deco_scale.sampling.generate import GenerateFn
 from deco_scale.sampling.output_dir import claim_folder, write_file
 from deco_scale.sampling.prompts import read_named_prompts
@@ -70,41 +65,18 @@ def run(args: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-class _Job(NamedTuple):
-    """A benchmark's options, the settings that determine its images, and this process's device."""
-
-    args: argparse.Namespace
-    settings: dict[str, Any]
-    num_classes: int
-    is_rank_zero: bool
-    device: torch.device
-
-    @property
-    def size(self) -> tuple[int, int]:
-        return self.settings["height"], self.settings["width"]
-
-    def load(self) -> GenerateFn:
-        """The checkpoint's generator with all options set."""
-        generator = generator_of(self.args, self.args.checkpoint, self.settings, self.device)
-        sampler = SamplerConfig(**self.settings["sampler"])
-        return partial(generator.images, size=self.size, sampler=sampler, batch=self.args.batch)
-
-
-def _job(args: argparse.Namespace, conditions: Literal["classes", "prompts"]) -> _Job:
-    """Check the command line against the checkpoint, before any process group or model is created."""
-    _, cfg, meta = read_checkpoint(args.checkpoint)
-    if (cfg.model.kind == "t2i_deco") != (conditions == "prompts"):
-        raise ConfigError(
-            f"--checkpoint {args.checkpoint}: {args.benchmark} needs {conditions}, not {cfg.model.kind}"
-        )
-    env = read_environment(os.environ)
-    device = choose_device("auto", env.local_rank)
-    settings = {"benchmark": args.benchmark, **generation_settings(args, cfg, meta, device)}
-    return _Job(args, settings, cfg.model.num_classes, env.rank == 0, device)
+def _generation(args: argparse.Namespace, conditions: Literal["classes", "prompts"]) -> Generation:
+    """The command line checked against the checkpoint."""
+    made = Generation(args)
+    kind = made.cfg.model.kind
+    if (kind == "t2i_deco") != (conditions == "prompts"):
+        raise ConfigError(f"--checkpoint {args.checkpoint}: {args.benchmark} needs {conditions}, not {kind}")
+    made.settings = {"benchmark": args.benchmark, **made.settings}
+    return made
 
 
 def _generate_missing(
-    job: _Job,
+    made: Generation,
     console: Console,
     *,
     list_missing: Callable[[], list[T]],
@@ -116,55 +88,42 @@ def _generate_missing(
 
     Only rank 0 runs ``list_missing`` and, at the end, ``finish``.
     """
-    env = read_environment(os.environ)
-    joins = env.world_size > 1 and not dist.is_initialized()
-    if joins:
-        init_distributed(env, job.device)
+    rank, world = made.env.rank, made.env.world_size
 
     def missing() -> list[T]:
-        claim_folder(job.args.out, job.settings)
+        claim_folder(made.args.out, made.settings)
         return list_missing()
 
-    pending = broadcast_object(raise_together(missing if job.is_rank_zero else list))
-    if pending:
-        generator = raise_together(job.load)
-        # Consecutive parts, since images of one prompt share its embedding.
-        start, end = (len(pending) * r // env.world_size for r in (env.rank, env.rank + 1))
-        mine = pending[start:end]
-        title = f"sampling {images_of(pending)} images"
-        with progress_bar(console, title, images_of(mine), enabled=job.is_rank_zero) as update:
-            raise_together(lambda: generate(generator, mine, update))
-    elif job.is_rank_zero:
-        print_line(console, f"all images exist in {job.args.out}")
-    raise_together(finish if job.is_rank_zero else lambda: None)
-    if joins:
-        dist.destroy_process_group()
+    with made.process_group():
+        pending = run_on_rank_zero(missing)
+        if pending:
+            generator = raise_together(made.load)
+            # Consecutive parts, since images of one prompt share its embedding.
+            mine = pending[len(pending) * rank // world : len(pending) * (rank + 1) // world]
+            title = f"sampling {images_of(pending)} images"
+            with progress_bar(console, title, images_of(mine), enabled=rank == 0) as update:
+                raise_together(lambda: generate(generator, mine, update))
+        elif rank == 0:
+            print_line(console, f"all images exist in {made.args.out}")
+        run_on_rank_zero(finish)
 
 
 def _imagenet(args: argparse.Namespace, console: Console) -> None:
-    job = _job(args, "classes")
-    try:
-        image_set = ImageSet(
-            count=args.count,
-            num_classes=job.num_classes,
-            size=job.size,
-            first_seed=args.first_seed,
-            piece=args.piece,
-        )
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    job.settings.update(count=args.count, first_seed=args.first_seed, piece=args.piece)
-    if args.count % job.num_classes and job.is_rank_zero:
-        print_line(
-            console, f"{args.count} is not a multiple of {job.num_classes}: some classes get one more image"
-        )
+    made = _generation(args, "classes")
+    classes = made.cfg.model.num_classes
+    options = {"count": args.count, "first_seed": args.first_seed, "piece": args.piece}
+    with as_config_error():
+        image_set = ImageSet(num_classes=classes, size=made.size, **options)
+    made.settings.update(options)
+    if args.count % classes and made.env.rank == 0:
+        print_line(console, f"{args.count} is not a multiple of {classes}: some classes get one more image")
 
     def finish() -> None:
         path = join_pieces(image_set, args.out)
         print_line(console, f"{args.count} images in {path}")
 
     _generate_missing(
-        job,
+        made,
         console,
         list_missing=lambda: missing_pieces(image_set, args.out),
         images_of=lambda pieces: sum(len(image_set.requests(piece)) for piece in pieces),
@@ -180,15 +139,15 @@ def _geneval(args: argparse.Namespace, console: Console) -> None:
     if not 1 <= args.per_prompt <= 99_999:
         raise ConfigError(f"--per-prompt {args.per_prompt} must be 1 to 99999")
     tasks = geneval.read_tasks(args.metadata)
-    job = _job(args, "prompts")
-    job.settings.update(prompts=_digest([task.metadata for task in tasks]))
+    made = _generation(args, "prompts")
+    made.settings.update(prompts=_digest([task.metadata for task in tasks]))
 
     def list_missing() -> list[tuple[geneval.Task, int]]:
         geneval.write_metadata(tasks, args.out)
         return geneval.missing_images(tasks, args.out, args.per_prompt)
 
     _generate_missing(
-        job,
+        made,
         console,
         list_missing=list_missing,
         images_of=len,
@@ -206,14 +165,14 @@ def _dpg(args: argparse.Namespace, console: Console) -> None:
         return print_dpg(dpg.summarise(args.summary), console)
     _require(args, "checkpoint", "prompts", "out")
     prompts = read_named_prompts(args.prompts)
-    job = _job(args, "prompts")
-    height, width = job.size
+    made = _generation(args, "prompts")
+    height, width = made.size
     if height != width:
         raise ConfigError(f"--size {height}x{width}: DPG-Bench's scorer cuts grids into squares")
-    job.settings.update(prompts=_digest(prompts))
+    made.settings.update(prompts=_digest(prompts))
     folder = args.out / "pictures"
     _generate_missing(
-        job,
+        made,
         console,
         list_missing=lambda: dpg.missing_prompts(prompts, folder),
         images_of=lambda part: dpg.PER_PROMPT * len(part),

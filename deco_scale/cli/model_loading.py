@@ -15,10 +15,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from deco_scale.checkpoint.format import CheckpointMeta, find_checkpoint, read_meta, read_tensors
 from deco_scale.config import RunConfig, build_config
-from deco_scale.errors import ConfigError
+from deco_scale.errors import ConfigError, as_config_error
 from deco_scale.models import Denoiser
 from deco_scale.models.encoders import load_text_encoder
-from deco_scale.models.tp_plan import check_tp
 from deco_scale.objectives import Objective, ObjectiveConfig
 from deco_scale.parallel.parallelize import parallelize
 from deco_scale.parallel.sequence_parallel import TokenShard, encode_shared
@@ -32,41 +31,6 @@ Compute = Literal["fp32", "bf16"]
 """Precision of a generator; bf16 is autocast over fp32 weights."""
 
 
-def load_generator(
-    checkpoint: Path,
-    *,
-    text_encoder: str | None = None,
-    device: torch.device | None = None,
-    compile: bool = False,
-    cuda_graphs: bool = False,
-    tp: DeviceMesh | None = None,
-    compute: Compute | None = None,
-) -> tuple[ImageGenerator, RunConfig, CheckpointMeta]:
-    """A generator with a checkpoint's EMA weights, the run's configuration and the checkpoint's metadata.
-
-    ``checkpoint`` is a step folder, or a run's folder, of which the newest complete step is used. ``text_encoder``
-    replaces the configured folder; ``device`` defaults to the first GPU, or the CPU without one; ``compute`` to
-    :func:`sampling_compute`. ``compile`` compiles the transformer blocks, ``cuda_graphs`` replays the model as
-    graphs. The ranks of a one-dimensional mesh ``tp`` share the model and generate the same images together.
-
-    Raises :class:`ConfigError` for a checkpoint or encoder that is missing, damaged or does not fit, and for
-    settings that exclude each other.
-    """
-    path, cfg, meta = read_checkpoint(checkpoint)
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    generator = build_generator(
-        load_denoiser(cfg, path).to(device),
-        cfg,
-        meta,
-        text_encoder=text_encoder,
-        compile=compile,
-        cuda_graphs=cuda_graphs,
-        tp=tp,
-        compute=compute,
-    )
-    return generator, cfg, meta
-
-
 def build_generator(
     denoiser: Denoiser,
     cfg: RunConfig,
@@ -78,33 +42,31 @@ def build_generator(
     tp: DeviceMesh | None = None,
     compute: Compute | None = None,
 ) -> ImageGenerator:
-    """:func:`load_generator` with a denoiser that is loaded, on its device."""
+    """A generator around the checkpoint's denoiser, on the denoiser's device.
+
+    ``text_encoder`` replaces the configured folder; ``compute`` defaults to :func:`sampling_compute`. ``compile``
+    compiles the transformer blocks, ``cuda_graphs`` replays the model as graphs. The ranks of a one-dimensional
+    mesh ``tp`` share the model and generate the same images together.
+
+    Raises :class:`ConfigError` for an encoder that is missing, damaged or does not fit, and for settings that
+    exclude each other.
+    """
     device = next(denoiser.parameters()).device
-    if tp is not None and tp.size() > 1 and cuda_graphs:
+    if tp is not None and cuda_graphs:
         raise ConfigError(
             "CUDA graphs need the full model on each GPU: use either CUDA graphs or tensor parallelism"
         )
-    if tp is not None:
-        check_tp(cfg.model, tp.size())
     precision = PrecisionConfig(compute=compute or sampling_compute(cfg, device))
     predict, shard = _predictor(denoiser, precision, device, compile=compile, tp=tp)
     velocity = velocity_of(
         predict, cfg.model.patch_size, prediction=cfg.objective.prediction, t_eps=cfg.objective.t_eps
     )
     if cuda_graphs:
-        try:
+        with as_config_error():
             velocity = CudaGraphedVelocity(velocity, device)
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
     encode, null = _conditions(cfg, text_encoder, device, shard)
     return ImageGenerator(
-        velocity,
-        cfg.model,
-        encode=encode,
-        null=null,
-        device=device,
-        digest=meta.parameter_digest,
-        step=meta.step,
+        velocity, cfg.model, encode=encode, null=null, device=device, digest=meta.parameter_digest, step=meta.step
     )
 
 
@@ -122,8 +84,8 @@ def read_checkpoint(checkpoint: Path) -> tuple[Path, RunConfig, CheckpointMeta]:
     return path, build_config(meta.config, source=str(path / "meta.json")), meta
 
 
-def load_denoiser(cfg: RunConfig, path: Path) -> Denoiser:
-    """Plain denoiser with a checkpoint's EMA weights, on the CPU, ready for inference."""
+def load_denoiser(cfg: RunConfig, path: Path, device: torch.device) -> Denoiser:
+    """Plain denoiser with a checkpoint's EMA weights, ready for inference."""
     with torch.device("meta"):
         denoiser = Denoiser(cfg.model)
     tensors = read_tensors(path, "ema.denoiser.")
@@ -131,20 +93,15 @@ def load_denoiser(cfg: RunConfig, path: Path) -> Denoiser:
         denoiser.load_state_dict(tensors, strict=True, assign=True)
     except RuntimeError as error:
         raise ConfigError(f"{path} does not fit its own configuration: {error}") from error
-    return denoiser.eval().requires_grad_(False)
+    return denoiser.eval().requires_grad_(False).to(device)
 
 
 def _predictor(
-    denoiser: Denoiser,
-    precision: PrecisionConfig,
-    device: torch.device,
-    *,
-    compile: bool,
-    tp: DeviceMesh | None,
+    denoiser: Denoiser, precision: PrecisionConfig, device: torch.device, *, compile: bool, tp: DeviceMesh | None
 ) -> tuple[PredictFn, TokenShard | None]:
     """The denoiser's full prediction on every rank, and the tp group if there is one."""
     objective = Objective(denoiser, ObjectiveConfig(repa_weight=0.0), encoder_dim=0)
-    if tp is not None and tp.size() > 1:
+    if tp is not None:
         shard = parallelize(
             objective, tensor_parallel=partial(apply_tensor_parallel, mesh=tp, compile_blocks=compile)
         )

@@ -3,29 +3,27 @@
 import argparse
 import dataclasses
 import os
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, get_args
 
 import numpy as np
-import torch
 import torch.distributed as dist
 from PIL import Image
 from rich.console import Console
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from data_pipeline.console import positive_int, print_line, progress_bar
-from deco_scale.checkpoint.format import CheckpointMeta
-from deco_scale.cli.model_loading import Compute, load_generator, read_checkpoint, sampling_compute
-from deco_scale.config import RunConfig
-from deco_scale.distributed.bootstrap import Environment, choose_device, init_distributed, read_environment
-from deco_scale.distributed.collectives import broadcast_object, raise_together
-from deco_scale.errors import ConfigError
+from deco_scale.cli.model_loading import Compute, build_generator, load_denoiser, read_checkpoint, sampling_compute
+from deco_scale.distributed.bootstrap import choose_device, init_distributed, read_environment
+from deco_scale.distributed.collectives import raise_together, run_on_rank_zero
+from deco_scale.errors import ConfigError, as_config_error
 from deco_scale.models.tp_plan import check_tp
 from deco_scale.sampling import SamplerConfig
 from deco_scale.sampling.config import Solver
-from deco_scale.sampling.generate import ImageGenerator, SampleRequest, check_requests, check_size
+from deco_scale.sampling.generate import SampleRequest, check_requests, check_size
 from deco_scale.sampling.images import save_grid
 from deco_scale.sampling.output_dir import LINES, ImageFolder, Record
 from deco_scale.sampling.prompts import read_prompts
@@ -33,29 +31,6 @@ from deco_scale.sampling.prompts import read_prompts
 MAX_GRID_IMAGES = 400
 """Up to this number of images are also saved as one grid."""
 _MAX_SEED = 2**63 - 1
-
-
-class _PlannedImage(NamedTuple):
-    request: SampleRequest
-    record: Record
-
-
-class _Worker(NamedTuple):
-    """This process: its device, its share of the requests, and the tp group that generates with it."""
-
-    env: Environment
-    device: torch.device
-    tp: DeviceMesh | None
-
-    @property
-    def share(self) -> tuple[int, int]:
-        """Index of this process's share, and the number of shares."""
-        degree = self.tp.size() if self.tp is not None else 1
-        return self.env.rank // degree, self.env.world_size // degree
-
-    @property
-    def writes(self) -> bool:
-        return self.tp is None or self.tp.get_local_rank() == 0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -84,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_generation_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
-    """Options for generating a folder of images from a checkpoint; :func:`generation_settings` reads them."""
+    """Options for generating a folder of images from a checkpoint; :class:`Generation` reads them."""
     parser.add_argument("--checkpoint", type=Path, required=required, help="step folder, or a run's folder")
     parser.add_argument("--out", type=Path, required=required, help="folder for the images")
     parser.add_argument("--size", help="side in pixels, or HEIGHTxWIDTH; default: the last stage's")
@@ -100,14 +75,56 @@ def add_generation_arguments(parser: argparse.ArgumentParser, *, required: bool 
             parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default), help=text)
 
 
-def sampler_of(default: SamplerConfig, args: argparse.Namespace) -> SamplerConfig:
-    """``default`` with the command line's values; raises :class:`ConfigError` for impossible ones."""
-    names = [field.name for field in dataclasses.fields(SamplerConfig)]
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    try:
-        return dataclasses.replace(default, **given)
-    except ValueError as error:
-        raise ConfigError(f"sampler: {error}") from error
+class Generation:
+    """A command's options for generating, its checkpoint and process, and the settings that all images share.
+
+    With its request, ``settings`` determine an image. Raises :class:`ConfigError` for an impossible checkpoint,
+    size or sampler, before any process group or model is created.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.env = args, read_environment(os.environ)
+        self.path, self.cfg, self.meta = read_checkpoint(args.checkpoint)
+        self.device = choose_device("auto", self.env.local_rank)
+        self.size = parse_size(args.size) if args.size else (self.cfg.stages[-1].resolution,) * 2
+        with as_config_error("--size: "):
+            check_size(self.size, self.cfg.model.patch_size)
+        options = {field.name: getattr(args, field.name) for field in dataclasses.fields(SamplerConfig)}
+        given = {name: value for name, value in options.items() if value is not None}
+        with as_config_error("sampler: "):
+            self.sampler = dataclasses.replace(self.cfg.samples.sampler, **given)
+        self.settings: Record = {
+            "height": self.size[0],
+            "width": self.size[1],
+            "sampler": dataclasses.asdict(self.sampler),
+            "compute": args.compute or sampling_compute(self.cfg, self.device),
+            "checkpoint_step": self.meta.step,
+            "checkpoint_digest": self.meta.parameter_digest,
+        }
+
+    @contextmanager
+    def process_group(self) -> Iterator[None]:
+        """The group of all processes, if there are several; one that exists already stays."""
+        joins = self.env.world_size > 1 and not dist.is_initialized()
+        if self.env.world_size > 1:
+            init_distributed(self.env, self.device)
+        yield
+        if joins:
+            dist.destroy_process_group()
+
+    def load(self, tp: DeviceMesh | None = None) -> Callable[..., Iterator[tuple[SampleRequest, Any]]]:
+        """The checkpoint's :meth:`ImageGenerator.images` with all options set; ``tp`` shares the model."""
+        generator = build_generator(
+            load_denoiser(self.cfg, self.path, self.device),
+            self.cfg,
+            self.meta,
+            text_encoder=self.args.text_encoder,
+            compile=self.args.compile,
+            cuda_graphs=self.args.cuda_graphs,
+            tp=tp,
+            compute=self.settings["compute"],
+        )
+        return partial(generator.images, size=self.size, sampler=self.sampler, batch=self.args.batch)
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -133,152 +150,76 @@ def parse_classes(text: str, num_classes: int) -> list[int]:
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
-    env = read_environment(os.environ)
-    if env.world_size % args.tp:
-        raise ConfigError(f"--tp {args.tp} must divide the number of processes, {env.world_size}")
-    path, cfg, meta = read_checkpoint(args.checkpoint)
-    check_tp(cfg.model, args.tp)
-    device = choose_device("auto", env.local_rank)
-    settings = generation_settings(args, cfg, meta, device)
-    images = _images(args, cfg, settings)
-    try:
-        check_requests((image.request for image in images), cfg.model)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    joins = env.world_size > 1 and not dist.is_initialized()
-    if env.world_size > 1:
-        init_distributed(env, device)
-    mesh = None
-    if args.tp > 1:
-        shape = (env.world_size // args.tp, args.tp)
-        mesh = init_device_mesh(device.type, shape, mesh_dim_names=("dp", "tp"))["tp"]
-    _sample(args, path, images, settings, _Worker(env, device, mesh), console)
-    if joins:
-        dist.destroy_process_group()
+    made = Generation(args)
+    world = made.env.world_size
+    if world % args.tp:
+        raise ConfigError(f"--tp {args.tp} must divide the number of processes, {world}")
+    check_tp(made.cfg.model, args.tp)
+    images = _images(args, made)
+    with as_config_error():
+        check_requests((request for request, _ in images), made.cfg.model)
+    with made.process_group():
+        tp = None
+        if args.tp > 1:
+            tp = init_device_mesh(made.device.type, (world // args.tp, args.tp), mesh_dim_names=("dp", "tp"))["tp"]
+        _sample(images, made, tp, console)
+    if made.env.rank == 0:
+        _save_grid(args, images, console)
     return 0
 
 
 def _sample(
-    args: argparse.Namespace,
-    checkpoint: Path,
-    images: Sequence[_PlannedImage],
-    settings: Record,
-    worker: _Worker,
-    console: Console,
+    images: Sequence[tuple[SampleRequest, Record]], made: Generation, tp: DeviceMesh | None, console: Console
 ) -> None:
-    folder = ImageFolder(args.out, rank=worker.env.rank)
-    first = worker.env.rank == 0
-    records = [image.record for image in images]
+    """Generate this process's share of the missing images; each is saved at once."""
+    args, rank, degree = made.args, made.env.rank, made.args.tp
+    folder, records = ImageFolder(args.out, rank=rank), [record for _, record in images]
     with ExitStack() as stack:
 
         def begin() -> set[str]:
-            if not first:
-                return set()
             stack.enter_context(folder.locked())
-            return folder.open(records, settings)
+            return folder.open(records, made.settings)
 
-        done = broadcast_object(raise_together(begin))
-        pending = [image for image in images if image.record["file"] not in done]
-        if done and first:
+        done = run_on_rank_zero(begin)
+        pending = [(request, record) for request, record in images if record["file"] not in done]
+        if done and rank == 0:
             print_line(console, f"{len(done)} of {len(images)} images exist in {args.out}: skipping them")
         if pending:
-            generator = raise_together(
-                lambda: generator_of(args, checkpoint, settings, worker.device, tp=worker.tp)
-            )
+            generator = raise_together(lambda: made.load(tp))
+            mine = pending[rank // degree :: made.env.world_size // degree]
 
             def generate() -> None:
-                _generate(args, generator, pending, settings, worker, folder, console)
+                title = f"sampling {len(pending)} images"
+                with progress_bar(console, title, enabled=rank == 0) as update:
+                    generated = generator(
+                        [request for request, _ in mine],
+                        on_step=lambda done, total: update(completed=done, total=total),
+                    )
+                    for (_, record), (_, pixels) in zip(mine, generated, strict=True):
+                        if rank % degree == 0:
+                            folder.save(record, pixels)
 
-            if worker.tp is None:
+            if tp is None:
                 raise_together(generate)
             else:
                 # If one rank of a tp group cannot write, the others wait: the launcher has to terminate them.
                 generate()
         if dist.is_initialized():
             dist.barrier()
-        raise_together(lambda: folder.finish(records) if first else None)
-    if first:
-        _save_grid(args, images, console)
+        run_on_rank_zero(lambda: folder.finish(records))
 
 
-def _generate(
-    args: argparse.Namespace,
-    generator: ImageGenerator,
-    pending: Sequence[_PlannedImage],
-    settings: Record,
-    worker: _Worker,
-    folder: ImageFolder,
-    console: Console,
-) -> None:
-    """Generate this process's share of the pending images; each is saved at once."""
-    number, shares = worker.share
-    mine = pending[number::shares]
-    title = f"sampling {len(pending)} images"
-    with progress_bar(console, title, enabled=worker.env.rank == 0) as update:
-        generated = generator.images(
-            [image.request for image in mine],
-            size=(settings["height"], settings["width"]),
-            sampler=SamplerConfig(**settings["sampler"]),
-            batch=args.batch,
-            on_step=lambda done, total: update(completed=done, total=total),
-        )
-        for image, (_, pixels) in zip(mine, generated, strict=True):
-            if worker.writes:
-                folder.save(image.record, pixels)
-
-
-def generator_of(
-    args: argparse.Namespace,
-    checkpoint: Path,
-    settings: Record,
-    device: torch.device,
-    tp: DeviceMesh | None = None,
-) -> ImageGenerator:
-    """The checkpoint's generator with the command line's options."""
-    generator, _, _ = load_generator(
-        checkpoint,
-        text_encoder=args.text_encoder,
-        device=device,
-        compile=args.compile,
-        cuda_graphs=args.cuda_graphs,
-        tp=tp,
-        compute=settings["compute"],
-    )
-    return generator
-
-
-def generation_settings(
-    args: argparse.Namespace, cfg: RunConfig, meta: CheckpointMeta, device: torch.device
-) -> Record:
-    """Settings that all images of a folder share; with the request they determine an image.
-
-    Raises :class:`ConfigError` for an impossible size or sampler.
-    """
-    height, width = parse_size(args.size) if args.size else (cfg.stages[-1].resolution,) * 2
-    try:
-        check_size((height, width), cfg.model.patch_size)
-    except ValueError as error:
-        raise ConfigError(f"--size: {error}") from error
-    return {
-        "height": height,
-        "width": width,
-        "sampler": dataclasses.asdict(sampler_of(cfg.samples.sampler, args)),
-        "compute": args.compute or sampling_compute(cfg, device),
-        "checkpoint_step": meta.step,
-        "checkpoint_digest": meta.parameter_digest,
-    }
-
-
-def _images(args: argparse.Namespace, cfg: RunConfig, settings: Record) -> list[_PlannedImage]:
+def _images(args: argparse.Namespace, made: Generation) -> list[tuple[SampleRequest, Record]]:
     """All images that the command line asks for, with their records."""
+    model = made.cfg.model
     conditions: list[tuple[int, str | int]]
     if args.classes is not None:
-        if cfg.model.kind == "t2i_deco":
-            raise ConfigError(f"--classes: a {cfg.model.kind} model takes prompts; give --prompt or --prompts")
-        conditions = [(number, number) for number in parse_classes(args.classes, cfg.model.num_classes)]
+        if model.kind == "t2i_deco":
+            raise ConfigError(f"--classes: a {model.kind} model takes prompts; give --prompt or --prompts")
+        conditions = [(number, number) for number in parse_classes(args.classes, model.num_classes)]
     else:
-        if cfg.model.kind != "t2i_deco":
-            raise ConfigError(f"--prompt: a {cfg.model.kind} model takes classes; give --classes")
+        if model.kind != "t2i_deco":
+            raise ConfigError(f"--prompt: a {model.kind} model takes classes; give --classes")
         conditions = list(enumerate(args.prompt or read_prompts(args.prompts)))
     count = len(conditions) * args.per_prompt
     if not 0 <= args.first_seed <= _MAX_SEED - count:
@@ -294,22 +235,21 @@ def _images(args: argparse.Namespace, cfg: RunConfig, settings: Record) -> list[
                 "negative": request.negative,
                 "index": index,
                 "seed": request.seed,
-                **settings,
+                **made.settings,
             }
-            images.append(_PlannedImage(request, record))
+            images.append((request, record))
     return images
 
 
-def _save_grid(args: argparse.Namespace, images: Sequence[_PlannedImage], console: Console) -> None:
+def _save_grid(args: argparse.Namespace, images: Sequence[tuple[SampleRequest, Record]], console: Console) -> None:
     """Put the images into one grid if they are few enough, and print where they are."""
     message = f"{len(images)} images in {args.out}"
     if len(images) <= MAX_GRID_IMAGES:
         pixels: list[Any] = []
-        for image in images:
-            with Image.open(args.out / image.record["file"]) as file:
+        for _, record in images:
+            with Image.open(args.out / record["file"]) as file:
                 pixels.append(np.asarray(file.convert("RGB")))
         grid = args.out / "grid.png"
-        labels = [str(image.request.condition) for image in images]
-        save_grid(pixels, grid, labels=labels)
+        save_grid(pixels, grid, labels=[str(request.condition) for request, _ in images])
         message += f", all in one grid: {grid}"
     print_line(console, message)

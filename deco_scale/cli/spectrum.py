@@ -87,7 +87,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         path, cfg, meta = read_checkpoint(checkpoint)
         size = _size(args, cfg)
         inputs = _inputs(args, cfg, size)
-        denoiser = load_denoiser(cfg, path).to(device)
+        denoiser = load_denoiser(cfg, path, device)
         text_encoder = args.text_encoder if cfg.model.kind == "t2i_deco" else None
         generator = build_generator(denoiser, cfg, meta, text_encoder=text_encoder)
         with (

@@ -13,6 +13,7 @@ from PIL import Image
 
 from checkpoints_tools.cli import main as deco_ckpt
 from deco_scale.cli import evaluate
+from deco_scale.cli import sample as sample_command
 from deco_scale.evaluation.inception import WEIGHTS_NAME, Inception
 from tests.support import FIXTURES, assets
 from tests.support.commands import deco
@@ -111,20 +112,20 @@ class Breaking:
 def test_a_broken_off_command_goes_on(
     benchmark: str, whole: Path, material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    load, drawn = evaluate.generator_of, []
+    load, drawn = sample_command.build_generator, []
 
-    monkeypatch.setattr(evaluate, "generator_of", lambda *args: Breaking(load(*args)))
+    monkeypatch.setattr(sample_command, "build_generator", lambda *args, **more: Breaking(load(*args, **more)))
     assert deco(arguments(benchmark, material, tmp_path)) == 130
     before = files_of(tmp_path)
     assert len(before) > 1
 
-    def counting(*args: Any) -> Any:
-        generator = load(*args)
+    def counting(*args: Any, **options: Any) -> Any:
+        generator = load(*args, **options)
         images = generator.images
         generator.images = lambda jobs, **more: drawn.extend(jobs) or images(jobs, **more)
         return generator
 
-    monkeypatch.setattr(evaluate, "generator_of", counting)
+    monkeypatch.setattr(sample_command, "build_generator", counting)
     assert deco(arguments(benchmark, material, tmp_path)) == 0
     whole_set = {"imagenet": 23, "geneval": 8, "dpg": 8}[benchmark]
     assert 0 < len(drawn) < whole_set
@@ -134,7 +135,7 @@ def test_a_broken_off_command_goes_on(
         if name.endswith(".png"):
             assert_same_image(tmp_path / benchmark / name, whole / benchmark / name)
     # Nothing is left to do, and no model is loaded for it.
-    monkeypatch.setattr(evaluate, "generator_of", None)
+    monkeypatch.setattr(sample_command, "build_generator", None)
     assert deco(arguments(benchmark, material, tmp_path)) == 0
 
 
