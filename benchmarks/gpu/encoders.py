@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from benchmarks.gpu.steps import compiler
 from benchmarks.jobs.runner import CheckFailed, Found, NotAvailable, Where
 from benchmarks.measure import device_name, median_s, synchronise
+from deco_scale.models.config import TextEncoderConfig
 from deco_scale.models.encoders import ImageEncoder, TextEncoder
 
 QWEN3_1_7B: dict[str, Any] = {
@@ -65,7 +66,8 @@ def encoders(where: Where) -> Found:
         if name == "qwen3":
             sizes = TINY_QWEN3 if where.quick else QWEN3_1_7B
             model = _built(transformers.Qwen3Model, transformers.Qwen3Config(**sizes), device, dtype)
-            text = TextEncoder(model, RandomTokens(sizes["vocab_size"]), max_tokens=tokens, device=device)
+            settings = TextEncoderConfig(path=name, max_tokens=tokens)
+            text = TextEncoder(model, RandomTokens(sizes["vocab_size"]), settings, device)
             action: Callable[[], Tensor] = lambda: text.encode(["a caption"] * batch)  # noqa: B023, E731
         else:
             sizes = TINY_DINOV2 if where.quick else DINOV2_B

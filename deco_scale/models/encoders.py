@@ -8,11 +8,11 @@ Shape letters: B batch, L text tokens, T text width, C channels, Y X pixels, N p
 
 import hashlib
 import logging
-import os
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,70 +32,32 @@ class TextEncoder:
     The null embedding is that of the empty caption, computed once.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        tokenizer: Any,
-        *,
-        max_tokens: int,
-        device: torch.device,
-        cache: int = 0,
-        zero_padding: bool = False,
-        round_states: bool = False,
-    ) -> None:
+    def __init__(self, model: Any, tokenizer: Any, cfg: TextEncoderConfig, device: torch.device) -> None:
         self._model = model.to(device).eval().requires_grad_(False)
         # The cache is for text generation: it would hold keys and values of every layer until the call ends.
         self._model.config.use_cache = False
         self._causal = _is_causal(self._model)
-        self._tokenizer = tokenizer
-        self._max_tokens = max_tokens
-        self._device = device
-        self._zero_padding, self._round_states = zero_padding, round_states
-        self._cache_size = cache
+        self._tokenizer, self._cfg, self._device = tokenizer, cfg, device
         self._cache: OrderedDict[str, Tensor] = OrderedDict()
-        self._null = self._encode([""])[0]
+        self._null = self._states([""])[0][0]
 
     @classmethod
     def load(cls, cfg: TextEncoderConfig, device: torch.device) -> "TextEncoder":
         """Load from a folder, the local hub cache, or the hub if downloads are allowed."""
-        folder = Path(cfg.path).expanduser()
-        if not folder.is_dir() and not cfg.allow_download and os.sep in cfg.path.rstrip(os.sep):
-            looks_like_hub_id = cfg.path.count("/") == 1 and not cfg.path.startswith((".", "~", "/"))
-            if not looks_like_hub_id:
-                raise ConfigError(_text_hint(cfg.path))
         # transformers first: BertModel must be importable before anything imitates torchvision.
         from transformers import AutoModel, AutoTokenizer
 
         _quiet()
+        folder = Path(cfg.path).expanduser()
         source = str(folder) if folder.is_dir() else cfg.path
         local_only = folder.is_dir() or not cfg.allow_download
-        try:
+        with _or_hint(_text_hint(cfg.path)):
             tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local_only)
-            model, loading = AutoModel.from_pretrained(
-                source,
-                local_files_only=local_only,
-                use_safetensors=True,
-                dtype=torch.float32,
-                output_loading_info=True,
-            )
-        except (OSError, ValueError, KeyError) as error:
-            first = str(error).strip().splitlines()[0]
-            raise ConfigError(f"{_text_hint(cfg.path)} ({first})") from error
-        _check_complete(source, loading)
+            model = _pretrained(AutoModel, source, device, local_files_only=local_only, use_safetensors=True)
         tokenizer.padding_side = "right"
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
-        if device.type == "cuda":
-            model = model.to(torch.bfloat16)
-        return cls(
-            model,
-            tokenizer,
-            max_tokens=cfg.max_tokens,
-            device=device,
-            cache=cfg.cache_captions,
-            zero_padding=cfg.zero_padding,
-            round_states=cfg.round_states,
-        )
+        return cls(model, tokenizer, cfg, device)
 
     @property
     def null(self) -> Tensor:
@@ -108,44 +70,39 @@ class TextEncoder:
 
     def encode(self, captions: Sequence[str]) -> Tensor:
         """Embeddings ``(B, L, T)`` in fp32; longer captions are truncated."""
-        if not self._cache_size:
-            return self._encode(captions)
+        if not self._cfg.cache_captions:
+            return self._states(captions)[0]
         new = [c for c in dict.fromkeys(captions) if c not in self._cache]
         if new:
-            self._cache.update(zip(new, self._encode(new), strict=True))
+            self._cache.update(zip(new, self._states(new)[0], strict=True))
         states = torch.stack([self._cache[c] for c in captions])
         for caption in captions:
             self._cache.move_to_end(caption)
-        while len(self._cache) > self._cache_size:
+        while len(self._cache) > self._cfg.cache_captions:
             self._cache.popitem(last=False)
         return states
 
     def encode_ragged(self, captions: Sequence[str]) -> list[Tensor]:
         """Embeddings ``(tokens, T)`` of each caption, without padding if ``zero_padding``."""
         states, mask = self._states(captions)
-        counts = mask.sum(dim=1).tolist() if self._zero_padding else [self._max_tokens] * len(states)
-        return [each[:count] for each, count in zip(states, counts, strict=True)]
-
-    def _encode(self, captions: Sequence[str]) -> Tensor:
-        return self._states(captions)[0]
+        if not self._cfg.zero_padding:
+            return list(states)
+        return [each[:count] for each, count in zip(states, mask.sum(dim=1).tolist(), strict=True)]
 
     @torch.no_grad()
     def _states(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Embeddings ``(B, L, T)``, and the mask ``(B, L)`` of tokens that are not padding."""
         tokens = self._tokenizer(
             list(captions),
-            max_length=self._max_tokens,
-            truncation=True,
-            padding="max_length",
-            return_tensors="pt",
-        )
+            max_length=self._cfg.max_tokens, truncation=True, padding="max_length", return_tensors="pt",
+        )  # fmt: skip
         ids, mask = (self._to_device(tokens[name]) for name in ("input_ids", "attention_mask"))
         states = self._model(input_ids=ids, attention_mask=self._attention_mask(mask)).last_hidden_state
-        if self._round_states:
+        if self._cfg.round_states:
             states = states.bfloat16()
         # Always fp32; the model's autocast casts again.
         states = states.float()
-        return (states * mask[..., None] if self._zero_padding else states), mask
+        return (states * mask[..., None] if self._cfg.zero_padding else states), mask
 
     def _attention_mask(self, mask_BL: Tensor) -> Tensor:
         """Mask ``(B, 1, L, L)`` of which token attends to which; ``mask_BL`` itself where that is not known.
@@ -199,10 +156,8 @@ def text_identity(cfg: TextEncoderConfig, width: int) -> dict[str, Any]:
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
 
-        try:
+        with _or_hint(_text_hint(cfg.path)):
             folder = Path(snapshot_download(cfg.path, local_files_only=not cfg.allow_download))
-        except (OSError, ValueError) as error:
-            raise ConfigError(_text_hint(cfg.path)) from error
     files = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".json", ".txt", ".model"))
     digest = hashlib.sha256()
     for path in files:
@@ -226,14 +181,29 @@ def _quiet() -> None:
     transformers_logging.disable_progress_bar()
 
 
-def _check_complete(source: str, loading: Any) -> None:
-    """Raise :class:`ConfigError` for missing weights, which ``transformers`` would initialize at random.
+@contextmanager
+def _or_hint(hint: str) -> Iterator[None]:
+    """Turns what loading raises into a :class:`ConfigError` with what to do."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ConfigError(f"{hint} ({str(error).strip().splitlines()[0]})") from error
 
-    The pooler is not needed for token embeddings.
+
+def _pretrained(kind: Any, source: str | Path, device: torch.device, **options: Any) -> Any:
+    """A model of the class ``kind`` in fp32, on a GPU in bf16.
+
+    Raises :class:`ConfigError` for missing weights, which ``transformers`` would initialize at random; the pooler
+    is not needed for token embeddings.
     """
+    where = None if "state_dict" in options else source
+    model, loading = kind.from_pretrained(where, dtype=torch.float32, output_loading_info=True, **options)
     missing = sorted(key for key in loading["missing_keys"] if not key.startswith("pooler."))
     if missing:
         raise ConfigError(f"{source} lacks {len(missing)} weights of its model, such as {missing[0]}")
+    return model.to(torch.bfloat16) if device.type == "cuda" else model
 
 
 def _text_hint(path: str) -> str:
@@ -266,23 +236,11 @@ class ImageEncoder:
         from transformers import Dinov2Model
 
         _quiet()
-        try:
-            if path.is_dir():
-                model, loading = cast(Any, Dinov2Model).from_pretrained(
-                    path,
-                    local_files_only=True,
-                    use_safetensors=True,
-                    dtype=torch.float32,
-                    output_loading_info=True,
-                )
-                _check_complete(str(path), loading)
-            else:
-                model = _from_original(path)
-        except (OSError, KeyError, RuntimeError) as error:
-            raise ConfigError(f"{hint} ({str(error).strip().splitlines()[0]})") from error
-        if device.type == "cuda":
-            model = cast(Any, model).to(torch.bfloat16)
-        return cls(model, device)
+        with _or_hint(hint):
+            options = (
+                {"local_files_only": True, "use_safetensors": True} if path.is_dir() else _from_original(path)
+            )
+            return cls(_pretrained(Dinov2Model, path, device, **options), device)
 
     @property
     def width(self) -> int:
@@ -298,20 +256,10 @@ class ImageEncoder:
         return self._model(pixel_values=pixels.to(dtype)).last_hidden_state[:, 1:]
 
 
-_DINO_NAMES = {
-    "norm1.weight": "norm1.weight",
-    "norm1.bias": "norm1.bias",
-    "attn.proj.weight": "attention.output.dense.weight",
-    "attn.proj.bias": "attention.output.dense.bias",
-    "ls1.gamma": "layer_scale1.lambda1",
-    "norm2.weight": "norm2.weight",
-    "norm2.bias": "norm2.bias",
-    "mlp.fc1.weight": "mlp.fc1.weight",
-    "mlp.fc1.bias": "mlp.fc1.bias",
-    "mlp.fc2.weight": "mlp.fc2.weight",
-    "mlp.fc2.bias": "mlp.fc2.bias",
-    "ls2.gamma": "layer_scale2.lambda1",
-}
+_DINO_LAYER = {
+    "norm1": "norm1", "norm2": "norm2", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2",
+    "attn.proj": "attention.output.dense", "ls1": "layer_scale1", "ls2": "layer_scale2",
+}  # fmt: skip
 _DINO_ROOT = {
     "cls_token": "embeddings.cls_token",
     "mask_token": "embeddings.mask_token",
@@ -321,7 +269,6 @@ _DINO_ROOT = {
     "norm.weight": "layernorm.weight",
     "norm.bias": "layernorm.bias",
 }
-_DINO_QKV = ("query", "key", "value")
 _HEAD_DIM = 64
 """Head width of every published DINOv2."""
 
@@ -341,17 +288,18 @@ def dinov2_from_original(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if head != "blocks":
             raise KeyError(f"unknown DINOv2 tensor {name}")
         prefix = f"encoder.layer.{int(layer)}."
-        if rest in ("attn.qkv.weight", "attn.qkv.bias"):
-            kind = rest.rsplit(".", 1)[1]
-            for part, piece in zip(_DINO_QKV, tensor.chunk(3), strict=True):
+        module, _, kind = rest.rpartition(".")
+        if module == "attn.qkv":
+            for part, piece in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
                 converted[f"{prefix}attention.attention.{part}.{kind}"] = piece
         else:
-            converted[prefix + _DINO_NAMES[rest]] = tensor
+            converted[f"{prefix}{_DINO_LAYER[module]}.{'lambda1' if kind == 'gamma' else kind}"] = tensor
     return converted
 
 
-def _from_original(path: Path) -> Any:
-    from transformers import Dinov2Config, Dinov2Model
+def _from_original(path: Path) -> dict[str, Any]:
+    """Configuration and weights of the original file, as ``from_pretrained`` takes them."""
+    from transformers import Dinov2Config
 
     state = torch.load(path, map_location="cpu", weights_only=True)
     positions = state["pos_embed"].shape[1] - 1
@@ -364,12 +312,4 @@ def _from_original(path: Path) -> Any:
         image_size=DINO_PATCH * round(positions**0.5),
         patch_size=DINO_PATCH,
     )
-    model, loading = cast(Any, Dinov2Model).from_pretrained(
-        None,
-        config=config,
-        state_dict=dinov2_from_original(state),
-        dtype=torch.float32,
-        output_loading_info=True,
-    )
-    _check_complete(str(path), loading)
-    return model
+    return {"config": config, "state_dict": dinov2_from_original(state)}

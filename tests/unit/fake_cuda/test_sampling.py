@@ -139,7 +139,7 @@ def test_frozen_encoders_stay_on_the_device(monkeypatch: pytest.MonkeyPatch) -> 
         assert sizes == [1_720_574_976, 86_580_480]
         image_encoder = ImageEncoder(images, device)
         with DeviceCheck("cuda", allowed=ENCODERS) as check:
-            text_encoder = TextEncoder(text, tokens, max_tokens=CONFIG.model.text_tokens, device=device)
+            text_encoder = TextEncoder(text, tokens, CONFIG.text_encoder, device)
             for stage in CONFIG.stages:
                 states = text_encoder.encode(["a photo of a bench"] * stage.micro_batch)
                 assert states.shape == (stage.micro_batch, CONFIG.model.text_tokens, CONFIG.model.text_dim)

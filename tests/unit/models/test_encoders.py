@@ -65,7 +65,7 @@ def test_attention_mask_equals_that_of_transformers(causal: bool, text_encoder: 
         rows = [int(text or 2) for text in texts]
         return {"input_ids": ids[rows], "attention_mask": mask[rows]}
 
-    encoder = TextEncoder(model, tokens, max_tokens=6, device=CPU)
+    encoder = TextEncoder(model, tokens, TextEncoderConfig(path="made", max_tokens=6), CPU)
     with torch.no_grad():
         expected = model(input_ids=ids, attention_mask=mask).last_hidden_state
     assert encoder._causal is causal and expected.isfinite().all()
@@ -78,9 +78,8 @@ def test_attention_of_another_kind_is_left_to_transformers(caplog: pytest.LogCap
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
     model = BertModel._from_config(BertConfig(vocab_size=99, **sizes), attn_implementation="eager")
     ids, mask = torch.ones(1, 6, dtype=torch.int64), torch.tensor([[1, 1, 1, 0, 0, 0]])
-    encoder = TextEncoder(
-        model, lambda texts, **options: {"input_ids": ids, "attention_mask": mask}, max_tokens=6, device=CPU
-    )
+    cfg = TextEncoderConfig(path="made", max_tokens=6)
+    encoder = TextEncoder(model, lambda texts, **options: {"input_ids": ids, "attention_mask": mask}, cfg, CPU)
     assert "BertModel: transformers builds its attention mask" in caplog.text
     with torch.no_grad():
         assert torch.equal(encoder.encode(["x"]), model(input_ids=ids, attention_mask=mask).last_hidden_state)
