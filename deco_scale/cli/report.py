@@ -27,8 +27,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     """Write the page and print its path."""
     if not args.run.is_dir():
         raise ConfigError(f"{args.run}: no such folder; give the run.dir of a configuration")
-    run_dir = RunDir(args.run)
-    run_dir.refresh()
+    run_dir = RunDir(args.run).refresh()
     text = render_report(run_dir, now=time.time(), usd_per_gpu_hour=args.usd_per_gpu_hour)
     out, data = args.out or args.run / "report.html", text.encode()
     try:

@@ -2,25 +2,6 @@
 
 Every line has ``time`` (Unix seconds) and ``kind``, and the fields of its kind (:data:`FIELDS`); more fields are
 allowed, and lines of an unknown kind are kept and shown. An attempt is one launch of the run; lines are appended.
-
-    start              world_size, layout (object), hosts (list of names), attempt (from 1): processes start
-    first_step         step, seconds: the first step of a stage in this attempt has ended; it compiles and tunes.
-                       The attempt's first one shows where it resumed: the step before
-    checkpoint         step, stall_s, total_s: a save has ended, total_s after it started; training was blocked for
-                       its first stall_s, which include a wait for it at the end of the run
-    checkpoint_failed  step, stall_s, total_s, reason
-    export             step, stall_s, total_s: the same for exported weights, which are no checkpoint
-    evaluation         step, seconds: images or scores that training waited for are done
-    skip               step: an update was skipped
-    spike              step, loss: a loss far above those before it
-    rollback           step, to_step: weights and step count are back to those of to_step
-    corruption         rank, host: tensors that should be equal on several ranks differ on this one
-    straggler          rank, host, factor: its own work takes so many times the median rank's
-    stop_signal        signal (its name): the run saves and ends at the next step
-    hang               rank, host: no progress within the watchdog's time
-    lost_rank          rank: a process or its node is gone
-    end                reason, exit_code: the attempt ends by itself; one that is killed has none
-
 Lines of ``metrics.jsonl`` carry ``time`` as well, and may carry ``rank_step_s`` (seconds a step, by rank).
 """
 
@@ -38,23 +19,27 @@ FAULTS = ("checkpoint_failed", "skip", "spike", "rollback", "corruption", "hang"
 REQUEUE = 75
 """Exit code of a run that was stopped, saved, and wants to go on (EX_TEMPFAIL)."""
 
-_SAVE = ("step", "stall_s", "total_s")
 FIELDS: dict[str, tuple[str, ...]] = {
+    # Processes start: layout is an object, hosts a list of names, attempts count from 1.
     "start": ("world_size", "layout", "hosts", "attempt"),
+    # The first step of a stage in this attempt has ended; it compiles and tunes. The attempt's first one shows
+    # where it resumed: the step before.
     "first_step": ("step", "seconds"),
-    "checkpoint": _SAVE,
-    "checkpoint_failed": (*_SAVE, "reason"),
-    "export": _SAVE,
-    "evaluation": ("step", "seconds"),
-    "skip": ("step",),
-    "spike": ("step", "loss"),
-    "rollback": ("step", "to_step"),
-    "corruption": ("rank", "host"),
-    "straggler": ("rank", "host", "factor"),
-    "stop_signal": ("signal",),
-    "hang": ("rank", "host"),
-    "lost_rank": ("rank",),
-    "end": ("reason", "exit_code"),
+    # A save has ended, total_s after it started; training was blocked for its first stall_s, which include a wait
+    # for it at the end of the run. An export of weights is no checkpoint.
+    "checkpoint": ("step", "stall_s", "total_s"),
+    "checkpoint_failed": ("step", "stall_s", "total_s", "reason"),
+    "export": ("step", "stall_s", "total_s"),
+    "evaluation": ("step", "seconds"),  # images or scores that training waited for are done
+    "skip": ("step",),  # an update was skipped
+    "spike": ("step", "loss"),  # a loss far above those before it
+    "rollback": ("step", "to_step"),  # weights and step count are back to those of to_step
+    "corruption": ("rank", "host"),  # tensors that should be equal on several ranks differ on this one
+    "straggler": ("rank", "host", "factor"),  # its own work takes so many times the median rank's
+    "stop_signal": ("signal",),  # its name; the run saves and ends at the next step
+    "hang": ("rank", "host"),  # no progress within the watchdog's time
+    "lost_rank": ("rank",),  # a process or its node is gone
+    "end": ("reason", "exit_code"),  # the attempt ends by itself; one that is killed has none
 }
 """Required fields of each kind."""
 _TYPES = {"layout": dict, "hosts": list, "reason": str, "host": str, "signal": str}
@@ -106,12 +91,9 @@ def append_event(folder: Path, event: Event) -> None:
     Raises ``OSError`` where the disk does not take all of it.
     """
     line = event.line().encode()
-    file = os.open(folder / EVENTS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        if os.write(file, line) < len(line):
+    with (folder / EVENTS).open("ab", buffering=0) as file:
+        if file.write(line) < len(line):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder / EVENTS))
-    finally:
-        os.close(file)
 
 
 def is_number(value: object) -> TypeGuard[int | float]:

@@ -10,16 +10,16 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 from urllib.parse import parse_qsl, quote, quote_plus, unquote, urlsplit
 
 REMOVED = "(removed)"
 
+_ALWAYS = "secret|passw(?:or)?d|passphrase|credential|(?:api|access|private)[_-]?key|signature|cookie"
 _NAMES = re.compile(
-    r"secret|passw(or)?d|passphrase|credential|(api|access|private)[_-]?key|auth|signature|cookie|bearer|webhook"
-    r"|(^|[_-])(token|pwd|key|sas|sig)$|session[_-]?token|[_-]token([_-]|$)",
+    rf"{_ALWAYS}|auth|bearer|webhook|(^|[_-])(token|pwd|key|sas|sig)$|session[_-]?token|[_-]token([_-]|$)",
     re.IGNORECASE,
 )
 # The path of a file of secrets, the name of a variable that holds one and the working folder are no secrets.
@@ -48,9 +48,10 @@ _URL = re.compile(
 )
 _USER = re.compile(r"://([^/\s@]*:[^/\s]*|[^/\s@]{16,})@")
 _HOOK = re.compile(r"(?:hooks?\.|webhook|/hooks?/|/services/)", re.IGNORECASE)
+# In a sentence, "key:" and "author:" are ordinary words.
 _ASSIGNED = re.compile(
-    r"(?i)(?<![\w\-])(?=[\w\-]{0,80}?(?:secret|passw(?:or)?d|api[_-]?key|access[_-]?key|token|credential|signature))"
-    r"([\w\-]{1,100})([\"']?\s{0,9}[=:]\s{0,9})([\"']?)([^\s\"',;&]{6,})"
+    rf"(?i)(?<![\w\-])(?=[\w\-]{{0,80}}?(?:{_ALWAYS}|token|auth(?![a-z])))"
+    r"([\w\-]{1,100})([\"']?\s{0,9}[=:]\s{0,9})([\"']?)((?<=[\"'])[^\"'\n]{6,}|[^\s\"',;&]{6,})"
 )
 _MIN_CHARS = 8
 _MIN_CHARS_IN_URL = 6
@@ -83,29 +84,37 @@ def holds_secret(text: str) -> bool:
     return any(value in text for value in values if len(value) >= _MIN_CHARS_REFUSED)
 
 
-def scrub(text: str, environment: Mapping[str, str] | None = None) -> str:
-    """The text without credentials, user parts and queries of URLs, addresses of webhooks, and the secrets of the
-    ``environment`` (default: this process's, and those of :func:`register_secret`) of 8 characters and more."""
-    return _scrub(text, _secrets(environment))
+def scrub(text: str) -> str:
+    """The text without credentials, user parts and queries of URLs, addresses of webhooks, and the secrets of this
+    process's environment and of :func:`register_secret` that have 8 characters and more."""
+    text = _TOKENS.sub(REMOVED, _URL.sub(_scrub_url, scrub_known(text)))
+    return _ASSIGNED.sub(_scrub_assignment, _HEX.sub(REMOVED, text))
 
 
 def scrub_known(text: str) -> str:
     """The text without the secrets of this process's environment alone: fast enough for large files."""
-    return _remove(text, _secrets(None))
+    for secret in _known_secrets():
+        text = text.replace(secret, REMOVED)
+    return text
 
 
-def redacted(value: Any, environment: Mapping[str, str] | None = None) -> Any:
+def redacted(value: Any, name: str = "") -> Any:
     """A copy of nested settings without values under secret names, and with all other strings scrubbed.
 
-    Numbers, booleans and empty values stay, whatever they are called.
+    Numbers, booleans and empty values stay, whatever they are called. ``name`` is that of the value itself.
     """
-    return _redact(value, _secrets(environment))
+    if is_secret_name(name) and value not in ("", None, [], {}) and not isinstance(value, bool | int | float):
+        return REMOVED
+    if isinstance(value, Mapping):
+        return {scrub(str(key)): redacted(item, str(key)) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [redacted(item) for item in value]
+    return scrub(value) if isinstance(value, str) else value
 
 
 def redacted_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     """As :func:`redacted`, but names stay: they are this program's own, even where a secret is the same word."""
-    secrets = _secrets(None)
-    return {name: _redact(item, secrets, name) for name, item in fields.items()}
+    return {name: redacted(item, name) for name, item in fields.items()}
 
 
 _registered: set[str] = set()
@@ -116,26 +125,21 @@ def register_secret(value: str) -> None:
     _registered.add(value)
 
 
-def _secrets(environment: Mapping[str, str] | None) -> tuple[str, ...]:
+def _known_secrets() -> tuple[str, ...]:
     """All strings to remove, as the environment is now; computed once for each set of values."""
-    values = set() if environment is not None else set(_registered)
-    fragments: set[str] = set()
-    for name, value in (os.environ if environment is None else environment).items():
-        if is_secret_name(name):
-            values.add(value)
-        elif "://" in value:
-            fragments.update(_url_secrets(value))
-    return _spellings(frozenset(values), frozenset(fragments))
+    secrets = {value for name, value in os.environ.items() if is_secret_name(name)}
+    urls = {value for name, value in os.environ.items() if "://" in value and not is_secret_name(name)}
+    return _spellings(frozenset(secrets | _registered), frozenset(urls))
 
 
 @lru_cache(maxsize=16)
-def _spellings(values: frozenset[str], fragments: frozenset[str]) -> tuple[str, ...]:
-    """All encodings of the values and of fragments of URLs, the longest first."""
+def _spellings(secrets: frozenset[str], urls: frozenset[str]) -> tuple[str, ...]:
+    """All encodings of secrets, and of the secret parts of URLs, the longest first."""
     # Libraries mention a URL's path and query without its host.
-    paths = {value.partition("://")[2].partition("/")[2] for value in values if "://" in value}
-    forms = {form for value in values | paths for form in _encodings(value) if len(form) >= _MIN_CHARS}
-    fragments = fragments.union(*map(_url_secrets, values))
-    forms |= {form for part in fragments for form in _encodings(part) if len(form) >= _MIN_CHARS_IN_URL}
+    paths = {value.partition("://")[2].partition("/")[2] for value in secrets if "://" in value}
+    forms = {form for value in secrets | paths for form in _encodings(value) if len(form) >= _MIN_CHARS}
+    parts = set().union(*map(_url_secrets, secrets | urls))
+    forms |= {form for part in parts for form in _encodings(part) if len(form) >= _MIN_CHARS_IN_URL}
     return tuple(sorted((form for form in forms if form not in REMOVED), key=len, reverse=True))
 
 
@@ -177,18 +181,6 @@ def _base64_forms(raw: bytes) -> Iterator[str]:
             yield encoded[first:end].translate({ord("+"): "-", ord("/"): "_"})
 
 
-def _remove(text: str, secrets: Iterable[str]) -> str:
-    for secret in secrets:
-        if secret in text:
-            text = text.replace(secret, REMOVED)
-    return text
-
-
-def _scrub(text: str, secrets: Iterable[str]) -> str:
-    text = _URL.sub(_scrub_url, _remove(text, secrets))
-    return _ASSIGNED.sub(_scrub_assignment, _HEX.sub(REMOVED, _TOKENS.sub(REMOVED, text)))
-
-
 def _scrub_url(match: re.Match[str]) -> str:
     scheme, user, rest, query = match.groups()
     if _HOOK.search(rest) and scheme.lower().startswith("http"):
@@ -202,21 +194,18 @@ def _scrub_assignment(match: re.Match[str]) -> str:
     return match[0] if harmless or not is_secret_name(name) else f"{name}{sign}{quotation}{REMOVED}"
 
 
-def _redact(value: Any, secrets: tuple[str, ...], name: str = "") -> Any:
-    if is_secret_name(name) and value not in ("", None, [], {}) and not isinstance(value, bool | int | float):
-        return REMOVED
-    if isinstance(value, Mapping):
-        return {_scrub(str(key), secrets): _redact(item, secrets, str(key)) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_redact(item, secrets) for item in value]
-    return _scrub(value, secrets) if isinstance(value, str) else value
-
-
 def install() -> None:
     """From now on this process's tracebacks, warnings and log lines are scrubbed, whoever writes them."""
-    sys.excepthook = lambda kind, error, _: _print_traceback(error)
-    threading.excepthook = _print_thread_traceback
-    sys.unraisablehook = lambda args: _print_traceback(args.exc_value)
+
+    def show(error: BaseException | None, where: str = "") -> None:
+        if error is not None and not isinstance(error, SystemExit):
+            print(where + scrubbed_traceback(error), file=sys.stderr, flush=True)
+
+    sys.excepthook = lambda kind, error, _: show(error)
+    sys.unraisablehook = lambda args: show(args.exc_value)
+    threading.excepthook = lambda args: show(
+        args.exc_value, f"in thread {args.thread.name if args.thread else '?'}:\n"
+    )
     format_warning, make_record = warnings.formatwarning, logging.getLogRecordFactory()
     warnings.formatwarning = lambda *args, **kwargs: scrub(format_warning(*args, **kwargs))
 
@@ -238,14 +227,3 @@ def install() -> None:
 def scrubbed_traceback(error: BaseException) -> str:
     """The traceback with its causes, as Python prints it, without secrets and without a newline at its end."""
     return scrub("".join(traceback.format_exception(error)).rstrip("\n"))
-
-
-def _print_traceback(error: BaseException | None) -> None:
-    if error is not None:
-        print(scrubbed_traceback(error), file=sys.stderr, flush=True)
-
-
-def _print_thread_traceback(args: threading.ExceptHookArgs) -> None:
-    if args.exc_value is not None and not isinstance(args.exc_value, SystemExit):
-        print(f"in thread {args.thread.name if args.thread else '?'}:", file=sys.stderr)
-        _print_traceback(args.exc_value)

@@ -4,9 +4,8 @@ import contextlib
 import re
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 from deco_scale.errors import ConfigError
 from deco_scale.observability.events import EVENTS, Event, is_fault, is_number, parse_event
@@ -14,7 +13,7 @@ from deco_scale.observability.goodput import Goodput, compute_goodput
 from deco_scale.observability.jsonl import JsonlTailer
 from deco_scale.yaml import load_yaml
 
-METRICS = "metrics.jsonl"
+METRICS, QUARANTINE = "metrics.jsonl", "quarantine.jsonl"
 _MAX_CONFIG = 2**20
 _RECENT = 20
 """Logged steps over which the time of a step is averaged."""
@@ -34,8 +33,7 @@ def complete_checkpoints(folder: Path) -> dict[int, Path]:
     return dict(sorted((int(match[1]), path) for match, path in matches if match))
 
 
-@dataclass(frozen=True, slots=True)
-class Stage:
+class Stage(NamedTuple):
     """A stage as the configuration has it: ``start`` and ``end`` count the run's steps."""
 
     name: str
@@ -43,16 +41,11 @@ class Stage:
     end: int
 
 
-@dataclass(frozen=True, slots=True)
-class SavedCheckpoint:
-    """A complete checkpoint: its step and when it was complete (Unix seconds)."""
+class SavedCheckpoint(NamedTuple):
+    """A complete checkpoint: when it was complete (Unix seconds), and its step."""
 
-    step: int
     time: float
-
-
-def _is_evaluation(line: Mapping[str, Any]) -> bool:
-    return any(name.startswith("eval.") for name in line)
+    step: int
 
 
 class RunDir:
@@ -67,20 +60,24 @@ class RunDir:
         self.events: list[Event] = []
         self.quarantined = 0
         self.config: dict[str, Any] = {}
-        self._files = {name: JsonlTailer(path / name) for name in (METRICS, EVENTS, "quarantine.jsonl")}
+        self._files = {name: JsonlTailer(path / name) for name in (METRICS, EVENTS, QUARANTINE)}
         self._config_stamp: tuple[int, int] | None = None
         self._bad_events = 0
         self._errors: list[str] = []
         self._goodput: tuple[float, int, float, Goodput | None] = (0.0, -1, 0.0, None)
         """When it was computed, for how many events, how long it is kept, and the result."""
 
-    def refresh(self) -> None:
+    def refresh(self) -> Self:
         """Read what was written since the last call; :attr:`problems` has what could not be read."""
         self._errors = []
         new = self._read(METRICS)
         if self._files[METRICS].replaced:
             self.metrics = []
-        self.metrics += [line for line in new if is_number(line.get("step")) and not _is_evaluation(line)]
+        self.metrics += [
+            line
+            for line in new
+            if is_number(line.get("step")) and not any(name.startswith("eval.") for name in line)
+        ]
         new = self._read(EVENTS)
         if self._files[EVENTS].replaced:
             self.events, self._bad_events = [], 0
@@ -89,9 +86,10 @@ class RunDir:
                 self.events.append(parse_event(entry))
             except ValueError:
                 self._bad_events += 1
-        new = self._read("quarantine.jsonl")
-        self.quarantined = len(new) + (0 if self._files["quarantine.jsonl"].replaced else self.quarantined)
+        new = self._read(QUARANTINE)
+        self.quarantined = len(new) + (0 if self._files[QUARANTINE].replaced else self.quarantined)
         self._read_config()
+        return self
 
     def _read(self, name: str) -> list[dict[str, Any]]:
         """New objects of a file."""
@@ -169,20 +167,17 @@ class RunDir:
     @property
     def checkpoint(self) -> SavedCheckpoint | None:
         """The newest complete checkpoint, by the events or by the folder's own ``checkpoints``."""
-        saved = [SavedCheckpoint(e.fields["step"], e.time) for e in self.events if e.kind == "checkpoint"]
+        saved = [SavedCheckpoint(e.time, e.fields["step"]) for e in self.events if e.kind == "checkpoint"]
         for step, path in complete_checkpoints(self.path / "checkpoints").items():
             with contextlib.suppress(OSError):  # deleted by the retention policy after it was listed
-                saved.append(SavedCheckpoint(step, (path / COMPLETE).stat().st_mtime))
-        return max(saved, key=lambda checkpoint: (checkpoint.time, checkpoint.step), default=None)
+                saved.append(SavedCheckpoint((path / COMPLETE).stat().st_mtime, step))
+        return max(saved, default=None)
 
     def sample_images(self) -> list[tuple[int, Path]]:
         """Images of the samples' folder with their steps, in order."""
-        images = []
-        for path in (self.path / "samples").glob("*.png"):
-            match = _STEP.search(path.stem)
-            if match and path.is_file() and not path.is_symlink():
-                images.append((int(match[1]), path))
-        return sorted(images)
+        paths = (self.path / "samples").glob("*.png")
+        found = ((_STEP.search(path.stem), path) for path in paths if path.is_file() and not path.is_symlink())
+        return sorted((int(match[1]), path) for match, path in found if match)
 
     def goodput(self, now: float) -> Goodput | None:
         """Where the time went up to ``now`` (Unix seconds); None without a start in ``events.jsonl``.

@@ -7,7 +7,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from deco_scale.errors import RunError
 from deco_scale.observability.config import MonitorConfig, WandbConfig
 from deco_scale.observability.curves import save_curves_png
 from deco_scale.observability.events import EVENTS, Event
-from deco_scale.observability.goodput import CLASSES
+from deco_scale.observability.goodput import CLASSES, Goodput
 from deco_scale.observability.jsonl import JsonlTailer, JsonlWriter
 from deco_scale.observability.prometheus import PrometheusExporter
 from deco_scale.observability.redact import redacted, redacted_fields, scrub
@@ -53,10 +53,7 @@ class RunLogger:
         console: Console | None = None,
     ) -> None:
         self._folder, self._active, self._total = folder, active, total_steps
-        self._console = console or Console()
         self._step: int | None = None
-        self._progress: Progress | None = None
-        self._task: Any = None
         self._wandb: WandbRun | None = None
         self._prometheus: PrometheusExporter | None = None
         self._alerts: AlertSender | None = None
@@ -65,44 +62,39 @@ class RunLogger:
             # Every rank would repeat what rank 0 logs.
             self._open.enter_context(logged_to(logging.NullHandler()))
             return
-        self._log, self._metrics, self._events = (self._writer(folder / n) for n in (LOG, METRICS, EVENTS))
-        self._open.enter_context(logged_to(_Handler(self._console, self._log)))
+        self._log, self._metrics, self._events = (
+            self._open.enter_context(closing(JsonlWriter(folder / name))) for name in (LOG, METRICS, EVENTS)
+        )
+        console = console or Console()
+        self._open.enter_context(logged_to(_Handler(console, self._log)))
         self._start_monitor(monitor or MonitorConfig())
-        if self._console.is_terminal:
-            self._progress = Progress(
-                TextColumn("step {task.completed}/{task.total}"),
-                BarColumn(bar_width=20),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[shown]}"),
-                console=self._console,
-            )
-            self._progress.start()
-            self._task = self._progress.add_task("", total=total_steps, shown="")
         if wandb.mode != "disabled":
-            self._wandb = WandbRun(folder, wandb, redacted(config))
-            self._open.callback(self._wandb.close)
-        if self._progress is not None:
-            self._open.callback(self._progress.stop)
-
-    def _writer(self, path: Path) -> JsonlWriter:
-        writer = JsonlWriter(path)
-        self._open.callback(writer.close)
-        return writer
+            self._wandb = self._open.enter_context(closing(WandbRun(folder, wandb, redacted(config))))
+        self._progress = Progress(
+            TextColumn("step {task.completed}/{task.total}"),
+            BarColumn(bar_width=20),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[shown]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._progress.add_task("", total=total_steps, shown="")
+        self._open.enter_context(self._progress)
 
     def _start_monitor(self, cfg: MonitorConfig) -> None:
         if cfg.webhook_env is not None:
-            self._alerts = AlertSender(cfg.webhook_env, run=self._folder.resolve().name)
-            self._open.callback(self._alerts.close)
+            alerts = AlertSender(cfg.webhook_env, run=self._folder.resolve().name)
+            self._alerts = self._open.enter_context(closing(alerts))
         if cfg.prometheus_port is None:
             return
         host, port = cfg.prometheus_host, cfg.prometheus_port
         try:
-            self._prometheus = PrometheusExporter(host=host, port=port, total_steps=self._total)
+            exporter = PrometheusExporter(host=host, port=port, total_steps=self._total)
         except RunError as error:
             logger.warning("%s; training continues without them", error)
-            return
-        self._open.callback(self._prometheus.close)
-        logger.info("Prometheus metrics: http://%s:%d/metrics", host, port)
+        else:
+            self._prometheus = self._open.enter_context(closing(exporter))
+            logger.info("Prometheus metrics: http://%s:%d/metrics", host, port)
 
     def start(self, **fields: Any) -> None:
         """The start of an attempt, numbered after those that the run's folder has."""
@@ -129,7 +121,6 @@ class RunLogger:
             return
         self._step = values["step"]
         values = self._write(values)
-        remaining = (self._total - values["step"]) * values["step_s"]
         parts = " ".join(
             f"{name.removeprefix('loss_')} {values[name]:.4f}"
             for name in ("loss_flow", "loss_freq", "loss_repa")
@@ -139,11 +130,12 @@ class RunLogger:
             f"loss {values['loss']:.4f} | {values['images_per_s']:.1f} images/s | "
             f"data wait {1000 * values['data_wait_s']:.0f} ms | norm {values['grad_norm']:.2f} | {parts}"
         )
-        if self._progress is not None:
+        if self._progress.disable:
+            left = duration((self._total - values["step"]) * values["step_s"])
+            logger.info("step %d/%d %s | ETA %s", values["step"], self._total, shown, left)
+        else:
             self._progress.update(self._task, completed=values["step"], shown=shown)
             self._log.write(f"step {values['step']} {shown}\n")
-        else:
-            logger.info("step %d/%d %s | ETA %s", values["step"], self._total, shown, duration(remaining))
         if self._wandb is not None:
             self._wandb.log(values["step"], {k: v for k, v in values.items() if isinstance(v, int | float)})
 
@@ -164,18 +156,18 @@ class RunLogger:
             self._wandb.image(step, name, path)
 
     def close(self) -> None:
-        """Draw the curves and end what runs."""
+        """Log where the time went, draw the curves, and end what runs."""
         with self._open:
             if not self._active:
                 return
-            self._goodput()
-            entries = read_metrics(self._folder)
-            if entries:
-                self._draw(entries)
+            run = RunDir(self._folder).refresh()
+            self._log_goodput(run.goodput(time.time()))
+            if steps := run.steps():
+                self._draw(steps)
 
-    def _draw(self, entries: list[dict[str, Any]]) -> None:
+    def _draw(self, steps: list[dict[str, Any]]) -> None:
         try:
-            save_curves_png(entries, self._folder / CURVES)
+            save_curves_png(steps, self._folder / CURVES)
         except OSError as error:
             logger.warning("no loss curves: %s: %s", error.filename or CURVES, error.strerror)
         else:
@@ -189,11 +181,8 @@ class RunLogger:
             self._prometheus.log_metrics(line)
         return line
 
-    def _goodput(self) -> None:
-        """Log where the run's time went, all attempts together; the last line of ``metrics.jsonl``."""
-        run = RunDir(self._folder)
-        run.refresh()
-        goodput = run.goodput(time.time())
+    def _log_goodput(self, goodput: Goodput | None) -> None:
+        """Where the run's time went, all attempts together; the last line of ``metrics.jsonl``."""
         if goodput is None:
             return
         self._write(goodput.as_metrics())
@@ -205,13 +194,6 @@ class RunLogger:
             ", ".join(parts),
             100 * goodput.effective,
         )
-
-
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Logged steps in order, without evaluations; a step repeated after a resume counts as last done."""
-    run = RunDir(folder)
-    run.refresh()
-    return run.steps()
 
 
 class _Handler(logging.Handler):

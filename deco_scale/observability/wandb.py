@@ -4,7 +4,6 @@ import contextlib
 import logging
 import os
 import re
-import threading
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from data_pipeline.storage.files import atomic_write, make_durable
 from deco_scale.observability.config import WandbConfig
+from deco_scale.observability.deadline import within
 from deco_scale.observability.redact import scrub_known
 
 logger = logging.getLogger(__name__)
@@ -48,31 +48,26 @@ class WandbRun:
 
     def close(self) -> None:
         """Send what is left and end wandb's process, for two minutes at most: it would try without end."""
-        if not self._ended:
-            self._ended = True
-            self._end()
-
-    def _end(self) -> None:
+        if self._ended:
+            return
         import wandb
 
+        self._ended, problem = True, ""
         run, self._run = self._run, None
-        problems: list[str] = []
 
         def end() -> None:
-            try:
-                if run is not None:
-                    run.finish()
-                wandb.teardown()
-            except Exception as error:  # as in _try
-                problems.append(f"{type(error).__name__}: {error}")
+            if run is not None:
+                run.finish()
+            wandb.teardown()
 
-        thread = threading.Thread(target=end, daemon=True, name="wandb")
-        thread.start()
-        thread.join(FINISH_TIMEOUT_S)
-        if thread.is_alive():
-            problems.append(f"it did not end within {FINISH_TIMEOUT_S:g} s")
-        for problem in problems:
-            logger.warning("wandb: %s; its files are in %s", " ".join(problem.split()), self._folder / "wandb")
+        try:
+            within(FINISH_TIMEOUT_S, end)
+        except TimeoutError:
+            problem = f"it did not end within {FINISH_TIMEOUT_S:g} s"
+        except Exception as error:  # as in _try
+            problem = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        if problem:
+            logger.warning("wandb: %s; its files are in %s", problem, self._folder / "wandb")
         _clean_logs(self._folder / "wandb")
 
     def _start(self, folder: Path, cfg: WandbConfig, config: Mapping[str, Any]) -> None:

@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 
 from deco_scale.errors import ConfigError
 from deco_scale.observability.config import MonitorConfig
+from deco_scale.observability.deadline import within
 from deco_scale.observability.events import Event, is_fault
 from deco_scale.observability.redact import register_secret, scrub
 
@@ -51,24 +52,15 @@ def send_alert(env_name: str | None, text: str, *, timeout_s: float = TIMEOUT_S)
     """
     if env_name is None:
         return None
-    outcome: list[str | None] = [f"no answer within {timeout_s:g} s"]
-
-    def post() -> None:
-        try:
-            outcome[0] = _post(env_name, text)
-        except ConfigError as error:
-            outcome[0] = str(error)
-        except Exception as error:  # of one of apprise's services; its text may have the URL in it
-            outcome[0] = f"{type(error).__name__} in apprise"
-
-    # Timeouts of sockets apply to each read; slow name servers and slow answers need one for the whole.
-    thread = threading.Thread(target=post, daemon=True, name="alert")
     try:
-        thread.start()
-    except RuntimeError:
-        return "no thread could be started"
-    thread.join(timeout_s)
-    return outcome[0]
+        # Timeouts of sockets apply to each read; slow name servers and slow answers need one for the whole.
+        return within(timeout_s, lambda: _post(env_name, text))
+    except TimeoutError:
+        return f"no answer within {timeout_s:g} s"
+    except ConfigError as error:
+        return str(error)
+    except Exception as error:  # of one of apprise's services; its text may have the URL in it
+        return f"{type(error).__name__} in apprise"
 
 
 class AlertSender:

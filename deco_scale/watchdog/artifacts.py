@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from deco_scale.observability.deadline import within
 from deco_scale.observability.events import Event, append_event
 from deco_scale.observability.redact import scrub
 from deco_scale.observability.webhooks import send_alert
@@ -21,7 +22,7 @@ ALERT_S = 4.0
 def run_with_deadline(seconds: float, work: Callable[[], object]) -> str | None:
     """Run ``work`` in a thread, which is abandoned after ``seconds``; returns its error as text."""
     try:
-        ThreadPoolExecutor(1).submit(work).result(seconds)
+        within(seconds, work)
     except TimeoutError:
         return f"not done within {seconds:g} s"
     except Exception as error:  # ending the job must not depend on it

@@ -10,7 +10,7 @@ from PIL import Image
 
 from data_pipeline.tools import cli as data_cli
 from deco_scale.cli.main import main
-from deco_scale.observability.run_logger import read_metrics
+from deco_scale.observability.run_dir import RunDir
 from deco_scale.yaml import load_yaml
 from tests.conftest import ROOT
 from tests.support.process_groups import Job, run_jobs, trace, worst_difference
@@ -80,7 +80,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def losses(run: Path) -> np.ndarray[Any, Any]:
-    return np.array([entry["loss_flow"] for entry in read_metrics(run)])
+    return np.array([entry["loss_flow"] for entry in RunDir(run).refresh().steps()])
 
 
 def test_loss_falls_and_a_break_leaves_no_trace(runs: Path) -> None:

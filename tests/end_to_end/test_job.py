@@ -17,7 +17,7 @@ from data_pipeline.storage.base import open_store
 from data_pipeline.storage.dev_server import S3Server
 from data_pipeline.tools import cli as data_cli
 from deco_scale.cli.main import main
-from deco_scale.observability.run_logger import read_metrics
+from deco_scale.observability.run_dir import RunDir
 from deco_scale.yaml import dump_yaml, load_yaml
 from tests.conftest import ROOT
 from tests.support.assets import make_images_folder, tiny_config
@@ -179,7 +179,7 @@ def test_other_launchers(launcher: str, tmp_path: Path, shards: Path, text_encod
     # A checkpoint that was due in the steps until all ranks know may lie before the one of the stop.
     assert set(kinds[kinds.index("stop_signal") + 1 : -1]) == {"checkpoint"}
     assert events[0]["world_size"] == 2 and events[-1]["exit_code"] == 75
-    last = read_metrics(run)[-1]["step"]
+    last = RunDir(run).refresh().steps()[-1]["step"]
     assert events[-2]["step"] == last and (run / "checkpoints" / f"step_{last:08d}" / "COMPLETE").exists()
     assert main(["watch", str(run), "--once"]) == 0 and main(["report", str(run)]) == 0
     assert "stopped by SIGUSR1" in (run / "report.html").read_text()

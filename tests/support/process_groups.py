@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.distributed.tensor import DTensor, Replicate
 
-from deco_scale.observability.run_logger import read_metrics
+from deco_scale.observability.run_dir import RunDir
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +101,7 @@ def full_tensor(tensor: DTensor) -> torch.Tensor:
 
 def trace(run: Path) -> dict[int, tuple[float, float]]:
     """Loss and gradient norm by step."""
-    return {e["step"]: (e["loss"], e["grad_norm"]) for e in read_metrics(run)}
+    return {e["step"]: (e["loss"], e["grad_norm"]) for e in RunDir(run).refresh().steps()}
 
 
 def worst_difference(found: dict[int, tuple[float, float]], wanted: dict[int, tuple[float, float]]) -> float:

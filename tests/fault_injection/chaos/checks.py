@@ -14,7 +14,6 @@ from checkpoints_tools.cli import main as verify_checkpoint
 from deco_scale.cli.simulate import measured_seconds
 from deco_scale.observability.goodput import CLASSES, Goodput
 from deco_scale.observability.run_dir import RunDir
-from deco_scale.observability.run_logger import read_metrics
 from deco_scale.planning.goodput_sim import Faults, expected_s, segments_of, simulate
 from tests.fault_injection.chaos.faults import complete_steps, folder_of, is_good
 
@@ -53,7 +52,7 @@ def everything(job: "Chaos", wanted: Path, wanted_samples: Path, nans: Mapping[i
 
 def compare_traces(found: Path, wanted: Path, steps: int, nans: Set[int]) -> dict[str, Any]:
     """Loss and gradient norm of each step's last execution; steps with a NaN are left out by both runs."""
-    ours, theirs = ({e["step"]: e for e in read_metrics(run)} for run in (found, wanted))
+    ours, theirs = ({e["step"]: e for e in RunDir(run).refresh().steps()} for run in (found, wanted))
     problems, worst, equal = [], 0.0, 0
     for name, entries in (("disturbed", ours), ("undisturbed", theirs)):
         if sorted(entries) != list(range(1, steps + 1)):

@@ -17,8 +17,9 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from deco_scale.config import ConfigError, RunConfig, build_config, load_config
-from deco_scale.observability.redact import REMOVED, is_secret_name, looks_secret, redacted, scrub
+from deco_scale.observability.redact import REMOVED, is_secret_name, looks_secret
 from tests.conftest import ROOT
+from tests.support.secrets import redacted, scrub
 
 CONFIGS = ROOT / "configs"
 TINY = CONFIGS / "t2i_tiny.yaml"
@@ -127,8 +128,8 @@ def test_long_lines_take_no_long_time(piece: str) -> None:
     "name", ["token", "hf_token", "AWS_SECRET_ACCESS_KEY", "Password", "api-key", "webhook_url"]
 )
 def test_values_under_secret_names_go_and_numbers_stay(name: str) -> None:
-    assert redacted({name: "x", "inner": [{name: ["y"]}]}) == {name: REMOVED, "inner": [{name: REMOVED}]}
-    assert redacted({name: 5, "steps": 5, "flag": True, "none": None}) == {
+    assert redacted({name: "x", "inner": [{name: ["y"]}]}, {}) == {name: REMOVED, "inner": [{name: REMOVED}]}
+    assert redacted({name: 5, "steps": 5, "flag": True, "none": None}, {}) == {
         name: 5, "steps": 5, "flag": True, "none": None,
     }  # fmt: skip
 

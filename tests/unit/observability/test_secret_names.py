@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from deco_scale.observability.redact import REMOVED, is_secret_name, looks_secret, redacted, scrub
+from deco_scale.observability.redact import REMOVED, is_secret_name, looks_secret
+from tests.support.secrets import redacted, scrub
 
 PLAIN = "sunflower"
 """A word like any other: only the name beside it says that it is secret."""
@@ -27,7 +28,8 @@ HARMLESS = (
     "user", "url", "name", "path", "PWD", "OLDPWD",
 )  # fmt: skip
 IN_TEXT = ("secret", "passwd", "password", "api_key", "api-key", "apikey", "access_key", "access-key", "accesskey",
-           "auth_token", "credential", "signature")  # fmt: skip
+           "auth_token", "credential", "signature", "passphrase", "private_key", "private-key", "privatekey",
+           "auth", "oauth", "cookie")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -69,6 +71,13 @@ def test_numbers_switches_and_empty_values_stay(value: Any) -> None:
 def test_a_plain_value_assigned_in_a_text_is_hidden(name: str, form: str) -> None:
     for written in (name, name.upper()):
         assert PLAIN not in scrub(f"said: {form.format(written, PLAIN)}", {})
+
+
+@pytest.mark.parametrize(
+    "text", ["unknown key: sampler.steps", "author: somebody", "key=sunflower", "auth_file=/etc/auth"]
+)
+def test_an_ordinary_word_before_a_colon_hides_nothing(text: str) -> None:
+    assert scrub(text, {}) == text
 
 
 @pytest.mark.parametrize("name", ["X-Amz-Signature", "sig", "token", "api_key", "private_key", "password", "auth"])

@@ -1,6 +1,5 @@
 """Pieces of training: randomness, checkpoints, reports, FLOPs."""
 
-import dataclasses
 import json
 import math
 import os
@@ -24,12 +23,12 @@ from deco_scale.checkpoint.staging import Stager
 from deco_scale.config import load_config
 from deco_scale.errors import ConfigError
 from deco_scale.observability.config import WandbConfig
-from deco_scale.observability.run_logger import RunLogger, read_metrics
+from deco_scale.observability.run_dir import RunDir
+from deco_scale.observability.run_logger import RunLogger
 from deco_scale.parallel.engines.base import Engine
 from deco_scale.planning.flops import training_flops
 from deco_scale.seeding import derive_seed
-from deco_scale.training.inputs import Batch, EncoderOutputs
-from deco_scale.training.noise import draw
+from deco_scale.training.inputs import Batch, EncoderOutputs, draw
 from deco_scale.training.prefetch import EncoderPrefetcher, HostPrefetcher
 from tests.support import CONFIGS
 from tests.support.saving import save
@@ -178,7 +177,7 @@ def test_metrics_survive_a_cut_line_and_count_the_last_doing(tmp_path: Path) -> 
         reporter.metrics({"step": step, "loss": loss, **base})
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')
-    assert [e["loss"] for e in read_metrics(tmp_path)] == [4.0, 2.5, 2.0]
+    assert [e["loss"] for e in RunDir(tmp_path).refresh().steps()] == [4.0, 2.5, 2.0]
     reporter.close()
     assert (tmp_path / "curves.png").stat().st_size > 1000
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])["step"] == 1
@@ -193,20 +192,15 @@ def test_flops_of_the_published_model(side: int, teraflops: float) -> None:
 def test_encoders_are_one_batch_ahead() -> None:
     events: list[str] = []
 
-    @dataclasses.dataclass
-    class Captions:
-        captions: list[str]
-        images: Any = dataclasses.field(default_factory=lambda: np.zeros((2, 1, 1, 3), np.uint8))
-        labels: tuple[int, ...] = (0, 0)
-        sample_ids: tuple[int, ...] = (0, 1)
-        text_embeddings: None = None
+    def batch_of(captions: list[str]) -> Batch:
+        return Batch(np.zeros((2, 1, 1, 3), np.uint8), captions, (0, 0), (0, 1), None)
 
     def encode(part: Batch) -> EncoderOutputs:
         events.append("encode " + ",".join(part.captions))
         return EncoderOutputs(text=torch.tensor([[float(c)] for c in part.captions]))
 
     # Three batches and no more: a fourth would be fetched in vain.
-    source: Iterator[Batch] = iter([Captions([f"{i}", f"{i}.5"]) for i in range(3)])
+    source = iter([batch_of([f"{i}", f"{i}.5"]) for i in range(3)])
     for batch, encoded in EncoderPrefetcher(encode, torch.device("cpu")).iterate(source, accumulation=2, count=3):
         events.append("step " + batch.captions[0])
         texts = [part.text for part in encoded]
