@@ -90,10 +90,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
         denoiser = load_denoiser(cfg, path, device)
         text_encoder = args.text_encoder if cfg.model.kind == "t2i_deco" else None
         generator = build_generator(denoiser, cfg, meta, text_encoder=text_encoder)
-        with (
-            progress_bar(console, label, len(inputs.conditions)) as update,
-            SpectrumProbe(denoiser, generator.velocity, times=times) as probe,
-        ):
+        probe = SpectrumProbe(denoiser, generator.velocity, times=times)
+        with progress_bar(console, label, len(inputs.conditions)) as update:
             for start in range(0, len(inputs.conditions), args.batch):
                 image, noise, condition = _batch(generator, inputs, start, args, size)
                 if image is None:

@@ -9,14 +9,13 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from deco_scale.errors import ConfigError
+from deco_scale.errors import ConfigError, as_config_error
 from deco_scale.sampling.generate import GenerateFn, SampleRequest
 from deco_scale.sampling.output_dir import encode_png, write_file
-from deco_scale.sampling.prompts import NamedPrompt
+from deco_scale.sampling.prompts import NamedPrompt, read_lines
 
 GRID = 2
 PER_PROMPT = GRID * GRID
@@ -40,15 +39,8 @@ def generate_images(
         for _ in range(PER_PROMPT):
             images.append(next(generated)[1])
             on_image()
-        png = encode_png(grid_of(np.stack(images)))
+        png = encode_png(np.vstack([np.hstack(images[:GRID]), np.hstack(images[GRID:])]))
         write_file(folder / f"{prompt.id}.png", png, scratch=folder.parent)
-
-
-def grid_of(images_PYXC: Any) -> Any:
-    """Four images (4, Y, X, C) as one (2Y, 2X, C), row by row."""
-    _, height, width, channels = images_PYXC.shape
-    grid = images_PYXC.reshape(GRID, GRID, height, width, channels).transpose(0, 2, 1, 3, 4)
-    return grid.reshape(GRID * height, GRID * width, channels)
 
 
 @dataclass(frozen=True)
@@ -62,7 +54,6 @@ class DpgSummary:
 
 
 _LINE = re.compile(r".*\.\w+((?:, [0-9.eE+-]+)+)")
-_HEADS = {"L1 category scores:": "broad", "L2 category scores:": "detailed"}
 
 
 def summarise(path: Path) -> DpgSummary:
@@ -70,27 +61,24 @@ def summarise(path: Path) -> DpgSummary:
 
     Raises :class:`ConfigError` if the tables are missing (the scorer did not finish) or a number is damaged.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: {error}") from error
-    tables: dict[str, dict[str, float]] = {"broad": {}, "detailed": {}}
+    broad: dict[str, float] = {}
+    detailed: dict[str, float] = {}
+    tables = {"L1 category scores:": broad, "L2 category scores:": detailed}
     overall, grids, current = None, 0, None
-    try:
+    lines = read_lines(path)
+    with as_config_error(f"{path}: "):
         for line in lines:
             if _LINE.fullmatch(line):
                 grids += 1
-            elif line in _HEADS:
-                current = tables[_HEADS[line]]
+            elif line in tables:
+                current = tables[line]
             elif line.startswith("\t") and current is not None:
                 name, _, value = line.strip().rpartition(": ")
                 current[name] = float(value)
             elif line.startswith("DPG-Bench score: "):
                 overall = float(line.partition(": ")[2])
-    except ValueError as error:
-        raise ConfigError(f"{path}: {error}") from error
     if overall is None:
         raise ConfigError(
             f"{path} has no line 'DPG-Bench score': the scorer did not finish, or this is another file"
         )
-    return DpgSummary(overall, tables["broad"], tables["detailed"], grids)
+    return DpgSummary(overall, broad, detailed, grids)

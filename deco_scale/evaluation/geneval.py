@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from deco_scale.errors import ConfigError
 from deco_scale.sampling.generate import GenerateFn, SampleRequest
 from deco_scale.sampling.output_dir import encode_png, write_file
+from deco_scale.sampling.prompts import read_lines
 
 PER_PROMPT = 4
 
@@ -44,12 +45,8 @@ def read_tasks(path: Path) -> list[Task]:
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """Objects of a file with one JSON object per line; raises :class:`ConfigError` naming a bad line."""
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: {error}") from error
     entries = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(read_lines(path), start=1):
         if not line.strip():
             continue
         try:

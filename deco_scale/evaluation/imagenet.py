@@ -30,10 +30,6 @@ class ImageSet:
     piece: int = 256
 
     def __post_init__(self) -> None:
-        if min(self.count, self.num_classes, self.piece) < 1:
-            raise ValueError(
-                f"count={self.count}, num_classes={self.num_classes}, piece={self.piece} must be at least 1"
-            )
         if not 0 <= self.first_seed <= _MAX_SEED - self.count:
             raise ValueError(f"first_seed={self.first_seed} must not be negative, nor too large for 64 bits")
 

@@ -15,12 +15,12 @@ frequencies in zig-zag order.
 
 import csv
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
-from types import TracebackType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from deco_scale.models import Denoiser
 from deco_scale.objectives.flow_matching import noised
@@ -28,8 +28,8 @@ from deco_scale.objectives.frequency import BLOCK, block_dct
 from deco_scale.sampling import SamplerConfig, VelocityFn, sample
 
 FREQUENCIES = BLOCK * BLOCK
-SIGNALS = ("dit_output", "velocity")
-"""Signals that are transformed, as named in tables and figures."""
+SIGNALS = {"dit_output": "DiT output", "velocity": "pixel velocity"}
+"""Signals that are transformed: their names in tables, and in figures."""
 
 
 def zigzag() -> list[tuple[int, int]]:
@@ -75,36 +75,27 @@ class Spectrum(NamedTuple):
 
 
 class SpectrumProbe:
-    """A velocity that records the spectra of each call; as a context manager it hooks the last DiT block.
+    """A velocity that records the spectra of each call.
 
     It may only be called at ``times``. ``velocity`` must call ``denoiser`` once.
     """
 
     def __init__(self, denoiser: Denoiser, velocity: VelocityFn, *, times: Tensor) -> None:
         self._velocity, self._times = velocity, times.float().cpu()
-        self._patch_size = denoiser.cfg.patch_size
+        self._last_block, self._patch_size = denoiser.blocks[-1], denoiser.cfg.patch_size
         self._index = {float(t): i for i, t in enumerate(self._times)}
         self._sums = {name: torch.zeros(len(self._times), FREQUENCIES, dtype=torch.float64) for name in SIGNALS}
         self._counts = torch.zeros(len(self._times), dtype=torch.int64)
-        self._tokens_BND: Tensor | None = None
-        self._hook = denoiser.blocks[-1].register_forward_hook(self._record)
-
-    def __enter__(self) -> "SpectrumProbe":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._hook.remove()
 
     def __call__(self, x: Tensor, t_B: Tensor, condition: Tensor) -> Tensor:
         """Velocity ``(B, C, Y, X)`` at one time for the whole batch."""
         step = self._index[float(t_B[0])]
-        self._tokens_BND = None
-        velocity = self._velocity(x, t_B, condition)
-        assert self._tokens_BND is not None
+        outputs: list[Tensor] = []
+        with self._last_block.register_forward_hook(lambda block, inputs, output: outputs.append(output)):
+            velocity = self._velocity(x, t_B, condition)
+        (tokens_BND,) = outputs
         rows, cols = x.shape[-2] // self._patch_size, x.shape[-1] // self._patch_size
-        tokens_BDYX = self._tokens_BND.unflatten(1, (rows, cols)).permute(0, 3, 1, 2)
+        tokens_BDYX = tokens_BND.unflatten(1, (rows, cols)).permute(0, 3, 1, 2)
         for name, values in zip(SIGNALS, (tokens_BDYX, velocity), strict=True):
             self._sums[name][step] += block_energies(values) * len(x)
         self._counts[step] += len(x)
@@ -117,9 +108,6 @@ class SpectrumProbe:
             raise ValueError(f"between {low} and {high} images at the {len(self._times)} times")
         means = {name: sums / low for name, sums in self._sums.items()}
         return Spectrum([float(t) for t in self._times], means, low)
-
-    def _record(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
-        self._tokens_BND = output.detach()
 
 
 @torch.no_grad()
@@ -178,13 +166,14 @@ def draw(path: Path, spectra: Mapping[str, Spectrum]) -> None:
     for i, (label, spectrum) in enumerate(spectra.items()):
         for signal, style in zip(SIGNALS, ("-", "--"), strict=True):
             shown = normalised(spectrum.overall(signal)).numpy()
-            curves.plot(range(FREQUENCIES), shown, style, color=f"C{i}", label=f"{_title(signal)} ({label})")
+            curves.plot(range(FREQUENCIES), shown, style, color=f"C{i}", label=f"{SIGNALS[signal]} ({label})")
         for column, signal in enumerate(SIGNALS):
             axes = figure.add_subplot(grid[1 + i, column])
             energy_TK = normalised(spectrum.energies[signal]).numpy()
-            edges = _edges(spectrum.times)
+            # Rows end at the midpoints of neighbouring times, the first and the last at 0 and 1.
+            edges = [0.0, *((a + b) / 2 for a, b in pairwise(spectrum.times)), 1.0]
             mesh = axes.pcolormesh(range(FREQUENCIES + 1), edges, energy_TK, vmin=0, vmax=1, cmap="viridis")
-            axes.set(title=f"{_title(signal)} ({label})", xlabel="frequency, zig-zag order", ylabel="time t")
+            axes.set(title=f"{SIGNALS[signal]} ({label})", xlabel="frequency, zig-zag order", ylabel="time t")
             figure.colorbar(mesh, ax=axes)
     curves.set(
         xlabel="frequency, zig-zag order (low to high)",
@@ -195,12 +184,3 @@ def draw(path: Path, spectra: Mapping[str, Spectrum]) -> None:
     curves.grid(alpha=0.3)
     curves.legend()
     figure.savefig(path, dpi=130)
-
-
-def _title(signal: str) -> str:
-    return {"dit_output": "DiT output", "velocity": "pixel velocity"}[signal]
-
-
-def _edges(times: list[float]) -> list[float]:
-    """Row boundaries of a map: midpoints of neighbouring times, 0 and 1 at the ends."""
-    return [0.0, *((a + b) / 2 for a, b in zip(times, times[1:], strict=False)), 1.0]

@@ -27,20 +27,18 @@ class SamplerConfig:
     timestep_shift: float = 3.0
 
     def __post_init__(self) -> None:
-        if self.solver not in get_args(Solver):
-            raise ValueError(f"solver={self.solver!r} is none of {get_args(Solver)}")
-        if self.num_steps < 1:
-            raise ValueError(f"num_steps={self.num_steps} must be at least 1")
-        if not 1 <= self.order <= MAX_ORDER:
-            raise ValueError(f"order={self.order} must be 1..{MAX_ORDER}")
-        if not math.isfinite(self.guidance):
-            raise ValueError(f"guidance={self.guidance} must be a finite number")
-        if not 0 < self.timestep_shift < math.inf:
-            raise ValueError(f"timestep_shift={self.timestep_shift} must be positive and finite")
+        for name, is_valid, expected in (
+            ("solver", self.solver in get_args(Solver), f"one of {get_args(Solver)}"),
+            ("num_steps", self.num_steps >= 1, "at least 1"),
+            ("order", 1 <= self.order <= MAX_ORDER, f"1..{MAX_ORDER}"),
+            ("guidance", math.isfinite(self.guidance), "a finite number"),
+            ("timestep_shift", 0 < self.timestep_shift < math.inf, "positive and finite"),
+            ("guidance_rescale", 0 <= self.guidance_rescale <= 1, "in [0, 1]"),
+        ):
+            if not is_valid:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be {expected}")
         if not 0 <= self.guidance_min <= self.guidance_max <= 1:
             raise ValueError(f"guidance interval ({self.guidance_min}, {self.guidance_max}) must lie in [0, 1]")
-        if not 0 <= self.guidance_rescale <= 1:
-            raise ValueError(f"guidance_rescale={self.guidance_rescale} must lie in [0, 1]")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

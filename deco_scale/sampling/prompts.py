@@ -7,7 +7,7 @@ import tarfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import NamedTuple
 
 from deco_scale.errors import ConfigError
 
@@ -23,16 +23,17 @@ class NamedPrompt(NamedTuple):
     text: str
 
 
-def read_prompts(path: Path, option: str = "--prompts") -> list[str]:
-    """One prompt per line; empty lines are skipped.
-
-    Raises :class:`ConfigError`, which names ``option``, for a file that cannot be read or has no prompt.
-    """
+def read_lines(path: Path, option: str = "") -> list[str]:
+    """Lines of a text file; raises :class:`ConfigError`, which names ``option``, if it cannot be read."""
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        return path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{option} {path}: {error}") from error
-    prompts = [line.strip() for line in lines if line.strip()]
+        raise ConfigError(f"{option} {path}: {error}".lstrip()) from error
+
+
+def read_prompts(path: Path, option: str = "--prompts") -> list[str]:
+    """One prompt per line without empty ones; raises :class:`ConfigError` as above, or if there is none."""
+    prompts = [line.strip() for line in read_lines(path, option) if line.strip()]
     if not prompts:
         raise ConfigError(f"{option} {path}: no prompt in it")
     return prompts
@@ -81,42 +82,25 @@ def _folder_files(path: Path) -> Iterator[tuple[str, bytes]]:
         yield file.name, file.read_bytes()
 
 
-class _Limited(io.RawIOBase):
-    """A stream that refuses to give more than ``limit`` bytes: a small gzip may expand to any size."""
-
-    def __init__(self, stream: BinaryIO, limit: int, path: Path) -> None:
-        self._stream, self._left, self._path = stream, limit, path
-
-    def readable(self) -> bool:
-        return True
-
-    def read(self, size: int = -1) -> bytes:
-        data = self._stream.read(min(size, self._left + 1) if size >= 0 else self._left + 1)
-        self._left -= len(data)
-        if self._left < 0:
-            raise ConfigError(f"{self._path} expands to more than {MAX_TAR_BYTES} bytes: not a set of prompts")
-        return data
-
-
 def _tar_files(path: Path) -> Iterator[tuple[str, bytes]]:
     with path.open("rb") as file:
-        is_gzip = file.read(2) == b"\x1f\x8b"
-        file.seek(0)
-        stream: Any = gzip.GzipFile(fileobj=file) if is_gzip else file
-        with tarfile.open(fileobj=_Limited(stream, MAX_TAR_BYTES, path), mode="r|") as tar:
-            for member in tar:
-                parts = member.name.split("/")
-                if member.name.startswith("/") or ".." in parts or "\\" in member.name:
-                    raise ConfigError(f"{path}: {member.name!r} points outside the tar; not a set of prompts")
-                if member.isdir():
-                    continue
-                if not member.isreg():
-                    raise ConfigError(f"{path}: {member.name!r} is a link or device; not a set of prompts")
-                if member.size > MAX_PROMPT_BYTES:
-                    raise ConfigError(f"{path}: {member.name!r} has {member.size} bytes: not a prompt")
-                # macOS adds a ._ file beside each one.
-                if parts[-1].startswith(".") or not parts[-1].endswith(".txt"):
-                    continue
-                content = tar.extractfile(member)
-                assert content is not None
+        is_gzip = file.peek(2)[:2] == b"\x1f\x8b"
+        # A small gzip may expand to any size.
+        data = (gzip.GzipFile(fileobj=file) if is_gzip else file).read(MAX_TAR_BYTES + 1)
+    if len(data) > MAX_TAR_BYTES:
+        raise ConfigError(f"{path} expands to more than {MAX_TAR_BYTES} bytes: not a set of prompts")
+    with tarfile.open(fileobj=io.BytesIO(data), mode="r|") as tar:
+        for member in tar:
+            parts = member.name.split("/")
+            if member.name.startswith("/") or ".." in parts or "\\" in member.name:
+                raise ConfigError(f"{path}: {member.name!r} points outside the tar; not a set of prompts")
+            if member.isdir():
+                continue
+            if not member.isreg():
+                raise ConfigError(f"{path}: {member.name!r} is a link or device; not a set of prompts")
+            if member.size > MAX_PROMPT_BYTES:
+                raise ConfigError(f"{path}: {member.name!r} has {member.size} bytes: not a prompt")
+            content = tar.extractfile(member)
+            # macOS adds a ._ file beside each one.
+            if content is not None and parts[-1].endswith(".txt") and not parts[-1].startswith("."):
                 yield member.name, content.read()

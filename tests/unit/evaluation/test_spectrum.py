@@ -108,9 +108,9 @@ def test_the_probe_sees_the_last_blocks_tokens_and_the_velocity() -> None:
     times = torch.tensor([0.25, 0.75])
     image, noise = torch.randn(2, 4, 3, 16, 32, generator=torch.Generator().manual_seed(0)).unbind()
     labels = torch.tensor([0, 1, 2, 3])
-    with SpectrumProbe(denoiser, velocity, times=times) as probe:
-        for part in (slice(0, 3), slice(3, 4)):
-            probe_images(probe, image[part], noise[part], labels[part], times=times)
+    probe = SpectrumProbe(denoiser, velocity, times=times)
+    for part in (slice(0, 3), slice(3, 4)):
+        probe_images(probe, image[part], noise[part], labels[part], times=times)
     seen = probe.spectrum()
     assert seen.num_images == 4 and not denoiser.blocks[-1]._forward_hooks
     for i, t in enumerate(times):
@@ -133,12 +133,12 @@ def test_sampling_measures_every_step_and_guidance_is_refused() -> None:
     sampler = SamplerConfig(solver="euler", num_steps=3, guidance=1.0, timestep_shift=2.0)
     times = time_grid(3, 2.0)[:-1]
     noise, null = torch.randn(2, 3, 16, 16), torch.tensor(3)
-    with SpectrumProbe(denoiser, velocity_of(predict, 2), times=times) as probe:
-        with pytest.raises(ValueError, match="0 images"):
-            probe.spectrum()
-        probe_samples(probe, noise, torch.tensor([0, 1]), null, sampler=sampler)
-        with pytest.raises(ValueError, match="without guidance"):
-            probe_samples(probe, noise, torch.tensor([0, 1]), null, sampler=SamplerConfig())
+    probe = SpectrumProbe(denoiser, velocity_of(predict, 2), times=times)
+    with pytest.raises(ValueError, match="0 images"):
+        probe.spectrum()
+    probe_samples(probe, noise, torch.tensor([0, 1]), null, sampler=sampler)
+    with pytest.raises(ValueError, match="without guidance"):
+        probe_samples(probe, noise, torch.tensor([0, 1]), null, sampler=SamplerConfig())
     seen = probe.spectrum()
     assert seen.times == pytest.approx(times.tolist()) and seen.num_images == 2
     # At t = 0 every model sees the same white noise; later states differ from it, and so do their spectra.
