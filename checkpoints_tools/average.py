@@ -19,16 +19,16 @@ weights, under the same assumption; it is printed, and above ``--max-error`` ref
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import log
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from checkpoints_tools.base import EMA, MODEL, REPA, Advance, CheckpointReader, TensorSpec, pieces
+from checkpoints_tools.base import EMA, MODEL, REPA, CheckpointReader, Plan, TensorSpec, pieces
 from checkpoints_tools.formats.canonical import write_canonical
-from deco_scale.checkpoint.format import CheckpointMeta
+from deco_scale.checkpoint.format import check_shapes
 from deco_scale.errors import ConfigError
 
 PIECE_ELEMENTS = 8 * 2**20
@@ -49,29 +49,6 @@ class WidthFit:
     mean: float
     width: float
     expected_mean: float
-
-
-def check_alike(sources: Sequence[CheckpointReader]) -> None:
-    """All must hold the same model's tensors, moments aside; raises :class:`ConfigError` naming a difference."""
-    first = {n: s.shape for n, s in sources[0].specs.items() if n.startswith((MODEL, EMA, REPA))}
-    for other in sources[1:]:
-        theirs = {n: s.shape for n, s in other.specs.items() if n.startswith((MODEL, EMA, REPA))}
-        for name in sorted(set(first) | set(theirs)):
-            if first.get(name) != theirs.get(name):
-                raise ConfigError(
-                    f"{other.path} has {name} of shape {theirs.get(name)}, {sources[0].path} of {first.get(name)}"
-                )
-
-
-def shares_of(weights: Sequence[float] | None, count: int) -> tuple[float, ...]:
-    """Shares that sum to 1 from any positive numbers; equal ones where none are given."""
-    if weights is None:
-        return (1.0 / count,) * count
-    if len(weights) != count:
-        raise ConfigError(f"--weights has {len(weights)} numbers for {count} checkpoints")
-    if not all(0 < w < float("inf") for w in weights):
-        raise ConfigError(f"--weights {','.join(map(str, weights))}: all must be above 0 and finite")
-    return tuple(w / sum(weights) for w in weights)
 
 
 def fit_width(sigma: float, steps: Sequence[int], decay: float) -> WidthFit:
@@ -109,46 +86,81 @@ def fit_width(sigma: float, steps: Sequence[int], decay: float) -> WidthFit:
 
 
 def power_of(sigma: float) -> float:
-    """The exponent g of the power-function profile of relative width ``sigma``, by bisection."""
-    low, high = 0.0, 1e9
-    for _ in range(200):
-        middle = (low + high) / 2
-        wide = ((middle + 1) / ((middle + 2) ** 2 * (middle + 3))) ** 0.5 > sigma
-        low, high = (middle, high) if wide else (low, middle)
-    return (low + high) / 2
+    """The exponent g of the power-function profile of relative width ``sigma``."""
+    square = sigma**-2
+    return float(np.roots([1, 7, 16 - square, 12 - square]).real.max())
 
 
-def average(
+def plan_average(
     sources: Sequence[CheckpointReader],
-    shares: Sequence[float],
-    folder: Path,
     *,
-    only_ema: bool = False,
+    weights: Sequence[float] | None = None,
+    ema_width: float | None = None,
+    max_error: float = 0.1,
     files: int = 1,
     workers: int = 1,
-    advance: Advance = lambda name: None,
-) -> CheckpointMeta:
-    """Write the weighted sum of weights, EMA and REPA head (summed in float64, stored in fp32), without moments.
+) -> Plan:
+    """Plan a weighted sum of weights, EMA and REPA head (summed in float64, stored in fp32), without moments.
 
-    Progress and configuration are those of the last source, which must be canonical; ``only_ema`` takes
-    weights and REPA head from it unchanged as well.
+    Progress and configuration are those of the last source. ``weights`` are shares of any sum (default: equal).
+    With ``ema_width`` only the EMA is averaged, and the rest is the last step's. Raises :class:`ConfigError` for
+    sources that are not canonical or not of one model, and for a width that they do not allow.
     """
-    last = sources[-1]
-    assert last.meta is not None
-    specs = {n: TensorSpec(s.shape) for n, s in last.specs.items() if n.startswith((MODEL, EMA, REPA))}
+    metas = [source.meta for source in sources if source.meta is not None]
+    if len(metas) < len(sources):
+        raise ConfigError("average takes canonical checkpoints; import others first")
+    shapes = [{n: s.shape for n, s in each.specs.items() if n.startswith((MODEL, EMA, REPA))} for each in sources]
+    for other, theirs in zip(sources, shapes, strict=True):
+        check_shapes(theirs, shapes[0], where=f"{other.path} does not fit {sources[0].path}")
+    lines = []
+    if ema_width is None:
+        shares = _shares(weights, len(sources))
+    else:
+        if weights is not None:
+            raise ConfigError("--weights and --ema-width exclude each other: give one")
+        decays = {meta.config.get("optimizer", {}).get("ema_decay") for meta in metas}
+        decay = next(iter(decays))
+        if len(decays) > 1 or not isinstance(decay, float):
+            raise ConfigError(f"--ema-width needs one known optimizer.ema_decay, the checkpoints have {decays}")
+        order = sorted(range(len(sources)), key=lambda i: metas[i].optimizer_steps)
+        sources, metas = [sources[i] for i in order], [metas[i] for i in order]
+        fit = fit_width(ema_width, [meta.optimizer_steps for meta in metas], decay)
+        shares = fit.coefficients
+        lines.append(
+            f"fitted: width {fit.width:.4f} (requested {ema_width:g}), mean at {fit.mean:.4f} of the run "
+            f"(expected {fit.expected_mean:.4f}), relative error {fit.error:.4f}"
+        )
+        if fit.error > max_error:
+            raise ConfigError(
+                f"--ema-width {ema_width}: these checkpoints allow it only with an error of {fit.error:.4f} "
+                f"(allowed: {max_error}); give more of them, or another width"
+            )
+    lines += [f"{share:+.6f}  {source.path}" for source, share in zip(sources, shares, strict=True)]
 
     def read(name: str) -> Tensor:
-        if only_ema and not name.startswith(EMA):
-            return last.read(name)
+        if ema_width is not None and not name.startswith(EMA):
+            return sources[-1].read(name)
         return weighted_sum(sources, shares, name)
 
     origin = {
-        "averaged": [str(s.path.name) for s in sources],
+        "averaged": [source.path.name for source in sources],
         "shares": list(shares),
-        "sets": "ema" if only_ema else "all",
+        "sets": "all" if ema_width is None else "ema",
     }
-    meta = dataclasses.replace(last.meta, optimizer_steps=0, data_state=origin)
-    return write_canonical(folder, specs, read, meta, files=files, workers=workers, advance=advance)
+    meta = dataclasses.replace(metas[-1], optimizer_steps=0, data_state=origin)
+    specs = {name: TensorSpec(shape) for name, shape in shapes[0].items()}
+    run = partial(write_canonical, specs=specs, read=read, meta=meta, files=files, workers=workers)
+    return Plan(lines, len(specs), run)
+
+
+def _shares(weights: Sequence[float] | None, count: int) -> tuple[float, ...]:
+    """Shares that sum to 1 from any positive numbers; equal ones where none are given."""
+    weights = weights or (1.0,) * count
+    if len(weights) != count:
+        raise ConfigError(f"--weights has {len(weights)} numbers for {count} checkpoints")
+    if not all(0 < w < float("inf") for w in weights):
+        raise ConfigError(f"--weights {','.join(map(str, weights))}: all must be above 0 and finite")
+    return tuple(w / sum(weights) for w in weights)
 
 
 def weighted_sum(sources: Sequence[CheckpointReader], shares: Sequence[float], name: str) -> Tensor:

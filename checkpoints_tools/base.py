@@ -4,7 +4,7 @@ Names are the canonical checkpoint's, whatever the file holds: ``model.denoiser.
 ``ema.denoiser.*``, ``exp_avg.*``, ``exp_avg_sq.*``, with the single-device model's names and shapes.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -25,6 +25,22 @@ SETS = ("model", "ema", "exp_avg", "exp_avg_sq", "fp8")
 
 Advance = Callable[[str], None]
 """Called with the name of each finished tensor."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A planned write of ``count`` tensors, which ``lines`` describe.
+
+    ``run(target, advance=advance)`` returns what ``meta.json`` holds, None for formats without it.
+    """
+
+    lines: Sequence[str]
+    count: int
+    run: Callable[..., CheckpointMeta | None]
+
+    def write(self, target: Path, advance: Advance = lambda name: None) -> CheckpointMeta | None:
+        """Write the new file or folder ``target``; raises :class:`RunError` if the disk cannot be written."""
+        return self.run(target, advance=advance)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,23 +5,27 @@ Exit codes: 0 done, 1 a check failed or the disk cannot be written, 2 wrong usag
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
 
-from checkpoints_tools.average import average, check_alike, fit_width, shares_of
-from checkpoints_tools.base import SETS, CheckpointReader, TensorSpec, refuse_existing
-from checkpoints_tools.convert import Weights, export_checkpoint, import_checkpoint, plan_export, plan_import
+from checkpoints_tools.average import plan_average
+from checkpoints_tools.base import SETS, CheckpointReader, Plan, TensorSpec, refuse_existing
+from checkpoints_tools.convert import plan_export, plan_import
 from checkpoints_tools.formats.zero.writer import ZeroLayout
 from checkpoints_tools.memory_budget import use_large_pages
 from checkpoints_tools.registry import open_checkpoint
-from checkpoints_tools.reshard import add_arguments, plan_reshard
-from checkpoints_tools.tables import differences_table, facts_table, tensors_table
-from checkpoints_tools.tensor_stats import difference, tensor_facts
+from checkpoints_tools.reshard import DEFAULT_FILES, DEFAULT_MEMORY, byte_count, plan_reshard
+from checkpoints_tools.tensor_stats import (
+    difference,
+    differences_table,
+    facts_table,
+    tensor_facts,
+    tensors_table,
+)
 from checkpoints_tools.verify import has_checksums, problems_of
 from data_pipeline.console import (
     Parser,
@@ -33,12 +37,13 @@ from data_pipeline.console import (
     print_list,
     progress_bar,
 )
-from data_pipeline.text import human_bytes
 from deco_scale.checkpoint.format import verify
 from deco_scale.config import load_config
 from deco_scale.errors import ConfigError, RunError
 
 MAX_WORKERS = 8
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+Result = TypeVar("Result")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,10 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     use_large_pages()
     try:
         return int(args.run(args, Console()))
-    except ConfigError as error:
-        return print_error("deco-ckpt", error, 2)
-    except RunError as error:
-        return print_error("deco-ckpt", error, 1)
+    except (ConfigError, RunError) as error:
+        return print_error("deco-ckpt", error, error.exit_code)
     except OSError as error:
         return print_error("deco-ckpt", f"{error.filename or ''}: {error.strerror or error}", 1)
     except KeyboardInterrupt:
@@ -61,88 +64,99 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="deco-ckpt", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
 
-    def command(name: str, run: Callable[..., int], help: str) -> argparse.ArgumentParser:
+    def command(name: str, run: Callable[..., int], paths: str, help: str) -> Callable[..., argparse.Action]:
         sub = commands.add_parser(name, help=help, description=help)
         sub.set_defaults(run=run)
-        return sub
+        for path in paths.split():
+            sub.add_argument(path.rstrip("+"), type=Path, nargs="+" if path.endswith("+") else None)
+        return sub.add_argument
 
-    showing = command("inspect", _inspect, "show a checkpoint's contents; exit code 1 if it contains NaN")
-    showing.add_argument("path", type=Path)
-    showing.add_argument("--tensors", action="store_true", help="a line with statistics for each tensor")
-    checking = command("verify", _verify, "compare checksums, index and the weights' digest")
-    checking.add_argument("path", type=Path)
-    comparing = command("diff", _diff, "compare two checkpoints of any formats; exit code 1 if they differ")
-    comparing.add_argument("first", type=Path)
-    comparing.add_argument("second", type=Path)
-    comparing.add_argument("--only", choices=SETS, help="compare one set of tensors")
-    comparing.add_argument("--tolerance", type=_not_negative, default=0.0, help="allowed absolute difference")
-    importing = command(
-        "import", _import, "convert the release's weights or safetensors to a canonical checkpoint"
+    option = command("inspect", _inspect, "path", "show a checkpoint's contents; exit code 1 if it contains NaN")
+    option("--tensors", action="store_true", help="a line with statistics for each tensor")
+    command("verify", _verify, "path", "compare checksums, index and the weights' digest")
+    text = "compare two checkpoints of any formats; exit code 1 if they differ"
+    option = command("diff", _diff, "first second", text)
+    option("--only", choices=SETS, help="compare one set of tensors")
+    option("--tolerance", type=_not_negative, default=0.0, help="allowed absolute difference")
+    option = command(
+        "import",
+        _import,
+        "source target",
+        "convert the release's weights or safetensors to a canonical checkpoint",
     )
-    importing.add_argument("source", type=Path)
-    importing.add_argument("target", type=Path)
-    importing.add_argument("--config", type=Path, help="run configuration to store; its model must match")
-    importing.add_argument(
-        "--resolution", type=positive_int, metavar="PX", help="side of the images that the model generates"
-    )
-    importing.add_argument("--text-encoder", help="folder or hub id of the text encoder")
-    _writing(importing)
-    exporting = command("export", _export, "write the release's layout, safetensors, or a diffusers-style folder")
-    exporting.add_argument("source", type=Path)
-    exporting.add_argument("target", type=Path)
-    exporting.add_argument("--format", choices=("release", "safetensors", "diffusers"), required=True)
-    exporting.add_argument(
-        "--weights", choices=("ema", "model", "both"), help="default: both for the release, else ema"
-    )
-    exporting.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
-    exporting.add_argument(
+    option("--config", type=Path, help="run configuration to store; its model must match")
+    option("--resolution", type=positive_int, metavar="PX", help="side of the images that the model generates")
+    option("--text-encoder", help="folder or hub id of the text encoder")
+    _writing(option, files=1)
+    text = "write the release's layout, safetensors, or a diffusers-style folder"
+    option = command("export", _export, "source target", text)
+    option("--format", choices=("release", "safetensors", "diffusers"), required=True)
+    option("--weights", choices=("ema", "model", "both"), help="default: both for the release, else ema")
+    option("--dtype", choices=_DTYPES, default="fp32")
+    option(
         "--max-shard-bytes",
         type=positive_int,
         metavar="N",
         help="write several safetensors files of at most N bytes",
     )
-    exporting.add_argument("--dry-run", action="store_true", help="print what would be written")
-    resharding = command(
-        "reshard", _reshard, "convert between canonical folders, DeepSpeed's files, and its universal format"
-    )
-    add_arguments(resharding, workers=default_workers(MAX_WORKERS))
-    averaging = command("average", _average, "average canonical checkpoints")
-    averaging.add_argument("target", type=Path)
-    averaging.add_argument("source", type=Path, nargs="+")
-    averaging.add_argument("--weights", type=_numbers, metavar="W1,W2,...", help="default: equal")
-    averaging.add_argument(
+    option("--dry-run", action="store_true", help="print what would be written")
+    text = "convert between canonical folders, DeepSpeed's files, and its universal format"
+    option = command("reshard", _reshard, "source target", text)
+    option("--to", choices=("canonical", "deepspeed", "universal"), required=True)
+    option("--dp", type=positive_int, metavar="N", help="data parallel ranks (--to deepspeed)")
+    option("--tp", type=positive_int, metavar="M", help="tensor parallel ranks (--to deepspeed), default 1")
+    option("--zero-stage", type=int, choices=(1, 2, 3), help="ZeRO stage (--to deepspeed)")
+    option("--bf16", action="store_true", help="for a run with bf16.enabled (--to deepspeed)")
+    option("--ema-from", choices=("model",), help="start the EMA at the weights, if the source has none")
+    option("--config", type=Path, help="run configuration to store, if the source has none")
+    memory = {"type": byte_count, "default": DEFAULT_MEMORY, "metavar": "BYTES"}
+    option("--memory", **memory, help="limit of the tensors in memory; default 4GiB")
+    _writing(option, files=None)
+    option = command("average", _average, "target source+", "average canonical checkpoints")
+    option("--weights", type=_numbers, metavar="W1,W2,...", help="default: equal")
+    option(
         "--ema-width",
         type=float,
         metavar="SIGMA",
         help="compute the EMA of this width, relative to the run's length",
     )
-    averaging.add_argument(
-        "--max-error",
-        type=_not_negative,
-        default=0.1,
-        help="largest accepted relative error of the width; default 0.1",
-    )
-    _writing(averaging)
+    text = "largest accepted relative error of the width; default 0.1"
+    option("--max-error", type=_not_negative, default=0.1, help=text)
+    _writing(option, files=1)
     return parser
 
 
-def _writing(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--files", type=positive_int, default=1, metavar="N", help="number of tensor files")
+def _writing(option: Callable[..., argparse.Action], *, files: int | None) -> None:
+    """Options of the commands that write a canonical folder; ``files`` None leaves the number to the plan."""
+    default = f" (--to canonical), default {DEFAULT_FILES}" if files is None else ""
+    option("--files", type=positive_int, default=files, metavar="N", help=f"number of tensor files{default}")
     workers = default_workers(MAX_WORKERS)
-    parser.add_argument(
-        "--workers", type=positive_int, default=workers, metavar="N", help="threads, each of which writes one file"
+    option(
+        "--workers",
+        type=positive_int,
+        default=workers,
+        metavar="N",
+        help="threads, each of which converts a tensor",
     )
-    parser.add_argument("--dry-run", action="store_true", help="print what would be written")
+    option("--dry-run", action="store_true", help="print what would be written")
+
+
+def _each(
+    console: Console, title: str, names: Collection[str], compute: Callable[[str], Result]
+) -> dict[str, Result]:
+    """What ``compute`` makes of each name, under a progress bar."""
+    results = {}
+    with progress_bar(console, title, len(names)) as advance:
+        for name in names:
+            results[name] = compute(name)
+            advance(name)
+    return results
 
 
 def _inspect(args: argparse.Namespace, console: Console) -> int:
     source = open_checkpoint(args.path)
     console.print(facts_table(source))
-    facts = {}
-    with progress_bar(console, "reading", len(source.specs)) as advance:
-        for name in source.specs:
-            facts[name] = tensor_facts(source, name)
-            advance(name)
+    facts = _each(console, "reading", source.specs, lambda name: tensor_facts(source, name))
     if args.tensors:
         console.print(tensors_table(source, facts))
     broken = {n: f for n, f in facts.items() if f.nans}
@@ -163,10 +177,11 @@ def _verify(args: argparse.Namespace, console: Console) -> int:
         for problem in problems:
             print_error("deco-ckpt", problem, 1)
         return 1
-    if has_checksums(args.path):
-        print_line(console, f"{args.path}: every file matches its checksum")
-    else:
-        print_line(console, f"{args.path}: readable throughout; it comes without checksums of its files")
+    matches, readable = (
+        "every file matches its checksum",
+        "readable throughout; it comes without checksums of its files",
+    )
+    print_line(console, f"{args.path}: {matches if has_checksums(args.path) else readable}")
     return 0
 
 
@@ -185,11 +200,7 @@ def _diff(args: argparse.Namespace, console: Console) -> int:
     print_list(console, f"only in {args.second}", sorted(set(theirs) - set(ours)))
     shapes = [f"{n}: {ours[n].shape} and {theirs[n].shape}" for n in ours if n in theirs and n not in common]
     print_list(console, "of different shapes", shapes)
-    differences = {}
-    with progress_bar(console, "comparing", len(common)) as advance:
-        for name in common:
-            differences[name] = difference(first, second, name)
-            advance(name)
+    differences = _each(console, "comparing", common, lambda name: difference(first, second, name))
     different = {n: d for n, d in differences.items() if d.absolute > args.tolerance}
     if any(d.absolute for d in differences.values()):
         console.print(differences_table({n: d for n, d in differences.items() if d.absolute}))
@@ -205,34 +216,25 @@ def _import(args: argparse.Namespace, console: Console) -> int:
             raise ConfigError("--resolution and --text-encoder are set in the --config file where one is given")
         config = load_config(args.config)
     stated = {n: getattr(config.model, n) for n in config.model.__slots__} if config is not None else None
-    source = _verified(open_checkpoint(args.source, stated=stated), console)
+    source = _verified(args.source, console, stated=stated)
     if config is not None and source.model != config.model:
         raise ConfigError(f"{args.config}: its model is {config.model}, that of {args.source} is {source.model}")
-    plan = plan_import(source, config=config, resolution=args.resolution, text_encoder=args.text_encoder)
-    refuse_existing(args.target)
-    for remark in plan.remarks:
-        print_line(console, f"note: {remark}")
-    size = sum(spec.nbytes for spec in plan.specs.values())
-    print_line(
-        console, f"{source.model.kind}: {len(plan.specs):,} tensors, {human_bytes(size)} in fp32, to {args.target}"
-    )
-    write = partial(import_checkpoint, source, plan, args.target, files=args.files, workers=args.workers)
-    return _write(args, console, "importing", len(plan.specs), write)
+    plan = plan_import(
+        source, config=config, resolution=args.resolution, text_encoder=args.text_encoder, files=args.files,
+        workers=args.workers,
+    )  # fmt: skip
+    return _write(args, console, "importing", plan)
 
 
 def _export(args: argparse.Namespace, console: Console) -> int:
-    source = _verified(open_checkpoint(args.source), console)
-    weights: Weights = args.weights or ("both" if args.format == "release" else "ema")
-    if args.format == "release" and args.max_shard_bytes is not None:
-        raise ConfigError("--max-shard-bytes is for safetensors: the release's .ckpt is one file")
-    dtype = torch.float32 if args.dtype == "fp32" else torch.bfloat16
-    plan = plan_export(source, format=args.format, weights=weights, dtype=dtype)
-    refuse_existing(args.target)
-    print_line(
-        console, f"{len(plan.specs):,} tensors, {human_bytes(plan.nbytes)} in {args.dtype}, to {args.target}"
+    plan = plan_export(
+        _verified(args.source, console),
+        format=args.format,
+        weights=args.weights or ("both" if args.format == "release" else "ema"),
+        dtype=_DTYPES[args.dtype],
+        max_shard_bytes=args.max_shard_bytes,
     )
-    write = partial(export_checkpoint, plan, args.target, max_shard_bytes=args.max_shard_bytes)
-    return _write(args, console, "exporting", len(plan.specs), write)
+    return _write(args, console, "exporting", plan)
 
 
 def _reshard(args: argparse.Namespace, console: Console) -> int:
@@ -240,68 +242,41 @@ def _reshard(args: argparse.Namespace, console: Console) -> int:
     if (args.dp, args.tp, args.zero_stage, args.bf16) != (None, None, None, False):
         if args.dp is None or args.zero_stage is None:
             raise ConfigError("--to deepspeed needs --dp and --zero-stage")
-        layout = ZeroLayout(args.dp, 1 if args.tp is None else args.tp, args.zero_stage, args.bf16)
-    source = _verified(open_checkpoint(args.source), console)
-    refuse_existing(args.target)
+        layout = ZeroLayout(args.dp, args.tp or 1, args.zero_stage, args.bf16)
     plan = plan_reshard(
-        source, to=args.to, layout=layout, files=args.files, workers=args.workers, memory=args.memory,
-        ema_from_model=args.ema_from is not None, config=load_config(args.config) if args.config else None,
+        _verified(args.source, console), to=args.to, layout=layout, files=args.files, workers=args.workers,
+        memory=args.memory, ema_from_model=args.ema_from is not None,
+        config=load_config(args.config) if args.config else None,
     )  # fmt: skip
-    for line in plan.lines:
-        print_line(console, line)
-    return _write(args, console, "resharding", plan.count, partial(plan.write, args.target))
+    return _write(args, console, "resharding", plan)
 
 
 def _average(args: argparse.Namespace, console: Console) -> int:
-    sources = [_verified(open_checkpoint(path), console) for path in args.source]
-    metas = [s.meta for s in sources if s.meta is not None]
-    if len(metas) < len(sources):
-        raise ConfigError("average takes canonical checkpoints; import others first")
-    check_alike(sources)
+    plan = plan_average(
+        [_verified(path, console) for path in args.source], weights=args.weights, ema_width=args.ema_width,
+        max_error=args.max_error, files=args.files, workers=args.workers,
+    )  # fmt: skip
+    return _write(args, console, "averaging", plan)
+
+
+def _write(args: argparse.Namespace, console: Console, title: str, plan: Plan) -> int:
+    """Show a plan and, unless it is a dry run, write it under a progress bar."""
     refuse_existing(args.target)
-    if args.ema_width is not None:
-        if args.weights is not None:
-            raise ConfigError("--weights and --ema-width exclude each other: give one")
-        decays = {m.config.get("optimizer", {}).get("ema_decay") for m in metas}
-        decay = next(iter(decays))
-        if len(decays) > 1 or not isinstance(decay, float):
-            raise ConfigError(f"--ema-width needs one known optimizer.ema_decay, the checkpoints have {decays}")
-        sources.sort(key=lambda s: s.meta.optimizer_steps if s.meta is not None else 0)
-        fit = fit_width(args.ema_width, sorted(m.optimizer_steps for m in metas), decay)
-        print_line(
-            console,
-            f"fitted: width {fit.width:.4f} (requested {args.ema_width:g}), mean at {fit.mean:.4f} of the run "
-            f"(expected {fit.expected_mean:.4f}), relative error {fit.error:.4f}",
-        )
-        if fit.error > args.max_error:
-            raise ConfigError(
-                f"--ema-width {args.ema_width}: these checkpoints allow it only with an error of {fit.error:.4f} "
-                f"(allowed: {args.max_error}); give more of them, or another width"
-            )
-        shares: tuple[float, ...] = fit.coefficients
-    else:
-        shares = shares_of(args.weights, len(sources))
-    for source, share in zip(sources, shares, strict=True):
-        print_line(console, f"{share:+.6f}  {source.path}")
-    count = sum(n.startswith(("model.", "ema.")) for n in sources[-1].specs)
-    options = {"only_ema": args.ema_width is not None, "files": args.files, "workers": args.workers}
-    write = partial(average, sources, shares, args.target, **options)
-    return _write(args, console, "averaging", count, write)
-
-
-def _write(args: argparse.Namespace, console: Console, title: str, count: int, write: Callable[..., Any]) -> int:
-    """Run a planned write of ``count`` tensors under a progress bar, unless it is a dry run."""
+    for line in plan.lines:
+        print_line(console, line)
     if args.dry_run:
+        print_line(console, f"a dry run: {args.target} is not written")
         return 0
-    with progress_bar(console, title, count) as advance:
-        meta = write(advance=advance)
+    with progress_bar(console, title, plan.count) as advance:
+        meta = plan.write(args.target, advance)
     digest = f", parameter digest {meta.parameter_digest}" if meta is not None else ""
     print_line(console, f"wrote {args.target}{digest}")
     return 0
 
 
-def _verified(source: CheckpointReader, console: Console) -> CheckpointReader:
-    """A source must be intact: compares the checksums of a canonical folder."""
+def _verified(path: Path, console: Console, *, stated: Mapping[str, Any] | None = None) -> CheckpointReader:
+    """Open a source, which must be intact: compares the checksums of a canonical folder."""
+    source = open_checkpoint(path, stated=stated)
     if source.meta is not None:
         with console.status(f"comparing checksums of {cell(source.path)}"):
             verify(source.path)

@@ -8,7 +8,7 @@ import dataclasses
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +22,7 @@ from checkpoints_tools.base import (
     REPA,
     Advance,
     CheckpointReader,
+    Plan,
     TensorSpec,
     new_folder,
     read_checked,
@@ -34,6 +35,7 @@ from checkpoints_tools.infer_config import check_fits_fp32, release_shapes
 from checkpoints_tools.registry import DIFFUSERS_WEIGHTS, PIPELINE, TRANSFORMER
 from checkpoints_tools.safetensors_out import CHECKSUMS, SETTINGS_CRC, as_json, settings_crc, write_safetensors
 from data_pipeline.storage.files import SAVING, make_durable
+from data_pipeline.text import human_bytes
 from deco_scale.checkpoint.format import CheckpointMeta
 from deco_scale.checkpoint.integrity import ChecksummedFile, FileChecksums, raw_bytes, write_checksummed
 from deco_scale.config import RunConfig, build_config
@@ -48,26 +50,18 @@ STAGE = "imported"
 _PUBLISHED_TEXT_DIM, _PUBLISHED_ENCODER = 2048, "Qwen/Qwen3-1.7B"
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class ImportPlan:
-    """What an import will write: tensors by name, the source's name of each, and remarks for the user."""
-
-    specs: dict[str, TensorSpec]
-    origin: dict[str, str]
-    meta: CheckpointMeta
-    remarks: tuple[str, ...]
-
-
 def plan_import(
     source: CheckpointReader,
     *,
     config: RunConfig | None = None,
     resolution: int | None = None,
     text_encoder: str | None = None,
-) -> ImportPlan:
-    """Plan an import without reading tensor data.
+    files: int = 1,
+    workers: int = 1,
+) -> Plan:
+    """Plan a canonical folder without reading tensor data; writing it has one tensor per worker in memory.
 
-    If the source has only weights or only an EMA, the other becomes a copy of it, and a remark says so. Moments
+    If the source has only weights or only an EMA, the other becomes a copy of it, and a line says so. Moments
     are left out. ``config`` becomes the checkpoint's configuration; without it :func:`bare_config` makes one.
     Raises :class:`ConfigError` for a source that cannot be imported.
     """
@@ -76,51 +70,47 @@ def plan_import(
         raise ConfigError(f"{source.path} has no weights of a denoiser")
     names = {n.removeprefix(sets[0]) for n in source.specs if n.startswith(sets[0])}
     origin = {p + n: (p if p in sets else sets[0]) + n for p in (MODEL, EMA) for n in names}
-    missing = sorted(set(origin.values()) - set(source.specs))
-    if missing:
-        raise ConfigError(f"{source.path} lacks {missing[0]}")
+    _check_has(source, origin.values())
     origin |= {n: n for n in source.specs if n.startswith(REPA)}
-    remarks = []
+    lines = []
     if len(sets) == 1:
         has, lacks = ("weights", "EMA") if sets[0] == MODEL else ("EMA", "weights")
-        remarks.append(f"{source.path} has no {lacks}: the {has} are copied")
+        lines.append(f"note: {source.path} has no {lacks}: the {has} are copied")
     moments = [n for n in source.specs if n not in origin]
     if moments:
-        remarks.append(f"{len(moments)} tensors of optimizer moments are left out")
+        lines.append(f"note: {len(moments)} tensors of optimizer moments are left out")
     specs = {name: TensorSpec(source.specs[old].shape) for name, old in sorted(origin.items())}
     half = {source.specs[old].dtype for old in origin.values() if source.specs[old].dtype.itemsize < 4}
     if half:
-        remarks.append(f"stored in {', '.join(sorted(map(str, half)))}; fp32 represents the same values")
+        lines.append(f"note: stored in {', '.join(sorted(map(str, half)))}; fp32 represents the same values")
     check_fits_fp32({old: source.specs[old] for old in origin.values()}, source.path)
+    lines.append(f"{source.model.kind}: {_amount(specs)} in fp32")
     cfg = config or bare_config(source, resolution=resolution, text_encoder=text_encoder)
-    meta = CheckpointMeta(
-        step=0,
-        stage=STAGE,
-        samples=0,
-        seed=cfg.run.seed,
-        optimizer_steps=0,
-        data_state={"imported_from": source.path.name, "format": source.format, "facts": _plain(source.facts)},
-        parameter_digest="",
-        config=json.loads(json.dumps(dataclasses.asdict(cfg))),
-    )
-    return ImportPlan(specs, origin, meta, tuple(remarks))
-
-
-def import_checkpoint(
-    source: CheckpointReader,
-    plan: ImportPlan,
-    folder: Path,
-    *,
-    files: int = 1,
-    workers: int = 1,
-    advance: Advance = lambda name: None,
-) -> CheckpointMeta:
-    """Write the planned checkpoint; one tensor per worker is in memory."""
+    facts = {str(k): v for k, v in source.facts.items() if isinstance(v, int | str) and len(str(v)) < 200}
+    state = {"imported_from": source.path.name, "format": source.format, "facts": facts}
+    meta = new_meta(cfg, state, stage=STAGE)
 
     def read(name: str) -> Tensor:
-        return source.read(plan.origin[name])
+        return source.read(origin[name])
 
-    return write_canonical(folder, plan.specs, read, plan.meta, files=files, workers=workers, advance=advance)
+    run = partial(write_canonical, specs=specs, read=read, meta=meta, files=files, workers=workers)
+    return Plan(lines, len(specs), run)
+
+
+def new_meta(
+    cfg: RunConfig,
+    data_state: dict[str, Any],
+    *,
+    stage: str,
+    step: int = 0,
+    samples: int = 0,
+    optimizer_steps: int = 0,
+) -> CheckpointMeta:
+    """Progress and configuration of a checkpoint that a source without a configuration becomes."""
+    return CheckpointMeta(
+        step=step, stage=stage, samples=samples, seed=cfg.run.seed, optimizer_steps=optimizer_steps,
+        data_state=data_state, parameter_digest="", config=json.loads(json.dumps(dataclasses.asdict(cfg))),
+    )  # fmt: skip
 
 
 def bare_config(source: CheckpointReader, *, resolution: int | None, text_encoder: str | None) -> RunConfig:
@@ -137,18 +127,12 @@ def bare_config(source: CheckpointReader, *, resolution: int | None, text_encode
         "model": dataclasses.asdict(model),
         "data": {"url": "data", "target": "caption" if is_text else "label"},
         "objective": {"repa_weight": 0.0},
-        "stages": [
-            {
-                "name": STAGE,
-                "resolution": resolution or 16 * model.patch_size,
-                "steps": 1,
-                "global_batch": 1,
-                "micro_batch": 1,
-                "lr": 0.0,
-            }
-        ],
+        "stages": [{
+            "name": STAGE, "resolution": resolution or 16 * model.patch_size, "steps": 1, "global_batch": 1,
+            "micro_batch": 1, "lr": 0.0,
+        }],
         "samples": {"sampler": sampler_of(model)},
-    }
+    }  # fmt: skip
     if is_text:
         raw["text_encoder"] = {"path": text_encoder or encoder, "max_tokens": model.text_tokens}
     elif text_encoder is not None:
@@ -161,91 +145,58 @@ def sampler_of(model: ModelConfig) -> dict[str, Any]:
     if model.kind == "t2i_deco":
         return {"solver": "adams", "num_steps": 25, "order": 2, "guidance": 4.0, "timestep_shift": 3.0}
     return {
-        "solver": "euler",
-        "num_steps": 100,
-        "order": 2,
-        "guidance": 3.2,
-        "guidance_min": 0.1,
-        "guidance_max": 1.0,
+        "solver": "euler", "num_steps": 100, "order": 2, "guidance": 3.2, "guidance_min": 0.1, "guidance_max": 1.0,
         "timestep_shift": 1.0,
-    }
+    }  # fmt: skip
 
 
-def _plain(facts: Any) -> dict[str, Any]:
-    return {str(k): v for k, v in facts.items() if isinstance(v, int | str) and len(str(v)) < 200}
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class ExportPlan:
-    """Tensors by the target's names, with the type they are written in, and how each is made."""
-
-    format: Format
-    specs: dict[str, TensorSpec]
-    make: dict[str, Callable[[], Tensor]]
-    settings: dict[str, Any]
-
-    def read(self, name: str) -> Tensor:
-        return self.make[name]()
-
-    @property
-    def nbytes(self) -> int:
-        return sum(spec.nbytes for spec in self.specs.values())
-
-
-def plan_export(source: CheckpointReader, *, format: Format, weights: Weights, dtype: torch.dtype) -> ExportPlan:
-    """Plan an export without reading tensor data.
+def plan_export(
+    source: CheckpointReader,
+    *,
+    format: Format,
+    weights: Weights,
+    dtype: torch.dtype,
+    max_shard_bytes: int | None = None,
+) -> Plan:
+    """Plan a new file (``release``) or folder without reading tensor data.
 
     The release's layout and safetensors carry the REPA head with ``model`` and ``both``; the diffusers-style
-    folder is one denoiser. Raises :class:`ConfigError` for sets that the source lacks.
+    folder is one denoiser. ``<name>.json`` beside a release file, and ``checksums.json`` in a folder, hold size
+    and CRC32C of what was written, for ``deco-ckpt verify``. Raises :class:`ConfigError` for sets that the source
+    lacks.
     """
     kinds: list[str] = ["model", "ema"] if weights == "both" else [weights]
     for kind in kinds:
         if not any(n.startswith(_PREFIX[kind]) for n in source.specs):
             raise ConfigError(f"{source.path} has no {_PREFIX[kind]}* tensors; choose other --weights")
+    if format == "release" and max_shard_bytes is not None:
+        raise ConfigError("--max-shard-bytes is for safetensors: the release's .ckpt is one file")
     if format == "diffusers" and weights == "both":
         raise ConfigError("a diffusers-style folder contains one denoiser: --weights ema or model")
     settings = _settings(source, weights, dtype)
-    if format == "release" and settings["prediction"] != "velocity":
-        raise ConfigError(f"{source.path} predicts the image; the release would take it for a velocity")
+    run: Callable[..., None]
     if format == "release":
-        specs, make = _release_tensors(source, kinds, dtype)
+        if settings["prediction"] != "velocity":
+            raise ConfigError(f"{source.path} predicts the image; the release would take it for a velocity")
+        tensors = _release_tensors(source, kinds, dtype)
+        run = _write_release
     else:
         names = [n for n in source.specs if n.startswith(tuple(_PREFIX[k] for k in kinds))]
         if format == "safetensors" and "model" in kinds:
             names += [n for n in source.specs if n.startswith(REPA)]
         cut = _PREFIX[kinds[0]] if format == "diffusers" else ""
-        specs = {n.removeprefix(cut): TensorSpec(source.specs[n].shape, dtype) for n in names}
-        make = {n.removeprefix(cut): partial(source.read, n) for n in names}
-    return ExportPlan(format, specs, make, settings)
+        tensors = {
+            n.removeprefix(cut): (TensorSpec(source.specs[n].shape, dtype), partial(source.read, n)) for n in names
+        }
+        fill = _fill_folder if format == "safetensors" else _fill_pipeline
+        run = partial(_write_folder, fill=fill, max_shard_bytes=max_shard_bytes)
+    specs = {name: spec for name, (spec, _) in tensors.items()}
 
+    def read(name: str) -> Tensor:
+        return tensors[name][1]()
 
-def export_checkpoint(
-    plan: ExportPlan,
-    target: Path,
-    *,
-    max_shard_bytes: int | None = None,
-    advance: Advance = lambda name: None,
-) -> None:
-    """Write a new file (``release``) or folder, under a temporary name first.
-
-    ``<name>.json`` beside a release file, and ``checksums.json`` in a folder, hold size and CRC32C of what was
-    written, for ``deco-ckpt verify``. Raises :class:`RunError` if the disk cannot be written; then nothing is left
-    behind.
-    """
-    refuse_existing(target)
-    if plan.format == "release" and target.suffix != ".ckpt":
-        raise ConfigError(f"{target}: the release's files are named *.ckpt")
-    if plan.format == "release":
-        with write_errors(target):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=SAVING, dir=target.parent) as scratch:
-                _write_release(plan, Path(scratch), target, advance)
-            make_durable(target.parent)
-    else:
-        write = _write_folder if plan.format == "safetensors" else _write_pipeline
-        with new_folder(target) as folder:
-            checksums = write(plan, folder, max_shard_bytes, advance)
-            write_checksummed(folder / CHECKSUMS, as_json(checksums))
+    line = f"{_amount(specs)} in {settings['dtype']}"
+    return Plan([line], len(specs), partial(run, specs=specs, read=read, settings=settings))
 
 
 def _settings(source: CheckpointReader, weights: Weights, dtype: torch.dtype) -> dict[str, Any]:
@@ -271,70 +222,100 @@ def _settings(source: CheckpointReader, weights: Weights, dtype: torch.dtype) ->
 
 def _release_tensors(
     source: CheckpointReader, kinds: list[str], dtype: torch.dtype
-) -> tuple[dict[str, TensorSpec], dict[str, Callable[[], Tensor]]]:
+) -> dict[str, tuple[TensorSpec, Callable[[], Tensor]]]:
+    """By the release's names: type and shape of each tensor, and how it is made."""
     cfg = source.model
     shapes = release_shapes(cfg)
-    specs: dict[str, TensorSpec] = {}
-    make: dict[str, Callable[[], Tensor]] = {}
+    tensors: dict[str, tuple[TensorSpec, Callable[[], Tensor]]] = {}
     for kind in kinds:
         theirs = release.DENOISER if kind == "model" else release.EMA
         for rule in release.denoiser_rules(cfg):
             parts = [_PREFIX[kind] + name for name in rule.ours]
-            missing = [name for name in parts if name not in source.specs]
-            if missing:
-                raise ConfigError(f"{source.path} lacks {missing[0]}")
-            specs[theirs + rule.release] = TensorSpec(shapes[rule.release], dtype)
-            make[theirs + rule.release] = _joined(source, rule, parts)
+            _check_has(source, parts)
+            spec = TensorSpec(shapes[rule.release], dtype)
+            tensors[theirs + rule.release] = spec, partial(_joined, source, rule, parts)
     if "model" in kinds:
         for name in source.specs:
             if name.startswith(REPA):
                 there = release.REPA + name.removeprefix(f"{REPA}layers.")
-                specs[there] = TensorSpec(source.specs[name].shape, dtype)
-                make[there] = partial(source.read, name)
-    return specs, make
+                tensors[there] = TensorSpec(source.specs[name].shape, dtype), partial(source.read, name)
+    return tensors
 
 
-def _joined(source: CheckpointReader, rule: release.Rule, parts: list[str]) -> Callable[[], Tensor]:
-    return lambda: rule.join(tuple(source.read(name) for name in parts), source.model)
+def _joined(source: CheckpointReader, rule: release.Rule, parts: list[str]) -> Tensor:
+    return rule.join([source.read(name) for name in parts], source.model)
 
 
-def _write_release(plan: ExportPlan, temporary: Path, target: Path, advance: Advance) -> None:
+def _check_has(source: CheckpointReader, names: Iterable[str]) -> None:
+    missing = sorted(set(names) - set(source.specs))
+    if missing:
+        raise ConfigError(f"{source.path} lacks {missing[0]}")
+
+
+def _amount(specs: Mapping[str, TensorSpec]) -> str:
+    return f"{len(specs):,} tensors, {human_bytes(sum(spec.nbytes for spec in specs.values()))}"
+
+
+def _write_release(
+    target: Path,
+    *,
+    specs: Mapping[str, TensorSpec],
+    read: Callable[[str], Tensor],
+    settings: Mapping[str, Any],
+    advance: Advance,
+) -> None:
     """One ``torch.save`` archive; its tensors are mapped from a file, so they need not fit into memory."""
-    scratch = temporary / "scratch"
+    refuse_existing(target)
+    if target.suffix != ".ckpt":
+        raise ConfigError(f"{target}: the release's files are named *.ckpt")
+    with write_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=SAVING, dir=target.parent) as scratch:
+            file, beside = Path(scratch) / target.name, Path(scratch) / f"{target.name}.json"
+            with ChecksummedFile(file) as out:
+                torch.save({"state_dict": _mapped(Path(scratch) / "raw", specs, read, advance)}, out)  # type: ignore[arg-type]
+                checksum = out.sync()
+            facts = {**settings, "files": {target.name: checksum}, SETTINGS_CRC: settings_crc(settings)}
+            write_checksummed(beside, as_json(facts))
+            os.rename(beside, target.with_name(beside.name))
+            os.rename(file, target)
+        make_durable(target.parent)
+
+
+def _mapped(
+    file: Path, specs: Mapping[str, TensorSpec], read: Callable[[str], Tensor], advance: Advance
+) -> dict[str, Tensor]:
+    """Tensors in a new file that is mapped into memory."""
     starts: dict[str, int] = {}
-    with scratch.open("wb") as raw:
-        for name, spec in plan.specs.items():
+    with file.open("wb") as raw:
+        for name, spec in specs.items():
             starts[name] = raw.tell()
-            raw.write(raw_bytes(read_checked(plan.read, name, spec)))
+            raw.write(raw_bytes(read_checked(read, name, spec)))
             advance(name)
-    storage = torch.UntypedStorage.from_file(str(scratch), False, scratch.stat().st_size)
+    storage = torch.UntypedStorage.from_file(str(file), False, file.stat().st_size)
     state: dict[str, Tensor] = {}
-    for name, spec in plan.specs.items():
+    for name, spec in specs.items():
         # Each has its own storage, as in a model: torch.save writes full storages.
         part = storage[starts[name] : starts[name] + spec.nbytes]
         state[name] = torch.empty(0, dtype=spec.dtype).set_(part, 0, spec.shape)  # type: ignore[call-overload]
-    file = temporary / target.name
-    with ChecksummedFile(file) as out:
-        torch.save({"state_dict": state}, out)  # type: ignore[arg-type]
-        checksum = out.sync()
-    beside = target.with_name(f"{target.name}.json")
-    facts = {**plan.settings, "files": {target.name: checksum}, SETTINGS_CRC: settings_crc(plan.settings)}
-    write_checksummed(temporary / beside.name, as_json(facts))
-    os.rename(temporary / beside.name, beside)
-    os.rename(file, target)
+    return state
 
 
-def _write_folder(plan: ExportPlan, folder: Path, limit: int | None, advance: Advance) -> FileChecksums:
-    checksums = write_safetensors(folder, STEM, plan.specs, plan.read, max_shard_bytes=limit, advance=advance)
-    checksums["config.json"] = write_checksummed(folder / "config.json", as_json(plan.settings))
-    return checksums
+def _write_folder(
+    target: Path, *, fill: Callable[..., FileChecksums], settings: Mapping[str, Any], **tensors: Any
+) -> None:
+    """A new folder that ``fill`` fills, and the checksums of its files."""
+    with new_folder(target) as folder:
+        write_checksummed(folder / CHECKSUMS, as_json(fill(folder, dict(settings), **tensors)))
 
 
-def _write_pipeline(plan: ExportPlan, folder: Path, limit: int | None, advance: Advance) -> FileChecksums:
-    settings = dict(plan.settings)
+def _fill_folder(folder: Path, settings: dict[str, Any], **tensors: Any) -> FileChecksums:
+    checksums = write_safetensors(folder, STEM, **tensors)
+    return checksums | {"config.json": write_checksummed(folder / "config.json", as_json(settings))}
+
+
+def _fill_pipeline(folder: Path, settings: dict[str, Any], **tensors: Any) -> FileChecksums:
     sampler, encoder = settings.pop("sampler"), settings.pop("text_encoder")
-    (folder / TRANSFORMER).mkdir()
-    (folder / "scheduler").mkdir()
     files = {
         PIPELINE: {
             "_class_name": "DecoPipeline",
@@ -346,10 +327,10 @@ def _write_pipeline(plan: ExportPlan, folder: Path, limit: int | None, advance: 
         f"{TRANSFORMER}/config.json": {"_class_name": "Denoiser", **settings},
         "scheduler/scheduler_config.json": {"_class_name": "SamplerConfig", **sampler},
     }
+    for name in (TRANSFORMER, "scheduler"):
+        (folder / name).mkdir()
     checksums = {name: write_checksummed(folder / name, as_json(content)) for name, content in files.items()}
-    written = write_safetensors(
-        folder / TRANSFORMER, DIFFUSERS_WEIGHTS, plan.specs, plan.read, max_shard_bytes=limit, advance=advance
-    )
+    written = write_safetensors(folder / TRANSFORMER, DIFFUSERS_WEIGHTS, **tensors)
     for name in (TRANSFORMER, "scheduler"):
         make_durable(folder / name)
     return checksums | {f"{TRANSFORMER}/{name}": entry for name, entry in written.items()}

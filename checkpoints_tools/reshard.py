@@ -1,31 +1,29 @@
 """Converting a checkpoint between canonical folders and DeepSpeed's native and universal ones, bit-exactly."""
 
 import dataclasses
-import json
-from argparse import ArgumentParser
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
-from checkpoints_tools.base import EMA, MODEL, Advance, CheckpointReader, TensorSpec, new_folder
-from checkpoints_tools.convert import bare_config
+from checkpoints_tools.base import EMA, MODEL, Advance, CheckpointReader, Plan, TensorSpec, new_folder
+from checkpoints_tools.convert import bare_config, new_meta
 from checkpoints_tools.formats.canonical import CanonicalReader, write_canonical
 from checkpoints_tools.formats.universal import UniversalReader, write_universal
 from checkpoints_tools.formats.zero.layout import partitions, sub_groups, tp_shape
 from checkpoints_tools.formats.zero.reader import ZeroReader
 from checkpoints_tools.formats.zero.side_file import CARRIED, write_side
-from checkpoints_tools.formats.zero.writer import ZeroLayout, check_zero, parameter_order, write_zero
+from checkpoints_tools.formats.zero.writer import ZeroLayout, parameter_order, write_zero
 from checkpoints_tools.memory_budget import peak_bytes
 from data_pipeline.storage.files import make_durable, write_durably
 from deco_scale.checkpoint.format import CheckpointMeta
 from deco_scale.config import RunConfig
 from deco_scale.errors import ConfigError
+from deco_scale.models.tp_plan import check_tp
 
 Form = Literal["canonical", "deepspeed", "universal"]
-FORMS = ("canonical", "deepspeed", "universal")
 DEFAULT_MEMORY = 4 * 2**30
 DEFAULT_FILES = 4
 """Tensor files of a canonical folder, which can be written in parallel."""
@@ -33,51 +31,8 @@ _ELEMENT = torch.float32.itemsize
 _COPIES = 3
 """Copies of a tensor that a worker may have: as read, in fp32, and on its way to the file."""
 _MAX_PIECE = 2**23
+Write = Callable[..., Any]
 _UNITS = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
-
-
-Write = Callable[..., object]
-"""Writes to a new folder; called as ``write(folder, advance=advance)``."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Reshard:
-    """A planned conversion: ``lines`` describe it, ``count`` is the number of tensors to report."""
-
-    lines: tuple[str, ...]
-    count: int
-    run: Write
-
-    def write(self, target: Path, advance: Advance) -> None:
-        """Convert to the new folder ``target``."""
-        self.run(target, advance=advance)
-
-
-def add_arguments(parser: ArgumentParser, *, workers: int) -> None:
-    """The options of ``deco-ckpt reshard``."""
-    parser.add_argument("source", type=Path)
-    parser.add_argument("target", type=Path)
-    parser.add_argument("--to", choices=FORMS, required=True)
-    parser.add_argument("--dp", type=int, metavar="N", help="data parallel ranks (--to deepspeed)")
-    parser.add_argument("--tp", type=int, metavar="M", help="tensor parallel ranks (--to deepspeed), default 1")
-    parser.add_argument("--zero-stage", type=int, choices=(1, 2, 3), help="ZeRO stage (--to deepspeed)")
-    parser.add_argument("--bf16", action="store_true", help="for a run with bf16.enabled (--to deepspeed)")
-    parser.add_argument(
-        "--ema-from", choices=("model",), help="start the EMA at the weights, if the source has none"
-    )
-    parser.add_argument("--config", type=Path, help="run configuration to store, if the source has none")
-    parser.add_argument(
-        "--files", type=int, metavar="N", help=f"number of tensor files (--to canonical), default {DEFAULT_FILES}"
-    )
-    parser.add_argument("--workers", type=int, default=workers, metavar="N", help="tensors converted at a time")
-    parser.add_argument(
-        "--memory",
-        type=byte_count,
-        default=DEFAULT_MEMORY,
-        metavar="BYTES",
-        help="limit of the tensors in memory; default 4GiB",
-    )
-    parser.add_argument("--dry-run", action="store_true", help="print what would be written")
 
 
 def byte_count(text: str) -> int:
@@ -99,7 +54,7 @@ def plan_reshard(
     memory: int = DEFAULT_MEMORY,
     ema_from_model: bool = False,
     config: RunConfig | None = None,
-) -> Reshard:
+) -> Plan:
     """Plan a conversion without reading tensor data; raises :class:`ConfigError` for an impossible one.
 
     ``memory`` bounds the bytes of tensors in memory: ``workers`` wait for each other if they need more.
@@ -110,8 +65,6 @@ def plan_reshard(
         raise ConfigError("--dp and --zero-stage are given with --to deepspeed, and with nothing else")
     if to != "canonical" and files is not None:
         raise ConfigError("--files is for --to canonical")
-    if min(workers, files or 1) < 1:
-        raise ConfigError("--workers and --files must be at least 1")
     view = _with_ema(source, from_model=ema_from_model)
     meta, lines = _meta_of(source, config)
     if ema_from_model:
@@ -126,7 +79,7 @@ def plan_reshard(
     lines.append(f"{source.format}: {len(view.specs):,} tensors, {total / 2**20:,.1f} MiB in fp32, to {to}")
     run: Write
     if layout is not None:
-        check_zero(source.model, layout)
+        check_tp(source.model, layout.tp)
         lines += _files_of(source, layout)
         piece = _piece_elements(view, workers, memory)
         fill = partial(write_zero, source=view, meta=meta, layout=layout, workers=workers, piece_elements=piece)
@@ -144,7 +97,7 @@ def plan_reshard(
         else:
             fill = partial(write_universal, source=view, meta=meta, workers=workers, memory=memory)
             run = partial(_write_tag, view=view, meta=meta, pointer="latest_universal", fill=fill)
-    return Reshard(tuple(lines), len(view.specs), run)
+    return Plan(lines, len(view.specs), run)
 
 
 def _piece_elements(view: CheckpointReader, workers: int, memory: int) -> int:
@@ -201,10 +154,7 @@ def _meta_of(
     source: CanonicalReader | ZeroReader | UniversalReader, config: RunConfig | None
 ) -> tuple[CheckpointMeta, list[str]]:
     """The run's progress and configuration, and a line for the user if the source has none."""
-    if isinstance(source, CanonicalReader):
-        known: CheckpointMeta | None = source.meta
-    else:
-        known = source.side_meta
+    known = source.meta if isinstance(source, CanonicalReader) else source.side_meta
     if known is not None:
         if config is not None:
             raise ConfigError(f"{source.path} has its configuration; --config is for sources without one")
@@ -216,16 +166,8 @@ def _meta_of(
     step = source.progress.step
     ends = [sum(s.steps for s in cfg.stages[: i + 1]) for i in range(len(cfg.stages))]
     stage = next((s for s, end in zip(cfg.stages, ends, strict=True) if step < end), cfg.stages[-1])
-    meta = CheckpointMeta(
-        step=step,
-        stage=stage.name,
-        samples=source.progress.samples,
-        seed=cfg.run.seed,
-        optimizer_steps=source.progress.optimizer_steps,
-        data_state={"resharded_from": source.path.name, "format": source.format},
-        parameter_digest="",
-        config=json.loads(json.dumps(dataclasses.asdict(cfg))),
-    )
+    state = {"resharded_from": source.path.name, "format": source.format}
+    meta = new_meta(cfg, state, stage=stage.name, **dataclasses.asdict(source.progress))
     origin = "that of --config" if config is not None else "one that has what sampling needs"
     return meta, [f"the data position is unknown; the stored configuration is {origin}"]
 

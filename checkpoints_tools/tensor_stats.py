@@ -1,13 +1,16 @@
-"""Statistics and differences of tensors, computed in bounded pieces, for ``inspect`` and ``diff``."""
+"""Statistics and differences of tensors in bounded pieces, and the tables of ``inspect`` and ``diff``."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from math import inf, isnan, sqrt
+from math import inf, isnan, nan, sqrt
 
 import torch
+from rich.table import Table
 from torch import Tensor
 
-from checkpoints_tools.base import CheckpointReader, pieces
+from checkpoints_tools.base import SETS, CheckpointReader, pieces
+from data_pipeline.console import cell
+from data_pipeline.text import human_bytes, shape_text
 
 PIECE_ELEMENTS = 4 * 2**20
 """Elements that are in memory in float64 at a time."""
@@ -39,7 +42,7 @@ class Difference:
 
 def tensor_facts(source: CheckpointReader, name: str) -> TensorFacts:
     """Statistics of one tensor, in float64 (two passes, so that the deviation keeps its digits)."""
-    low, high, total, count, nans, infinities, nonzero = inf, -inf, 0.0, 0, 0, 0, 0
+    low, high, total, squares, count, nans, infinities, nonzero = inf, -inf, 0.0, 0.0, 0, 0, 0, 0
     for part in _parts(source, name):
         finite = part[torch.isfinite(part)]
         nans += int(torch.isnan(part).sum())
@@ -48,15 +51,13 @@ def tensor_facts(source: CheckpointReader, name: str) -> TensorFacts:
         if finite.numel():
             low, high = min(low, float(finite.min())), max(high, float(finite.max()))
             total, count = total + float(finite.sum()), count + finite.numel()
-    mean = total / count if count else float("nan")
-    squares = 0.0
-    if count:
-        for part in _parts(source, name):
-            squares += float((part[torch.isfinite(part)] - mean).square().sum())
-    std = sqrt(squares / count) if count else float("nan")
-    low, high = (low, high) if count else (float("nan"), float("nan"))
-    numel = source.specs[name].numel
-    return TensorFacts(low, high, mean, std, nans, infinities, numel > 0 and nonzero == 0)
+    zero = source.specs[name].numel > 0 and nonzero == 0
+    if not count:
+        return TensorFacts(nan, nan, nan, nan, nans, infinities, zero)
+    mean = total / count
+    for part in _parts(source, name):
+        squares += float((part[torch.isfinite(part)] - mean).square().sum())
+    return TensorFacts(low, high, mean, sqrt(squares / count), nans, infinities, zero)
 
 
 def difference(first: CheckpointReader, second: CheckpointReader, name: str) -> Difference:
@@ -86,3 +87,63 @@ def _parts(source: CheckpointReader, name: str) -> Iterator[Tensor]:
 def _raw_parts(source: CheckpointReader, name: str) -> Iterator[Tensor]:
     for rows in pieces(source.specs[name], max_elements=PIECE_ELEMENTS):
         yield source.read(name, rows).flatten()
+
+
+def facts_table(source: CheckpointReader) -> Table:
+    """Format, progress of the run, sizes, files."""
+    table = Table("quantity", "value", title=cell(str(source.path)))
+    for name, value in _rows(source):
+        table.add_row(name, cell(value))
+    return table
+
+
+def tensors_table(source: CheckpointReader, facts: Mapping[str, TensorFacts]) -> Table:
+    """A line per tensor with its statistics."""
+    table = Table(title="tensors")
+    for column in ("tensor", "shape", "type"):
+        table.add_column(column, overflow="fold")
+    for column in ("min", "max", "mean", "std", "NaN", "inf", "zero"):
+        table.add_column(column, justify="right")
+    for name, spec in source.specs.items():
+        one = facts[name]
+        numbers = (f"{x:.4g}" for x in (one.minimum, one.maximum, one.mean, one.std))
+        flags = (str(one.nans), str(one.infinities), "all" if one.zero else "")
+        table.add_row(cell(name), shape_text(spec.shape), str(spec.dtype).removeprefix("torch."), *numbers, *flags)
+    return table
+
+
+def differences_table(differences: Mapping[str, Difference]) -> Table:
+    """A line per tensor, largest absolute difference first."""
+    table = Table(title="differences")
+    table.add_column("tensor", overflow="fold")
+    for column in ("max absolute", "max relative"):
+        table.add_column(column, justify="right")
+    for name, one in sorted(differences.items(), key=lambda item: (-item[1].absolute, item[0])):
+        table.add_row(cell(name), f"{one.absolute:.6g}", f"{one.relative:.6g}")
+    return table
+
+
+def _rows(source: CheckpointReader) -> Iterator[tuple[str, str]]:
+    yield "format", source.format
+    if source.meta is not None:
+        meta = source.meta
+        yield "step", f"{meta.step:,} (stage {meta.stage}, {meta.samples:,} samples, seed {meta.seed})"
+        yield "optimizer steps", f"{meta.optimizer_steps:,}"
+        yield "parameter digest", meta.parameter_digest
+        parallel = meta.config.get("parallel")
+        if isinstance(parallel, dict):
+            yield "written by", ", ".join(f"{k} {v}" for k, v in parallel.items() if k != "deepspeed")
+        yield "data", str(meta.data_state)
+    for name, value in source.facts.items():
+        yield str(name), str(value)[:200]
+    model = source.model
+    yield "model", ", ".join(f"{k} {getattr(model, k)}" for k in model.__slots__ if getattr(model, k))
+    for kind in SETS:
+        specs = [s for n, s in source.specs.items() if n.startswith(f"{kind}.")]
+        if specs:
+            types = ", ".join(sorted({str(s.dtype).removeprefix("torch.") for s in specs}))
+            count, size = sum(s.numel for s in specs), sum(s.nbytes for s in specs)
+            yield kind, f"{len(specs)} tensors, {count:,} elements, {types}, {human_bytes(size)}"
+    folder = source.path
+    for file in sorted(p for p in folder.rglob("*") if p.is_file()) if folder.is_dir() else [folder]:
+        yield "file", f"{file.relative_to(folder.parent)}, {human_bytes(file.stat().st_size)}"

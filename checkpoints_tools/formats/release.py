@@ -5,7 +5,7 @@ tensor-parallel slice is plain. The release fuses gate and up of the text model'
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,75 +19,68 @@ DENOISER, EMA, REPA = "denoiser.", "ema_denoiser.", "diffusion_trainer.proj.0."
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """``release`` name, our names, and the two conversions between their tensors.
+    """``release`` name and our names of the same numbers; several of ours are its rows one after another.
 
-    ``plain`` says that both tensors are the same, so that rows of one are rows of the other.
+    With ``parts`` above 1 the release's rows are ordered (part, head, K) and ours (head, part, K).
     """
 
     release: str
     ours: tuple[str, ...]
-    split: Callable[[Tensor, ModelConfig], tuple[Tensor, ...]]
-    join: Callable[[tuple[Tensor, ...], ModelConfig], Tensor]
-    plain: bool = False
+    parts: int = 1
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether rows of one tensor are rows of the other."""
+        return self.parts == 1 and len(self.ours) == 1
+
+    def split(self, tensor: Tensor, cfg: ModelConfig) -> tuple[Tensor, ...]:
+        """Ours from the release's."""
+        if self.parts > 1:
+            return (_regrouped(tensor, self.parts, cfg.num_heads),)
+        return tensor.chunk(len(self.ours)) if len(self.ours) > 1 else (tensor,)
+
+    def join(self, tensors: Sequence[Tensor], cfg: ModelConfig) -> Tensor:
+        """The release's from ours."""
+        if self.parts > 1:
+            return _regrouped(tensors[0], cfg.num_heads, self.parts)
+        return torch.cat(list(tensors)) if len(tensors) > 1 else tensors[0]
+
+
+def _regrouped(tensor: Tensor, first: int, second: int) -> Tensor:
+    """Rows of (first, second, K) in the order (second, first, K)."""
+    return tensor.unflatten(0, (first, second, -1)).transpose(0, 1).reshape(tensor.shape)
 
 
 def _same(release: str, ours: str) -> Rule:
-    return Rule(release, (ours,), lambda t, _: (t,), lambda ts, _: ts[0], plain=True)
-
-
-def _heads(release: str, ours: str, parts: int) -> Rule:
-    def regroup(tensor: Tensor, first: int, second: int) -> Tensor:
-        grouped = tensor.unflatten(0, (first, second, -1)).transpose(0, 1)
-        return grouped.reshape(tensor.shape)
-
-    return Rule(
-        release,
-        (ours,),
-        lambda t, cfg: (regroup(t, parts, cfg.num_heads),),
-        lambda ts, cfg: regroup(ts[0], cfg.num_heads, parts),
-    )
+    return Rule(release, (ours,))
 
 
 _BLOCK = [
-    _same("norm1.weight", "norm1.weight"),
-    _same("norm2.weight", "norm2.weight"),
-    _same("attn.q_norm.weight", "attn.q_norm.weight"),
-    _same("attn.k_norm.weight", "attn.k_norm.weight"),
-    _same("attn.proj.weight", "attn.proj.weight"),
-    _same("attn.proj.bias", "attn.proj.bias"),
-    _same("adaLN_modulation.0.weight", "modulation.weight"),
-    _same("adaLN_modulation.0.bias", "modulation.bias"),
-    _heads("attn.qkv.weight", "attn.qkv.weight", 3),
-    _heads("attn.qkv_x.weight", "attn.qkv.weight", 3),
-    _heads("attn.kv_y.weight", "attn.context_kv.weight", 2),
-    Rule(
-        "mlp.w12.weight",
-        ("mlp.gate.weight", "mlp.up.weight"),
-        lambda t, _: tuple(t.chunk(2)),
-        lambda ts, _: torch.cat(ts),
-    ),
-    _same("mlp.w1.weight", "mlp.gate.weight"),
+    *(_same(f"{name}.weight", f"{name}.weight") for name in ("norm1", "norm2", "attn.q_norm", "attn.k_norm")),
+    *(_same(f"attn.proj.{kind}", f"attn.proj.{kind}") for kind in ("weight", "bias")),
+    *(_same(f"adaLN_modulation.0.{kind}", f"modulation.{kind}") for kind in ("weight", "bias")),
 ]
-
-
-def _block_rules(cfg: ModelConfig, *, text_block: bool) -> list[Rule]:
-    """Rules inside a block; the two models name the same things differently (w3 is up or down)."""
-    is_text = cfg.kind == "t2i_deco"
-    unused = (
-        {"mlp.w1.weight", "attn.qkv_x.weight" if text_block else "attn.qkv.weight"}
-        if is_text
-        else {"mlp.w12.weight", "attn.qkv_x.weight", "attn.kv_y.weight"}
-    )
-    if text_block:
-        unused.add("attn.kv_y.weight")
-    rules = [rule for rule in _BLOCK if rule.release not in unused]
-    if is_text:
-        return [*rules, _same("mlp.w3.weight", "mlp.down.weight")]
-    return [
-        *rules,
-        _same("mlp.w3.weight", "mlp.up.weight"),
-        _same("mlp.w2.weight", "mlp.down.weight"),
-    ]
+_QKV = Rule("attn.qkv.weight", ("attn.qkv.weight",), parts=3)
+_CLASS_BLOCK = [
+    *_BLOCK,
+    _QKV,
+    _same("mlp.w1.weight", "mlp.gate.weight"),
+    _same("mlp.w3.weight", "mlp.up.weight"),
+    _same("mlp.w2.weight", "mlp.down.weight"),
+]
+_TEXT_MLP = [
+    Rule("mlp.w12.weight", ("mlp.gate.weight", "mlp.up.weight")),
+    _same("mlp.w3.weight", "mlp.down.weight"),
+]
+_TEXT_BLOCK = [*_BLOCK, _QKV, *_TEXT_MLP]
+"""A block on the text alone."""
+_JOINT_BLOCK = [
+    *_BLOCK,
+    Rule("attn.qkv_x.weight", ("attn.qkv.weight",), parts=3),
+    Rule("attn.kv_y.weight", ("attn.context_kv.weight",), parts=2),
+    *_TEXT_MLP,
+]
+"""A block on the image, with attention to the text."""
 
 
 def _module(release: str, ours: str) -> list[Rule]:
@@ -104,15 +97,16 @@ def _within(rules: list[Rule], release: str, ours: str) -> list[Rule]:
 def denoiser_rules(cfg: ModelConfig) -> list[Rule]:
     """All rules of one model, with block numbers filled in."""
     rules: list[Rule] = []
+    is_text = cfg.kind == "t2i_deco"
     for i in range(cfg.num_blocks):
-        rules += _within(_block_rules(cfg, text_block=False), f"blocks.{i}", f"blocks.{i}")
+        rules += _within(_JOINT_BLOCK if is_text else _CLASS_BLOCK, f"blocks.{i}", f"blocks.{i}")
     for i in range(cfg.num_text_blocks):
-        rules += _within(_block_rules(cfg, text_block=True), f"text_refine_blocks.{i}", f"text_blocks.{i}")
+        rules += _within(_TEXT_BLOCK, f"text_refine_blocks.{i}", f"text_blocks.{i}")
     embed = "x_embedder.proj" if cfg.kind == "c2i_baseline" else "s_embedder.proj"
     rules += _module(embed, "patch_embed")
     rules += _module("t_embedder.mlp.0", "timestep_embed.hidden")
     rules += _module("t_embedder.mlp.2", "timestep_embed.out")
-    if cfg.kind == "t2i_deco":
+    if is_text:
         rules += _module("y_embedder.proj", "text_embed.proj")
         rules.append(_same("y_embedder.norm.weight", "text_embed.norm.weight"))
         rules.append(_same("y_pos_embedding", "text_embed.position"))
@@ -136,4 +130,4 @@ def denoiser_rules(cfg: ModelConfig) -> list[Rule]:
 
 def denoiser_to_release(state: Mapping[str, Tensor], cfg: ModelConfig) -> dict[str, Tensor]:
     """A denoiser's tensors, or their gradients, by the release's names without prefix."""
-    return {r.release: r.join(tuple(state[o] for o in r.ours), cfg) for r in denoiser_rules(cfg)}
+    return {r.release: r.join([state[o] for o in r.ours], cfg) for r in denoiser_rules(cfg)}

@@ -56,7 +56,7 @@ class ReleaseReader:
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
         part = self._parts[name]
-        if part.rule is None or part.rule.plain:
+        if part.rule is None or part.rule.is_plain:
             return self._store.read(part.stored, rows)
         full = part.rule.split(self._store.read(part.stored), self.model)[part.index]
         return (full if rows is None else full[rows[0] : rows[1]]).clone()

@@ -26,8 +26,7 @@ from checkpoints_tools.memory_budget import in_threads, sync_files
 from deco_scale.checkpoint.format import CheckpointMeta
 from deco_scale.checkpoint.integrity import WRITE_BYTES, raw_bytes, start_flush
 from deco_scale.errors import ConfigError
-from deco_scale.models import ModelConfig
-from deco_scale.models.tp_plan import check_tp, split_dim
+from deco_scale.models.tp_plan import split_dim
 
 _REPA_LAYERS = (0, 2, 4)
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -59,15 +58,6 @@ def parameter_order(source: CheckpointReader) -> dict[str, Shape]:
     if unknown:
         raise ConfigError(f"{source.path}: unknown parameter {unknown[0]}")
     return shapes
-
-
-def check_zero(model: ModelConfig, layout: ZeroLayout) -> None:
-    """Raise :class:`ConfigError` for impossible ranks or stages."""
-    if layout.stage not in (1, 2, 3):
-        raise ConfigError(f"--zero-stage {layout.stage}: DeepSpeed's optimizer partitions are of stage 1, 2 or 3")
-    if layout.dp < 1 or layout.tp < 1:
-        raise ConfigError(f"--dp {layout.dp} --tp {layout.tp}: both must be at least 1")
-    check_tp(model, layout.tp)
 
 
 def model_states(

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from checkpoints_tools import cli
 from checkpoints_tools.base import EMA, MODEL
-from checkpoints_tools.convert import export_checkpoint, import_checkpoint, plan_export, plan_import
+from checkpoints_tools.convert import plan_export, plan_import
 from checkpoints_tools.formats import release
 from checkpoints_tools.formats.canonical import CanonicalReader
 from checkpoints_tools.infer_config import denoiser_shapes, infer_model, release_shapes
@@ -96,14 +96,13 @@ def test_canonical_to_release_and_back(
     folder = tmp_path_factory.mktemp("trip")
     tensors = tensors_of(model, seed=seed, encoder_dim=encoder_dim)
     source = CanonicalReader(save(folder / "first", tensors))
-    plan = plan_export(source, format="release", weights="both", dtype=torch.float32)
-    export_checkpoint(plan, folder / "there.ckpt")
+    plan_export(source, format="release", weights="both", dtype=torch.float32).write(folder / "there.ckpt")
     there = open_checkpoint(folder / "there.ckpt")
     assert there.model == source.model == model
-    meta = import_checkpoint(there, plan_import(there), folder / "back", files=files)
+    meta = plan_import(there, files=files).write(folder / "back")
     back = CanonicalReader(folder / "back")
     assert_same_bits({n: back.read(n) for n in back.specs}, tensors)
-    assert meta.parameter_digest == read_meta(folder / "first").parameter_digest
+    assert meta is not None and meta.parameter_digest == read_meta(folder / "first").parameter_digest
 
 
 @settings(max_examples=60, deadline=None)
@@ -293,4 +292,4 @@ def test_export_refuses_what_is_not_there(tmp_path: Path, capsys: pytest.Capture
     assert "exists already" in capsys.readouterr().err
     with pytest.raises(ConfigError, match=r"named \*.ckpt"):
         plan = plan_export(CanonicalReader(source), format="release", weights="model", dtype=torch.float32)
-        export_checkpoint(plan, tmp_path / "name.bin")
+        plan.write(tmp_path / "name.bin")
