@@ -4,7 +4,6 @@
 """
 
 import argparse
-import dataclasses
 import itertools
 import statistics
 from collections.abc import Callable
@@ -36,27 +35,20 @@ from deco_scale.planning.hardware import GPUS_PER_NODE
 SIZES = tuple(2**n for n in range(3, 13))
 """GPUs of the table, 8 to 4,096; ``--gpus`` is added."""
 PUBLISHED = {
-    "checkpoint_s": (148.8, "the blocking save of a 7B model by PyTorch's DCP"),
-    "stall_s": (6.3, "the stall of an asynchronous save of a 7B model by PyTorch's DCP"),
-    "restart_s": (900.0, "MegaScale catches up within 15 minutes"),
+    "checkpoint_s": (148.8, "the blocking save of a 7B model by PyTorch's DCP", "until a save is complete"),
+    "stall_s": (
+        6.3,
+        "the stall of an asynchronous save of a 7B model by PyTorch's DCP",
+        "that a save blocks training",
+    ),
+    "restart_s": (900.0, "MegaScale catches up within 15 minutes", "from a fault to the first step"),
 }
-"""Default seconds, and their source."""
+"""Default seconds, their source, and what they are."""
 _MAX_SIMULATED_FAULTS = 20_000
 """Runs with more expected faults are not simulated."""
 _MAX_FAULTS = 1_000_000
 """Runs with more expected faults are reported as never ending."""
-
-Seconds = tuple[float, str]
-"""A time and its source."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class StepTimes:
-    """Seconds per step of each stage by number of GPUs (raises :class:`ConfigError` if impossible), and their
-    source."""
-
-    of: Callable[[int], list[float]]
-    origin: str
+_WAYS = "--simulate needs one of --gpu (forecast), --step-s, --measured and --from-run"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,7 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--simulate", action="store_true", help="predict goodput, save interval and days with faults"
     )
-    group.add_argument("--nodes", type=int, help=f"number of nodes of {GPUS_PER_NODE} GPUs, instead of --gpus")
+    nodes = f"number of nodes of {GPUS_PER_NODE} GPUs, instead of --gpus"
+    group.add_argument("--nodes", type=positive_int, help=nodes)
     group.add_argument(
         "--mtbf-hours",
         type=float,
@@ -76,12 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("gpu", "node"),
         help="what --mtbf-hours refers to; default: node with --nodes, else gpu",
     )
-    for name, (seconds, why) in PUBLISHED.items():
-        meaning = {
-            "checkpoint_s": "until a save is complete",
-            "stall_s": "that a save blocks training",
-            "restart_s": "from a fault to the first step",
-        }[name]
+    for name, (seconds, why, meaning) in PUBLISHED.items():
         option = "--" + name.replace("_", "-")
         group.add_argument(option, type=float, help=f"seconds {meaning}; default {seconds:g} ({why})")
     group.add_argument(
@@ -97,81 +85,75 @@ def run(
     cfg: RunConfig, args: argparse.Namespace, console: Console, *, fastest: Callable[[int], Plan] | None
 ) -> int:
     """The table for 8 to 4,096 GPUs; ``fastest`` forecasts the plan of a number of GPUs, given ``--gpu``."""
-    gpus = gpus_of(args)
-    mtbf_s, meaning = _mtbf(args)
-    if args.runs < 2:
-        raise ConfigError(f"--runs {args.runs} must be at least 2")
-    folder = _read_run(args.from_run) if args.from_run is not None else None
-    times = _step_times(cfg, args, gpus, folder, fastest)
-    seconds = _seconds(args, folder)
-    table = Table(
-        "GPUs", "MTBF h", "step s", "days without", "save every", "Young", "Daly", "goodput", "days", "simulated",
-        "faults", "GPU-h", *(["cost"] if args.price is not None else []),
-        title=f"faults: {meaning}",
-    )  # fmt: skip
-    refused = []
-    for size in sorted({*SIZES, gpus}):
-        try:
-            steps = times.of(size)
-        except ConfigError as error:
-            if size == gpus:
-                raise
-            refused.append(f"{size} GPUs: {error}")
-            continue
-        faults = Faults(mtbf_s=mtbf_s(size), **{name: value for name, (value, _) in seconds.items()})
-        cells = _row(cfg, size, steps, faults, args)
-        table.add_row(*cells, style="bold" if size == gpus else "")
-        if size == gpus:
-            own = _configured(cfg, steps, faults)
-    console.print(table)
-    _explain(console, [*refused, own, times.origin, *(f"{n}={v:g}: {why}" for n, (v, why) in seconds.items())])
-    return 0
-
-
-def gpus_of(args: argparse.Namespace) -> int:
-    """``--gpus``, or the GPUs of ``--nodes``; raises :class:`ConfigError` without exactly one of them."""
     if args.nodes is not None and args.gpus is not None:
         raise ConfigError("give either --nodes or --gpus")
-    gpus = args.gpus if args.nodes is None else args.nodes * GPUS_PER_NODE
-    if gpus is None or gpus < 1:
+    gpus = args.gpus or (args.nodes or 0) * GPUS_PER_NODE
+    if not gpus:
         raise ConfigError("--simulate needs --gpus or --nodes, at least 1")
-    return int(gpus)
-
-
-def _mtbf(args: argparse.Namespace) -> tuple[Callable[[int], float], str]:
-    """Seconds between faults of a job by its number of GPUs, and a description."""
     if args.mtbf_hours is None or not args.mtbf_hours > 0:
         raise ConfigError(
             "--simulate needs --mtbf-hours above 0, mean hours between faults of a GPU (with --nodes: a node); "
             f"Llama 3's training had {LLAMA3_GPU_MTBF_HOURS:,.0f} a GPU"
         )
-    unit = args.mtbf_of or ("node" if args.nodes is not None else "gpu")
-    size = 1 if unit == "gpu" else GPUS_PER_NODE
-    name = "GPU" if unit == "gpu" else f"node of {GPUS_PER_NODE} GPUs"
-    return lambda gpus: args.mtbf_hours * HOUR_S / -(-gpus // size), f"one in {args.mtbf_hours:,g} h of one {name}"
+    by_node = args.mtbf_of == "node" or (args.mtbf_of is None and args.nodes is not None)
+    unit, name = (GPUS_PER_NODE, f"node of {GPUS_PER_NODE} GPUs") if by_node else (1, "GPU")
+    if args.runs < 2:
+        raise ConfigError(f"--runs {args.runs} must be at least 2")
+    folder = None
+    if args.from_run is not None:
+        folder = RunDir(args.from_run)
+        folder.refresh()
+        if not folder.events:
+            raise ConfigError(f"--from-run {args.from_run}: no events.jsonl with events in it")
+    steps_of, origin = _step_times(cfg, args, gpus, folder, fastest)
+    seconds = _seconds(args, folder)
+    table = Table(
+        "GPUs", "MTBF h", "step s", "days without", "save every", "Young", "Daly", "goodput", "days", "simulated",
+        "faults", "GPU-h", *(["cost"] if args.price is not None else []),
+        title=f"faults: one in {args.mtbf_hours:,g} h of one {name}",
+    )  # fmt: skip
+    refused = []
+    for size in sorted({*SIZES, gpus}):
+        try:
+            steps = steps_of(size)
+        except ConfigError as error:
+            if size == gpus:
+                raise
+            refused.append(f"{size} GPUs: {error}")
+            continue
+        mtbf_s = args.mtbf_hours * HOUR_S / -(-size // unit)
+        faults = Faults(mtbf_s=mtbf_s, **{name: value for name, (value, _) in seconds.items()})
+        work = sum(each * stage.steps for each, stage in zip(steps, cfg.stages, strict=True))
+        table.add_row(*_row(size, steps, work, faults, args), style="bold" if size == gpus else "")
+        if size == gpus:
+            # The configuration's own interval, at the recipe's mean time of a step.
+            interval = work / sum(stage.steps for stage in cfg.stages) * cfg.checkpoint.every
+            share = goodput(faults, work, segments_of(work, interval))
+            own = (
+                f"checkpoint.every={cfg.checkpoint.every} as configured is {interval:,.0f} s: goodput {share:.2%}"
+            )
+    console.print(table)
+    for line in (
+        "save every: the best interval in this model; Young's and Daly's formulas for comparison",
+        "goodput: work over mean wall clock since the first start, closed form; simulated: mean days of --runs "
+        "runs and its standard error; -: too many faults to simulate",
+        "faults occur at a constant rate and stop the job at once; --restart-s includes the detection of a hang",
+        *refused,
+        own,
+        origin,
+        *(f"{name}={value:g}: {why}" for name, (value, why) in seconds.items()),
+    ):
+        print_line(console, f"  - {line}")
+    return 0
 
 
-def _read_run(path: Path) -> RunDir:
-    folder = RunDir(path)
-    folder.refresh()
-    if not folder.events:
-        raise ConfigError(f"--from-run {path}: no events.jsonl with events in it")
-    return folder
-
-
-def _seconds(args: argparse.Namespace, folder: RunDir | None) -> dict[str, Seconds]:
+def _seconds(args: argparse.Namespace, folder: RunDir | None) -> dict[str, tuple[float, str]]:
     """Each time of :data:`PUBLISHED` with its source: the option, the run, or the published value."""
-    measured = measured_seconds(folder) if folder is not None else {}
-    times: dict[str, Seconds] = {}
-    for name, (published, why) in PUBLISHED.items():
-        given = getattr(args, name)
-        if given is not None:
-            times[name] = given, "as given"
-        elif name in measured:
-            times[name] = measured[name], f"mean of {args.from_run}"
-        else:
-            times[name] = published, f"assumed: {why}"
-    return times
+    times = {name: (seconds, f"assumed: {why}") for name, (seconds, why, _) in PUBLISHED.items()}
+    if folder is not None:
+        times |= {name: (mean, f"mean of {args.from_run}") for name, mean in measured_seconds(folder).items()}
+    given = {name: getattr(args, name) for name in PUBLISHED if getattr(args, name) is not None}
+    return times | {name: (seconds, "as given") for name, seconds in given.items()}
 
 
 def measured_seconds(folder: RunDir) -> dict[str, float]:
@@ -203,43 +185,38 @@ def _step_times(
     gpus: int,
     folder: RunDir | None,
     fastest: Callable[[int], Plan] | None,
-) -> StepTimes:
-    ways = [args.step_s is not None, args.measured is not None, fastest is not None]
-    if sum(ways) > 1 or not (any(ways) or folder is not None):
-        raise ConfigError("--simulate needs one of --gpu (forecast), --step-s, --measured and --from-run")
+) -> tuple[Callable[[int], list[float]], str]:
+    """Seconds per step of each stage by number of GPUs (raises :class:`ConfigError` if impossible), and their
+    source."""
+    if sum(way is not None for way in (args.step_s, args.measured, fastest)) > 1:
+        raise ConfigError(_WAYS)
     if fastest is not None:
         forecast = fastest
-        return StepTimes(
-            lambda size: [f.step_s for f in forecast(size).stages], f"step times: forecast for {args.gpu}"
-        )
-    scaled = "; other numbers of GPUs assume ideal scaling"
+        return lambda size: [f.step_s for f in forecast(size).stages], f"step times: forecast for {args.gpu}"
     if args.step_s is not None:
-        return _scaled(
-            cfg, [gpus * s for s in args.step_s], f"step times: as given on {gpus} GPUs{scaled}", "--step-s"
-        )
-    if args.measured is not None:
-        return _scaled(cfg, _of_results(cfg, args.measured), f"step times: {args.measured}{scaled}", "--measured")
-    assert folder is not None
-    return _scaled(cfg, _of_run(cfg, folder), f"step times: {args.from_run}{scaled}", "--from-run")
-
-
-def _scaled(cfg: RunConfig, gpu_seconds: list[float], origin: str, option: str) -> StepTimes:
+        option, source = "--step-s", f"as given on {gpus} GPUs"
+        gpu_seconds = [gpus * seconds for seconds in args.step_s]
+    elif args.measured is not None:
+        option, source, gpu_seconds = "--measured", args.measured, _of_results(cfg, args.measured)
+    elif folder is not None:
+        option, source, gpu_seconds = "--from-run", args.from_run, _of_run(cfg, folder)
+    else:
+        raise ConfigError(_WAYS)
     if len(gpu_seconds) != len(cfg.stages) or not all(seconds > 0 for seconds in gpu_seconds):
         names = ", ".join(stage.name for stage in cfg.stages)
         raise ConfigError(f"{option} must give one positive time for each of the stages {names}")
-    return StepTimes(lambda size: [seconds / size for seconds in gpu_seconds], origin)
+    origin = f"step times: {source}; other numbers of GPUs assume ideal scaling"
+    return lambda size: [seconds / size for seconds in gpu_seconds], origin
 
 
 def _of_results(cfg: RunConfig, path: Path) -> list[float]:
     """GPU-seconds of each stage's step, by the fastest result of its resolution and model."""
     results, _ = read_results(path)
     seconds = []
+    results = [m for m in results if m.work.model == cfg.model]
     for stage in cfg.stages:
-        rates = [
-            m.step_s * m.world / m.stage.global_batch
-            for m in results
-            if m.stage.resolution == stage.resolution and m.work.model == cfg.model
-        ]
+        same = [m for m in results if m.stage.resolution == stage.resolution]
+        rates = [m.step_s * m.world / m.stage.global_batch for m in same]
         if not rates:
             raise ConfigError(
                 f"--measured {path}: no throughput result of this model at {stage.resolution} pixels"
@@ -262,18 +239,22 @@ def _of_run(cfg: RunConfig, folder: RunDir) -> list[float]:
     return seconds
 
 
-def _row(cfg: RunConfig, size: int, steps: list[float], faults: Faults, args: argparse.Namespace) -> list[str]:
-    work = sum(seconds * stage.steps for seconds, stage in zip(steps, cfg.stages, strict=True))
+def _row(size: int, steps: list[float], work: float, faults: Faults, args: argparse.Namespace) -> list[str]:
     best = best_interval(faults)
     segments = segments_of(work, best)
     expected = expected_s(faults, work, segments)
-    simulated = None
-    if expected / faults.mtbf_s <= _MAX_SIMULATED_FAULTS:
-        simulated = simulate(faults, work, segments, runs=args.runs, seed=args.seed)
+    num_faults, hours, simulated = expected / faults.mtbf_s, expected * size / HOUR_S, "-"
+    if num_faults <= _MAX_SIMULATED_FAULTS:
+        played = simulate(faults, work, segments, runs=args.runs, seed=args.seed)
+        if played is not None:
+            simulated = f"{played.mean_s / DAY_S:.3g} +- {played.error_s / DAY_S:.1g}"
+    totals = [f"{expected / DAY_S:.3g}", simulated, f"{num_faults:,.1f}", f"{hours:,.1f}"]
+    if args.price is not None:
+        totals.append(f"{hours * args.price:,.0f}")
+    if num_faults > _MAX_FAULTS:
+        totals = ["never", *["-"] * (len(totals) - 1)]
     every = "\n".join(f"{best / seconds:,.0f} steps" for seconds in steps)
-    hours = expected * size / HOUR_S
-    ends = expected / faults.mtbf_s <= _MAX_FAULTS
-    cells = [
+    return [
         f"{size:,}",
         f"{faults.mtbf_s / HOUR_S:,.4g}",
         "\n".join(f"{seconds:.4g}" for seconds in steps),
@@ -282,32 +263,5 @@ def _row(cfg: RunConfig, size: int, steps: list[float], faults: Faults, args: ar
         f"{young_interval(faults):,.1f} s",
         f"{daly_interval(faults):,.1f} s",
         f"{goodput(faults, work, segments):.2%}",
-        f"{expected / DAY_S:.3g}" if ends else "never",
-        "-" if simulated is None else f"{simulated.mean_s / DAY_S:.3g} +- {simulated.error_s / DAY_S:.1g}",
-        f"{expected / faults.mtbf_s:,.1f}" if ends else "-",
-        f"{hours:,.1f}" if ends else "-",
+        *totals,
     ]
-    if args.price is not None:
-        cells.append(f"{hours * args.price:,.0f}" if ends else "-")
-    return cells
-
-
-def _configured(cfg: RunConfig, steps: list[float], faults: Faults) -> str:
-    """Goodput with the configuration's own ``checkpoint.every``, at the recipe's mean time of a step."""
-    work = sum(seconds * stage.steps for seconds, stage in zip(steps, cfg.stages, strict=True))
-    mean = work / sum(stage.steps for stage in cfg.stages)
-    interval = mean * cfg.checkpoint.every
-    share = goodput(faults, work, segments_of(work, interval))
-    return f"checkpoint.every={cfg.checkpoint.every} as configured is {interval:,.0f} s: goodput {share:.2%}"
-
-
-def _explain(console: Console, notes: list[str]) -> None:
-    lines = [
-        "save every: the best interval in this model; Young's and Daly's formulas for comparison",
-        "goodput: work over mean wall clock since the first start, closed form; simulated: mean days of --runs "
-        "runs and its standard error; -: too many faults to simulate",
-        "faults occur at a constant rate and stop the job at once; --restart-s includes the detection of a hang",
-        *notes,
-    ]
-    for line in lines:
-        print_line(console, f"  - {line}")
