@@ -27,7 +27,7 @@ from deco_scale.parallel.init_weights import initial_tensors
 from deco_scale.sampling import SamplerConfig, sample
 from deco_scale.sampling.images import seeded_noise, to_uint8, velocity_of
 from deco_scale.sampling.samplers import VelocityFn
-from deco_scale.training.inputs import InputBuilder, MicroBatch
+from deco_scale.training.inputs import Batch, InputBuilder
 from launcher.demo.dataset import SUBJECTS, crops
 
 MEASURES = {"frechet": "(lower is better)", "accuracy": "(higher is better)", "heldout": "(lower is better)"}
@@ -271,7 +271,7 @@ def train_variant(
     losses = []
     for step, images, labels in _batches(dataset, settings, seed=seed, steps=settings.steps):
         numbers = list(range(step * settings.batch, (step + 1) * settings.batch))
-        batch = MicroBatch(images, [], [int(label) for label in labels], numbers, None)
+        batch = Batch(images, [], [int(label) for label in labels], numbers, None)
         found = objective(*prepare(batch, 1.0))
         found["loss"].backward()
         optimizer.begin(lr=settings.lr, betas=(0.9, 0.95), measure_norm=True)

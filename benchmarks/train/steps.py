@@ -31,7 +31,7 @@ from deco_scale.objectives import Objective
 from deco_scale.objectives.objective import ObjectiveInputs
 from deco_scale.parallel.engines.base import Engine, Update
 from deco_scale.parallel.mesh import ParallelDims, resolve_parallel_dims
-from deco_scale.training.inputs import Batch, InputBuilder, MicroBatch, pinned, split
+from deco_scale.training.inputs import Batch, InputBuilder, pinned, split
 from deco_scale.training.prefetch import HostPrefetcher
 from deco_scale.training.train_step import StepResult, train_step
 from deco_scale.training.trainer import Data, Stage
@@ -230,7 +230,7 @@ def _with_embeddings(batches: Iterator[Batch], cfg: RunConfig) -> Iterator[Batch
     )
     for batch in batches:
         embeddings = [pool[sample_id % len(pool)] for sample_id in batch.sample_ids]
-        yield MicroBatch(batch.images, batch.captions, batch.labels, batch.sample_ids, embeddings)
+        yield Batch(batch.images, batch.captions, batch.labels, batch.sample_ids, embeddings)
 
 
 def _in_memory(

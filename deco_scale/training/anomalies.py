@@ -40,13 +40,6 @@ class Anomaly:
         return {"loss": self.loss} if self.kind == "spike" else {}
 
 
-@dataclass(frozen=True, slots=True)
-class _Pending:
-    step: int
-    values: Tensor
-    copied: torch.cuda.Event | None
-
-
 class AnomalyDetector:
     """Detects bad steps by numbers that all ranks share, so that they decide alike; see :class:`FaultsConfig`.
 
@@ -60,7 +53,7 @@ class AnomalyDetector:
         self._on_gpu = device.type == "cuda"
         self._mean, self._variance, self._count = (torch.zeros((), device=device) for _ in range(3))
         self._spike = torch.zeros((), device=device)
-        self._pending: deque[_Pending] = deque()
+        self._pending: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
         self._consecutive = 0
         self.skipped = 0
         """Updates skipped so far, for either reason."""
@@ -89,43 +82,39 @@ class AnomalyDetector:
         pending = torch.zeros(3, pin_memory=self._on_gpu)
         pending.copy_(values, non_blocking=True)
         copied = torch.cuda.current_stream().record_event() if self._on_gpu else None
-        self._pending.append(_Pending(step, pending, copied))
+        self._pending.append((step, pending, copied))
 
     def read(self, *, everything: bool = False) -> list[Anomaly]:
         """Bad steps up to :data:`LAG` steps ago; with ``everything`` up to now, which waits for the device."""
         found = []
         while self._pending and (everything or len(self._pending) > LAG):
-            pending = self._pending.popleft()
-            if pending.copied is not None:
-                pending.copied.synchronize()
-            loss, skipped, spike = pending.values.numpy().tolist()
+            step, values, copied = self._pending.popleft()
+            if copied is not None:
+                copied.synchronize()
+            loss, skipped, spike = values.numpy().tolist()
             self._consecutive = self._consecutive + 1 if skipped else 0
             if skipped:
                 self.skipped += 1
-                kind = "spike" if spike else "skip"
-                found.append(Anomaly(pending.step, loss, kind, self._consecutive))
+                found.append(Anomaly(step, loss, "spike" if spike else "skip", self._consecutive))
         return found
 
     def apply_policy(self, anomalies: Iterable[Anomaly], at_step: int, samples: int) -> None:
         """Raise :class:`RunError` or :class:`RollbackRequested` where the policy says so."""
         for anomaly in anomalies:
-            self._apply(anomaly, at_step, samples)
-
-    def _apply(self, anomaly: Anomaly, at_step: int, samples: int) -> None:
-        spike = anomaly.kind == "spike"
-        policy: str = self._cfg.spike if spike else self._cfg.non_finite
-        why = f"a spike of the loss to {anomaly.loss:.4g}" if spike else "loss or gradient not finite"
-        if policy == "stop":
-            key = "spike" if spike else "non_finite"
-            raise RunError(
-                f"step {anomaly.step}: {why}, and faults.{key}=stop; its update was left out. Check the data of "
-                "this step, or set another policy and start again"
-            )
-        if policy == "rollback":
-            raise RollbackRequested(anomaly.step, why, at_step=at_step, samples=samples)
-        if anomaly.consecutive >= self._limit:
-            raise RunError(
-                f"step {anomaly.step}: {why} in {anomaly.consecutive} steps in a row "
-                f"(run.max_bad_steps={self._limit}); the weights are "
-                "those before these steps. Lower the learning rate, or check the data of these steps"
-            )
+            key, why = "non_finite", "loss or gradient not finite"
+            if anomaly.kind == "spike":
+                key, why = "spike", f"a spike of the loss to {anomaly.loss:.4g}"
+            policy = getattr(self._cfg, key)
+            if policy == "stop":
+                raise RunError(
+                    f"step {anomaly.step}: {why}, and faults.{key}=stop; its update was left out. Check the data "
+                    "of this step, or set another policy and start again"
+                )
+            if policy == "rollback":
+                raise RollbackRequested(anomaly.step, why, at_step=at_step, samples=samples)
+            if anomaly.consecutive >= self._limit:
+                raise RunError(
+                    f"step {anomaly.step}: {why} in {anomaly.consecutive} steps in a row "
+                    f"(run.max_bad_steps={self._limit}); the weights are those before these steps. Lower the "
+                    "learning rate, or check the data of these steps"
+                )

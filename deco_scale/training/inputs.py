@@ -5,7 +5,7 @@ Shape letters: B batch, Y X pixels, L text tokens, T text width, N patches, F en
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,33 +15,16 @@ from deco_scale.errors import RunError
 from deco_scale.objectives import ObjectiveConfig, drop_condition
 from deco_scale.objectives.flow_matching import base_time, shift_time
 from deco_scale.objectives.objective import ObjectiveInputs
-from deco_scale.training.noise import draw
-
-
-class Batch(Protocol):
-    """What a loader yields; ``sample_ids`` count the samples of the run, ``labels`` is for class models."""
-
-    @property
-    def images(self) -> "np.ndarray[Any, np.dtype[np.uint8]] | Tensor":
-        """uint8 (B, Y, X, 3)."""
-
-    @property
-    def captions(self) -> Sequence[str]: ...
-
-    @property
-    def labels(self) -> Sequence[int]: ...
-
-    @property
-    def sample_ids(self) -> Sequence[int]: ...
-
-    @property
-    def text_embeddings(self) -> "Sequence[np.ndarray[Any, np.dtype[np.uint16]]] | Tensor | None":
-        """Precomputed text embeddings: (tokens, T) of each caption as bfloat16 bits, or packed."""
+from deco_scale.seeding import derive_seed
 
 
 @dataclass(frozen=True, slots=True)
-class MicroBatch:
-    """A batch, or a part of one, put together here."""
+class Batch:
+    """A rank's share of a global batch, or a part of it; what the loader yields has the same fields.
+
+    ``images`` are uint8 (B, Y, X, 3); ``labels`` are for class models; ``sample_ids`` count a run's samples.
+    Precomputed ``text_embeddings`` are (tokens, T) of each caption as bfloat16 bits, or packed.
+    """
 
     images: Any
     captions: Sequence[str]
@@ -56,9 +39,7 @@ def split(batch: Batch, parts: int) -> Iterator[Batch]:
     for start in range(0, size * parts, size):
         cut = slice(start, start + size)
         embeddings = None if batch.text_embeddings is None else batch.text_embeddings[cut]
-        yield MicroBatch(
-            batch.images[cut], batch.captions[cut], batch.labels[cut], batch.sample_ids[cut], embeddings
-        )
+        yield Batch(batch.images[cut], batch.captions[cut], batch.labels[cut], batch.sample_ids[cut], embeddings)
 
 
 def packed_text_embeddings(embeddings: Sequence[Any], shape: Sequence[int], *, pin: bool = False) -> Tensor:
@@ -76,11 +57,6 @@ def packed_text_embeddings(embeddings: Sequence[Any], shape: Sequence[int], *, p
     return packed
 
 
-def padded_text_embeddings(embeddings: Sequence[Any], shape: Sequence[int]) -> Tensor:
-    """:func:`packed_text_embeddings` in fp32."""
-    return packed_text_embeddings(embeddings, shape).float()
-
-
 def pinned(batch: Batch, null_shape: Sequence[int]) -> Batch:
     """The batch in page-locked memory, from which copies to the device do not hold up the host; needs CUDA.
 
@@ -92,7 +68,36 @@ def pinned(batch: Batch, null_shape: Sequence[int]) -> Batch:
         embeddings = embeddings.pin_memory()
     elif embeddings is not None:
         embeddings = packed_text_embeddings(embeddings, null_shape, pin=True)
-    return MicroBatch(images, batch.captions, batch.labels, batch.sample_ids, embeddings)
+    return Batch(images, batch.captions, batch.labels, batch.sample_ids, embeddings)
+
+
+class SampleDraws(NamedTuple):
+    """Random numbers that belong to a sample, not to a rank.
+
+    ``normal`` (B,) and ``uniform`` (B,) for the time, ``dropout`` (B,) in [0, 1), ``noise`` (B, C, Y, X). Each is
+    drawn from a generator keyed by (seed, number of the sample in the run), so a sample meets the same on any
+    rank, before and after a resume, under any engine. CPU and GPU generators differ: a trace is reproduced on the
+    same kind of device.
+    """
+
+    normal: Tensor
+    uniform: Tensor
+    dropout: Tensor
+    noise: Tensor
+
+
+def draw(seed: int, numbers: list[int], shape: tuple[int, int, int], device: torch.device) -> SampleDraws:
+    """Draws of the samples with these numbers, on ``device``; one generator, reseeded per sample."""
+    generator = torch.Generator(device)
+    count = len(numbers)
+    normal, uniform = torch.empty(count, device=device), torch.empty(count, 2, device=device)
+    noise = torch.empty(count, *shape, device=device)
+    for row, number in enumerate(numbers):
+        generator.manual_seed(derive_seed(seed, number))
+        uniform[row].uniform_(generator=generator)
+        normal[row : row + 1].normal_(generator=generator)
+        noise[row].normal_(generator=generator)
+    return SampleDraws(normal, uniform[:, 0], uniform[:, 1], noise)
 
 
 class EncoderOutputs(NamedTuple):
@@ -156,15 +161,11 @@ class InputBuilder:
         pixels = torch.as_tensor(batch.images).to(self.device, non_blocking=True)
         return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1.0
 
-    def _embeddings(self, embeddings: "Sequence[Any] | Tensor") -> Tensor:
+    def _embeddings(self, embeddings: Any) -> Tensor:
         """(B, L, T) in fp32 on the device; they travel in bfloat16."""
-        on_gpu = self.device.type == "cuda"
-        packed = (
-            embeddings
-            if isinstance(embeddings, Tensor)
-            else packed_text_embeddings(embeddings, self.null.shape, pin=on_gpu)
-        )
-        return packed.to(self.device, non_blocking=True).float()
+        if not isinstance(embeddings, Tensor):
+            embeddings = packed_text_embeddings(embeddings, self.null.shape, pin=self.device.type == "cuda")
+        return embeddings.to(self.device, non_blocking=True).float()
 
     def _labels(self, labels: Sequence[int]) -> Tensor:
         if max(labels) >= self.num_classes:

@@ -4,47 +4,23 @@ import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
 from torch import nn
 
 from deco_scale.distributed.collectives import gather_objects, sum_counters
-from deco_scale.training.config import StageConfig
 from deco_scale.training.train_step import StepResult
+
+if TYPE_CHECKING:
+    from deco_scale.training.trainer import Progress, Stage, Trainer
 
 LISTED_RANKS = 64
 """In larger jobs a logged step has the median and the slowest rank in place of all."""
 _CONSECUTIVE = 3
 _MIN_SHARE = 0.05
 """Of a step's time: what a straggler must cost to be reported."""
-
-
-class StepTimer:
-    """Seconds per step, and seconds per step spent waiting for data, since the last :meth:`read`."""
-
-    def __init__(self, step: int) -> None:
-        self._start, self._from_step, self._wait_s = time.perf_counter(), step, 0.0
-
-    def data_wait(self, seconds: float) -> None:
-        """Time spent waiting for data, part of the step."""
-        self._wait_s += seconds
-
-    @contextmanager
-    def excluded(self) -> Iterator[None]:
-        """What runs within (images, evaluation, checkpoints) is not part of the step."""
-        start = time.perf_counter()
-        yield
-        self._start += time.perf_counter() - start
-
-    def read(self, step: int) -> tuple[float, float]:
-        """``step_s`` and ``data_wait_s`` of the steps since the last call."""
-        now = time.perf_counter()
-        steps = step - self._from_step
-        times = (now - self._start) / steps, self._wait_s / steps
-        self._start, self._from_step, self._wait_s = now, step, 0.0
-        return times
 
 
 class RankComputeTimer:
@@ -107,32 +83,6 @@ def _linears(block: nn.Module) -> list[nn.Module]:
     ]
 
 
-class StragglerDetector:
-    """Names a rank whose own work took ``factor`` times the median's in three logged steps in a row."""
-
-    def __init__(self, factor: float) -> None:
-        self._factor = factor
-        self._counts: dict[int, int] = {}
-
-    def find(self, seconds: Sequence[float], step_s: float) -> dict[int, float]:
-        """Ranks that became stragglers now, with their factors, from seconds by rank."""
-        median = statistics.median(seconds)
-        slow = {
-            rank: each / median
-            for rank, each in enumerate(seconds)
-            if median > 0 and each > self._factor * median and each - median > _MIN_SHARE * step_s
-        }
-        self._counts = {rank: self._counts.get(rank, 0) + 1 for rank in slow}
-        return {rank: factor for rank, factor in slow.items() if self._counts[rank] == _CONSECUTIVE}
-
-
-def rank_times(seconds: Sequence[float]) -> Mapping[str, Any]:
-    """What a logged step says of ranks' own seconds."""
-    if len(seconds) <= LISTED_RANKS:
-        return {"rank_step_s": [round(each, 6) for each in seconds]}
-    return {"rank_step_median_s": statistics.median(seconds), "rank_step_max_s": max(seconds)}
-
-
 def memory_bytes(device: torch.device) -> int:
     """Peak bytes on the GPU, or this process's resident set on a CPU."""
     if device.type == "cuda":
@@ -141,31 +91,34 @@ def memory_bytes(device: torch.device) -> int:
 
 
 class MetricsCollector:
-    """The metrics of a logged step: losses, times since the last one, throughput, what each rank's share took."""
+    """The metrics of a logged step: losses, times since the last one, throughput, what each rank's share took.
 
-    def __init__(
-        self,
-        *,
-        step: int,
-        stage: StageConfig,
-        image_flops: float,
-        peak_flops: float | None,
-        straggler_factor: float,
-        rank_compute: RankComputeTimer | None,
-        device: torch.device,
-    ) -> None:
-        self._stage, self._image_flops, self._peak_flops = stage, image_flops, peak_flops
-        self._timer, self._rank_compute, self._device = StepTimer(step), rank_compute, device
-        self._stragglers = StragglerDetector(straggler_factor)
-        self.data_wait, self.excluded = self._timer.data_wait, self._timer.excluded
+    A straggler's own work took ``straggler_factor`` times the median rank's in three logged steps in a row.
+    """
+
+    def __init__(self, trainer: "Trainer", stage: "Stage", step: int) -> None:
+        self._trainer, self._stage = trainer, stage
+        self._start, self._from_step, self._wait_s = time.perf_counter(), step, 0.0
+        self._slow: dict[int, int] = {}
+
+    def data_wait(self, seconds: float) -> None:
+        """Time spent waiting for data, part of the step."""
+        self._wait_s += seconds
+
+    @contextmanager
+    def excluded(self) -> Iterator[None]:
+        """What runs within (images, evaluation, checkpoints) is not part of the step."""
+        start = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - start
 
     def time_rank(self) -> None:
         """The step that begins now will be logged: time this rank's own work in it."""
-        if self._rank_compute is not None:
-            self._rank_compute.start()
+        if self._trainer.rank_compute is not None:
+            self._trainer.rank_compute.start()
 
     def read(
-        self, result: StepResult, *, step: int, samples: int, skipped: int, counters: Mapping[str, int]
+        self, result: StepResult, progress: "Progress", skipped: int, counters: Mapping[str, int]
     ) -> tuple[dict[str, Any], Mapping[int, float]]:
         """Metrics since the last call, and new stragglers with their factors; waits for the device.
 
@@ -173,26 +126,45 @@ class MetricsCollector:
         """
         losses = {name: value.item() for name, value in result.losses.items()}
         grad_norm = result.grad_norm.item()
-        step_s, wait_s = self._timer.read(step)
-        own_s = wait_s + (self._rank_compute.stop() if self._rank_compute is not None else 0.0)
-        ranks = gather_objects((dict(counters), own_s))
-        seconds = [each for _, each in ranks]
-        images_per_s = self._stage.global_batch / step_s
+        now, steps = time.perf_counter(), progress.step - self._from_step
+        step_s, wait_s = (now - self._start) / steps, self._wait_s / steps
+        self._start, self._from_step, self._wait_s = now, progress.step, 0.0
+        timer, peak = self._trainer.rank_compute, self._trainer.peak_flops
+        ranks = gather_objects((dict(counters), wait_s + (timer.stop() if timer is not None else 0.0)))
+        own_s = [seconds for _, seconds in ranks]
+        images_per_s = self._stage.cfg.global_batch / step_s
         metrics = {
             "time": time.time(),
-            "step": step,
-            "stage": self._stage.name,
-            "samples": samples,
+            "step": progress.step,
+            "stage": self._stage.cfg.name,
+            "samples": progress.samples,
             **{name: losses.get(name) for name in ("loss", "loss_flow", "loss_freq", "loss_repa")},
             "grad_norm": grad_norm,
-            "lr": self._stage.lr,
+            "lr": self._stage.cfg.lr,
             "images_per_s": images_per_s,
-            "mfu": self._image_flops * images_per_s / self._peak_flops if self._peak_flops else None,
+            "mfu": self._stage.image_flops * images_per_s / peak if peak else None,
             "step_s": step_s,
             "data_wait_s": wait_s,
-            **rank_times(seconds),
-            "memory_bytes": memory_bytes(self._device),
+            **_rank_times(own_s),
+            "memory_bytes": memory_bytes(self._trainer.device),
             "skipped": skipped,
             **{f"data.{name}": n for name, n in sorted(sum_counters(each for each, _ in ranks).items())},
         }
-        return metrics, self._stragglers.find(seconds, step_s)
+        return metrics, self._new_stragglers(own_s, step_s)
+
+    def _new_stragglers(self, own_s: Sequence[float], step_s: float) -> dict[int, float]:
+        median, limit = statistics.median(own_s), self._trainer.faults.straggler_factor
+        slow = {
+            rank: each / median
+            for rank, each in enumerate(own_s)
+            if median > 0 and each > limit * median and each - median > _MIN_SHARE * step_s
+        }
+        self._slow = {rank: self._slow.get(rank, 0) + 1 for rank in slow}
+        return {rank: factor for rank, factor in slow.items() if self._slow[rank] == _CONSECUTIVE}
+
+
+def _rank_times(seconds: Sequence[float]) -> Mapping[str, Any]:
+    """What a logged step says of ranks' own seconds."""
+    if len(seconds) <= LISTED_RANKS:
+        return {"rank_step_s": [round(each, 6) for each in seconds]}
+    return {"rank_step_median_s": statistics.median(seconds), "rank_step_max_s": max(seconds)}

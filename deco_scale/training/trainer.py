@@ -6,8 +6,8 @@ Logs, sample images, evaluation and checks are callbacks.
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -25,7 +25,7 @@ from deco_scale.training.inputs import NOT_ENCODED, Batch, EncoderOutputs, Input
 from deco_scale.training.metrics import MetricsCollector, RankComputeTimer, memory_bytes
 from deco_scale.training.prefetch import EncoderPrefetcher, HostPrefetcher
 from deco_scale.training.train_step import StepResult, train_step
-from deco_scale.watchdog.heartbeat import Phase
+from deco_scale.watchdog.client import NoWatchdog, Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -40,23 +40,10 @@ class Data(Protocol):
     def state(self, samples: int) -> dict[str, Any]:
         """Where the data stand after ``samples`` samples of the run, the same on every rank."""
 
-    def __iter__(self) -> Iterator[Batch]: ...
+    def __iter__(self) -> Iterator[Any]:
+        """Batches, with the fields of :class:`Batch`."""
 
     def close(self) -> None: ...
-
-
-class Heartbeat(Protocol):
-    """Reports to the watchdog that this rank makes progress; see :mod:`deco_scale.watchdog`."""
-
-    def beat(self, step: int, phase: Phase) -> None:
-        """The rank begins ``phase`` of ``step``: start-up, a step, or a long operation."""
-
-
-class NoHeartbeat:
-    """Without a watchdog."""
-
-    def beat(self, step: int, phase: Phase) -> None:
-        """No-op."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +54,6 @@ class Progress:
     samples: int = 0
     stage: str = ""
     data_state: dict[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def from_meta(cls, meta: CheckpointMeta) -> "Progress":
-        """The progress that a checkpoint was saved at."""
-        return cls(meta.step, meta.samples, meta.stage, meta.data_state)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +86,7 @@ class Trainer:
     encoder_prefetcher: EncoderPrefetcher | None = None
     stop: StopRequest | None = None
     faults: FaultsConfig = FaultsConfig()
-    heartbeat: Heartbeat = field(default_factory=NoHeartbeat)
+    heartbeat: Watchdog = field(default_factory=NoWatchdog)
     hosts: Sequence[str] = ("localhost",)
     rank_compute: RankComputeTimer | None = None
 
@@ -128,12 +110,15 @@ class Trainer:
         Raises :class:`Stopped` after a signal and a checkpoint, :class:`ConfigError` for a checkpoint that does
         not fit, :class:`RunError` if training cannot continue.
         """
-        with self._reported():
+        try:
             self._call("on_fit_start")
             progress = self._restore(resume)
             self._call("on_train_start")
             progress = self.train(progress)
             self._call("on_train_end")
+        except BaseException as error:
+            self._call("on_exception", error)
+            raise
         if self.stopped is not None:
             raise Stopped(f"stopped by {self.stopped}")
         return progress
@@ -199,15 +184,6 @@ class Trainer:
         for callback in self.callbacks:
             getattr(callback, hook)(self, *args)
 
-    @contextmanager
-    def _reported(self) -> Iterator[None]:
-        """Report an error to all callbacks and raise it."""
-        try:
-            yield
-        except BaseException as error:
-            self._call("on_exception", error)
-            raise
-
     def _restore(self, resume: str) -> Progress:
         """Weights and progress of a checkpoint, the weights of ``checkpoint.init_from``, or a fresh start."""
         loaded = self.checkpoints.resume(self.engine, resume)
@@ -215,20 +191,21 @@ class Trainer:
             self.checkpoints.initialise(self.engine)
             return Progress()
         meta, path = loaded
+        # The weights fit whatever the network predicts, so nothing else would notice.
+        stored = meta.config.get("objective", {}).get("prediction", "velocity")
+        prediction = self.build_inputs.objective.prediction
         if meta.seed != self.settings.seed:
             raise ConfigError(
                 f"{path} was trained with run.seed={meta.seed}, not {self.settings.seed}: another seed would give "
                 "other samples and noise; set it back, or start anew in another run.dir"
             )
-        # The weights fit whatever the network predicts, so nothing else would notice.
-        stored = meta.config.get("objective", {}).get("prediction", "velocity")
-        if stored != self.build_inputs.objective.prediction:
+        if stored != prediction:
             raise ConfigError(
-                f"{path} was trained with objective.prediction={stored}, not "
-                f"{self.build_inputs.objective.prediction}: set it back, or start anew in another run.dir"
+                f"{path} was trained with objective.prediction={stored}, not {prediction}: set it back, or start "
+                "anew in another run.dir"
             )
         logger.info("resumed from %s: step %d, %d samples seen", path, meta.step, meta.samples)
-        return Progress.from_meta(meta)
+        return Progress(meta.step, meta.samples, meta.stage, meta.data_state)
 
     def _roll_back(self, request: RollbackRequested) -> Progress:
         """Load the checkpoint that the policy requires; the data continue after what was trained on."""
@@ -236,13 +213,8 @@ class Trainer:
         self._saved(self.checkpoints.finished(wait=True))
         meta = self.checkpoints.rollback(self.engine, max_step=request.step - self.faults.rollback_steps)
         self.emit("rollback", step=request.at_step, to_step=meta.step)
-        logger.warning(
-            "%s: rolled back from step %d to %d; %d samples are skipped",
-            request,
-            request.at_step,
-            meta.step,
-            request.samples - meta.samples,
-        )
+        told = "%s: rolled back from step %d to %d; %d samples are skipped"
+        logger.warning(told, request, request.at_step, meta.step, request.samples - meta.samples)
         # Of no stage, since its data no longer stand where its count of steps says.
         return Progress(meta.step, request.samples)
 
@@ -252,14 +224,8 @@ class Trainer:
             end += stage.cfg.steps
             if progress.step >= min(end, self.last_step):
                 continue
-            logger.info(
-                "stage %s: %d px, to step %d, global batch %d (accumulation %d)",
-                stage.cfg.name,
-                stage.cfg.resolution,
-                end,
-                stage.cfg.global_batch,
-                stage.accumulation,
-            )
+            batch = f"global batch {stage.cfg.global_batch} (accumulation {stage.accumulation})"
+            logger.info("stage %s: %d px, to step %d, %s", stage.cfg.name, stage.cfg.resolution, end, batch)
             progress = self._run_stage(stage, progress, min(end, self.last_step))
             if self.stopped is not None:
                 logger.info("stopped by %s after step %d", self.stopped, progress.step)
@@ -269,19 +235,19 @@ class Trainer:
     def _run_stage(self, stage: Stage, progress: Progress, end: int) -> Progress:
         self.heartbeat.beat(progress.step, "start")
         data = self.open_data(stage.cfg, progress.samples)
-        _check_data_state(progress, stage.cfg.name, data.state(progress.samples))
-        prefetcher = self._prefetcher(data)
-        batches = self._encoded(prefetcher, stage, end - progress.step)
+        state = data.state(progress.samples)
+        if progress.stage == stage.cfg.name and progress.data_state != state:
+            effect = "from here on training sees other samples than without the interruption"
+            was = progress.data_state
+            logger.warning("the data differ from those of the checkpoint (%s, was %s): %s", state, was, effect)
+        pin = partial(pinned, null_shape=self.build_inputs.null.shape) if self.device.type == "cuda" else None
+        prefetcher = HostPrefetcher(iter(data), depth=2, prepare=pin)
+        batches: Iterator[tuple[Batch, Sequence[EncoderOutputs] | None]] = ((batch, None) for batch in prefetcher)
+        if self.encoder_prefetcher is not None:
+            count = end - progress.step
+            batches = self.encoder_prefetcher.iterate(prefetcher, accumulation=stage.accumulation, count=count)
         anomalies = AnomalyDetector(self.faults, max_bad_steps=self.settings.max_bad_steps, device=self.device)
-        metrics = MetricsCollector(
-            step=progress.step,
-            stage=stage.cfg,
-            image_flops=stage.image_flops,
-            peak_flops=self.peak_flops,
-            straggler_factor=self.faults.straggler_factor,
-            rank_compute=self.rank_compute,
-            device=self.device,
-        )
+        metrics = MetricsCollector(self, stage, progress.step)
         first = progress.step + 1
         try:
             while progress.step < end and self.stopped is None:
@@ -305,7 +271,7 @@ class Trainer:
                 for anomaly in found:
                     self.emit(anomaly.kind, step=anomaly.step, **anomaly.details)
                 if logged:
-                    self._log(metrics, result, progress, anomalies.skipped, data.counters)
+                    self._log(*metrics.read(result, progress, anomalies.skipped, data.counters))
                 anomalies.apply_policy(found, progress.step, progress.samples)
                 self._call("on_update_end", step)
                 with metrics.excluded():
@@ -318,33 +284,11 @@ class Trainer:
             prefetcher.close()
         return progress
 
-    def _prefetcher(self, data: Data) -> HostPrefetcher:
-        null_shape = self.build_inputs.null.shape
-        pin = (lambda batch: pinned(batch, null_shape)) if self.device.type == "cuda" else None
-        return HostPrefetcher(iter(data), depth=2, prepare=pin)
-
-    def _encoded(
-        self, batches: Iterator[Batch], stage: Stage, count: int
-    ) -> Iterator[tuple[Batch, Sequence[EncoderOutputs] | None]]:
-        """``count`` batches, with what the encoders made of them ahead of their step."""
-        if self.encoder_prefetcher is None:
-            return ((batch, None) for batch in batches)
-        return self.encoder_prefetcher.iterate(batches, accumulation=stage.accumulation, count=count)
-
-    def _log(
-        self,
-        metrics: MetricsCollector,
-        result: StepResult,
-        progress: Progress,
-        skipped: int,
-        counters: Mapping[str, int],
-    ) -> None:
-        values, stragglers = metrics.read(
-            result, step=progress.step, samples=progress.samples, skipped=skipped, counters=counters
-        )
+    def _log(self, values: dict[str, Any], stragglers: Mapping[int, float]) -> None:
+        """Report a logged step's metrics, and new stragglers with their factors."""
         for rank, factor in stragglers.items():
             host = self.hosts[rank]
-            self.emit("straggler", rank=rank, host=host, factor=factor, step=progress.step)
+            self.emit("straggler", rank=rank, host=host, factor=factor, step=values["step"])
             logger.warning("rank %d on %s is slow: %.1f times the median rank's own work", rank, host, factor)
         stall_s = self.checkpoints.take_stall()
         if stall_s is not None:
@@ -387,13 +331,3 @@ class Trainer:
         else:
             # Training is worth more than one checkpoint: the previous one is untouched.
             logger.warning("%s; training continues", result.error)
-
-
-def _check_data_state(progress: Progress, stage: str, state: Mapping[str, Any]) -> None:
-    if progress.stage == stage and progress.data_state != state:
-        logger.warning(
-            "the data differ from those of the checkpoint (%s, was %s): from here on training sees other samples "
-            "than without the interruption",
-            state,
-            progress.data_state,
-        )

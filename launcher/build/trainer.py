@@ -33,10 +33,11 @@ from deco_scale.sampling import ImageGenerator, SampleRequest
 from deco_scale.sampling.config import SamplerConfig
 from deco_scale.sampling.images import velocity_of
 from deco_scale.training.callbacks import Callback
-from deco_scale.training.inputs import InputBuilder, padded_text_embeddings
+from deco_scale.training.inputs import InputBuilder, packed_text_embeddings
 from deco_scale.training.metrics import RankComputeTimer
 from deco_scale.training.prefetch import EncoderPrefetcher
-from deco_scale.training.trainer import Heartbeat, Stage, Trainer
+from deco_scale.training.trainer import Stage, Trainer
+from deco_scale.watchdog.client import Watchdog
 from launcher.build.callbacks import CheckReplicas, Evaluate, LogRun, SampleImages, SaveConfig
 from launcher.build.data import SyntheticData, load_encoders, open_loader, shared_over_tp
 from launcher.build.model import build_engine, choose_attention, compute_dtype, objective_builder, plan_fp8_linears
@@ -51,7 +52,7 @@ def build_trainer(
     resume: str = "auto",
     dry_run: bool = False,
     stop: StopRequest | None = None,
-    start_watchdog: Callable[[], Heartbeat],
+    start_watchdog: Callable[[], Watchdog],
 ) -> tuple[Trainer, RunLogger]:
     """Check what can be checked, join the other ranks, build everything; close the :class:`RunLogger` at the end.
 
@@ -100,7 +101,7 @@ def build_trainer(
     encode_text = None
     if null_embedding is not None:
         shape = (cfg.model.text_tokens, cfg.model.text_dim)
-        null = padded_text_embeddings([null_embedding], shape)[0].to(device)
+        null = packed_text_embeddings([null_embedding], shape)[0].to(device).float()
     elif text is not None:
         null, encode_text = text.null, shared_over_tp(text.encode, engine)
     else:

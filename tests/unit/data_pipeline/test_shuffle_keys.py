@@ -17,7 +17,7 @@ from data_pipeline.stream.loader import Loader
 from data_pipeline.stream.mixture import BLOCK_POSITIONS, MixtureSampler, Schedule
 from data_pipeline.stream.sampler import CHUNK_SAMPLES, ElasticSampler, generator
 from deco_scale.seeding import derive_seed
-from deco_scale.training.noise import draw
+from deco_scale.training.inputs import draw
 from tests.support.sets import image_bytes, tar_of
 
 

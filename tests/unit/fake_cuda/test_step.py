@@ -22,7 +22,7 @@ from deco_scale.models import ModelConfig
 from deco_scale.models.attention.dispatch import attention
 from deco_scale.training.anomalies import AnomalyDetector
 from deco_scale.training.config import FaultsConfig, StageConfig
-from deco_scale.training.inputs import Batch, InputBuilder, MicroBatch, pinned
+from deco_scale.training.inputs import Batch, InputBuilder, pinned
 from deco_scale.training.train_step import train_step
 from tests.support import CONFIGS
 from tests.support.device_check import Call, DeviceCheck
@@ -68,7 +68,7 @@ IN_FP32 = (
     "kernels/adamw.py",
     "optim/adamw_ema.py",
     "training/anomalies.py",
-    "training/noise.py",
+    "training/inputs.py:draw",
     "training/train_step.py:train_step",
     "training/train_step.py:_mean_over_ranks",
 )
@@ -107,7 +107,7 @@ def batch_of(stage: StageConfig, device: str) -> Batch:
     """Images and text embeddings as the data's workers give them."""
     size, side = stage.micro_batch, stage.resolution
     states = [np.zeros((3 + i % 90, CONFIG.model.text_dim), np.uint16) for i in range(size)]
-    made = MicroBatch(np.zeros((size, side, side, 3), np.uint8), [""] * size, [0] * size, range(size), states)
+    made = Batch(np.zeros((size, side, side, 3), np.uint8), [""] * size, [0] * size, range(size), states)
     shape = (CONFIG.model.text_tokens, CONFIG.model.text_dim)
     return pinned(made, shape) if device == "cuda" else made
 

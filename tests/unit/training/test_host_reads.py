@@ -20,7 +20,7 @@ from deco_scale.parallel.mesh import ParallelDims
 from deco_scale.precision.config import PrecisionConfig
 from deco_scale.training.anomalies import AnomalyDetector
 from deco_scale.training.config import FaultsConfig, RunSettings, StageConfig
-from deco_scale.training.inputs import InputBuilder, MicroBatch, pinned
+from deco_scale.training.inputs import Batch, InputBuilder, pinned
 from deco_scale.training.train_step import StepResult
 from deco_scale.training.trainer import Stage, Trainer
 from tests.support.device_check import reads_host
@@ -77,7 +77,7 @@ class SmallRun:
             open_data=nothing, checkpoints=nothing, device=device, config={},
         )  # fmt: skip
 
-    def batch(self, step: int) -> MicroBatch:
+    def batch(self, step: int) -> Batch:
         """Images, and text embeddings of different lengths or labels; in page-locked memory for a GPU."""
         random = np.random.default_rng(step)
         states: Sequence[Any] | None = None
@@ -85,10 +85,10 @@ class SmallRun:
             states = [random.integers(0, 16_000, (2 + i % 3, 12)).astype(np.uint16) for i in range(SAMPLES)]
         images = random.integers(0, 256, (SAMPLES, 24, 24, 3), dtype=np.uint8)
         numbers = range(step * SAMPLES, (step + 1) * SAMPLES)
-        made = MicroBatch(images, [""] * SAMPLES, [3] * SAMPLES, numbers, states)
-        return cast(MicroBatch, pinned(made, (5, 12))) if self.device.type == "cuda" else made
+        made = Batch(images, [""] * SAMPLES, [3] * SAMPLES, numbers, states)
+        return pinned(made, (5, 12)) if self.device.type == "cuda" else made
 
-    def step(self, number: int, batch: MicroBatch) -> StepResult:
+    def step(self, number: int, batch: Batch) -> StepResult:
         """What the loop does in a step that does not log."""
         result = self.trainer.step(self.stage, batch, anomalies=self.anomalies)
         self.anomalies.add(number, loss=result.losses["loss"], skipped=result.skipped)
@@ -182,14 +182,13 @@ def test_the_kernels_take_the_same_step() -> None:
 
 def test_packed_states_are_the_bits_that_were_stored(tmp_path: Path) -> None:
     from deco_scale.errors import RunError
-    from deco_scale.training.inputs import packed_text_embeddings, padded_text_embeddings
+    from deco_scale.training.inputs import packed_text_embeddings
 
     exact = torch.randn(3, 4).bfloat16()
     bits = exact.view(torch.int16).numpy().view(np.uint16)
     packed = packed_text_embeddings([bits, bits[:1]], (5, 4))
     assert torch.equal(packed[0, :3], exact) and torch.equal(packed[1, :1], exact[:1])
     assert not packed[0, 3:].any() and not packed[1, 1:].any()
-    assert torch.equal(padded_text_embeddings([bits], (5, 4))[0, :3], exact.float())
     for shape in ((2, 4), (5, 3)):
         with pytest.raises(RunError, match="the model takes"):
             packed_text_embeddings([bits], shape)

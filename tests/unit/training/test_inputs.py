@@ -11,19 +11,17 @@ from torch import Tensor
 
 from deco_scale.errors import RunError
 from deco_scale.objectives import ObjectiveConfig
-from deco_scale.training.inputs import EncoderOutputs, InputBuilder, MicroBatch, split
+from deco_scale.training.inputs import Batch, EncoderOutputs, InputBuilder, split
 from tests.support import formulas
 
 CPU = torch.device("cpu")
 CLASSES = 1000
 
 
-def batch_of(count: int, *, states: Any = None, first: int = 0) -> MicroBatch:
+def batch_of(count: int, *, states: Any = None, first: int = 0) -> Batch:
     """Every field says which sample it belongs to."""
     images = np.arange(count, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 4, 3), np.uint8)
-    return MicroBatch(
-        images, [f"c{i}" for i in range(count)], list(range(count)), range(first, first + count), states
-    )
+    return Batch(images, [f"c{i}" for i in range(count)], list(range(count)), range(first, first + count), states)
 
 
 def prepare(*, null: Tensor | None = None, num_classes: int = CLASSES, **fields: Any) -> InputBuilder:
@@ -60,17 +58,17 @@ def test_a_micro_batch_has_every_field_of_the_same_samples(parts: int, kind: str
 @pytest.mark.parametrize("label", [5, 6, 1000])
 def test_a_label_that_is_no_class_is_refused(label: int) -> None:
     """Label 5 of a model with the classes 0 to 4 would be read as the null class."""
-    batch = MicroBatch(np.zeros((2, 2, 4, 3), np.uint8), ["", ""], [0, label], [0, 1], None)
+    batch = Batch(np.zeros((2, 2, 4, 3), np.uint8), ["", ""], [0, label], [0, 1], None)
     with pytest.raises(RunError, match=f"class {label}.*5 classes"):
         prepare(num_classes=5)(batch, 1.0)
-    last = MicroBatch(batch.images, batch.captions, [0, 4], batch.sample_ids, None)
+    last = Batch(batch.images, batch.captions, [0, 4], batch.sample_ids, None)
     assert prepare(num_classes=5)(last, 1.0).condition.tolist() == [0, 4]
 
 
 def test_images_are_scaled_to_minus_one_and_one_with_channels_first() -> None:
     images = np.zeros((1, 2, 4, 3), np.uint8)
     images[0, 0, 3, 1], images[0, 1, 0, 2] = 255, 51
-    inputs = prepare()(MicroBatch(images, [""], [0], [0], None), 1.0)
+    inputs = prepare()(Batch(images, [""], [0], [0], None), 1.0)
     expected = torch.full((1, 3, 2, 4), -1.0)
     expected[0, 1, 0, 3], expected[0, 2, 1, 0] = 1.0, -0.6
     torch.testing.assert_close(inputs.image, expected)
@@ -92,7 +90,7 @@ def test_times_and_noise_are_the_samples_own_and_times_are_shifted(law: str, shi
 def test_times_follow_their_law(law: str, shift: float) -> None:
     """The largest distance between the distribution of many times and the law's own (Kolmogorov and Smirnov)."""
     count = 4000
-    batch = MicroBatch(np.zeros((count, 1, 1, 3), np.uint8), [""] * count, [0] * count, range(count), None)
+    batch = Batch(np.zeros((count, 1, 1, 3), np.uint8), [""] * count, [0] * count, range(count), None)
     t = prepare(objective={"time_law": law})(batch, shift).t.double().sort().values
     assert t[0] > 0 and t[-1] < 1
     # P(T <= t): the shift undone, then the law.
@@ -107,7 +105,7 @@ def test_times_follow_their_law(law: str, shift: float) -> None:
 @pytest.mark.parametrize("law", ["logit_normal", "uniform"])
 def test_conditions_are_dropped_with_their_share_and_at_any_time(law: str) -> None:
     count, share = 4000, 0.3
-    batch = MicroBatch(np.zeros((count, 1, 1, 3), np.uint8), [""] * count, [7] * count, range(count), None)
+    batch = Batch(np.zeros((count, 1, 1, 3), np.uint8), [""] * count, [7] * count, range(count), None)
     inputs = prepare(objective={"time_law": law, "condition_dropout": share})(batch, 1.0)
     dropped = inputs.condition == CLASSES
     assert bool((dropped | (inputs.condition == 7)).all())

@@ -15,7 +15,7 @@ from deco_scale.parallel.engines.fsdp import FsdpEngine
 from deco_scale.parallel.mesh import ParallelDims
 from deco_scale.precision.config import PrecisionConfig
 from deco_scale.training.config import RunSettings, StageConfig
-from deco_scale.training.inputs import InputBuilder, MicroBatch
+from deco_scale.training.inputs import Batch, InputBuilder
 from deco_scale.training.trainer import Stage, Trainer
 from tests.support import formulas
 from tests.support.saving import alone
@@ -57,14 +57,14 @@ def texts() -> Tensor:
     return torch.randn(CLASSES + 1, TEXT_TOKENS, TEXT_DIM, generator=torch.Generator().manual_seed(5))
 
 
-def batch_of(step: int) -> MicroBatch:
+def batch_of(step: int) -> Batch:
     random = np.random.default_rng(step)
     # A coarse image and fine noise: both low and high frequencies count.
     coarse = random.integers(0, 200, (SAMPLES, ROWS, COLS, 3)).repeat(PATCH, axis=1).repeat(PATCH, axis=2)
     images = (coarse + random.integers(0, 56, coarse.shape)).astype(np.uint8)
     labels = [int(label) for label in random.permutation(np.arange(SAMPLES) % CLASSES)]
     numbers = range(step * SAMPLES, (step + 1) * SAMPLES)
-    return MicroBatch(images, [str(label) for label in labels], labels, numbers, None)
+    return Batch(images, [str(label) for label in labels], labels, numbers, None)
 
 
 def engine_with_all_weights_at_work(model: ModelConfig) -> FsdpEngine:
@@ -133,7 +133,7 @@ class Expected:
         self.shape = formulas.Shape(ROWS, COLS, PATCH, HEADS, self.is_text, repa_layer=1)
         self.dropped: list[bool] = []
 
-    def step(self, batch: MicroBatch) -> tuple[dict[str, float], float]:
+    def step(self, batch: Batch) -> tuple[dict[str, float], float]:
         image = torch.tensor(np.array(batch.images), dtype=torch.float64).permute(0, 3, 1, 2) / 255 * 2 - 1
         times, noises, conditions = [], [], []
         for number, label in zip(batch.sample_ids, batch.labels, strict=True):
