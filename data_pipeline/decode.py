@@ -11,17 +11,17 @@ Unlike the release, both turn the image as its EXIF orientation says, show what 
 Sizes are (height, width); Pillow's own are (width, height).
 """
 
+import contextlib
 import io
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Literal
 
 import numpy as np
 
 # The plug-ins of FORMATS register when imported; Pillow would otherwise import all it has to find WebP.
-from PIL import GifImagePlugin, Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin  # noqa: F401
+from PIL import ExifTags, GifImagePlugin, Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin  # noqa: F401
 
 DecodeMode = Literal["exact", "fast"]
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
@@ -33,7 +33,6 @@ PILLOW_PIXELS = 179_000_000
 """Pixels of the largest image that Pillow opens, rounded up."""
 KEPT_BLOCKS = 16
 """Blocks of at most 16 MiB that Pillow keeps for the next images of this process."""
-_ORIENTATION_TAG = 0x0112
 _TURN = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -192,7 +191,7 @@ def _to_rgb(opened: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-@contextmanager
+@contextlib.contextmanager
 def _faults() -> Iterator[None]:
     """Whatever Pillow raises becomes a :class:`DecodeError`."""
     try:
@@ -206,7 +205,7 @@ def _faults() -> Iterator[None]:
         raise DecodeError("undecodable", f"{type(error).__name__}: {error}") from error
 
 
-@contextmanager
+@contextlib.contextmanager
 def _open(encoded: bytes) -> Iterator[Image.Image]:
     """Opened image, its header read and its sides plausible."""
     _prepare_pillow()
@@ -233,24 +232,16 @@ def _prepare_pillow() -> None:
 def _orientation(opened: Image.Image) -> int:
     """EXIF orientation 1 to 8, 1 where there is none, of EXIF data that stand before the pixels.
 
-    Read here because Pillow's ``getexif`` decodes a whole PNG to look for EXIF data after the pixels.
+    Not by Pillow's ``getexif``, which decodes a whole PNG to look for EXIF data after the pixels.
     """
-    exif = opened.info.get("exif")
+    exif, found = opened.info.get("exif"), Image.Exif()
     # A PNG's text chunk named "exif" gives a str.
-    if not isinstance(exif, bytes):
-        return 1
-    tiff = exif.removeprefix(b"Exif\0\0")
-    if tiff[:4] not in (b"II*\0", b"MM\0*"):
-        return 1
-    order: Literal["little", "big"] = "little" if tiff[:1] == b"I" else "big"
-    directory = int.from_bytes(tiff[4:8], order)
-    count = int.from_bytes(tiff[directory : directory + 2], order)
-    for at in range(directory + 2, min(directory + 2 + 12 * count, len(tiff) - 11), 12):
-        if int.from_bytes(tiff[at : at + 2], order) == _ORIENTATION_TAG:
-            # A 16-bit number (type 3), by some writers a 32-bit one (type 4).
-            width = 4 if int.from_bytes(tiff[at + 2 : at + 4], order) == 4 else 2
-            value = int.from_bytes(tiff[at + 8 : at + 8 + width], order)
-            return value if 1 <= value <= 8 else 1
+    if isinstance(exif, bytes):
+        # Damaged data are as good as none.
+        with contextlib.suppress(Exception):
+            found.load(exif)
+            value = found.get(ExifTags.Base.Orientation)
+            return value if value in _TURN else 1
     return 1
 
 

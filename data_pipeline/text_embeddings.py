@@ -26,7 +26,7 @@ import numpy as np
 
 from data_pipeline.captions import parse_captions, texts_of
 from data_pipeline.errors import DataError
-from data_pipeline.index.format import BLOCK, IS_LABEL, Index, pack_columns, read_sample, unpack_columns
+from data_pipeline.index.format import BLOCK, Index, pack_columns, read_sample, unpack_columns
 from data_pipeline.storage.base import ObjectInfo, Store
 
 EMBEDDINGS_KEY = "states.safetensors"
@@ -121,139 +121,117 @@ class TextEmbeddingStore:
         return BLOCK * int(self._columns["start"][row]), int(self._columns["size"][row])
 
 
-def embed(
-    data: Store,
-    index: Index,
-    target: Store,
-    encode: Encode,
-    identity: TextEmbeddingIdentity,
-    *,
-    rank: int,
-    world: int,
-    batch: int,
-    progress: Callable[[str, int, int], None] | None = None,
-) -> None:
-    """Encode the captions of every ``world``-th shard; rank 0 then waits for the others and writes the index.
+@dataclass(frozen=True, slots=True)
+class Embedder:
+    """Encodes the captions of an index of ``data``, ``batch`` at a time, and writes sidecars to ``target``."""
 
-    ``batch`` texts are encoded at a time. Shards that an earlier run with the same identity finished are not
-    done again. Raises :class:`DataError` where a sample differs from the index.
-    """
-    mine = range(rank, len(index.shards), world)
-    for done, number in enumerate(mine, start=1):
-        if _finished(target, index, number, identity) is None:
-            _embed_shard(data, index, number, target, encode, identity, batch)
-        if progress:
-            progress(index.shards[number].key, done, len(mine))
-    if rank == 0:
-        _merge(target, index, identity, encode)
+    data: Store
+    index: Index
+    target: Store
+    encode: Encode
+    identity: TextEmbeddingIdentity
+    batch: int
 
+    def run(self, *, rank: int, world: int, progress: Callable[[str, int, int], None] | None = None) -> None:
+        """Encode every ``world``-th shard; rank 0 then waits for the others and writes the index.
 
-def _embed_shard(
-    data: Store,
-    index: Index,
-    number: int,
-    target: Store,
-    encode: Encode,
-    identity: TextEmbeddingIdentity,
-    batch: int,
-) -> None:
-    rows = index.shard_rows(number)
-    columns: dict[str, list[int]] = {name: [] for name in COLUMNS}
-    with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / "states.tar"
-        with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-            for low in range(rows.start, rows.stop, READ_SAMPLES):
-                texts = list(_texts(data, index, number, range(low, min(rows.stop, low + READ_SAMPLES)), identity))
-                encoded = _encoded([text for each in texts for text in each], encode, batch)
-                for row, each in enumerate(texts, start=low):
-                    member = pack_embeddings(list(itertools.islice(encoded, len(each))))
-                    info = tarfile.TarInfo(f"{row - rows.start:09d}.states")
-                    info.size = len(member)
-                    columns["start"].append((tar.offset + BLOCK) // BLOCK)
-                    columns["size"].append(len(member))
-                    columns["crc32c"].append(google_crc32c.value(member))
-                    tar.addfile(info, io.BytesIO(member))
-        key = _key(index, number, "states.tar")
-        target.write_file(key, path)
-    sidecar = target.info(key)
-    assert sidecar is not None
-    arrays = {name: np.asarray(columns[name], dtype=dtype) for name, dtype in COLUMNS.items()}
-    made_of = _made_of(index, number, identity)
-    header = {"version": VERSION, "made_of": made_of, "sidecar": [sidecar.size, sidecar.etag]}
-    target.write(_key(index, number, "states.rows"), pack_columns(arrays, header))
+        Shards that an earlier run with the same identity finished are not done again. Raises :class:`DataError`
+        where a sample differs from the index.
+        """
+        mine = range(rank, len(self.index.shards), world)
+        for done, number in enumerate(mine, start=1):
+            if self._finished(number) is None:
+                self._embed_shard(number)
+            if progress:
+                progress(self.index.shards[number].key, done, len(mine))
+        if rank == 0:
+            self._merge()
 
+    def _embed_shard(self, number: int) -> None:
+        rows = self.index.shard_rows(number)
+        places: list[tuple[int, int, int]] = []
+        with tempfile.TemporaryDirectory() as scratch:
+            path = Path(scratch) / "states.tar"
+            with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+                for low in range(rows.start, rows.stop, READ_SAMPLES):
+                    texts = list(self._texts(number, range(low, min(rows.stop, low + READ_SAMPLES))))
+                    encoded = self._encoded([text for each in texts for text in each])
+                    for row, each in enumerate(texts, start=low):
+                        member = pack_embeddings(list(itertools.islice(encoded, len(each))))
+                        info = tarfile.TarInfo(f"{row - rows.start:09d}.states")
+                        info.size = len(member)
+                        places.append((tar.offset // BLOCK + 1, len(member), google_crc32c.value(member)))
+                        tar.addfile(info, io.BytesIO(member))
+            self.target.write_file(self._key(number, "states.tar"), path)
+        sidecar = self.target.info(self._key(number, "states.tar"))
+        assert sidecar is not None
+        values = np.asarray(places, dtype=np.uint32).reshape(-1, len(COLUMNS)).T
+        made_of = self._made_of(number)
+        header = {"version": VERSION, "made_of": made_of, "sidecar": [sidecar.size, sidecar.etag]}
+        columns = pack_columns(dict(zip(COLUMNS, values, strict=True)), header)
+        self.target.write(self._key(number, "states.rows"), columns)
 
-def _texts(
-    data: Store, index: Index, number: int, rows: range, identity: TextEmbeddingIdentity
-) -> Iterator[tuple[str, ...]]:
-    """All texts that training may show for each row."""
-    if not rows:
-        return
-    shard, fields = index.shards[number], index.header["scan"]["caption_fields"]
-    first, last = index.locate(rows[0]), index.locate(rows[-1])
-    raw = data.read(shard.key, first.start, last.end - first.start, shard.etag)
-    for row in rows:
-        location = index.locate(row)
-        sample = raw[location.start - first.start : location.end - first.start]
-        if google_crc32c.value(sample) != location.crc32c:
-            sample = read_sample(data, index, location)
-        if index.columns["flags"][row] & IS_LABEL:
-            yield ()
-            continue
-        captions = parse_captions(sample[location.text], is_json=location.is_json, fields=fields)
-        yield texts_of(captions, prefixes=identity.prefixes, short_words=identity.short_words)
+    def _texts(self, number: int, rows: range) -> Iterator[tuple[str, ...]]:
+        """All texts that training may show for each row."""
+        index = self.index
+        shard, fields = index.shards[number], index.header["scan"]["caption_fields"]
+        first, last = index.locate(rows[0]), index.locate(rows[-1])
+        raw = self.data.read(shard.key, first.start, last.end - first.start, shard.etag)
+        for row in rows:
+            location = index.locate(row)
+            sample = raw[location.start - first.start : location.end - first.start]
+            if google_crc32c.value(sample) != location.crc32c:
+                sample = read_sample(self.data, index, location)
+            if location.is_label:
+                yield ()
+                continue
+            captions = parse_captions(sample[location.text], is_json=location.is_json, fields=fields)
+            yield texts_of(captions, prefixes=self.identity.prefixes, short_words=self.identity.short_words)
 
+    def _encoded(self, texts: Sequence[str]) -> Iterator[Any]:
+        for low in range(0, len(texts), self.batch):
+            part = texts[low : low + self.batch]
+            embeddings = self.encode(part)
+            if len(embeddings) != len(part):
+                raise DataError(f"the encoder gave {len(embeddings)} embeddings for {len(part)} texts")
+            yield from embeddings
 
-def _encoded(texts: Sequence[str], encode: Encode, batch: int) -> Iterator[Any]:
-    for low in range(0, len(texts), batch):
-        part = texts[low : low + batch]
-        embeddings = encode(part)
-        if len(embeddings) != len(part):
-            raise DataError(f"the encoder gave {len(embeddings)} embeddings for {len(part)} texts")
-        yield from embeddings
-
-
-def _finished(target: Store, index: Index, number: int, identity: TextEmbeddingIdentity) -> Any:
-    """Columns and sidecar of a shard that is done, or None."""
-    key = _key(index, number, "states.rows")
-    raw = target.read_all(key)
-    if raw is None:
+    def _finished(self, number: int) -> Any:
+        """Columns and sidecar of a shard that is done, or None."""
+        key = self._key(number, "states.rows")
+        raw = self.target.read_all(key)
+        # Damaged or of another identity: made again.
+        with contextlib.suppress(DataError):
+            columns, header = unpack_columns(np.frombuffer(raw or b"", dtype=np.uint8), key, COLUMNS, VERSION)
+            if header["made_of"] == self._made_of(number):
+                return columns, ObjectInfo(self._key(number, "states.tar"), *header["sidecar"])
         return None
-    # Damaged or of another identity: made again.
-    with contextlib.suppress(DataError):
-        columns, header = unpack_columns(np.frombuffer(raw, dtype=np.uint8), key, COLUMNS, VERSION)
-        if header["made_of"] == _made_of(index, number, identity):
-            return columns, ObjectInfo(_key(index, number, "states.tar"), *header["sidecar"])
-    return None
 
+    def _merge(self) -> None:
+        """Write ``states.safetensors`` once every shard is done."""
+        parts = []
+        for number in range(len(self.index.shards)):
+            while (part := self._finished(number)) is None:
+                # Another process is still encoding it.
+                time.sleep(_WAIT_S)
+            parts.append(part)
+        (null,) = self.encode([""])
+        header = {
+            "version": VERSION,
+            "index": self.index.whole_digest,
+            "identity": asdict(self.identity),
+            "sidecars": [[s.key, s.size, s.etag] for _, s in parts],
+            "null": np.ravel(null).tolist(),
+        }
+        columns = {name: np.concatenate([columns[name] for columns, _ in parts]) for name in COLUMNS}
+        self.target.write(EMBEDDINGS_KEY, pack_columns(columns, header))
 
-def _merge(target: Store, index: Index, identity: TextEmbeddingIdentity, encode: Encode) -> None:
-    """Write ``states.safetensors`` once every shard is done."""
-    parts = []
-    for number in range(len(index.shards)):
-        while (part := _finished(target, index, number, identity)) is None:
-            # Another process is still encoding it.
-            time.sleep(_WAIT_S)
-        parts.append(part)
-    (null,) = encode([""])
-    header = {
-        "version": VERSION,
-        "index": index.whole_digest,
-        "identity": asdict(identity),
-        "sidecars": [[s.key, s.size, s.etag] for _, s in parts],
-        "null": np.ravel(null).tolist(),
-    }
-    columns = {name: np.concatenate([columns[name] for columns, _ in parts]) for name in COLUMNS}
-    target.write(EMBEDDINGS_KEY, pack_columns(columns, header))
+    def _made_of(self, number: int) -> list[Any]:
+        """What a shard's embeddings depend on, as JSON keeps it."""
+        shard, rows = self.index.shards[number], len(self.index.shard_rows(number))
+        fields = list(self.index.header["scan"]["caption_fields"])
+        return [shard.key, shard.size, shard.etag, rows, fields, self.identity.digest]
 
-
-def _made_of(index: Index, number: int, identity: TextEmbeddingIdentity) -> list[Any]:
-    """What a shard's embeddings depend on, as JSON keeps it."""
-    shard = index.shards[number]
-    fields = list(index.header["scan"]["caption_fields"])
-    return [shard.key, shard.size, shard.etag, len(index.shard_rows(number)), fields, identity.digest]
-
-
-def _key(index: Index, number: int, suffix: str) -> str:
-    """Key of a shard's ``states.tar`` (its sidecar) or ``states.rows`` (where each member lies, written last)."""
-    return f"{index.shards[number].key.removesuffix('.tar')}.{suffix}"
+    def _key(self, number: int, suffix: str) -> str:
+        """Of a shard's ``states.tar`` (its sidecar) or ``states.rows`` (where each member lies, written last)."""
+        return f"{self.index.shards[number].key.removesuffix('.tar')}.{suffix}"

@@ -176,7 +176,7 @@ def big_index(samples: int) -> dict[str, float]:
         began = time.perf_counter()
         index = parse_index(np.memmap(path, np.uint8, "r"), scratch)
         loaded = time.perf_counter()
-        chunks = Chunks.of_index(index)
+        chunks = Chunks(index)
         cut = time.perf_counter()
         order = EpochSampler(chunks, seed=1, epoch=0, streams=1024, window=256)
         built = time.perf_counter()

@@ -122,7 +122,7 @@ def shard_samples(file: ShardFile, rejects: list[Reject]) -> Iterator[tuple[str,
 
     Adds to ``rejects`` what is wrong with the shard: repeated keys, damage, a missing end-of-archive mark.
     """
-    shard, keys, end = file.shard, set[str](), 0
+    shard, keys = file.shard, set[str]()
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for key, group in itertools.groupby(_regular_files(tar), lambda member: split_name(member.name)[0]):
@@ -138,9 +138,15 @@ def shard_samples(file: ShardFile, rejects: list[Reject]) -> Iterator[tuple[str,
                     continue
                 keys.add(key)
                 yield key, members, end
+            stop = tar.offset  # type: ignore[attr-defined]
     except _TAR_DAMAGE as error:
         rejects.append(Reject(shard.key, f"{type(error).__name__}: {error}"))
-    if file.span(end, min(shard.size, end + BLOCK)) != bytes(BLOCK):
+        return
+    mark = file.span(stop, min(shard.size, stop + BLOCK))
+    if len(mark) == BLOCK and any(mark):
+        # tarfile takes it for the end.
+        rejects.append(Reject(shard.key, f"damaged tar header at byte {stop} after {len(keys)} samples"))
+    elif len(mark) < BLOCK:
         reason = f"no end-of-archive mark after {len(keys)} samples, the shard may be cut off"
         rejects.append(Reject(shard.key, reason))
 

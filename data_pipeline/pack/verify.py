@@ -5,7 +5,6 @@ One pass in pieces: memory holds a few pieces, one sample, and the position of e
 
 import hashlib
 import json
-import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -13,9 +12,9 @@ import google_crc32c
 
 from data_pipeline.captions import parse_captions, parse_label
 from data_pipeline.decode import PILLOW_PIXELS, DecodeError, decode, image_size
-from data_pipeline.errors import StoreError
-from data_pipeline.index.build import PIECE_BYTES, ShardFile, over_processes, split_name
-from data_pipeline.index.format import BLOCK, Location, load_index
+from data_pipeline.errors import Reject, StoreError
+from data_pipeline.index.build import PIECE_BYTES, ShardFile, over_processes, shard_samples
+from data_pipeline.index.format import Location, load_index
 from data_pipeline.pack.writer import MANIFEST_KEY
 from data_pipeline.storage.base import Access, ObjectInfo, Store
 
@@ -42,13 +41,12 @@ class VerifyReport:
 
 @dataclass(frozen=True, slots=True)
 class _Task:
-    """A shard as it should be. ``sha256`` and ``listed_size`` are those of ``shards.json``."""
+    """A shard as it should be; ``listed`` are its size and SHA-256 in ``shards.json``."""
 
     shard: ObjectInfo
     locations: tuple[Location, ...]
     caption_fields: tuple[str, ...]
-    sha256: str | None
-    listed_size: int | None
+    listed: tuple[int, str] | None
     decode: bool
 
 
@@ -85,9 +83,8 @@ def verify(
             elif stored.etag != shard.etag:
                 what = f"ETag {stored.etag}, the index has {shard.etag}"
                 report.problems.append(f"{shard.key}: was replaced: {what}")
-            size, sha256 = manifest.get(shard.key, (None, None))
             locations = tuple(map(index.locate, index.shard_rows(number)))
-            yield _Task(stored, locations, fields, sha256, size, decode_images)
+            yield _Task(stored, locations, fields, manifest.get(shard.key), decode_images)
 
     workers = min(workers, len(objects))
     parts = over_processes(verify_shard, tasks(), store=store, access=access, workers=workers)
@@ -114,38 +111,38 @@ def verify_shard(store: Store, task: _Task) -> VerifyReport:
     """Read one shard from start to end."""
     shard, locations = task.shard, task.locations
     file, sha256, report = ShardFile(store, shard), hashlib.sha256(), VerifyReport(shards=1)
-    problems: list[str] = []
+    rejects: list[Reject] = []
     sample_problems: list[str] = []
-    members: dict[int, tuple[str, int]] = {}
-    headers = _tar_headers(file, problems)
+    keys: dict[int, str] = {}
+    sizes: dict[int, int] = {}
+    samples = shard_samples(file, rejects)
     try:
         for start in range(0, max(1, shard.size), PIECE_BYTES):
             end = min(start + PIECE_BYTES, shard.size)
             sha256.update(file.span(start, end))
             report.bytes = end
-            for offset, header in headers:
-                members[offset] = header.name, header.size
-                if offset + header.size >= end < shard.size:
+            for key, members, sample_end in samples:
+                keys[min(member.offset for member in members.values())] = key
+                sizes |= {member.offset_data: member.size for member in members.values()}
+                if sample_end >= end < shard.size:
                     break
             while report.samples < len(locations) and (location := locations[report.samples]).end <= end:
                 report.samples += 1
                 if problem := _sample_problem(file.span(location.start, location.end), location, task):
-                    name, _ = members.get(location.start, (f"sample at byte {location.start}", 0))
-                    key = split_name(name)[0].encode("utf-8", "replace").decode()
-                    sample_problems.append(f"{key}: {problem}")
+                    key = keys.get(location.start, f"sample at byte {location.start}")
+                    sample_problems.append(f"{key.encode('utf-8', 'replace').decode()}: {problem}")
                 else:
                     report.decoded += task.decode
     except StoreError as error:
         return VerifyReport(shards=1, bytes=report.bytes, problems=[str(error)])
-    parts = [(at.start, part) for at in locations for part in (at.image, at.text)]
-    misplaced = sum(
-        members.get(start + part.start - BLOCK, ("", -1))[1] != part.stop - part.start for start, part in parts
-    )
-    if misplaced:
+    # A repeated key is in the index's own list of problems.
+    problems = [reject.reason for reject in rejects if reject.name == shard.key]
+    parts = [(at.start + part.start, part.stop - part.start) for at in locations for part in (at.image, at.text)]
+    if misplaced := sum(sizes.get(start, -1) != size for start, size in parts):
         problems.append(f"{misplaced} of {len(parts)} images and texts are not where the index has")
-    if task.sha256 is not None:
+    if task.listed is not None:
         report.checksums = 1
-        if (task.listed_size, task.sha256) != (shard.size, sha256.hexdigest()):
+        if task.listed != (shard.size, sha256.hexdigest()):
             problems.append(f"SHA-256 or size differs from {MANIFEST_KEY}")
     if missing := len(locations) - report.samples:
         problems.append(f"{missing} samples of the index: outside of the shard")
@@ -154,29 +151,6 @@ def verify_shard(store: Store, task: _Task) -> VerifyReport:
         problems.append(f"and {len(unlisted)} more samples")
     report.problems = [f"{shard.key}: {problem}" for problem in problems]
     return report
-
-
-def _tar_headers(file: ShardFile, problems: list[str]) -> Iterator[tuple[int, tarfile.TarInfo]]:
-    """Offset and header of each tar member, up to the end-of-archive mark or the first damage.
-
-    Not tarfile's own walk, which takes a damaged header for the end.
-    """
-    offset = 0
-    while offset + BLOCK <= file.shard.size:
-        block = file.span(offset, offset + BLOCK)
-        if not any(block):
-            return
-        try:
-            header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-        except (tarfile.HeaderError, ValueError) as error:
-            problems.append(f"damaged tar header at byte {offset}: {error}")
-            return
-        if header.size < 0:
-            problems.append(f"tar member of {header.size} bytes at byte {offset}")
-            return
-        yield offset, header
-        offset += BLOCK + -(-header.size // BLOCK) * BLOCK
-    problems.append(f"no end-of-archive mark in {file.shard.size} bytes, the shard may be cut off")
 
 
 def _sample_problem(raw: bytes, location: Location, task: _Task) -> str | None:

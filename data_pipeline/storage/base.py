@@ -8,7 +8,7 @@ import contextlib
 import shutil
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +17,8 @@ from urllib.parse import urlparse
 from data_pipeline.errors import DataError, StoreError
 from data_pipeline.storage.files import PARTIAL, atomic_path
 from data_pipeline.storage.retry import RetryBudget
+
+_COUNTING = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,14 @@ class Access:
     read_timeout_s: float = 30.0
 
 
+class Counters(Counter[str]):
+    """Counts that several threads add to."""
+
+    def add(self, **counts: int) -> None:
+        with _COUNTING:
+            self.update(counts)
+
+
 class Store(Protocol):
     """A flat namespace of objects below one URL; all methods raise :class:`StoreError`.
 
@@ -52,12 +62,7 @@ class Store(Protocol):
     """
 
     url: str
-    counters: Counter[str]
-    _lock: threading.Lock
-
-    def __init__(self, url: str, counters: Sequence[str] = ("requests", "bytes")) -> None:
-        self.url, self.counters = url, Counter(dict.fromkeys(counters, 0))
-        self._lock = threading.Lock()
+    counters: Counters
 
     def list(self) -> Iterator[ObjectInfo]:
         """All objects below the URL, sorted by key."""
@@ -88,16 +93,12 @@ class Store(Protocol):
         """Remove what interrupted uploads have left behind, which is billed and which no listing shows."""
         return None
 
-    def _count(self, **counts: int) -> None:
-        with self._lock:
-            self.counters.update(counts)
-
 
 class LocalStore(Store):
     """Files below a folder. Interrupted writes leave nothing that would have to be removed."""
 
     def __init__(self, root: str) -> None:
-        super().__init__(root)
+        self.url, self.counters = root, Counters(requests=0, bytes=0)
         self._root = Path(root).expanduser()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -106,7 +107,7 @@ class LocalStore(Store):
     def list(self) -> Iterator[ObjectInfo]:
         if not self._root.is_dir():
             raise StoreError(f"{self.url}: no such folder")
-        self._count(requests=1)
+        self.counters.add(requests=1)
         for path in sorted(p for p in self._root.rglob("*") if p.is_file()):
             if path.suffix != PARTIAL:
                 yield self._info(path)
@@ -118,7 +119,7 @@ class LocalStore(Store):
             with path.open("rb") as file:
                 file.seek(offset)
                 data = file.read(length)
-        self._count(requests=1, bytes=len(data))
+        self.counters.add(requests=1, bytes=len(data))
         if len(data) != length:
             raise StoreError(f"{path}: ends at {offset + len(data)}, expected {offset + length}")
         return data
@@ -126,7 +127,7 @@ class LocalStore(Store):
     def read_all(self, key: str) -> bytes | None:
         with self._errors(key) as path, contextlib.suppress(FileNotFoundError):
             data = path.read_bytes()
-            self._count(requests=1, bytes=len(data))
+            self.counters.add(requests=1, bytes=len(data))
             return data
         return None
 
@@ -152,7 +153,7 @@ class LocalStore(Store):
 
     @contextlib.contextmanager
     def _replacing(self, key: str) -> Iterator[Path]:
-        self._count(requests=1)
+        self.counters.add(requests=1)
         with self._errors(key) as path, atomic_path(path, durable=False, shared=True) as partial:
             yield partial
 

@@ -17,15 +17,14 @@ import logging
 import os
 import re
 import struct
-import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import google_crc32c
 import psutil
 
+from data_pipeline.storage.base import Counters
 from data_pipeline.storage.files import PARTIAL, atomic_path
 
 logger = logging.getLogger(__name__)
@@ -47,9 +46,8 @@ class DiskCache:
     """
 
     def __init__(self, folder: Path, limit_bytes: int) -> None:
-        self.counters: Counter[str] = Counter(dict.fromkeys(_COUNTERS, 0))
+        self.counters = Counters(dict.fromkeys(_COUNTERS, 0))
         self._folder, self._limit = folder, limit_bytes
-        self._lock = threading.Lock()
         self._warned = False
         self._paused_until = 0.0
         try:
@@ -69,15 +67,15 @@ class DiskCache:
                     # What was used last is evicted last. Another user's file cannot be touched, but serves.
                     with contextlib.suppress(OSError):
                         os.utime(file.fileno())
-                    self._count("cache_hits")
+                    self.counters.add(cache_hits=1)
                     return data
-            self._count("cache_damaged")
+            self.counters.add(cache_damaged=1)
             self._remove(path)
         except FileNotFoundError:
             pass
         except OSError as error:
             self._failed(error)
-        self._count("cache_misses")
+        self.counters.add(cache_misses=1)
         return None
 
     def put(self, key: str, data: bytes) -> None:
@@ -127,7 +125,7 @@ class DiskCache:
                 break
             if path.suffix != PARTIAL and self._remove(path):
                 total -= size
-                self._count("cache_evicted")
+                self.counters.add(cache_evicted=1)
         return total
 
     def _scan(self) -> Iterator[tuple[float, int, Path]]:
@@ -170,14 +168,9 @@ class DiskCache:
     def _write_total(ledger: int, total: int) -> None:
         os.pwrite(ledger, total.to_bytes(8, "little"), 0)
 
-    def _count(self, name: str) -> None:
-        with self._lock:
-            self.counters[name] += 1
-
     def _failed(self, error: OSError) -> None:
-        with self._lock:
-            self.counters["cache_errors"] += 1
-            first, self._warned = not self._warned, True
+        self.counters.add(cache_errors=1)
+        first, self._warned = not self._warned, True
         if first:
             logger.warning(
                 f"cannot read or write the cache {self._folder}: {error.strerror} "

@@ -23,7 +23,7 @@ import urllib3.exceptions
 from botocore.config import Config
 
 from data_pipeline.errors import DataError, StoreError
-from data_pipeline.storage.base import Access, ObjectInfo, Store, open_store
+from data_pipeline.storage.base import Access, Counters, ObjectInfo, Store, open_store
 from data_pipeline.storage.retry import Backoff, RetryBudget
 
 PIECE_BYTES = 1 << 20
@@ -105,7 +105,7 @@ class S3Store(Store):
         parsed = urlparse(url)
         if not parsed.netloc:
             raise DataError(f"{url}: an S3 URL looks like s3://bucket/prefix")
-        super().__init__(url, ("requests", "bytes", "retries", *_FAULTS))
+        self.url, self.counters = url, Counters(dict.fromkeys(("requests", "bytes", "retries", *_FAULTS), 0))
         self._access, self._budget = access, budget
         self._bucket = parsed.netloc
         prefix = parsed.path.strip("/")
@@ -213,7 +213,7 @@ class S3Store(Store):
                 raise _Fault("fault_truncated", f"the body ended at {len(received)} of {length} bytes")
             received += piece
             backoff.progress(len(piece))
-            self._count(bytes=len(piece))
+            self.counters.add(bytes=len(piece))
             if backoff.overdue and len(received) < length:
                 raise _Fault("fault_stall", f"the body came too slowly, {len(received)} of {length} bytes")
 
@@ -273,12 +273,12 @@ class S3Store(Store):
                 return result
             except _Fault as fault:
                 kind, text = fault.args
-                self._count(**{kind: 1})
+                self.counters.add(**{kind: 1})
                 backoff.wait(text)
-                self._count(retries=1)
+                self.counters.add(retries=1)
 
     def _send(self, operation: str, **arguments: Any) -> Any:
-        self._count(requests=1)
+        self.counters.add(requests=1)
         if self._access.requester_pays:
             arguments["RequestPayer"] = "requester"
         answer = getattr(self._client, operation)(Bucket=self._bucket, **arguments)

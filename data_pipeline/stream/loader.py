@@ -22,7 +22,7 @@ from data_pipeline.storage.retry import RetryBudget
 from data_pipeline.stream.buckets import assign, bucket_sizes
 from data_pipeline.stream.chunk_reader import Buckets, BucketSource, ChunkReader
 from data_pipeline.stream.mixture import MixtureSampler, SampleRef
-from data_pipeline.stream.sample_decoder import DecodedSample, SampleDecoder
+from data_pipeline.stream.sample_decoder import DecodedSample, OnBad, SampleDecoder
 from data_pipeline.stream.sampler import CHUNK_SAMPLES, ElasticSampler
 from data_pipeline.text_embeddings import TextEmbeddingIdentity, TextEmbeddingStore
 
@@ -63,7 +63,7 @@ class Loader:
         world: int,
         start: int,
         text_identity: dict[str, Any] | None = None,
-        on_bad: Callable[[dict[str, Any]], None] | None = None,
+        on_bad: OnBad | None = None,
     ) -> None:
         if global_batch % world:
             raise ValueError(f"global_batch={global_batch} is not divisible by {world} ranks")
@@ -96,12 +96,13 @@ class Loader:
     @property
     def counters(self) -> Counter[str]:
         """Requests, bytes, faults, retries, cache hits, substitutions and queue depth on this rank so far."""
-        total = self._reader.counters
-        total.update(self._decoder.counters)
-        for store in self._stores:
-            total.update(store.counters)
+        counting: list[Any] = [self._reader, self._decoder, *self._stores]
         if self._disk_cache is not None:
-            total.update(self._disk_cache.counters)
+            counting.append(self._disk_cache)
+        total = Counter[str]()
+        for part in counting:
+            # A copy: another thread may add a counter.
+            total.update(dict(part.counters))
         total["queue_ready"] = sum(future.done() for _, future in list(self._queue))
         return total
 

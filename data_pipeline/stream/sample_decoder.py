@@ -4,8 +4,6 @@ import functools
 import json
 import multiprocessing
 import tarfile
-import threading
-from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -16,6 +14,7 @@ from data_pipeline.config import DataConfig
 from data_pipeline.decode import DecodeError, decode
 from data_pipeline.errors import DataError
 from data_pipeline.index.format import BLOCK
+from data_pipeline.storage.base import Counters
 from data_pipeline.stream.chunk_reader import Buckets, BucketSource, ChunkReader, RawSample
 from data_pipeline.stream.mixture import SampleRef
 from data_pipeline.stream.sampler import generator
@@ -26,6 +25,8 @@ REPLACEMENTS = 8
 RATE_AFTER = 1000
 """Samples seen before the rate of bad ones can stop a run."""
 _REPLACE_KEY = 4
+OnBad = Callable[[dict[str, Any]], None]
+"""Called with each sample that could not be used."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,25 +42,13 @@ class SampleDecoder:
     """Reads and decodes single samples; a bad one is counted, reported and replaced."""
 
     def __init__(
-        self,
-        cfg: DataConfig,
-        reader: ChunkReader,
-        buckets: Buckets,
-        *,
-        seed: int,
-        on_bad: Callable[[dict[str, Any]], None] | None,
+        self, cfg: DataConfig, reader: ChunkReader, buckets: Buckets, *, seed: int, on_bad: OnBad | None
     ) -> None:
         self._cfg, self._reader, self._buckets, self._seed, self._on_bad = cfg, reader, buckets, seed, on_bad
         context = multiprocessing.get_context("spawn")
         processes = cfg.worker_kind == "process" and cfg.workers
         self._processes = ProcessPoolExecutor(cfg.workers, mp_context=context) if processes else None
-        self._lock = threading.Lock()
-        self._counters: Counter[str] = Counter(decoded=0, substitutions=0)
-
-    @property
-    def counters(self) -> Counter[str]:
-        with self._lock:
-            return Counter(self._counters)
+        self.counters = Counters(decoded=0, substitutions=0)
 
     def load(self, ref: SampleRef) -> DecodedSample:
         """Pixels and caption or label; a bad sample is replaced by the same other one for any number of ranks."""
@@ -75,8 +64,7 @@ class SampleDecoder:
             except DecodeError as error:
                 self._reject(source, raw, error)
                 continue
-            with self._lock:
-                self._counters["decoded"] += 1
+            self.counters.add(decoded=1)
             return decoded
         raise DataError(f"{source.store.url}: sample {ref.sample} and {REPLACEMENTS} others are all unusable")
 
@@ -87,10 +75,8 @@ class SampleDecoder:
     def _decode(self, source: BucketSource, raw: RawSample, epoch: int, sample: int) -> DecodedSample:
         cfg, image = self._cfg, bytes(raw.data[raw.location.image])
         target, text_embedding = self._text(source, raw, epoch, sample)
-        upscale = cfg.small == "upscale"
-        work = functools.partial(
-            decode, image, source.size, mode=cfg.decode, max_pixels=cfg.max_pixels, upscale=upscale
-        )
+        limits: dict[str, Any] = {"max_pixels": cfg.max_pixels, "upscale": cfg.small == "upscale"}
+        work = functools.partial(decode, image, source.size, mode=cfg.decode, **limits)
         pixels = work() if self._processes is None else self._processes.submit(work).result()
         return DecodedSample(pixels, target, text_embedding)
 
@@ -118,10 +104,8 @@ class SampleDecoder:
         return caption, unpack_embeddings(raw.text_embeddings, texts.index(caption), identity.width)
 
     def _reject(self, source: BucketSource, raw: RawSample, error: DecodeError) -> None:
-        with self._lock:
-            self._counters[f"bad_{error.kind}"] += 1
-            self._counters["substitutions"] += 1
-            bad, good = self._counters["substitutions"], self._counters["decoded"]
+        self.counters.add(substitutions=1, **{f"bad_{error.kind}": 1})
+        bad, good = self.counters["substitutions"], self.counters["decoded"]
         entry = {
             "shard": source.index.shards[raw.location.shard].key,
             "key": tarfile.TarInfo.frombuf(bytes(raw.data[:BLOCK]), "utf-8", "replace").name,

@@ -31,11 +31,7 @@ def generator(seed: int, *key: int) -> np.random.Generator:
 class Chunks:
     """Chunks of an index: sample numbers ``first[i] .. first[i] + size[i] - 1``, one shard each."""
 
-    def __init__(self, first: Ints, size: Ints) -> None:
-        self.first, self.size = first, size
-
-    @classmethod
-    def of_index(cls, index: Index) -> "Chunks":
+    def __init__(self, index: Index) -> None:
         """Cut each shard's samples into chunks; a slice of samples at a time, for the sake of memory."""
         ends = index.sample_ends()
         shard_first = np.concatenate([[0], ends])
@@ -53,8 +49,8 @@ class Chunks:
             starts[0] = before != (int(shard[0]), int(group[0]), int(piece[0]))
             before = (int(shard[-1]), int(group[-1]), int(piece[-1]))
             firsts.append(samples[starts])
-        first = np.concatenate(firsts).astype(np.int64)
-        return cls(first, np.diff(first, append=len(index)).astype(np.int64))
+        self.first: Ints = np.concatenate(firsts).astype(np.int64)
+        self.size: Ints = np.diff(self.first, append=len(index)).astype(np.int64)
 
     def of(self, sample: int) -> int:
         """Chunk that holds a sample."""
@@ -97,7 +93,7 @@ class ElasticSampler:
     """Endless order: the run's sample ``n`` is position ``n mod length`` of epoch ``n // length``."""
 
     def __init__(self, index: Index, *, seed: int, streams: int, window: int) -> None:
-        self.chunks = chunks = Chunks.of_index(index)
+        self.chunks = chunks = Chunks(index)
         self.length = len(index)
         # A short set has fewer streams, so that each is long enough to be shuffled.
         self.streams = streams = max(1, min(streams, self.length // window))

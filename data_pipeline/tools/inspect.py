@@ -276,7 +276,7 @@ def _load(store: Store, index: Index, sample: int, resolution: int) -> tuple[Ima
 
 
 def _wrap(texts: Sequence[str], width: int, lines: int) -> list[str]:
-    """At most so many lines of ``width`` characters; a word that is longer is broken, a text cut short gets dots."""
+    """At most so many lines of ``width`` characters; longer words are broken, a text cut short gets dots."""
     # What no sheet has room for need not be wrapped.
     words = ("".join(c if c.isprintable() else " " for c in text[:2000]) for text in texts[: lines + 1])
     rows = [row for text in words for row in textwrap.wrap(text, width)]

@@ -59,9 +59,9 @@ def test_every_epoch_is_a_permutation(
 
 def test_chunks_do_not_depend_on_how_many_samples_are_looked_at_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     index = index_of([100, 7, 64, 0, 33], 900)
-    expected = Chunks.of_index(index)
+    expected = Chunks(index)
     monkeypatch.setattr("data_pipeline.stream.sampler._SLICE", 17)
-    found = Chunks.of_index(index)
+    found = Chunks(index)
     assert np.array_equal(found.first, expected.first) and np.array_equal(found.size, expected.size)
 
 
