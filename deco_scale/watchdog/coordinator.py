@@ -120,7 +120,7 @@ class Coordinator:
                 rank = self._admit(writer, await receive(reader))
             while True:
                 self._handle(rank, await receive(reader))
-        except BROKEN:
+        except (*BROKEN, asyncio.CancelledError):  # Python 3.11 logs a connection's task that is cancelled
             pass
         finally:
             writer.close()

@@ -30,21 +30,9 @@ MIN_SILENCE_S = 5.0
 NO_FAULT = (0, 75)
 """Exit codes of a run that is done, or was stopped and saved."""
 EXITED, STOPPED, SIDECAR_LOST, NO_PROGRESS, ERROR, UNCERTAIN_ERROR = range(1, 7)
-MAX_REASON = 2000
-"""Characters of an error's reason."""
 CONNECTION_LOST = "is lost: the connection to its sidecar is closed"
 
 FaultKind = Literal["lost", "hang", "error"]
-
-
-def max_silence_s(cfg: WatchdogConfig) -> float:
-    """How long a sidecar may be silent before its rank is lost."""
-    return max(cfg.timeout_s, MIN_SILENCE_S)
-
-
-def silent(seconds: float) -> str:
-    """What is wrong with a rank whose sidecar is silent."""
-    return f"is lost: its sidecar has been silent for {seconds:.1f} s"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -172,6 +160,10 @@ class Diagnosis:
     def last_report(self, rank: int) -> RankReport:
         return self._ranks[rank].report
 
+    def silent(self, rank: int, now: float) -> bool:
+        """Whether the rank's sidecar has said nothing for so long that the rank is lost."""
+        return now - self._ranks[rank].heard_at > max(self._cfg.timeout_s, MIN_SILENCE_S)
+
     @property
     def finished(self) -> bool:
         """Whether no rank is present any more."""
@@ -227,7 +219,7 @@ class Diagnosis:
         for number, rank in self._ranks.items():
             report = rank.report
             if report.failed:
-                how = f"ended with an error (exit code {report.code}): {report.reason[:MAX_REASON]}"
+                how = f"ended with an error (exit code {report.code}): {report.reason}"
                 order = UNCERTAIN_ERROR if report.uncertain else ERROR
                 yield (order, rank.failed_at, number), Fault("error", number, how, report.code or 1)
             elif report.gone and report.code is None:
@@ -237,8 +229,9 @@ class Diagnosis:
                 continue
             if rank.lost is not None:
                 yield (SIDECAR_LOST, 0, number), Fault("lost", number, rank.lost)
-            elif now - rank.heard_at > max_silence_s(self._cfg):
-                yield (SIDECAR_LOST, 1, number), Fault("lost", number, silent(now - rank.heard_at))
+            elif self.silent(number, now):
+                how = f"is lost: its sidecar has been silent for {now - rank.heard_at:.1f} s"
+                yield (SIDECAR_LOST, 1, number), Fault("lost", number, how)
             elif rank.overdue(self._cfg) and now - report.silent_s <= first_failure - SETTLE_S:
                 yield (NO_PROGRESS, report.step, -report.silent_s, number), rank.hang()
 

@@ -7,22 +7,14 @@ The page is a memory file whose descriptor the sidecar inherits.
 import ctypes
 import mmap
 import os
-from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 Phase = Literal["start", "step", "long_op"]
 """Start-up; a step or a wait for data; what may take long (a first step, checkpoints, samples, evaluation)."""
 PHASES: tuple[Phase, ...] = get_args(Phase)
-_REASON_BYTES = 15 * 1024
-
-
-@dataclass(frozen=True, slots=True)
-class ExitReport:
-    """How the trainer says that it exits; ``uncertain``: another rank may be the cause."""
-
-    reason: str
-    code: int
-    uncertain: bool = False
+MAX_REASON = 2000
+"""Characters of an error's reason."""
+_REASON_BYTES = 4 * MAX_REASON
 
 
 class HeartbeatPage(ctypes.Structure):
@@ -45,6 +37,7 @@ class HeartbeatPage(ctypes.Structure):
         ("reason_bytes", ctypes.c_uint64),
         ("reason", ctypes.c_ubyte * _REASON_BYTES),
     ]
+    exited: int
 
     @classmethod
     def map(cls, descriptor: int) -> "HeartbeatPage":
@@ -66,14 +59,16 @@ class HeartbeatPage(ctypes.Structure):
 
     def report_exit(self, reason: str, code: int) -> None:
         """Say how the trainer exits; later calls change nothing."""
-        if self.exit_report() is None:
+        if not self.exited:
             text = reason.encode(errors="replace")[:_REASON_BYTES]
             self.reason[: len(text)] = text
             self.exit_code, self.reason_bytes = code, len(text)
             self.exited = 1
 
-    def exit_report(self) -> ExitReport | None:
-        if not self.exited:
-            return None
-        reason = bytes(self.reason[: self.reason_bytes]).decode(errors="replace")
-        return ExitReport(reason, self.exit_code, bool(self.uncertain))
+    def state(self) -> dict[str, Any]:
+        """The trainer's part of a :class:`~deco_scale.watchdog.diagnosis.RankReport`."""
+        state: dict[str, Any] = {"step": self.step, "phase": PHASES[self.phase]}
+        if self.exited:
+            reason = bytes(self.reason[: self.reason_bytes]).decode(errors="replace")[:MAX_REASON]
+            state |= {"phase": "end", "reason": reason, "code": self.exit_code, "uncertain": bool(self.uncertain)}
+        return state

@@ -8,24 +8,24 @@ from contextlib import suppress
 from dataclasses import asdict
 
 from deco_scale.watchdog.config import WatchdogConfig
-from deco_scale.watchdog.diagnosis import CONNECTION_LOST, Diagnosis, RankReport, max_silence_s, silent
+from deco_scale.watchdog.diagnosis import CONNECTION_LOST, Diagnosis, RankReport
 from deco_scale.watchdog.protocol import BROKEN, MAX_LINE, MAX_STACK, Member, TerminateOrder, parse, receive, send
 
 
 class Peer:
     """Reports to the coordinator, and decides alone once the coordinator is lost or has left.
 
-    ``clock`` is that of the diagnosis.
+    ``clock`` is that of the diagnosis, which has only this rank and the coordinator's.
     """
 
     def __init__(
         self, cfg: WatchdogConfig, me: Member, coordinator: Member, *, clock: Callable[[], float]
     ) -> None:
         self._cfg, self._me, self._coordinator, self._clock = cfg, me, coordinator, clock
+        self._diagnosis = Diagnosis([me.rank, coordinator.rank], cfg, now=clock())
         self._writer: StreamWriter | None = None
         self._order: TerminateOrder | None = None
-        self._own_diagnosis: Diagnosis | None = None
-        self._heard_at, self._reported_at = clock(), float("-inf")
+        self._reported_at = float("-inf")
         self._last_report: RankReport | None = None
 
     async def connect(self, host: str, port: int, token: str, seconds: float) -> None:
@@ -49,53 +49,43 @@ class Peer:
         self._writer, self._task = writer, asyncio.create_task(self._listen(reader))
 
     async def _listen(self, reader: StreamReader) -> None:
-        """Take in what the coordinator sends, until it says goodbye or the connection is lost."""
-        lost: str | None = CONNECTION_LOST
+        """Take in what the coordinator sends, for as long as it is connected."""
+        rank = self._coordinator.rank
         with suppress(*BROKEN):
-            while lost is not None:
+            while True:
                 message = await receive(reader)
-                self._heard_at = self._clock()
+                self._diagnosis.update(self._clock(), RankReport(rank=rank))
                 if "order" in message and self._order is None:
                     self._order = parse(TerminateOrder, message["order"])
                 if "over" in message:
-                    lost = None
-        self._decide_alone(lost)
-
-    def _decide_alone(self, lost: str | None) -> None:
-        if self._writer is None:
-            return
-        self._writer.close()
-        self._writer = None
-        ranks = {self._me.rank} if lost is None else {self._me.rank, self._coordinator.rank}
-        self._own_diagnosis = Diagnosis(ranks, self._cfg, now=self._clock())
-        if lost is not None:
-            self._own_diagnosis.mark_lost(self._coordinator.rank, lost)
+                    self._diagnosis.mark_left(rank)
+        self._diagnosis.mark_lost(rank, CONNECTION_LOST)
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
 
     def tick(self, report: RankReport) -> TerminateOrder | None:
         """Send a report; returns the order to terminate, if there is one."""
         now = self._clock()
-        if now - self._heard_at > max_silence_s(self._cfg):
-            self._decide_alone(silent(now - self._heard_at))
-        if self._order is not None or self._own_diagnosis is None:
-            self._send_report(report)
-            return self._order
-        self._own_diagnosis.update(now, report)
-        fault = self._own_diagnosis.check(now)
+        self._diagnosis.update(now, report)
+        if self._writer is not None:
+            self._send_report(self._writer, report)
+        alone = self._writer is None or self._diagnosis.silent(self._coordinator.rank, now)
+        fault = self._diagnosis.check(now) if alone and self._order is None else None
         if fault is None:
-            return None
-        last_report = self._own_diagnosis.last_report(fault.rank)
-        if fault.rank == self._coordinator.rank:
-            return TerminateOrder(fault, self._coordinator, (self._coordinator,), last_report)
-        return TerminateOrder(fault, self._me, (), last_report)
+            return self._order
+        lost = fault.rank == self._coordinator.rank
+        member, orphans = (self._coordinator, (self._coordinator,)) if lost else (self._me, ())
+        return TerminateOrder(fault, member, orphans, self._diagnosis.last_report(fault.rank))
 
-    def _send_report(self, report: RankReport) -> None:
+    def _send_report(self, writer: StreamWriter, report: RankReport) -> None:
         """Send it from time to time, and at once if something important has changed."""
         clock = time.monotonic()
         changed = self._last_report is None or _important(self._last_report) != _important(report)
         due = clock - self._reported_at > min(1.0, self._cfg.timeout_s / 4)
-        if self._writer is not None and (changed or due):
+        if changed or due:
             self._last_report, self._reported_at = report, clock
-            send(self._writer, {"report": asdict(report)})
+            send(writer, {"report": asdict(report)})
 
     def may_exit(self, since_s: float) -> bool:
         """Whether this sidecar may exit after its trainer exited without a fault."""

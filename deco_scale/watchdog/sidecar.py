@@ -11,7 +11,7 @@ import sys
 import time
 from concurrent.futures import wait
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -19,8 +19,8 @@ from deco_scale.errors import RunError
 from deco_scale.watchdog.artifacts import ALERT_S, FaultArtifacts, log_to_stderr, start_alert
 from deco_scale.watchdog.config import WatchdogConfig
 from deco_scale.watchdog.coordinator import Coordinator
-from deco_scale.watchdog.diagnosis import MAX_REASON, NO_FAULT, RankReport
-from deco_scale.watchdog.heartbeat import PHASES, HeartbeatPage
+from deco_scale.watchdog.diagnosis import NO_FAULT, RankReport
+from deco_scale.watchdog.heartbeat import HeartbeatPage
 from deco_scale.watchdog.peer import Peer
 from deco_scale.watchdog.process import TrainerProcess, innermost_frames
 from deco_scale.watchdog.protocol import LOCALHOST, Member, TerminateOrder
@@ -47,7 +47,7 @@ class Sidecar:
         self._page, self._trainer = HeartbeatPage.map(page), TrainerProcess(me.trainer, dump)
         self._clock, self._seconds = time.monotonic(), 0.0
         self._progress, self._progress_at = (self._page.count, self._page.exited), 0.0
-        self._stopped_at: float | None = None
+        self._running_at = 0.0
         self._finished_at: float | None = None
         self._children_at = 0.0
 
@@ -118,9 +118,8 @@ class Sidecar:
                 return
 
     def _observe(self, now: float) -> RankReport:
-        # Before the page, so that what the trainer wrote last is read after its exit.
-        gone, page = self._trainer.gone, self._page
-        progress, exit_report = (page.count, page.exited), page.exit_report()
+        gone = self._trainer.gone  # before the page, so that what the trainer wrote last is read after its exit
+        progress = (self._page.count, self._page.exited)
         if progress != self._progress:
             self._progress, self._progress_at = progress, now
         if now - self._children_at > _CHILDREN_S:
@@ -128,20 +127,14 @@ class Sidecar:
             self._trainer.track_children()
         report = RankReport(
             rank=self._me.rank,
-            phase=PHASES[page.phase],
-            step=page.step,
             silent_s=now - self._progress_at,
             state="X" if gone else self._trainer.state(),
             gone=gone,
+            **self._page.state(),
         )
-        if exit_report is not None:
-            exit_fields = {**asdict(exit_report), "reason": exit_report.reason[:MAX_REASON]}
-            report = replace(report, phase="end", **exit_fields)
         if not report.stopped:
-            self._stopped_at = None
-        elif self._stopped_at is None:
-            self._stopped_at = now
-        return replace(report, stopped_s=0.0 if self._stopped_at is None else now - self._stopped_at)
+            self._running_at = now
+        return replace(report, stopped_s=now - self._running_at)
 
     def _may_exit(self, link: Coordinator | Peer, report: RankReport) -> bool:
         exit_reported = report.code is not None
