@@ -6,6 +6,7 @@ It knows no device, rank or file: precision, sharding and kernels are applied fr
 Shape letters: B batch, N patches, D model width, K values of a patch (channel-major C * P), L text tokens.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch.nn.functional as F
@@ -13,15 +14,8 @@ from torch import Tensor, nn
 
 from deco_scale.kernels.norm import modulate
 from deco_scale.models.config import ModelConfig
-from deco_scale.models.embeddings import rope_angles
-from deco_scale.models.layers import (
-    NORM_EPS,
-    Block,
-    LabelEmbedder,
-    PatchEmbed,
-    TextEmbedder,
-    TimestepEmbedder,
-)
+from deco_scale.models.embeddings import PositionScale, rope_angles
+from deco_scale.models.layers import NORM_EPS, Block, LabelEmbedder, PatchEmbed, TextEmbedder, TimestepEmbedder
 from deco_scale.models.pixel_decoder import PixelDecoder
 
 
@@ -62,8 +56,11 @@ class Denoiser(nn.Module):
         self.timestep_embed = TimestepEmbedder(cfg.dim)
         self.text_embed = TextEmbedder(cfg.text_dim, cfg.dim, cfg.text_tokens) if is_text else None
         self.label_embed = None if is_text else LabelEmbedder(cfg.num_classes, cfg.dim)
-        self.text_blocks = nn.ModuleList(self._block(with_context=False) for _ in range(cfg.num_text_blocks))
-        self.blocks = nn.ModuleList(self._block(with_context=is_text) for _ in range(cfg.num_blocks))
+        block = functools.partial(
+            Block, cfg.dim, cfg.num_heads, mlp_hidden_dim=cfg.mlp_hidden_dim, cast_first=not is_text
+        )
+        self.text_blocks = nn.ModuleList(block(with_context=False) for _ in range(cfg.num_text_blocks))
+        self.blocks = nn.ModuleList(block(with_context=is_text) for _ in range(cfg.num_blocks))
         if cfg.kind == "c2i_baseline":
             self.decoder: PixelDecoder | None = None
             self.final: FinalLayer | None = FinalLayer(cfg.dim, cfg.patch_values)
@@ -88,24 +85,8 @@ class Denoiser(nn.Module):
         """Transformer blocks and pixel decoder: what FSDP shards one by one."""
         return self.transformer_blocks if self.decoder is None else (*self.transformer_blocks, self.decoder)
 
-    def _block(self, *, with_context: bool) -> Block:
-        cfg = self.cfg
-        return Block(
-            cfg.dim,
-            cfg.num_heads,
-            mlp_hidden_dim=cfg.mlp_hidden_dim,
-            with_context=with_context,
-            cast_first=cfg.kind != "t2i_deco",
-        )
-
     def forward(
-        self,
-        patches_BNK: Tensor,
-        t_B: Tensor,
-        condition: Tensor,
-        *,
-        grid: tuple[int, int],
-        hidden_after: int = 0,
+        self, patches_BNK: Tensor, t_B: Tensor, condition: Tensor, *, grid: tuple[int, int], hidden_after: int = 0
     ) -> DenoiserOutput:
         """Predict from noised patches; ``condition`` is text (B, L, T) or labels (B,).
 
@@ -127,13 +108,8 @@ class Denoiser(nn.Module):
             context_BLD = self.text_embed(condition)
             for block in self.text_blocks:
                 context_BLD = block(context_BLD, block_condition)
-        angles_NE = rope_angles(
-            rows,
-            cols,
-            head_dim=self.cfg.head_dim,
-            scale="grid" if self.cfg.kind == "t2i_deco" else "fixed",
-            device=patches_BNK.device,
-        )
+        scale: PositionScale = "grid" if self.text_embed is not None else "fixed"
+        angles_NE = rope_angles(rows, cols, head_dim=self.cfg.head_dim, scale=scale, device=patches_BNK.device)
         token_BND = self.patch_embed(patches_BNK)
         hidden_BND: Tensor | None = None
         for index, block in enumerate(self.blocks, start=1):

@@ -29,32 +29,19 @@ def timestep_features(t_B: Tensor) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-def _grid_angles(
-    rows: int, cols: int, *, row_end: float, col_end: float, dim: int, device: torch.device
-) -> Tensor:
-    """Angles ``(rows * cols, dim / 2)`` of a row-major grid, pairs ordered x0, y0, x1, y1, ..."""
-    frequencies = 1.0 / ROPE_THETA ** (torch.arange(0, dim, 4, device=device).float() / dim)
-    col_angles = torch.outer(torch.linspace(0, col_end, cols, device=device), frequencies)
-    row_angles = torch.outer(torch.linspace(0, row_end, rows, device=device), frequencies)
-    grid = torch.stack(
-        [
-            col_angles[None, :, :].expand(rows, cols, -1),
-            row_angles[:, None, :].expand(rows, cols, -1),
-        ],
-        dim=-1,
-    )
-    return grid.reshape(rows * cols, -1)
-
-
 def rope_angles(rows: int, cols: int, *, head_dim: int, scale: PositionScale, device: torch.device) -> Tensor:
-    """Rotary angles ``(N, head_dim / 2)`` of a patch grid in fp32.
+    """Rotary angles ``(N, head_dim / 2)`` of a patch grid in fp32, pairs ordered x0, y0, x1, y1, ...
 
     ``grid`` runs each axis from 0 to its own number of patches (text model), ``fixed`` from 0 to 16
     (class model). End points are included, as in the release; for non-square grids the release swaps
     the axes of the text model, which docs/deviations.md records as not followed.
     """
     row_end, col_end = (rows, cols) if scale == "grid" else (16.0, 16.0)
-    return _grid_angles(rows, cols, row_end=row_end, col_end=col_end, dim=head_dim, device=device)
+    frequencies = 1.0 / ROPE_THETA ** (torch.arange(0, head_dim, 4, device=device).float() / head_dim)
+    col_angles = torch.outer(torch.linspace(0, col_end, cols, device=device), frequencies)
+    row_angles = torch.outer(torch.linspace(0, row_end, rows, device=device), frequencies)
+    pairs = [col_angles[None, :, :].expand(rows, cols, -1), row_angles[:, None, :].expand(rows, cols, -1)]
+    return torch.stack(pairs, dim=-1).reshape(rows * cols, -1)
 
 
 def pixel_position_features(patch_size: int, *, kind: PixelFeatures, device: torch.device) -> Tensor:
@@ -64,15 +51,8 @@ def pixel_position_features(patch_size: int, *, kind: PixelFeatures, device: tor
     ``cosine`` (class model): products of 8 x 8 cosines damped by 1 / (1 + fx * fy), fy running fastest.
     """
     if kind == "rotary":
-        angles = _grid_angles(
-            patch_size,
-            patch_size,
-            row_end=patch_size,
-            col_end=patch_size,
-            dim=2 * PIXEL_FEATURES,
-            device=device,
-        )
-        return angles.cos()
+        dim = 2 * PIXEL_FEATURES
+        return rope_angles(patch_size, patch_size, head_dim=dim, scale="grid", device=device).cos()
     frequencies = torch.linspace(0, 8, 8, device=device)
     positions = torch.linspace(0, 1, patch_size, device=device)
     waves = torch.cos(positions[:, None] * frequencies * math.pi)

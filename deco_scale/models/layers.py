@@ -104,13 +104,7 @@ class Block(nn.Module):
     kernels: Kernels = "torch"
 
     def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        *,
-        mlp_hidden_dim: int,
-        with_context: bool,
-        cast_first: bool,
+        self, dim: int, num_heads: int, *, mlp_hidden_dim: int, with_context: bool, cast_first: bool
     ) -> None:
         super().__init__()
         self.norm1 = RMSNorm(dim, cast_first=cast_first)

@@ -19,7 +19,6 @@ from torch import Tensor
 from deco_scale.models.attention.dispatch import KERNELS, AttentionTable, KernelFunction, kernel_missing
 from deco_scale.models.config import ModelConfig
 
-Timer = Callable[[Callable[[], object], torch.device], float]
 RACED = ("flash4", "flash3", "flash2", "flash_torch", "te", "cudnn", "sdpa")
 """Kernels that ``auto`` measures on a GPU; ``math`` is the reference and needs too much memory."""
 
@@ -35,10 +34,6 @@ class AttentionShape:
     keys: int
     num_heads: int
     head_dim: int
-
-    def __post_init__(self) -> None:
-        if min(self.batch, self.queries, self.keys, self.num_heads, self.head_dim) < 1:
-            raise ValueError(f"{self} has a size below 1")
 
 
 @dataclass(frozen=True)
@@ -67,14 +62,10 @@ class BackendChoice:
 def model_shapes(cfg: ModelConfig, *, resolution: int, batch: int, tp: int = 1) -> tuple[AttentionShape, ...]:
     """Attention shapes of image blocks and text blocks on one rank, for square images.
 
-    Raises ``ValueError`` if ``resolution`` is not a multiple of the patch size, or the heads of ``tp``.
+    Raises ``ValueError`` if ``resolution`` is not a multiple of the patch size.
     """
-    if resolution % cfg.patch_size or cfg.num_heads % tp:
-        raise ValueError(
-            f"resolution={resolution} must be a multiple of patch_size={cfg.patch_size}, "
-            f"num_heads={cfg.num_heads} one of tp={tp}"
-        )
-    patches, heads = (resolution // cfg.patch_size) ** 2, cfg.num_heads // tp
+    rows, cols = cfg.grid(resolution, resolution)
+    patches, heads = rows * cols, cfg.num_heads // tp
     shapes = [AttentionShape(batch, patches, patches + cfg.text_tokens, heads, cfg.head_dim)]
     if cfg.num_text_blocks:
         shapes.append(AttentionShape(batch, cfg.text_tokens, cfg.text_tokens, heads, cfg.head_dim))
@@ -87,13 +78,11 @@ def choose_backend(
     device: torch.device,
     dtype: torch.dtype,
     candidates: Mapping[str, KernelFunction] | None = None,
-    timer: Timer | None = None,
 ) -> BackendChoice:
     """The fastest candidate on this process's device; all ranks must use one rank's result.
 
-    ``candidates`` None: on a GPU all of ``RACED`` that can run, elsewhere ``sdpa`` without measurement. ``timer``
-    returns the milliseconds of a call (default: :func:`median_ms`). Raises ``ValueError`` with the reasons if
-    every candidate is rejected.
+    ``candidates`` None: on a GPU all of ``RACED`` that can run, elsewhere ``sdpa`` without measurement. Raises
+    ``ValueError`` with the reasons if every candidate is rejected.
     """
     left_out: dict[str, str] = {}
     if candidates is None:
@@ -113,7 +102,7 @@ def choose_backend(
             if not error <= error_bound(dtype):
                 left_out[name] = f"differs from the formula by {error:.1e} of the largest value"
                 continue
-            times[name] = (timer or median_ms)(functools.partial(_results, kernel, inputs), device)
+            times[name] = median_ms(functools.partial(_results, kernel, inputs), device)
         except Exception as error:
             # A package may raise anything; the run continues with the others, and the reason is logged.
             left_out[name] = f"{type(error).__name__}: {_first_line(error)}"
@@ -129,8 +118,6 @@ def table_of(choices: Iterable[BackendChoice]) -> AttentionTable:
     The last of several choices for the same queries and keys counts.
     """
     ordered = sorted(choices, key=lambda choice: choice.shape.queries * choice.shape.keys)
-    if not ordered:
-        raise ValueError("a table of attention kernels needs at least one choice")
     by_shape = {(c.shape.queries, c.shape.keys): c.kernel for c in ordered}
     entries = tuple((queries, keys, kernel) for (queries, keys), kernel in by_shape.items())
     return AttentionTable(ordered[-1].kernel, entries)  # type: ignore[arg-type]
@@ -161,12 +148,12 @@ def keep_busy(device: torch.device) -> None:
             torch.cuda._sleep(_BUSY_CYCLES)
 
 
-def median_ms(run: Callable[[], object], device: torch.device, *, warmup: int = 3, repeats: int = 10) -> float:
-    """Median milliseconds of ``run``, by CUDA events behind :func:`keep_busy`, or by the clock on a CPU."""
-    for _ in range(warmup):
+def median_ms(run: Callable[[], object], device: torch.device) -> float:
+    """Median of 10 runs in milliseconds, by CUDA events behind :func:`keep_busy`, or by the clock on a CPU."""
+    for _ in range(3):
         run()
     times = []
-    for _ in range(repeats):
+    for _ in range(10):
         if device.type == "cuda":
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             keep_busy(device)

@@ -91,8 +91,6 @@ def check_backend(
 
     ``dtype`` is that of attention; ``head_dim`` None skips the check of the head width.
     """
-    if backend not in get_args(AttentionBackend):
-        raise ValueError(f"attention backend {backend!r} is none of {get_args(AttentionBackend)}")
     reasons = _backend_missing(backend, device, dtype, head_dim)
     if reasons:
         usable = [b for b in get_args(AttentionBackend) if not _backend_missing(b, device, dtype, head_dim)]

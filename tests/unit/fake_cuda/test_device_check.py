@@ -71,9 +71,7 @@ def test_a_fault_of_the_model_is_reported_with_its_file(monkeypatch: pytest.Monk
     """The line of deco_scale, however deep below it the operator ran."""
     linspace = torch.linspace
     monkeypatch.setattr(torch, "linspace", lambda *args, device: linspace(*args))
-    wanted = (
-        r"aten::linspace .*on the host.* at models/embeddings.py:\d+ in _grid_angles: col_angles = torch.outer"
-    )
+    wanted = r"aten::linspace .*on the host.* at models/embeddings.py:\d+ in rope_angles: col_angles = torch.outer"
     with fake_cuda(), pytest.raises(DeviceFault, match=wanted), DeviceCheck("cuda"):
         rope_angles(2, 2, head_dim=8, scale="grid", device=torch.device("cuda"))
 
