@@ -21,7 +21,6 @@ from rich.console import Console
 from data_pipeline.console import RenamedOption, positive, positive_int, print_line
 from deco_scale.cli.model_loading import build_generator, load_denoiser, read_checkpoint
 from deco_scale.config import RunConfig
-from deco_scale.demo_app.limits import RequestLimits, is_loopback
 from deco_scale.demo_app.validation import GenerationLimits
 from deco_scale.distributed.bootstrap import choose_device
 from deco_scale.errors import ConfigError, RunError
@@ -73,6 +72,7 @@ def _application(args: argparse.Namespace, limits: GenerationLimits, folder: Pat
     except ImportError as error:
         raise ConfigError("the demo page needs: pip install 'deco-scale[page]'") from error
     from deco_scale.demo_app.app import build_page
+    from deco_scale.demo_app.limits import RequestLimits, is_loopback
     from deco_scale.demo_app.service import DemoService
 
     path, cfg, meta = read_checkpoint(args.checkpoint)
@@ -117,6 +117,8 @@ def _default_side(cfg: RunConfig, limits: GenerationLimits) -> int:
 def _serve(application: Any, host: str, port: int, console: Console) -> None:
     """Listen first, so that a port in use is a separate error, then serve until interrupted."""
     import uvicorn
+
+    from deco_scale.demo_app.limits import is_loopback
 
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)

@@ -5,6 +5,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+import gradio as gr
+
 from deco_scale.demo_app.service import DemoService
 from deco_scale.demo_app.validation import FIELDS, MAX_SEED, SOLVERS, RequestError
 
@@ -18,18 +20,16 @@ def build_page(service: DemoService, *, title: str, size: tuple[int, int], queue
     Up to ``queue`` requests wait. :meth:`DemoService.generate` checks every value; messages are shown in a text
     box, which renders no markup.
     """
-    import gradio as gr
-
     with gr.Blocks(title=title, analytics_enabled=False) as page:
         records, chosen = gr.State([]), gr.State(0)
         gr.HTML(f"<h2>{html.escape(title)}</h2>")
         with gr.Row():
             with gr.Column(scale=2):
-                inputs = [*_subject_fields(service, example), *_number_fields(service, size)]
+                inputs = _input_fields(service, size, example)
                 go = gr.Button("Draw", variant="primary", elem_id="go")
                 message = gr.Textbox(label="Message", interactive=False, lines=2, elem_id="message")
             with gr.Column(scale=3):
-                gallery, files, shown = _results()
+                gallery, files, shown = _result_fields()
                 again = gr.Button("Use these settings", elem_id="again")
 
         def generate(*values: Any, progress: Any = gr.Progress()) -> list[Any]:
@@ -66,27 +66,18 @@ def build_page(service: DemoService, *, title: str, size: tuple[int, int], queue
     return page
 
 
-def _subject_fields(service: DemoService, example: str) -> list[Any]:
-    """The first two of :data:`FIELDS`."""
-    import gradio as gr
-
-    if service.is_text:
-        subject: Any = gr.Textbox(example, label="Prompt", lines=2, elem_id="subject")
-    else:
-        label = f"Class, 0 to {service.generator.num_classes - 1}"
-        subject = gr.Number(0, label=label, precision=0, elem_id="subject")
-    return [subject, gr.Textbox("", label="Negative prompt", visible=service.is_text, elem_id="negative")]
-
-
-def _number_fields(service: DemoService, size: tuple[int, int]) -> list[Any]:
-    """The other :data:`FIELDS`."""
-    import gradio as gr
-
-    limits, default, patch = service.limits, service.default, service.generator.patch_size
+def _input_fields(service: DemoService, size: tuple[int, int], example: str) -> list[Any]:
+    """Components of :data:`FIELDS`."""
+    limits, default, generator = service.limits, service.default, service.generator
 
     def integer(value: int, name: str, label: str) -> Any:
         return gr.Number(value, label=label, precision=0, elem_id=name)
 
+    if service.is_text:
+        subject: Any = gr.Textbox(example, label="Prompt", lines=2, elem_id="subject")
+    else:
+        subject = integer(0, "subject", f"Class, 0 to {generator.num_classes - 1}")
+    negative = gr.Textbox("", label="Negative prompt", visible=service.is_text, elem_id="negative")
     with gr.Row():
         seed = integer(0, "seed", f"Seed, 0 to {MAX_SEED}")
         random = gr.Checkbox(False, label="Random seed", elem_id="random")
@@ -95,32 +86,22 @@ def _number_fields(service: DemoService, size: tuple[int, int]) -> list[Any]:
         guidance = gr.Number(default.guidance, label="Guidance", elem_id="guidance")
         solver = gr.Dropdown(list(SOLVERS), value=default.solver, label="Solver", elem_id="solver")
     with gr.Row():
-        width = integer(size[1], "width", f"Width, multiple of {patch}")
-        height = integer(size[0], "height", f"Height, multiple of {patch}")
+        width = integer(size[1], "width", f"Width, multiple of {generator.patch_size}")
+        height = integer(size[0], "height", f"Height, multiple of {generator.patch_size}")
         count = integer(1, "count", f"Images, up to {limits.max_images}")
-    return [seed, random, steps, guidance, solver, width, height, count]
+    return [subject, negative, seed, random, steps, guidance, solver, width, height, count]
 
 
-def _results() -> tuple[Any, Any, Any]:
+def _result_fields() -> tuple[gr.Gallery, gr.File, gr.Textbox]:
     """Gallery, files to download, and the settings of the selected image."""
-    import gradio as gr
-
+    buttons: list[Any] = ["download", "fullscreen"]
+    label = "Settings of the selected image"
     gallery = gr.Gallery(
-        label="Images",
-        columns=4,
-        object_fit="contain",
-        interactive=False,
-        elem_id="gallery",
-        buttons=["download", "fullscreen"],
+        label="Images", columns=4, object_fit="contain", interactive=False, elem_id="gallery", buttons=buttons
     )
     files = gr.File(label="PNG files", file_count="multiple", interactive=False, elem_id="files")
     settings = gr.Textbox(
-        label="Settings of the selected image",
-        interactive=False,
-        lines=6,
-        max_lines=12,
-        buttons=["copy"],
-        elem_id="settings",
+        label=label, lines=6, max_lines=12, interactive=False, elem_id="settings", buttons=["copy"]
     )
     return gallery, files, settings
 

@@ -7,16 +7,13 @@ data are plain values, and a requested file is one of the page's images.
 
 import ipaddress
 import json
-from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 MAX_BODY_BYTES = 2**16
 MAX_VALUES = 32
@@ -30,15 +27,13 @@ _READ = {
 _READ_BELOW = ("/assets/", "/static/", "/svelte/", f"{_API}/heartbeat/", f"{_API}/call/generate/")
 _JOIN = {f"{_API}/queue/join", f"{_API}/call/generate"}
 _POST = _JOIN | {f"{_API}/cancel", f"{_API}/reset"}
-_HEADERS = (
-    (
-        b"content-security-policy",
-        # Gradio's page has inline scripts and styles. Nothing is fetched from other hosts.
-        b"default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; frame-ancestors 'none'; base-uri 'self'",
-    ),
-    (b"x-content-type-options", b"nosniff"),
-    (b"referrer-policy", b"no-referrer"),
-)
+_HEADERS = {
+    # Gradio's page has inline scripts and styles. Nothing is fetched from other hosts.
+    "content-security-policy": "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; "
+    "frame-ancestors 'none'; base-uri 'self'",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+}
 
 
 def is_loopback(host: str) -> bool:
@@ -58,32 +53,36 @@ class RequestLimits:
     reach this one through a name that resolves to it.
     """
 
-    def __init__(self, app: App, *, folder: Path, local_only: bool) -> None:
+    def __init__(self, app: ASGIApp, *, folder: Path, local_only: bool) -> None:
         self._app, self._folder, self._local_only = app, folder.resolve(), local_only
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
-            await self._app(scope, receive, send)
-            return
+            return await self._app(scope, receive, send)
         if scope["type"] != "http":
             return
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(_HEADERS)
+            await send(message)
+
         refusal = self._refuse(scope)
         if refusal is None and scope["method"] == "POST":
-            body = await _read_body(receive)
-            refusal = (413, "the request is too large") if body is None else None
-            if body is not None and scope["path"] in _JOIN and not _is_plain(body):
+            body = await _read_body(Request(scope, receive))
+            if body is None:
+                refusal = (413, "the request is too large")
+            elif scope["path"] in _JOIN and not _is_plain(body):
                 refusal = (400, "the data must be a list of plain values")
-            receive = _replayed(body or b"", receive)
-        if refusal is not None:
-            await _answer(send, *refusal)
-            return
-        await self._app(scope, receive, _with_headers(send))
+            else:
+                receive = _replayed(body, receive)
+        app = self._app if refusal is None else JSONResponse({"error": refusal[1]}, refusal[0])
+        await app(scope, receive, send_with_headers)
 
     def _refuse(self, scope: Scope) -> tuple[int, str] | None:
         """Status and reason, None for an accepted request."""
         method, path = scope["method"], scope["path"]
-        host = next((v.decode("latin-1") for k, v in scope["headers"] if k == b"host"), "")
-        if self._local_only and not is_loopback(_host_name(host)):
+        if self._local_only and not is_loopback(_host_name(Headers(scope=scope).get("host", ""))):
             return 403, "this page is only for the machine that it runs on"
         if path.startswith(_FILE):
             allowed = method in ("GET", "HEAD") and self._is_image(path.removeprefix(_FILE))
@@ -107,18 +106,17 @@ def _host_name(host: str) -> str:
         return ""
 
 
-async def _read_body(receive: Receive) -> bytes | None:
+async def _read_body(request: Request) -> bytes | None:
     """The full body, None if it is too large or incomplete."""
     body = b""
-    while True:
-        message = await receive()
-        if message["type"] != "http.request":
-            return None
-        body += message.get("body", b"")
-        if len(body) > MAX_BODY_BYTES:
-            return None
-        if not message.get("more_body", False):
-            return body
+    try:
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > MAX_BODY_BYTES:
+                return None
+    except ClientDisconnect:
+        return None
+    return body
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:
@@ -144,19 +142,3 @@ def _is_plain(body: bytes) -> bool:
     if session is not None and not (isinstance(session, str) and len(session) <= _MAX_NAME_CHARS):
         return False
     return all(value is None or isinstance(value, str | int | float) for value in call["data"])
-
-
-def _with_headers(send: Send) -> Send:
-    async def wrapped(message: Message) -> None:
-        if message["type"] == "http.response.start":
-            message["headers"] = [*message.get("headers", []), *_HEADERS]
-        await send(message)
-
-    return wrapped
-
-
-async def _answer(send: Send, status: int, reason: str) -> None:
-    body = json.dumps({"error": reason}).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": status, "headers": [*headers, *_HEADERS]})
-    await send({"type": "http.response.body", "body": body})

@@ -32,10 +32,6 @@ class GeneratedImage(NamedTuple):
     settings: dict[str, Any]
 
 
-class _Timeout(Exception):
-    """The time limit of a request has passed."""
-
-
 class DemoService:
     """One generator and one folder; not thread-safe: the caller runs one request at a time."""
 
@@ -76,7 +72,9 @@ class DemoService:
 
         def step(done: int, total: int) -> None:
             if time.monotonic() > deadline:
-                raise _Timeout
+                raise RequestError(
+                    f"This took longer than {self._max_seconds:g} seconds; use fewer images, pixels or steps."
+                )
             on_step(done, total)
 
         target = self.folder / secrets.token_hex(16)
@@ -88,11 +86,9 @@ class DemoService:
             ):
                 settings = self._settings(sample, request, sampler)
                 images.append(GeneratedImage(target / settings["file"], settings))
-                _save(images[-1], pixels)
-        except _Timeout:
-            raise RequestError(
-                f"This took longer than {self._max_seconds:g} seconds; use fewer images, pixels or steps."
-            ) from None
+                text = PngInfo()
+                text.add_itxt("deco", json.dumps(settings))
+                Image.fromarray(pixels).save(images[-1].path, format="PNG", pnginfo=text)
         except torch.OutOfMemoryError:
             raise RequestError("Out of memory; use smaller images.") from None
         finally:
@@ -123,9 +119,3 @@ class DemoService:
             if folder != keep and (total > RETAINED_REQUESTS * self.limits.max_images or not counts[folder]):
                 shutil.rmtree(folder)
                 total -= counts[folder]
-
-
-def _save(image: GeneratedImage, pixels: Any) -> None:
-    text = PngInfo()
-    text.add_itxt("deco", json.dumps(image.settings))
-    Image.fromarray(pixels).save(image.path, format="PNG", pnginfo=text)

@@ -31,11 +31,6 @@ class GenerationLimits:
     max_guidance: float = 30.0
     max_prompt_chars: int = 1000
 
-    def __post_init__(self) -> None:
-        for name in self.__slots__:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImageRequest:
