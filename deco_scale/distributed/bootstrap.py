@@ -5,10 +5,11 @@ them, this is the only process.
 """
 
 import os
+import re
 import socket
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import timedelta
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,8 +19,7 @@ from deco_scale.errors import ConfigError, RunError
 TIMEOUT = timedelta(minutes=30)
 
 
-@dataclass(frozen=True, slots=True)
-class Environment:
+class Environment(NamedTuple):
     """Ranks of this process, and the number of processes."""
 
     rank: int
@@ -29,17 +29,14 @@ class Environment:
 
 def read_environment(variables: Mapping[str, str]) -> Environment:
     """Environment from the launcher's variables; raises :class:`ConfigError` for impossible values."""
-    names = [("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")]
-    for rank, world, local in names:
-        if rank in variables and world in variables:
+    for names in (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")):
+        if names[0] in variables and names[1] in variables:
             try:
-                environment = Environment(
-                    int(variables[rank]), int(variables[world]), int(variables.get(local, "0"))
-                )
+                environment = Environment(*(int(variables.get(name, "0")) for name in names))
             except ValueError as error:
-                raise ConfigError(f"{rank}/{world}/{local} are not numbers: {error}") from error
+                raise ConfigError(f"{'/'.join(names)} are not numbers: {error}") from error
             if not 0 <= environment.rank < environment.world_size:
-                raise ConfigError(f"{rank}={environment.rank} with {world}={environment.world_size}")
+                raise ConfigError(f"{names[0]}={environment.rank} with {names[1]}={environment.world_size}")
             return environment
     return Environment(0, 1, 0)
 
@@ -50,10 +47,10 @@ def choose_device(setting: str, local_rank: int) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise ConfigError("device=cuda, but PyTorch sees no GPU here; use device=auto or cpu")
-    if local_rank >= torch.cuda.device_count():
+    gpus = torch.cuda.device_count()
+    if local_rank >= gpus:
         raise ConfigError(
-            f"local rank {local_rank}, but this node has {torch.cuda.device_count()} GPUs: start fewer "
-            "processes per node"
+            f"local rank {local_rank}, but this node has {gpus} GPUs: start fewer processes per node"
         )
     return torch.device("cuda", local_rank)
 
@@ -93,13 +90,8 @@ def _check_restarts(variables: Mapping[str, str]) -> None:
 
 def _slurm_head() -> str | None:
     """First host of SLURM's list, ``node[03-05],other`` giving ``node03``."""
-    hosts = os.environ.get("SLURM_JOB_NODELIST")
-    if not hosts:
-        return None
-    first, bracket, rest = hosts.partition("[")
-    if not bracket or "," in first:
-        return first.split(",")[0]
-    return first + rest.split("]")[0].split(",")[0].split("-")[0]
+    first = re.match(r"([^,\[]+)(?:\[([^],-]+))?", os.environ.get("SLURM_JOB_NODELIST", ""))
+    return first[1] + (first[2] or "") if first else None
 
 
 def _free_port() -> int:

@@ -40,26 +40,33 @@ def bit_digest(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack([digest.view(torch.int64) for digest in digests])
 
 
-def find_mismatches(engine: Replicated) -> list[ReplicaMismatch]:
-    """Compare replicas; a collective that returns the same list on every rank. Waits for the device."""
+def check_replicas(engine: Replicated, step: int, hosts: Sequence[str], last_good: int | None) -> None:
+    """Compare replicas; a collective that waits for the device. ``hosts`` are the ranks' nodes.
+
+    Raises :class:`ReplicaMismatchError` with ranks and hosts, on every rank. ``last_good`` is the step of the last
+    comparison in this launch.
+    """
     mine: list[ReplicaMismatch] = []
-    differs, device = False, torch.device("cpu")
-    for replicas in engine.replicas():
-        names = sorted(replicas.tensors)
-        digests = bit_digest([replicas.tensors[name] for name in names])
-        device = digests.device
-        by_rank = [torch.zeros_like(digests) for _ in range(dist.get_world_size(replicas.group))]
-        dist.all_gather(by_rank, digests, group=replicas.group)
-        rows = torch.stack(by_rank)
-        if bool((rows != rows[0]).any()):
-            differs = True
-            mine += compare_digests(rows.cpu(), names, dist.get_process_group_ranks(replicas.group))
-    flag = torch.tensor(float(differs), device=device)
-    dist.all_reduce(flag, dist.ReduceOp.MAX)
-    if not float(flag):
-        return []
+    for group, tensors in engine.replicas():
+        names = sorted(tensors)
+        digests = bit_digest([tensors[name] for name in names])
+        by_rank = [torch.zeros_like(digests) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(by_rank, digests, group=group)
+        mine += compare_digests(torch.stack(by_rank).cpu(), names, dist.get_process_group_ranks(group))
     found = {mismatch.rank: mismatch for part in gather_objects(mine) for mismatch in part}
-    return [found[rank] for rank in sorted(found)]
+    if not found:
+        return
+    mismatches = [found[rank] for rank in sorted(found)]
+    where = "; ".join(f"rank {m.rank} on {hosts[m.rank]}: {m.count} tensors, first {m.first}" for m in mismatches)
+    decided = all(m.has_majority for m in mismatches)
+    who = "differs from the others" if decided else "they differ, either may be wrong"
+    since = f"after step {last_good}" if last_good is not None else "at any step of this launch"
+    raise ReplicaMismatchError(
+        f"step {step}: replicated weights differ between ranks ({where}; {who}). A device or its memory is "
+        f"faulty: take its node out of the job. It may have happened {since}: remove checkpoints from then "
+        "on, or name an older one with --resume",
+        mismatches,
+    )
 
 
 def compare_digests(rows: Tensor, names: Sequence[str], ranks: Sequence[int]) -> list[ReplicaMismatch]:
@@ -82,32 +89,3 @@ def compare_digests(rows: Tensor, names: Sequence[str], ranks: Sequence[int]) ->
                 counts[rank] += 1
                 first.setdefault(rank, name)
     return [ReplicaMismatch(rank, counts[rank], first[rank], has_majority) for rank in counts]
-
-
-class ReplicaCheck:
-    """Compares replicas every ``every`` steps (0: never); ``hosts`` are the ranks' nodes."""
-
-    def __init__(self, every: int, hosts: Sequence[str]) -> None:
-        self._every, self._hosts = every, hosts
-        self._last_good: int | None = None
-
-    def check(self, engine: Replicated, step: int) -> None:
-        """Compare if ``step`` is due; a collective. Raises :class:`ReplicaMismatchError` with ranks and hosts."""
-        if not self._every or step % self._every:
-            return
-        mismatches = find_mismatches(engine)
-        if not mismatches:
-            self._last_good = step
-            return
-        where = "; ".join(
-            f"rank {m.rank} on {self._hosts[m.rank]}: {m.count} tensors, first {m.first}" for m in mismatches
-        )
-        decided = all(m.has_majority for m in mismatches)
-        who = "differs from the others" if decided else "they differ, either may be wrong"
-        since = f"after step {self._last_good}" if self._last_good is not None else "at any step of this launch"
-        raise ReplicaMismatchError(
-            f"step {step}: replicated weights differ between ranks ({where}; {who}). A device or its memory is "
-            f"faulty: take its node out of the job. It may have happened {since}: remove checkpoints from then "
-            "on, or name an older one with --resume",
-            mismatches,
-        )

@@ -14,7 +14,7 @@ from data_pipeline.errors import DataError
 from deco_scale.checkpoint.manager import SaveResult
 from deco_scale.config import RunConfig, dump_config
 from deco_scale.distributed.collectives import gather_objects, raise_together, run_on_rank_zero
-from deco_scale.distributed.replica_check import ReplicaCheck
+from deco_scale.distributed.replica_check import check_replicas
 from deco_scale.errors import ConfigError, ReplicaMismatchError, RunError
 from deco_scale.evaluation.config import EvaluationConfig
 from deco_scale.evaluation.in_training import (
@@ -85,12 +85,16 @@ class SaveConfig(Callback):
 class CheckReplicas(Callback):
     """Compares replicated tensors bit by bit; see :mod:`deco_scale.distributed.replica_check`."""
 
-    def __init__(self, every: int, hosts: Sequence[str]) -> None:
-        self._check = ReplicaCheck(every, hosts)
+    def __init__(self, every: int) -> None:
+        self._every = every
+        self._last_good: int | None = None
 
     def on_update_end(self, trainer: Trainer, step: int) -> None:
+        if not self._every or step % self._every:
+            return
         try:
-            self._check.check(trainer.engine, step)
+            check_replicas(trainer.engine, step, trainer.hosts, self._last_good)
+            self._last_good = step
         except ReplicaMismatchError as error:
             for rank, count, first in ((each.rank, each.count, each.first) for each in error.mismatches):
                 trainer.emit("corruption", rank=rank, host=trainer.hosts[rank], tensors=count, first=first)

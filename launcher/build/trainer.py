@@ -213,7 +213,7 @@ def _callbacks(
     return [
         LogRun(run_logger, {**layout, "hosts": sorted(set(hosts))}),
         SaveConfig(cfg),
-        CheckReplicas(cfg.faults.check_replicas_every, hosts),
+        CheckReplicas(cfg.faults.check_replicas_every),
         SampleImages(cfg.samples, draw, run_logger, Path(cfg.run.dir)),
         Evaluate(cfg, draw, run_logger, device),
     ]
