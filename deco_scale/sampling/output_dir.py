@@ -87,16 +87,13 @@ class ImageFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = (self.path / _LOCK).open("w")
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"--out {self.path}: another command is writing there") from None
         except OSError as error:
-            raise ConfigError(f"--out {self.path}: {error.strerror}") from error
+            if error.errno not in NO_LOCKS:
+                raise ConfigError(f"--out {self.path}: {error.strerror}") from error
         with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ConfigError(f"--out {self.path}: another command is writing there") from None
-            except OSError as error:
-                if error.errno not in NO_LOCKS:
-                    raise ConfigError(f"--out {self.path}: {error.strerror}") from error
             yield
 
     def open(self, expected: Sequence[Record], settings: Mapping[str, Any]) -> set[str]:
@@ -134,11 +131,9 @@ class ImageFolder:
     def _read(self) -> dict[str, Record]:
         """Records of the images that exist, by file."""
         records: dict[str, Record] = {}
-        for path in [self.path / LINES, *sorted(self.path.glob(_PARTS))]:
+        for path in [*self.path.glob(LINES), *sorted(self.path.glob(_PARTS))]:
             try:
                 lines = path.read_bytes().split(b"\n")
-            except FileNotFoundError:
-                continue
             except OSError as error:
                 raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
             # A process that was killed may have left an incomplete last line.
@@ -152,11 +147,9 @@ class ImageFolder:
 
     def _write(self, records: Mapping[str, Record], order: Mapping[str, object]) -> None:
         names = [*(n for n in order if n in records), *sorted(n for n in records if n not in order)]
-        parts = sorted(self.path.glob(_PARTS))
-        write_file(
-            self.path / LINES, "".join(json.dumps(records[name]) + "\n" for name in names).encode(), shared=False
-        )
-        for path in parts:
+        lines = "".join(json.dumps(records[name]) + "\n" for name in names)
+        write_file(self.path / LINES, lines.encode(), shared=False)
+        for path in self.path.glob(_PARTS):
             path.unlink()
 
 

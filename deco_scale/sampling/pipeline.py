@@ -35,27 +35,10 @@ class DecoPipeline:
     """A denoiser with its sampler, and for text models a text encoder: prompts or classes in, images out."""
 
     def __init__(
-        self,
-        denoiser: Denoiser,
-        sampler: SamplerConfig,
-        *,
-        resolution: int,
-        encode: EncodeFn | None,
-        device: torch.device,
-        prediction: Prediction = "velocity",
-        t_eps: float = 0.05,
+        self, denoiser: Denoiser, generator: ImageGenerator, sampler: SamplerConfig, resolution: int
     ) -> None:
-        self.denoiser = denoiser.to(device).eval().requires_grad_(False)
-        self.sampler, self.resolution = sampler, resolution
-        self._encode_text, cfg = encode, denoiser.cfg
-        is_text = cfg.kind == "t2i_deco"
-        self._generator = ImageGenerator(
-            velocity_of(self._predict, cfg.patch_size, prediction=prediction, t_eps=t_eps),
-            cfg,
-            encode=self._encode if is_text else None,
-            null=self._encode([""])[0] if is_text else torch.tensor(cfg.num_classes),
-            device=device,
-        )
+        self.denoiser, self.sampler, self.resolution = denoiser, sampler, resolution
+        self._generator = generator
 
     @classmethod
     def from_pretrained(
@@ -94,22 +77,23 @@ class DecoPipeline:
             denoiser.load_state_dict(_weights(folder / "transformer"), strict=True, assign=True)
         except RuntimeError as error:
             raise PipelineError(f"{folder / 'transformer'}: the weights do not fit its config: {error}") from error
-        if dtype is not None:
-            denoiser = denoiser.to(dtype)
-        encode = None
+        denoiser = denoiser.to(device, dtype).eval().requires_grad_(False)
+        weight_dtype = denoiser.patch_embed.weight.dtype
+
+        def predict(patches: Tensor, t: Tensor, condition: Tensor, grid: tuple[int, int]) -> Tensor:
+            if condition.is_floating_point():
+                condition = condition.to(weight_dtype)
+            return denoiser(patches.to(weight_dtype), t, condition, grid=grid).prediction_BNK
+
+        encode, null = None, torch.tensor(model.num_classes)
         if model.kind == "t2i_deco":
             encode = _encoder(text_encoder, index.get("text_encoder"), model, device)
+            null = encode([""])[0]
         elif text_encoder is not None:
             raise PipelineError(f"a {model.kind} model takes classes, not a text_encoder")
-        return cls(
-            denoiser,
-            sampler,
-            resolution=resolution,
-            encode=encode,
-            device=device,
-            prediction=prediction,
-            t_eps=t_eps,
-        )
+        velocity = velocity_of(predict, model.patch_size, prediction=prediction, t_eps=t_eps)
+        generator = ImageGenerator(velocity, model, encode=encode, null=null, device=device)
+        return cls(denoiser, generator, sampler, resolution)
 
     def __call__(
         self,
@@ -139,36 +123,31 @@ class DecoPipeline:
             raise PipelineError(str(error)) from error
         return np.stack([pixels for _, pixels in images])
 
-    def _encode(self, texts: Sequence[str]) -> Tensor:
-        assert self._encode_text is not None
-        embeddings, cfg = self._encode_text(texts), self.denoiser.cfg
-        expected = (len(texts), cfg.text_tokens, cfg.text_dim)
-        if tuple(embeddings.shape) != expected:
-            raise PipelineError(
-                f"text embeddings have shape {tuple(embeddings.shape)}, the model needs {expected}"
-            )
-        return embeddings
-
-    def _predict(self, patches: Tensor, t: Tensor, condition: Tensor, grid: tuple[int, int]) -> Tensor:
-        dtype = self.denoiser.patch_embed.weight.dtype
-        if condition.is_floating_point():
-            condition = condition.to(dtype)
-        return self.denoiser(patches.to(dtype), t, condition, grid=grid).prediction_BNK
-
 
 def _encoder(
     given: str | Path | EncodeFn | None, stored: Any, model: ModelConfig, device: torch.device
 ) -> EncodeFn:
-    if given is not None and not isinstance(given, str | Path):
-        return given
-    try:
-        settings = TextEncoderConfig(**(stored or {"path": "", "max_tokens": model.text_tokens}))
-    except (TypeError, ValueError) as error:
-        raise PipelineError(f"model_index.json: its text_encoder is damaged: {error}") from error
-    if given is None and not settings.path:
-        raise PipelineError("the folder names no text encoder: give text_encoder=, a folder or a function")
-    settings = dataclasses.replace(settings, path=str(given) if given is not None else settings.path)
-    return load_text_encoder(settings, model.text_dim, device).encode
+    """The given function or folder, or else the stored folder; embeddings are checked for the model's shape."""
+    if callable(given):
+        function = given
+    else:
+        try:
+            settings = TextEncoderConfig(**(stored or {"path": "", "max_tokens": model.text_tokens}))
+        except (TypeError, ValueError) as error:
+            raise PipelineError(f"model_index.json: its text_encoder is damaged: {error}") from error
+        if not given and not settings.path:
+            raise PipelineError("the folder names no text encoder: give text_encoder=, a folder or a function")
+        settings = dataclasses.replace(settings, path=str(given or settings.path))
+        function = load_text_encoder(settings, model.text_dim, device).encode
+
+    def encode(texts: Sequence[str]) -> Tensor:
+        embeddings = function(texts)
+        actual, expected = tuple(embeddings.shape), (len(texts), model.text_tokens, model.text_dim)
+        if actual != expected:
+            raise PipelineError(f"text embeddings have shape {actual}, the model needs {expected}")
+        return embeddings
+
+    return encode
 
 
 def _weights(folder: Path) -> dict[str, Tensor]:
