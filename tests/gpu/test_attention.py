@@ -72,7 +72,7 @@ def test_flash_by_name() -> None:
     device = here("sdpa")
     q, k, v = (torch.randn(1, 128, 2, 64, device=device, dtype=BF16) for _ in range(3))
     try:
-        check_backend("flash", device, head_dim=64)
+        check_backend("flash", device, dtype=BF16, head_dim=64)
     except ValueError as refused:
         with pytest.raises(ValueError) as error:
             attention(q, k, v, "flash")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from deco_scale.models.attention import backends, dispatch
+from deco_scale.models.attention import dispatch
 from deco_scale.models.attention.dispatch import KERNELS, attention, check_backend, kernel_missing
 from tests.unit.models.test_attention import dynamo, inputs, results  # noqa: F401
 
@@ -52,9 +52,8 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def _forget() -> None:
-    for cached in (backends._import_error, backends._core_attention):
+    for cached in (dispatch._import_error, dispatch._core_attention, dispatch._newest_flash):
         cached.cache_clear()
-    dispatch._newest_flash.cache_clear()
 
 
 @pytest.mark.usefixtures("stand_ins", "dynamo")
@@ -93,11 +92,11 @@ def test_packages_with_operators_are_traced(kernel: str, namespace: str, monkeyp
 
 @pytest.mark.usefixtures("stand_ins")
 def test_packages_are_usable_by_compute_capability_dtype_and_head_width(monkeypatch: pytest.MonkeyPatch) -> None:
-    missing = backends.package_missing
+    missing = dispatch.package_missing
     half = torch.bfloat16
 
     def usable(major: int, width: int = 64) -> list[str]:
-        return [name for name in backends.PACKAGES if missing(name, (major, 0), half, width) is None]
+        return [name for name in dispatch.PACKAGES if missing(name, (major, 0), half, width) is None]
 
     assert usable(7) == []
     assert usable(8) == ["flash2", "te"]
@@ -125,9 +124,9 @@ def test_flash_is_the_newest_that_fits(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
     device = torch.device("cuda", 0)
     assert dispatch._newest_flash(device, torch.bfloat16, width) == kernel
-    check_backend("flash", device, head_dim=width)
+    check_backend("flash", device, dtype=torch.bfloat16, head_dim=width)
     with pytest.raises(ValueError, match=r"float32.*Use auto, sdpa or math"):
-        check_backend("te", device, dtype=torch.float32)
+        check_backend("te", device, dtype=torch.float32, head_dim=width)
 
 
 def test_cuda_kernels_need_a_cuda_build(monkeypatch: pytest.MonkeyPatch) -> None:
