@@ -1,8 +1,8 @@
 """What the command lines share: argument types, messages, lists of problems and a progress bar."""
 
-import argparse
 import os
 import sys
+from argparse import Action, ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NoReturn
@@ -24,22 +24,18 @@ LISTED = 20
 """Items listed by name; the rest are counted."""
 
 
-class Parser(argparse.ArgumentParser):
+class Parser(ArgumentParser):
     """Prints one line for wrong arguments and exits with 2."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog.split()[0]}: {message}\n")
 
 
-class RenamedOption(argparse.Action):
+class RenamedOption(Action):
     """Accepts an option's old name with a notice; ``dest`` is that of the new one."""
 
     def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: object,
-        option: str | None = None,
+        self, parser: ArgumentParser, namespace: Namespace, values: object, option: str | None = None
     ) -> None:
         print(f"{parser.prog}: {option} is now called --{self.dest.replace('_', '-')}", file=sys.stderr)
         setattr(namespace, self.dest, values)
@@ -48,14 +44,14 @@ class RenamedOption(argparse.Action):
 def positive_int(text: str) -> int:
     value = int(text)
     if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+        raise ArgumentTypeError(f"{text} is not at least 1")
     return value
 
 
 def positive(text: str) -> float:
     value = float(text)
     if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+        raise ArgumentTypeError(f"{text} is not above 0")
     return value
 
 

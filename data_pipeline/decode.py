@@ -114,11 +114,6 @@ def cover_and_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return image.resize(covering, Image.Resampling.BICUBIC).crop((left, top, left + size[1], top + size[0]))
 
 
-def centre_crop(image: Image.Image, resolution: int) -> Image.Image:
-    """The release's square image of an RGB image."""
-    return cover_and_crop(image, (resolution, resolution))
-
-
 def _corner(shape: tuple[int, ...], size: tuple[int, int]) -> tuple[int, int]:
     """(Top, left) of the centre of a (height, width), as the release rounds it."""
     return (shape[0] - size[0]) // 2, (shape[1] - size[1]) // 2

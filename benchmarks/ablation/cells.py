@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from data_pipeline.decode import centre_crop
+from data_pipeline.decode import cover_and_crop
 from deco_scale.evaluation.fid import Gaussian, Moments, frechet_distance
 from deco_scale.models import Denoiser, ModelConfig
 from deco_scale.objectives import Objective, ObjectiveConfig
@@ -115,8 +115,9 @@ def prepare_images(settings: Settings, work: Path) -> None:
     for number, count in zip((_TRAIN, _REFERENCE, _HELDOUT), counts, strict=True):
         path = _crops_path(work, settings, number, count)
         if not path.exists():
+            size = (settings.side, settings.side)
             made = [
-                [np.asarray(centre_crop(crop, settings.side)) for crop in crops(subject, count, seed=number)]
+                [np.asarray(cover_and_crop(crop, size)) for crop in crops(subject, count, seed=number)]
                 for subject in SUBJECTS
             ]
             # Classes in turn, so that any run of neighbours holds all of them.

@@ -27,7 +27,7 @@ from data_pipeline.decode import DecodeError, image_size
 from data_pipeline.errors import DataError, Reject
 from data_pipeline.index import format
 from data_pipeline.index.format import BLOCK, COLUMNS, INDEX_KEY, IS_JSON, IS_LABEL, SCORE, Index
-from data_pipeline.storage.base import Access, ObjectInfo, Store, open_store
+from data_pipeline.storage.base import ObjectInfo, Store
 
 PARTIAL_KEY = "index.partial"
 """What a scan has done so far; removed when it is done."""
@@ -228,7 +228,6 @@ def build_index(
     store: Store,
     settings: ScanSettings = ScanSettings(),
     *,
-    access: Access = Access(),
     workers: int = 1,
     fresh: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
@@ -248,7 +247,7 @@ def build_index(
     reused, last_save = len(done), time.monotonic()
     missing = [shard for shard in shards if shard not in done]
     scan = functools.partial(scan_shard, settings=settings)
-    for shard, part in over_processes(scan, missing, store=store, access=access, workers=workers):
+    for shard, part in over_processes(scan, missing, store=store, workers=workers):
         done[shard] = part
         if progress:
             progress(shard.key, len(done), len(shards))
@@ -297,7 +296,7 @@ def _earlier_scans(store: Store, settings: ScanSettings) -> dict[ObjectInfo, _Pa
 
 
 def over_processes(
-    work: Callable[[Store, T], R], tasks: Iterable[T], *, store: Store, access: Access, workers: int
+    work: Callable[[Store, T], R], tasks: Iterable[T], *, store: Store, workers: int
 ) -> Iterator[tuple[T, R]]:
     """``(task, work(store, task))`` for each task, as they complete; one worker is this process.
 
@@ -312,7 +311,7 @@ def over_processes(
         while True:
             # A short queue: an error should not wait for thousands of submitted tasks.
             for task in itertools.islice(remaining, 2 * workers - len(running)):
-                running[pool.submit(_in_process, work, store.url, access, task)] = task
+                running[pool.submit(work, store, task)] = task
             if not running:
                 return
             for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -320,7 +319,3 @@ def over_processes(
                     yield running.pop(future), future.result()
                 except BrokenProcessPool as error:
                     raise DataError("a worker was killed, perhaps for memory; try fewer --workers") from error
-
-
-def _in_process(work: Callable[[Store, T], R], url: str, access: Access, task: T) -> R:
-    return work(open_store(url, access), task)

@@ -7,7 +7,6 @@ import bisect
 import contextlib
 import itertools
 import json
-import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,7 +26,7 @@ from data_pipeline.index.build import (
     image_member,
     shard_samples,
 )
-from data_pipeline.storage.base import Access, Store, open_store
+from data_pipeline.storage.base import Store, open_store
 from data_pipeline.stream.sampler import generator
 
 IMAGE_COLUMNS = ("image", "jpg", "png", "image_bytes", "image_path", "path")
@@ -117,32 +116,25 @@ def _captions(entries: Mapping[str, Any], text: bytes | None) -> tuple[list[str]
 
 def _is_kept(key: str, value: Any) -> bool:
     """Numbers, flags and short strings, as far as JSON and UTF-8 hold them."""
-    if key in CAPTION_FIELDS or key == WEIGHTS_FIELD or not _is_text(key):
+    if key in (*CAPTION_FIELDS, WEIGHTS_FIELD) or not isinstance(value, str | bool | int | float):
         return False
-    if isinstance(value, str):
-        return len(value) <= MAX_FIELD_CHARS and _is_text(value)
-    return isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value))
-
-
-def _is_text(value: str) -> bool:
+    if isinstance(value, str) and len(value) > MAX_FIELD_CHARS:
+        return False
     try:
-        value.encode()
-    except UnicodeEncodeError:
+        return bool(json.dumps({key: value}, ensure_ascii=False, allow_nan=False).encode())
+    # Infinite, or half of a surrogate pair.
+    except ValueError:
         return False
-    return True
 
 
 def _image_suffix(image: bytes) -> str:
     """By content: files are often named for another format than theirs."""
-    if image.startswith(b"\xff\xd8"):
-        return "jpg"
-    if image.startswith(b"\x89PNG"):
-        return "png"
-    return "gif" if image.startswith(b"GIF8") else "webp"
+    suffixes = {b"\xff\xd8": "jpg", b"\x89PNG": "png", b"GIF8": "gif"}
+    return next((suffix for start, suffix in suffixes.items() if image.startswith(start)), "webp")
 
 
 def read_source(
-    source: str, rejects: list[Reject], *, access: Access = Access(), workers: int = 1
+    source: str, rejects: list[Reject], opened: Callable[[str], Store] = open_store, *, workers: int = 1
 ) -> Iterator[PackedSample]:
     """Samples of a folder, a parquet or tar file, or of the tar shards below an ``s3://`` URL.
 
@@ -151,7 +143,7 @@ def read_source(
     Raises :class:`DataError` if there is nothing to read.
     """
     if source.startswith("s3://"):
-        return read_tars(open_store(source, access), rejects)
+        return read_tars(opened(source), rejects)
     path = Path(source).expanduser()
     if path.is_file():
         if path.suffix == ".tar":
@@ -196,14 +188,13 @@ def class_names(root: Path, rejects: list[Reject]) -> list[str]:
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; classes are folders on a local disk")
     names = []
-    with os.scandir(root) as entries:
-        for entry in sorted(entries, key=lambda entry: entry.name):
-            if entry.name.startswith("."):
-                rejects.append(Reject(entry.path, "hidden"))
-            elif entry.is_dir():
-                names.append(entry.name)
-            else:
-                rejects.append(Reject(entry.path, "lies in no class's folder"))
+    for path in sorted(root.iterdir()):
+        if path.name.startswith("."):
+            rejects.append(Reject(str(path), "hidden"))
+        elif path.is_dir():
+            names.append(path.name)
+        else:
+            rejects.append(Reject(str(path), "lies in no class's folder"))
     if not names:
         raise DataError(f"{root}: has no folders; one folder per class is needed")
     for name in names:
@@ -361,10 +352,8 @@ def _suffix(path: Path) -> str:
 
 def _files(folder: Path) -> Iterator[Path]:
     """All files below a folder, in the order of their names; folders behind links are not entered."""
-    with os.scandir(folder) as entries:
-        ordered = sorted(entries, key=lambda entry: entry.name)
-    for entry in ordered:
-        if entry.is_dir(follow_symlinks=False):
-            yield from _files(Path(entry.path))
-        elif entry.is_file():
-            yield Path(entry.path)
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and not path.is_symlink():
+            yield from _files(path)
+        elif path.is_file():
+            yield path

@@ -16,7 +16,7 @@ from data_pipeline.errors import Reject, StoreError
 from data_pipeline.index.build import PIECE_BYTES, ShardFile, over_processes, shard_samples
 from data_pipeline.index.format import Location, load_index
 from data_pipeline.pack.writer import MANIFEST_KEY
-from data_pipeline.storage.base import Access, ObjectInfo, Store
+from data_pipeline.storage.base import ObjectInfo, Store
 
 LISTED_PER_SHARD = 20
 """Samples of one shard named; the rest are counted."""
@@ -53,7 +53,6 @@ class _Task:
 def verify(
     store: Store,
     *,
-    access: Access = Access(),
     workers: int = 1,
     decode_images: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
@@ -87,7 +86,7 @@ def verify(
             yield _Task(stored, locations, fields, manifest.get(shard.key), decode_images)
 
     workers = min(workers, len(objects))
-    parts = over_processes(verify_shard, tasks(), store=store, access=access, workers=workers)
+    parts = over_processes(verify_shard, tasks(), store=store, workers=workers)
     for done, (task, part) in enumerate(parts, start=1):
         report.add(part)
         if progress:

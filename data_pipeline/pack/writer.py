@@ -11,7 +11,7 @@ import tarfile
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +35,10 @@ class OccupiedError(DataError):
 
 @dataclass
 class PackReport:
-    """What was written and what was left out, by name; ``captioned`` samples have more than a class number."""
+    """What was written; ``captioned`` samples have more than a class number."""
 
-    samples: int
-    shards: list[str]
-    rejects: list[Reject]
+    samples: int = 0
+    shards: list[str] = field(default_factory=list)
     captioned: int = 0
 
 
@@ -60,7 +59,7 @@ def pack(
     ``pack`` does not name are never replaced.
     """
     replaced = _replaceable(store, overwrite)
-    report = PackReport(0, [], rejects)
+    report = PackReport()
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(1, thread_name_prefix="upload") as uploader:
         uploads: list[Future[dict[str, Any]]] = []
         shard: _ShardWriter | None = None

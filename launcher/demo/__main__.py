@@ -21,7 +21,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from data_pipeline.decode import centre_crop
+from data_pipeline.decode import cover_and_crop
 from data_pipeline.errors import DataError
 from data_pipeline.storage.dev_server import running_server
 from deco_scale.config import load_config
@@ -99,7 +99,9 @@ def _evaluate(out: Path, environment: dict[str, str], console: Console) -> dict[
     console.rule("4. images for held-out seeds, and whether they follow their prompts")
     side = load_config(CONFIG).stages[-1].resolution
     labels = np.repeat(np.arange(len(SUBJECTS)), 100)
-    images = np.stack([np.asarray(centre_crop(crop, side)) for s in SUBJECTS for crop in crops(s, 100, seed=0)])
+    images = np.stack(
+        [np.asarray(cover_and_crop(crop, (side, side))) for s in SUBJECTS for crop in crops(s, 100, seed=0)]
+    )
     classifier = fit_colour_classifier(images, labels)
     accuracy = (classifier.predict(images) == labels).mean()
     console.print(f"classifier on training crops: {100 * accuracy:.1f}% right")

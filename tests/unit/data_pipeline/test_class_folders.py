@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from data_pipeline.config import DataConfig
-from data_pipeline.decode import DecodeMode, centre_crop, decode
+from data_pipeline.decode import DecodeMode, cover_and_crop, decode
 from data_pipeline.errors import Reject
 from data_pipeline.index.format import load_index
 from data_pipeline.pack.readers import class_names, read_class_folders
@@ -89,7 +89,7 @@ def test_small_images_are_upscaled(mode: DecodeMode, side: tuple[int, int]) -> N
     assert kind_of(lambda: decode(encoded, (64, 64), mode=mode, max_pixels=PLENTY)) == "too_small"
     found = decode(encoded, (64, 64), mode=mode, max_pixels=PLENTY, upscale=True)
     assert found.shape == (64, 64, 3)
-    assert np.abs(found.astype(int) - np.asarray(centre_crop(image, 64)).astype(int)).max() <= 1
+    assert np.abs(found.astype(int) - np.asarray(cover_and_crop(image, (64, 64))).astype(int)).max() <= 1
 
 
 def test_enlarging_has_a_bound() -> None:

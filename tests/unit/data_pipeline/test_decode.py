@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data_pipeline.decode import DecodeError, DecodeMode, centre_crop, cover_and_crop, decode, image_size
+from data_pipeline.decode import DecodeError, DecodeMode, cover_and_crop, decode, image_size
 from tests.support.sets import kind_of
 
 MODES: tuple[DecodeMode, ...] = ("exact", "fast")
@@ -72,7 +72,7 @@ def test_exact_is_the_release(size: tuple[int, int], mode: str) -> None:
     image = noise(*size).convert(mode)
     found = decode(saved(image, "PNG"), (64, 64), mode="exact", max_pixels=PLENTY)
     assert np.array_equal(found, reference(image, 64))
-    assert np.array_equal(centre_crop(image.convert("RGB"), 64), found)
+    assert np.array_equal(cover_and_crop(image.convert("RGB"), (64, 64)), found)
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from data_pipeline.index.format import COLUMNS, Index, make_index
 from data_pipeline.storage.base import ObjectInfo
-from data_pipeline.stream.mixture import BLOCK_POSITIONS, MixtureSampler, Schedule
-from data_pipeline.stream.sampler import Chunks, ElasticSampler
+from data_pipeline.stream.sampler import BLOCK_POSITIONS, Chunks, ElasticSampler, MixtureSampler, Schedule
 
 
 def index_of(sizes: list[int], blocks: int = 1, **columns: Any) -> Index:
