@@ -31,9 +31,15 @@ from checkpoints_tools.base import (
 )
 from checkpoints_tools.formats import release
 from checkpoints_tools.formats.canonical import write_canonical
+from checkpoints_tools.formats.tensor_files import (
+    CHECKSUMS,
+    SETTINGS_CRC,
+    as_json,
+    settings_crc,
+    write_safetensors,
+)
 from checkpoints_tools.infer_config import check_fits_fp32, release_shapes
 from checkpoints_tools.registry import DIFFUSERS_WEIGHTS, PIPELINE, TRANSFORMER
-from checkpoints_tools.safetensors_out import CHECKSUMS, SETTINGS_CRC, as_json, settings_crc, write_safetensors
 from data_pipeline.storage.files import SAVING, make_durable
 from data_pipeline.text import human_bytes
 from deco_scale.checkpoint.format import CheckpointMeta

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints_tools.base import EMA, MODEL, SETS, CheckpointReader
-from checkpoints_tools.formats.bare_safetensors import BareReader
 from checkpoints_tools.formats.canonical import CanonicalReader
-from checkpoints_tools.formats.release_reader import ReleaseReader
 from checkpoints_tools.formats.tensor_files import INDEX_SUFFIX, LightningStore, open_safetensors, read_json
 from checkpoints_tools.formats.universal import UniversalReader, is_universal
+from checkpoints_tools.formats.weight_files import BareReader, ReleaseReader
 from checkpoints_tools.formats.zero.reader import ZeroReader, is_zero
 from checkpoints_tools.infer_config import infer_complete_model
 from deco_scale.checkpoint.format import COMPLETE, METADATA, find_checkpoint

@@ -7,9 +7,7 @@ the files are written here, in the same format (``torch.save`` archives one afte
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -21,7 +19,7 @@ from torch import Tensor
 from checkpoints_tools.base import SETS, Advance, TensorSpec, new_folder, read_checked
 from checkpoints_tools.formats.torch_zip import Archive, StoredTensor
 from checkpoints_tools.infer_config import infer_complete_model
-from checkpoints_tools.memory_budget import MemoryBudget, peak_bytes, sync_files, tensor_budget
+from checkpoints_tools.memory_budget import MemoryBudget, in_threads, peak_bytes, sync_files, tensor_budget
 from deco_scale.checkpoint.dcp_metadata import IndexedTensor, Piece, read_index, write_index
 from deco_scale.checkpoint.format import (
     METADATA,
@@ -34,6 +32,7 @@ from deco_scale.checkpoint.format import (
 from deco_scale.checkpoint.integrity import (
     MODEL_PREFIX,
     ChecksummedFile,
+    FileChecksums,
     crc32c_of,
     digest_of_sums,
     word_sum,
@@ -110,16 +109,6 @@ class CanonicalReader:
         return stored
 
 
-@dataclass(frozen=True, slots=True)
-class _WrittenFile:
-    """A file written by one worker: name, size, checksum, the tensors in it, and the weights' word sums."""
-
-    name: str
-    checksum: tuple[int, int]
-    index: dict[str, IndexedTensor]
-    word_sums: dict[str, int]
-
-
 def write_canonical(
     folder: Path,
     specs: Mapping[str, TensorSpec],
@@ -143,50 +132,38 @@ def write_canonical(
     shares = [names for names in _shares(specs, files) if names]
     budget = MemoryBudget(tensor_budget(specs.values(), memory))
     with new_folder(folder) as temporary:
+        # Each thread has its own names in these.
+        index: dict[str, IndexedTensor] = {}
+        word_sums: dict[str, int] = {}
+        checksums: FileChecksums = {}
 
-        def work(number: int) -> _WrittenFile:
-            file = temporary / f"__0_{number}.distcp"
-            return _write_file(file, shares[number], specs, read, budget, advance)
+        def write_file(number: int) -> None:
+            file = f"__0_{number}.distcp"
+            with ChecksummedFile(temporary / file) as out:
+                for name in shares[number]:
+                    start, shape = out.size, specs[name].shape
+                    with budget.reserve(peak_bytes(specs[name])):
+                        tensor = read_checked(read, name, TensorSpec(shape))
+                        if name.startswith(MODEL_PREFIX):
+                            word_sums[name] = word_sum(tensor)
+                        if tensor.untyped_storage().nbytes() != tensor.nbytes:
+                            # torch.save writes a tensor's whole storage.
+                            tensor = tensor.clone()
+                        torch.save(tensor, out)  # type: ignore[arg-type]
+                        del tensor
+                    piece = Piece((0,) * len(shape), shape, file, start, out.size - start)
+                    index[name] = IndexedTensor(shape, torch.float32, (piece,))
+                    advance(name)
+            checksums[file] = out.checksum
 
-        with without_record_checksums(), ThreadPoolExecutor(max(1, workers)) as pool:
-            written = list(pool.map(work, range(len(shares))))
-        sync_files([temporary / file.name for file in written])
-        digest = digest_of_sums({n: s for file in written for n, s in file.word_sums.items()})
-        meta = dataclasses.replace(meta, parameter_digest=digest)
-        write_index(temporary, {n: t for file in written for n, t in file.index.items()})
-        checksums = {file.name: file.checksum for file in written}
-        index_file = temporary / METADATA
-        checksums[METADATA] = (index_file.stat().st_size, crc32c_of(index_file))
+        with without_record_checksums():
+            in_threads(write_file, range(len(shares)), workers)
+        sync_files([temporary / file for file in checksums])
+        meta = dataclasses.replace(meta, parameter_digest=digest_of_sums(word_sums))
+        write_index(temporary, dict(sorted(index.items())))
+        checksums[METADATA] = ((temporary / METADATA).stat().st_size, crc32c_of(temporary / METADATA))
         write_markers(temporary, meta, checksums)
     return meta
-
-
-def _write_file(
-    path: Path,
-    names: list[str],
-    specs: Mapping[str, TensorSpec],
-    read: Callable[[str], Tensor],
-    budget: MemoryBudget,
-    advance: Advance,
-) -> _WrittenFile:
-    index: dict[str, IndexedTensor] = {}
-    word_sums: dict[str, int] = {}
-    with ChecksummedFile(path) as out:
-        for name in names:
-            start, shape = out.size, specs[name].shape
-            with budget.reserve(peak_bytes(specs[name])):
-                tensor = read_checked(read, name, TensorSpec(shape))
-                if name.startswith(MODEL_PREFIX):
-                    word_sums[name] = word_sum(tensor)
-                if tensor.untyped_storage().nbytes() != tensor.nbytes:
-                    # torch.save writes a tensor's whole storage.
-                    tensor = tensor.clone()
-                torch.save(tensor, out)  # type: ignore[arg-type]
-                del tensor
-            piece = Piece((0,) * len(shape), shape, path.name, start, out.size - start)
-            index[name] = IndexedTensor(shape, torch.float32, (piece,))
-            advance(name)
-    return _WrittenFile(path.name, out.checksum, index, word_sums)
 
 
 def _shares(specs: Mapping[str, TensorSpec], files: int) -> list[list[str]]:

@@ -1,37 +1,34 @@
-"""Files of named tensors, read tensor by tensor: Lightning ``.ckpt`` and safetensors."""
+"""Files of named tensors, tensor by tensor: reading Lightning's ``.ckpt``, reading and writing safetensors."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+import google_crc32c
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from checkpoints_tools.base import TensorSpec
+from checkpoints_tools.base import Advance, TensorSpec, read_checked
 from checkpoints_tools.formats.torch_zip import Archive
+from data_pipeline.storage.safetensors import encode_header
+from deco_scale.checkpoint.integrity import ChecksummedFile, FileChecksums, raw_bytes, write_checksummed
 from deco_scale.errors import ConfigError
 
 MAX_JSON_BYTES = 64 * 2**20
 """Larger JSON files are refused."""
 INDEX_SUFFIX = ".safetensors.index.json"
+CHECKSUMS = "checksums.json"
+"""In exported folders: size and CRC32C of each file, by its path in the folder."""
+SETTINGS_CRC = "settings_crc32c"
+"""Beside an exported ``.ckpt``: the checksum of the settings themselves."""
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
     "BOOL": torch.bool,
 }  # fmt: skip
-
-
-class Store(Protocol):
-    """Named tensors of one or several files; ``facts`` are the files' metadata."""
-
-    path: Path
-    specs: dict[str, TensorSpec]
-    facts: dict[str, Any]
-
-    def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
-        """A tensor or some of its rows, contiguous, in its stored type."""
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class LightningStore:
@@ -71,7 +68,7 @@ class SafetensorsStore:
         self.path = path
         self.specs: dict[str, TensorSpec] = {}
         self.facts: dict[str, Any] = {}
-        self._file_of: dict[str, Path] = {}
+        self.file_of: dict[str, Path] = {}
         for file in files:
             try:
                 with safe_open(file, framework="pt") as opened:
@@ -83,12 +80,12 @@ class SafetensorsStore:
                         if part.get_dtype() not in DTYPES:
                             raise ConfigError(f"{file}: {name} has the type {part.get_dtype()}, not supported")
                         spec = TensorSpec(tuple(part.get_shape()), DTYPES[part.get_dtype()])
-                        self.specs[name], self._file_of[name] = spec, file
+                        self.specs[name], self.file_of[name] = spec, file
             except (OSError, SafetensorError) as error:
                 raise ConfigError(f"{file} is damaged or missing: {error}") from error
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
-        file = self._file_of[name]
+        file = self.file_of[name]
         try:
             with safe_open(file, framework="pt") as opened:
                 if rows is None:
@@ -97,8 +94,9 @@ class SafetensorsStore:
         except (OSError, SafetensorError) as error:
             raise ConfigError(f"{file}: {name} cannot be read: {error}") from error
 
-    def file_of(self, name: str) -> Path:
-        return self._file_of[name]
+
+Store = LightningStore | SafetensorsStore
+"""Named tensors of one or several files; ``facts`` are the files' metadata."""
 
 
 def open_safetensors(path: Path) -> SafetensorsStore:
@@ -116,8 +114,8 @@ def open_safetensors(path: Path) -> SafetensorsStore:
     for name in sorted(set(table) | set(store.specs)):
         if name not in store.specs:
             raise ConfigError(f"{path}: {name} is not in {table[name]}")
-        if name not in table or store.file_of(name).name != table[name]:
-            raise ConfigError(f"{store.file_of(name)}: {name} is not as {path.name} says")
+        if name not in table or store.file_of[name].name != table[name]:
+            raise ConfigError(f"{store.file_of[name]}: {name} is not as {path.name} says")
     return store
 
 
@@ -134,3 +132,62 @@ def read_json(path: Path) -> Mapping[str, Any]:
     if not isinstance(content, dict):
         raise ConfigError(f"{path} does not contain a JSON object")
     return content
+
+
+def write_safetensors(
+    folder: Path,
+    stem: str,
+    specs: Mapping[str, TensorSpec],
+    read: Callable[[str], Tensor],
+    *,
+    max_shard_bytes: int | None = None,
+    metadata: Mapping[str, str] | None = None,
+    advance: Advance = lambda name: None,
+) -> FileChecksums:
+    """Write ``stem.safetensors``, or shards of at most ``max_shard_bytes`` of data each and an index; durably.
+
+    A tensor larger than that gets a shard of its own. Returns size and CRC32C of each file by name.
+    """
+    shards = list(_shards(specs, max_shard_bytes))
+    if len(shards) == 1:
+        names = [f"{stem}.safetensors"]
+    else:
+        names = [f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    checksums: FileChecksums = {}
+    metadata = metadata or {}
+    for file, shard in zip(names, shards, strict=True):
+        with ChecksummedFile(folder / file) as out:
+            types = {n: (_NAMES[specs[n].dtype], specs[n].shape) for n in shard}
+            out.write(encode_header(types, {"format": "pt", **metadata}))
+            for name in shard:
+                out.write(raw_bytes(read_checked(read, name, specs[name])))
+                advance(name)
+            checksums[file] = out.sync()
+    if len(shards) > 1:
+        table = {n: file for file, shard in zip(names, shards, strict=True) for n in shard}
+        total = sum(spec.nbytes for spec in specs.values())
+        index = {"metadata": {"total_size": total, **metadata}, "weight_map": dict(sorted(table.items()))}
+        checksums[f"{stem}{INDEX_SUFFIX}"] = write_checksummed(folder / f"{stem}{INDEX_SUFFIX}", as_json(index))
+    return checksums
+
+
+def as_json(value: object) -> bytes:
+    return (json.dumps(value, indent=1) + "\n").encode()
+
+
+def settings_crc(settings: Mapping[str, object]) -> int:
+    """CRC32C of the settings in a release file's JSON."""
+    fields = {k: v for k, v in settings.items() if k not in ("files", SETTINGS_CRC)}
+    return int(google_crc32c.value(as_json(fields)))
+
+
+def _shards(specs: Mapping[str, TensorSpec], limit: int | None) -> Iterator[list[str]]:
+    current: list[str] = []
+    size = 0
+    for name in sorted(specs):
+        if current and limit is not None and size + specs[name].nbytes > limit:
+            yield current
+            current, size = [], 0
+        current.append(name)
+        size += specs[name].nbytes
+    yield current

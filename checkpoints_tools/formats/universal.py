@@ -20,15 +20,8 @@ from checkpoints_tools.formats.zero.side_file import (
     CARRIED,
     PARAMETERS,
     VERSION,
-    Progress,
-    check_model,
-    model_progress,
-    model_states_files,
+    DeepSpeedReader,
     open_archive,
-    parameter_shapes,
-    read_side,
-    resolve_tag,
-    single_progress,
     stored_number,
 )
 from checkpoints_tools.formats.zero.writer import ZeroLayout, adamw_group, model_states, parameter_order
@@ -48,20 +41,23 @@ def is_universal(path: Path) -> bool:
     return (path / "latest_universal").is_file() or (path / "zero" / _OPTIMIZER).is_file()
 
 
-class UniversalReader:
-    """A universal checkpoint; implements :class:`checkpoints_tools.base.CheckpointReader`.
+class UniversalReader(DeepSpeedReader):
+    """A universal checkpoint.
 
     Shapes are compared with those of the inferred model, because conversions with tensor parallelism have joined
     parts along the wrong dimension. Tensors that were stored flat take their shape from the model-states file.
     Raises :class:`ConfigError` naming the file.
     """
 
-    meta = None
     format = "DeepSpeed universal"
 
     def __init__(self, path: Path) -> None:
-        self.path = resolve_tag(path, "latest_universal")
-        step, skipped, samples, shapes = self._read_model_states()
+        super().__init__(path, "latest_universal")
+        shapes: dict[str, Shape] = {}
+        for states in self._model_states:
+            tp = states.content.get("mp_world_size")
+            for group in states.groups:
+                shapes |= {n: full_shape(n, s, tp if isinstance(tp, int) else 1) for n, s in group.items()}
         self._stored: dict[str, StoredTensor] = {}
         steps: dict[int, Path] = {}
         folders = sorted(p for p in (self.path / "zero").iterdir() if p.is_dir())
@@ -74,31 +70,10 @@ class UniversalReader:
         if len(steps) > 1:
             (first, a), (second, b) = sorted(steps.items())[:2]
             raise ConfigError(f"{self.path} mixes optimizer steps: {a} has {first}, {b} has {second}")
-        self.progress = Progress(step, next(iter(steps), step - skipped), samples)
-        self._side, self.side_meta = read_side(self.path, step)
-        specs = {n: TensorSpec(s.shape, s.dtype) for n, s in self._stored.items()}
-        self.specs = dict(sorted((specs | (self._side.specs if self._side is not None else {})).items()))
-        self.model = check_model(self.specs, self.path)
+        self._finish({n: TensorSpec(s.shape, s.dtype) for n, s in self._stored.items()}, next(iter(steps), None))
 
-    @property
-    def facts(self) -> Mapping[str, Any]:
-        return {"step": self.progress.step}
-
-    def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
-        if self._side is not None and name in self._side.specs:
-            return self._side.read(name, rows)
+    def _read_own(self, name: str, rows: tuple[int, int] | None) -> Tensor:
         return self._stored[name].read(rows)
-
-    def _read_model_states(self) -> tuple[int, int, int, dict[str, Shape]]:
-        """Steps, skipped steps, samples, and full shapes by parameter."""
-        progress: dict[tuple[int, int, int], Path] = {}
-        shapes: dict[str, Shape] = {}
-        for file, _, content in model_states_files(self.path):
-            progress[model_progress(content, file)] = file
-            tp = content.get("mp_world_size")
-            for group in parameter_shapes(content, file):
-                shapes |= {n: full_shape(n, s, tp if isinstance(tp, int) else 1) for n, s in group.items()}
-        return *single_progress(progress, self.path), shapes
 
     def _read_parameter(self, folder: Path, shapes: Mapping[str, Shape], steps: dict[int, Path]) -> None:
         name = folder.name

@@ -9,6 +9,7 @@ import dataclasses
 import errno
 import fcntl
 import json
+import operator
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -93,11 +94,24 @@ def read_checksums(path: Path) -> FileChecksums:
     """Content of ``COMPLETE``; raises :class:`Damaged` naming it."""
     try:
         raw = (path / COMPLETE).read_bytes()
-        checksums = {str(n): (int(e[0]), int(e[1])) for n, e in json.loads(raw).items()}
-    except (OSError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
+        table = json.loads(raw)
+    except (OSError, ValueError, RecursionError) as error:
         raise Damaged(f"{path / COMPLETE} is damaged: {error}") from error
+    checksums = parse_checksums(table, path / COMPLETE)
     if encode_checksums(checksums) != raw or any("/" in name for name in checksums):
         raise Damaged(f"{path / COMPLETE} is damaged: it is not as it was written")
+    return checksums
+
+
+def parse_checksums(table: Any, listing: Path) -> FileChecksums:
+    """Sizes and checksums of files of a folder, from ``listing``'s JSON; raises :class:`Damaged` naming it."""
+    try:
+        checksums = {name: (operator.index(size), operator.index(crc)) for name, (size, crc) in table.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise Damaged(f"{listing} is damaged: it is no table of files ({error})") from error
+    outside = [name for name in checksums if Path(name).is_absolute() or ".." in Path(name).parts]
+    if outside:
+        raise Damaged(f"{listing} is damaged: it names {outside[0]!r}")
     return checksums
 
 

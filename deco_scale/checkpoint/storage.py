@@ -43,10 +43,7 @@ class LocalStorage:
 
     def metrics(self, step: int) -> Mapping[str, float]:
         """The metrics that a checkpoint recorded; none where they cannot be parsed."""
-        try:
-            return _metrics((self.path_of(step) / META).read_bytes())
-        except OSError as error:
-            raise RunError(f"{self.path_of(step) / META}: {error.strerror}") from error
+        return _metrics((self.path_of(step) / META).read_bytes())
 
     def remove(self, step: int) -> None:
         """Remove a checkpoint, unless somebody is reading it (where the file system has locks)."""

@@ -26,9 +26,9 @@ from safetensors.torch import save_file
 
 from checkpoints_tools import cli
 from checkpoints_tools.formats.canonical import CanonicalReader
+from checkpoints_tools.formats.tensor_files import CHECKSUMS, SETTINGS_CRC, as_json
 from checkpoints_tools.formats.torch_zip import Archive
 from checkpoints_tools.registry import open_checkpoint
-from checkpoints_tools.safetensors_out import CHECKSUMS, SETTINGS_CRC, as_json
 from checkpoints_tools.verify import problems_of
 from deco_scale.checkpoint.dcp_metadata import read_index
 from deco_scale.checkpoint.format import stored_shapes

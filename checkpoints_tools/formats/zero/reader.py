@@ -9,27 +9,20 @@ import torch
 from torch import Tensor
 
 from checkpoints_tools.base import TensorSpec
-from checkpoints_tools.formats.torch_zip import Archive, StoredTensor
-from checkpoints_tools.formats.zero.layout import Extent, Partitions, Shape, full_shape, overlaps, partitions
+from checkpoints_tools.formats.torch_zip import StoredTensor
+from checkpoints_tools.formats.zero.layout import Partitions, Shape, full_shape, overlaps, partitions
 from checkpoints_tools.formats.zero.side_file import (
     OPTIM,
-    Progress,
-    check_model,
+    DeepSpeedReader,
     entry,
-    model_progress,
-    model_states_files,
     open_archive,
-    parameter_shapes,
-    read_side,
-    resolve_tag,
-    single_progress,
+    ranks_of,
     stored_number,
 )
 from deco_scale.errors import ConfigError
 from deco_scale.models.tp_plan import split_dim
 
-_KINDS = {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq", "ema": "ema"}
-_SET_OF_FP32 = "model"
+_KINDS = ("exp_avg", "exp_avg_sq", "ema")
 
 
 def is_zero(path: Path) -> bool:
@@ -39,10 +32,10 @@ def is_zero(path: Path) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class OptimContent:
-    """The tensors of an optimizer file: masters by group, and each group's optimizer state."""
+    """The tensors of an optimizer file, by set (``model`` for the masters) and group, and each group's step."""
 
-    masters: list[Tensor]
-    states: list[Mapping[str, Any]]
+    tensors: dict[str, list[Any]]
+    steps: list[Any]
     stage: int
 
 
@@ -73,65 +66,55 @@ def optim_content(content: Any, file: Path) -> OptimContent:
     missing = [i for i in range(len(masters)) if states and i not in states]
     if missing:
         raise ConfigError(f"{file} has no optimizer state of group {missing[0]}")
-    return OptimContent(masters, [states.get(i, {}) for i in range(len(masters))], int(stage))
+    by_group = [states.get(i, {}) for i in range(len(masters))]
+    kinds = [kind for kind in _KINDS if by_group and all(kind in state for state in by_group)]
+    if kinds and not {"exp_avg", "exp_avg_sq"} <= set(kinds):
+        raise ConfigError(f"{file} has only {kinds} of Adam's moments")
+    tensors = {"model": masters} | {kind: [state[kind] for state in by_group] for kind in kinds}
+    return OptimContent(tensors, [state.get("step") for state in by_group], int(stage))
 
 
-class ZeroReader:
-    """DeepSpeed's partitions as full tensors; implements :class:`checkpoints_tools.base.CheckpointReader`.
+class ZeroReader(DeepSpeedReader):
+    """DeepSpeed's partitions as full tensors.
 
     Weights are the fp32 masters. With tensor parallelism, parameters that every tp rank holds in full are read
     from the first. Raises :class:`ConfigError` for missing files, files of different steps and wrong sizes.
     """
 
-    meta = None
-
     def __init__(self, path: Path) -> None:
-        self.path = resolve_tag(path, "latest")
+        super().__init__(path, "latest")
         grid = _grid(self.path)
         self.tp, self.dp = len(grid), len(grid[0])
-        shapes = self._read_model_states()
-        self._masters: dict[tuple[int, int], list[StoredTensor]] = {}
-        self._states: dict[tuple[int, int, str], list[StoredTensor]] = {}
-        self._kinds: set[str] | None = None
-        self._stage, steps = 0, set()
-        for tp, files in enumerate(grid):
-            for dp, file in enumerate(files):
-                steps.add(self._read_optim(file, tp, dp))
+        shapes = self._shapes()
+        self._flats: dict[tuple[int, int], dict[str, list[StoredTensor]]] = {}
+        self._stage = 0
+        steps = {self._read_optim(file, tp, dp) for tp, files in enumerate(grid) for dp, file in enumerate(files)}
         if len(steps) != 1:
             raise ConfigError(f"{self.path} mixes optimizer files of steps {sorted(map(str, steps))}")
-        counted = next(iter(steps))
-        step, skipped, samples = self._model_progress
-        self.progress = Progress(step, step - skipped if counted is None else counted, samples)
         self.format = f"DeepSpeed ZeRO-{self._stage}"
         self._parts: list[Partitions] = [partitions(s, dp=self.dp, stage=self._stage) for s in shapes]
         self._local: list[dict[str, Shape]] = [{n: s for g in groups for n, s in g.items()} for groups in shapes]
         self._check_sizes()
-        self._side, self.side_meta = read_side(self.path, step)
-        self.specs = self._specs()
-        self.model = check_model(self.specs, self.path)
+        self._finish(self._specs(), next(iter(steps)))
 
     @property
     def facts(self) -> Mapping[str, Any]:
         return {"step": self.progress.step, "data parallel": self.dp, "tensor parallel": self.tp}
 
-    def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
-        if self._side is not None and name in self._side.specs:
-            return self._side.read(name, rows)
+    def _read_own(self, name: str, rows: tuple[int, int] | None) -> Tensor:
         kind, _, parameter = name.partition(".")
         dim = split_dim(parameter) if self.tp > 1 else None
         shape = self.specs[name].shape
         first, end = rows if rows is not None else (0, shape[0] if shape else 1)
         out = torch.empty((end - first, *shape[1:]), dtype=self.specs[name].dtype)
-        if dim is None:
-            self._fill(out, kind, parameter, 0, first)
-        elif dim == 1:
+        if dim == 1:
             for tp, columns in enumerate(out.chunk(self.tp, dim=1)):
                 part = torch.empty(columns.shape, dtype=out.dtype)
                 self._fill(part, kind, parameter, tp, first)
                 columns.copy_(part)
         else:
-            height = self._local[0][parameter][0]
-            for tp in range(self.tp):
+            height = self._local[0][parameter][0] if shape else 1
+            for tp in range(1 if dim is None else self.tp):
                 start, stop = max(first, tp * height), min(end, (tp + 1) * height)
                 if start < stop:
                     self._fill(out[start - first : stop - first], kind, parameter, tp, start - tp * height)
@@ -142,121 +125,93 @@ class ZeroReader:
         flat, done = out.view(-1), 0
         first = row * TensorSpec(out.shape[1:]).numel
         for extent in overlaps(self._parts[tp].extents[name], first, flat.numel()):
-            self._flat(kind, tp, extent).read_into(flat[done : done + extent.count], extent.start)
+            stored = self._flats[tp, extent.rank][kind][extent.group]
+            stored.read_into(flat[done : done + extent.count], extent.start)
             done += extent.count
 
-    def _flat(self, kind: str, tp: int, extent: Extent) -> StoredTensor:
-        if kind == _SET_OF_FP32:
-            return self._masters[tp, extent.rank][extent.group]
-        return self._states[tp, extent.rank, kind][extent.group]
-
-    def _read_model_states(self) -> list[list[dict[str, Shape]]]:
+    def _shapes(self) -> list[list[dict[str, Shape]]]:
         """Check all model-states files against each other; the groups' shapes by tp rank."""
         shapes: dict[int, list[dict[str, Shape]]] = {}
-        progress: dict[tuple[int, int, int], Path] = {}
         sizes: set[tuple[int, int]] = set()
-        ranks: set[tuple[int, int | None]] = set()
-        for file, match, content in model_states_files(self.path):
-            tp = int(match[2])
-            ranks.add((tp, int(match[1]) if match[1] else None))
-            groups = parameter_shapes(content, file)
-            if shapes.setdefault(tp, groups) != groups:
+        for states in self._model_states:
+            file = states.file
+            if shapes.setdefault(states.tp, states.groups) != states.groups:
                 raise ConfigError(f"{file} lists other parameters than another file of the same mp_rank")
-            progress[model_progress(content, file)] = file
-            world_sizes = [entry(content, key, file=file) for key in ("dp_world_size", "mp_world_size")]
+            world_sizes = [entry(states.content, key, file=file) for key in ("dp_world_size", "mp_world_size")]
             if not all(isinstance(size, int) for size in world_sizes):
                 raise ConfigError(f"{file}: dp_world_size and mp_world_size are {world_sizes}")
             sizes.add((world_sizes[0], world_sizes[1]))
-        self._model_progress = single_progress(progress, self.path)
         if sizes != {(self.dp, self.tp)}:
             raise ConfigError(
                 f"{self.path} has optimizer files of {self.dp} data parallel x {self.tp} tensor parallel ranks, "
                 f"but (dp_world_size, mp_world_size) of the model files: {sorted(sizes)}"
             )
+        ranks = {(states.tp, states.dp) for states in self._model_states}
         by_rank = any(dp is not None for _, dp in ranks)
-        expected = [(tp, dp) for tp in range(self.tp) for dp in (range(self.dp) if by_rank else (None,))]
-        missing = [coordinate for coordinate in expected if coordinate not in ranks]
-        if missing:
-            tp, rank = missing[0]
-            of = f"rank {rank}, " if by_rank else ""
-            raise ConfigError(f"{self.path}: the model_states.pt file of {of}mp_rank {tp} is missing")
+        for tp in range(self.tp):
+            for dp in range(self.dp) if by_rank else (None,):
+                if (tp, dp) not in ranks:
+                    of = f"rank {dp}, " if by_rank else ""
+                    raise ConfigError(f"{self.path}: the model_states.pt file of {of}mp_rank {tp} is missing")
         return [shapes[tp] for tp in range(self.tp)]
 
     def _read_optim(self, file: Path, tp: int, dp: int) -> int | None:
         """Record the positions of an optimizer file's tensors; returns its number of optimizer steps, if any."""
-        archive: Archive = open_archive(file)
+        archive = open_archive(file)
         optim = optim_content(archive.content, file)
         if self._stage not in (0, optim.stage):
             raise ConfigError(f"{file} is of ZeRO stage {optim.stage}, another file of stage {self._stage}")
         self._stage = optim.stage
-        kinds = {k for k in _KINDS if optim.states and all(k in state for state in optim.states)}
-        if self._kinds not in (None, kinds):
-            raise ConfigError(f"{file} has {sorted(kinds)} in its optimizer state, another file {self._kinds}")
-        if kinds and not {"exp_avg", "exp_avg_sq"} <= kinds:
-            raise ConfigError(f"{file} has only {sorted(kinds)} of Adam's moments")
-        self._kinds = kinds
-        self._masters[tp, dp] = [archive.stored(t, f"masters of group {i}") for i, t in enumerate(optim.masters)]
-        for kind in kinds:
-            self._states[tp, dp, kind] = [
-                archive.stored(state[kind], f"{kind} of group {i}") for i, state in enumerate(optim.states)
-            ]
-        steps = {stored_number(archive, s.get("step"), name="step", file=file) for s in optim.states}
+        flats = self._flats[tp, dp] = {
+            kind: [archive.stored(tensor, f"{kind} of group {i}") for i, tensor in enumerate(tensors)]
+            for kind, tensors in optim.tensors.items()
+        }
+        if flats.keys() != self._flats[0, 0].keys():
+            raise ConfigError(f"{file} has the tensors {list(flats)}, another file {list(self._flats[0, 0])}")
+        steps = {stored_number(archive, step, name="step", file=file) for step in optim.steps}
         if len(steps) > 1:
             raise ConfigError(f"{file}: its groups are of optimizer steps {sorted(map(str, steps))}")
-        return next(iter(steps)) if steps else None
+        return next(iter(steps), None)
 
     def _check_sizes(self) -> None:
         """Each flat buffer must have the size that the parameters' shapes give it, and the type of the others."""
-        for (tp, dp), masters in self._masters.items():
+        for (tp, dp), flats in self._flats.items():
             parts = self._parts[tp]
-            if len(masters) != len(parts.sizes):
+            if len(flats["model"]) != len(parts.sizes):
                 raise ConfigError(
-                    f"{self.path}: rank {dp} of mp_rank {tp} has {len(masters)} groups, "
+                    f"{self.path}: rank {dp} of mp_rank {tp} has {len(flats['model'])} groups, "
                     f"the model file lists {len(parts.sizes)}"
                 )
-            for group, master in enumerate(masters):
-                allowed = {parts.sizes[group], parts.used[dp][group]}
-                kinds = sorted(self._kinds or ())
-                flats = [master] + [self._states[tp, dp, kind][group] for kind in kinds]
-                firsts = [self._masters[0, 0][0]] + [self._states[0, 0, kind][0] for kind in kinds]
-                for flat, first in zip(flats, firsts, strict=True):
+            for group, allowed in enumerate(zip(parts.sizes, parts.used[dp], strict=True)):
+                for kind in flats:
+                    flat, first = flats[kind][group], self._flats[0, 0][kind][0]
                     if flat.dtype != first.dtype:
                         raise ConfigError(f"{flat.file} holds {flat.dtype} where {first.file} holds {first.dtype}")
                     if len(flat.shape) != 1 or flat.shape[0] not in allowed or not flat.meta.is_contiguous():
                         raise ConfigError(
                             f"{flat.file}: a flat buffer of group {group} has shape {flat.shape}, "
-                            f"expected {' or '.join(map(str, sorted(allowed)))} elements"
+                            f"expected {' or '.join(map(str, sorted(set(allowed))))} elements"
                         )
 
     def _specs(self) -> dict[str, TensorSpec]:
         specs: dict[str, TensorSpec] = {}
         for name, part in self._local[0].items():
-            shape = full_shape(name, part, self.tp)
             if any(local.get(name) != part for local in self._local):
                 raise ConfigError(f"{self.path}: {name} has different shapes on different mp_ranks")
-            for kind in (_SET_OF_FP32, *sorted(self._kinds or ())):
+            for kind, flats in self._flats[0, 0].items():
                 if kind != "ema" or name.startswith("denoiser."):
-                    flats = self._masters if kind == _SET_OF_FP32 else None
-                    first = flats[0, 0] if flats is not None else self._states[0, 0, kind]
-                    specs[f"{kind}.{name}"] = TensorSpec(shape, first[0].dtype)
-        if self._side is not None:
-            specs |= self._side.specs
-        return dict(sorted(specs.items()))
+                    specs[f"{kind}.{name}"] = TensorSpec(full_shape(name, part, self.tp), flats[0].dtype)
+        return specs
 
 
 def _grid(folder: Path) -> list[list[Path]]:
     """Optimizer files by mp_rank and then data parallel rank; none may be missing."""
     files: dict[tuple[int, int], Path] = {}
     for file in sorted(folder.glob("*optim_states.pt")):
-        match = OPTIM.fullmatch(file.name)
-        if match is None:
-            raise ConfigError(f"{file} is a file of pipeline or expert parallelism, which is not supported")
-        coordinate = (int(match[2]), int(match[1]))
-        if coordinate in files:
-            raise ConfigError(
-                f"{file} and {files[coordinate].name} are of the same rank: two checkpoints are mixed"
-            )
-        files[coordinate] = file
+        tp, dp = ranks_of(OPTIM, file)
+        first = files.setdefault((tp, dp or 0), file)
+        if first != file:
+            raise ConfigError(f"{file} and {first.name} are of the same rank: two checkpoints are mixed")
     if not files:
         raise ConfigError(f"{folder} has no *_optim_states.pt file of ZeRO")
     tps, dps = max(tp for tp, _ in files) + 1, max(dp for _, dp in files) + 1

@@ -6,7 +6,7 @@ DeepSpeed's files name three classes of its own. Inert classes take their place;
 import dataclasses
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,11 @@ import torch
 from torch import Tensor
 
 from checkpoints_tools.base import Advance, CheckpointReader, TensorSpec
-from checkpoints_tools.formats.tensor_files import SafetensorsStore
+from checkpoints_tools.formats.tensor_files import SafetensorsStore, write_safetensors
 from checkpoints_tools.formats.torch_zip import Archive
 from checkpoints_tools.infer_config import check_fits_fp32, check_sets
-from checkpoints_tools.safetensors_out import write_safetensors
 from deco_scale.checkpoint.format import CheckpointMeta
 from deco_scale.errors import ConfigError
-from deco_scale.models import ModelConfig
 
 SIDE = "deco_scale"
 """Stem of the safetensors file beside DeepSpeed's own, with EMA, scaling factors and ``meta.json``'s contents."""
@@ -90,31 +88,12 @@ def stored_number(archive: Archive, value: object, *, name: str, file: Path) -> 
     return int(value)
 
 
-def model_progress(content: Any, file: Path) -> tuple[int, int, int]:
-    """Steps, skipped steps and samples of a model-states file."""
-    numbers = [entry(content, key, file=file) for key in ("global_steps", "skipped_steps", "global_samples")]
-    if not all(isinstance(n, int) and n >= 0 for n in numbers):
-        raise ConfigError(f"{file}: global_steps, skipped_steps and global_samples are {numbers}")
-    return numbers[0], numbers[1], numbers[2]
-
-
-def single_progress(progress: Mapping[tuple[int, int, int], Path], folder: Path) -> tuple[int, int, int]:
-    """The one progress that all model-states files agree on, given a file by progress; refuses mixed steps."""
-    if not progress:
-        raise ConfigError(f"{folder} has no *_model_states.pt file, which holds the run's progress")
-    if len(progress) > 1:
-        (one, a), (other, b) = sorted(progress.items())[:2]
-        raise ConfigError(f"{folder} mixes steps: {a.name} is of step {one[0]}, {b.name} of step {other[0]}")
-    return next(iter(progress))
-
-
-def model_states_files(folder: Path) -> Iterator[tuple[Path, re.Match[str], Any]]:
-    """Each ``*model_states.pt`` file in ``folder``, the match of its name, and its header's content."""
-    for file in sorted(folder.glob("*model_states.pt")):
-        match = MODEL_STATES.fullmatch(file.name)
-        if match is None:
-            raise ConfigError(f"{file} is a file of pipeline or expert parallelism, which is not supported")
-        yield file, match, open_archive(file).content
+def ranks_of(pattern: re.Pattern[str], file: Path) -> tuple[int, int | None]:
+    """Tensor and data parallel rank in a file's name; None where one file serves all data parallel ranks."""
+    match = pattern.fullmatch(file.name)
+    if match is None:
+        raise ConfigError(f"{file} is a file of pipeline or expert parallelism, which is not supported")
+    return int(match[2]), int(match[1]) if match[1] else None
 
 
 def parameter_shapes(content: Any, file: Path) -> list[dict[str, tuple[int, ...]]]:
@@ -181,8 +160,65 @@ def read_side(folder: Path, step: int) -> tuple[SafetensorsStore | None, Checkpo
     return store, meta
 
 
-def check_model(specs: Mapping[str, TensorSpec], path: Path) -> ModelConfig:
-    """The model of a reader's tensors, which must be complete and of types that fp32 can hold."""
-    model = check_sets(specs, None, where=str(path))
-    check_fits_fp32(specs, path)
-    return model
+@dataclasses.dataclass(frozen=True, slots=True)
+class ModelStates:
+    """A ``*model_states.pt`` file: its header, its ranks, and the shapes of its parameters by group."""
+
+    file: Path
+    content: Mapping[str, Any]
+    tp: int
+    dp: int | None
+    groups: list[dict[str, tuple[int, ...]]]
+
+
+class DeepSpeedReader:
+    """What the readers of DeepSpeed's layouts share; subclasses call :meth:`_finish` and have ``_read_own``.
+
+    Opening reads the model-states files, which must agree on the run's progress. Implements
+    :class:`checkpoints_tools.base.CheckpointReader`.
+    """
+
+    meta = None
+
+    def __init__(self, path: Path, pointer: str) -> None:
+        self.path = resolve_tag(path, pointer)
+        self._model_states: list[ModelStates] = []
+        progress: dict[tuple[int, ...], Path] = {}
+        for file in sorted(self.path.glob("*model_states.pt")):
+            tp, dp = ranks_of(MODEL_STATES, file)
+            content = open_archive(file).content
+            keys = ("global_steps", "skipped_steps", "global_samples")
+            numbers = tuple(entry(content, key, file=file) for key in keys)
+            if not all(isinstance(n, int) and n >= 0 for n in numbers):
+                raise ConfigError(f"{file}: {', '.join(keys)} are {list(numbers)}")
+            progress[numbers] = file
+            self._model_states.append(ModelStates(file, content, tp, dp, parameter_shapes(content, file)))
+        if not progress:
+            raise ConfigError(f"{self.path} has no *_model_states.pt file, which holds the run's progress")
+        if len(progress) > 1:
+            (one, a), (other, b) = sorted(progress.items())[:2]
+            raise ConfigError(
+                f"{self.path} mixes steps: {a.name} is of step {one[0]}, {b.name} of step {other[0]}"
+            )
+        self._step, self._skipped, self._samples = next(iter(progress))
+
+    def _finish(self, specs: Mapping[str, TensorSpec], optimizer_steps: int | None) -> None:
+        """Add the side file to DeepSpeed's own tensors, and check that all are a model's."""
+        counted = self._step - self._skipped if optimizer_steps is None else optimizer_steps
+        self.progress = Progress(self._step, counted, self._samples)
+        self._side, self.side_meta = read_side(self.path, self._step)
+        self.specs = dict(sorted({**specs, **(self._side.specs if self._side else {})}.items()))
+        self.model = check_sets(self.specs, None, where=str(self.path))
+        check_fits_fp32(self.specs, self.path)
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        return {"step": self.progress.step}
+
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
+        if self._side is not None and name in self._side.specs:
+            return self._side.read(name, rows)
+        return self._read_own(name, rows)
+
+    def _read_own(self, name: str, rows: tuple[int, int] | None) -> Tensor:
+        raise NotImplementedError

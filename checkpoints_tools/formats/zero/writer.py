@@ -155,16 +155,13 @@ class _Blank:
         archive = open_archive(file)
         content = optim_content(archive.content, file)
         self.descriptor = _descriptor(file, files)
-        self._tensors = {("model", i): archive.stored(t, "masters") for i, t in enumerate(content.masters)}
-        for i, state in enumerate(content.states):
-            for kind in MOMENTS:
-                if kind in state:
-                    self._tensors[kind, i] = archive.stored(state[kind], kind)
-            if "step" in state:
-                _put(self.descriptor, archive.stored(state["step"], "step"), 0, torch.tensor([float(steps)]))
+        self._tensors = {kind: [archive.stored(t, kind) for t in each] for kind, each in content.tensors.items()}
+        for step in content.steps:
+            if step is not None:
+                _put(self.descriptor, archive.stored(step, "step"), 0, torch.tensor([float(steps)]))
 
     def put(self, kind: str, group: int, start: int, values: Tensor) -> None:
-        _put(self.descriptor, self._tensors[kind, group], start, values)
+        _put(self.descriptor, self._tensors[kind][group], start, values)
 
 
 def _module(local: Mapping[str, Shape], layout: ZeroLayout) -> dict[str, Tensor | None]:

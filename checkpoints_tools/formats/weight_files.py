@@ -1,7 +1,6 @@
-"""Reading files with the public release's tensor names."""
+"""Reading files of weights with the public release's names, or with ours."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -9,7 +8,7 @@ from torch import Tensor
 from checkpoints_tools.base import EMA, MODEL, REPA, TensorSpec
 from checkpoints_tools.formats import release
 from checkpoints_tools.formats.tensor_files import Store
-from checkpoints_tools.infer_config import check_repa_head, infer_model, release_shapes
+from checkpoints_tools.infer_config import check_repa_head, check_sets, infer_model, release_shapes
 from deco_scale.checkpoint.format import check_shapes
 from deco_scale.errors import ConfigError
 from deco_scale.models import ModelConfig
@@ -18,13 +17,28 @@ RECORDED = ("in.", "out.", "grad.", "gradnorm.")
 """Tensors of a recorded parity test, which are stored beside the weights."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """A canonical tensor as a part of a release tensor: ``index`` among the rule's results."""
+class BareReader:
+    """Tensors whose names are canonical with ``prefix``; ``stated`` are settings that they must not contradict.
 
-    stored: str
-    rule: release.Rule | None
-    index: int
+    Implements :class:`checkpoints_tools.base.CheckpointReader`.
+    """
+
+    meta = None
+
+    def __init__(
+        self, store: Store, *, kind: str, prefix: str = "", stated: Mapping[str, Any] | None = None
+    ) -> None:
+        self.path, self.format = store.path, kind
+        self._store, self._prefix = store, prefix
+        self.facts: dict[str, Any] = dict(store.facts)
+        self.specs = {prefix + n: spec for n, spec in sorted(store.specs.items())}
+        self.model = check_sets(self.specs, stated, where=str(self.path))
+        unknown = [n for n in self.specs if not n.startswith((MODEL, EMA, REPA))]
+        if unknown:
+            raise ConfigError(f"{self.path}: unknown tensor {unknown[0]!r}")
+
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
+        return self._store.read(name.removeprefix(self._prefix), rows)
 
 
 class ReleaseReader:
@@ -51,14 +65,27 @@ class ReleaseReader:
             what = f"unknown tensor {unknown[0]!r}" if unknown else "no tensor"
             raise ConfigError(f"{self.path}: {what}; the release's begin with {', '.join(known)}")
         self.model = self._infer(names, stated)
-        self._parts = self._translate(names)
-        self.specs = {n: self._spec(n) for n in sorted(self._parts)}
+        # By our name: the release's, the rule between both, and which of the rule's tensors it is.
+        self._parts: dict[str, tuple[str, release.Rule, int]] = {}
+        for prefix, ours in ((release.DENOISER, MODEL), (release.EMA, EMA)):
+            for rule in release.denoiser_rules(self.model):
+                if prefix + rule.release in store.specs:
+                    parts = {ours + name: (prefix + rule.release, rule, i) for i, name in enumerate(rule.ours)}
+                    self._parts |= parts
+        for name in names:
+            if name.startswith(release.REPA):
+                here = f"{REPA}layers.{name.removeprefix(release.REPA)}"
+                self._parts[here] = name, release.Rule(name, (here,)), 0
+        self.specs: dict[str, TensorSpec] = {}
+        for name, (theirs, rule, _) in sorted(self._parts.items()):
+            height, *others = store.specs[theirs].shape
+            self.specs[name] = TensorSpec((height // len(rule.ours), *others), store.specs[theirs].dtype)
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
-        part = self._parts[name]
-        if part.rule is None or part.rule.is_plain:
-            return self._store.read(part.stored, rows)
-        full = part.rule.split(self._store.read(part.stored), self.model)[part.index]
+        theirs, rule, index = self._parts[name]
+        if rule.is_plain:
+            return self._store.read(theirs, rows)
+        full = rule.split(self._store.read(theirs), self.model)[index]
         return (full if rows is None else full[rows[0] : rows[1]]).clone()
 
     def _infer(self, names: list[str], stated: Mapping[str, Any] | None) -> ModelConfig:
@@ -78,23 +105,3 @@ class ReleaseReader:
         layers = {f"layers.{n.removeprefix(release.REPA)}": shape for n, shape in head.items()}
         check_repa_head(layers, models[0].dim, where=f"{self.path} ({release.REPA}*)")
         return models[0]
-
-    def _translate(self, names: list[str]) -> dict[str, _Part]:
-        parts: dict[str, _Part] = {}
-        present = set(names)
-        for prefix, ours in ((release.DENOISER, MODEL), (release.EMA, EMA)):
-            for rule in release.denoiser_rules(self.model):
-                if prefix + rule.release in present:
-                    for index, name in enumerate(rule.ours):
-                        parts[ours + name] = _Part(prefix + rule.release, rule, index)
-        for name in names:
-            if name.startswith(release.REPA):
-                parts[f"{REPA}layers.{name.removeprefix(release.REPA)}"] = _Part(name, None, 0)
-        return parts
-
-    def _spec(self, name: str) -> TensorSpec:
-        part = self._parts[name]
-        stored = self._store.specs[part.stored]
-        if part.rule is None or len(part.rule.ours) == 1:
-            return stored
-        return TensorSpec((stored.shape[0] // len(part.rule.ours), *stored.shape[1:]), stored.dtype)
