@@ -19,9 +19,11 @@ Between two logged steps, lost work is taken in proportion to the steps.
 
 import heapq
 import math
+from bisect import bisect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 from deco_scale.observability.events import Event, is_number
 
@@ -114,8 +116,7 @@ class _Launch:
         return next((mark for mark in reversed(self.marks) if mark.kind in kinds), None)
 
 
-@dataclass(frozen=True, slots=True)
-class _Span:
+class _Span(NamedTuple):
     """Time of one class; of its work the share ``lost`` was in vain, of the rest the share ``waited`` for data."""
 
     start: int
@@ -139,18 +140,34 @@ def compute_goodput(
         return None
     totals = dict.fromkeys(CLASSES, 0)
     for launch in launches:
-        for span in _spans(launch):
-            length = span.end - span.start
-            # The product is a float, which for absurd lengths rounds beyond them.
-            lost = min(round(length * span.lost), length)
-            waited = min(round((length - lost) * span.waited), length - lost)
-            totals["lost"] += lost
-            totals["data_wait"] += waited
-            totals[span.name] += length - lost - waited
+        _add_up(launch, totals)
     wall = launches[-1].next_start - launches[0].start.time
     assert sum(totals.values()) == wall, (totals, wall)
     attempts = tuple(_attempt(launch, last=launch is launches[-1]) for launch in launches)
     return Goodput(microseconds=totals, wall_us=wall, attempts=attempts)
+
+
+def _add_up(launch: _Launch, totals: dict[str, int]) -> None:
+    """Add the attempt's time, and its downtime, to the classes."""
+    overlays = _overlays(launch)
+    for span in overlays:
+        totals["lost" if span.lost else span.name] += span.end - span.start
+    starts = [span.start for span in overlays]
+    covered = [0, *accumulate(span.end - span.start for span in overlays)]
+
+    def uncovered(time: int) -> int:
+        k = bisect(starts, time)
+        return time - covered[k] + (max(overlays[k - 1].end - time, 0) if k else 0)
+
+    for span in _work(launch):
+        length = uncovered(span.end) - uncovered(span.start)
+        # The product is a float, which for absurd lengths rounds beyond them.
+        lost = min(round(length * span.lost), length)
+        waited = min(round((length - lost) * span.waited), length - lost)
+        totals["lost"] += lost
+        totals["data_wait"] += waited
+        totals[span.name] += length - lost - waited
+    totals["down"] += launch.next_start - launch.end
 
 
 def _monotonic(lines: Iterable[tuple[float, str, Mapping[str, Any]]], now: int) -> Iterator[_Mark]:
@@ -227,41 +244,17 @@ def _attempt(launch: _Launch, *, last: bool) -> Attempt:
     )
 
 
-def _spans(launch: _Launch) -> Iterator[_Span]:
-    """All of the attempt's time in order: work with its interruptions, then downtime."""
-    overlays = _overlays(launch)
-    time, k = launch.start.time, 0
-    for work in _work(launch):
-        while time < work.end:
-            while k < len(overlays) and overlays[k].end <= time:
-                k += 1
-            over = overlays[k] if k < len(overlays) else None
-            if over is not None and over.start <= time:
-                end = min(over.end, work.end)
-                yield _Span(time, end, over.name, over.lost)
-            else:
-                end = work.end if over is None else min(over.start, work.end)
-                yield _Span(time, end, work.name, work.lost, work.waited)
-            time = end
-    if time < launch.next_start:
-        yield _Span(time, launch.next_start, "down")
-
-
 def _work(launch: _Launch) -> Iterator[_Span]:
     """The attempt's life without interruptions: its start, then work between marks that tell the step."""
     anchors = [mark for mark in launch.marks if mark.kind in ("first_step", _LOGGED, "rollback")]
-    if not anchors:
-        yield _Span(launch.start.time, launch.end, "start")
-        return
-    yield _Span(launch.start.time, anchors[0].time, "start")
+    yield _Span(launch.start.time, anchors[0].time if anchors else launch.end, "start")
     waited = _waited_shares(anchors)
     for before, mark, share in zip(anchors, anchors[1:], waited[1:], strict=False):
         # What a rollback takes back is before it; its own step is where the weights were.
         resume = min(mark.resume, mark.reached) if mark.kind == "rollback" else mark.resume
-        lost = _lost_share(before.reached, mark.step, resume)
-        yield _Span(before.time, mark.time, "step", lost, share)
-    last = anchors[-1]
-    yield _Span(last.time, launch.end, "step", float(last.resume <= last.reached), waited[-1])
+        yield _Span(before.time, mark.time, "step", _lost_share(before.reached, mark.step, resume), share)
+    for last in anchors[-1:]:
+        yield _Span(last.time, launch.end, "step", float(last.resume <= last.reached), waited[-1])
 
 
 def _lost_share(start: int, end: int, resume: float) -> float:

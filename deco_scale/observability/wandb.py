@@ -32,7 +32,7 @@ class WandbRun:
         self._folder = folder
         self._run: Any = None
         self._ended = False
-        self._try(lambda: self._start(folder, cfg, config))
+        self._try(lambda: self._start(cfg, config))
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         """Numbers of a step."""
@@ -70,7 +70,7 @@ class WandbRun:
             logger.warning("wandb: %s; its files are in %s", problem, self._folder / "wandb")
         _clean_logs(self._folder / "wandb")
 
-    def _start(self, folder: Path, cfg: WandbConfig, config: Mapping[str, Any]) -> None:
+    def _start(self, cfg: WandbConfig, config: Mapping[str, Any]) -> None:
         import wandb
 
         mode = cfg.mode
@@ -79,10 +79,10 @@ class WandbRun:
         self._run = wandb.init(
             project=cfg.project,
             name=cfg.name,
-            dir=folder,
+            dir=self._folder,
             mode=mode,
             config=dict(config),
-            id=run_id(folder),
+            id=run_id(self._folder),
             resume="allow",
             # The remote of a checkout may hold a password.
             settings=wandb.Settings(silent=True, init_timeout=INIT_TIMEOUT_S, disable_git=True),
@@ -116,13 +116,9 @@ def _clean_logs(folder: Path) -> None:
 def run_id(folder: Path) -> str:
     """The run's name in wandb, made once and kept in ``wandb_id``; raises ``OSError``."""
     path = folder / ID_FILE
-    try:
-        found = path.read_text(encoding="ascii").strip()
-        if re.fullmatch(r"[a-z0-9]{8,64}", found):
-            return found
-    except (FileNotFoundError, UnicodeDecodeError):
-        pass
-    made = uuid.uuid4().hex[:12]
-    atomic_write(path, f"{made}\n".encode())
-    make_durable(folder)
-    return made
+    found = path.read_text(encoding="ascii", errors="replace").strip() if path.exists() else ""
+    if not re.fullmatch(r"[a-z0-9]{8,64}", found):
+        found = uuid.uuid4().hex[:12]
+        atomic_write(path, f"{found}\n".encode())
+        make_durable(folder)
+    return found

@@ -9,13 +9,13 @@ import collections
 import contextlib
 import ipaddress
 import logging
+import math
 import os
 import queue
 import re
 import socket
 import threading
 import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 TIMEOUT_S = 5.0
 MIN_INTERVAL_S = 60.0
 """Shortest time between two alerts of one kind."""
+CAPACITY = 64
+CLOSE_S = 10.0
 _KINDS = ("stop_signal", "end", "straggler")
 _MAX_CHARS, _MIN_TOKEN = 1000, 16
 _JSON_FIELDS = {"message": "text", "version": "", "title": "", "attachments": "", "type": ""}
@@ -66,23 +68,14 @@ def send_alert(env_name: str | None, text: str, *, timeout_s: float = TIMEOUT_S)
 class AlertSender:
     """Sends alerts of faults, stop signals, ends and stragglers, each kind at most once a minute.
 
-    Training never waits for the network: a thread sends from a queue of ``capacity`` lines; what does not fit is
-    dropped and counted. Failures are logged, each reason once.
+    Training never waits for the network: a thread sends from a queue of :data:`CAPACITY` lines; what does not fit
+    is dropped and counted. Failures are logged, each reason once.
     """
 
-    def __init__(
-        self,
-        env_name: str,
-        *,
-        run: str,
-        capacity: int = 64,
-        timeout_s: float = TIMEOUT_S,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._env_name, self._run, self._timeout_s, self._clock = env_name, run, timeout_s, clock
+    def __init__(self, env_name: str, *, run: str) -> None:
+        self._env_name, self._run, self._host = env_name, run, socket.gethostname()
         register_secret(os.environ.get(env_name, "").strip())
-        self._host = socket.gethostname()
-        self._queue: queue.Queue[str | None] = queue.Queue(capacity)
+        self._queue: queue.Queue[str | None] = queue.Queue(CAPACITY)
         self._last: dict[str, float] = {}
         self._suppressed: collections.Counter[str] = collections.Counter()
         self._queued, self._sent = 0, 0
@@ -91,28 +84,28 @@ class AlertSender:
 
     def event(self, event: Event, step: int | None) -> None:
         """Queue an alert where the event deserves one; ``step`` is the last known one."""
-        if event.kind not in _KINDS and not is_fault(event):
+        kind, now = event.kind, time.monotonic()
+        if kind not in _KINDS and not is_fault(event):
             return
-        now, kind = self._clock(), event.kind
-        if kind in self._last and now - self._last[kind] < MIN_INTERVAL_S:
+        if now - self._last.get(kind, -math.inf) < MIN_INTERVAL_S:
             self._suppressed[kind] += 1
             return
         self._last[kind] = now
-        fields = dict(event.fields)
-        host, step = fields.pop("host", self._host), fields.pop("step", step)
+        fields = {"host": self._host, "step": step, **event.fields}
+        host, step = fields.pop("host"), fields.pop("step")
         where = f"{self._run} on {host}" + (f", step {step}" if step is not None else "")
         what = ", ".join([kind.replace("_", " "), *(f"{name} {value}" for name, value in fields.items())])
         more = self._suppressed.pop(kind, 0)
         self._put(f"{where}: {what}" + (f" ({more} more of this kind since the last alert)" if more else ""))
 
-    def close(self, *, timeout_s: float = 10.0) -> None:
-        """Send what is queued, for at most ``timeout_s``, and log how many alerts were not sent."""
+    def close(self) -> None:
+        """Send what is queued, for at most :data:`CLOSE_S`, and log how many alerts were not sent."""
         if self._suppressed:
             counts = ", ".join(f"{count} {kind}" for kind, count in sorted(self._suppressed.items()))
             self._put(f"{self._run} on {self._host}: events without an alert of their own: {counts}")
-        deadline = time.monotonic() + timeout_s
+        deadline = time.monotonic() + CLOSE_S
         with contextlib.suppress(queue.Full):
-            self._queue.put(None, timeout=timeout_s)
+            self._queue.put(None, timeout=CLOSE_S)
         self._thread.join(max(deadline - time.monotonic(), 0))
         if self._sent < self._queued:
             logger.warning("%d of %d alerts were not sent", self._queued - self._sent, self._queued)
@@ -123,12 +116,11 @@ class AlertSender:
             self._queue.put_nowait(text)
 
     def _work(self) -> None:
-        logged: set[str] = set()
+        logged: set[str | None] = {None}
         while (text := self._queue.get()) is not None:
-            problem = send_alert(self._env_name, text, timeout_s=self._timeout_s)
-            if problem is None:
-                self._sent += 1
-            elif problem not in logged:
+            problem = send_alert(self._env_name, text, timeout_s=TIMEOUT_S)
+            self._sent += problem is None
+            if problem not in logged:
                 logged.add(problem)
                 logger.warning("an alert was not sent: %s", problem)
 

@@ -4,19 +4,16 @@ import os
 import re
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from deco_scale.observability.deadline import within
 from deco_scale.observability.events import Event, append_event
 from deco_scale.observability.redact import scrub
-from deco_scale.observability.webhooks import send_alert
 from deco_scale.watchdog.protocol import TerminateOrder
 
 LOG = "log.txt"
 WRITE_S = 2.0
-ALERT_S = 4.0
 
 
 def run_with_deadline(seconds: float, work: Callable[[], object]) -> str | None:
@@ -92,14 +89,3 @@ def log_to_stderr(text: str) -> None:
     """Write a line to stderr; given up after half a second if nobody reads it."""
     data = f"watchdog: {scrub(text)}\n".encode(errors="replace")
     run_with_deadline(0.5, lambda: os.write(2, data))
-
-
-def start_alert(webhook_env: str, text: str) -> "Future[None]":
-    """Post it to the webhook that the variable names, in a thread, which takes :data:`ALERT_S` at most."""
-
-    def send() -> None:
-        problem = send_alert(webhook_env, text, timeout_s=ALERT_S)
-        if problem is not None:
-            log_to_stderr(f"no alert was sent: {problem}")
-
-    return ThreadPoolExecutor(1).submit(send)

@@ -9,14 +9,14 @@ import os
 import signal
 import sys
 import time
-from concurrent.futures import wait
 from contextlib import suppress
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Any
 
 from deco_scale.errors import RunError
-from deco_scale.watchdog.artifacts import ALERT_S, FaultArtifacts, log_to_stderr, start_alert
+from deco_scale.observability.webhooks import send_alert
+from deco_scale.watchdog.artifacts import FaultArtifacts, log_to_stderr
 from deco_scale.watchdog.config import WatchdogConfig
 from deco_scale.watchdog.coordinator import Coordinator
 from deco_scale.watchdog.diagnosis import NO_FAULT, RankReport
@@ -30,6 +30,8 @@ LAST_S = 8.0
 """How long it may outlive the trainer, whatever happens."""
 START_S = 60.0
 """How long all sidecars together may take to connect."""
+LINGER_S = 4.0
+"""How long it waits for the others and for the alert after it has killed its trainer."""
 _CHILDREN_S = 2.0
 _IGNORED = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGTSTP", "SIGTTIN", "SIGTTOU", "SIGPIPE")
 
@@ -166,10 +168,10 @@ class Sidecar:
         for orphan in order.orphans:
             orphan.trainer.send(signal.SIGKILL)
             orphan.sidecar.send(signal.SIGKILL)
-        alert = start_alert(self._webhook_env, line) if line and self._webhook_env is not None else None
-        await link.close(linger_s=4.0)
-        if alert is not None:
-            wait([alert], ALERT_S)
+        alert = asyncio.to_thread(send_alert, self._webhook_env if line else None, line, timeout_s=LINGER_S)
+        _, problem = await asyncio.gather(link.close(linger_s=LINGER_S), alert)
+        if problem is not None:
+            log_to_stderr(f"no alert was sent: {problem}")
 
     def _dump(self, order: TerminateOrder, report: RankReport) -> str:
         """Write the trainer's stacks; returns the innermost frames."""

@@ -244,10 +244,11 @@ def straggler(rank: int) -> Event:
 
 
 def test_the_same_kind_is_logged_once_a_minute_and_the_rest_is_counted(
-    hook: Hook, caplog: pytest.LogCaptureFixture
+    hook: Hook, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 0.0
-    alerts = AlertSender("THE_HOOK", run="the-run", clock=lambda: now)
+    monkeypatch.setattr(webhooks.time, "monotonic", lambda: now)
+    alerts = AlertSender("THE_HOOK", run="the-run")
     for second in range(0, 125, 5):
         now = second
         alerts.event(straggler(second), 7)
@@ -275,17 +276,17 @@ def test_samples_dropped_at_the_end_are_reported(hook: Hook) -> None:
 
 
 def test_training_does_not_wait_and_what_does_not_fit_is_counted(
-    hook: Hook, caplog: pytest.LogCaptureFixture
+    hook: Hook, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hook.stall_s = 30
-    now = 0.0
-    alerts = AlertSender("THE_HOOK", run="r", capacity=4, timeout_s=0.2, clock=lambda: now)
+    for name, value in (("CAPACITY", 4), ("TIMEOUT_S", 0.2), ("MIN_INTERVAL_S", 0.0), ("CLOSE_S", 3.0)):
+        monkeypatch.setattr(webhooks, name, value)
+    alerts = AlertSender("THE_HOOK", run="r")
     began = time.monotonic()
     for _ in range(50):
-        now += 61
         alerts.event(straggler(1), 1)
     assert time.monotonic() - began < 0.2
-    alerts.close(timeout_s=3)
+    alerts.close()
     assert time.monotonic() - began < 4
     # Fifty failures, one line of the reason.
     assert logged(caplog) == ["an alert was not sent: no answer within 0.2 s", "50 of 50 alerts were not sent"]
