@@ -10,6 +10,7 @@ Shape letters: B batch, C channels, Y rows, X columns.
 
 import hashlib
 import textwrap
+from collections import OrderedDict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,18 +42,10 @@ Step = tuple[int, *tuple[Kernel, ...]]
 """One step of a branch: its output channels and its kernel, or several kernels on the same input."""
 
 
-class ConvUnit(nn.Module):
+def _unit(inputs: int, outputs: int, kernel: Kernel, *, stride: int = 1, padding: str = "valid") -> nn.Module:
     """Convolution without bias, batch norm by stored statistics, ReLU."""
-
-    def __init__(
-        self, inputs: int, outputs: int, kernel: Kernel, *, stride: int = 1, padding: str = "valid"
-    ) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(inputs, outputs, kernel, stride=stride, padding=padding, bias=False)
-        self.bn = nn.BatchNorm2d(outputs, eps=1e-3)
-
-    def forward(self, x_BCYX: Tensor) -> Tensor:
-        return F.relu(self.bn(self.conv(x_BCYX)))
+    conv = nn.Conv2d(inputs, outputs, kernel, stride=stride, padding=padding, bias=False)
+    return nn.Sequential(OrderedDict(conv=conv, bn=nn.BatchNorm2d(outputs, eps=1e-3), relu=nn.ReLU()))
 
 
 class Block(nn.Module):
@@ -75,7 +68,7 @@ class Block(nn.Module):
                 halves = number == len(steps) and not self._has_pool_branch
                 for name, kernel in zip(names, kernels, strict=True):
                     stride, padding = (2, "valid") if halves else (1, "same")
-                    self.add_module(name, ConvUnit(width, outputs, kernel, stride=stride, padding=padding))
+                    self.add_module(name, _unit(width, outputs, kernel, stride=stride, padding=padding))
                 self._chains[branch].append(names)
                 width = outputs
 
@@ -139,11 +132,11 @@ class Inception(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.Conv2d_1a_3x3 = ConvUnit(3, 32, 3, stride=2)
-        self.Conv2d_2a_3x3 = ConvUnit(32, 32, 3)
-        self.Conv2d_2b_3x3 = ConvUnit(32, 64, 3, padding="same")
-        self.Conv2d_3b_1x1 = ConvUnit(64, 80, 1)
-        self.Conv2d_4a_3x3 = ConvUnit(80, 192, 3)
+        self.Conv2d_1a_3x3 = _unit(3, 32, 3, stride=2)
+        self.Conv2d_2a_3x3 = _unit(32, 32, 3)
+        self.Conv2d_2b_3x3 = _unit(32, 64, 3, padding="same")
+        self.Conv2d_3b_1x1 = _unit(64, 80, 1)
+        self.Conv2d_4a_3x3 = _unit(80, 192, 3)
         self.Mixed_5b, self.Mixed_5c, self.Mixed_5d = _block35(192, 32), _block35(256, 64), _block35(288, 64)
         halve = nn.MaxPool2d(3, stride=2)
         self.Mixed_6a = Block(288, halve, branch3x3=[(384, 3)], branch3x3dbl=[(64, 1), (96, 3), (96, 3)])
