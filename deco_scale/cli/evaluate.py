@@ -19,7 +19,7 @@ from deco_scale.distributed.bootstrap import choose_device, read_environment
 from deco_scale.distributed.collectives import raise_together, run_on_rank_zero
 from deco_scale.errors import ConfigError, as_config_error
 from deco_scale.evaluation import dpg, geneval
-from deco_scale.evaluation.fid import Scores, check_files, score_files
+from deco_scale.evaluation.fid import check_files, score_files
 from deco_scale.evaluation.imagenet import ImageSet, generate_parts, join_pieces, missing_pieces
 from deco_scale.evaluation.inception import WEIGHTS_NAME, WEIGHTS_URL, load_inception
 from deco_scale.sampling.generate import GenerateFn
@@ -134,7 +134,7 @@ def _imagenet(args: argparse.Namespace, console: Console) -> None:
 
 def _geneval(args: argparse.Namespace, console: Console) -> None:
     if args.summary is not None:
-        return print_geneval(geneval.summarise(args.summary), console)
+        return _print_geneval(geneval.summarise(args.summary), console)
     _require(args, "checkpoint", "metadata", "out")
     if not 1 <= args.per_prompt <= 99_999:
         raise ConfigError(f"--per-prompt {args.per_prompt} must be 1 to 99999")
@@ -162,7 +162,7 @@ def _geneval(args: argparse.Namespace, console: Console) -> None:
 
 def _dpg(args: argparse.Namespace, console: Console) -> None:
     if args.summary is not None:
-        return print_dpg(dpg.summarise(args.summary), console)
+        return _print_dpg(dpg.summarise(args.summary), console)
     _require(args, "checkpoint", "prompts", "out")
     prompts = read_named_prompts(args.prompts)
     made = _generation(args, "prompts")
@@ -217,11 +217,16 @@ def _fid(args: argparse.Namespace, console: Console) -> None:
             batch=args.batch,
             on_batch=lambda size: update(completed=min(next(done), total)),
         )
-    print_scores(scores, console)
+    values = dataclasses.asdict(scores)
+    count = values.pop("num_images")
+    labels = {"fid": "FID", "sfid": "sFID", "inception_score": "Inception score"}
+    table = Table("score", "value", title=f"{count} images")
+    for name, value in values.items():
+        table.add_row(labels.get(name, name), "not with this reference" if value is None else f"{value:.4f}")
+    console.print(table)
     if args.out is not None:
-        values = dataclasses.asdict(scores)
         result = {
-            "pictures": values.pop("num_images"),
+            "pictures": count,
             **values,
             "samples": str(args.samples),
             "reference": str(args.reference),
@@ -231,22 +236,7 @@ def _fid(args: argparse.Namespace, console: Console) -> None:
         write_file(args.out, json.dumps(result, indent=1).encode())
 
 
-def print_scores(scores: Scores, console: Console) -> None:
-    """The scores of a file of images."""
-    table = Table("score", "value", title=f"{scores.num_images} images")
-    for name, label in (
-        ("fid", "FID"),
-        ("sfid", "sFID"),
-        ("inception_score", "Inception score"),
-        ("precision", "precision"),
-        ("recall", "recall"),
-    ):
-        value = getattr(scores, name)
-        table.add_row(label, "not with this reference" if value is None else f"{value:.4f}")
-    console.print(table)
-
-
-def print_geneval(summary: geneval.GenEvalSummary, console: Console) -> None:
+def _print_geneval(summary: geneval.GenEvalSummary, console: Console) -> None:
     """Correct images by task, and the overall score."""
     table = Table("task", "correct", "images", "score", title="GenEval")
     for name, (correct, count) in summary.tasks.items():
@@ -258,7 +248,7 @@ def print_geneval(summary: geneval.GenEvalSummary, console: Console) -> None:
     console.print(table)
 
 
-def print_dpg(summary: dpg.DpgSummary, console: Console) -> None:
+def _print_dpg(summary: dpg.DpgSummary, console: Console) -> None:
     """Scores of broad categories, each followed by its detailed ones, and the overall score."""
     table = Table("category", "score", title=f"DPG-Bench, {summary.grids} prompts")
     for name, score in summary.broad.items():

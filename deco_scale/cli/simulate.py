@@ -34,13 +34,10 @@ from deco_scale.planning.hardware import GPUS_PER_NODE
 
 SIZES = tuple(2**n for n in range(3, 13))
 """GPUs of the table, 8 to 4,096; ``--gpus`` is added."""
+_DCP = "of a 7B model by PyTorch's DCP"
 PUBLISHED = {
-    "checkpoint_s": (148.8, "the blocking save of a 7B model by PyTorch's DCP", "until a save is complete"),
-    "stall_s": (
-        6.3,
-        "the stall of an asynchronous save of a 7B model by PyTorch's DCP",
-        "that a save blocks training",
-    ),
+    "checkpoint_s": (148.8, f"the blocking save {_DCP}", "until a save is complete"),
+    "stall_s": (6.3, f"the stall of an asynchronous save {_DCP}", "that a save blocks training"),
     "restart_s": (900.0, "MegaScale catches up within 15 minutes", "from a fault to the first step"),
 }
 """Default seconds, their source, and what they are."""
@@ -127,11 +124,10 @@ def run(
         table.add_row(*_row(size, steps, work, faults, args), style="bold" if size == gpus else "")
         if size == gpus:
             # The configuration's own interval, at the recipe's mean time of a step.
-            interval = work / sum(stage.steps for stage in cfg.stages) * cfg.checkpoint.every
+            every = cfg.checkpoint.every
+            interval = work / sum(stage.steps for stage in cfg.stages) * every
             share = goodput(faults, work, segments_of(work, interval))
-            own = (
-                f"checkpoint.every={cfg.checkpoint.every} as configured is {interval:,.0f} s: goodput {share:.2%}"
-            )
+            own = f"checkpoint.every={every} as configured is {interval:,.0f} s: goodput {share:.2%}"
     console.print(table)
     for line in (
         "save every: the best interval in this model; Young's and Daly's formulas for comparison",

@@ -6,8 +6,10 @@
 """
 
 import argparse
+from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,7 +24,8 @@ from data_pipeline.pack.readers import read_source
 from data_pipeline.stream.loader import Loader
 from deco_scale.cli.model_loading import build_generator, load_denoiser, read_checkpoint
 from deco_scale.config import RunConfig
-from deco_scale.errors import ConfigError
+from deco_scale.distributed.bootstrap import choose_device
+from deco_scale.errors import ConfigError, as_config_error
 from deco_scale.evaluation.spectrum import (
     BLOCK,
     SIGNALS,
@@ -34,20 +37,13 @@ from deco_scale.evaluation.spectrum import (
     probe_samples,
     write_csv,
 )
-from deco_scale.sampling import ImageGenerator, SamplerConfig, time_grid
+from deco_scale.sampling import SamplerConfig, time_grid
 from deco_scale.sampling.images import seeded_noise
 from deco_scale.sampling.prompts import read_prompts
 
 DATA_TIMES = tuple((i + 0.5) / 10 for i in range(10))
 _HIGH = 32
 """Zig-zag index of the first high frequency in the printed share: the upper half."""
-
-
-class _Inputs(NamedTuple):
-    """Uint8 images ``(P, Y, X, 3)``, None if the model samples its own, and P prompts or classes."""
-
-    images: Any
-    conditions: list[str] | list[int]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -79,26 +75,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, console: Console) -> int:
     """One spectrum per checkpoint, then one table of curves and one figure of all."""
     labels = _labels(args)
-    sampler = _sampler(args)
+    with as_config_error("--num-steps and --timestep-shift: "):
+        shift = args.timestep_shift
+        sampler = SamplerConfig(solver="euler", num_steps=args.num_steps, guidance=1.0, timestep_shift=shift)
     times = _times(args, sampler)
     spectra: dict[str, Spectrum] = {}
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device("auto", 0)
     for label, checkpoint in zip(labels, args.checkpoint, strict=True):
         path, cfg, meta = read_checkpoint(checkpoint)
-        size = _size(args, cfg)
-        inputs = _inputs(args, cfg, size)
+        is_text, size = cfg.model.kind == "t2i_deco", _size(args, cfg)
+        images, conditions = _inputs(args, cfg, size)
         denoiser = load_denoiser(cfg, path, device)
-        text_encoder = args.text_encoder if cfg.model.kind == "t2i_deco" else None
-        generator = build_generator(denoiser, cfg, meta, text_encoder=text_encoder)
+        generator = build_generator(denoiser, cfg, meta, text_encoder=args.text_encoder if is_text else None)
         probe = SpectrumProbe(denoiser, generator.velocity, times=times)
-        with progress_bar(console, label, len(inputs.conditions)) as update:
-            for start in range(0, len(inputs.conditions), args.batch):
-                image, noise, condition = _batch(generator, inputs, start, args, size)
-                if image is None:
+        with progress_bar(console, label, len(conditions)) as update:
+            for start in range(0, len(conditions), args.batch):
+                part = conditions[start : start + args.batch]
+                end = start + len(part)
+                noise = seeded_noise(range(args.seed + start, args.seed + end), (cfg.model.channels, size, size))
+                noise = noise.to(device)
+                condition = generator.encode(part) if is_text else torch.tensor(part, device=device)
+                if images is None:
                     probe_samples(probe, noise, condition, generator.null, sampler=sampler)
                 else:
-                    probe_images(probe, image, noise, condition, times=times)
-                update(completed=start + len(noise))
+                    pixels = torch.from_numpy(images[start:end]).to(device).permute(0, 3, 1, 2)
+                    probe_images(probe, pixels.float() / 127.5 - 1, noise, condition, times=times)
+                update(completed=end)
         spectra[label] = probe.spectrum()
         _print_summary(label, spectra[label], console)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -108,62 +110,42 @@ def run(args: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-def _batch(
-    generator: ImageGenerator, inputs: _Inputs, start: int, args: argparse.Namespace, size: int
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Images in [-1, 1] (if given), noise and conditions of the batch that starts at ``start``."""
-    part = inputs.conditions[start : start + args.batch]
-    device = generator.device
-    seeds = range(args.seed + start, args.seed + start + len(part))
-    noise = seeded_noise(seeds, (generator.model.channels, size, size)).to(device)
-    if generator.kind == "t2i_deco":
-        condition = generator.encode([str(text) for text in part])
-    else:
-        condition = torch.tensor(part, device=device)
-    if inputs.images is None:
-        return None, noise, condition
-    pixels = torch.from_numpy(inputs.images[start : start + len(part)]).to(device)
-    return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1, noise, condition
-
-
-def _inputs(args: argparse.Namespace, cfg: RunConfig, size: int) -> _Inputs:
-    """Conditions of the model's kind, with images if a data set is given."""
+def _inputs(args: argparse.Namespace, cfg: RunConfig, size: int) -> tuple[Any, list[Any]]:
+    """Uint8 images ``(P, Y, X, 3)``, None if the model samples its own, and P prompts or classes."""
     is_text = cfg.model.kind == "t2i_deco"
+    if not args.data and not args.folder:
+        choices: Sequence[str | int] = range(cfg.model.num_classes)
+        if is_text:
+            choices = read_prompts(args.prompts) if args.prompts else cfg.samples.prompts
+        if not choices:
+            raise ConfigError("the run has no samples.prompts: give --prompts FILE, --data or --folder")
+        return None, [choices[i % len(choices)] for i in range(args.images)]
     if args.data:
-        loader = Loader(
-            DataConfig(url=args.data, target="caption" if is_text else "label", workers=0, prefix_probability=0.0),
-            resolution=size,
-            seed=args.seed,
-            global_batch=args.images,
-            rank=0,
-            world=1,
-            start=0,
-        )
-        try:
+        target: Literal["caption", "label"] = "caption" if is_text else "label"
+        data = DataConfig(url=args.data, target=target, workers=0, prefix_probability=0.0)
+        loader = Loader(data, resolution=size, seed=args.seed, global_batch=args.images, rank=0, world=1, start=0)
+        with closing(loader):
             batch = next(iter(loader))
-        finally:
-            loader.close()
-        return _Inputs(batch.images, batch.captions if is_text else _check_labels(batch.labels, cfg, args.data))
-    if args.folder:
-        return _read_folder(args, cfg, size)
-    if not is_text:
-        return _Inputs(None, [i % cfg.model.num_classes for i in range(args.images)])
-    prompts = read_prompts(args.prompts) if args.prompts else list(cfg.samples.prompts)
-    if not prompts:
-        raise ConfigError("the run has no samples.prompts: give --prompts FILE, --data or --folder")
-    return _Inputs(None, [prompts[i % len(prompts)] for i in range(args.images)])
+        images = batch.images
+        conditions: list[Any] = batch.captions if is_text else batch.labels
+    else:
+        images, conditions = _read_folder(args, is_text, size)
+    unknown = [] if is_text else [label for label in conditions if not 0 <= label < cfg.model.num_classes]
+    if unknown:
+        last = cfg.model.num_classes - 1
+        raise ConfigError(f"{args.data or args.folder} has class {unknown[0]}, the model has 0 to {last}")
+    return images, conditions
 
 
-def _read_folder(args: argparse.Namespace, cfg: RunConfig, size: int) -> _Inputs:
-    is_text = cfg.model.kind == "t2i_deco"
+def _read_folder(args: argparse.Namespace, is_text: bool, size: int) -> tuple[Any, list[Any]]:
     rejects: list[Reject] = []
     images: list[Any] = []
-    captions: list[str] = []
-    labels: list[int] = []
+    conditions: list[Any] = []
     for sample in read_source(args.folder, rejects):
         if len(images) == args.images:
             break
-        if not sample.captions if is_text else sample.label is None:
+        condition = next(iter(sample.captions), None) if is_text else sample.label
+        if condition is None:
             rejects.append(Reject(sample.name, f"no {'caption' if is_text else 'class number'}"))
             continue
         try:
@@ -172,20 +154,11 @@ def _read_folder(args: argparse.Namespace, cfg: RunConfig, size: int) -> _Inputs
             rejects.append(Reject(sample.name, str(error)))
             continue
         images.append(pixels)
-        captions.extend(sample.captions[:1])
-        labels.extend([] if sample.label is None else [sample.label])
+        conditions.append(condition)
     if len(images) < args.images:
         why = f"; {len(rejects)} were rejected, the first: {rejects[0]}" if rejects else ""
         raise ConfigError(f"--folder {args.folder} gives {len(images)} of --images {args.images}{why}")
-    conditions = captions if is_text else _check_labels(labels, cfg, args.folder)
-    return _Inputs(np.stack(images), conditions)
-
-
-def _check_labels(labels: list[int], cfg: RunConfig, source: str) -> list[int]:
-    unknown = [label for label in labels if not 0 <= label < cfg.model.num_classes]
-    if unknown:
-        raise ConfigError(f"{source} has class {unknown[0]}, the model has 0 to {cfg.model.num_classes - 1}")
-    return labels
+    return np.stack(images), conditions
 
 
 def _labels(args: argparse.Namespace) -> list[str]:
@@ -195,15 +168,6 @@ def _labels(args: argparse.Namespace) -> list[str]:
     if len(set(labels)) < len(labels):
         raise ConfigError(f"labels must differ, got {labels}: give one --label per --checkpoint")
     return labels
-
-
-def _sampler(args: argparse.Namespace) -> SamplerConfig:
-    try:
-        return SamplerConfig(
-            solver="euler", num_steps=args.num_steps, guidance=1.0, timestep_shift=args.timestep_shift
-        )
-    except ValueError as error:
-        raise ConfigError(f"--num-steps and --timestep-shift: {error}") from error
 
 
 def _times(args: argparse.Namespace, sampler: SamplerConfig) -> Tensor:
