@@ -9,6 +9,7 @@ Shape letters: B batch, N tokens, n tokens of this rank, D any width.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from torch import Tensor
 from deco_scale.models.compile import outside_graphs
 from deco_scale.models.tp_plan import part_sizes
 from deco_scale.objectives.objective import Tokens
+
+TensorFn = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -47,34 +50,27 @@ class TokenShard(Tokens):
     @outside_graphs
     def gather(self, x_BnD: Tensor, count: int) -> Tensor:
         """All tokens ``(B, N, D)`` on every rank; backward sums each token's gradient on its own rank."""
-        return _Gather.apply(x_BnD, count, self)  # type: ignore[no-any-return]
+        gather, scatter = partial(_all_gather, count=count, shard=self), partial(_reduce_scatter, shard=self)
+        return _WithAdjoint.apply(x_BnD, gather, scatter)  # type: ignore[no-any-return]
 
     @outside_graphs
     def scatter_sum(self, x_BND: Tensor) -> Tensor:
         """This rank's tokens of the sum of the ranks' partial results; backward gathers."""
-        return _ScatterSum.apply(x_BND, self)  # type: ignore[no-any-return]
+        gather = partial(_all_gather, count=x_BND.shape[1], shard=self)
+        return _WithAdjoint.apply(x_BND, partial(_reduce_scatter, shard=self), gather)  # type: ignore[no-any-return]
 
 
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_BnD: Tensor, count: int, shard: TokenShard) -> Tensor:
-        ctx.shard = shard
-        return _all_gather(x_BnD, count, shard)
+class _WithAdjoint(torch.autograd.Function):
+    """``function`` of ``x``, whose gradient goes through ``adjoint``."""
 
     @staticmethod
-    def backward(ctx: Any, grad_BND: Tensor) -> tuple[Tensor, None, None]:
-        return _reduce_scatter(grad_BND, ctx.shard), None, None
-
-
-class _ScatterSum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_BND: Tensor, shard: TokenShard) -> Tensor:
-        ctx.shard, ctx.count = shard, x_BND.shape[1]
-        return _reduce_scatter(x_BND, shard)
+    def forward(ctx: Any, x: Tensor, function: TensorFn, adjoint: TensorFn) -> Tensor:
+        ctx.adjoint = adjoint
+        return function(x)
 
     @staticmethod
-    def backward(ctx: Any, grad_BnD: Tensor) -> tuple[Tensor, None]:
-        return _all_gather(grad_BnD, ctx.count, ctx.shard), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.adjoint(grad), None, None
 
 
 def _pad_rows(x: Tensor, rows: int) -> Tensor:

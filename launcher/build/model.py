@@ -1,7 +1,6 @@
 """The plain objective of a configuration, its kernels, attention and FP8 linears, and the engine around it."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 
@@ -14,7 +13,7 @@ from deco_scale.models.attention.autotune import BackendChoice, choose_backend, 
 from deco_scale.models.attention.dispatch import AttentionSetting
 from deco_scale.models.layers import Attention
 from deco_scale.objectives import Objective
-from deco_scale.parallel.engines.base import Engine
+from deco_scale.parallel.engines.base import Engine, EngineSettings
 from deco_scale.parallel.mesh import ParallelDims
 from deco_scale.precision.fp8_plan import BatchShape, Fp8Plan, plan_fp8
 from deco_scale.precision.recipe import choose_fp8
@@ -90,23 +89,24 @@ def build_engine(
     fp8_plan: Fp8Plan | None = None,
 ) -> Engine:
     """The configured engine around a freshly initialised objective; ``fp8_plan`` goes with ``compute: fp8``."""
-    parallel = cfg.parallel
-    settings: dict[str, Any] = {
-        "dims": dims,
-        "device": device,
-        "optimizer": cfg.optimizer,
-        "kernels": choose_kernels(cfg.kernels, device),
-        "precision": cfg.precision,
-        "fp8_plan": fp8_plan,
-        "compile_blocks": cfg.compile,
-        "activation_checkpointing": parallel.activation_checkpointing,
-        "seed": cfg.run.seed,
-    }
-    if parallel.engine == "deepspeed":
+    settings = EngineSettings(
+        dims=dims,
+        device=device,
+        optimizer=cfg.optimizer,
+        precision=cfg.precision,
+        seed=cfg.run.seed,
+        compile_blocks=cfg.compile,
+        activation_checkpointing=cfg.parallel.activation_checkpointing,
+        fp8_plan=fp8_plan,
+        kernels=choose_kernels(cfg.kernels, device),
+        zero_stage=cfg.parallel.zero_stage,
+        micro_batch=cfg.stages[0].micro_batch,
+        overrides=cfg.parallel.deepspeed,
+    )
+    if cfg.parallel.engine == "deepspeed":
         from deco_scale.parallel.engines.deepspeed import DeepSpeedEngine
 
-        settings |= {"stage": parallel.zero_stage, "micro_batch": cfg.stages[0].micro_batch}
-        return DeepSpeedEngine(build, overrides=parallel.deepspeed, **settings)
+        return DeepSpeedEngine(build, settings)
     from deco_scale.parallel.engines.fsdp import FsdpEngine
 
-    return FsdpEngine(build, **settings)
+    return FsdpEngine(build, settings)

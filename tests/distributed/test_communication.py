@@ -16,7 +16,7 @@ from deco_scale.objectives import Objective, ObjectiveConfig
 from deco_scale.objectives.objective import ObjectiveInputs
 from deco_scale.optim.config import OptimizerConfig
 from deco_scale.parallel.config import ParallelConfig, ZeroStage
-from deco_scale.parallel.engines.base import Engine
+from deco_scale.parallel.engines.base import Engine, EngineSettings
 from deco_scale.parallel.mesh import ParallelDims
 from deco_scale.planning.comms import Traffic, step_traffic
 from deco_scale.planning.flops import TrainStep, Workload
@@ -104,13 +104,12 @@ def _count_fsdp(replicate: int, shard: int, tp: int, out: str) -> None:
     for compute in COMPUTES:
         engine = FsdpEngine(
             _build,
-            dims=ParallelDims(replicate, shard, tp),
-            device=torch.device("cpu"),
-            optimizer=OptimizerConfig(),
-            precision=PrecisionConfig(compute=compute),
-            compile_blocks=False,
-            activation_checkpointing="none",
-            seed=0,
+            EngineSettings(
+                dims=ParallelDims(replicate, shard, tp),
+                device=torch.device("cpu"),
+                optimizer=OptimizerConfig(),
+                precision=PrecisionConfig(compute=compute),
+            ),
         )
         with Counting() as counting:
             _step(engine)
@@ -125,11 +124,17 @@ def _count_zero(dp: int, tp: int, settings: list[tuple[ZeroStage, Compute]], out
     counts = []
     for stage, compute in settings:
         engine = DeepSpeedEngine(
-            _build, dims=ParallelDims(1, dp, tp), stage=stage, micro_batch=2, device=torch.device("cpu"),
-            optimizer=OptimizerConfig(), precision=PrecisionConfig(compute=compute), compile_blocks=False,
-            activation_checkpointing="none", seed=0,
-            overrides={"zero_optimization": ZERO3_SETTINGS},
-        )  # fmt: skip
+            _build,
+            EngineSettings(
+                dims=ParallelDims(1, dp, tp),
+                device=torch.device("cpu"),
+                optimizer=OptimizerConfig(),
+                precision=PrecisionConfig(compute=compute),
+                zero_stage=stage,
+                micro_batch=2,
+                overrides={"zero_optimization": ZERO3_SETTINGS},
+            ),
+        )
         # ZeRO-3 records the order of its first step.
         _step(engine)
         with Counting() as counting:

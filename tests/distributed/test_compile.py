@@ -44,6 +44,7 @@ def test_compiled_blocks_follow_the_eager_trace(
 
 
 def _zero3_past_the_limit() -> None:
+    from deco_scale.parallel.engines.base import EngineSettings
     from deco_scale.parallel.engines.deepspeed import DeepSpeedEngine
     from tests.distributed.test_communication import _build, _step
 
@@ -52,16 +53,15 @@ def _zero3_past_the_limit() -> None:
     nn.Module.compile = functools.partialmethod(nn.Module.compile, backend="eager")  # type: ignore[assignment]
     engine = DeepSpeedEngine(
         _build,
-        dims=ParallelDims(1, 1, 1),
-        stage=3,
-        micro_batch=2,
-        device=torch.device("cpu"),
-        optimizer=OptimizerConfig(),
-        precision=PrecisionConfig(compute="fp32"),
-        compile_blocks=True,
-        activation_checkpointing="none",
-        seed=0,
-        overrides={"zero_optimization": {"stage3_param_persistence_threshold": 0}},
+        EngineSettings(
+            dims=ParallelDims(1, 1, 1),
+            device=torch.device("cpu"),
+            optimizer=OptimizerConfig(),
+            precision=PrecisionConfig(compute="fp32"),
+            compile_blocks=True,
+            micro_batch=2,
+            overrides={"zero_optimization": {"stage3_param_persistence_threshold": 0}},
+        ),
     )
     _step(engine)
     assert engine.optimizer_steps == 1

@@ -18,7 +18,7 @@ from deco_scale.models.config import ActivationCheckpointing
 from deco_scale.objectives import Objective, ObjectiveConfig
 from deco_scale.objectives.objective import ObjectiveInputs
 from deco_scale.optim.config import OptimizerConfig
-from deco_scale.parallel.engines.base import Engine
+from deco_scale.parallel.engines.base import Engine, EngineSettings
 from deco_scale.parallel.mesh import ParallelDims
 from deco_scale.precision.config import Compute, PrecisionConfig, autocast
 from deco_scale.precision.fp8 import apply_fp8
@@ -111,19 +111,20 @@ def engine_of(
     kind: str, tp: int, recompute: ActivationCheckpointing, *, compiled: bool = False, compute: Compute = "fp8"
 ) -> Engine:
     """``kind`` is ``fsdp`` or ``zero`` and a stage."""
-    settings: dict[str, Any] = dict(
-        dims=ParallelDims(1, 2 // tp, tp), device=CPU, optimizer=OptimizerConfig(clip_norm=1e9), seed=0,
+    stage: Any = int(kind.removeprefix("zero")) if kind != "fsdp" else 3
+    settings = EngineSettings(
+        dims=ParallelDims(1, 2 // tp, tp), device=CPU, optimizer=OptimizerConfig(clip_norm=1e9),
         precision=PrecisionConfig(compute=compute, fp8_emulate=compute == "fp8"), compile_blocks=compiled,
         activation_checkpointing=recompute, fp8_plan=plan(tp) if compute == "fp8" else None,
+        zero_stage=stage, micro_batch=4,
     )  # fmt: skip
     if kind == "fsdp":
         from deco_scale.parallel.engines.fsdp import FsdpEngine
 
-        return FsdpEngine(build, **settings)
+        return FsdpEngine(build, settings)
     from deco_scale.parallel.engines.deepspeed import DeepSpeedEngine
 
-    stage: Any = int(kind.removeprefix("zero"))
-    return DeepSpeedEngine(build, stage=stage, micro_batch=4, overrides={}, **settings)
+    return DeepSpeedEngine(build, settings)
 
 
 def gap(found: Gradients, wanted: Gradients, name: str) -> float:

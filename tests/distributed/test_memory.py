@@ -38,6 +38,7 @@ def allocated_bytes() -> int:
 def _measure(engine_name: str, out: str) -> None:
     from deco_scale.objectives import Objective, ObjectiveConfig
     from deco_scale.optim.config import OptimizerConfig
+    from deco_scale.parallel.engines.base import EngineSettings
     from deco_scale.parallel.engines.deepspeed import DeepSpeedEngine
     from deco_scale.parallel.engines.fsdp import FsdpEngine
     from deco_scale.parallel.mesh import ParallelDims
@@ -52,33 +53,15 @@ def _measure(engine_name: str, out: str) -> None:
         return Objective(Denoiser(model), ObjectiveConfig(repa_weight=0.0), encoder_dim=0)
 
     world = dist.get_world_size()
-    optimizer, precision = OptimizerConfig(), PrecisionConfig(compute="fp32")
-    device = torch.device("cpu")
+    # Under ZeRO without parameters that stay whole on every rank, and with a small buffer for reductions, whose
+    # size does not depend on the model.
+    zero = {"stage3_param_persistence_threshold": 0, "reduce_bucket_size": 1000}
+    settings = EngineSettings(
+        dims=ParallelDims(1, world), device=torch.device("cpu"), optimizer=OptimizerConfig(),
+        precision=PrecisionConfig(compute="fp32"), overrides={"zero_optimization": zero},
+    )  # fmt: skip
     before = allocated_bytes()
-    engine: object
-    if engine_name == "fsdp":
-        engine = FsdpEngine(
-            build, dims=ParallelDims(1, world), device=device, optimizer=optimizer, precision=precision,
-            compile_blocks=False, activation_checkpointing="none", seed=0,
-        )  # fmt: skip
-    else:
-        # Without parameters that stay whole on every rank, and with a small buffer for reductions, whose
-        # size does not depend on the model.
-        zero = {"stage3_param_persistence_threshold": 0, "reduce_bucket_size": 1000}
-        overrides = {"zero_optimization": zero}
-        engine = DeepSpeedEngine(
-            build,
-            dims=ParallelDims(1, world),
-            stage=3,
-            micro_batch=1,
-            device=device,
-            optimizer=optimizer,
-            precision=precision,
-            compile_blocks=False,
-            activation_checkpointing="none",
-            seed=0,
-            overrides=overrides,
-        )
+    engine = (FsdpEngine if engine_name == "fsdp" else DeepSpeedEngine)(build, settings)
     used = allocated_bytes() - before
     parameters = sum(p.numel() for p in build().parameters())
     if dist.get_rank() == 0:
@@ -118,6 +101,7 @@ def _peak() -> int:
 def _load_under_deepspeed(folder: str, out: str) -> None:
     from deco_scale.objectives import Objective, ObjectiveConfig
     from deco_scale.optim.config import OptimizerConfig
+    from deco_scale.parallel.engines.base import EngineSettings
     from deco_scale.parallel.engines.deepspeed import DeepSpeedEngine
     from deco_scale.parallel.mesh import ParallelDims
     from deco_scale.precision.config import PrecisionConfig
@@ -125,16 +109,13 @@ def _load_under_deepspeed(folder: str, out: str) -> None:
     world = dist.get_world_size()
     engine = DeepSpeedEngine(
         lambda: Objective(Denoiser(LOADED), ObjectiveConfig(repa_weight=0.0), encoder_dim=0),
-        dims=ParallelDims(1, world),
-        stage=3,
-        micro_batch=1,
-        device=torch.device("cpu"),
-        optimizer=OptimizerConfig(),
-        precision=PrecisionConfig(compute="fp32"),
-        compile_blocks=False,
-        activation_checkpointing="none",
-        seed=0,
-        overrides={"zero_optimization": {"stage3_param_persistence_threshold": 0}},
+        EngineSettings(
+            dims=ParallelDims(1, world),
+            device=torch.device("cpu"),
+            optimizer=OptimizerConfig(),
+            precision=PrecisionConfig(compute="fp32"),
+            overrides={"zero_optimization": {"stage3_param_persistence_threshold": 0}},
+        ),
     )
     before = _peak()
     CheckpointManager(Path(out) / f"run{dist.get_rank()}", CheckpointConfig()).load(engine, Path(folder))

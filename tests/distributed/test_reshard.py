@@ -53,7 +53,7 @@ def _plain(stage: int, *, bf16: bool = False, universal: bool = False) -> Any:
     """An engine of somebody else's script: our model, PyTorch's optimizer, DeepSpeed's settings."""
     from deco_scale.models import Denoiser
     from deco_scale.objectives import Objective, ObjectiveConfig
-    from deco_scale.parallel.engines.deepspeed_imports import import_deepspeed
+    from deco_scale.parallel.engines.deepspeed_config import import_deepspeed
 
     deepspeed = import_deepspeed(torch.device("cpu"))
     deepspeed.utils.groups.mpu = None
@@ -74,22 +74,20 @@ def _ours(stage: int, tp: int) -> Any:
     from deco_scale.models import Denoiser
     from deco_scale.objectives import Objective, ObjectiveConfig
     from deco_scale.optim.config import OptimizerConfig
+    from deco_scale.parallel.engines.base import EngineSettings
     from deco_scale.parallel.engines.deepspeed import DeepSpeedEngine
     from deco_scale.parallel.mesh import ParallelDims
     from deco_scale.precision.config import PrecisionConfig
 
     engine = DeepSpeedEngine(
         lambda: Objective(Denoiser(MODEL), ObjectiveConfig(repa_layer=1), encoder_dim=ENCODER_DIM),
-        dims=ParallelDims(1, dist.get_world_size() // tp, tp),
-        stage=stage,
-        micro_batch=1,  # type: ignore[arg-type]
-        device=torch.device("cpu"),
-        optimizer=OptimizerConfig(ema_decay=0.9),
-        precision=PrecisionConfig(compute="fp32"),
-        compile_blocks=False,
-        activation_checkpointing="none",
-        seed=0,
-        overrides={},
+        EngineSettings(
+            dims=ParallelDims(1, dist.get_world_size() // tp, tp),
+            device=torch.device("cpu"),
+            optimizer=OptimizerConfig(ema_decay=0.9),
+            precision=PrecisionConfig(compute="fp32"),
+            zero_stage=stage,
+        ),
     )
     return engine._engine
 

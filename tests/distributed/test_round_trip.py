@@ -35,7 +35,7 @@ def _visit(root: str, ways: dict[str, tuple[str, ...]]) -> None:
     from deco_scale.objectives import Objective, ObjectiveConfig
     from deco_scale.objectives.objective import ObjectiveInputs
     from deco_scale.optim.config import OptimizerConfig
-    from deco_scale.parallel.engines.base import Engine
+    from deco_scale.parallel.engines.base import Engine, EngineSettings
     from deco_scale.parallel.engines.deepspeed import DeepSpeedEngine
     from deco_scale.parallel.engines.fsdp import FsdpEngine
     from deco_scale.parallel.mesh import ParallelDims
@@ -53,14 +53,12 @@ def _visit(root: str, ways: dict[str, tuple[str, ...]]) -> None:
 
     def engine_of(name: str) -> Engine:
         replicate, shard, tp, stage = LAYOUTS[name]
-        shared: dict[str, Any] = {
-            "dims": ParallelDims(replicate, shard, tp), "device": torch.device("cpu"),
-            "optimizer": OptimizerConfig(ema_decay=0.9), "precision": PrecisionConfig(compute="fp32"),
-            "compile_blocks": False, "activation_checkpointing": "none", "seed": 0,
-        }  # fmt: skip
-        if stage is None:
-            return FsdpEngine(build, **shared)
-        return DeepSpeedEngine(build, stage=stage, micro_batch=2, overrides={}, **shared)  # type: ignore[arg-type]
+        settings = EngineSettings(
+            dims=ParallelDims(replicate, shard, tp), device=torch.device("cpu"), micro_batch=2,
+            optimizer=OptimizerConfig(ema_decay=0.9), precision=PrecisionConfig(compute="fp32"),
+            zero_stage=3 if stage is None else stage,
+        )  # fmt: skip
+        return (FsdpEngine if stage is None else DeepSpeedEngine)(build, settings)
 
     def store(name: str) -> CheckpointManager:
         return CheckpointManager(Path(root) / name.replace(" ", "_"), CheckpointConfig())

@@ -3,6 +3,7 @@
 The first stage has 9 image tokens, which no tp degree here divides.
 """
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -176,6 +177,7 @@ def _collectives_and_gradients() -> None:
     import deco_scale.parallel.sequence_parallel as sequence
     from deco_scale.models import Denoiser
     from deco_scale.optim.config import OptimizerConfig
+    from deco_scale.parallel.engines.base import EngineSettings
     from deco_scale.parallel.engines.deepspeed import DeepSpeedEngine
     from deco_scale.parallel.engines.fsdp import FsdpEngine
     from deco_scale.parallel.mesh import ParallelDims
@@ -213,11 +215,11 @@ def _collectives_and_gradients() -> None:
     def build() -> Objective:
         return Objective(Denoiser(SMALL), ObjectiveConfig(repa_layer=1, freq_gamma=0.7), encoder_dim=6)
 
-    settings: dict[str, Any] = dict(
-        device=torch.device("cpu"), optimizer=OptimizerConfig(clip_norm=1e9), compile_blocks=False,
-        precision=PrecisionConfig(compute="fp32"), activation_checkpointing="none", seed=0,
+    settings = EngineSettings(
+        dims=ParallelDims(1, 1, 4), device=torch.device("cpu"), optimizer=OptimizerConfig(clip_norm=1e9),
+        precision=PrecisionConfig(compute="fp32"), micro_batch=2,
     )  # fmt: skip
-    engine = FsdpEngine(build, dims=ParallelDims(1, 1, 4), **settings)
+    engine = FsdpEngine(build, settings)
     plain = build()
     step_calls = _check_named_gradients(engine, plain, calls)
     # Two gathers and two scatters a block, and one gather of the text; backward has their adjoints.
@@ -236,7 +238,7 @@ def _collectives_and_gradients() -> None:
     _check_named_gradients(engine, plain, calls, side=8)
 
     for stage, dims in ((1, ParallelDims(1, 2, 2)), (3, ParallelDims(1, 1, 4))):
-        zero = DeepSpeedEngine(build, dims=dims, stage=stage, micro_batch=2, overrides={}, **settings)
+        zero = DeepSpeedEngine(build, dataclasses.replace(settings, dims=dims, zero_stage=stage))
         _check_named_gradients(zero, plain, calls)
 
 

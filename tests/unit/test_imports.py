@@ -56,7 +56,7 @@ SHOWS_A_GPU = """
 import os, sys, torch
 torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 1
 torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=0, world_size=1)
-from deco_scale.parallel.engines.deepspeed_imports import import_deepspeed
+from deco_scale.parallel.engines.deepspeed_config import import_deepspeed
 """
 
 

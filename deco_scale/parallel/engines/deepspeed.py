@@ -18,63 +18,29 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from deco_scale.distributed.replica_check import Replicas
 from deco_scale.errors import ConfigError
-from deco_scale.kernels.select import Kernels
 from deco_scale.models.compile import limit_recompiles
-from deco_scale.models.config import ActivationCheckpointing
 from deco_scale.models.tp_plan import split_dim
 from deco_scale.objectives import Objective
 from deco_scale.objectives.objective import ObjectiveInputs
 from deco_scale.optim.adamw_ema import MOMENTS, AdamWWithEMA, nan_if_nonfinite
-from deco_scale.optim.config import OptimizerConfig
-from deco_scale.parallel.config import ZeroStage
-from deco_scale.parallel.engines.base import EMA_PREFIX, Update
-from deco_scale.parallel.engines.deepspeed_config import deepspeed_json
-from deco_scale.parallel.engines.deepspeed_imports import import_deepspeed, import_megatron
+from deco_scale.parallel.engines.base import EMA_PREFIX, Engine, EngineSettings, Update
+from deco_scale.parallel.engines.deepspeed_config import deepspeed_json, import_deepspeed, import_megatron
 from deco_scale.parallel.init_weights import initial_tensors
-from deco_scale.parallel.mesh import ParallelDims
 from deco_scale.parallel.parallelize import parallelize
 from deco_scale.parallel.tensor_parallel import tp_part, tp_placement
 from deco_scale.precision import fp8
-from deco_scale.precision.config import PrecisionConfig, autocast
-from deco_scale.precision.fp8_plan import Fp8Plan, check_plan
 
 logger = logging.getLogger(__name__)
 
 
-class DeepSpeedEngine:
-    """Implements :class:`deco_scale.parallel.engines.base.Engine`."""
+class DeepSpeedEngine(Engine):
+    """The objective in a ZeRO engine, with Megatron's linears under tensor parallelism."""
 
-    def __init__(
-        self,
-        build: Callable[[], Objective],
-        *,
-        dims: ParallelDims,
-        stage: ZeroStage,
-        micro_batch: int,
-        device: torch.device,
-        optimizer: OptimizerConfig,
-        precision: PrecisionConfig,
-        compile_blocks: bool,
-        activation_checkpointing: ActivationCheckpointing,
-        seed: int,
-        overrides: dict[str, Any],
-        fp8_plan: Fp8Plan | None = None,
-        kernels: Kernels = "torch",
-    ) -> None:
-        check_plan(precision, fp8_plan)
+    def __init__(self, build: Callable[[], Objective], settings: EngineSettings) -> None:
+        self.settings, self._stage = settings, settings.zero_stage
+        dims, device, stage, compile_blocks = settings.dims, settings.device, self._stage, settings.compile_blocks
         deepspeed = import_deepspeed(device)
-        self._fp8_plan = fp8_plan
-        self._device, self._precision, self._stage, self._dims = device, precision, stage, dims
-        config = deepspeed_json(
-            device=device,
-            stage=stage,
-            tp=dims.tp,
-            micro_batch=micro_batch,
-            optimizer=optimizer,
-            precision=precision,
-            overrides=overrides,
-            fp8_plan=fp8_plan,
-        )
+        config = deepspeed_json(settings)
         with torch.device("meta"):
             template = build()
         megatron = import_megatron() if dims.tp > 1 else None
@@ -99,16 +65,15 @@ class DeepSpeedEngine:
         def shard(objective: Objective) -> None:
             if stage != 3:
                 objective.to_empty(device=device)
-                self._fill(objective, template, seed)
+                self._fill(objective, template)
             elif objective.denoiser.decoder is not None:
                 # It reads its linears' weights without calling the linears, so all are gathered at once.
                 deepspeed.utils.set_z3_leaf_modules(objective, [type(objective.denoiser.decoder)])
             if megatron:
                 megatron.mark_parameters(objective)
-            self._client = AdamWWithEMA(objective.parameters(), optimizer, kernels=kernels)
-            self._engine, *_ = deepspeed.initialize(
-                model=objective, optimizer=self._client, config=config, mpu=mpu
-            )
+            self._optimizer = AdamWWithEMA(objective.parameters(), settings.optimizer, kernels=settings.kernels)
+            client = {"optimizer": self._optimizer, "config": config, "mpu": mpu}
+            self._engine, *_ = deepspeed.initialize(model=objective, **client)
 
         if compile_blocks:
             if stage < 3:
@@ -121,78 +86,71 @@ class DeepSpeedEngine:
                 )
         self.tokens = parallelize(
             objective,
-            fp8_plan=fp8_plan,
+            fp8_plan=settings.fp8_plan,
             bias_share=dims.tp,
             # PyTorch's checkpointing keeps no gathered weight of a block that it recomputes.
-            release_weights=stage == 3 and activation_checkpointing == "none" and not compile_blocks,
+            release_weights=stage == 3 and settings.activation_checkpointing == "none" and not compile_blocks,
             tensor_parallel=megatron.install_collectives if megatron else None,
-            activation_checkpointing=activation_checkpointing,
+            activation_checkpointing=settings.activation_checkpointing,
             compile_modules=objective.denoiser.transformer_blocks if compile_blocks else (),
             shard=shard,
         )
-        self._parameters: dict[str, nn.Parameter] = dict(self._engine.module.named_parameters())
+        self._objective = objective
+        self._parameters: dict[str, nn.Parameter] = dict(objective.named_parameters())
         if stage == 3:
-            self._fill(self._engine.module, template, seed)
+            self._fill(objective, template)
             self._refresh()
         masters = self._masters()
-        if kernels == "triton" and any(master.device.type != device.type for master in masters.values()):
+        if settings.kernels == "triton" and any(master.device.type != device.type for master in masters.values()):
             raise ConfigError(
                 "parallel.deepspeed keeps optimizer state in host memory, which Triton kernels cannot reach; "
                 "set kernels: torch"
             )
-        self._client.track(masters, ema=masters.keys())
+        self._optimizer.track(masters, ema=masters.keys())
 
-    def _fill(self, objective: nn.Module, template: nn.Module, seed: int) -> None:
+    def _fill(self, objective: nn.Module, template: nn.Module) -> None:
         """Set initial weights, each to this rank's part over tp."""
         parameters = dict(objective.named_parameters())
-        for name, tensor in initial_tensors(template, seed):
-            part = tp_part(name, tensor, self._mesh.get_local_rank("tp"), self._dims.tp)
+        for name, tensor in initial_tensors(template, self.settings.seed):
+            part = tp_part(name, tensor, self._mesh.get_local_rank("tp"), self.settings.dims.tp)
             if self._stage == 3:
-                self._set_full(parameters[name], part.to(self._device))
+                self._set_full(parameters[name], part.to(self.settings.device))
             else:
                 parameters[name].data.copy_(part)
 
-    @property
-    def optimizer_steps(self) -> int:
-        return self._client.steps
-
     def forward_backward(self, inputs: ObjectiveInputs, *, scale: float, last: bool) -> dict[str, Tensor]:
-        with fp8.fp8_context(self._fp8_plan):
+        with fp8.fp8_context(self.settings.fp8_plan):
             losses = self._engine(*inputs)
         self._engine.backward(nan_if_nonfinite(losses["loss"] * scale), scale_wrt_gas=False)
-        # Each tp rank has its tokens' part of a loss; times tp, the mean over all ranks is the loss.
-        return {name: value.detach() * self._dims.tp for name, value in losses.items()}
+        return self._whole(losses)
 
     def update(self, *, lr: float, betas: tuple[float, float], should_skip: Tensor | None = None) -> Update:
         # DeepSpeed clips and checks itself, except under ZeRO-0, where every rank has all gradients.
-        self._client.begin(lr=lr, betas=betas, measure_norm=self._stage == 0, should_skip=should_skip)
+        client = self._optimizer
+        client.begin(lr=lr, betas=betas, measure_norm=self._stage == 0, should_skip=should_skip)
         self._engine.step()
         if self._stage == 0:
-            assert self._client.norm is not None and self._client.skipped is not None
-            norm, skipped = self._client.norm, self._client.skipped
+            assert client.norm is not None and client.skipped is not None
+            norm, skipped = client.norm, client.skipped
         else:
-            optimizer = self._engine.optimizer
-            norm = torch.as_tensor(optimizer._global_grad_norm, dtype=torch.float32).to(self._device)
-            skipped = torch.full((), float(optimizer.overflow), device=self._device)
+            optimizer, device = self._engine.optimizer, self.settings.device
+            norm = torch.as_tensor(optimizer._global_grad_norm, dtype=torch.float32).to(device)
+            skipped = torch.full((), float(optimizer.overflow), device=device)
             if should_skip is not None:
                 skipped = torch.maximum(skipped, should_skip)
-        self._client.end(skipped)
+        client.end(skipped)
         return Update(norm, skipped)
-
-    @property
-    def blocks(self) -> Sequence[nn.Module]:
-        return self._engine.module.denoiser.transformer_blocks
 
     def replicas(self) -> Sequence[Replicas]:
         replicas = []
         # ZeRO-3 keeps small parameters gathered between steps, but only their parts are state.
         weights = {n: getattr(p, "ds_tensor", p).data for n, p in self._parameters.items()}
-        if self._stage < 3 and self._dims.dp > 1:
+        if self._stage < 3 and self.settings.dims.dp > 1:
             state = {f"model.{name}": weight for name, weight in weights.items()}
             for kind in ("ema", *MOMENTS) if self._stage == 0 else ():
-                state |= {f"{kind}.{name}": value for name, value in self._client.tensors(kind).items()}
+                state |= {f"{kind}.{name}": value for name, value in self._optimizer.tensors(kind).items()}
             replicas.append(Replicas(self._mesh.get_group("dp"), state))
-        if self._dims.tp > 1:
+        if self.settings.dims.tp > 1:
             same = {f"model.{name}": weight for name, weight in weights.items() if split_dim(name) is None}
             replicas.append(Replicas(self._mesh.get_group("tp"), same))
         return replicas
@@ -204,7 +162,7 @@ class DeepSpeedEngine:
                 for name, parameter in self._parameters.items():
                     if kind != "ema" or name.startswith(EMA_PREFIX):
                         state[f"{kind}.{name}"] = self._shard_over_dp(name, self._get_full(parameter))
-        return state | fp8.scaling_state(self._engine.module.denoiser, self._fp8_plan)
+        return state | fp8.scaling_state(self._objective.denoiser, self.settings.fp8_plan)
 
     def load(self, state: dict[str, Tensor], optimizer_steps: int) -> None:
         for kind in ("ema", *MOMENTS, "model"):
@@ -216,42 +174,31 @@ class DeepSpeedEngine:
                         assert isinstance(value, DTensor)
                         full = value.redistribute(placements=[value.placements[0], Replicate()])
                         self._set_full(parameter, full.to_local())
-        self._client.set_steps(optimizer_steps)
-        fp8.load_scaling_state(self._engine.module.denoiser, self._fp8_plan, state)
+        self._optimizer.set_steps(optimizer_steps)
+        fp8.load_scaling_state(self._objective.denoiser, self.settings.fp8_plan, state)
         self._refresh()
 
     @contextmanager
     def ema_weights(self) -> Iterator[None]:
         try:
-            with self._client.swap_ema():
+            with self._optimizer.swap_ema():
                 self._refresh()
                 yield
         finally:
             self._refresh()
 
-    @torch.no_grad()
-    def predict(self, patches: Tensor, t: Tensor, condition: Tensor, grid: tuple[int, int]) -> Tensor:
-        with autocast(self._precision, self._device):
-            prediction = self._engine.module.predict(patches, t, condition, grid)
-        return self.tokens.gather(prediction, patches.shape[1]) if self.tokens else prediction
-
     def _shard_over_dp(self, name: str, part: Tensor) -> DTensor:
         """A parameter's tp part, full on each dp rank, as a DTensor sharded over both."""
         shape, dim = list(part.shape), split_dim(name)
         if dim is not None:
-            shape[dim] *= self._dims.tp
-        chunks = part.chunk(self._dims.dp)
+            shape[dim] *= self.settings.dims.tp
+        chunks = part.chunk(self.settings.dims.dp)
         rank = self._mesh.get_local_rank("dp")
         # Cloned, because a view would keep the full parameter alive.
         local = chunks[rank].clone() if rank < len(chunks) else part.new_empty(0, *part.shape[1:])
-        return DTensor.from_local(
-            local,
-            self._mesh,
-            [tp_placement(name), Shard(0)],
-            run_check=False,
-            shape=torch.Size(shape),
-            stride=torch.empty(shape, device="meta").stride(),
-        )
+        placements = [tp_placement(name), Shard(0)]
+        layout: dict[str, Any] = {"shape": torch.Size(shape), "stride": torch.empty(shape, device="meta").stride()}
+        return DTensor.from_local(local, self._mesh, placements, run_check=False, **layout)
 
     def _masters(self) -> dict[str, Tensor]:
         """The fp32 tensors that the optimizer updates: flat partitions, or the parameters under ZeRO-0."""
@@ -272,7 +219,7 @@ class DeepSpeedEngine:
             yield
             return
         masters = self._masters()
-        partitions = self._client.tensors(kind)
+        partitions = self._optimizer.tensors(kind)
         saved = {n: m.detach().clone() for n, m in masters.items()}
         for name, master in masters.items():
             master.data.copy_(partitions[name])
@@ -302,7 +249,7 @@ class DeepSpeedEngine:
             # Partitions are equal slices of the flattened parameter, the last one padded.
             size = cast(Any, parameter).ds_tensor.ds_numel
             flat = value.float().flatten()
-            padded = torch.nn.functional.pad(flat, (0, size * self._dims.dp - flat.numel()))
+            padded = torch.nn.functional.pad(flat, (0, size * self.settings.dims.dp - flat.numel()))
             safe_set_local_fp32_param(parameter, padded.narrow(0, size * self._mesh.get_local_rank("dp"), size))
         else:
             from deepspeed.utils import safe_set_full_fp32_param

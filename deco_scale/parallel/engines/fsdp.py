@@ -6,37 +6,27 @@ Parameters, gradients, moments and EMA are sharded over ``dp_shard``; linears of
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import (
-    FSDPModule,
-    MixedPrecisionPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
-)
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from deco_scale.distributed.replica_check import Replicas
-from deco_scale.kernels.select import Kernels
 from deco_scale.models.compile import limit_recompiles
-from deco_scale.models.config import ActivationCheckpointing
 from deco_scale.models.tp_plan import split_dim
 from deco_scale.objectives import Objective
 from deco_scale.objectives.objective import ObjectiveInputs
 from deco_scale.optim.adamw_ema import MOMENTS, AdamWWithEMA, nan_if_nonfinite
-from deco_scale.optim.config import OptimizerConfig
-from deco_scale.parallel.engines.base import EMA_PREFIX, Update
+from deco_scale.parallel.engines.base import EMA_PREFIX, Engine, EngineSettings, Update
 from deco_scale.parallel.init_weights import initial_tensors
-from deco_scale.parallel.mesh import ParallelDims
 from deco_scale.parallel.parallelize import parallelize
 from deco_scale.parallel.tensor_parallel import apply_tensor_parallel, tp_part
 from deco_scale.precision import fp8
 from deco_scale.precision.config import PrecisionConfig, autocast
-from deco_scale.precision.fp8_plan import Fp8Plan, check_plan
 
 
 def shard(objective: Objective, *, mesh: DeviceMesh, precision: PrecisionConfig) -> None:
@@ -53,26 +43,12 @@ def shard(objective: Objective, *, mesh: DeviceMesh, precision: PrecisionConfig)
     register_fsdp_forward_method(objective, "predict")
 
 
-class FsdpEngine:
-    """Implements :class:`deco_scale.parallel.engines.base.Engine`."""
+class FsdpEngine(Engine):
+    """The objective in FSDP2 units."""
 
-    def __init__(
-        self,
-        build: Callable[[], Objective],
-        *,
-        dims: ParallelDims,
-        device: torch.device,
-        optimizer: OptimizerConfig,
-        precision: PrecisionConfig,
-        compile_blocks: bool,
-        activation_checkpointing: ActivationCheckpointing,
-        seed: int,
-        fp8_plan: Fp8Plan | None = None,
-        kernels: Kernels = "torch",
-    ) -> None:
-        check_plan(precision, fp8_plan)
-        self._fp8_plan = fp8_plan
-        self._device, self._precision, self._dims = device, precision, dims
+    def __init__(self, build: Callable[[], Objective], settings: EngineSettings) -> None:
+        self.settings = settings
+        dims, device, compile_blocks = settings.dims, settings.device, settings.compile_blocks
         with torch.device("meta"):
             template, self._objective = build(), build()
         mesh = init_device_mesh(
@@ -84,21 +60,21 @@ class FsdpEngine:
             limit_recompiles()
         self.tokens = parallelize(
             self._objective,
-            fp8_plan=fp8_plan,
+            fp8_plan=settings.fp8_plan,
             tensor_parallel=partial(apply_tensor_parallel, mesh=mesh["tp"], compile_blocks=compile_blocks)
             if dims.tp > 1
             else None,
-            activation_checkpointing=activation_checkpointing,
+            activation_checkpointing=settings.activation_checkpointing,
             compile_modules=self._objective.denoiser.units if compile_blocks and dims.tp == 1 else (),
             shard=partial(
                 shard,
                 mesh=mesh["dp_replicate", "dp_shard"] if dims.dp_replicate > 1 else mesh["dp_shard"],
-                precision=precision,
+                precision=settings.precision,
             ),
         )
         self._objective.to_empty(device=device)
         self._parameters = {n: cast(DTensor, p) for n, p in self._objective.named_parameters()}
-        for name, tensor in initial_tensors(template, seed):
+        for name, tensor in initial_tensors(template, settings.seed):
             part = tp_part(name, tensor, mesh.get_local_rank("tp"), dims.tp)
             # As FSDP shards dimension 0: the last ranks may have less, or nothing.
             chunks = part.chunk(dims.dp_shard)
@@ -108,20 +84,16 @@ class FsdpEngine:
         self._mesh = mesh
         self._tp_sharded = {name for name in self._parameters if dims.tp > 1 and split_dim(name) is not None}
         self._shards = {n: _local(p) for n, p in self._parameters.items()}
-        self._optimizer = AdamWWithEMA(self._shards.values(), optimizer, kernels=kernels)
+        self._optimizer = AdamWWithEMA(self._shards.values(), settings.optimizer, kernels=settings.kernels)
         self._optimizer.track(self._shards, ema={n for n in self._shards if n.startswith(EMA_PREFIX)})
-
-    @property
-    def optimizer_steps(self) -> int:
-        return self._optimizer.steps
 
     def forward_backward(self, inputs: ObjectiveInputs, *, scale: float, last: bool) -> dict[str, Tensor]:
         cast(FSDPModule, self._objective).set_requires_gradient_sync(last)
-        with autocast(self._precision, self._device), fp8.fp8_context(self._fp8_plan):
+        settings = self.settings
+        with autocast(settings.precision, settings.device), fp8.fp8_context(settings.fp8_plan):
             losses = self._objective(*inputs)
         nan_if_nonfinite(losses["loss"] * scale).backward()
-        # Each tp rank has its tokens' part of a loss; times tp, the mean over all ranks is the loss.
-        return {name: value.detach() * self._dims.tp for name, value in losses.items()}
+        return self._whole(losses)
 
     @torch.no_grad()
     def update(self, *, lr: float, betas: tuple[float, float], should_skip: Tensor | None = None) -> Update:
@@ -139,18 +111,14 @@ class FsdpEngine:
         self._optimizer.end(self._optimizer.skipped)
         return Update(norm, self._optimizer.skipped)
 
-    @property
-    def blocks(self) -> Sequence[nn.Module]:
-        return self._objective.denoiser.transformer_blocks
-
     def replicas(self) -> Sequence[Replicas]:
         state = {f"model.{name}": local for name, local in self._shards.items()}
         for kind in ("ema", *MOMENTS):
             state |= {f"{kind}.{name}": local for name, local in self._optimizer.tensors(kind).items()}
         replicas = []
-        if self._dims.dp_replicate > 1:
+        if self.settings.dims.dp_replicate > 1:
             replicas.append(Replicas(self._mesh.get_group("dp_replicate"), state))
-        if self._dims.tp > 1:
+        if self.settings.dims.tp > 1:
             same = {key: local for key, local in state.items() if key.partition(".")[2] not in self._tp_sharded}
             replicas.append(Replicas(self._mesh.get_group("tp"), same))
         return replicas
@@ -160,11 +128,13 @@ class FsdpEngine:
 
         ``torch.nn.utils.get_total_norm`` would dispatch DTensor operations for each parameter.
         """
-        sharded = [g for n, g in grads.items() if n in self._tp_sharded and g.numel()]
-        replicated = [g for n, g in grads.items() if n not in self._tp_sharded and g.numel()]
-        squares = torch.stack([_sum_of_squares(part, self._device) for part in (sharded, replicated)])
+        squares = torch.zeros(2, device=self.settings.device)
+        for i, replicated in enumerate((False, True)):
+            part = [g for n, g in grads.items() if (n not in self._tp_sharded) == replicated and g.numel()]
+            if part:
+                squares[i] = torch.stack(torch._foreach_norm(part)).square().sum()
         dist.all_reduce(squares, group=self._mesh.get_group("dp_shard"))
-        if self._dims.tp > 1:
+        if self.settings.dims.tp > 1:
             dist.all_reduce(squares[:1], group=self._mesh.get_group("tp"))
         return squares.sum().sqrt()
 
@@ -173,19 +143,15 @@ class FsdpEngine:
         for kind in ("ema", *MOMENTS):
             for name, local in self._optimizer.tensors(kind).items():
                 like = self._parameters[name]
+                layout: dict[str, Any] = {"shape": like.shape, "stride": like.stride()}
                 state[f"{kind}.{name}"] = DTensor.from_local(
-                    local,
-                    like.device_mesh,
-                    like.placements,
-                    run_check=False,
-                    shape=like.shape,
-                    stride=like.stride(),
+                    local, like.device_mesh, like.placements, run_check=False, **layout
                 )
-        return state | fp8.scaling_state(self._objective.denoiser, self._fp8_plan)
+        return state | fp8.scaling_state(self._objective.denoiser, self.settings.fp8_plan)
 
     def load(self, state: dict[str, Tensor], optimizer_steps: int) -> None:
         # The other tensors of state() are the live ones, already filled in place.
-        fp8.load_scaling_state(self._objective.denoiser, self._fp8_plan, state)
+        fp8.load_scaling_state(self._objective.denoiser, self.settings.fp8_plan, state)
         self._optimizer.set_steps(optimizer_steps)
 
     def ema_weights(self) -> AbstractContextManager[None]:
@@ -193,19 +159,12 @@ class FsdpEngine:
 
     @torch.no_grad()
     def predict(self, patches: Tensor, t: Tensor, condition: Tensor, grid: tuple[int, int]) -> Tensor:
-        with autocast(self._precision, self._device):
-            prediction = self._objective.predict(patches, t, condition, grid)
+        prediction = super().predict(patches, t, condition, grid)
         # The root's weights stay gathered after a forward pass, and may be those of the EMA.
         cast(FSDPModule, self._objective).reshard()
-        return self.tokens.gather(prediction, patches.shape[1]) if self.tokens else prediction
+        return prediction
 
 
 def _local(tensor: DTensor) -> Tensor:
     """This rank's part, sharing storage."""
     return cast(DTensor, tensor.detach()).to_local()
-
-
-def _sum_of_squares(tensors: list[Tensor], device: torch.device) -> Tensor:
-    if not tensors:
-        return torch.zeros((), device=device)
-    return torch.stack(torch._foreach_norm(tensors)).square().sum()

@@ -85,13 +85,8 @@ def apply_megatron(objective: Objective) -> None:
     for path, module in list(objective.named_modules()):
         split = split_of(f"{path}.weight")
         if isinstance(module, nn.Linear) and split != "replicated":
-            linear = kinds[split](
-                module.in_features,
-                module.out_features,
-                config=config,
-                init_method=nn.init.zeros_,
-                bias=module.bias is not None,
-            )
+            options = {"config": config, "init_method": nn.init.zeros_, "bias": module.bias is not None}
+            linear = kinds[split](module.in_features, module.out_features, **options)
             parent, _, name = path.rpartition(".")
             setattr(objective.get_submodule(parent), name, linear)
 
@@ -115,11 +110,8 @@ def mark_parameters(objective: Objective) -> None:
             parameter.register_hook(lambda grad: _summed(grad, group))
         else:
             # Megatron's own function refuses a parameter that is marked already, as those of its linears are.
-            for attribute, value in (
-                ("tensor_model_parallel", True),
-                ("partition_dim", dim),
-                ("partition_stride", 1),
-            ):
+            marks = {"tensor_model_parallel": True, "partition_dim": dim, "partition_stride": 1}
+            for attribute, value in marks.items():
                 setattr(parameter, attribute, value)
 
 

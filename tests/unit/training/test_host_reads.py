@@ -15,6 +15,7 @@ from deco_scale.kernels.select import Kernels
 from deco_scale.models import Denoiser, ModelConfig
 from deco_scale.objectives import Objective, ObjectiveConfig
 from deco_scale.optim.config import OptimizerConfig
+from deco_scale.parallel.engines.base import EngineSettings
 from deco_scale.parallel.engines.fsdp import FsdpEngine
 from deco_scale.parallel.mesh import ParallelDims
 from deco_scale.precision.config import PrecisionConfig
@@ -47,14 +48,13 @@ class SmallRun:
         self.device, self.model = device, model
         self.engine = FsdpEngine(
             lambda: Objective(Denoiser(model), objective, encoder_dim=6),
-            dims=ParallelDims(1, 1, 1),
-            device=device,
-            optimizer=OptimizerConfig(),
-            precision=PrecisionConfig(compute="fp32"),
-            compile_blocks=False,
-            activation_checkpointing="none",
-            seed=0,
-            kernels=kernels,
+            EngineSettings(
+                dims=ParallelDims(1, 1, 1),
+                device=device,
+                optimizer=OptimizerConfig(),
+                precision=PrecisionConfig(compute="fp32"),
+                kernels=kernels,
+            ),
         )
         build_inputs = InputBuilder(
             seed=0,

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from deco_scale.objectives.objective import ObjectiveInputs
-from deco_scale.parallel.engines.base import Engine, Update
+from deco_scale.optim.config import OptimizerConfig
+from deco_scale.parallel.engines.base import Engine, EngineSettings, Update
 from deco_scale.parallel.engines.deepspeed import DeepSpeedEngine
 from deco_scale.parallel.mesh import ParallelDims
+from deco_scale.precision.config import PrecisionConfig
 from deco_scale.training.train_step import train_step
 from tests.support.saving import alone
 
@@ -83,7 +85,13 @@ def test_deepspeed_gets_the_loss_times_its_scale_and_divides_no_more(tp: int) ->
             self.differentiated, self.options = loss, options
 
     engine, library = object.__new__(DeepSpeedEngine), Library()
-    engine._engine, engine._fp8_plan, engine._dims = library, None, ParallelDims(1, 1, tp)
+    engine._engine = library
+    engine.settings = EngineSettings(
+        dims=ParallelDims(1, 1, tp),
+        device=torch.device("cpu"),
+        optimizer=OptimizerConfig(),
+        precision=PrecisionConfig(compute="fp32"),
+    )
     inputs = cast(ObjectiveInputs, (torch.tensor(6.0),))
     losses = engine.forward_backward(inputs, scale=0.25, last=False)
     assert library.differentiated.item() == 1.5 and library.options == {"scale_wrt_gas": False}

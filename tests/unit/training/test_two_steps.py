@@ -11,6 +11,7 @@ from torch import Tensor
 from deco_scale.models import Denoiser, ModelConfig
 from deco_scale.objectives import Objective, ObjectiveConfig
 from deco_scale.optim.config import OptimizerConfig
+from deco_scale.parallel.engines.base import EngineSettings
 from deco_scale.parallel.engines.fsdp import FsdpEngine
 from deco_scale.parallel.mesh import ParallelDims
 from deco_scale.precision.config import PrecisionConfig
@@ -71,13 +72,14 @@ def engine_with_all_weights_at_work(model: ModelConfig) -> FsdpEngine:
     """Fresh models give zero everywhere; here every parameter matters, and averages differ from weights."""
     engine = FsdpEngine(
         lambda: Objective(Denoiser(model), objective_config(), encoder_dim=FEATURES),
-        dims=ParallelDims(1, 1, 1),
-        device=CPU,
-        optimizer=OptimizerConfig(weight_decay=WEIGHT_DECAY, eps=EPS, clip_norm=CLIP_NORM, ema_decay=EMA_DECAY),
-        precision=PrecisionConfig(compute="fp32"),
-        compile_blocks=False,
-        activation_checkpointing="none",
-        seed=0,
+        EngineSettings(
+            dims=ParallelDims(1, 1, 1),
+            device=CPU,
+            optimizer=OptimizerConfig(
+                weight_decay=WEIGHT_DECAY, eps=EPS, clip_norm=CLIP_NORM, ema_decay=EMA_DECAY
+            ),
+            precision=PrecisionConfig(compute="fp32"),
+        ),
     )
     generator = torch.Generator().manual_seed(1)
     for name, tensor in state_of(engine, "model", "ema").items():
