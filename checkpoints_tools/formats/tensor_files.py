@@ -122,13 +122,12 @@ def open_safetensors(path: Path) -> SafetensorsStore:
 def read_json(path: Path) -> Mapping[str, Any]:
     """A JSON object; raises :class:`ConfigError` naming the file."""
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise ConfigError(f"{path}: {path.stat().st_size} bytes of JSON are refused")
-        content = json.loads(path.read_text(encoding="utf-8"))
+        size = path.stat().st_size
+        content = json.loads(path.read_text(encoding="utf-8")) if size <= MAX_JSON_BYTES else None
     except (OSError, ValueError, RecursionError) as error:
-        if isinstance(error, ConfigError):
-            raise
         raise ConfigError(f"{path} is damaged or missing: {error}") from error
+    if size > MAX_JSON_BYTES:
+        raise ConfigError(f"{path}: {size} bytes of JSON are refused")
     if not isinstance(content, dict):
         raise ConfigError(f"{path} does not contain a JSON object")
     return content

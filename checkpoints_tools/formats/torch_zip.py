@@ -76,7 +76,7 @@ class Archive:
     """
 
     def __init__(self, file: Path, *, start: int = 0, length: int | None = None, what: str = "") -> None:
-        self._file, self._start = file, start
+        self.file, self._start = file, start
         self._where = f"{file}: {what}" if what else str(file)
         try:
             size = file.stat().st_size
@@ -115,7 +115,7 @@ class Archive:
                 f"{self._where}: {name} of shape {tuple(tensor.shape)} needs {needed} bytes, "
                 f"{available} are stored for it"
             )
-        return StoredTensor(self._file, self._start + position + first * size, tensor)
+        return StoredTensor(self.file, self._start + position + first * size, tensor)
 
 
 def check_record_crcs(file: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from checkpoints_tools.base import Advance, CheckpointReader, TensorSpec
-from checkpoints_tools.formats.torch_zip import StoredTensor
+from checkpoints_tools.formats.torch_zip import Archive, StoredTensor
 from checkpoints_tools.formats.zero.layout import Shape, full_shape
 from checkpoints_tools.formats.zero.side_file import (
     CARRIED,
@@ -22,11 +22,10 @@ from checkpoints_tools.formats.zero.side_file import (
     VERSION,
     DeepSpeedReader,
     open_archive,
-    stored_number,
+    stored_step,
 )
 from checkpoints_tools.formats.zero.writer import ZeroLayout, adamw_group, model_states, parameter_order
 from checkpoints_tools.memory_budget import MemoryBudget, in_threads, peak_bytes, sync_files, tensor_budget
-from data_pipeline.storage.files import make_durable
 from deco_scale.checkpoint.format import CheckpointMeta, without_record_checksums
 from deco_scale.checkpoint.integrity import ChecksummedFile
 from deco_scale.errors import ConfigError
@@ -59,23 +58,25 @@ class UniversalReader(DeepSpeedReader):
             for group in states.groups:
                 shapes |= {n: full_shape(n, s, tp if isinstance(tp, int) else 1) for n, s in group.items()}
         self._stored: dict[str, StoredTensor] = {}
-        steps: dict[int, Path] = {}
+        self._steps: dict[int, Path] = {}
         folders = sorted(p for p in (self.path / "zero").iterdir() if p.is_dir())
         for folder in folders:
-            self._read_parameter(folder, shapes, steps)
+            self._read_parameter(folder, shapes)
         missing = sorted(set(shapes) - {folder.name for folder in folders})
         if missing:
             raise ConfigError(f"{self.path / 'zero' / missing[0]} is missing, which the model-states file lists")
-        self._read_optimizer(steps)
-        if len(steps) > 1:
-            (first, a), (second, b) = sorted(steps.items())[:2]
+        self._read_optimizer()
+        if len(self._steps) > 1:
+            (first, a), (second, b) = sorted(self._steps.items())[:2]
             raise ConfigError(f"{self.path} mixes optimizer steps: {a} has {first}, {b} has {second}")
-        self._finish({n: TensorSpec(s.shape, s.dtype) for n, s in self._stored.items()}, next(iter(steps), None))
+        self._finish(
+            {n: TensorSpec(s.shape, s.dtype) for n, s in self._stored.items()}, next(iter(self._steps), None)
+        )
 
     def _read_own(self, name: str, rows: tuple[int, int] | None) -> Tensor:
         return self._stored[name].read(rows)
 
-    def _read_parameter(self, folder: Path, shapes: Mapping[str, Shape], steps: dict[int, Path]) -> None:
+    def _read_parameter(self, folder: Path, shapes: Mapping[str, Shape]) -> None:
         name = folder.name
         if not name.startswith(PARAMETERS) or name not in shapes:
             raise ConfigError(f"{folder}: unknown parameter")
@@ -94,23 +95,22 @@ class UniversalReader(DeepSpeedReader):
             if stored.shape != shapes[name]:
                 raise ConfigError(f"{file}: {name} has shape {stored.shape}, expected {shapes[name]}")
             self._stored[f"{_FILES[stem]}.{name}"] = stored
-        file = folder / "step.pt"
-        if file.is_file():
-            archive = open_archive(file)
-            step = stored_number(archive, archive.content, name="step", file=file)
-            if step is not None:
-                steps.setdefault(step, file)
+        if (folder / "step.pt").is_file():
+            archive = open_archive(folder / "step.pt")
+            self._note_step(archive, archive.content)
 
-    def _read_optimizer(self, steps: dict[int, Path]) -> None:
+    def _read_optimizer(self) -> None:
         """Note the step that ZeRO-3's conversion stores only in the common file."""
-        file = self.path / "zero" / _OPTIMIZER
-        archive = open_archive(file)
+        archive = open_archive(self.path / "zero" / _OPTIMIZER)
         inner = archive.content.get("optimizer_state_dict") if isinstance(archive.content, Mapping) else None
         states = inner.get("state") if isinstance(inner, Mapping) else None
         for state in states.values() if isinstance(states, Mapping) else ():
-            step = stored_number(archive, state.get("step"), name="step", file=file)
-            if step is not None:
-                steps.setdefault(step, file)
+            self._note_step(archive, state.get("step"))
+
+    def _note_step(self, archive: Archive, value: object) -> None:
+        step = stored_step(archive, value)
+        if step is not None:
+            self._steps.setdefault(step, archive.file)
 
 
 def write_universal(
@@ -151,7 +151,6 @@ def write_universal(
 
     with without_record_checksums():
         in_threads(save, [f"{kind}.{name}" for kind in CARRIED for name in shapes], workers)
-    sync_files([*zero.glob("*/*.pt"), *(zero / name for name in shapes)])
     group = adamw_group(meta, [0])
     common = {
         "dynamic_loss_scale": False,
@@ -163,13 +162,11 @@ def write_universal(
         "optimizer_state_dict": {"state": {0: {"step": step}}, "param_groups": [group]},
     }
     _save(zero / _OPTIMIZER, common)
-    make_durable(zero / _OPTIMIZER)
-    make_durable(zero)
     single = ZeroLayout(dp=1, tp=1, stage=1)
     content = model_states([OrderedDict(shapes)], meta, single, {})
     for file in (*single.model_files(0), *ZeroLayout(dp=1, tp=1, stage=3).model_files(0)):
         _save(folder / file, content)
-        make_durable(folder / file)
+    sync_files([*folder.rglob("*.pt"), *(zero / name for name in shapes), zero])
 
 
 def _save(file: Path, content: object) -> None:

@@ -65,16 +65,12 @@ def read_meta(path: Path) -> CheckpointMeta:
         raise ConfigError(f"{path} is not a complete checkpoint (no {COMPLETE} file)")
     try:
         fields = json.loads((path / META).read_text())
-        if fields.get("schema_version") != SCHEMA_VERSION:
-            raise ConfigError(
-                f"{path / META}: schema version {fields.get('schema_version')}, "
-                f"this program reads {SCHEMA_VERSION}"
-            )
-        return CheckpointMeta(**fields)
-    except (OSError, ValueError, TypeError) as error:
-        if isinstance(error, ConfigError):
-            raise
+        version = fields.get("schema_version")
+        if version == SCHEMA_VERSION:
+            return CheckpointMeta(**fields)
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise Damaged(f"{path / META} is damaged: {error}") from error
+    raise ConfigError(f"{path / META}: schema version {version}, this program reads {SCHEMA_VERSION}")
 
 
 def write_markers(folder: Path, meta: CheckpointMeta, checksums: FileChecksums) -> FileChecksums:

@@ -9,10 +9,8 @@ from typing import Any
 
 import google_crc32c
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from deco_scale.checkpoint.staging import Snapshot
 from deco_scale.errors import ConfigError, Damaged
 
 WRITE_BYTES = 2**20
@@ -124,16 +122,6 @@ def start_flush(descriptor: int, start: int, length: int) -> None:
     if length > 0:
         # Linux starts to write dirty pages that are declared as no longer needed.
         os.posix_fadvise(descriptor, start, length, os.POSIX_FADV_DONTNEED)
-
-
-def parameter_digest(snapshot: Snapshot, group: dist.ProcessGroup | None = None) -> str:
-    """Digest of the weights of all ranks of ``group``: the sum of 32-bit words per tensor. All ranks together."""
-    names = sorted(name for name in snapshot.tensors if name.startswith(MODEL_PREFIX))
-    sums = torch.tensor(
-        [word_sum(snapshot.tensors[n]) if n in snapshot.counted else 0 for n in names], dtype=torch.int64
-    )
-    dist.all_reduce(sums, group=group)
-    return digest_of_sums(dict(zip(names, sums.tolist(), strict=True)))
 
 
 def word_sum(tensor: Tensor) -> int:

@@ -26,8 +26,8 @@ from deco_scale.checkpoint import loader
 from deco_scale.checkpoint.config import CheckpointConfig, retained
 from deco_scale.checkpoint.export import PREFIX, export_ema
 from deco_scale.checkpoint.format import CheckpointMeta, find_checkpoint, write_markers
-from deco_scale.checkpoint.integrity import FileChecksums, parameter_digest
-from deco_scale.checkpoint.staging import Snapshot, Stager
+from deco_scale.checkpoint.integrity import FileChecksums
+from deco_scale.checkpoint.staging import Snapshot, Stager, parameter_digest, write_snapshot
 from deco_scale.checkpoint.storage import (
     CheckpointStorage,
     LocalStorage,
@@ -35,7 +35,6 @@ from deco_scale.checkpoint.storage import (
     remove_scratch,
     step_name,
 )
-from deco_scale.checkpoint.writer import write_snapshot
 from deco_scale.distributed.collectives import gather_objects, raise_together, run_on_rank_zero
 from deco_scale.errors import ConfigError, Damaged, RunError
 from deco_scale.parallel.engines.base import Engine

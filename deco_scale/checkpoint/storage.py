@@ -176,25 +176,22 @@ class ObjectFetcher:
         size, crc = self._checksums.get(name, (-1, None))
         if size < 0 or self._sizes.get(name) != size:
             raise Damaged(f"{self._url}/{name} is missing, or its size differs from {COMPLETE}")
+        partial = self.folder / f"{name}.partial"
         try:
             with (self.folder / f"{name}.lock").open("wb") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
-                if not file.exists():
-                    self._download(name, size, crc)
+                if file.exists():
+                    return
+                with partial.open("wb") as out:
+                    for piece in _pieces(self._store, self._prefix + name, size):
+                        out.write(piece)
+                if crc is not None:
+                    check_file(partial, size, crc, listing=COMPLETE)
+                os.rename(partial, file)
+        except ConfigError as error:
+            raise type(error)(f"{self._url}/{name}: {error}") from error
         except OSError as error:
             raise RunError(f"{error.filename or file}: {error.strerror}") from error
-
-    def _download(self, name: str, size: int, crc: int | None) -> None:
-        partial = self.folder / f"{name}.partial"
-        with partial.open("wb") as out:
-            for piece in _pieces(self._store, self._prefix + name, size):
-                out.write(piece)
-        if crc is not None:
-            try:
-                check_file(partial, size, crc, listing=COMPLETE)
-            except ConfigError as error:
-                raise type(error)(f"{self._url}/{name}: {error}") from error
-        os.rename(partial, self.folder / name)
 
 
 def open_objects(url: str) -> Store:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from checkpoints_tools.base import TensorSpec
-from checkpoints_tools.formats.torch_zip import StoredTensor
+from checkpoints_tools.formats.torch_zip import Archive, StoredTensor
 from checkpoints_tools.formats.zero.layout import Partitions, Shape, full_shape, overlaps, partitions
 from checkpoints_tools.formats.zero.side_file import (
     OPTIM,
@@ -17,7 +17,7 @@ from checkpoints_tools.formats.zero.side_file import (
     entry,
     open_archive,
     ranks_of,
-    stored_number,
+    stored_step,
 )
 from deco_scale.errors import ConfigError
 from deco_scale.models.tp_plan import split_dim
@@ -39,19 +39,20 @@ class OptimContent:
     stage: int
 
 
-def optim_content(content: Any, file: Path) -> OptimContent:
+def optim_content(archive: Archive) -> OptimContent:
     """Find masters and optimizer state in the header of an optimizer file, one entry per group."""
-    inner = entry(content, "optimizer_state_dict", file=file)
-    stage = entry(inner, "zero_stage", file=file)
+    file = archive.file
+    inner = entry(archive.content, "optimizer_state_dict", file)
+    stage = entry(inner, "zero_stage", file)
     if not isinstance(stage, int) or stage not in (1, 2, 3):
         raise ConfigError(f"{file} is of ZeRO stage {stage!r}; 1, 2 and 3 are supported")
-    masters = entry(inner, "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups", file=file)
-    base = entry(inner, "optimizer_state_dict" if stage == 3 else "base_optimizer_state", file=file)
+    masters = entry(inner, "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups", file)
+    base = entry(inner, "optimizer_state_dict" if stage == 3 else "base_optimizer_state", file)
     if isinstance(base, list):
         states = dict(enumerate(base))
     else:
-        states = entry(base, "state", file=file)
-        listed = entry(base, "param_groups", file=file)
+        states = entry(base, "state", file)
+        listed = entry(base, "param_groups", file)
         if not isinstance(listed, list) or not isinstance(states, Mapping):
             raise ConfigError(f"{file}: the optimizer's state is not one that PyTorch's optimizers save")
         steps = [group.get("step") for group in listed if isinstance(group, Mapping)]
@@ -137,7 +138,7 @@ class ZeroReader(DeepSpeedReader):
             file = states.file
             if shapes.setdefault(states.tp, states.groups) != states.groups:
                 raise ConfigError(f"{file} lists other parameters than another file of the same mp_rank")
-            world_sizes = [entry(states.content, key, file=file) for key in ("dp_world_size", "mp_world_size")]
+            world_sizes = [entry(states.content, key, file) for key in ("dp_world_size", "mp_world_size")]
             if not all(isinstance(size, int) for size in world_sizes):
                 raise ConfigError(f"{file}: dp_world_size and mp_world_size are {world_sizes}")
             sizes.add((world_sizes[0], world_sizes[1]))
@@ -158,7 +159,7 @@ class ZeroReader(DeepSpeedReader):
     def _read_optim(self, file: Path, tp: int, dp: int) -> int | None:
         """Record the positions of an optimizer file's tensors; returns its number of optimizer steps, if any."""
         archive = open_archive(file)
-        optim = optim_content(archive.content, file)
+        optim = optim_content(archive)
         if self._stage not in (0, optim.stage):
             raise ConfigError(f"{file} is of ZeRO stage {optim.stage}, another file of stage {self._stage}")
         self._stage = optim.stage
@@ -168,7 +169,7 @@ class ZeroReader(DeepSpeedReader):
         }
         if flats.keys() != self._flats[0, 0].keys():
             raise ConfigError(f"{file} has the tensors {list(flats)}, another file {list(self._flats[0, 0])}")
-        steps = {stored_number(archive, step, name="step", file=file) for step in optim.steps}
+        steps = {stored_step(archive, step) for step in optim.steps}
         if len(steps) > 1:
             raise ConfigError(f"{file}: its groups are of optimizer steps {sorted(map(str, steps))}")
         return next(iter(steps), None)

@@ -66,25 +66,23 @@ def open_archive(file: Path) -> Archive:
         return Archive(file)
 
 
-def entry(content: Any, *keys: str, file: Path) -> Any:
-    """The value under ``keys``; raises :class:`ConfigError` naming the file and the missing key."""
-    for key in keys:
-        if not isinstance(content, Mapping) or key not in content:
-            raise ConfigError(f"{file} has no {'/'.join(keys)}, which DeepSpeed's files have")
-        content = content[key]
-    return content
+def entry(content: Any, key: str, file: Path) -> Any:
+    """The value under ``key``; raises :class:`ConfigError` naming the file and the missing key."""
+    if not isinstance(content, Mapping) or key not in content:
+        raise ConfigError(f"{file} has no {key}, which DeepSpeed's files have")
+    return content[key]
 
 
-def stored_number(archive: Archive, value: object, *, name: str, file: Path) -> int | None:
+def stored_step(archive: Archive, value: object) -> int | None:
     """A step count, stored as a number or as a tensor of one element; None where there is none."""
     if value is None:
         return None
     if isinstance(value, Tensor):
         if value.numel() != 1:
-            raise ConfigError(f"{file}: {name} has {value.numel()} elements, not one")
-        value = float(archive.stored(value, name).read().double().reshape(()))
+            raise ConfigError(f"{archive.file}: step has {value.numel()} elements, not one")
+        value = float(archive.stored(value, "step").read().double().reshape(()))
     if not isinstance(value, int | float) or not float(value).is_integer() or value < 0:
-        raise ConfigError(f"{file}: {name} is {value!r}, which is not a number of steps")
+        raise ConfigError(f"{archive.file}: step is {value!r}, which is not a number of steps")
     return int(value)
 
 
@@ -98,7 +96,7 @@ def ranks_of(pattern: re.Pattern[str], file: Path) -> tuple[int, int | None]:
 
 def parameter_shapes(content: Any, file: Path) -> list[dict[str, tuple[int, ...]]]:
     """Names and shapes of each group, in the order in which they are flattened."""
-    groups = entry(content, "param_shapes", file=file)
+    groups = entry(content, "param_shapes", file)
     if content.get("frozen_param_shapes"):
         frozen = next(iter(content["frozen_param_shapes"]))
         raise ConfigError(f"{file}: {frozen} is frozen; checkpoints with frozen parameters are not supported")
@@ -188,7 +186,7 @@ class DeepSpeedReader:
             tp, dp = ranks_of(MODEL_STATES, file)
             content = open_archive(file).content
             keys = ("global_steps", "skipped_steps", "global_samples")
-            numbers = tuple(entry(content, key, file=file) for key in keys)
+            numbers = tuple(entry(content, key, file) for key in keys)
             if not all(isinstance(n, int) and n >= 0 for n in numbers):
                 raise ConfigError(f"{file}: {', '.join(keys)} are {list(numbers)}")
             progress[numbers] = file

@@ -153,7 +153,7 @@ class _Blank:
 
     def __init__(self, file: Path, steps: int, files: ExitStack) -> None:
         archive = open_archive(file)
-        content = optim_content(archive.content, file)
+        content = optim_content(archive)
         self.descriptor = _descriptor(file, files)
         self._tensors = {kind: [archive.stored(t, kind) for t in each] for kind, each in content.tensors.items()}
         for step in content.steps:

@@ -24,8 +24,8 @@ from torch.distributed.tensor.placement_types import Placement
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from checkpoints_tools.formats.canonical import CanonicalReader
-from deco_scale.checkpoint.integrity import digest_of_sums, parameter_digest, word_sum
-from deco_scale.checkpoint.staging import Stager
+from deco_scale.checkpoint.integrity import digest_of_sums, word_sum
+from deco_scale.checkpoint.staging import Stager, parameter_digest
 from tests.support.checkpoints import assert_same_bits, complete, save
 
 RANKS = 4

@@ -16,9 +16,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from data_pipeline.storage.dev_server import S3Server
 from deco_scale.checkpoint.config import CheckpointConfig
 from deco_scale.checkpoint.format import read_meta
-from deco_scale.checkpoint.integrity import parameter_digest
 from deco_scale.checkpoint.manager import CheckpointManager
-from deco_scale.checkpoint.staging import Stager, local_part
+from deco_scale.checkpoint.staging import Stager, local_part, parameter_digest
 from deco_scale.checkpoint.storage import open_objects
 from deco_scale.parallel.engines.base import Engine
 from tests.support.crash import PlainEngine, meta_of

@@ -17,9 +17,8 @@ import torch.distributed as dist
 
 from deco_scale.checkpoint.config import CheckpointConfig
 from deco_scale.checkpoint.format import CheckpointMeta, read_tensors, stored_shapes
-from deco_scale.checkpoint.integrity import parameter_digest
 from deco_scale.checkpoint.manager import CheckpointManager
-from deco_scale.checkpoint.staging import Stager
+from deco_scale.checkpoint.staging import Stager, parameter_digest
 from deco_scale.config import load_config
 from deco_scale.errors import ConfigError
 from deco_scale.observability.config import WandbConfig
