@@ -20,7 +20,7 @@ from data_pipeline.stream.buckets import bucket_sizes
 from deco_scale.checkpoint.config import CheckpointConfig
 from deco_scale.errors import ConfigError
 from deco_scale.evaluation.config import EvaluationConfig
-from deco_scale.kernels.config import KernelSetting
+from deco_scale.kernels.select import KernelSetting
 from deco_scale.models.config import AttentionConfig, ImageEncoderConfig, ModelConfig, TextEncoderConfig
 from deco_scale.objectives.config import ObjectiveConfig
 from deco_scale.observability.config import MonitorConfig, WandbConfig

@@ -33,13 +33,11 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float, cast_first: bool, kernels
     the dtype of ``x``. The Triton kernel takes (B, N, D) or (B, N, H, K).
     """
     if kernels == "triton":
+        from deco_scale.kernels.triton import adaln, rope
+
         if x.ndim == 4:
-            from deco_scale.kernels.triton.rope import norm_rotate as fused_heads
-
-            return fused_heads(x, weight, None, eps, cast_first)
-        from deco_scale.kernels.triton.adaln import norm_modulate as fused
-
-        return fused(x, weight, None, None, eps, cast_first)
+            return rope.norm_rotate(x, weight, None, eps, cast_first)
+        return adaln.norm_modulate(x, weight, None, None, eps, cast_first)
     normed = F.rms_norm(_accurate(x), (x.shape[-1],), eps=eps)
     if cast_first:
         return weight.to(x.dtype) * normed.to(x.dtype)
@@ -52,15 +50,9 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def norm_modulate(
-    x_BND: Tensor,
-    weight_D: Tensor,
-    shift_B1D: Tensor,
-    scale_B1D: Tensor,
-    *,
-    eps: float,
-    cast_first: bool,
-    kernels: Kernels,
-) -> Tensor:
+    x_BND: Tensor, weight_D: Tensor, shift_B1D: Tensor, scale_B1D: Tensor,
+    *, eps: float, cast_first: bool, kernels: Kernels,
+) -> Tensor:  # fmt: skip
     """``modulate(rms_norm(x, weight), shift, scale)`` in the dtype to which x, shift and scale promote."""
     if kernels == "triton":
         from deco_scale.kernels.triton.adaln import norm_modulate as fused

@@ -6,8 +6,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from deco_scale.kernels.config import KernelSetting
-
+KernelSetting = Literal["auto", "triton", "torch"]
 Kernels = Literal["triton", "torch"]
 
 

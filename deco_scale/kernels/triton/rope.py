@@ -107,25 +107,23 @@ def _norm_rotate_backward(
 
 
 def _check(x_BNHK: Tensor, weight_K: Tensor, angles_NE: Tensor | None) -> None:
-    if x_BNHK.ndim != 4 or x_BNHK.shape[3] % 2 or weight_K.shape != x_BNHK.shape[3:]:
+    shape = tuple(x_BNHK.shape)
+    if len(shape) != 4 or shape[3] % 2 or tuple(weight_K.shape) != shape[3:]:
         raise ValueError(
-            f"x must be (B, N, H, K) with even K and weight (K); they are {tuple(x_BNHK.shape)} "
-            f"and {tuple(weight_K.shape)}"
+            f"x must be (B, N, H, K) with even K and weight (K); they are {shape} and {tuple(weight_K.shape)}"
         )
-    padded = [triton.next_power_of_2(size) for size in x_BNHK.shape[2:]]
-    if padded[0] * padded[1] > MAX_ROW:
+    tile = _tile(*shape[2:])
+    if tile["HEADS"] * tile["BLOCK"] > MAX_ROW:
         raise ValueError(
             f"the Triton kernels take heads of up to {MAX_ROW} values together, each count padded to a power of "
-            f"two, not {tuple(x_BNHK.shape[2:])}; use kernels=torch"
+            f"two, not {shape[2:]}; use kernels=torch"
         )
     check_dtypes(x=x_BNHK, weight=weight_K)
-    if angles_NE is not None:
-        expected = (x_BNHK.shape[1], x_BNHK.shape[3] // 2)
-        if tuple(angles_NE.shape) != expected or angles_NE.dtype != torch.float32:
-            raise ValueError(
-                f"angles must be {expected} in float32 for x {tuple(x_BNHK.shape)}, "
-                f"not {tuple(angles_NE.shape)} in {angles_NE.dtype}"
-            )
+    if angles_NE is None:
+        return
+    expected, given = (shape[1], shape[3] // 2), tuple(angles_NE.shape)
+    if given != expected or angles_NE.dtype != torch.float32:
+        raise ValueError(f"angles must be {expected} in float32 for x {shape}, not {given} in {angles_NE.dtype}")
 
 
 def _tile(heads: int, dim: int) -> dict[str, int]:
