@@ -165,7 +165,7 @@ def evaluate_share(
     and on rank 0 if the joined files cannot be written.
     """
     scalars = scorer.scalars(share, all_reduce)
-    first = [image for part in gather([image for image in share if image.number < cfg.grid]) for image in part]
+    shown = [image for part in gather([image for image in share if image.number < cfg.grid]) for image in part]
     if cfg.npz:
         # The images are joined only after every share has written its own, or failed.
         errors = [error for error in gather(save_share(share, folder, step)) if error is not None]
@@ -174,7 +174,10 @@ def evaluate_share(
     if rank != 0:
         return EvaluationResult(scalars, None, None)
     npz = join_images(cfg.count, folder, step) if cfg.npz else None
-    return EvaluationResult(scalars, save_image_grid(first, folder, step), npz)
+    shown.sort(key=lambda image: image.number)
+    grid, labels = folder / f"step_{step:08d}.png", [str(image.request.condition) for image in shown]
+    save_grid([image.pixels for image in shown], grid, labels=labels)
+    return EvaluationResult(scalars, grid, npz)
 
 
 def save_share(share: Sequence[EvaluationImage], folder: Path, step: int) -> str | None:
@@ -206,12 +209,3 @@ def join_images(count: int, folder: Path, step: int) -> Path:
 
 def _image_path(folder: Path, step: int, number: int) -> Path:
     return folder / f".step_{step:08d}_{number:06d}.npy"
-
-
-def save_image_grid(images: Sequence[EvaluationImage], folder: Path, step: int) -> Path:
-    """``step_XXXXXXXX.png`` of these images, sorted by number and labelled; raises :class:`RunError`."""
-    ordered = sorted(images, key=lambda image: image.number)
-    path = folder / f"step_{step:08d}.png"
-    labels = [str(image.request.condition) for image in ordered]
-    save_grid([image.pixels for image in ordered], path, labels=labels)
-    return path

@@ -49,28 +49,22 @@ def read_named_prompts(path: Path) -> list[NamedPrompt]:
     prompts: dict[str, str] = {}
     try:
         for name, data in _folder_files(path) if path.is_dir() else _tar_files(path):
-            prompt = _parse(path, name, data)
-            if prompt.id in prompts:
-                raise ConfigError(f"{path}: {name}: duplicate id {prompt.id}")
-            prompts[prompt.id] = prompt.text
+            key = name.rsplit("/", 1)[-1].removesuffix(".txt")
+            if not _ID.fullmatch(key):
+                raise ConfigError(f"{path}: {name}: an id may have letters, digits, - and _ only")
+            if key in prompts:
+                raise ConfigError(f"{path}: {name}: duplicate id {key}")
+            try:
+                prompts[key] = data.decode("utf-8").strip().split("\n")[0].strip()
+            except UnicodeDecodeError as error:
+                raise ConfigError(f"{path}: {name} is not UTF-8 text") from error
+            if not prompts[key]:
+                raise ConfigError(f"{path}: {name} is empty")
     except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
         raise ConfigError(f"{path}: not a folder or tar of prompts: {error}") from error
     if not prompts:
         raise ConfigError(f"{path}: no .txt file in it")
     return [NamedPrompt(*item) for item in sorted(prompts.items())]
-
-
-def _parse(path: Path, name: str, data: bytes) -> NamedPrompt:
-    key = name.rsplit("/", 1)[-1].removesuffix(".txt")
-    if not _ID.fullmatch(key):
-        raise ConfigError(f"{path}: {name}: an id may have letters, digits, - and _ only")
-    try:
-        lines = data.decode("utf-8").strip().split("\n")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: {name} is not UTF-8 text") from error
-    if not lines[0]:
-        raise ConfigError(f"{path}: {name} is empty")
-    return NamedPrompt(key, lines[0].strip())
 
 
 def _folder_files(path: Path) -> Iterator[tuple[str, bytes]]:

@@ -167,9 +167,19 @@ def test_all_shares_raise_the_write_error_of_one(refused: int, tmp_path: Path) -
 
 def test_a_sheet_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
+    cfg = EvaluationConfig(count=1)
     drawn = in_training.generate_share(generator(), [SampleRequest(0)], rank=0, world=1)
     with pytest.raises(RunError, match="step_00000003.png: Not a directory"):
-        in_training.save_image_grid(drawn, tmp_path / "file" / "below", 3)
+        in_training.evaluate_share(
+            cfg,
+            drawn,
+            in_training.Scorer(cfg, torch.device("cpu")),
+            rank=0,
+            folder=tmp_path / "file" / "below",
+            step=3,
+            all_reduce=lambda sums: sums,
+            gather=lambda value: [value],
+        )
 
 
 @pytest.mark.slow
