@@ -18,8 +18,6 @@ from deco_scale.models.tp_plan import Split, part_sizes, split_of
 from deco_scale.precision.config import PrecisionConfig
 from deco_scale.precision.recipe import Fp8Choice
 
-BLOCK_LINEARS = ("attn.qkv", "attn.context_kv", "attn.proj", "mlp.gate", "mlp.up", "mlp.down")
-"""Linears of image and text blocks that compute in FP8."""
 DECODER_CONDITION = "decoder.cond_proj"
 _KEPT = "kept in higher precision by design"
 
@@ -98,7 +96,12 @@ def plan_fp8(
             "compile=true with Transformer Engine does not work with parallel.activation_checkpointing=full; "
             "possible: compile=false, activation_checkpointing=none, or precision.fp8_backend=torchao"
         )
-    candidates = [linear for linear in _linears(model, tp) if _is_candidate(linear.name, cfg)]
+    # The linears of attention and MLP, which are those that tp can split.
+    candidates = [
+        linear
+        for linear in _linears(model, tp)
+        if linear.split != "replicated" or (cfg.fp8_decoder_condition and linear.name == DECODER_CONDITION)
+    ]
     misfits = {linear.name: _misfit(linear, choice, tp=tp, batches=batches) for linear in candidates}
     linears = tuple(linear for linear in candidates if not misfits[linear.name])
     if not linears:
@@ -129,16 +132,14 @@ def precision_rows(
     with torch.device("meta"):
         denoiser = Denoiser(model)
     for name, module in denoiser.named_modules():
-        if name in selected:
-            assert plan is not None
-            linear = linears[name]
-            yield ModuleRow(name, linear.in_features, linear.out_features, plan.choice.formats, "")
-        elif name in linears:
-            linear, why = linears[name], ""
-            if plan:
+        if linear := linears.get(name):
+            computes, why = lower, ""
+            if plan and name in selected:
+                computes = plan.choice.formats
+            elif plan:
                 off = f"{_KEPT}; precision.fp8_decoder_condition=true adds it"
                 why = reasons.get(name, off if name == DECODER_CONDITION else _KEPT)
-            yield ModuleRow(name, linear.in_features, linear.out_features, lower, why)
+            yield ModuleRow(name, linear.in_features, linear.out_features, computes, why)
         elif isinstance(module, nn.Embedding):
             yield ModuleRow(name, module.num_embeddings, module.embedding_dim, lower, _KEPT if plan else "")
         elif isinstance(getattr(module, "weight", None), nn.Parameter):
@@ -160,12 +161,6 @@ def _linears(model: ModelConfig, tp: int) -> Iterator[Fp8Linear]:
                 module.bias is not None,
                 split,
             )
-
-
-def _is_candidate(name: str, cfg: PrecisionConfig) -> bool:
-    if name == DECODER_CONDITION:
-        return cfg.fp8_decoder_condition
-    return name.startswith(("blocks.", "text_blocks.")) and name.endswith(BLOCK_LINEARS)
 
 
 def _misfit(linear: Fp8Linear, choice: Fp8Choice, *, tp: int, batches: Sequence[BatchShape]) -> str:

@@ -17,6 +17,8 @@ Backend = Literal["te", "torchao"]
 Recipe = Literal["delayed", "current", "block", "mxfp8"]
 CHIPS = {"a100": (8, 0), "l40s": (8, 9), "h100": (9, 0), "h200": (9, 0), "b200": (10, 0)}
 """Compute capability of the GPUs that can be planned for."""
+TE_INSTALL = "pip install --no-build-isolation 'transformer_engine[pytorch]'"
+_INSTALL = {"te": TE_INSTALL, "torchao": "pip install torchao"}
 _BLOCK_CUDA = (12, 9)
 """First CUDA version whose cuBLAS has block-scaled products for Hopper."""
 # Transformer Engine documents 16; its own check would take 8 tokens.
@@ -55,18 +57,6 @@ class Fp8Choice:
         return f"{self.backend}, {self.recipe} scaling{', emulated' if self.emulate else ''}"
 
 
-def this_machine(device: torch.device) -> Machine:
-    """The machine of this process."""
-    on_gpu = device.type == "cuda"
-    major, _, minor = (torch.version.cuda or "").partition(".")
-    return Machine(
-        capability=torch.cuda.get_device_capability(device) if on_gpu else None,
-        cuda=(int(major), int(minor)) if major else None,
-        te=importlib.util.find_spec("transformer_engine") is not None,
-        torchao=importlib.util.find_spec("torchao") is not None,
-    )
-
-
 def planned_machine(chip: str) -> Machine:
     """A machine with a GPU of :data:`CHIPS`, a recent CUDA and both backends, to plan for."""
     if chip not in CHIPS:
@@ -91,7 +81,11 @@ def resolve_fp8(cfg: PrecisionConfig, machine: Machine) -> Fp8Choice:
             "precision.compute=fp8 needs a GPU of compute capability 8.9 or higher (Ada, Hopper, Blackwell), this "
             f"machine {has}; possible: bf16, fp32, or precision.fp8_emulate=true to test the wiring"
         )
-    backend = _backend(cfg, machine)
+    wanted = _INSTALL if cfg.fp8_backend == "auto" else (cfg.fp8_backend,)
+    backend = next((name for name in wanted if getattr(machine, name)), None)
+    if backend is None:
+        install = " or ".join(_INSTALL[name] for name in wanted)
+        raise ConfigError(f"precision.compute=fp8 with fp8_backend={cfg.fp8_backend} needs {install}")
     if backend == "torchao":
         if cfg.fp8_recipe not in ("auto", "current"):
             raise ConfigError(
@@ -102,30 +96,12 @@ def resolve_fp8(cfg: PrecisionConfig, machine: Machine) -> Fp8Choice:
     return Fp8Choice("te", _te_recipe(cfg, machine))
 
 
-TE_INSTALL = "pip install --no-build-isolation 'transformer_engine[pytorch]'"
-
-
-def _backend(cfg: PrecisionConfig, machine: Machine) -> Backend:
-    if cfg.fp8_backend in ("auto", "te") and machine.te:
-        return "te"
-    if cfg.fp8_backend in ("auto", "torchao") and machine.torchao:
-        return "torchao"
-    install = {"te": TE_INSTALL, "torchao": "pip install torchao"}
-    names = ("te", "torchao") if cfg.fp8_backend == "auto" else (cfg.fp8_backend,)
-    raise ConfigError(
-        f"precision.compute=fp8 with fp8_backend={cfg.fp8_backend} needs " + " or ".join(install[n] for n in names)
-    )
-
-
 def _te_recipe(cfg: PrecisionConfig, machine: Machine) -> Recipe:
     assert machine.capability is not None
-    blackwell = machine.capability[0] == 10
-    if cfg.fp8_recipe == "auto":
-        return "mxfp8" if blackwell else "current"
-    if cfg.fp8_recipe != "block":
-        return cfg.fp8_recipe
-    if blackwell:
+    if machine.capability[0] == 10 and cfg.fp8_recipe in ("auto", "block"):
         return "mxfp8"
+    if cfg.fp8_recipe != "block":
+        return "current" if cfg.fp8_recipe == "auto" else cfg.fp8_recipe
     if machine.capability[0] == 9 and machine.cuda is not None and machine.cuda >= _BLOCK_CUDA:
         return "block"
     raise ConfigError(
@@ -138,7 +114,14 @@ def _te_recipe(cfg: PrecisionConfig, machine: Machine) -> Recipe:
 
 def choose_fp8(cfg: PrecisionConfig, device: torch.device) -> Fp8Choice:
     """:func:`resolve_fp8` for ``device``; imports Transformer Engine to see that it works."""
-    choice = resolve_fp8(cfg, this_machine(device))
+    major, _, minor = (torch.version.cuda or "").partition(".")
+    machine = Machine(
+        capability=torch.cuda.get_device_capability(device) if device.type == "cuda" else None,
+        cuda=(int(major), int(minor)) if major else None,
+        te=importlib.util.find_spec("transformer_engine") is not None,
+        torchao=importlib.util.find_spec("torchao") is not None,
+    )
+    choice = resolve_fp8(cfg, machine)
     if choice.backend == "te":
         import_te()
     return choice
