@@ -8,7 +8,6 @@ It listens on loopback by default and has no login. It sends nothing to the netw
 import argparse
 import logging
 import os
-import shutil
 import signal
 import socket
 import tempfile
@@ -20,7 +19,6 @@ from rich.console import Console
 
 from data_pipeline.console import RenamedOption, positive, positive_int, print_line
 from deco_scale.cli.model_loading import build_generator, load_denoiser, read_checkpoint
-from deco_scale.config import RunConfig
 from deco_scale.demo_app.validation import GenerationLimits
 from deco_scale.distributed.bootstrap import choose_device
 from deco_scale.errors import ConfigError, RunError
@@ -51,16 +49,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, console: Console) -> int:
     """Serve until interrupted."""
     limits = GenerationLimits(max_side=args.max_side, max_images=args.max_images, max_steps=args.max_steps)
-    folder = Path(tempfile.mkdtemp(prefix="deco_demo_"))
-    try:
+    with tempfile.TemporaryDirectory(prefix="deco_demo_", ignore_cleanup_errors=True) as folder:
         # Gradio reads these when it is imported or builds a page.
-        os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-        os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-        os.environ["GRADIO_TEMP_DIR"] = str(folder)
-        application = _application(args, limits, folder)
-        _serve(application, args.host, args.port, console)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1", GRADIO_TEMP_DIR=folder)
+        _serve(_application(args, limits, Path(folder)), args.host, args.port, console)
     return 0
 
 
@@ -81,7 +73,9 @@ def _application(args: argparse.Namespace, limits: GenerationLimits, folder: Pat
     service = DemoService(
         generator, cfg.samples.sampler, folder, limits=limits, batch=args.batch, max_seconds=args.max_seconds
     )
-    side = _default_side(cfg, limits)
+    side = min(cfg.stages[-1].resolution, limits.max_side // cfg.model.patch_size * cfg.model.patch_size)
+    if side < cfg.model.patch_size:
+        raise ConfigError(f"--max-side {limits.max_side}: the model's patch has {cfg.model.patch_size} pixels")
     page = build_page(
         service,
         title=f"{Path(cfg.run.dir).name or cfg.model.kind}, {cfg.model.kind}, step {meta.step}",
@@ -107,13 +101,6 @@ def _application(args: argparse.Namespace, limits: GenerationLimits, folder: Pat
     return RequestLimits(app, folder=folder, local_only=is_loopback(args.host))
 
 
-def _default_side(cfg: RunConfig, limits: GenerationLimits) -> int:
-    side = min(cfg.stages[-1].resolution, limits.max_side // cfg.model.patch_size * cfg.model.patch_size)
-    if side < cfg.model.patch_size:
-        raise ConfigError(f"--max-side {limits.max_side}: the model's patch has {cfg.model.patch_size} pixels")
-    return side
-
-
 def _serve(application: Any, host: str, port: int, console: Console) -> None:
     """Listen first, so that a port in use is a separate error, then serve until interrupted."""
     import uvicorn
@@ -121,13 +108,10 @@ def _serve(application: Any, host: str, port: int, console: Console) -> None:
     from deco_scale.demo_app.limits import is_loopback
 
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    address, both = (host.strip("[]"), port), family == socket.AF_INET6
     try:
-        listener.bind((host.strip("[]"), port))
-        listener.listen(_CONNECTIONS)
+        listener = socket.create_server(address, family=family, backlog=_CONNECTIONS, dualstack_ipv6=both)
     except (OSError, OverflowError) as error:
-        listener.close()
         raise RunError(f"--host {host} --port {port}: {error}") from error
     if not is_loopback(host):
         logger.warning("%s can be reached from other machines, and the page has no login", host)

@@ -16,6 +16,7 @@ from data_pipeline.storage.base import open_store
 from data_pipeline.stream.loader import access_of, text_embedding_identity
 from data_pipeline.text_embeddings import Embedder
 from deco_scale.config import load_config
+from deco_scale.distributed.bootstrap import choose_device, read_environment
 from deco_scale.errors import ConfigError
 from deco_scale.models.encoders import TextEncoder, text_identity
 
@@ -38,10 +39,10 @@ def run(args: argparse.Namespace, console: Console) -> int:
         raise ConfigError(
             "deco embed needs text_encoder, and data.text_states (or mixture[].text_states) to write to"
         )
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else None
+    env = read_environment(os.environ)
+    rank, world = env.rank, env.world_size
     settings = dataclasses.replace(cfg.text_encoder, cache_captions=0)
-    encoder = TextEncoder.load(settings, device or torch.device("cpu"))
+    encoder = TextEncoder.load(settings, choose_device("auto", env.local_rank))
     identity = text_embedding_identity(cfg.data, text_identity(settings, encoder.width))
 
     def encode(texts: Sequence[str]) -> list[Any]:

@@ -82,11 +82,11 @@ def _generate_missing(
     list_missing: Callable[[], list[T]],
     images_of: Callable[[Sequence[T]], int],
     generate: Callable[[GenerateFn, Sequence[T], Callable[[], None]], None],
-    finish: Callable[[], None],
+    finish: Callable[[], str],
 ) -> None:
     """Generate the missing images of ``--out``, shared over processes.
 
-    Only rank 0 runs ``list_missing`` and, at the end, ``finish``.
+    Only rank 0 runs ``list_missing`` and, at the end, ``finish``, which says what there is.
     """
     rank, world = made.env.rank, made.env.world_size
 
@@ -105,7 +105,9 @@ def _generate_missing(
                 raise_together(lambda: generate(generator, mine, update))
         elif rank == 0:
             print_line(console, f"all images exist in {made.args.out}")
-        run_on_rank_zero(finish)
+        message = run_on_rank_zero(finish)
+        if rank == 0:
+            print_line(console, message)
 
 
 def _imagenet(args: argparse.Namespace, console: Console) -> None:
@@ -117,18 +119,13 @@ def _imagenet(args: argparse.Namespace, console: Console) -> None:
     made.settings.update(options)
     if args.count % classes and made.env.rank == 0:
         print_line(console, f"{args.count} is not a multiple of {classes}: some classes get one more image")
-
-    def finish() -> None:
-        path = join_pieces(image_set, args.out)
-        print_line(console, f"{args.count} images in {path}")
-
     _generate_missing(
         made,
         console,
         list_missing=lambda: missing_pieces(image_set, args.out),
         images_of=lambda pieces: sum(len(image_set.requests(piece)) for piece in pieces),
         generate=lambda make, mine, update: generate_parts(make, image_set, args.out, mine, on_image=update),
-        finish=finish,
+        finish=lambda: f"{args.count} images in {join_pieces(image_set, args.out)}",
     )
 
 
@@ -152,10 +149,9 @@ def _geneval(args: argparse.Namespace, console: Console) -> None:
         list_missing=list_missing,
         images_of=len,
         generate=lambda make, mine, update: geneval.generate_images(make, mine, args.out, on_image=update),
-        finish=lambda: print_line(
-            console,
+        finish=lambda: (
             f"{args.per_prompt} images of each of {len(tasks)} prompts in {args.out}, the folder for "
-            "evaluate_images.py",
+            "evaluate_images.py"
         ),
     )
 
@@ -177,10 +173,9 @@ def _dpg(args: argparse.Namespace, console: Console) -> None:
         list_missing=lambda: dpg.missing_prompts(prompts, folder),
         images_of=lambda part: dpg.PER_PROMPT * len(part),
         generate=lambda make, mine, update: dpg.generate_images(make, mine, folder, on_image=update),
-        finish=lambda: print_line(
-            console,
+        finish=lambda: (
             f"{len(prompts)} grids in {folder}; for compute_dpg_bench.py: --image-root-path {folder} "
-            f"--resolution {height} --pic-num {dpg.PER_PROMPT}",
+            f"--resolution {height} --pic-num {dpg.PER_PROMPT}"
         ),
     )
 

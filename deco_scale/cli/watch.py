@@ -30,9 +30,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     """Show the run until interrupted, or once."""
     if not args.every >= 0.1:
         raise ConfigError(f"--every {args.every} must be at least 0.1 seconds")
-    if args.run.exists() and not args.run.is_dir():
-        raise ConfigError(f"{args.run} is not a folder; give the run.dir of a configuration")
-    if args.once and not args.run.exists():
+    if not args.run.is_dir() and (args.once or args.run.exists()):
         raise ConfigError(f"{args.run}: no such folder; give the run.dir of a configuration")
     run_dir = RunDir(args.run)
     if args.once:
