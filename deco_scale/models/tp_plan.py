@@ -34,8 +34,8 @@ def split_dim(name: str) -> int | None:
 
 def check_tp(cfg: ModelConfig, tp: int) -> None:
     """Raise :class:`ConfigError` with the possible degrees if ``tp`` does not fit the model."""
-    possible = [n for n in range(1, cfg.num_heads + 1) if _fits(cfg, n)]
-    if not _fits(cfg, tp):
+    possible = [n for n in range(1, cfg.num_heads + 1) if not (cfg.num_heads % n or cfg.mlp_hidden_dim % n)]
+    if tp not in possible:
         raise ConfigError(
             f"parallel.tp={tp} must divide model.num_heads={cfg.num_heads} and the MLP's "
             f"{cfg.mlp_hidden_dim} hidden units; possible: {possible}"
@@ -45,10 +45,6 @@ def check_tp(cfg: ModelConfig, tp: int) -> None:
             f"parallel.tp={tp} needs model.patch_size={cfg.patch_size} to be a multiple of 8: DCT blocks of "
             "the frequency loss must lie inside patches, which are spread over ranks"
         )
-
-
-def _fits(cfg: ModelConfig, tp: int) -> bool:
-    return cfg.num_heads % tp == 0 and cfg.mlp_hidden_dim % tp == 0
 
 
 def part_sizes(count: int, parts: int) -> list[int]:

@@ -25,11 +25,6 @@ def nan_if_nonfinite(loss: Tensor) -> Tensor:
     return loss * torch.where(torch.isfinite(loss.detach()), 1.0, float("nan"))
 
 
-def clip_factor(norm: Tensor, clip_norm: float) -> Tensor:
-    """Factor that clips gradients of global norm ``norm``."""
-    return (clip_norm / (norm + CLIP_EPS)).clamp(max=1.0)
-
-
 class AdamWWithEMA(torch.optim.Optimizer):
     """AdamW and EMA in one pass over the tensors.
 
@@ -100,7 +95,9 @@ class AdamWWithEMA(torch.optim.Optimizer):
         if self._measure_norm:
             self._gate(nn.utils.get_total_norm([p.grad for p in parameters]))
         device = parameters[0].device
-        factor = None if self.norm is None else clip_factor(self.norm, self._cfg.clip_norm)
+        factor = None
+        if self.norm is not None:
+            factor = (self._cfg.clip_norm / (self.norm + CLIP_EPS)).clamp(max=1.0)
         states = [self.state[p] for p in parameters]
         tensors = AdamWTensors(
             parameters=[p.detach() for p in parameters],
