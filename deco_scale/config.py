@@ -63,60 +63,52 @@ class RunConfig:
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
 
     def __post_init__(self) -> None:
+        for problem in self._conflicts():
+            raise ValueError(problem)
+
+    def _conflicts(self) -> Iterator[str]:
+        """What does not fit together, across sections."""
+        model, parallel, objective, samples = self.model, self.parallel, self.objective, self.samples
         if not self.stages:
-            raise ValueError("stages must list at least one stage")
+            yield "stages must list at least one stage"
         names = [stage.name for stage in self.stages]
         if len(set(names)) != len(names):
-            raise ValueError(f"stages must have different names, got {names}")
+            yield f"stages must have different names, got {names}"
         for stage in self.stages:
-            if stage.resolution % self.model.patch_size:
-                raise ValueError(
-                    f"stages.{stage.name}.resolution={stage.resolution} is not a multiple of "
-                    f"model.patch_size={self.model.patch_size}"
-                )
-        is_text = self.model.kind == "t2i_deco"
-        if is_text and self.text_encoder is None:
-            raise ValueError("text_encoder is missing: model.kind t2i_deco needs one")
-        if is_text and self.text_encoder and self.text_encoder.max_tokens != self.model.text_tokens:
-            raise ValueError(
-                f"text_encoder.max_tokens={self.text_encoder.max_tokens} must equal "
-                f"model.text_tokens={self.model.text_tokens}"
-            )
-        if self.compile and self.parallel.tp > 1 and self.parallel.engine == "deepspeed":
+            if stage.resolution % model.patch_size:
+                key = f"stages.{stage.name}.resolution={stage.resolution}"
+                yield f"{key} is not a multiple of model.patch_size={model.patch_size}"
+        is_text, text = model.kind == "t2i_deco", self.text_encoder
+        if is_text and text is None:
+            yield "text_encoder is missing: model.kind t2i_deco needs one"
+        if is_text and text and text.max_tokens != model.text_tokens:
+            yield f"text_encoder.max_tokens={text.max_tokens} must equal model.text_tokens={model.text_tokens}"
+        if self.compile and parallel.tp > 1 and parallel.engine == "deepspeed":
             # Not verified against the eager trace yet.
-            raise ValueError("compile=true with parallel.tp > 1 needs parallel.engine: fsdp")
-        if self.compile and self.parallel.tp > 1 and self.parallel.activation_checkpointing == "selective":
+            yield "compile=true with parallel.tp > 1 needs parallel.engine: fsdp"
+        if self.compile and parallel.tp > 1 and parallel.activation_checkpointing == "selective":
             # Selective checkpointing does not see into a compiled block.
-            raise ValueError(
-                "compile=true with parallel.tp > 1 does not work with "
-                "parallel.activation_checkpointing=selective; possible: none, full"
-            )
+            key = "parallel.activation_checkpointing=selective"
+            yield f"compile=true with parallel.tp > 1 does not work with {key}; possible: none, full"
         expected = "caption" if is_text else "label"
         if self.data.target != expected:
-            raise ValueError(f"data.target={self.data.target}: model.kind {self.model.kind} needs {expected}")
-        if is_text and self.samples.classes or not is_text and self.samples.prompts:
-            raise ValueError(
-                f"samples: model.kind {self.model.kind} samples {'prompts' if is_text else 'classes'}"
-            )
-        beyond = [c for c in self.samples.classes if not 0 <= c < self.model.num_classes]
-        if beyond:
-            raise ValueError(f"samples.classes: {beyond[0]} is not in 0..{self.model.num_classes - 1}")
+            yield f"data.target={self.data.target}: model.kind {model.kind} needs {expected}"
+        if samples.classes if is_text else samples.prompts:
+            yield f"samples: model.kind {model.kind} samples {'prompts' if is_text else 'classes'}"
+        for beyond in (c for c in samples.classes if not 0 <= c < model.num_classes):
+            yield f"samples.classes: {beyond} is not in 0..{model.num_classes - 1}"
         if self.data.has_text_embeddings and (not is_text or any(stage.data for stage in self.stages)):
-            raise ValueError("data.text_states are for text models, and for stages without data of their own")
-        if self.objective.repa_weight > 0 and self.image_encoder is None:
-            raise ValueError("image_encoder is missing: objective.repa_weight > 0 needs DINOv2")
-        if self.objective.repa_weight > 0 and self.objective.repa_layer > self.model.num_blocks:
-            raise ValueError(
-                f"objective.repa_layer={self.objective.repa_layer} is beyond "
-                f"model.num_blocks={self.model.num_blocks}"
-            )
+            yield "data.text_states are for text models, and for stages without data of their own"
+        if objective.repa_weight > 0 and self.image_encoder is None:
+            yield "image_encoder is missing: objective.repa_weight > 0 needs DINOv2"
+        if objective.repa_weight > 0 and objective.repa_layer > model.num_blocks:
+            yield f"objective.repa_layer={objective.repa_layer} is beyond model.num_blocks={model.num_blocks}"
 
     def batch_shapes(self) -> Iterator[tuple[int, int, int]]:
         """(samples, image tokens, text tokens) of a rank's micro-batch, for every bucket of every stage."""
         for stage in self.stages:
-            for height, width in bucket_sizes(
-                stage.resolution, multiple=self.model.patch_size, max_aspect=self.data.bucket_aspect
-            ):
+            side, aspect = stage.resolution, self.data.bucket_aspect
+            for height, width in bucket_sizes(side, multiple=self.model.patch_size, max_aspect=aspect):
                 rows, cols = self.model.grid(height, width)
                 yield stage.micro_batch, rows * cols, self.model.text_tokens
 
@@ -135,16 +127,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     for override in overrides:
         _apply_override(raw, override)
     source = files[0] + (f" (base: {', '.join(files[1:])})" if files[1:] else "")
-    secrets = dict.fromkeys(_secret_keys(raw))
-    if secrets:
-        raise ConfigError(
-            "\n".join(
-                f"{source}: {scrub(key)} looks like a secret, and a configuration is written in plain text; leave "
-                "it out: the AWS variables or AWS_PROFILE, WANDB_API_KEY, HF_TOKEN and the variable that "
-                "monitor.webhook_env names are read from the environment"
-                for key in secrets
-            )
-        )
+    advice = (
+        "looks like a secret, and a configuration is written in plain text; leave it out: the AWS variables or "
+        "AWS_PROFILE, WANDB_API_KEY, HF_TOKEN and the variable that monitor.webhook_env names are read from the "
+        "environment"
+    )
+    if secrets := dict.fromkeys(_secret_keys(raw)):
+        raise ConfigError("\n".join(f"{source}: {scrub(key)} {advice}" for key in secrets))
     return build_config(raw, source=source)
 
 
@@ -221,28 +210,23 @@ def _shown(override: str) -> str:
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
+    told = f"override {_shown(override)}"
     if not separator or not key:
-        raise ConfigError(f"override {_shown(override)} must look like key.path=value")
-    *parents, last = key.split(".")
+        raise ConfigError(f"{told} must look like key.path=value")
     node: Any = raw
-    for depth, part in enumerate(parents):
-        node = _step_into(node, part, ".".join(parents[: depth + 1]), override)
-    node[_list_index(node, last, override) if isinstance(node, list) else last] = load_yaml(
-        text, f"override {_shown(override)}"
-    )
+    parts = key.split(".")
+    for depth, part in enumerate(parts):
+        if not isinstance(node, dict | list):
+            raise ConfigError(f"{told}: {scrub('.'.join(parts[:depth]))} is a value, not a section")
+        at: Any = _list_index(node, part, told) if isinstance(node, list) else part
+        if depth == len(parts) - 1:
+            node[at] = load_yaml(text, told)
+        elif isinstance(node, dict) and node.get(at) is None:
+            node[at] = {}
+        node = node[at]
 
 
-def _step_into(node: Any, part: str, where: str, override: str) -> Any:
-    if isinstance(node, list):
-        return node[_list_index(node, part, override)]
-    if node.get(part) is None:
-        node[part] = {}
-    if not isinstance(node[part], dict | list):
-        raise ConfigError(f"override {_shown(override)}: {scrub(where)} is a value, not a section")
-    return node[part]
-
-
-def _list_index(node: list[Any], part: str, override: str) -> int:
+def _list_index(node: list[Any], part: str, told: str) -> int:
     """A position, or the ``name`` of an entry (stages)."""
     names = [e.get("name") if isinstance(e, dict) else None for e in node]
     if part in names:
@@ -250,7 +234,7 @@ def _list_index(node: list[Any], part: str, override: str) -> int:
     if part.isdigit() and int(part) < len(node):
         return int(part)
     allowed = [n for n in names if n] or list(range(len(node)))
-    raise ConfigError(scrub(f"override {_shown(override)}: no entry {part!r}; possible: {allowed}"))
+    raise ConfigError(scrub(f"{told}: no entry {part!r}; possible: {allowed}"))
 
 
 def _explain(error: Any) -> str:
@@ -267,9 +251,8 @@ def _explain(error: Any) -> str:
     message = error["msg"].removeprefix("Value error, ")
     if kind == "value_error":
         return f"{key}: {message}" if error["loc"] else message
-    shown = (
-        REMOVED if isinstance(value, str) and any(is_secret_name(part) for part in location) else redacted(value)
-    )
+    secret = isinstance(value, str) and any(is_secret_name(part) for part in location)
+    shown = REMOVED if secret else redacted(value)
     return f"{key}={shown!r} is not allowed: {message[0].lower()}{message[1:]}"
 
 
