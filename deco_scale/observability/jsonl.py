@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -58,44 +59,44 @@ class JsonlWriter:
 class JsonlTailer:
     """Reads the objects of a growing JSON lines file: only new bytes, only complete lines.
 
-    ``bad`` counts lines that are no JSON object or longer than 16 MiB. ``replaced``: the last read found the file
-    replaced or truncated, and objects read before are no longer in it.
+    ``parse`` makes an item of each object, or None to leave it out. ``items`` has those of the file as it is, in
+    order; ``bad`` counts lines that are no JSON object, longer than 16 MiB, or refused by ``parse``
+    (``ValueError``). A file that is replaced or truncated is read anew.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.bad, self.replaced = 0, False
-        self._path, self._offset, self._identity, self._partial = path, 0, (0, 0), b""
+    def __init__(self, path: Path, parse: Callable[[dict[str, Any]], Any] = dict) -> None:
+        self.path, self.items, self.bad = path, list[Any](), 0
+        self._parse, self._offset, self._identity, self._partial = parse, 0, (0, 0), b""
 
-    def read(self) -> list[dict[str, Any]]:
-        """Objects of the lines completed since the last call; none where there is no file.
+    def read(self) -> list[Any]:
+        """Items of the lines completed since the last call; none where there is no file.
 
         Raises ``OSError`` where the file exists and cannot be read.
         """
-        self.replaced = False
         try:
-            file = self._path.open("rb")
+            file = self.path.open("rb")
         except FileNotFoundError:
             return []
         with file:
             status = os.fstat(file.fileno())
             identity = (status.st_dev, status.st_ino)
-            if self._offset and (identity != self._identity or status.st_size < self._offset):
-                self._offset, self._partial, self.replaced = 0, b"", True
-            self._identity = identity
+            if identity != self._identity or status.st_size < self._offset:
+                self._offset, self._partial, self.bad, self._identity = 0, b"", 0, identity
+                self.items.clear()
             file.seek(self._offset)
             new = file.read()
         self._offset += len(new)
         *lines, self._partial = (self._partial + new).split(b"\n")
         if len(self._partial) > _MAX_LINE:
             self._partial = b"?"  # with whatever follows it is no JSON
-        entries: list[dict[str, Any]] = []
+        known = len(self.items)
         for line in filter(bytes.strip, lines):
             try:
                 entry = json.loads(line)
+                if not isinstance(entry, dict):
+                    raise ValueError("no object")
+                if (item := self._parse(entry)) is not None:
+                    self.items.append(item)
             except (ValueError, RecursionError):
-                entry = None
-            if isinstance(entry, dict):
-                entries.append(entry)
-            else:
                 self.bad += 1
-        return entries
+        return self.items[known:]

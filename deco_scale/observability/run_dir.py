@@ -48,6 +48,12 @@ class SavedCheckpoint(NamedTuple):
     step: int
 
 
+def _logged_step(line: dict[str, Any]) -> dict[str, Any] | None:
+    """The line, unless it is an evaluation or the goodput."""
+    is_step = is_number(line.get("step")) and not any(name.startswith("eval.") for name in line)
+    return line if is_step else None
+
+
 class RunDir:
     """What has been read of the folder so far; :meth:`refresh` reads what is new.
 
@@ -56,13 +62,15 @@ class RunDir:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.metrics: list[dict[str, Any]] = []
-        self.events: list[Event] = []
-        self.quarantined = 0
+        self._files = {
+            METRICS: JsonlTailer(path / METRICS, _logged_step),
+            EVENTS: JsonlTailer(path / EVENTS, parse_event),
+            QUARANTINE: JsonlTailer(path / QUARANTINE, bool),
+        }
+        self.metrics: list[dict[str, Any]] = self._files[METRICS].items
+        self.events: list[Event] = self._files[EVENTS].items
         self.config: dict[str, Any] = {}
-        self._files = {name: JsonlTailer(path / name) for name in (METRICS, EVENTS, QUARANTINE)}
         self._config_stamp: tuple[int, int] | None = None
-        self._bad_events = 0
         self._errors: list[str] = []
         self._goodput: tuple[float, int, float, Goodput | None] = (0.0, -1, 0.0, None)
         """When it was computed, for how many events, how long it is kept, and the result."""
@@ -70,34 +78,13 @@ class RunDir:
     def refresh(self) -> Self:
         """Read what was written since the last call; :attr:`problems` has what could not be read."""
         self._errors = []
-        new = self._read(METRICS)
-        if self._files[METRICS].replaced:
-            self.metrics = []
-        self.metrics += [
-            line
-            for line in new
-            if is_number(line.get("step")) and not any(name.startswith("eval.") for name in line)
-        ]
-        new = self._read(EVENTS)
-        if self._files[EVENTS].replaced:
-            self.events, self._bad_events = [], 0
-        for entry in new:
+        for name, file in self._files.items():
             try:
-                self.events.append(parse_event(entry))
-            except ValueError:
-                self._bad_events += 1
-        new = self._read(QUARANTINE)
-        self.quarantined = len(new) + (0 if self._files[QUARANTINE].replaced else self.quarantined)
+                file.read()
+            except OSError as error:
+                self._errors.append(f"{name} cannot be read: {error.strerror}")
         self._read_config()
         return self
-
-    def _read(self, name: str) -> list[dict[str, Any]]:
-        """New objects of a file."""
-        try:
-            return self._files[name].read()
-        except OSError as error:
-            self._errors.append(f"{name} cannot be read: {error.strerror}")
-            return []
 
     def _read_config(self) -> None:
         path = self.path / "config.yaml"
@@ -121,8 +108,13 @@ class RunDir:
     @property
     def problems(self) -> list[str]:
         """Files that could not be read, and counts of malformed lines."""
-        bad = {name: file.bad + (self._bad_events if name == EVENTS else 0) for name, file in self._files.items()}
+        bad = {name: file.bad for name, file in self._files.items()}
         return self._errors + [f"{name}: ignored {count} malformed lines" for name, count in bad.items() if count]
+
+    @property
+    def quarantined(self) -> int:
+        """Samples that could not be used."""
+        return len(self._files[QUARANTINE].items)
 
     @property
     def last(self) -> Mapping[str, Any]:
