@@ -1,5 +1,6 @@
 """Which caption a sample shows in an epoch: chosen and prefixed by a generator keyed by (seed, epoch, sample)."""
 
+import contextlib
 import json
 import math
 from collections.abc import Sequence
@@ -112,46 +113,37 @@ def json_object(raw: bytes) -> dict[str, Any]:
         entries = json.loads(_text(raw))
         if not isinstance(entries, dict):
             raise ValueError("not a JSON object")
-    except RecursionError as error:
-        raise DecodeError("bad_caption", "ValueError: nested too deeply") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DecodeError("bad_caption", f"{type(error).__name__}: {error}") from error
     return entries
 
 
 def _number(value: object) -> float:
     """A JSON number that a float holds, else nan; true and false are no numbers."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return math.nan
-    try:
-        number = float(value)
-    except OverflowError:
-        return math.nan
-    return number if math.isfinite(number) else math.nan
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        with contextlib.suppress(OverflowError):
+            return float(value) if math.isfinite(value) else math.nan
+    return math.nan
 
 
 def _weighted(value: list[Any], weights: object) -> list[tuple[str, float]]:
     """Texts and weights of a list of strings or of mappings."""
     if all(isinstance(entry, str) for entry in value):
         if weights is None:
-            return [(text, 1.0) for text in value]
+            weights = [1.0] * len(value)
         if not isinstance(weights, list) or len(weights) != len(value):
             raise ValueError(f"{WEIGHTS_FIELD!r} must be a list of {len(value)} numbers")
         return [(text, _number(weight)) for text, weight in zip(value, weights, strict=True)]
-    pairs = []
-    for entry in value:
-        if not isinstance(entry, dict) or not isinstance(entry.get("text"), str):
-            raise ValueError('captions must be strings or {"text": ..., "weight": ...}')
-        pairs.append((entry["text"], _number(entry.get("weight", 1.0))))
-    return pairs
+    if not all(isinstance(entry, dict) and isinstance(entry.get("text"), str) for entry in value):
+        raise ValueError('captions must be strings or {"text": ..., "weight": ...}')
+    return [(entry["text"], _number(entry.get("weight", 1.0))) for entry in value]
 
 
 def _captions(pairs: list[tuple[str, float]]) -> Captions:
     """What is left without blank texts; weights are checked before that."""
     checked = Captions(tuple(text.strip() for text, _ in pairs), tuple(weight for _, weight in pairs))
-    for text in checked.texts:
-        # Half of a surrogate pair, which JSON can escape, is no text: tokenizers and UTF-8 refuse it.
-        text.encode("utf-8")
+    # Half of a surrogate pair, which JSON can escape, is no text: tokenizers and UTF-8 refuse it.
+    " ".join(checked.texts).encode()
     nonblank = [pair for pair in zip(checked.texts, checked.weights, strict=True) if pair[0]]
     if not nonblank:
         raise ValueError("an empty caption")

@@ -8,12 +8,11 @@ import contextlib
 import itertools
 import json
 import os
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from data_pipeline.captions import MAX_TEXT_BYTES, WEIGHTS_FIELD, json_object, parse_captions, parse_label
 from data_pipeline.decode import DecodeError, image_size
@@ -24,6 +23,7 @@ from data_pipeline.index.build import (
     TEXT_SUFFIXES,
     ShardFile,
     image_member,
+    map_ahead,
     shard_samples,
 )
 from data_pipeline.storage.base import Store, open_store
@@ -38,9 +38,6 @@ MAX_FIELD_CHARS = 4096
 _OTHER_IMAGE_SUFFIXES = ("bmp", "tif", "tiff", "avif", "heic", "jxl", "jp2")
 _ROWS = 64
 _ORDER_KEY = 9
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,21 +240,12 @@ def read_images(
         except (OSError, DecodeError) as error:
             return Reject(str(path), str(getattr(error, "strerror", error)))
 
-    for result in _map_in_order(attempt, images, workers):
-        if isinstance(result, Reject):
-            rejects.append(result)
-        else:
-            yield result
-
-
-def _map_in_order(work: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
     with ThreadPoolExecutor(workers, thread_name_prefix="read") as pool:
-        pending: deque[Future[Result]] = deque()
-        for item in items:
-            pending.append(pool.submit(work, item))
-            if len(pending) > 2 * workers:
-                yield pending.popleft().result()
-        yield from (future.result() for future in pending)
+        for _, result in map_ahead(pool, attempt, images, 2 * workers):
+            if isinstance(result, Reject):
+                rejects.append(result)
+            else:
+                yield result
 
 
 def _from_members(name: str, image: bytes, texts: Mapping[str, bytes]) -> PackedSample:

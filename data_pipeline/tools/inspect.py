@@ -21,6 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 from data_pipeline.captions import parse_captions, parse_label
 from data_pipeline.decode import PILLOW_PIXELS, DecodeError, decode
 from data_pipeline.errors import DataError
+from data_pipeline.index.build import MAX_SAMPLE_BYTES
 from data_pipeline.index.format import BLOCK, IS_JSON, IS_LABEL, SCORE, Index, read_sample
 from data_pipeline.storage.base import Store
 from data_pipeline.stream.sampler import generator
@@ -29,10 +30,9 @@ from data_pipeline.text import human_bytes
 Counts = np.ndarray[Any, np.dtype[np.int64]]
 
 _SLICE = 4 * 2**20
-_MAX_16 = 1 << 16
+_MAX_16, _MAX_BLOCKS = 1 << 16, MAX_SAMPLE_BYTES // BLOCK
 _BINS = 60
 _MAX_ASPECT_LOG2 = 3.0
-_SIZE_EDGES = np.geomspace(BLOCK, 2.0**30, 20 * _BINS + 1)
 _ASPECT_EDGES = np.linspace(-_MAX_ASPECT_LOG2, _MAX_ASPECT_LOG2, _BINS + 1)
 _ASPECT_TICKS = {
     "1:8": -3, "1:4": -2, "1:2": -1, "2:3": -0.585, "1:1": 0, "3:2": 0.585, "2:1": 1, "4:1": 2, "8:1": 3,
@@ -47,9 +47,9 @@ _BLUE = "#3b6fb6"
 
 @dataclass(frozen=True)
 class Summary:
-    """Counts over an index: ``sides`` and ``chars`` by value, ``sizes`` and ``aspects`` by bin, ``kinds`` of text.
+    """Counts over an index: ``sides``, ``chars`` and ``sizes`` (in blocks) by value, ``aspects`` by bin.
 
-    ``wide`` images are wider than 3:2, ``tall`` ones taller than 2:3.
+    ``kinds`` are those of text; ``wide`` images are wider than 3:2, ``tall`` ones taller than 2:3.
     """
 
     sides: Counts
@@ -65,7 +65,7 @@ class Summary:
 def summarise(index: Index) -> Summary:
     """One pass over the columns. Sides and caption lengths are 16-bit numbers, so that every value is counted."""
     sides, chars = np.zeros(_MAX_16, np.int64), np.zeros(_MAX_16, np.int64)
-    sizes, aspects = np.zeros(len(_SIZE_EDGES) - 1, np.int64), np.zeros(_BINS, np.int64)
+    sizes, aspects = np.zeros(_MAX_BLOCKS + 1, np.int64), np.zeros(_BINS, np.int64)
     kinds: Counter[str] = Counter(txt=0, json=0, label=0)
     captions, wide, tall = 0, 0, 0
     for part in _slices(index):
@@ -76,7 +76,7 @@ def summarise(index: Index) -> Summary:
         wide, tall = wide + int((2 * across > 3 * high).sum()), tall + int((2 * high > 3 * across).sum())
         labels = (flags & IS_LABEL) != 0
         chars += np.bincount(part("caption_chars")[~labels], minlength=_MAX_16)
-        sizes += np.histogram(part("length").astype(np.float64) * BLOCK, _SIZE_EDGES)[0]
+        sizes += np.bincount(np.minimum(part("length"), _MAX_BLOCKS), minlength=_MAX_BLOCKS + 1)
         ratio = np.log2(np.maximum(width, 1) / np.maximum(height, 1))
         aspects += np.histogram(ratio.clip(-_MAX_ASPECT_LOG2, _MAX_ASPECT_LOG2), _ASPECT_EDGES)[0]
         kinds["label"] += int(labels.sum())
@@ -174,23 +174,21 @@ def _by_value(axis: Any, counts: Counts, title: str, unit: str) -> None:
     first, last = quantile(counts, 0), quantile(counts, 0.999)
     step = max(1, -(-(last - first + 1) // _BINS))
     edges = np.arange(first, last + step + 1, step)
-    # Number of values below each edge.
-    below = np.append(0, np.cumsum(counts))[np.minimum(edges, len(counts))]
-    beyond = int(counts.sum() - below[-1])
+    heights = np.histogram(np.arange(len(counts)), edges, weights=counts)[0]
+    beyond = int(counts.sum() - heights.sum())
     more = f" ({beyond:,} longer)" if beyond else ""
-    _bars(axis, np.diff(below), edges, f"{title}: median {quantile(counts, 0.5):,}{more}", unit)
+    _bars(axis, heights, edges, f"{title}: median {quantile(counts, 0.5):,}{more}", unit)
 
 
 def _sizes(axis: Any, summary: Summary) -> None:
-    """The fine bins around what occurs, joined to about as many as the other histograms have."""
+    """Bins of equal ratio between the smallest and the largest."""
     from matplotlib.ticker import LogLocator
 
-    used = np.flatnonzero(summary.sizes)
-    first, last = (int(used[0]), int(used[-1]) + 1) if len(used) else (0, 1)
-    step = max(1, -(-(last - first) // _BINS))
-    starts = np.arange(first, last, step)
-    edges = _SIZE_EDGES[np.append(starts, min(starts[-1] + step, len(summary.sizes)))]
-    _bars(axis, np.add.reduceat(summary.sizes, starts), edges, "size of a sample", "bytes")
+    blocks = np.flatnonzero(summary.sizes)
+    first, last = int(blocks[0]), int(blocks[-1])
+    edges = np.geomspace(first, last + 1, min(_BINS, last - first + 1) + 1)
+    heights = np.histogram(blocks, edges, weights=summary.sizes[blocks])[0]
+    _bars(axis, heights, edges * BLOCK, "size of a sample", "bytes")
     if edges[-1] > 4 * edges[0]:
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_locator(LogLocator(base=2, numticks=8))
