@@ -140,7 +140,13 @@ def plan_average(
     def read(name: str) -> Tensor:
         if ema_width is not None and not name.startswith(EMA):
             return sources[-1].read(name)
-        return weighted_sum(sources, shares, name)
+        out = torch.empty(specs[name].shape)
+        for rows in pieces(specs[name], max_elements=PIECE_ELEMENTS):
+            total = torch.zeros(())
+            for source, share in zip(sources, shares, strict=True):
+                total = total + share * source.read(name, rows).double()
+            out[slice(*rows) if rows is not None else ...] = total.float()
+        return out
 
     origin = {
         "averaged": [source.path.name for source in sources],
@@ -161,15 +167,3 @@ def _shares(weights: Sequence[float] | None, count: int) -> tuple[float, ...]:
     if not all(0 < w < float("inf") for w in weights):
         raise ConfigError(f"--weights {','.join(map(str, weights))}: all must be above 0 and finite")
     return tuple(w / sum(weights) for w in weights)
-
-
-def weighted_sum(sources: Sequence[CheckpointReader], shares: Sequence[float], name: str) -> Tensor:
-    """One tensor's weighted sum in fp32, computed in float64 on pieces of :data:`PIECE_ELEMENTS`."""
-    spec = sources[0].specs[name]
-    out = torch.empty(spec.shape)
-    for rows in pieces(spec, max_elements=PIECE_ELEMENTS):
-        total = torch.zeros(())
-        for source, share in zip(sources, shares, strict=True):
-            total = total + share * source.read(name, rows).double()
-        out[slice(*rows) if rows is not None else ...] = total.float()
-    return out

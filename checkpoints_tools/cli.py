@@ -19,13 +19,7 @@ from checkpoints_tools.formats.zero.writer import ZeroLayout
 from checkpoints_tools.memory_budget import use_large_pages
 from checkpoints_tools.registry import open_checkpoint
 from checkpoints_tools.reshard import DEFAULT_FILES, DEFAULT_MEMORY, byte_count, plan_reshard
-from checkpoints_tools.tensor_stats import (
-    difference,
-    differences_table,
-    facts_table,
-    tensor_facts,
-    tensors_table,
-)
+from checkpoints_tools.tensor_stats import difference, differences_table, facts_table, tensor_facts, tensors_table
 from checkpoints_tools.verify import has_checksums, problems_of
 from data_pipeline.console import (
     Parser,

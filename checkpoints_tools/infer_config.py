@@ -89,7 +89,9 @@ def infer_model(shapes: Shapes, *, where: str, stated: Mapping[str, Any] | None 
         settings["kind"] = "c2i_baseline" if is_baseline else "c2i_deco"
         settings["num_classes"] = size(0, "label_embed.table.weight", "y_embedder.embedding_table.weight") - 1
     if settings["kind"] == "c2i_baseline":
-        settings["channels"] = _channels(patch_values, stated)
+        channels, side = (stated or {}).get("channels", 3), (stated or {}).get("patch_size", 16)
+        fits = isinstance(channels, int) and isinstance(side, int) and channels * side * side == patch_values
+        settings["channels"] = channels if fits else 3
     else:
         settings["channels"] = size(0, "decoder.head.weight", "dec_net.final_layer.linear.weight")
         settings["decoder_width"] = size(0, "decoder.input_proj.weight", "dec_net.input_proj.weight")
@@ -99,8 +101,11 @@ def infer_model(shapes: Shapes, *, where: str, stated: Mapping[str, Any] | None 
         cfg = ModelConfig(**settings)
     except ValueError as error:
         raise ConfigError(f"{where}: its tensors do not describe a valid model: {error}") from error
-    if stated is not None:
-        _check_stated(cfg, stated, where)
+    for key, value in dataclasses.asdict(cfg).items():
+        if stated is not None and stated.get(key, value) != value:
+            raise ConfigError(
+                f"model.{key}={stated[key]} of the configuration contradicts {where}, whose tensors give {value}"
+            )
     return cfg
 
 
@@ -143,19 +148,3 @@ def _count(shapes: Shapes, pattern: str, where: str) -> int:
         missing = next(i for i in range(len(numbers)) if i not in numbers)
         raise ConfigError(f"{where}: the tensors of block {missing} ({pattern}) are missing")
     return len(numbers)
-
-
-def _channels(patch_values: int, stated: Mapping[str, Any] | None) -> int:
-    if stated is not None:
-        channels, side = stated.get("channels", 3), stated.get("patch_size", 16)
-        if isinstance(channels, int) and isinstance(side, int) and channels * side * side == patch_values:
-            return channels
-    return 3
-
-
-def _check_stated(cfg: ModelConfig, stated: Mapping[str, Any], where: str) -> None:
-    for key, value in dataclasses.asdict(cfg).items():
-        if key in stated and stated[key] != value:
-            raise ConfigError(
-                f"model.{key}={stated[key]} of the configuration contradicts {where}, whose tensors give {value}"
-            )

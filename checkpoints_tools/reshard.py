@@ -12,7 +12,6 @@ from checkpoints_tools.base import EMA, MODEL, Advance, CheckpointReader, Plan, 
 from checkpoints_tools.convert import bare_config, new_meta
 from checkpoints_tools.formats.canonical import CanonicalReader, write_canonical
 from checkpoints_tools.formats.universal import UniversalReader, write_universal
-from checkpoints_tools.formats.zero.layout import partitions, sub_groups, tp_shape
 from checkpoints_tools.formats.zero.reader import ZeroReader
 from checkpoints_tools.formats.zero.side_file import CARRIED, write_side
 from checkpoints_tools.formats.zero.writer import ZeroLayout, parameter_order, write_zero
@@ -179,8 +178,7 @@ def _side_names(source: CheckpointReader) -> list[str]:
 def _files_of(source: CheckpointReader, layout: ZeroLayout) -> list[str]:
     """Files and the sizes of their tensors, for the plan."""
     shapes = parameter_order(source)
-    local = {n: tp_shape(n, s, layout.tp) for n, s in shapes.items()}
-    parts = partitions(sub_groups(local, dp=layout.dp, stage=layout.stage), dp=layout.dp, stage=layout.stage)
+    _, parts = layout.partition(shapes)
     moments = 2 if f"exp_avg.{next(iter(shapes))}" in source.specs else 0
     lines = []
     for dp in range(layout.dp):

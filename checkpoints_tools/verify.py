@@ -16,13 +16,7 @@ from deco_scale.checkpoint.format import (
     read_checksums,
     read_meta,
 )
-from deco_scale.checkpoint.integrity import (
-    MODEL_PREFIX,
-    FileChecksums,
-    check_file,
-    digest_of_sums,
-    word_sum,
-)
+from deco_scale.checkpoint.integrity import MODEL_PREFIX, FileChecksums, check_file, digest_of_sums, word_sum
 from deco_scale.errors import ConfigError
 
 

@@ -24,15 +24,14 @@ FileChecksums = dict[str, tuple[int, int]]
 """Size and CRC32C of files by name."""
 
 
-class ChecksummedFile(io.RawIOBase):
+class ChecksummedFile(io.BufferedWriter):
     """A new file that is only appended to, with the size and CRC32C of what was written.
 
     The first error is kept as :attr:`problem`, because ``torch.save`` hides it behind its own.
     """
 
     def __init__(self, path: Path) -> None:
-        super().__init__()
-        self._path, self._raw = path, path.open("wb")
+        super().__init__(io.FileIO(path, "wb"))
         self.size, self._crc, self._flushed = 0, 0, 0
         self.problem: OSError | None = None
 
@@ -41,10 +40,7 @@ class ChecksummedFile(io.RawIOBase):
         """Size and CRC32C of what was written."""
         return self.size, self._crc
 
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
+    def write(self, data: Any, /) -> int:
         """Write all of ``data``, starting a flush after every ``FLUSH_BYTES``; returns its bytes."""
         view = memoryview(data).cast("B")
         try:
@@ -52,41 +48,26 @@ class ChecksummedFile(io.RawIOBase):
                 # The checksum takes bytes only. Small pieces bound the copy and the time that the interpreter is
                 # held; what is written then comes from the cache as well.
                 piece = bytes(view[start : start + WRITE_BYTES])
-                self._raw.write(piece)
+                super().write(piece)
                 self._crc = google_crc32c.extend(self._crc, piece)
                 self.size += len(piece)
                 if self.size - self._flushed >= FLUSH_BYTES:
-                    self._raw.flush()
-                    start_flush(self._raw.fileno(), self._flushed, self.size - self._flushed)
+                    start_flush(self.fileno(), self._flushed, self.size - self._flushed)
                     self._flushed = self.size
         except OSError as error:
-            self.problem = self.problem or OSError(error.errno, error.strerror, str(self._path))
+            self.problem = self.problem or OSError(error.errno, error.strerror, str(self.name))
             raise
         return len(view)
 
-    def tell(self) -> int:
-        return self.size
-
     def fileno(self) -> int:
         # DCP asks for it to make the file durable, and does not flush its index before.
-        self._raw.flush()
-        return self._raw.fileno()
-
-    def flush(self) -> None:
-        if not self._raw.closed:
-            self._raw.flush()
+        self.flush()
+        return super().fileno()
 
     def sync(self) -> tuple[int, int]:
         """Wait until everything is on the disk; returns :attr:`checksum`."""
         os.fsync(self.fileno())
         return self.checksum
-
-    def close(self) -> None:
-        """Close the file even if its last bytes cannot be written."""
-        try:
-            self._raw.close()
-        finally:
-            super().close()
 
 
 def write_checksummed(path: Path, data: bytes) -> tuple[int, int]:

@@ -28,13 +28,7 @@ from deco_scale.checkpoint.export import PREFIX, export_ema
 from deco_scale.checkpoint.format import CheckpointMeta, find_checkpoint, write_markers
 from deco_scale.checkpoint.integrity import FileChecksums
 from deco_scale.checkpoint.staging import Snapshot, Stager, parameter_digest, write_snapshot
-from deco_scale.checkpoint.storage import (
-    CheckpointStorage,
-    LocalStorage,
-    ObjectStorage,
-    remove_scratch,
-    step_name,
-)
+from deco_scale.checkpoint.storage import CheckpointStorage, LocalStorage, ObjectStorage, remove_scratch, step_name
 from deco_scale.distributed.collectives import gather_objects, raise_together, run_on_rank_zero
 from deco_scale.errors import ConfigError, Damaged, RunError
 from deco_scale.parallel.engines.base import Engine
@@ -82,8 +76,7 @@ class CheckpointManager:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             remove_scratch(self._folder)
-            if self._exports.exists():
-                remove_scratch(self._exports)
+            remove_scratch(self._exports)
             self._local.recover()
         except OSError as error:
             raise ConfigError(f"cannot write to {self._folder}: {error.strerror}") from error

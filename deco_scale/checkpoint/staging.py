@@ -23,13 +23,7 @@ from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.tensor import DTensor, Replicate
 
 from deco_scale.checkpoint.format import without_record_checksums
-from deco_scale.checkpoint.integrity import (
-    MODEL_PREFIX,
-    ChecksummedFile,
-    FileChecksums,
-    digest_of_sums,
-    word_sum,
-)
+from deco_scale.checkpoint.integrity import MODEL_PREFIX, ChecksummedFile, FileChecksums, digest_of_sums, word_sum
 from deco_scale.errors import RunError
 
 

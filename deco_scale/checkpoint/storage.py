@@ -97,14 +97,14 @@ class ObjectStorage:
         return f"{self._url}/{step_name(step)}"
 
     def steps(self) -> list[int]:
-        return sorted(s for s, sizes in self._files().items() if COMPLETE in sizes)
+        return sorted(step for step, names in self._files().items() if COMPLETE in names)
 
     def metrics(self, step: int) -> Mapping[str, float]:
         with named_errors():
             return _metrics(self._store.read_all(f"{step_name(step)}/{META}") or b"")
 
     def remove(self, step: int) -> None:
-        names = self._files().get(step, {})
+        names = self._files().get(step, [])
         with named_errors():
             for name in sorted(names, key=lambda n: n != COMPLETE):
                 self._store.delete(f"{step_name(step)}/{name}")
@@ -129,19 +129,19 @@ class ObjectStorage:
     abort = remove
 
     def recover(self) -> None:
-        for step, sizes in self._files().items():
-            if COMPLETE not in sizes:
+        for step, names in self._files().items():
+            if COMPLETE not in names:
                 self.remove(step)
         with named_errors():
             self._store.abort_uploads()
 
-    def _files(self) -> dict[int, dict[str, int]]:
-        """Sizes of files by step and name."""
-        files: dict[int, dict[str, int]] = {}
-        for key, size in sizes_of(self._store).items():
+    def _files(self) -> dict[int, list[str]]:
+        """Names of files by step."""
+        files: dict[int, list[str]] = {}
+        for key in sizes_of(self._store):
             folder, _, name = key.partition("/")
             if folder.startswith(STEP) and folder.removeprefix(STEP).isdigit() and name:
-                files.setdefault(int(folder.removeprefix(STEP)), {})[name] = size
+                files.setdefault(int(folder.removeprefix(STEP)), []).append(name)
         return files
 
 

@@ -41,6 +41,12 @@ class ZeroLayout:
     stage: int
     bf16: bool = False
 
+    def partition(self, shapes: Mapping[str, Shape]) -> tuple[list[dict[str, Shape]], Partitions]:
+        """Shapes of a tp rank's parameters by group, and where their elements are."""
+        local = {name: tp_shape(name, shape, self.tp) for name, shape in shapes.items()}
+        groups = sub_groups(local, dp=self.dp, stage=self.stage)
+        return groups, partitions(groups, dp=self.dp, stage=self.stage)
+
     def optim_file(self, tp: int, dp: int) -> str:
         return f"{'bf16_' if self.bf16 else ''}zero_pp_rank_{dp}_mp_rank_{tp:02d}_optim_states.pt"
 
@@ -113,11 +119,9 @@ def write_zero(
     Moments that ``source`` lacks are left out, and the EMA is not written here. All files are made durable.
     """
     shapes = parameter_order(source)
-    local = {name: tp_shape(name, shape, layout.tp) for name, shape in shapes.items()}
-    groups = sub_groups(local, dp=layout.dp, stage=layout.stage)
-    parts = partitions(groups, dp=layout.dp, stage=layout.stage)
+    groups, parts = layout.partition(shapes)
     has_moments = f"exp_avg.{next(iter(shapes))}" in source.specs
-    module = _module(local, layout)
+    module = _module(groups, layout)
     optim: dict[tuple[int, int], _Blank] = {}
     models: dict[int, dict[str, StoredTensor]] = {}
     with ExitStack() as files:
@@ -164,11 +168,11 @@ class _Blank:
         _put(self.descriptor, self._tensors[kind][group], start, values)
 
 
-def _module(local: Mapping[str, Shape], layout: ZeroLayout) -> dict[str, Tensor | None]:
+def _module(groups: list[dict[str, Shape]], layout: ZeroLayout) -> dict[str, Tensor | None]:
     """The module's state: blank weights, or the empty stand-ins that ZeRO-3 saves."""
     dtype = torch.bfloat16 if layout.bf16 else torch.float32
     module: dict[str, Tensor | None] = {}
-    for name, shape in local.items():
+    for name, shape in (item for group in groups for item in group.items()):
         module[name] = torch.empty(0 if layout.stage == 3 else shape, dtype=dtype)
         if layout.tp > 1 and split_dim(name) is not None:
             # Megatron's layers have a state of their own, which is empty.
