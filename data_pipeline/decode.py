@@ -14,6 +14,7 @@ Sizes are (height, width); Pillow's own are (width, height).
 import contextlib
 import io
 import re
+import struct
 import warnings
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -33,15 +34,8 @@ PILLOW_PIXELS = 179_000_000
 """Pixels of the largest image that Pillow opens, rounded up."""
 KEPT_BLOCKS = 16
 """Blocks of at most 16 MiB that Pillow keeps for the next images of this process."""
-_TURN = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+_TURNS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90"
+_TURN = {orientation: Image.Transpose[name] for orientation, name in enumerate(_TURNS.split(), start=2)}
 """EXIF orientation to what turns the stored image upright; 5 to 8 swap width and height."""
 _OPAQUE = 255
 _PILLOW_MODULES = re.compile(r"PIL\.")
@@ -67,9 +61,7 @@ def decode(
 ) -> Pixels:
     """Pixels ``(height, width, 3)`` of the first frame.
 
-    An image that does not cover the size is refused, or with ``upscale`` resized to cover it, if that takes no
-    more than ``max_pixels``.
-
+    With ``upscale`` a smaller image is resized to cover the size, if that takes no more than ``max_pixels``.
     Raises :class:`DecodeError`: ``too_large`` for over ``max_pixels`` (by the header, before decoding),
     ``too_small`` for an image that does not cover the size, ``undecodable`` for anything else.
     """
@@ -153,8 +145,7 @@ def _bicubic(pixels: Pixels, sides: tuple[float, float], size: tuple[int, int]) 
     """Pillow's BICUBIC (antialiased, within one of 255) in a quarter of its time.
 
     ``sides`` (width, height) are what of ``pixels`` becomes ``size`` (width, height). PyTorch's resize of 8-bit
-    images is Pillow's algorithm in vector instructions. It is imported here, so that whatever does not
-    decode in the fast way needs no torch.
+    images is Pillow's algorithm in vector instructions; only what decodes in the fast way needs torch.
     """
     import torch
 
@@ -203,7 +194,12 @@ def _faults() -> Iterator[None]:
 @contextlib.contextmanager
 def _open(encoded: bytes) -> Iterator[Image.Image]:
     """Opened image, its header read and its sides plausible."""
-    _prepare_pillow()
+    # Pillow reuses memory: fresh pages cost up to a third of the decoding.
+    if Image.core.get_blocks_max() < KEPT_BLOCKS:
+        Image.core.set_blocks_max(KEPT_BLOCKS)
+    # Not by catch_warnings, which swaps the filters of the whole process while other threads decode.
+    if not any(entry[3] == _PILLOW_MODULES for entry in warnings.filters):
+        warnings.filterwarnings("ignore", module=_PILLOW_MODULES.pattern)
     with _faults():
         opened = Image.open(io.BytesIO(encoded), formats=FORMATS)
     with opened:
@@ -213,30 +209,28 @@ def _open(encoded: bytes) -> Iterator[Image.Image]:
         yield opened
 
 
-def _prepare_pillow() -> None:
-    """Let Pillow reuse memory (fresh pages cost up to a third of the decoding), and silence its warnings.
-
-    Not by ``catch_warnings``: it swaps the filters of the whole process while other threads decode.
-    """
-    if Image.core.get_blocks_max() < KEPT_BLOCKS:
-        Image.core.set_blocks_max(KEPT_BLOCKS)
-    if not any(entry[3] == _PILLOW_MODULES for entry in warnings.filters):
-        warnings.filterwarnings("ignore", module=_PILLOW_MODULES.pattern)
-
-
 def _orientation(opened: Image.Image) -> int:
     """EXIF orientation 1 to 8, 1 where there is none, of EXIF data that stand before the pixels.
 
-    Not by Pillow's ``getexif``, which decodes a whole PNG to look for EXIF data after the pixels.
+    Not by Pillow: ``getexif`` decodes a whole PNG to look for EXIF data after the pixels, and ``Exif.load`` copies
+    what each of up to 65,535 entries points to, which may be all of a large chunk.
     """
-    exif, found = opened.info.get("exif"), Image.Exif()
+    exif = opened.info.get("exif")
     # A PNG's text chunk named "exif" gives a str.
-    if isinstance(exif, bytes):
-        # Damaged data are as good as none.
-        with contextlib.suppress(Exception):
-            found.load(exif)
-            value = found.get(ExifTags.Base.Orientation)
-            return value if value in _TURN else 1
+    tiff = exif.removeprefix(b"Exif\0\0") if isinstance(exif, bytes) else b""
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4])
+    if order is None:
+        return 1
+    # What is cut off is as good as absent.
+    with contextlib.suppress(struct.error):
+        (directory,) = struct.unpack_from(f"{order}I", tiff, 4)
+        (count,) = struct.unpack_from(f"{order}H", tiff, directory)
+        for at in range(directory + 2, directory + 2 + 12 * count, 12):
+            tag, kind = struct.unpack_from(f"{order}HH", tiff, at)
+            if tag == ExifTags.Base.Orientation:
+                # A 16-bit number (type 3), by some writers a 32-bit one (type 4).
+                (value,) = struct.unpack_from(f"{order}{'I' if kind == 4 else 'H'}", tiff, at + 8)
+                return value if value in _TURN else 1
     return 1
 
 

@@ -3,9 +3,7 @@
 Each shard has a sidecar tar with one member per sample: the embeddings, in bfloat16, of every text that training
 may show for it (each caption, and its prefixed forms). ``states.safetensors`` says where each sample's member is,
 and which encoder made it. A member is: uint16 number of texts, uint16 number of tokens of each, then the
-embeddings, token by token.
-
-Any number of processes write them, one sidecar at a time each, and an interrupted run resumes.
+embeddings, token by token. Any number of processes write sidecars, and an interrupted run resumes.
 """
 
 import contextlib

@@ -43,6 +43,8 @@ _PIECES = 4
 _TAR_DAMAGE = (tarfile.TarError, ArithmeticError, EOFError, LookupError, TypeError, ValueError, RecursionError)
 T = TypeVar("T")
 R = TypeVar("R")
+Progress = Callable[[str, int, int], None]
+"""Called with a shard's key, the number of shards that are done, and of all."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -162,9 +164,8 @@ def _regular_files(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
 
 def image_member(members: dict[str, tarfile.TarInfo]) -> tarfile.TarInfo:
     """The sample's image; raises :class:`DecodeError` where it has none."""
-    for suffix in IMAGE_SUFFIXES:
-        if suffix in members:
-            return members[suffix]
+    if found := [members[suffix] for suffix in IMAGE_SUFFIXES if suffix in members]:
+        return found[0]
     raise DecodeError("no_image", "no image")
 
 
@@ -231,7 +232,7 @@ def build_index(
     *,
     workers: int = 1,
     fresh: bool = False,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> tuple[Index, int]:
     """Scan all ``.tar`` objects below the store's URL, in the order of their keys.
 

@@ -17,15 +17,8 @@ from typing import Any
 from data_pipeline.captions import MAX_TEXT_BYTES, WEIGHTS_FIELD, json_object, parse_captions, parse_label
 from data_pipeline.decode import DecodeError, image_size
 from data_pipeline.errors import DataError, Reject
-from data_pipeline.index.build import (
-    IMAGE_SUFFIXES,
-    MAX_SAMPLE_BYTES,
-    TEXT_SUFFIXES,
-    ShardFile,
-    image_member,
-    map_ahead,
-    shard_samples,
-)
+from data_pipeline.index import build
+from data_pipeline.index.build import IMAGE_SUFFIXES, MAX_SAMPLE_BYTES, TEXT_SUFFIXES, ShardFile
 from data_pipeline.storage.base import Store, open_store
 from data_pipeline.stream.sampler import generator
 
@@ -42,10 +35,7 @@ _ORDER_KEY = 9
 
 @dataclass(frozen=True, slots=True)
 class PackedSample:
-    """Encoded image with its suffix, captions or a class number, and the scalars that came with them.
-
-    ``name`` is for messages.
-    """
+    """Encoded image, captions or a class number, and scalars that came with them; ``name`` is for messages."""
 
     name: str
     image: bytes
@@ -179,8 +169,7 @@ def read_folder(folder: Path, rejects: list[Reject], *, workers: int = 1) -> Ite
 def class_names(root: Path, rejects: list[Reject]) -> list[str]:
     """Sorted names of the folders in ``root``; hidden folders, and files beside them, are added to ``rejects``.
 
-    Raises :class:`DataError` where there is no such folder, or one without images: it would shift the numbers of
-    the classes behind it.
+    Raises :class:`DataError` where there is none, or one without images, which would shift the numbers behind it.
     """
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; classes are folders on a local disk")
@@ -205,10 +194,9 @@ def class_names(root: Path, rejects: list[Reject]) -> list[str]:
 def read_class_folders(
     root: Path, names: Sequence[str], rejects: list[Reject], *, workers: int = 1
 ) -> Iterator[PackedSample]:
-    """Images of all classes in an order that depends on their names alone, labelled by place in ``names``.
+    """Images of all classes, labelled by place in ``names`` (sorted), in an order that depends on names alone.
 
-    They are mixed, since a run reads neighbours together: sorted, a batch would hold few classes. ``names`` are
-    sorted.
+    They are mixed, since a run reads neighbours together: sorted, a batch would hold few classes.
     """
     images = [path for name in names for path in image_files(root / name)]
     order = generator(0, _ORDER_KEY).permutation(len(images))
@@ -241,7 +229,7 @@ def read_images(
             return Reject(str(path), str(getattr(error, "strerror", error)))
 
     with ThreadPoolExecutor(workers, thread_name_prefix="read") as pool:
-        for _, result in map_ahead(pool, attempt, images, 2 * workers):
+        for _, result in build.map_ahead(pool, attempt, images, 2 * workers):
             if isinstance(result, Reject):
                 rejects.append(result)
             else:
@@ -259,10 +247,10 @@ def read_tars(store: Store, rejects: list[Reject], *, only: str | None = None) -
         if not shard.key.endswith(".tar") or only not in (None, shard.key):
             continue
         file = ShardFile(store, shard)
-        for key, members, _ in shard_samples(file, rejects):
+        for key, members, _ in build.shard_samples(file, rejects):
             name = f"{shard.key}: {key}"
             try:
-                image = image_member(members)
+                image = build.image_member(members)
                 texts = {s: members[s] for s in TEXT_SUFFIXES if s in members}
                 sizes = [image.size, *(member.size for member in texts.values())]
                 if sum(sizes) > MAX_SAMPLE_BYTES or max(sizes[1:], default=0) > MAX_TEXT_BYTES:

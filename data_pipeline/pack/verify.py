@@ -3,9 +3,10 @@
 One pass in pieces: memory holds a few pieces, one sample, and the position of each tar member.
 """
 
+import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import google_crc32c
@@ -13,7 +14,7 @@ import google_crc32c
 from data_pipeline.captions import parse_captions, parse_label
 from data_pipeline.decode import PILLOW_PIXELS, DecodeError, decode, image_size
 from data_pipeline.errors import Reject, StoreError
-from data_pipeline.index.build import PIECE_BYTES, ShardFile, over_processes, shard_samples
+from data_pipeline.index.build import PIECE_BYTES, Progress, ShardFile, over_processes, shard_samples
 from data_pipeline.index.format import Location, load_index
 from data_pipeline.pack.writer import MANIFEST_KEY
 from data_pipeline.storage.base import ObjectInfo, Store
@@ -34,28 +35,16 @@ class VerifyReport:
     problems: list[str] = field(default_factory=list)
 
     def add(self, other: "VerifyReport") -> None:
-        for name in ("shards", "samples", "bytes", "decoded", "checksums"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        self.problems += other.problems
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
 
 
-@dataclass(frozen=True, slots=True)
-class _Task:
-    """A shard as it should be; ``listed`` are its size and SHA-256 in ``shards.json``."""
-
-    shard: ObjectInfo
-    locations: tuple[Location, ...]
-    caption_fields: tuple[str, ...]
-    listed: tuple[int, str] | None
-    decode: bool
+_Task = tuple[ObjectInfo, list[Location], tuple[int, str] | None]
+"""A shard as it is stored, its samples as they should be, and its size and SHA-256 in ``shards.json``."""
 
 
 def verify(
-    store: Store,
-    *,
-    workers: int = 1,
-    decode_images: bool = False,
-    progress: Callable[[str, int, int], None] | None = None,
+    store: Store, *, workers: int = 1, decode_images: bool = False, progress: Progress | None = None
 ) -> VerifyReport:
     """Check every shard of the index; ``workers`` above 1 are processes.
 
@@ -71,7 +60,6 @@ def verify(
 
     def tasks() -> Iterator[_Task]:
         """Shards that can be read; made one by one, since the locations of all samples would not fit in memory."""
-        fields = tuple(index.header["scan"]["caption_fields"])
         for number, shard in enumerate(index.shards):
             stored = objects.get(shard.key)
             if stored is None:
@@ -82,15 +70,16 @@ def verify(
             elif stored.etag != shard.etag:
                 what = f"ETag {stored.etag}, the index has {shard.etag}"
                 report.problems.append(f"{shard.key}: was replaced: {what}")
-            locations = tuple(map(index.locate, index.shard_rows(number)))
-            yield _Task(stored, locations, fields, manifest.get(shard.key), decode_images)
+            yield stored, list(map(index.locate, index.shard_rows(number))), manifest.get(shard.key)
 
+    fields = tuple(index.header["scan"]["caption_fields"])
+    work = functools.partial(_verify_shard, decode_as=fields if decode_images else None)
     workers = min(workers, len(objects))
-    parts = over_processes(verify_shard, tasks(), store=store, workers=workers)
-    for done, (task, part) in enumerate(parts, start=1):
+    parts = over_processes(work, tasks(), store=store, workers=workers)
+    for done, ((shard, *_), part) in enumerate(parts, start=1):
         report.add(part)
         if progress:
-            progress(task.shard.key, done, len(index.shards))
+            progress(shard.key, done, len(index.shards))
     return report
 
 
@@ -106,9 +95,9 @@ def _manifest(store: Store, problems: list[str]) -> dict[str, tuple[int, str]]:
         return {}
 
 
-def verify_shard(store: Store, task: _Task) -> VerifyReport:
-    """Read one shard from start to end."""
-    shard, locations = task.shard, task.locations
+def _verify_shard(store: Store, task: _Task, decode_as: tuple[str, ...] | None) -> VerifyReport:
+    """Read one shard from start to end; ``decode_as`` are the fields of captions where samples are decoded."""
+    shard, locations, listed = task
     file, sha256, report = ShardFile(store, shard), hashlib.sha256(), VerifyReport(shards=1)
     rejects: list[Reject] = []
     sample_problems: list[str] = []
@@ -127,11 +116,11 @@ def verify_shard(store: Store, task: _Task) -> VerifyReport:
                     break
             while report.samples < len(locations) and (location := locations[report.samples]).end <= end:
                 report.samples += 1
-                if problem := _sample_problem(file.span(location.start, location.end), location, task):
+                if problem := _sample_problem(file.span(location.start, location.end), location, decode_as):
                     key = keys.get(location.start, f"sample at byte {location.start}")
                     sample_problems.append(f"{key.encode('utf-8', 'replace').decode()}: {problem}")
                 else:
-                    report.decoded += task.decode
+                    report.decoded += decode_as is not None
     except StoreError as error:
         return VerifyReport(shards=1, bytes=report.bytes, problems=[str(error)])
     # A repeated key is in the index's own list of problems.
@@ -139,9 +128,9 @@ def verify_shard(store: Store, task: _Task) -> VerifyReport:
     parts = [(at.start + part.start, part.stop - part.start) for at in locations for part in (at.image, at.text)]
     if misplaced := sum(sizes.get(start, -1) != size for start, size in parts):
         problems.append(f"{misplaced} of {len(parts)} images and texts are not where the index has")
-    if task.listed is not None:
+    if listed is not None:
         report.checksums = 1
-        if task.listed != (shard.size, sha256.hexdigest()):
+        if listed != (shard.size, sha256.hexdigest()):
             problems.append(f"SHA-256 or size differs from {MANIFEST_KEY}")
     if missing := len(locations) - report.samples:
         problems.append(f"{missing} samples of the index: outside of the shard")
@@ -152,11 +141,11 @@ def verify_shard(store: Store, task: _Task) -> VerifyReport:
     return report
 
 
-def _sample_problem(raw: bytes, location: Location, task: _Task) -> str | None:
+def _sample_problem(raw: bytes, location: Location, decode_as: tuple[str, ...] | None) -> str | None:
     crc32c = google_crc32c.value(raw)
     if crc32c != location.crc32c:
         return f"CRC32C {crc32c:08x}, the index has {location.crc32c:08x}"
-    if task.decode:
+    if decode_as is not None:
         try:
             image, text = raw[location.image], raw[location.text]
             side = min(image_size(image))
@@ -164,7 +153,7 @@ def _sample_problem(raw: bytes, location: Location, task: _Task) -> str | None:
             if location.is_label:
                 parse_label(text)
             else:
-                parse_captions(text, is_json=location.is_json, fields=task.caption_fields)
+                parse_captions(text, is_json=location.is_json, fields=decode_as)
         except DecodeError as error:
             return f"{error.kind}: {error}"
     return None

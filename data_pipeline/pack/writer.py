@@ -54,9 +54,8 @@ def pack(
 ) -> PackReport:
     """Write ``shard-00000.tar``, ... of about ``shard_bytes`` each, one uploaded while the next is packed.
 
-    The names of ``classes``, if any, are written to ``classes.txt``, one a line. Raises :class:`OccupiedError` if
-    there are shards already, unless an interrupted ``pack`` left them or ``overwrite`` is given; shards that
-    ``pack`` does not name are never replaced.
+    ``classes``, if any, are written to ``classes.txt``. Raises :class:`OccupiedError` for shards that are there,
+    unless an interrupted ``pack`` left them or ``overwrite`` is given; those of others are never replaced.
     """
     replaced = _replaceable(store, overwrite)
     report = PackReport()

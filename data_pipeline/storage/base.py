@@ -32,11 +32,10 @@ class ObjectInfo:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Access:
-    """How a bucket is reached; local folders need none of it.
+    """How a bucket is reached: by unsigned requests (``anonymous``), at the reader's cost (``requester_pays``).
 
-    ``anonymous`` sends unsigned requests, for public buckets; ``requester_pays`` accepts the costs of a bucket
-    that asks for it. A request without progress for ``deadline_s`` seconds fails; an attempt that receives nothing
-    for ``read_timeout_s`` is a stall. ``connections`` bounds the sockets kept open.
+    A request without progress for ``deadline_s`` seconds fails; an attempt that receives nothing for
+    ``read_timeout_s`` is a stall. ``connections`` bounds the sockets kept open.
     """
 
     anonymous: bool = False

@@ -33,7 +33,11 @@ class S3Server:
         self.port = 0
         self._process: subprocess.Popen[bytes] | None = None
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._access, self._secret = self._credentials()
+        path = self.folder / "credentials"
+        if not path.exists():
+            path.touch(mode=0o600)
+            path.write_text(f"{secrets.token_hex(10)}\n{secrets.token_hex(20)}\n")
+        self._access, self._secret = path.read_text().split()
 
     @property
     def endpoint(self) -> str:
@@ -126,14 +130,6 @@ class S3Server:
         config = Config(connect_timeout=2, read_timeout=5, retries={"total_max_attempts": 1})
         return session.client("s3", endpoint_url=self.endpoint, config=config)
 
-    def _credentials(self) -> tuple[str, str]:
-        path = self.folder / "credentials"
-        if not path.exists():
-            path.touch(mode=0o600)
-            path.write_text(f"{secrets.token_hex(10)}\n{secrets.token_hex(20)}\n")
-        access, secret = path.read_text().split()
-        return access, secret
-
 
 @contextlib.contextmanager
 def running_server(folder: Path) -> Iterator[S3Server]:
@@ -155,7 +151,5 @@ def _binary() -> str:
 
 def _free_ports(count: int) -> list[int]:
     with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
+        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
         return [each.getsockname()[1] for each in sockets]

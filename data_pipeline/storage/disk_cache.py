@@ -1,13 +1,12 @@
 """Chunks of data on a node's own disk, shared by the processes of the node.
 
 An entry is one file, named by a hash of its key: the payload, then CRC32C of payload and key, then the payload's
-length. It is written under a temporary name and renamed, so readers see all of it or nothing, and checked on every
-read, so a damaged disk costs a fetch and never a wrong byte.
+length. It is checked on every read, so a damaged disk costs a fetch and never a wrong byte.
 
 A ledger file holds the total bytes. A writer reserves its bytes there, under an flock, and evicts first if they
 would not fit; so the cap holds for all processes together. The ledger errs towards too many bytes (killed writers,
-files removed by hand), and each eviction scans the folder and corrects it. Only files being written during a scan
-may be counted short: the cap is exceeded by at most one entry per writer.
+files removed by hand), and each eviction corrects it. Files being written meanwhile may be counted short: the cap
+is exceeded by at most one entry per writer.
 """
 
 import contextlib
@@ -53,7 +52,7 @@ class DiskCache:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with self._ledger() as ledger:
-                self._write_total(ledger, sum(size for _, size, _ in self._scan()))
+                os.pwrite(ledger, struct.pack("<Q", sum(size for _, size, _ in self._scan())), 0)
         except OSError as error:
             self._failed(error)
 
@@ -114,7 +113,7 @@ class DiskCache:
             total = int.from_bytes(raw, "little") if len(raw) == 8 else self._limit
             if total + size > self._limit:
                 total = self._evict(int(LOW_WATER * self._limit) - size)
-            self._write_total(ledger, total + size)
+            os.pwrite(ledger, struct.pack("<Q", total + size), 0)
 
     def _evict(self, target: int) -> int:
         """Remove entries, the longest unused first, down to a number of bytes; returns the bytes that are left."""
@@ -163,10 +162,6 @@ class DiskCache:
             yield descriptor
         finally:
             os.close(descriptor)
-
-    @staticmethod
-    def _write_total(ledger: int, total: int) -> None:
-        os.pwrite(ledger, total.to_bytes(8, "little"), 0)
 
     def _failed(self, error: OSError) -> None:
         self.counters.add(cache_errors=1)

@@ -21,12 +21,10 @@ BUDGET, REFUND, TOKENS_PER_S = 100.0, 0.5, 4.0
 class RetryBudget:
     """A token bucket of ``BUDGET``: a retry takes a token, a success gives back ``REFUND``, time ``TOKENS_PER_S``.
 
-    An empty bucket delays retries and never fails a request: only a deadline does that, because a training run
-    would rather wait than end. The AWS SDKs give back about 10% of a retry per success and fail when nothing is
-    left; that bears one fault in 11 requests in the long run. Here a success gives back half a token: at a fault
-    rate p, p <= (1 - p) / 2 holds up to p = 1/3 without any delay, so 0.3 is carried for ever, and retries add at
-    most half the load of what succeeds, plus 4 a second, to a server that fails more than that. In an outage a
-    process asks 4 times a second after the first 100 retries, however many readers it has.
+    An empty bucket delays retries and never fails a request: a training run would rather wait than end. (The AWS
+    SDKs fail, and give back 10% of a retry per success, which bears one fault in 11 requests.) At a fault rate p,
+    p <= (1 - p) / 2 holds up to p = 1/3 without any delay; above it, retries add at most half the load of what
+    succeeds, plus 4 a second. In an outage a process asks 4 times a second, however many readers it has.
     """
 
     def __init__(self) -> None:

@@ -39,25 +39,19 @@ FIRST_CONTACT_S = 60.0
 _FAULTS = ("fault_503", "fault_5xx", "fault_reset", "fault_stall", "fault_truncated")
 _THROTTLED = ("SlowDown", "ServiceUnavailable", "RequestLimitExceeded", "Throttling", "ThrottlingException")
 _CHANGED = "changed since it was indexed; run deco-data index again"
-_SHORTER = "it is shorter than in the index; run deco-data index again"
 _DENIED = "access denied: check the credentials and the bucket's policy"
+_REGION = "the bucket is in another region: set AWS_DEFAULT_REGION"
 _HINTS = {
-    "401": _DENIED,
-    "403": _DENIED,
-    "AccessDenied": _DENIED,
+    **dict.fromkeys(("401", "403", "AccessDenied"), _DENIED),
+    **dict.fromkeys(("404", "NoSuchKey"), "no such object"),
+    **dict.fromkeys(("412", "PreconditionFailed"), _CHANGED),
+    **dict.fromkeys(("416", "InvalidRange"), "it is shorter than in the index; run deco-data index again"),
+    **dict.fromkeys(("AuthorizationHeaderMalformed", "PermanentRedirect"), _REGION),
     "InvalidAccessKeyId": "the access key is not known to this server",
     "SignatureDoesNotMatch": "the secret key is wrong",
     "ExpiredToken": "the credentials have expired: renew them",
     "RequestTimeTooSkewed": "this machine's clock is wrong",
-    "AuthorizationHeaderMalformed": "the bucket is in another region: set AWS_DEFAULT_REGION",
-    "PermanentRedirect": "the bucket is in another region: set AWS_DEFAULT_REGION",
     "NoSuchBucket": "no such bucket",
-    "404": "no such object",
-    "NoSuchKey": "no such object",
-    "412": _CHANGED,
-    "PreconditionFailed": _CHANGED,
-    "416": _SHORTER,
-    "InvalidRange": _SHORTER,
 }
 _NETWORK_FAULTS = (
     ("fault_truncated", (aws.IncompleteReadError, urllib3.exceptions.IncompleteRead)),

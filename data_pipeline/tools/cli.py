@@ -64,10 +64,14 @@ def _parser() -> argparse.ArgumentParser:
     workers_here = shared.default_workers(MAX_WORKERS)
     commands = parser.add_subparsers(dest="command", required=True)
 
-    def command(name: str, run: Callable[..., int], help: str, *, workers: bool = True) -> argparse.ArgumentParser:
+    def command(
+        name: str, run: Callable[..., int], help: str, *positional: str, workers: bool = True
+    ) -> argparse.ArgumentParser:
         parents = [] if run is _serve else [common]
         made = commands.add_parser(name, help=help, description=help, parents=parents)
         made.set_defaults(run=run)
+        for argument in positional:
+            made.add_argument(argument)
         if workers:
             made.add_argument("--workers", type=positive_int, default=workers_here, metavar="N", help="processes")
         return made
@@ -84,8 +88,7 @@ def _parser() -> argparse.ArgumentParser:
         help="SOURCE/NAME/*.jpg: the class number is NAME's position in sorted order",
     )
     packing.add_argument("--overwrite", action="store_true", help="replace shards that were packed there before")
-    indexing = command("index", _index, "index the tar shards below a URL")
-    indexing.add_argument("url")
+    indexing = command("index", _index, "index the tar shards below a URL", "url")
     for scanning in (packing, indexing):
         several = functools.partial(scanning.add_argument, nargs="+", action="extend", metavar="NAME")
         several("--score", default=[], help="numeric fields of the .json to store in the index")
@@ -96,8 +99,7 @@ def _parser() -> argparse.ArgumentParser:
             "--text", type=_suffixes, metavar="txt,json,cls", help="text members in order of preference"
         )
     indexing.add_argument("--fresh", action="store_true", help="also read shards that have not changed")
-    inspecting = command("inspect", _inspect, "show the contents of an index", workers=False)
-    inspecting.add_argument("url")
+    inspecting = command("inspect", _inspect, "show the contents of an index", "url", workers=False)
     inspecting.add_argument(
         "--figures", type=Path, metavar="DIR", help="draw histograms.png and contact_sheet.png"
     )
@@ -108,13 +110,12 @@ def _parser() -> argparse.ArgumentParser:
     inspecting.add_argument(
         "--resolution", **pixels, nargs="+", default=[256, 512], help="count usable images at these"
     )
-    checking = command("verify", _verify, "read all shards and compare them with the index and shards.json")
-    checking.add_argument("url")
+    checking = command("verify", _verify, "read all shards and compare them with the index and shards.json", "url")
     checking.add_argument("--decode", action="store_true", help="also decode every image and parse every caption")
     for listing in (packing, indexing, checking):
         listing.add_argument("--problems", type=Path, metavar="FILE", help="write all problems to this file")
-    timing = command("bench", _bench, "measure how fast this machine reads and decodes samples", workers=False)
-    timing.add_argument("url")
+    measuring = "measure how fast this machine reads and decodes samples"
+    timing = command("bench", _bench, measuring, "url", workers=False)
     timing.add_argument("--seconds", type=positive, default=10.0)
     timing.add_argument("--resolution", **pixels, default=256)
     timing.add_argument("--workers", type=positive_int, nargs="+", default=[workers_here], metavar="N")

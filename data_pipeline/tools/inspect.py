@@ -95,11 +95,10 @@ def quantile(counts: Counts, share: float) -> int:
 def problem_kinds(index: Index, *, limit: int = 8) -> tuple[int, list[tuple[str, int]]]:
     """Number of problems that the scan found, and the most frequent kinds of them."""
     kinds: Counter[str] = Counter()
-    for shard, problems in zip(index.shards, index.header.get("problems", ()), strict=False):
-        for problem in problems:
-            reason = problem.removeprefix(f"{shard.key}: ")
-            kind = re.match(r".+?: ([a-z_]+): ", reason)
-            kinds[kind[1] if kind else re.sub(r"\d+", "N", reason)[:60]] += 1
+    for problem in index.problems:
+        _, _, reason = problem.partition(": ")
+        kind = re.match(r".+?: ([a-z_]+): ", reason)
+        kinds[kind[1] if kind else re.sub(r"\d+", "N", reason)[:60]] += 1
     return kinds.total(), kinds.most_common(limit)
 
 
