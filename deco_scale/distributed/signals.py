@@ -7,8 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""What schedulers send before they end a job."""
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # what schedulers send before they end a job
 
 
 class StopRequest:

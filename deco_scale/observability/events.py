@@ -16,8 +16,7 @@ from typing import Any, TypeGuard
 EVENTS = "events.jsonl"
 FAULTS = ("checkpoint_failed", "skip", "spike", "rollback", "corruption", "hang", "lost_rank")
 """Kinds that count as faults; an ``end`` with an exit code that is neither 0 nor :data:`REQUEUE` is one, too."""
-REQUEUE = 75
-"""Exit code of a run that was stopped, saved, and wants to go on (EX_TEMPFAIL)."""
+REQUEUE = 75  # exit code of a run that was stopped, saved, and wants to go on (EX_TEMPFAIL)
 
 FIELDS: dict[str, tuple[str, ...]] = {
     # Processes start: layout is an object, hosts a list of names, attempts count from 1.

@@ -28,12 +28,10 @@ from typing import Any, NamedTuple
 from deco_scale.observability.events import Event, is_number
 
 CLASSES = ("start", "compile", "step", "data_wait", "checkpoint_stall", "evaluation", "lost", "down")
-SILENT_S = 900.0
-"""Seconds without a line after which an attempt without an end is taken for dead."""
+SILENT_S = 900.0  # seconds without a line after which an attempt without an end is taken for dead
 
 _SECOND = 1_000_000
-_LOGGED = "metrics"
-"""Kind of the marks that are logged steps."""
+_LOGGED = "metrics"  # kind of the marks that are logged steps
 _SAVES = ("checkpoint", "checkpoint_failed", "export")
 _PROGRESS = (*_SAVES, _LOGGED, "first_step", "evaluation", "skip", "spike", "rollback", "straggler", "stop_signal")
 

@@ -10,8 +10,7 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
-MAX_PENDING_BYTES = 2**22
-"""Lines kept in memory while the disk is full; beyond it the oldest are lost."""
+MAX_PENDING_BYTES = 2**22  # lines kept in memory while the disk is full; beyond it the oldest are lost
 _MAX_LINE = 16 * 2**20
 
 

@@ -15,13 +15,10 @@ from deco_scale.yaml import load_yaml
 
 METRICS, QUARANTINE = "metrics.jsonl", "quarantine.jsonl"
 _MAX_CONFIG = 2**20
-_RECENT = 20
-"""Logged steps over which the time of a step is averaged."""
+_RECENT = 20  # logged steps over which the time of a step is averaged
 _SLOW_S = 0.1
-COMPLETE = "COMPLETE"
-"""The file of a checkpoint that is written last."""
-STEP = "step_"
-"""Prefix of a checkpoint's name."""
+COMPLETE = "COMPLETE"  # the file of a checkpoint that is written last
+STEP = "step_"  # prefix of a checkpoint's name
 _STEP = re.compile(rf"{STEP}(\d{{8,}})")
 
 

@@ -31,8 +31,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 TIMEOUT_S = 5.0
-MIN_INTERVAL_S = 60.0
-"""Shortest time between two alerts of one kind."""
+MIN_INTERVAL_S = 60.0  # shortest time between two alerts of one kind
 CAPACITY = 64
 CLOSE_S = 10.0
 _KINDS = ("stop_signal", "end", "straggler")

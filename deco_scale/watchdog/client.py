@@ -19,14 +19,13 @@ from deco_scale.watchdog.artifacts import FaultArtifacts, log_to_stderr
 from deco_scale.watchdog.config import WatchdogConfig
 from deco_scale.watchdog.heartbeat import HeartbeatPage, Phase
 from deco_scale.watchdog.process import DUMP_SIGNAL, ProcessIdentity
-from deco_scale.watchdog.protocol import LOCALHOST, Member
+from deco_scale.watchdog.protocol import LOCALHOST, Member, open_port
 
 _ROOT = Path(__file__).resolve().parents[2]
 _START_S = 75.0
 """A little longer than sidecars wait for each other, so that they can report who is missing."""
 _CLOSE_S = 12.0
-_ASLEEP_S = 30.0
-"""A sidecar that shows no life for this long, and for the watchdog's timeout, is lost."""
+_ASLEEP_S = 30.0  # a sidecar that shows no life for this long, and for the watchdog's timeout, is lost
 
 
 class Watchdog:
@@ -40,22 +39,9 @@ class Watchdog:
         # The handler runs without the interpreter's lock, in a thread that does not block the signal.
         faulthandler.register(DUMP_SIGNAL, file=self._dump, all_threads=True, chain=False)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [DUMP_SIGNAL])
-        self._pipe, self._sidecar_end = Pipe()
         self._problem = ""
+        self._port: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
-        self._try(self._start_sidecar)
-
-    def _start_sidecar(self) -> None:
-        paths = [str(_ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-        with self._sidecar_end as end:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "deco_scale.watchdog.sidecar", str(end.fileno())],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-                pass_fds=(self._page.descriptor, self._dump, end.fileno()),
-                start_new_session=True,
-            )
 
     def _try(self, work: Callable[[], Any]) -> Any:
         """Do it unless something failed before; a failure is recorded, to be shared with all ranks."""
@@ -83,41 +69,12 @@ class Watchdog:
         if cfg.timeout_s == 0:
             return NoWatchdog()
         watchdog = cls(cfg, rank=rank)
-
-        def configure(started: str, **offer: Any) -> Any:
-            settings = {
-                "me": watchdog._member(),
-                "page": watchdog._page.descriptor,
-                "dump": watchdog._dump,
-                "artifacts": FaultArtifacts(run_dir.absolute(), str(run_dir), started),
-                "webhook_env": webhook_env,
-            }
-            watchdog._pipe.send((settings, {"cfg": cfg, "world_size": world_size, **offer}))
-            return watchdog._answer()
-
-        def open_port() -> dict[str, Any]:
-            """Start the coordinator; returns what the others need to connect to it."""
-            host = os.environ.get("MASTER_ADDR") or LOCALHOST
-            offer: dict[str, Any] = {
-                "host": LOCALHOST if host in ("localhost", "::1") or host.startswith("127.") else host,
-                "token": secrets.token_hex(32),
-                "started": time.strftime("%Y%m%d_%H%M%S_") + f"{time.time_ns() // 10**6 % 1000:03d}",
-                "coordinator": watchdog._member(),
-            }
-            return {**offer, "port": configure(**offer)}
-
-        def join(offer: dict[str, Any]) -> None:
-            try:
-                configure(**offer)
-            except RunError as error:
-                raise RunError(f"{error}; rank 0's is at {offer['host']} port {offer['port']}") from error
-
         try:
-            offer = share(watchdog._try(open_port) if rank == 0 else None)
-            if rank == 0:
-                watchdog._try(watchdog._answer)
-            elif offer is not None:
-                watchdog._try(lambda: join(offer))
+            offer = share(watchdog._try(lambda: watchdog._offer(world_size)) if rank == 0 else None)
+            if offer is not None:
+                started, *where = offer
+                artifacts = FaultArtifacts(run_dir.absolute(), str(run_dir), started)
+                watchdog._try(lambda: watchdog._start_sidecar(artifacts, webhook_env, world_size, *where))
             problem = share(watchdog._problem) or watchdog._problem
         except BaseException:
             watchdog._kill()
@@ -157,24 +114,56 @@ class Watchdog:
         self._closed = True
         if self._process is not None:
             self._process.kill()
-            self._process.wait()
 
-    def _member(self) -> Member:
-        assert self._process is not None
+    def _offer(self, world_size: int) -> tuple[str, str, int, str]:
+        """Rank 0: open the port for other sidecars. When the job started, host, port and token to connect with."""
+        host, port = os.environ.get("MASTER_ADDR") or LOCALHOST, 0
+        if host in ("localhost", "::1") or host.startswith("127."):
+            host = LOCALHOST
+        if world_size > 1:
+            self._port = open_port(host)
+            port = int(self._port.getsockname()[1])
+        started = time.strftime("%Y%m%d_%H%M%S_") + f"{time.time_ns() // 10**6 % 1000:03d}"
+        return started, host, port, secrets.token_hex(32)
+
+    def _start_sidecar(
+        self, artifacts: FaultArtifacts, webhook_env: str | None, world_size: int, host: str, port: int, token: str
+    ) -> None:
+        paths = [str(_ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+        self._pipe, end = Pipe()
+        inherited = [self._page.descriptor, self._dump, end.fileno()]
+        if self._port is not None:
+            inherited.append(self._port.fileno())
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "deco_scale.watchdog.sidecar", str(end.fileno())],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+            pass_fds=inherited,
+            start_new_session=True,
+        )
+        end.close()
         trainer, sidecar = map(ProcessIdentity.of, (os.getpid(), self._process.pid))
-        return Member(self._rank, socket.gethostname(), trainer, sidecar)
-
-    def _answer(self) -> Any:
-        """The sidecar's next answer; raises :class:`RunError` with its error, or if there is none."""
-        assert self._process is not None
+        settings = {
+            "me": Member(self._rank, socket.gethostname(), trainer, sidecar),
+            "page": self._page.descriptor,
+            "dump": self._dump,
+            "artifacts": artifacts,
+            "webhook_env": webhook_env,
+        }
+        descriptor = None if self._port is None else self._port.fileno()
+        self._pipe.send((settings, (self._cfg, world_size, descriptor, host, port, token)))
+        if self._port is not None:
+            self._port.close()
+        answer: Any = RunError(f"no answer within {_START_S:g} s")
         try:
-            answered = self._pipe.poll(_START_S)
-            answer = self._pipe.recv() if answered else RunError(f"no answer within {_START_S:g} s")
+            if self._pipe.poll(_START_S):
+                answer = self._pipe.recv()
         except (EOFError, OSError):
             answer = RunError(f"its process exited with code {self._process.wait()}")
         if isinstance(answer, RunError):
-            raise RunError(f"the sidecar of rank {self._rank}: {answer}")
-        return answer
+            at = f"; rank 0's is at {host} port {port}" if self._rank else ""
+            raise RunError(f"the sidecar of rank {self._rank}: {answer}{at}")
 
     def _watch_sidecar(self) -> None:
         """Thread: exit with the code that the sidecar says, or if it is lost: nobody watches this rank then, and

@@ -11,6 +11,7 @@ import time
 from asyncio import StreamReader, StreamWriter
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import asdict
 from typing import Any
 
 from deco_scale.watchdog.config import WatchdogConfig
@@ -26,10 +27,7 @@ LINGER_S = 5.0
 
 
 class Coordinator:
-    """Listens on :attr:`port` for the sidecars of ranks 1 to ``world_size`` - 1; for one rank there is no port.
-
-    ``clock`` is that of the diagnosis.
-    """
+    """Listens for the sidecars of ranks 1 to ``world_size`` - 1; ``clock`` is that of the diagnosis."""
 
     def __init__(
         self, cfg: WatchdogConfig, me: Member, *, world_size: int, token: str, clock: Callable[[], float]
@@ -42,20 +40,24 @@ class Coordinator:
         self._stacks: dict[int, str] = {}
         self._ordered = False
         self._server: asyncio.Server | None = None
-        self.port = 0
 
-    async def listen(self, *, local: bool) -> None:
-        """Open the port; ``local``: all ranks are on this machine, and only the loopback interface is used."""
-        if self._world_size == 1:
+    async def listen(self, descriptor: int | None, seconds: float) -> None:
+        """Wait at a socket for the sidecars of all ranks; raises ``TimeoutError`` naming missing ones."""
+        if descriptor is None:
             return
         # One connection per rank; the usual soft limit is 1024.
         with suppress(OSError, ValueError):
             hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
-        sock = _bind(local)
-        self.port = int(sock.getsockname()[1])
+        sock = socket.socket(fileno=descriptor)
         self._server = await asyncio.start_server(self._serve, sock=sock, limit=MAX_LINE, backlog=4096)
         self._alive = asyncio.create_task(self._say_alive())
+        deadline = time.monotonic() + seconds
+        while self.missing:
+            await asyncio.sleep(0.05)
+            if time.monotonic() > deadline and self.missing:
+                missing = ", ".join(map(str, self.missing[:20]))
+                raise TimeoutError(f"the sidecars of ranks {missing} did not connect within {seconds:g} s")
 
     @property
     def missing(self) -> list[int]:
@@ -139,7 +141,7 @@ class Coordinator:
         del self._strangers[writer]
         self._members[member.rank], self._writers[member.rank] = member, writer
         self._diagnosis.update(self._clock(), RankReport(rank=member.rank))
-        send(writer, {"welcome": True})
+        send(writer, {"welcome": asdict(self._me)})
         return member.rank
 
     def _handle(self, rank: int, message: dict[str, Any]) -> None:
@@ -158,12 +160,3 @@ class Coordinator:
     def _send_all(self, message: dict[str, Any]) -> None:
         for writer in self._writers.values():
             send(writer, message)
-
-
-def _bind(local: bool) -> socket.socket:
-    if local:
-        return socket.create_server(("127.0.0.1", 0))
-    if socket.has_dualstack_ipv6():
-        with suppress(OSError):  # a kernel with IPv6 switched off
-            return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
-    return socket.create_server(("", 0))

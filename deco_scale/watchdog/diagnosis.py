@@ -23,12 +23,9 @@ from deco_scale.watchdog.config import WatchdogConfig
 from deco_scale.watchdog.heartbeat import Phase
 
 SETTLE_S = 1.0
-GRACE_S = 5.0
-"""How long the other ranks may take to exit by themselves after one reported an error."""
-MIN_SILENCE_S = 5.0
-"""A sidecar may always be silent for this long, however short the watchdog's timeout."""
-NO_FAULT = (0, 75)
-"""Exit codes of a run that is done, or was stopped and saved."""
+GRACE_S = 5.0  # how long the other ranks may take to exit by themselves after one reported an error
+MIN_SILENCE_S = 5.0  # a sidecar may always be silent for this long, however short the watchdog's timeout
+NO_FAULT = (0, 75)  # exit codes of a run that is done, or was stopped and saved
 EXITED, STOPPED, SIDECAR_LOST, NO_PROGRESS, ERROR, UNCERTAIN_ERROR = range(1, 7)
 CONNECTION_LOST = "is lost: the connection to its sidecar is closed"
 
@@ -121,8 +118,7 @@ class _Rank:
         return Fault("hang", report.rank, how)
 
 
-_Sign = tuple[tuple[float, ...], Fault]
-"""A fault with its order among the possible causes."""
+_Sign = tuple[tuple[float, ...], Fault]  # a fault with its order among the possible causes
 
 
 class Diagnosis:

@@ -12,8 +12,7 @@ from typing import Any, Literal, get_args
 Phase = Literal["start", "step", "long_op"]
 """Start-up; a step or a wait for data; what may take long (a first step, checkpoints, samples, evaluation)."""
 PHASES: tuple[Phase, ...] = get_args(Phase)
-MAX_REASON = 2000
-"""Characters of an error's reason."""
+MAX_REASON = 2000  # characters of an error's reason
 _REASON_BYTES = 4 * MAX_REASON
 
 

@@ -18,11 +18,8 @@ class Peer:
     ``clock`` is that of the diagnosis, which has only this rank and the coordinator's.
     """
 
-    def __init__(
-        self, cfg: WatchdogConfig, me: Member, coordinator: Member, *, clock: Callable[[], float]
-    ) -> None:
-        self._cfg, self._me, self._coordinator, self._clock = cfg, me, coordinator, clock
-        self._diagnosis = Diagnosis([me.rank, coordinator.rank], cfg, now=clock())
+    def __init__(self, cfg: WatchdogConfig, me: Member, *, clock: Callable[[], float]) -> None:
+        self._cfg, self._me, self._clock = cfg, me, clock
         self._writer: StreamWriter | None = None
         self._order: TerminateOrder | None = None
         self._reported_at = float("-inf")
@@ -43,9 +40,11 @@ class Peer:
         send(writer, {"token": token, "member": asdict(self._me)})
         try:
             async with asyncio.timeout(max(0.1, deadline - time.monotonic())):
-                await receive(reader)
+                self._coordinator: Member = parse(Member, (await receive(reader))["welcome"])
         except BROKEN:
             raise ConnectionError("the coordinator refused the connection or answered too late") from None
+        ranks = [self._me.rank, self._coordinator.rank]
+        self._diagnosis = Diagnosis(ranks, self._cfg, now=self._clock())
         self._writer, self._task = writer, asyncio.create_task(self._listen(reader))
 
     async def _listen(self, reader: StreamReader) -> None:

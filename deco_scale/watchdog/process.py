@@ -11,8 +11,7 @@ from pathlib import Path
 import psutil
 
 DUMP_SIGNAL = signal.SIGUSR2
-DUMP_S = 1.5
-"""How long a dump may take."""
+DUMP_S = 1.5  # how long a dump may take
 _MAX_DUMP = 1 << 20
 _FRAME = re.compile(r'^  File "(.*)", line (\d+) in (.*)$')
 

@@ -1,8 +1,10 @@
 """What sidecars of different ranks send each other: JSON objects, one per line, over asyncio's streams."""
 
 import json
+import socket
 from asyncio import StreamReader, StreamWriter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from typing import Any, Literal, get_args, get_origin
 
@@ -10,13 +12,21 @@ from deco_scale.watchdog.diagnosis import Fault, RankReport
 from deco_scale.watchdog.process import ProcessIdentity
 
 LOCALHOST = "127.0.0.1"
-MAX_LINE = 64 * 1024
-"""Bytes of the longest line accepted: neither side can fill the other's memory."""
-MAX_STACK = 2000
-"""Characters of the innermost frames."""
+MAX_LINE = 64 * 1024  # bytes of the longest line accepted: neither side can fill the other's memory
+MAX_STACK = 2000  # characters of the innermost frames
 BROKEN = (OSError, KeyError, TypeError, ValueError, OverflowError, RecursionError)
 """Errors that receiving and parsing a message raises: the connection has ended, or what came is no message."""
 _MAX_UNSENT = 2**20
+
+
+def open_port(host: str) -> socket.socket:
+    """A port for the sidecars of all ranks, on the loopback interface where ``host`` is :data:`LOCALHOST`."""
+    if host == LOCALHOST:
+        return socket.create_server((host, 0))
+    if socket.has_dualstack_ipv6():
+        with suppress(OSError):  # a kernel with IPv6 switched off
+            return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
+    return socket.create_server(("", 0))
 
 
 async def receive(reader: StreamReader) -> dict[str, Any]:

@@ -23,15 +23,12 @@ from deco_scale.watchdog.diagnosis import NO_FAULT, RankReport
 from deco_scale.watchdog.heartbeat import HeartbeatPage
 from deco_scale.watchdog.peer import Peer
 from deco_scale.watchdog.process import TrainerProcess, innermost_frames
-from deco_scale.watchdog.protocol import LOCALHOST, Member, TerminateOrder
+from deco_scale.watchdog.protocol import Member, TerminateOrder
 
 TICK_S = 0.1
-LAST_S = 8.0
-"""How long it may outlive the trainer, whatever happens."""
-START_S = 60.0
-"""How long all sidecars together may take to connect."""
-LINGER_S = 4.0
-"""How long it waits for the others and for the alert after it has killed its trainer."""
+LAST_S = 8.0  # how long it may outlive the trainer, whatever happens
+START_S = 60.0  # how long all sidecars together may take to connect
+LINGER_S = 4.0  # how long it waits for the others and for the alert after it has killed its trainer
 _CHILDREN_S = 2.0
 _IGNORED = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGTSTP", "SIGTTIN", "SIGTTOU", "SIGPIPE")
 
@@ -54,43 +51,28 @@ class Sidecar:
         self._children_at = 0.0
 
     async def run(
-        self,
-        cfg: WatchdogConfig,
-        *,
-        world_size: int,
-        coordinator: Member,
-        host: str,
-        token: str,
-        port: int | None = None,
+        self, cfg: WatchdogConfig, world_size: int, descriptor: int | None, host: str, port: int, token: str
     ) -> int:
-        """Join the other sidecars, then watch; returns the exit code. Without a port, open it for the others."""
+        """Join the other sidecars, then watch; returns the exit code. ``descriptor`` is rank 0's, of its port."""
         link: Coordinator | Peer
+        if self._me.rank == 0:
+            link = Coordinator(cfg, self._me, world_size=world_size, token=token, clock=self.now)
+            joining = asyncio.create_task(link.listen(descriptor, START_S))
+        else:
+            link = Peer(cfg, self._me, clock=self.now)
+            joining = asyncio.create_task(link.connect(host, port, token, START_S))
         try:
-            if port is None:
-                link = Coordinator(cfg, self._me, world_size=world_size, token=token, clock=self.now)
-                await link.listen(local=host == LOCALHOST)
-                self._answer(link.port)
-                await self._gather(link)
-            else:
-                link = Peer(cfg, self._me, coordinator, clock=self.now)
-                await link.connect(host, port, token, START_S)
+            while not joining.done():
+                await asyncio.wait([joining], timeout=TICK_S)
+                if self._trainer.gone:
+                    raise ConnectionError("the trainer is gone")
+            joining.result()
         except OSError as error:
             self._answer(RunError(str(error)))
             return 1
         self._answer("ready")
         await self._watch(link)
         return 0
-
-    async def _gather(self, link: Coordinator) -> None:
-        """Wait for the sidecars of all ranks; raises ``OSError`` naming those that are missing."""
-        deadline = time.monotonic() + START_S
-        while link.missing:
-            await asyncio.sleep(TICK_S)
-            if time.monotonic() > deadline and link.missing:
-                missing = ", ".join(map(str, link.missing[:20]))
-                raise TimeoutError(f"the sidecars of ranks {missing} did not connect within {START_S:g} s")
-            if self._trainer.gone:
-                raise ConnectionError("the trainer is gone")
 
     def _answer(self, answer: object) -> None:
         """Tell the trainer, which may be gone."""
@@ -201,7 +183,7 @@ def main() -> int:
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
     pipe: Any = Connection(int(sys.argv[1]))
     settings, job = pipe.recv()
-    return asyncio.run(Sidecar(pipe, **settings).run(**job))
+    return asyncio.run(Sidecar(pipe, **settings).run(*job))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from deco_scale.watchdog.coordinator import LINGER_S, Coordinator
 from deco_scale.watchdog.diagnosis import GRACE_S, SETTLE_S, Diagnosis, Fault, RankReport
 from deco_scale.watchdog.peer import Peer
 from deco_scale.watchdog.process import ProcessIdentity
-from deco_scale.watchdog.protocol import Member, TerminateOrder
+from deco_scale.watchdog.protocol import LOCALHOST, Member, TerminateOrder, open_port
 
 CFG = WatchdogConfig(timeout_s=20.0, slow_timeout_s=3600.0)
 
@@ -91,16 +91,13 @@ class Job:
         self.coordinator = Coordinator(
             CFG, self.members[0], world_size=world_size, token="token", clock=lambda: self.now
         )
-        self.peers = {
-            rank: Peer(CFG, self.members[rank], self.members[0], clock=lambda: self.now)
-            for rank in range(1, world_size)
-        }
+        self.peers = {rank: Peer(CFG, self.members[rank], clock=lambda: self.now) for rank in range(1, world_size)}
 
     async def connect(self) -> None:
-        await self.coordinator.listen(local=True)
-        port = self.coordinator.port
-        await asyncio.gather(*(peer.connect("127.0.0.1", port, "token", 5.0) for peer in self.peers.values()))
-        assert not self.coordinator.missing
+        server = open_port(LOCALHOST)
+        port = server.getsockname()[1]
+        connecting = [peer.connect(LOCALHOST, port, "token", 5.0) for peer in self.peers.values()]
+        await asyncio.gather(self.coordinator.listen(server.detach(), 5.0), *connecting)
 
     def run(self, start: float, seconds: float, **reports: dict[str, Any]) -> TerminateOrder | None:
         """The first order; ``rank_1={...}`` is what a rank reports, other peers are healthy."""
@@ -134,6 +131,13 @@ def job_of(world_size: int, *, connect: bool = True) -> Iterator[Job]:
         for peer in job.peers.values():
             runner.run(peer.close())
         runner.run(job.coordinator.close())
+
+
+def test_a_sidecar_that_never_connects_is_named() -> None:
+    with job_of(3, connect=False) as job:
+        with pytest.raises(TimeoutError, match="the sidecars of ranks 1, 2 did not connect within 0.2 s"):
+            job.runner.run(job.coordinator.listen(open_port(LOCALHOST).detach(), 0.2))
+        job.peers.clear()
 
 
 def test_nothing_is_decided_before_all_sidecars_connected() -> None:

@@ -19,7 +19,17 @@ from deco_scale.watchdog.diagnosis import Fault, RankReport
 from deco_scale.watchdog.heartbeat import HeartbeatPage
 from deco_scale.watchdog.peer import Peer
 from deco_scale.watchdog.process import ProcessIdentity, innermost_frames
-from deco_scale.watchdog.protocol import BROKEN, MAX_LINE, Member, TerminateOrder, parse, receive, send
+from deco_scale.watchdog.protocol import (
+    BROKEN,
+    LOCALHOST,
+    MAX_LINE,
+    Member,
+    TerminateOrder,
+    open_port,
+    parse,
+    receive,
+    send,
+)
 
 CFG = WatchdogConfig(timeout_s=300.0, slow_timeout_s=3600.0)
 
@@ -71,8 +81,8 @@ async def received(data: bytes) -> list[Any]:
 )
 def test_what_is_no_message_closes_the_connection(data: bytes) -> None:
     async def said() -> list[Any]:
-        async with a_coordinator("right") as coordinator:
-            reader, writer = await asyncio.open_connection("127.0.0.1", coordinator.port)
+        async with a_coordinator("right") as (coordinator, port):
+            reader, writer = await asyncio.open_connection(LOCALHOST, port)
             hello = json.dumps({"token": "right", "member": asdict(MEMBERS[1])}).encode()
             writer.write(hello + b"\n" + data + b"\n")
             with suppress(ConnectionError):
@@ -101,17 +111,21 @@ MEMBERS = [Member(rank, f"node{rank}", ME, ME) for rank in range(3)]
 
 
 @asynccontextmanager
-async def a_coordinator(token: str) -> AsyncIterator[Coordinator]:
+async def a_coordinator(token: str) -> AsyncIterator[tuple[Coordinator, int]]:
+    """A coordinator that waits for rank 1, and its port."""
     coordinator = Coordinator(CFG, MEMBERS[0], world_size=2, token=token, clock=lambda: 0.0)
-    await coordinator.listen(local=True)
-    yield coordinator
+    server = open_port(LOCALHOST)
+    port = server.getsockname()[1]
+    listening = asyncio.create_task(coordinator.listen(server.detach(), 30.0))
+    yield coordinator, port
+    await listening
     await coordinator.close()
 
 
 def test_only_the_token_lets_a_rank_in_and_only_once() -> None:
     async def try_all() -> int:
         entered = False
-        async with a_coordinator("right") as coordinator:
+        async with a_coordinator("right") as (coordinator, port):
             for token, member, welcome in (
                 ("wrong", MEMBERS[1], False),
                 ("", MEMBERS[1], False),
@@ -120,17 +134,17 @@ def test_only_the_token_lets_a_rank_in_and_only_once() -> None:
                 ("right", MEMBERS[1], True),
                 ("right", MEMBERS[1], False),
             ):
-                reader, writer = await asyncio.open_connection("127.0.0.1", coordinator.port)
+                reader, writer = await asyncio.open_connection(LOCALHOST, port)
                 writer.write(json.dumps({"token": token, "member": asdict(member)}).encode() + b"\n")
                 said = await asyncio.wait_for(reader.readline(), 5)
-                assert (said == b'{"welcome": true}\n') == welcome and (welcome or said == b"")
+                assert said.startswith(b'{"welcome": {"rank": 0, ') == welcome and (welcome or said == b"")
                 entered = entered or welcome
                 assert coordinator.missing == ([] if entered else [1])
                 writer.close()
-            return coordinator.port
+            return port
 
     with pytest.raises(ConnectionRefusedError):
-        socket.create_connection(("127.0.0.1", asyncio.run(try_all())))
+        socket.create_connection((LOCALHOST, asyncio.run(try_all())))
 
 
 @pytest.mark.parametrize("leaves", [False, True])
@@ -139,10 +153,10 @@ def test_a_peer_decides_alone_once_the_coordinator_is_lost_or_has_left(leaves: b
 
     async def orders() -> list[TerminateOrder]:
         nonlocal now
-        async with a_coordinator("right") as coordinator:
+        async with a_coordinator("right") as (coordinator, port):
             found: list[TerminateOrder] = []
-            peer = Peer(CFG, MEMBERS[1], MEMBERS[0], clock=lambda: now)
-            await peer.connect("127.0.0.1", coordinator.port, "right", 5.0)
+            peer = Peer(CFG, MEMBERS[1], clock=lambda: now)
+            await peer.connect(LOCALHOST, port, "right", 5.0)
             if leaves:
                 await coordinator.close()
             else:
@@ -166,9 +180,9 @@ def test_a_silent_coordinator_is_lost() -> None:
 
     async def order() -> TerminateOrder | None:
         nonlocal now
-        async with a_coordinator("right") as coordinator:
-            peer = Peer(CFG, MEMBERS[1], MEMBERS[0], clock=lambda: now)
-            await peer.connect("127.0.0.1", coordinator.port, "right", 5.0)
+        async with a_coordinator("right") as (coordinator, port):
+            peer = Peer(CFG, MEMBERS[1], clock=lambda: now)
+            await peer.connect(LOCALHOST, port, "right", 5.0)
             report = RankReport(rank=1, phase="step", step=3)
             now = CFG.timeout_s - 1
             assert peer.tick(report) is None
