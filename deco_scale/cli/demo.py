@@ -107,15 +107,16 @@ def _serve(application: Any, host: str, port: int, console: Console) -> None:
 
     from deco_scale.demo_app.limits import is_loopback
 
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    address, both = (host.strip("[]"), port), family == socket.AF_INET6
+    host = host.strip("[]")
+    ipv6 = ":" in host
+    family = socket.AF_INET6 if ipv6 else socket.AF_INET
     try:
-        listener = socket.create_server(address, family=family, backlog=_CONNECTIONS, dualstack_ipv6=both)
+        listener = socket.create_server((host, port), family=family, backlog=_CONNECTIONS, dualstack_ipv6=ipv6)
     except (OSError, OverflowError) as error:
         raise RunError(f"--host {host} --port {port}: {error}") from error
     if not is_loopback(host):
         logger.warning("%s can be reached from other machines, and the page has no login", host)
-    name = f"[{host}]" if ":" in host else host
+    name = f"[{host}]" if ipv6 else host
     print_line(console, f"page at http://{name}:{listener.getsockname()[1]}/, press Ctrl-C to stop")
     server = uvicorn.Server(
         uvicorn.Config(

@@ -12,7 +12,7 @@ from deco_scale.models import ModelConfig
 from deco_scale.parallel.config import ParallelConfig
 from deco_scale.planning.flops import IMAGE_ENCODER_DIM, Workload
 from deco_scale.planning.forecast import forecast_stage
-from deco_scale.planning.hardware import Ceiling, Device, gpu_device, gpu_named, measured_device
+from deco_scale.planning.hardware import Ceiling, Device, cpu_device, gpu_device, gpu_named
 from deco_scale.training.config import StageConfig
 
 
@@ -20,13 +20,16 @@ from deco_scale.training.config import StageConfig
 class Measured:
     """One result file: what ran where, and what it took.
 
-    ``peak_memory_bytes`` is what PyTorch allocated on a GPU, or a process's largest resident set, of which
-    ``memory_before_bytes`` was there before the model. ``encoders``: it had encoders, which the prediction leaves
-    out.
+    ``gpu`` is the key of the hardware table, None for a CPU or an unknown GPU; ``device`` has the ``ceiling`` that
+    was measured beside it. ``peak_memory_bytes`` is what PyTorch allocated on a GPU, or a process's largest resident
+    set, of which ``memory_before_bytes`` was there before the model. ``encoders``: there were some, which the
+    prediction leaves out.
     """
 
     file: str
     device_name: str
+    gpu: str | None
+    device: Device
     work: Workload
     parallel: ParallelConfig
     world: int
@@ -36,17 +39,6 @@ class Measured:
     memory_before_bytes: float
     ceiling: Ceiling
     encoders: bool
-
-    @property
-    def gpu(self) -> str | None:
-        """Key of the hardware table, None for a CPU or an unknown GPU."""
-        return gpu_named(self.device_name)
-
-    def device(self) -> Device:
-        """What it ran on, by the ceilings that were measured beside it."""
-        if self.gpu is None:
-            return measured_device(self.device_name, self.ceiling)
-        return gpu_device(self.gpu, compute=self.work.compute, measured=[self.ceiling])
 
 
 class Comparison(NamedTuple):
@@ -104,8 +96,8 @@ def _parse(file: str, raw: dict[str, Any]) -> Measured:
     if math.prod(sizes.values()) != world:
         raise ValueError(f"layout={raw['layout']} is not world={world}")
     batch = micro * _count(raw, "accumulation") * world // sizes["tp"]
-    name = str(raw["config"])
-    stage = StageConfig(name=name, resolution=resolution, steps=1, global_batch=batch, micro_batch=micro, lr=0.0)
+    config = str(raw["config"])
+    stage = StageConfig(name=config, resolution=resolution, steps=1, global_batch=batch, micro_batch=micro, lr=0.0)
     work = Workload(
         model=ModelConfig(**raw["model"]),
         compute=raw["compute"],
@@ -121,9 +113,14 @@ def _parse(file: str, raw: dict[str, Any]) -> Measured:
         activation_checkpointing=raw["activation_checkpointing"],
         **sizes,
     )
+    ceiling = Ceiling(_positive(raw, "gemm_tflops_per_s") * 1e12, _positive(raw, "copy_gb_per_s") * 1e9, file)
+    name = str(raw["device"])
+    gpu = gpu_named(name)
     return Measured(
         file=file,
-        device_name=str(raw["device"]),
+        device_name=name,
+        gpu=gpu,
+        device=gpu_device(gpu, compute=work.compute, measured=[ceiling]) if gpu else cpu_device(name, ceiling),
         work=work,
         parallel=parallel,
         world=world,
@@ -131,11 +128,7 @@ def _parse(file: str, raw: dict[str, Any]) -> Measured:
         step_s=_positive(raw, "step_s"),
         peak_memory_bytes=_positive(raw, "peak_memory_bytes"),
         memory_before_bytes=float(raw.get("memory_before_bytes", 0)),
-        ceiling=Ceiling(
-            gemm_flops=_positive(raw, "gemm_tflops_per_s") * 1e12,
-            copy_bytes_per_s=_positive(raw, "copy_gb_per_s") * 1e9,
-            source=file,
-        ),
+        ceiling=ceiling,
         encoders=bool(raw.get("encoders")),
     )
 
@@ -148,6 +141,6 @@ def ceilings_of(measured: Sequence[Measured], gpu: str, compute: str) -> list[Ce
 
 def compare(m: Measured) -> Comparison:
     """Prediction beside measurement; memory without the reserve, which is no part of what was measured."""
-    forecast = forecast_stage(m.work, m.stage, m.parallel, m.device(), gpus=m.world)
+    forecast = forecast_stage(m.work, m.stage, m.parallel, m.device, gpus=m.world)
     step_s, memory = forecast.step_s, forecast.memory_bytes - forecast.memory["reserve"] + m.memory_before_bytes
     return Comparison(m, step_s, memory, step_s / m.step_s - 1, memory / m.peak_memory_bytes - 1)

@@ -130,7 +130,7 @@ def gpu_device(
     )
 
 
-def measured_device(name: str, ceiling: Ceiling) -> Device:
+def cpu_device(name: str, ceiling: Ceiling) -> Device:
     """A device that is in no table, a CPU: its own measured ceilings; processes talk through memory."""
     gemm, copy, _ = ceiling
     return Device(

@@ -34,7 +34,7 @@ class Page(NamedTuple):
 def serve(checkpoint: Path, temporary: Path, *arguments: str) -> Page:
     """``deco demo`` on a free port; returns when it listens."""
     temporary.mkdir()
-    command = [sys.executable, "-m", "deco_scale.cli.main", "demo", "--checkpoint", str(checkpoint), "--port", "0"]
+    command = [sys.executable, "-m", "deco_scale.cli", "demo", "--checkpoint", str(checkpoint), "--port", "0"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(temporary), "PYTHONUNBUFFERED": "1"}
     process = psutil.Popen(
         [*command, *arguments],

@@ -74,7 +74,7 @@ def test_a_cpu_file_is_predicted_by_its_own_ceilings(tmp_path: Path) -> None:
     found, fast = (compare(m) for m in read_results(tmp_path)[0])
     assert 1 < found.step_s / fast.step_s <= 2
     assert found.memory_bytes == fast.memory_bytes > 2**29
-    assert found.measured.device().peak_flops is None
+    assert found.measured.device.peak_flops is None
 
 
 @pytest.mark.parametrize(
