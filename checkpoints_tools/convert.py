@@ -38,6 +38,7 @@ from checkpoints_tools.formats.tensor_files import (
     settings_crc,
     write_safetensors,
 )
+from checkpoints_tools.formats.zero.side_file import Progress
 from checkpoints_tools.infer_config import check_fits_fp32, release_shapes
 from checkpoints_tools.registry import DIFFUSERS_WEIGHTS, PIPELINE, TRANSFORMER
 from data_pipeline.storage.files import SAVING, make_durable
@@ -94,7 +95,7 @@ def plan_import(
     cfg = config or bare_config(source, resolution=resolution, text_encoder=text_encoder)
     facts = {str(k): v for k, v in source.facts.items() if isinstance(v, int | str) and len(str(v)) < 200}
     state = {"imported_from": source.path.name, "format": source.format, "facts": facts}
-    meta = new_meta(cfg, state, stage=STAGE)
+    meta = new_meta(cfg, STAGE, state)
 
     def read(name: str) -> Tensor:
         return source.read(origin[name])
@@ -104,18 +105,12 @@ def plan_import(
 
 
 def new_meta(
-    cfg: RunConfig,
-    data_state: dict[str, Any],
-    *,
-    stage: str,
-    step: int = 0,
-    samples: int = 0,
-    optimizer_steps: int = 0,
+    cfg: RunConfig, stage: str, data_state: dict[str, Any], progress: Progress = Progress(0, 0, 0)
 ) -> CheckpointMeta:
-    """Progress and configuration of a checkpoint that a source without a configuration becomes."""
+    """What ``meta.json`` holds where the source has no configuration of its own."""
     return CheckpointMeta(
-        step=step, stage=stage, samples=samples, seed=cfg.run.seed, optimizer_steps=optimizer_steps,
-        data_state=data_state, parameter_digest="", config=json.loads(json.dumps(dataclasses.asdict(cfg))),
+        stage=stage, seed=cfg.run.seed, data_state=data_state, parameter_digest="",
+        config=json.loads(json.dumps(dataclasses.asdict(cfg))), **dataclasses.asdict(progress),
     )  # fmt: skip
 
 

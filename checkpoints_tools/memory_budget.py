@@ -3,7 +3,7 @@
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -64,20 +64,13 @@ class MemoryBudget:
 
 def in_threads(work: Callable[[Item], None], items: Sequence[Item], workers: int) -> None:
     """Call ``work`` for each item; after an error the remaining items are not started, and it is raised."""
-    failed = threading.Event()
-
-    def one(item: Item) -> None:
-        if failed.is_set():
-            return
-        try:
-            work(item)
-        except BaseException:
-            failed.set()
-            raise
-
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        for future in [pool.submit(one, item) for item in items]:
-            future.result()
+        try:
+            for done in as_completed([pool.submit(work, item) for item in items]):
+                done.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def sync_files(items: Sequence[Path | int]) -> None:

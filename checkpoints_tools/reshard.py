@@ -1,6 +1,5 @@
 """Converting a checkpoint between canonical folders and DeepSpeed's native and universal ones, bit-exactly."""
 
-import dataclasses
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -166,7 +165,7 @@ def _meta_of(
     ends = [sum(s.steps for s in cfg.stages[: i + 1]) for i in range(len(cfg.stages))]
     stage = next((s for s, end in zip(cfg.stages, ends, strict=True) if step < end), cfg.stages[-1])
     state = {"resharded_from": source.path.name, "format": source.format}
-    meta = new_meta(cfg, state, stage=stage.name, **dataclasses.asdict(source.progress))
+    meta = new_meta(cfg, stage.name, state, source.progress)
     origin = "that of --config" if config is not None else "one that has what sampling needs"
     return meta, [f"the data position is unknown; the stored configuration is {origin}"]
 

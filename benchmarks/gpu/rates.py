@@ -164,7 +164,7 @@ def saving(where: Where) -> Found:
                 raise CheckFailed(saved.error)
             numbers |= {f"stall_{step}_s": saved.stall_s, f"total_{step}_s": saved.total_s}
             where.write(f"save_{step}", numbers)
-        where_saved = checkpoints.resolve("auto")
+        where_saved = checkpoints.complete()[0][1]
         assert isinstance(where_saved, Path)
         stored = read_tensors(where_saved, "ema.")
         expected = {n.removeprefix("ema."): t.cpu() for n, t in state.tensors.items() if n.startswith("ema.")}

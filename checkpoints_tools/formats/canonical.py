@@ -51,7 +51,7 @@ class CanonicalReader:
     format = "canonical"
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.facts = path, dict[str, Any]()
         self.meta: CheckpointMeta = read_meta(path)
         # As long as this reader exists, a run that saves beside it does not delete the folder.
         self._lock = ExitStack()
@@ -64,10 +64,6 @@ class CanonicalReader:
         unknown = [n for n in self.specs if n.split(".")[0] not in SETS]
         if unknown:
             raise ConfigError(f"{path / METADATA}: {unknown[0]} is none of {', '.join(SETS)}")
-
-    @property
-    def facts(self) -> Mapping[str, Any]:
-        return {}
 
     @cached_property
     def model(self) -> ModelConfig:

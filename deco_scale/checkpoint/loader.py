@@ -25,7 +25,7 @@ from deco_scale.checkpoint.format import (
     verify,
 )
 from deco_scale.checkpoint.staging import local_part
-from deco_scale.checkpoint.storage import ObjectFetcher, scratch_folder
+from deco_scale.checkpoint.storage import READING, ObjectFetcher
 from deco_scale.distributed.collectives import raise_together
 from deco_scale.errors import ConfigError, RunError
 from deco_scale.parallel.engines.base import EMA_PREFIX, Engine
@@ -56,13 +56,14 @@ def open_checkpoint(path: Path | str, scratch: Path) -> Iterator[OpenCheckpoint]
             raise_together(lambda: verify(path, rank=dist.get_rank(), world=dist.get_world_size()))
             yield OpenCheckpoint(str(path), path, lambda name: None)
         return
+    folder = scratch / f"{READING}{path.rstrip('/').rpartition('/')[2]}"
     try:
-        fetcher = raise_together(lambda: ObjectFetcher(path, scratch))
-        yield OpenCheckpoint(path, fetcher.folder, fetcher.fetch)
+        fetcher = raise_together(lambda: ObjectFetcher(path, folder))
+        yield OpenCheckpoint(path, folder, fetcher.fetch)
         # Ranks of a node share the folder.
         dist.barrier()
     finally:
-        shutil.rmtree(scratch_folder(path, scratch), ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def load(engine: Engine, source: OpenCheckpoint) -> CheckpointMeta:

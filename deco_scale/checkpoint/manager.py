@@ -61,7 +61,7 @@ class CheckpointManager:
     """
 
     def __init__(self, folder: Path, cfg: CheckpointConfig) -> None:
-        self._folder, self._cfg = folder, cfg
+        self._folder, self._exports, self._cfg = folder, folder.parent / "exports", cfg
         self._local = LocalStorage(folder)
         self._remote: ObjectStorage | None = None
         self._stager = Stager()
@@ -175,11 +175,9 @@ class CheckpointManager:
         return sorted(paths, key=lambda entry: entry[0], reverse=True)
 
     def resolve(self, resume: str) -> Path | str | None:
-        """The checkpoint for ``auto`` (newest complete), ``none``, or the name of a complete folder or URL."""
+        """The checkpoint for ``none``, or for the name of a complete folder or URL."""
         if resume == "none":
             return None
-        if resume == "auto":
-            return next((path for _, path in self.complete()), None)
         if "://" in resume:
             return resume
         path = Path(resume)
@@ -263,10 +261,6 @@ class CheckpointManager:
         if self._remote is None:
             self._remote = ObjectStorage(self._cfg.url)
         return self._remote
-
-    @property
-    def _exports(self) -> Path:
-        return self._folder.parent / "exports"
 
     def _export(self, snapshot: Snapshot, meta: CheckpointMeta) -> Path | str:
         """Write the EMA to the run's ``exports``, and move it to the URL if set; after an error it stays there."""

@@ -149,36 +149,36 @@ CheckpointStorage = LocalStorage | ObjectStorage
 
 
 class ObjectFetcher:
-    """Downloads files of a checkpoint in an object store to a scratch folder, each once, and verifies them.
+    """Downloads files of a checkpoint in an object store to a scratch ``folder``, each once, and verifies them.
 
-    ``COMPLETE``, ``meta.json`` and the index are fetched at once. Ranks that share the scratch folder take turns
-    by a lock on each file.
+    ``COMPLETE``, ``meta.json`` and the index are fetched at once. Ranks that share the folder take turns by a lock
+    on each file.
     """
 
-    def __init__(self, url: str, scratch: Path) -> None:
-        self._url = url.rstrip("/")
+    def __init__(self, url: str, folder: Path) -> None:
+        self._url, self._folder = url.rstrip("/"), folder
         parent, _, name = self._url.rpartition("/")
-        self._prefix, self._store, self.folder = f"{name}/", open_objects(parent), scratch_folder(url, scratch)
+        self._prefix, self._store = f"{name}/", open_objects(parent)
         sizes = sizes_of(self._store)
         self._sizes = {k.removeprefix(self._prefix): n for k, n in sizes.items() if k.startswith(self._prefix)}
         if COMPLETE not in self._sizes:
             raise ConfigError(f"{self._url} is not a complete checkpoint (no {COMPLETE} object)")
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self._folder.mkdir(parents=True, exist_ok=True)
         self._checksums: Mapping[str, tuple[int, int | None]] = {COMPLETE: (self._sizes[COMPLETE], None)}
         self.fetch(COMPLETE)
-        self._checksums = read_checksums(self.folder)
+        self._checksums = read_checksums(self._folder)
         self.fetch(META)
         self.fetch(METADATA)
 
     def fetch(self, name: str) -> None:
         """Raises :class:`ConfigError` for a file that is missing or damaged, naming the object."""
-        file = self.folder / name
+        file = self._folder / name
         size, crc = self._checksums.get(name, (-1, None))
         if size < 0 or self._sizes.get(name) != size:
             raise Damaged(f"{self._url}/{name} is missing, or its size differs from {COMPLETE}")
-        partial = self.folder / f"{name}.partial"
+        partial = self._folder / f"{name}.partial"
         try:
-            with (self.folder / f"{name}.lock").open("wb") as lock:
+            with (self._folder / f"{name}.lock").open("wb") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 if file.exists():
                     return
@@ -200,11 +200,6 @@ def open_objects(url: str) -> Store:
         return open_store(url)
     except DataError as error:
         raise ConfigError(str(error)) from error
-
-
-def scratch_folder(url: str, scratch: Path) -> Path:
-    """Where the files of the checkpoint at ``url`` are downloaded to."""
-    return scratch / f"{READING}{url.rstrip('/').rpartition('/')[2]}"
 
 
 def sizes_of(store: Store) -> Mapping[str, int]:

@@ -40,6 +40,11 @@ def save(checkpoints: CheckpointManager, engine: Engine, meta: CheckpointMeta) -
     return dict(checkpoints.complete())[meta.step]
 
 
+def newest(checkpoints: CheckpointManager) -> Any:
+    """The path of the newest complete checkpoint, None without any."""
+    return next((path for _, path in checkpoints.complete()), None)
+
+
 def make(folder: Path, **settings: Any) -> CheckpointManager:
     """Prepared in ``folder / "run"``, with a save at every step unless ``settings`` say otherwise."""
     made = CheckpointManager(folder / "run", CheckpointConfig(**{"every": 1, **settings}))

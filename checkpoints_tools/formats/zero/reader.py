@@ -97,10 +97,7 @@ class ZeroReader(DeepSpeedReader):
         self._local: list[dict[str, Shape]] = [{n: s for g in groups for n, s in g.items()} for groups in shapes]
         self._check_sizes()
         self._finish(self._specs(), next(iter(steps)))
-
-    @property
-    def facts(self) -> Mapping[str, Any]:
-        return {"step": self.progress.step, "data parallel": self.dp, "tensor parallel": self.tp}
+        self.facts |= {"data parallel": self.dp, "tensor parallel": self.tp}
 
     def _read_own(self, name: str, rows: tuple[int, int] | None) -> Tensor:
         kind, _, parameter = name.partition(".")

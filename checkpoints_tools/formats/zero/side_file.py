@@ -32,23 +32,12 @@ OPTIM = re.compile(rf"(?:bf16_)?zero_pp_rank_{_NUMBER}_mp_rank_{_NUMBER}_?optim_
 MODEL_STATES = re.compile(rf"(?:zero_pp_rank_{_NUMBER}_)?mp_rank_{_NUMBER}_model_states\.pt")
 
 
-class _LossScaler:
-    """Stands for DeepSpeed's class of this name."""
-
-
-class _FragmentAddress:
-    """Stands for DeepSpeed's ``fragment_address``."""
-
-
-class _ZeroStage(int):
-    """Stands for DeepSpeed's ``ZeroStageEnum``."""
-
-
 _SHELLS: list[Any] = [
-    (_LossScaler, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
-    (_FragmentAddress, "deepspeed.utils.tensor_fragment.fragment_address"),
-    (_ZeroStage, "deepspeed.runtime.zero.config.ZeroStageEnum"),
+    (type("LossScaler", (), {}), "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
+    (type("FragmentAddress", (), {}), "deepspeed.utils.tensor_fragment.fragment_address"),
+    (type("ZeroStage", (int,), {}), "deepspeed.runtime.zero.config.ZeroStageEnum"),
 ]
+"""Inert classes that stand for DeepSpeed's of these names."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -204,14 +193,11 @@ class DeepSpeedReader:
         """Add the side file to DeepSpeed's own tensors, and check that all are a model's."""
         counted = self._step - self._skipped if optimizer_steps is None else optimizer_steps
         self.progress = Progress(self._step, counted, self._samples)
+        self.facts: dict[str, Any] = {"step": self._step}
         self._side, self.side_meta = read_side(self.path, self._step)
         self.specs = dict(sorted({**specs, **(self._side.specs if self._side else {})}.items()))
         self.model = check_sets(self.specs, None, where=str(self.path))
         check_fits_fp32(self.specs, self.path)
-
-    @property
-    def facts(self) -> Mapping[str, Any]:
-        return {"step": self.progress.step}
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
         if self._side is not None and name in self._side.specs:

@@ -18,7 +18,7 @@ from deco_scale.config import build_config
 from deco_scale.errors import ConfigError, RunError
 from deco_scale.parallel.engines.base import Engine
 from tests.support.crash import PlainEngine, content, meta_of
-from tests.support.saving import alone, engine_of, make, save
+from tests.support.saving import alone, engine_of, make, newest, save
 
 
 @pytest.fixture
@@ -140,9 +140,9 @@ class TestSaving:
             assert torch.equal(read_tensors(path, "model.")["denoiser.bias"], content(seed)["model.denoiser.bias"])
         # A kill between the two renames leaves the first one aside.
         path.rename(path.with_name(".replaced_step_00000001"))
-        assert checkpoints.resolve("auto") is None
+        assert newest(checkpoints) is None
         checkpoints.prepare()
-        assert checkpoints.resolve("auto") == path
+        assert newest(checkpoints) == path
 
     def test_any_flipped_byte_of_the_listing_is_detected(self, tmp_path: Path) -> None:
         checkpoints = make(tmp_path)
@@ -162,7 +162,7 @@ class TestSaving:
             checkpoints.start(engine_of(step), meta_of(step))
         checkpoints.finished(wait=True)
         assert list((tmp_path / "run").iterdir()) == []
-        where = checkpoints.resolve("auto")
+        where = newest(checkpoints)
         assert where == "s3://saving/a/b/step_00000003"
         engine = engine_of(0)
         assert checkpoints.load(engine, where).step == 3
@@ -197,7 +197,7 @@ class TestSaving:
         saved = other.finished(wait=True)
         assert saved is not None and saved.error is not None and "absent" in saved.error
         assert "no such bucket" in saved.error and list((tmp_path / "run").iterdir()) == []
-        assert checkpoints.resolve("auto") == "s3://refusing/x/step_00000001"
+        assert newest(checkpoints) == "s3://refusing/x/step_00000001"
 
 
 def limited(action: Any, device: str, folder: Path) -> None:

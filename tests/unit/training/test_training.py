@@ -30,7 +30,7 @@ from deco_scale.seeding import derive_seed
 from deco_scale.training.inputs import Batch, EncoderOutputs, draw
 from deco_scale.training.prefetch import EncoderPrefetcher, HostPrefetcher
 from tests.support import CONFIGS
-from tests.support.saving import save
+from tests.support.saving import newest, save
 
 CPU = torch.device("cpu")
 
@@ -103,7 +103,7 @@ class TestCheckpoint:
         for tensor in target.state().values():
             tensor.zero_()
         target.optimizer_steps = 99  # type: ignore[misc]
-        path = checkpoints.resolve("auto")
+        path = newest(checkpoints)
         assert path is not None and path.name == "step_00000007"
         loaded = checkpoints.load(target, path)
         assert (loaded.step, loaded.samples, loaded.optimizer_steps) == (7, 56, 5)
@@ -133,7 +133,7 @@ class TestCheckpoint:
         path = save(checkpoints, engine(), meta(2))
         (path / "COMPLETE").unlink()
         (tmp_path / "c" / ".saving_step_00000003").mkdir()
-        found = checkpoints.resolve("auto")
+        found = newest(checkpoints)
         assert found is not None and found.name == "step_00000001"
         with pytest.raises(ConfigError, match="not a complete checkpoint"):
             checkpoints.resolve(str(path))
