@@ -46,9 +46,8 @@ def parse_captions(raw: bytes, *, is_json: bool, fields: Sequence[str] = JSON_FI
     """
     entries = json_object(raw) if is_json else {}
     try:
-        if not is_json:
-            return _captions([(_text(raw), 1.0)])
-        value = next((entries[name] for name in fields if entries.get(name) is not None), None)
+        found = next((entries[name] for name in fields if entries.get(name) is not None), None)
+        value = found if is_json else _text(raw)
         if isinstance(value, str):
             return _captions([(value, 1.0)])
         if not isinstance(value, list):

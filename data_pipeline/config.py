@@ -29,10 +29,7 @@ class Filters:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
-    """One data set of a mixture; ``weight`` is its share of the samples, relative to the others'.
-
-    ``text_states`` is where ``deco embed`` wrote its text embeddings, if it did.
-    """
+    """One data set of a mixture, its share of the samples relative to the others', and its text embeddings' URL."""
 
     url: str
     weight: float = 1.0

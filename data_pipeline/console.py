@@ -7,16 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NoReturn
 
+from rich import progress as bars
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from data_pipeline.text import printable
 
@@ -96,10 +89,10 @@ def progress_bar(
     console: Console, title: str, total: int | None = None, *, enabled: bool = True
 ) -> Iterator[Callable[..., None]]:
     """A bar that is gone when it is done; yields ``update(name)``, or ``update(name, completed, total)``."""
-    times, name = (TimeElapsedColumn(), TimeRemainingColumn()), TextColumn("{task.fields[name]}")
-    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), *times, name)
+    times, name = (bars.TimeElapsedColumn(), bars.TimeRemainingColumn()), bars.TextColumn("{task.fields[name]}")
+    columns = (bars.TextColumn(title), bars.BarColumn(), bars.MofNCompleteColumn(), *times, name)
     hidden = not (enabled and console.is_terminal)
-    with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
+    with bars.Progress(*columns, console=console, transient=True, disable=hidden) as progress:
         task = progress.add_task("", total=total, name="")
 
         def update(name: str = "", completed: int | None = None, total: int | None = None) -> None:

@@ -234,9 +234,7 @@ def build_index(
     fresh: bool = False,
     progress: Progress | None = None,
 ) -> tuple[Index, int]:
-    """Scan all ``.tar`` objects below the store's URL, in the order of their keys.
-
-    Returns the index, and the number of shards that an earlier scan had read.
+    """Index of all ``.tar`` objects in the order of their keys, and how many of them an earlier scan had read.
 
     Unless ``fresh``, unchanged shards of an earlier scan (finished or interrupted) are not read again.
     ``workers`` above 1 are processes. Raises :class:`DataError` if there are no shards.

@@ -316,10 +316,7 @@ def _bytes(column: np.ndarray[Any, Any]) -> Any:
 
 
 def select(index: Index, filters: Filters, *, target: Literal["caption", "label"], min_side: int) -> Index:
-    """Samples that have the target, ``min_side`` pixels on the shorter side, and pass the filters.
-
-    Raises :class:`DataError` for a score that was not indexed.
-    """
+    """Samples with the target and enough pixels that pass the filters; DataError for a score not indexed."""
     for name in filters.min_scores:
         if name not in index.score_names:
             raise DataError(

@@ -46,10 +46,7 @@ _Task = tuple[ObjectInfo, list[Location], tuple[int, str] | None]
 def verify(
     store: Store, *, workers: int = 1, decode_images: bool = False, progress: Progress | None = None
 ) -> VerifyReport:
-    """Check every shard of the index; ``workers`` above 1 are processes.
-
-    Raises :class:`DataError` where there is no index to compare with. A shard that cannot be read is a problem.
-    """
+    """Check every shard of the index; DataError where there is none. ``workers`` above 1 are processes."""
     index = load_index(store)
     report = VerifyReport()
     objects = {info.key: info for info in store.list() if info.key.endswith(".tar")}

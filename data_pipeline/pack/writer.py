@@ -5,11 +5,12 @@ A shard appears whole or not at all; ``shards.json`` (key, size, samples and SHA
 
 import hashlib
 import io
+import itertools
 import json
 import re
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,33 +60,27 @@ def pack(
     """
     replaced = _replaceable(store, overwrite)
     report = PackReport()
-    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(1, thread_name_prefix="upload") as uploader:
-        uploads: list[Future[dict[str, Any]]] = []
-        shard: _ShardWriter | None = None
 
-        def upload(shard: _ShardWriter) -> None:
-            # Waiting keeps at most two shards on the disk: this one, and the one that is packed next.
-            if uploads:
-                uploads[-1].result()
-            uploads.append(uploader.submit(shard.upload, store))
-
+    def noted() -> Iterator[PackedSample]:
         for sample in samples:
             if not report.samples:
                 store.write(MARK_KEY, _MARK)
                 # They describe what is about to be replaced.
                 for key in (MANIFEST_KEY, INDEX_KEY, CLASSES_KEY) if replaced else ():
                     store.delete(key)
-            shard = shard or _ShardWriter(Path(scratch) / f"shard-{len(uploads):05d}.tar")
-            shard.add(f"{report.samples:09d}", sample)
             report.samples += 1
             report.captioned += bool(sample.captions)
             if progress:
                 progress(report.samples)
-            if shard.size >= shard_bytes:
-                upload(shard)
-                shard = None
-        if shard is not None:
-            upload(shard)
+            yield sample
+
+    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(1, thread_name_prefix="upload") as uploader:
+        uploads: list[Future[dict[str, Any]]] = []
+        for path, count in _shards(noted(), Path(scratch), shard_bytes):
+            # Waiting keeps at most two shards on the disk: this one, and the one that is packed next.
+            if uploads:
+                uploads[-1].result()
+            uploads.append(uploader.submit(_upload, store, path, count))
         packed = [future.result() for future in uploads]
     if not packed:
         raise DataError(f"nothing to pack; left out: {[str(reject) for reject in rejects[:5]]}")
@@ -113,31 +108,31 @@ def _replaceable(store: Store, overwrite: bool) -> set[str]:
     return tars
 
 
-class _ShardWriter:
-    """A shard that is being written to a local file."""
+def _shards(samples: Iterable[PackedSample], folder: Path, shard_bytes: int) -> Iterator[tuple[Path, int]]:
+    """Path and number of samples of each shard that is complete."""
+    keyed = enumerate(samples)
+    for number in itertools.count():
+        path, count = folder / f"shard-{number:05d}.tar", 0
+        with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+            for key, sample in keyed:
+                count += 1
+                for suffix, raw in {sample.suffix: sample.image, **sample.texts()}.items():
+                    # Time, owner and mode are TarInfo's defaults, the same everywhere.
+                    info = tarfile.TarInfo(f"{key:09d}.{suffix}")
+                    info.size = len(raw)
+                    tar.addfile(info, io.BytesIO(raw))
+                if tar.offset >= shard_bytes:
+                    break
+        if not count:
+            return
+        yield path, count
 
-    def __init__(self, path: Path) -> None:
-        self.path, self._samples = path, 0
-        self._tar = tarfile.open(path, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115 - closed by upload
 
-    @property
-    def size(self) -> int:
-        return self._tar.offset  # type: ignore[attr-defined]
-
-    def add(self, key: str, sample: PackedSample) -> None:
-        for suffix, raw in {sample.suffix: sample.image, **sample.texts()}.items():
-            # Time, owner and mode are TarInfo's defaults, the same everywhere.
-            info = tarfile.TarInfo(f"{key}.{suffix}")
-            info.size = len(raw)
-            self._tar.addfile(info, io.BytesIO(raw))
-        self._samples += 1
-
-    def upload(self, store: Store) -> dict[str, Any]:
-        """Upload and remove the file; returns the shard's entry of ``shards.json``."""
-        self._tar.close()
-        with self.path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        store.write_file(self.path.name, self.path)
-        size = self.path.stat().st_size
-        self.path.unlink()
-        return {"key": self.path.name, "size": size, "samples": self._samples, "sha256": sha256}
+def _upload(store: Store, path: Path, count: int) -> dict[str, Any]:
+    """Upload and remove a shard's file; returns the shard's entry of ``shards.json``."""
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    store.write_file(path.name, path)
+    size = path.stat().st_size
+    path.unlink()
+    return {"key": path.name, "size": size, "samples": count, "sha256": sha256}

@@ -172,10 +172,7 @@ class LocalStore(Store):
 
 
 def open_store(url: str, access: Access = Access(), *, budget: RetryBudget | None = None) -> Store:
-    """Store for ``s3://bucket/prefix`` or a local path; raises :class:`DataError` for anything else.
-
-    Stores of one process that read from the same server may share a ``budget`` of retries.
-    """
+    """Store for ``s3://bucket/prefix`` or a local path; those of one server may share a ``budget`` of retries."""
     scheme = urlparse(url).scheme if "://" in url else ""
     if scheme == "s3":
         # boto3 takes a third of a second to import, and local data need none of it.

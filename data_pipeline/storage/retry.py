@@ -69,10 +69,7 @@ class Backoff:
         self._fruitless = 0
 
     def wait(self, fault: str) -> None:
-        """Sleep before the next attempt, or raise :class:`StoreError` past the deadline.
-
-        A wait that would pass the deadline is cut to it, and one last attempt follows.
-        """
+        """Sleep before the next attempt, not beyond the deadline; past it, raise :class:`StoreError`."""
         self._attempts += 1
         now = time.monotonic()
         if now >= self._deadline:

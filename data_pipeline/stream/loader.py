@@ -15,8 +15,8 @@ import numpy as np
 from data_pipeline.captions import PREFIXES
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import DataError
-from data_pipeline.index.format import Index, load_index, select
-from data_pipeline.storage.base import Access, Store, open_store
+from data_pipeline.index.format import load_index, select
+from data_pipeline.storage.base import Access, open_store
 from data_pipeline.storage.disk_cache import DiskCache
 from data_pipeline.storage.retry import RetryBudget
 from data_pipeline.stream.buckets import assign, bucket_sizes
@@ -42,12 +42,10 @@ class Batch:
 
 
 class Loader:
-    """Endless batches for one rank: rank ``rank`` of ``world`` takes every ``world``-th sample of each
-    global batch, so the global batch is the same for any number of ranks.
+    """Endless batches for one rank: of each global batch, which is the same for any number of ranks, its share.
 
     Heights and widths of buckets are divisible by ``multiple``. ``start`` is the number of samples that the run
-    has seen. ``text_identity`` is the text encoder's, which precomputed embeddings must have. ``on_bad`` is called
-    with each sample that could not be used.
+    has seen. ``text_identity`` is the text encoder's, which precomputed embeddings must have.
     """
 
     def __init__(
@@ -73,16 +71,14 @@ class Loader:
 
         cache_dir = Path(cfg.cache_dir).expanduser() if cfg.cache_dir else None
         self._disk_cache = DiskCache(cache_dir, cfg.cache_bytes) if cache_dir else None
-        data_sets = _open_data_sets(cfg, cache_dir, text_identity)
-        embeddings = [each.text_embeddings for each in data_sets if each.text_embeddings is not None]
-        self._stores = [each.store for each in data_sets] + [each.store for each in embeddings]
-        self.null_text_embedding = embeddings[0].null if embeddings else None
-
         sizes = bucket_sizes(resolution, multiple=multiple, max_aspect=cfg.bucket_aspect)
-        self.buckets = _make_buckets(cfg, data_sets, sizes, seed)
-        self.digests = [
-            "+".join(source.index.digest for source in _of(self.buckets, k)) for k in range(len(data_sets))
-        ]
+        self.buckets = _open_buckets(cfg, cache_dir, text_identity, sizes, seed)
+        sources = [source for bucket in self.buckets for source in bucket.values()]
+        embeddings = [source.text_embeddings for source in sources if source.text_embeddings is not None]
+        self._stores = dict.fromkeys([*(source.store for source in sources), *(each.store for each in embeddings)])
+        self.null_text_embedding = embeddings[0].null if embeddings else None
+        digests = ([source.index.digest for source in _of(self.buckets, k)] for k in range(len(cfg.sources)))
+        self.digests = ["+".join(each) for each in digests]
         self._sampler = _mixture(cfg, self.buckets, seed=seed, global_batch=global_batch, first=start)
 
         self._reader = ChunkReader(fetchers=cfg.fetchers, buffer_bytes=cfg.buffer_bytes, cache=self._disk_cache)
@@ -158,15 +154,6 @@ class _Deferred:
         return False
 
 
-@dataclass(frozen=True, slots=True)
-class _DataSet:
-    """One data set of the mixture, opened."""
-
-    store: Store
-    index: Index
-    text_embeddings: TextEmbeddingStore | None
-
-
 def access_of(cfg: DataConfig) -> Access:
     """How the configured buckets are reached."""
     return Access(
@@ -184,29 +171,25 @@ def text_embedding_identity(cfg: DataConfig, encoder: dict[str, Any]) -> TextEmb
     return TextEmbeddingIdentity(**encoder, prefixes=prefixes, short_words=cfg.short_caption_words)
 
 
-def _open_data_sets(cfg: DataConfig, cache: Path | None, text_identity: dict[str, Any] | None) -> list[_DataSet]:
-    access, budget = access_of(cfg), RetryBudget()
-    identity = None if text_identity is None else text_embedding_identity(cfg, text_identity)
-    data_sets = []
-    for source in cfg.sources:
-        store = open_store(source.url, access, budget=budget)
-        index = load_index(store, cache=cache)
-        embeddings = None
-        if source.text_states:
-            embeddings = TextEmbeddingStore(open_store(source.text_states, access, budget=budget), index, identity)
-        data_sets.append(_DataSet(store, index, embeddings))
-    return data_sets
-
-
-def _make_buckets(
-    cfg: DataConfig, data_sets: list[_DataSet], sizes: tuple[tuple[int, int], ...], seed: int
+def _open_buckets(
+    cfg: DataConfig,
+    cache: Path | None,
+    text_identity: dict[str, Any] | None,
+    sizes: tuple[tuple[int, int], ...],
+    seed: int,
 ) -> Buckets:
     """Filtered samples by bucket; the first of ``sizes`` is the square. Raises where a data set has none."""
+    access, budget = access_of(cfg), RetryBudget()
+    identity = None if text_identity is None else text_embedding_identity(cfg, text_identity)
     drop, squares = cfg.small == "drop", len(sizes) == 1
     resolution, _ = sizes[0]
     buckets: Buckets = [{} for _ in sizes]
-    for k, data in enumerate(data_sets):
-        index = select(data.index, cfg.filters, target=cfg.target, min_side=resolution if squares and drop else 0)
+    for k, data in enumerate(cfg.sources):
+        store, embeddings = open_store(data.url, access, budget=budget), None
+        whole = load_index(store, cache=cache)
+        if data.text_states:
+            embeddings = TextEmbeddingStore(open_store(data.text_states, access, budget=budget), whole, identity)
+        index = select(whole, cfg.filters, target=cfg.target, min_side=resolution if squares and drop else 0)
         parts = [index]
         if not squares:
             rows = np.arange(len(index), dtype=np.uint32) if index.rows is None else index.rows
@@ -215,13 +198,12 @@ def _make_buckets(
         if not any(len(part) for part in parts):
             large = f"{resolution} pixels on its shorter side, " if drop else ""
             raise DataError(
-                f"{data.store.url}: none of the {len(data.index)} samples has {large}a {cfg.target}, and "
-                "passes data.filters"
+                f"{store.url}: none of the {len(whole)} samples has {large}a {cfg.target}, and passes data.filters"
             )
         for bucket, part, size in zip(buckets, parts, sizes, strict=True):
             if len(part):
                 sampler = ElasticSampler(part, seed=seed, streams=cfg.streams, window=cfg.window)
-                bucket[k] = BucketSource(data.store, part, sampler, size, data.text_embeddings)
+                bucket[k] = BucketSource(store, part, sampler, size, embeddings)
     return [bucket for bucket in buckets if bucket]
 
 

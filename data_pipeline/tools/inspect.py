@@ -63,7 +63,7 @@ class Summary:
 
 
 def summarise(index: Index) -> Summary:
-    """One pass over the columns. Sides and caption lengths are 16-bit numbers, so that every value is counted."""
+    """One pass over the columns."""
     sides, chars = np.zeros(_MAX_16, np.int64), np.zeros(_MAX_16, np.int64)
     sizes, aspects = np.zeros(_MAX_BLOCKS + 1, np.int64), np.zeros(_BINS, np.int64)
     kinds: Counter[str] = Counter(txt=0, json=0, label=0)
@@ -169,7 +169,7 @@ def draw_histograms(index: Index, summary: Summary, path: Path) -> None:
 
 
 def _by_value(axis: Any, counts: Counts, title: str, unit: str) -> None:
-    """Histogram from counts by value, up to the 99.9% quantile; the title counts the rest."""
+    """Up to the 99.9% quantile; the title counts the rest."""
     first, last = quantile(counts, 0), quantile(counts, 0.999)
     step = max(1, -(-(last - first + 1) // _BINS))
     edges = np.arange(first, last + step + 1, step)
@@ -223,9 +223,9 @@ def _bars(axis: Any, heights: Any, edges: Any, title: str, label: str) -> None:
 def draw_contact_sheet(
     store: Store, index: Index, path: Path, *, samples: int, resolution: int, seed: int = 0
 ) -> list[str]:
-    """Samples drawn by the seed, as training sees them at ``resolution``, with their captions, as a PNG.
+    """Samples drawn by the seed, as training sees them at ``resolution`` (smaller ones at their own), as a PNG.
 
-    A smaller image is shown at its own size. Returns what could not be shown, by name.
+    Returns what could not be shown, by name.
     """
     import matplotlib
 
