@@ -189,7 +189,8 @@ def _or_hint(hint: str) -> Iterator[None]:
     except ConfigError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ConfigError(f"{hint} ({str(error).strip().splitlines()[0]})") from error
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ConfigError(f"{hint} ({first})") from error
 
 
 def _pretrained(kind: Any, source: str | Path, device: torch.device, **options: Any) -> Any:

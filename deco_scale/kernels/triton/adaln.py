@@ -9,7 +9,7 @@ is computed again in backward: the row is read there anyway, so keeping it would
 Shape letters: B batch, N tokens, D model width, G groups of tokens (one program each) of a sample.
 """
 # mypy: allow-untyped-defs
-# The arguments of kernels have no Python type.
+# The arguments of kernels have no Python type; rules for shapes repeat the operators' arguments.
 
 import functools
 from typing import Any

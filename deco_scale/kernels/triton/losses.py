@@ -11,7 +11,7 @@ Shape letters: M patches, K values of a patch (channel-major), R blocks of a pro
 block, G programs.
 """
 # mypy: allow-untyped-defs
-# The arguments of kernels have no Python type.
+# The arguments of kernels have no Python type; rules for shapes repeat the operators' arguments.
 
 from typing import Any
 

@@ -5,6 +5,8 @@ activation checkpointing, with a shape rule and a derivative. Only inputs are ke
 
 Shape letters: M patches, P pixels of a patch, C channels, K = C * P values of a patch, W decoder width, L weights.
 """
+# mypy: allow-untyped-defs
+# Rules for shapes repeat the operators' arguments without their types.
 
 import contextlib
 import math
@@ -32,8 +34,6 @@ BACKWARD_TILE = {16: 128, 32: 128, 64: 32}
 FORWARD_TILE_FP32, BACKWARD_TILE_FP32 = 32, 16
 """Full fp32 has no tensor cores: a product is unrolled into registers, which larger tiles overflow."""
 MAX_WIDTH = 64
-# mypy: allow-untyped-defs
-# Rules for shapes repeat the operators' arguments, without the types.
 
 
 def render_patches(patches_MK: Tensor, condition_MPW: Tensor, weights: DecoderWeights, eps: float) -> Tensor:

@@ -7,7 +7,7 @@ kernel, K/2 of each per token for all its H * K values: that spares a table in m
 Shape letters: B batch, N tokens, H heads, K head width, E pairs of one head, G programs.
 """
 # mypy: allow-untyped-defs
-# The arguments of kernels have no Python type.
+# The arguments of kernels have no Python type; rules for shapes repeat the operators' arguments.
 
 from typing import Any
 
