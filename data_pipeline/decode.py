@@ -141,7 +141,7 @@ def _fast(opened: Image.Image, orientation: int, size: tuple[int, int]) -> Pixel
 
 
 def _bicubic(pixels: Pixels, sides: tuple[float, float], size: tuple[int, int]) -> Pixels:
-    """Pillow's BICUBIC (antialiased, within one of 255), as PyTorch has it in vector instructions: 4 times as fast.
+    """Pillow's BICUBIC (antialiased, within one of 255), in a quarter of its time by vector instructions.
 
     ``sides`` (width, height) are what of ``pixels`` becomes ``size`` (width, height).
     """

@@ -92,14 +92,11 @@ def quantile(counts: Counts, share: float) -> int:
     return int(np.searchsorted(ends, max(1, math.ceil(share * int(ends[-1]))))) if ends[-1] else 0
 
 
-def problem_kinds(index: Index, *, limit: int = 8) -> tuple[int, list[tuple[str, int]]]:
-    """Number of problems that the scan found, and the most frequent kinds of them."""
-    kinds: Counter[str] = Counter()
-    for problem in index.problems:
-        _, _, reason = problem.partition(": ")
-        kind = re.match(r".+?: ([a-z_]+): ", reason)
-        kinds[kind[1] if kind else re.sub(r"\d+", "N", reason)[:60]] += 1
-    return kinds.total(), kinds.most_common(limit)
+def problem_kind(problem: str) -> str:
+    """The kind that a problem of the scan names, else its text without numbers."""
+    _, _, reason = problem.partition(": ")
+    kind = re.match(r".+?: ([a-z_]+): ", reason)
+    return kind[1] if kind else re.sub(r"\d+", "N", reason)[:60]
 
 
 def facts(index: Index, summary: Summary, resolutions: Sequence[int]) -> Iterator[tuple[str, str]]:
@@ -123,9 +120,9 @@ def facts(index: Index, summary: Summary, resolutions: Sequence[int]) -> Iterato
     for name in index.score_names:
         lowest, highest, count = score_range(index, name)
         yield f"score {name}", f"{lowest:.4g} to {highest:.4g} in {count:,} samples" if count else "in no sample"
-    problems, kinds = problem_kinds(index)
-    yield "problems", f"{problems:,}"
-    for kind, count in kinds:
+    kinds = Counter(map(problem_kind, index.problems))
+    yield "problems", f"{kinds.total():,}"
+    for kind, count in kinds.most_common(8):
         yield f"  {kind}", f"{count:,}"
 
 
@@ -220,17 +217,15 @@ def _bars(axis: Any, heights: Any, edges: Any, title: str, label: str) -> None:
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def draw_contact_sheet(
-    store: Store, index: Index, path: Path, *, samples: int, resolution: int, seed: int = 0
-) -> list[str]:
-    """Samples drawn by the seed, as training sees them at ``resolution`` (smaller ones at their own), as a PNG.
+def draw_contact_sheet(store: Store, index: Index, path: Path, *, samples: int, resolution: int) -> list[str]:
+    """Samples drawn by chance, the same every time, as training sees them at ``resolution`` (smaller ones at their own).
 
     Returns what could not be shown, by name.
     """
     import matplotlib
 
     count = min(samples, MAX_SAMPLES, len(index))
-    chosen = np.sort(generator(seed, _SHEET_KEY).choice(len(index), size=count, replace=False))
+    chosen = np.sort(generator(0, _SHEET_KEY).choice(len(index), size=count, replace=False))
     # Of equal characters, so that lines can be counted in them; matplotlib brings it along.
     font = ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSansMono.ttf", _TEXT)
     width, line = int(_TILE / font.getlength("x")), _TEXT + 4
