@@ -21,9 +21,9 @@ class Measured:
     """One result file: what ran where, and what it took.
 
     ``gpu`` is the key of the hardware table, None for a CPU or an unknown GPU; ``device`` has the ``ceiling`` that
-    was measured beside it. ``peak_memory_bytes`` is what PyTorch allocated on a GPU, or a process's largest resident
-    set, of which ``memory_before_bytes`` was there before the model. ``encoders``: there were some, which the
-    prediction leaves out.
+    was measured beside it. ``peak_memory_bytes`` is what PyTorch allocated on a GPU, or a process's largest
+    resident set, of which ``memory_before_bytes`` was there before the model. ``encoders``: there were some, which
+    the prediction leaves out.
     """
 
     file: str
