@@ -43,8 +43,7 @@ def raise_together(action: Callable[[], T], group: dist.ProcessGroup | None = No
     try:
         result = action()
     except (ConfigError, RunError) as error:
-        kinds: tuple[type[ConfigError | RunError], ...] = (Damaged, ConfigError)
-        failure = next((kind for kind in kinds if isinstance(error, kind)), RunError), str(error)
+        failure = next(kind for kind in (Damaged, ConfigError, RunError) if isinstance(error, kind)), str(error)
     except OSError as error:
         failure = RunError, f"{error.filename or 'a file'}: {error.strerror or error}"
     for rank, failed in enumerate(gather_objects(failure, group)):

@@ -22,7 +22,7 @@ import math
 from bisect import bisect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 from deco_scale.observability.events import Event, is_number
@@ -84,12 +84,16 @@ class Goodput:
 
 @dataclass(slots=True)
 class _Mark:
-    """A line of either file; ``resume`` is the earliest step from which anything after it went on."""
+    """A line of either file; ``resume`` is the earliest step from which anything after it went on.
+
+    ``waited`` is the share of data wait of the next logged step of the attempt, None after its last one.
+    """
 
     time: int
     kind: str
     fields: Mapping[str, Any]
     resume: float = math.inf
+    waited: float | None = None
 
     @property
     def step(self) -> int:
@@ -188,9 +192,11 @@ def _merge(events: Sequence[Event], metrics: Sequence[Mapping[str, Any]], now: i
     # At the same moment a logged step belongs to the attempt before, not to one that starts.
     marks = list(heapq.merge(_monotonic(logged, now), _monotonic(happened, now), key=lambda mark: mark.time))
     marks = marks[next((i for i, mark in enumerate(marks) if mark.kind == "start"), len(marks)) :]
-    resume, following = math.inf, None
+    resume, following, waited = math.inf, None, None
     for mark in reversed(marks):
-        mark.resume = resume
+        if mark.kind in (_LOGGED, "start"):
+            waited = _waited_share(mark.fields) if mark.kind == _LOGGED else None
+        mark.resume, mark.waited = resume, waited
         if mark.kind == "rollback":
             resume = min(resume, mark.reached)
         elif mark.kind == "start" and following is not None and following.kind != "start":
@@ -246,13 +252,16 @@ def _work(launch: _Launch) -> Iterator[_Span]:
     """The attempt's life without interruptions: its start, then work between marks that tell the step."""
     anchors = [mark for mark in launch.marks if mark.kind in ("first_step", _LOGGED, "rollback")]
     yield _Span(launch.start.time, anchors[0].time if anchors else launch.end, "start")
-    waited = _waited_shares(anchors)
-    for before, mark, share in zip(anchors, anchors[1:], waited[1:], strict=False):
+    if not anchors:
+        return
+    waited = anchors[0].waited or 0.0
+    for before, mark in pairwise(anchors):
+        waited = waited if mark.waited is None else mark.waited
         # What a rollback takes back is before it; its own step is where the weights were.
         resume = min(mark.resume, mark.reached) if mark.kind == "rollback" else mark.resume
-        yield _Span(before.time, mark.time, "step", _lost_share(before.reached, mark.step, resume), share)
-    for last in anchors[-1:]:
-        yield _Span(last.time, launch.end, "step", float(last.resume <= last.reached), waited[-1])
+        yield _Span(before.time, mark.time, "step", _lost_share(before.reached, mark.step, resume), waited)
+    last = anchors[-1]
+    yield _Span(last.time, launch.end, "step", float(last.resume <= last.reached), waited)
 
 
 def _lost_share(start: int, end: int, resume: float) -> float:
@@ -262,18 +271,9 @@ def _lost_share(start: int, end: int, resume: float) -> float:
     return min(max(end - max(start, resume), 0), end - start) / (end - start)
 
 
-def _waited_shares(anchors: list[_Mark]) -> list[float]:
-    """Share of data wait in the time before each anchor: that of the next logged step, or of the last one."""
-    share, shares = None, []
-    for mark in reversed(anchors):
-        if mark.kind == _LOGGED:
-            waited, step_s = mark.fields.get("data_wait_s"), mark.fields.get("step_s")
-            share = 0.0
-            if is_number(waited) and is_number(step_s) and step_s > 0:
-                share = min(max(waited / step_s, 0.0), 1.0)
-        shares.append(share)
-    last = next((share for share in shares if share is not None), 0.0)
-    return [last if share is None else share for share in reversed(shares)]
+def _waited_share(line: Mapping[str, Any]) -> float:
+    waited, step_s = line.get("data_wait_s"), line.get("step_s")
+    return min(max(waited / step_s, 0.0), 1.0) if is_number(waited) and is_number(step_s) and step_s > 0 else 0.0
 
 
 def _overlays(launch: _Launch) -> list[_Span]:

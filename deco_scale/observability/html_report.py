@@ -7,7 +7,7 @@ import base64
 import hashlib
 import io
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,8 @@ def render_report(run: RunDir, *, now: float, usd_per_gpu_hour: float | None) ->
     Its content security policy allows images within the page and its own style sheet, nothing else.
     """
     goodput, images = run.goodput(now), run.sample_images()
+    count = min(MAX_IMAGES, len(images))
+    evenly = [images[round(i * (len(images) - 1) / max(count - 1, 1))] for i in range(count)]
     starts = [event.fields for event in run.events if event.kind == "start"]
     labels = ("while attempts ran", "including downtime")
     return _environment().get_template("report.html.j2").render(
@@ -51,7 +53,7 @@ def render_report(run: RunDir, *, now: float, usd_per_gpu_hour: float | None) ->
         shares=list(_shares(goodput)) if goodput is not None and goodput.wall_us else [],
         hours=list(zip(labels, gpu_hours(goodput), strict=True)) if goodput is not None else [],
         usd_per_gpu_hour=usd_per_gpu_hour,
-        images=[(step, path, _thumbnail(path)) for step, path in _evenly(images)],
+        images=[(step, path, _thumbnail(path)) for step, path in evenly],
         num_images=len(images),
         attempts=list(zip(goodput.attempts, starts, strict=True)) if goodput is not None else [],
         events=run.events[-MAX_EVENTS:],
@@ -97,11 +99,6 @@ def _shares(goodput: Goodput) -> Iterator[dict[str, Any]]:
         yield {"name": name.replace("_", " "), "color": color, "seconds": goodput.seconds(name), "value": value,
                "offset": offset}  # fmt: skip
         offset += value
-
-
-def _evenly(images: Sequence[tuple[int, Path]]) -> list[tuple[int, Path]]:
-    count = min(MAX_IMAGES, len(images))
-    return [images[round(i * (len(images) - 1) / max(count - 1, 1))] for i in range(count)]
 
 
 def _thumbnail(path: Path) -> bytes | str:

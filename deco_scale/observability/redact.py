@@ -197,6 +197,9 @@ def _scrub_assignment(match: re.Match[str]) -> str:
 def install() -> None:
     """From now on this process's tracebacks, warnings and log lines are scrubbed, whoever writes them."""
 
+    def scrubbed_traceback(error: BaseException) -> str:
+        return scrub("".join(traceback.format_exception(error)).rstrip("\n"))
+
     def show(error: BaseException | None, where: str = "") -> None:
         if error is not None and not isinstance(error, SystemExit):
             print(where + scrubbed_traceback(error), file=sys.stderr, flush=True)
@@ -222,8 +225,3 @@ def install() -> None:
         return record
 
     logging.setLogRecordFactory(scrubbed_record)
-
-
-def scrubbed_traceback(error: BaseException) -> str:
-    """The traceback with its causes, as Python prints it, without secrets and without a newline at its end."""
-    return scrub("".join(traceback.format_exception(error)).rstrip("\n"))

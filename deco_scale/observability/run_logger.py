@@ -162,16 +162,14 @@ class RunLogger:
                 return
             run = RunDir(self._folder).refresh()
             self._log_goodput(run.goodput(time.time()))
-            if steps := run.steps():
-                self._draw(steps)
-
-    def _draw(self, steps: list[dict[str, Any]]) -> None:
-        try:
-            save_curves_png(steps, self._folder / CURVES)
-        except OSError as error:
-            logger.warning("no loss curves: %s: %s", error.filename or CURVES, error.strerror)
-        else:
-            logger.info("loss curves: %s", self._folder / CURVES)
+            if not run.metrics:
+                return
+            try:
+                save_curves_png(run.steps(), self._folder / CURVES)
+            except OSError as error:
+                logger.warning("no loss curves: %s: %s", error.filename or CURVES, error.strerror)
+            else:
+                logger.info("loss curves: %s", self._folder / CURVES)
 
     def _write(self, values: dict[str, Any]) -> dict[str, Any]:
         """A line of ``metrics.jsonl``; returns its redacted values."""

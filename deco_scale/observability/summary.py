@@ -62,12 +62,10 @@ def _state(run: RunDir, goodput: Goodput | None, now: float) -> str:
     if goodput is None:
         return f"unknown{ago}"
     attempt = goodput.attempts[-1]
-    where = f"attempt {attempt.number} on {attempt.world_size} ranks"
-    if attempt.running:
-        return f"running, {where}{ago}"
-    if attempt.reason is None:
-        return f"no sign of life, {where}{ago}"
-    return f"ended: {printable(attempt.reason)} (exit code {attempt.exit_code}), {where}{ago}"
+    state = "running" if attempt.running else "no sign of life"
+    if attempt.reason is not None:
+        state = f"ended: {printable(attempt.reason)} (exit code {attempt.exit_code})"
+    return f"{state}, attempt {attempt.number} on {attempt.world_size} ranks{ago}"
 
 
 def _training_rows(run: RunDir, bars: str) -> list[Row]:

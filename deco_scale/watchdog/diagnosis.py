@@ -29,8 +29,6 @@ NO_FAULT = (0, 75)  # exit codes of a run that is done, or was stopped and saved
 EXITED, STOPPED, SIDECAR_LOST, NO_PROGRESS, ERROR, UNCERTAIN_ERROR = range(1, 7)
 CONNECTION_LOST = "is lost: the connection to its sidecar is closed"
 
-FaultKind = Literal["lost", "hang", "error"]
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RankReport:
@@ -80,7 +78,7 @@ class Fault:
     ``code`` is the exit code that the other ranks take over from an ``error``.
     """
 
-    kind: FaultKind
+    kind: Literal["lost", "hang", "error"]
     rank: int
     how: str
     code: int = 1

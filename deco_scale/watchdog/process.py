@@ -32,11 +32,10 @@ class ProcessIdentity:
     @property
     def running(self) -> bool:
         """Whether it runs on this machine; a zombie does not. Raises ``OSError`` where that cannot be read."""
-        try:
+        with suppress(FileNotFoundError, ProcessLookupError):
             state, started = _stat(self.pid)
             return started == self.started and state not in "ZX" and _boot() == self.boot
-        except (FileNotFoundError, ProcessLookupError):
-            return False
+        return False
 
     def send(self, number: signal.Signals) -> None:
         """Send it a signal, if it runs on this machine."""
@@ -76,18 +75,16 @@ class TrainerProcess:
 
     def state(self) -> str:
         """The letter of /proc, ``?`` where it cannot be read."""
-        try:
+        with suppress(OSError):
             return _stat(self.identity.pid)[0]
-        except OSError:
-            return "?"
+        return "?"
 
     def kernel_wait(self) -> str:
         """The kernel function that it sleeps in, as far as the system tells."""
-        try:
+        with suppress(OSError, UnicodeDecodeError):
             name = Path(f"/proc/{self.identity.pid}/wchan").read_text(encoding="ascii").strip()
-        except (OSError, UnicodeDecodeError):
-            return "not readable"
-        return name if name not in ("", "0") else "none"
+            return name if name not in ("", "0") else "none"
+        return "not readable"
 
     def track_children(self) -> None:
         """Remember its descendants: after its exit nothing shows that they were its own."""
@@ -151,10 +148,8 @@ def innermost_frames(dump: str, count: int = 4) -> str:
 
     The main thread is the oldest, and hence the last of a dump, unless there are too many threads for one.
     """
-    parts = re.split(r"^(?=(?:Current thread|Thread) )", dump, flags=re.MULTILINE)
-    threads = [part for part in parts if part.startswith(("Current thread", "Thread"))]
-    main = threads[-1] if threads else ""
-    if "\n...\n" in dump:
-        main = next((part for part in threads if part.startswith("Current thread")), main)
+    main = re.split(r"^(?=(?:Current thread|Thread) )", dump, flags=re.MULTILINE)[-1]
+    if "\n...\n" in dump and (current := re.search(r"^Current thread .*\n(?:  .*\n)*", dump, re.MULTILINE)):
+        main = current[0]
     frames = [frame for frame in map(_FRAME.match, main.splitlines()) if frame]
     return " < ".join(f"{f[3]} ({os.path.basename(f[1])}:{f[2]})" for f in frames[:count])[:1000]
