@@ -31,7 +31,7 @@ from deco_scale.precision.config import PrecisionConfig
 from deco_scale.sampling.config import SampleImagesConfig
 from deco_scale.training.config import FaultsConfig, RunSettings, StageConfig
 from deco_scale.watchdog.config import WatchdogConfig
-from deco_scale.yaml import dump_yaml, load_yaml
+from deco_scale.yaml import dump_yaml, load_yaml, merged
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -157,13 +157,7 @@ def _read(path: Path, above: tuple[Path, ...] = ()) -> tuple[dict[str, Any], lis
     if not isinstance(base, str) or not base or "://" in base:
         raise ConfigError(f"{source}: base={redacted(base)!r} must be the path of a local file")
     below, files = _read(path.parent / base, (*above, path))
-    return _merge(below, raw), [shown, *files]
-
-
-def _merge(base: Any, top: Any) -> Any:
-    if isinstance(base, dict) and isinstance(top, dict):
-        return {**base, **{key: _merge(base.get(key), value) for key, value in top.items()}}
-    return top
+    return merged(below, raw), [shown, *files]
 
 
 def build_config(raw: dict[str, Any], *, source: str) -> RunConfig:

@@ -85,6 +85,13 @@ def load_yaml(text: str, source: str) -> Any:
     raise ConfigError(f"{source} is not valid YAML: {' '.join(problem.split())}")
 
 
+def merged(base: Any, top: Any) -> Any:
+    """``top`` over ``base``: mappings key by key, anything else of ``top`` replaces that of ``base``."""
+    if isinstance(base, dict) and isinstance(top, dict):
+        return {**base, **{key: merged(base.get(key), value) for key, value in top.items()}}
+    return top
+
+
 def dump_yaml(value: Any) -> str:
     """Block-style YAML of nested dicts, lists and scalars in their order; :func:`load_yaml` reads it back."""
     yaml = YAML(typ="safe", pure=True)

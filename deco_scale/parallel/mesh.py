@@ -29,10 +29,8 @@ def resolve_parallel_dims(cfg: ParallelConfig, world_size: int) -> ParallelDims:
     for name in ("tp", "dp_replicate"):
         value = getattr(cfg, name)
         if rest % value:
-            divisors = [n for n in range(1, rest + 1) if rest % n == 0]
-            raise ConfigError(
-                f"parallel.{name}={value} does not divide {rest} of {world_size} ranks; possible: {divisors}"
-            )
+            options = f"possible: {_divisors(rest)}"
+            raise ConfigError(f"parallel.{name}={value} does not divide {rest} of {world_size} ranks; {options}")
         rest //= value
     if cfg.dp_shard not in (-1, rest):
         raise ConfigError(
@@ -45,16 +43,18 @@ def resolve_parallel_dims(cfg: ParallelConfig, world_size: int) -> ParallelDims:
 def accumulation_steps(*, global_batch: int, micro_batch: int, dp: int, where: str) -> int:
     """Micro-batches per step; raises :class:`ConfigError` listing the micro-batches that would fit."""
     if global_batch % dp:
-        options = [n for n in range(1, min(global_batch, 4096) + 1) if global_batch % n == 0]
         raise ConfigError(
             f"{where}.global_batch={global_batch} does not divide over {dp} data-parallel ranks; "
-            f"possible numbers of ranks: {options}"
+            f"possible numbers of ranks: {_divisors(global_batch, 4096)}"
         )
     per_rank = global_batch // dp
     if per_rank % micro_batch:
-        options = [n for n in range(1, per_rank + 1) if per_rank % n == 0]
         raise ConfigError(
             f"{where}.micro_batch={micro_batch} does not divide the {per_rank} samples of a rank "
-            f"(global_batch={global_batch} over {dp} ranks); possible: {options}"
+            f"(global_batch={global_batch} over {dp} ranks); possible: {_divisors(per_rank)}"
         )
     return per_rank // micro_batch
+
+
+def _divisors(number: int, largest: int | None = None) -> list[int]:
+    return [n for n in range(1, min(number, largest or number) + 1) if number % n == 0]

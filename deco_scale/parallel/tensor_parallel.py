@@ -5,16 +5,10 @@ heads or hidden units, and scatter the sum of the partial results; everything el
 decoder, losses) works on the rank's own tokens without communication. Parameters are DTensors, which FSDP2 and
 checkpoints understand; a hook shows modules the local part of each weight, as a plain tensor, while they run.
 
-Why not PyTorch's ``parallelize_module`` with ``ColwiseParallel``, ``RowwiseParallel`` and ``SequenceParallel``:
-
-- Token counts need not divide by tp. A DTensor is cut into chunks of equal size, 9 tokens over 4 ranks as
-  3, 3, 3, 0; here parts differ by at most one token (3, 2, 2, 2), and so does the work of the ranks.
-- The pixel decoder runs on sharded tokens and folds weights of linears that it never calls. Styles change what a
-  module's own call sees, and would leave it with DTensors.
-- A replicated weight's gradient is a sum over the tokens of all ranks. Styles leave a parameter that they do not
-  name a plain tensor, whose gradient would not be summed over tp.
-- Triton kernels, FP8 linears and compiled blocks take plain tensors, not DTensors.
-- The movement of tokens (:func:`route_tokens`) also serves Megatron's linears under DeepSpeed.
+PyTorch's ``parallelize_module`` does not fit: it cuts 9 tokens over 4 ranks as 3, 3, 3, 0, where here parts differ
+by at most one token (3, 2, 2, 2); the pixel decoder folds weights of linears that it never calls, and would meet
+DTensors, which Triton kernels, FP8 linears and compiled blocks do not take either; and the gradients of weights
+that no style names would not be summed over tp. :func:`route_tokens` also serves Megatron's linears.
 """
 
 import functools
@@ -142,13 +136,11 @@ def _gather_around(
     """All tokens in, partial sums out of ``last``, own tokens on."""
 
     def all_tokens(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return shard.gather(_as_computed(args[0]), counts[kind]), *args[1:]
+        x, device = args[0], args[0].device.type
+        if torch.is_autocast_enabled(device):
+            # In autocast's type, to which the linears would cast it: half the bytes to send.
+            x = x.to(torch.get_autocast_dtype(device))
+        return shard.gather(x, counts[kind]), *args[1:]
 
     module.register_forward_pre_hook(all_tokens)
     last.register_forward_hook(lambda m, args, output: shard.scatter_sum(output))
-
-
-def _as_computed(x: Tensor) -> Tensor:
-    """In autocast's type, to which the linears would cast it: half the bytes to send."""
-    device = x.device.type
-    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x

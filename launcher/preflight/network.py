@@ -80,12 +80,7 @@ def _describe_missing(store: dist.Store, world: int, timeout_s: float) -> str | 
 
 
 def check_collectives(
-    device: torch.device,
-    group: dist.ProcessGroup | None,
-    ranks: Sequence[RankInfo],
-    *,
-    min_gbps: float | None,
-    sizes: Sequence[int] | None = None,
+    device: torch.device, group: dist.ProcessGroup | None, ranks: Sequence[RankInfo], *, min_gbps: float | None
 ) -> list[Check]:
     """Latency and bus bandwidth of collectives, and the links from each rank to the next. All ranks together.
 
@@ -98,7 +93,7 @@ def check_collectives(
     checks = []
     advice = "wrong sums arrived: check its network card and cables"
     for name, run, factor in (("all_reduce", _all_reduce, 2.0), ("all_gather", _all_gather, 1.0)):
-        for size in sizes or SIZES[device.type]:
+        for size in SIZES[device.type]:
             times, right = _timed(partial(run, size, device, group, world))
             medians, correct = zip(*gather_objects((statistics.median(times), right)), strict=True)
             bus = factor * (world - 1) / world * size / max(medians) / 1e9
@@ -172,17 +167,15 @@ def _exchange(values: torch.Tensor, other: int, group: dist.ProcessGroup | None,
     return min(times)
 
 
-def check_clocks(
-    ranks: Sequence[RankInfo], *, max_skew_s: float, clock: Callable[[], float] = time.time
-) -> list[Check]:
+def check_clocks(ranks: Sequence[RankInfo], *, max_skew_s: float) -> list[Check]:
     """Refuses nodes whose clock surely differs from rank 0's by over ``max_skew_s``. All ranks together."""
     mine: dict[int, Offset] = {}
     for leader in [rank.rank for rank in ranks[1:] if rank.local_rank == 0]:
         # One after the other: answers must not wait for each other.
         if dist.get_rank() == 0:
-            mine[leader] = _ask(leader, clock)
+            mine[leader] = _ask(leader)
         elif dist.get_rank() == leader:
-            _answer(clock)
+            _answer()
         dist.barrier()
     offsets = broadcast_object(mine)
     if not offsets:
@@ -207,19 +200,19 @@ def estimate_offset(pings: Sequence[tuple[float, float, float]]) -> Offset:
     return Offset(there - (sent + received) / 2, (received - sent) / 2)
 
 
-def _ask(leader: int, clock: Callable[[], float]) -> Offset:
+def _ask(leader: int) -> Offset:
     message, pings = torch.zeros(1, dtype=torch.float64), []
     for _ in range(PINGS):
-        sent = clock()
+        sent = time.time()
         dist.send(message, leader)
         dist.recv(message, leader)
-        pings.append((sent, float(message.item()), clock()))
+        pings.append((sent, float(message.item()), time.time()))
     return estimate_offset(pings)
 
 
-def _answer(clock: Callable[[], float]) -> None:
+def _answer() -> None:
     message = torch.zeros(1, dtype=torch.float64)
     for _ in range(PINGS):
         dist.recv(message, 0)
-        message[0] = clock()
+        message[0] = time.time()
         dist.send(message, 0)

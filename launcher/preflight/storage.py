@@ -56,20 +56,14 @@ def max_checkpoints(cfg: RunConfig) -> tuple[int, int]:
     return min(retained + 1, -(-steps // settings.every)), exports + len(settings.ema_steps)
 
 
-def check_storage(
-    cfg: RunConfig,
-    ranks: Sequence[RankInfo],
-    *,
-    free_bytes: Callable[[Path], int] = lambda folder: shutil.disk_usage(folder).free,
-    shared_wait_s: float = SHARED_WAIT_S,
-) -> list[Check]:
+def check_storage(cfg: RunConfig, ranks: Sequence[RankInfo]) -> list[Check]:
     """The run's folder on every node, the object store of checkpoints, and room. All ranks together."""
     folder, url = Path(cfg.run.dir), cfg.checkpoint.url
     return [
         _disk_check(folder, ranks),
-        _shared_check(folder, ranks, shared_wait_s),
+        _shared_check(folder, ranks),
         *([_objects_check(url, ranks)] if url is not None else []),
-        _room_check(cfg, folder, ranks, free_bytes),
+        _room_check(cfg, folder, ranks),
     ]
 
 
@@ -187,7 +181,7 @@ def _disk_check(folder: Path, ranks: Sequence[RankInfo]) -> Check:
     return _on_each_node(f"write and read {folder}", "MB/s written", write_and_read, ranks, advice=advice)
 
 
-def _shared_check(folder: Path, ranks: Sequence[RankInfo], wait_s: float) -> Check:
+def _shared_check(folder: Path, ranks: Sequence[RankInfo]) -> Check:
     """Whether all nodes see one folder: what rank 0 writes, every node must read."""
     me, token = ranks[dist.get_rank()], broadcast_object(secrets.token_hex(16))
     path = folder / f".preflight_shared_{token}"
@@ -197,7 +191,7 @@ def _shared_check(folder: Path, ranks: Sequence[RankInfo], wait_s: float) -> Che
             written = path.write_text(token, encoding="ascii") > 0
     if not broadcast_object(written):
         return Check("one folder for all nodes", "not checked: rank 0 cannot write")
-    seen = gather_objects(me.local_rank != 0 or _appears(path, token, wait_s))
+    seen = gather_objects(me.local_rank != 0 or _appears(path, token))
     if me.rank == 0:
         path.unlink(missing_ok=True)
     advice = f"run.dir={folder} is not the folder that {ranks[0]} sees; checkpoints need a shared file system"
@@ -205,8 +199,8 @@ def _shared_check(folder: Path, ranks: Sequence[RankInfo], wait_s: float) -> Che
     return Check("one folder for all nodes", "no" if problems else "yes", problems)
 
 
-def _appears(path: Path, text: str, wait_s: float) -> bool:
-    deadline = time.monotonic() + wait_s
+def _appears(path: Path, text: str) -> bool:
+    deadline = time.monotonic() + SHARED_WAIT_S
     while True:
         try:
             return path.read_text(encoding="ascii") == text
@@ -233,14 +227,12 @@ def _objects_check(url: str, ranks: Sequence[RankInfo]) -> Check:
     return _on_each_node(f"write and read {url}", "MB/s both ways", write_and_read, ranks, advice=advice)
 
 
-def _room_check(
-    cfg: RunConfig, folder: Path, ranks: Sequence[RankInfo], free_bytes: Callable[[Path], int]
-) -> Check:
+def _room_check(cfg: RunConfig, folder: Path, ranks: Sequence[RankInfo]) -> Check:
     (one, export), (count, exports) = checkpoint_bytes(cfg), max_checkpoints(cfg)
     here = len(LocalStorage(folder / "checkpoints").steps())
     # Those that lie here have their rank already; the next needs its own in any case.
     need = one * max(count - here, 1) + export * exports
-    free = broadcast_object(free_bytes(folder) if folder.is_dir() else None)
+    free = broadcast_object(shutil.disk_usage(folder).free if folder.is_dir() else None)
     value = f"{_gib(one)} each, at most {count} checkpoints and {exports} exports, {here} here"
     if free is None:
         return Check("room for checkpoints", f"{value}; not checked: no folder")

@@ -33,11 +33,8 @@ _NOT_RUNNING = {psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD}
 class Node:
     """``processes`` children at a time; ``pids`` is the file that ``--probe`` reads."""
 
-    def __init__(
-        self, *, nodes: int, processes: int, rank: int, pids: Path, exit_wait_s: float = EXIT_WAIT_S
-    ) -> None:
-        self._nodes, self._processes, self._rank = nodes, processes, rank
-        self._pids, self._exit_wait_s = pids, exit_wait_s
+    def __init__(self, *, nodes: int, processes: int, rank: int, pids: Path) -> None:
+        self._nodes, self._processes, self._rank, self._pids = nodes, processes, rank, pids
         self._children: list[subprocess.Popen[bytes]] = []
         self._received: int | None = None
         self._forwarded = False
@@ -82,7 +79,7 @@ class Node:
             # Of several at a time one that a signal killed, whose code is negative: the others may be its effects.
             failed = min((code for code in codes if code), default=None)
             if first is None and failed is not None:
-                first, deadline = failed, time.monotonic() + self._exit_wait_s
+                first, deadline = failed, time.monotonic() + EXIT_WAIT_S
             if None not in codes or (first is not None and time.monotonic() > deadline):
                 return 0 if first is None else (128 - first if first < 0 else first)
             time.sleep(_POLL_S)
@@ -128,8 +125,9 @@ def main(argv: Sequence[str] | None = None, variables: Mapping[str, str] = os.en
     signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
     handlers = [signal.signal(number, node.receive) for number in signals]
     try:
+        programs = {"preflight": port + 1, "train": port} if args.preflight else {"train": port}
         code = 0
-        for program, at in ((("preflight", port + 1),) if args.preflight else ()) + (("train", port),):
+        for program, at in programs.items():
             words = [sys.executable, str(args.entry / "launcher" / f"{program}.py"), *args.arguments]
             code = code or node.run(words, port=at)
         return code

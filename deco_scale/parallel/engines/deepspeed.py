@@ -40,23 +40,21 @@ class DeepSpeedEngine(Engine):
         self.settings, self._stage = settings, settings.zero_stage
         dims, device, stage, compile_blocks = settings.dims, settings.device, self._stage, settings.compile_blocks
         deepspeed = import_deepspeed(device)
+        self._utils = deepspeed.utils
         config = deepspeed_json(settings)
         with torch.device("meta"):
             template = build()
         megatron = import_megatron() if dims.tp > 1 else None
         mpu = megatron.initialize(dims.tp) if megatron else None
         # An earlier engine of this process may have left its own.
-        deepspeed.utils.groups.mpu = mpu
+        self._utils.groups.mpu = mpu
         # tp first: a parameter is split over tp, and each part over dp.
         ranks = torch.arange(dist.get_world_size()).view(dims.dp, dims.tp).T
         self._mesh = DeviceMesh(device.type, ranks, mesh_dim_names=("tp", "dp"))
+        init_context: AbstractContextManager[Any] = torch.device("meta")
         if stage == 3:
-            group = self._mesh.get_group("dp")
-            init_context: AbstractContextManager[Any] = deepspeed.zero.Init(
-                data_parallel_group=group, config_dict_or_path=config, mpu=mpu
-            )
-        else:
-            init_context = torch.device("meta")
+            config_and_mpu = {"config_dict_or_path": config, "mpu": mpu}
+            init_context = deepspeed.zero.Init(data_parallel_group=self._mesh.get_group("dp"), **config_and_mpu)
         with init_context:
             objective = build()
             if megatron:
@@ -68,22 +66,21 @@ class DeepSpeedEngine(Engine):
                 self._fill(objective, template)
             elif objective.denoiser.decoder is not None:
                 # It reads its linears' weights without calling the linears, so all are gathered at once.
-                deepspeed.utils.set_z3_leaf_modules(objective, [type(objective.denoiser.decoder)])
+                self._utils.set_z3_leaf_modules(objective, [type(objective.denoiser.decoder)])
             if megatron:
                 megatron.mark_parameters(objective)
             self._optimizer = AdamWWithEMA(objective.parameters(), settings.optimizer, kernels=settings.kernels)
             client = {"optimizer": self._optimizer, "config": config, "mpu": mpu}
             self._engine, *_ = deepspeed.initialize(model=objective, **client)
 
-        if compile_blocks:
-            if stage < 3:
-                limit_recompiles()
-            else:
-                # Its hooks are traced as well and make graphs for each module: no limit then.
-                logger.warning(
-                    "compile=true under ZeRO-3: much of the blocks runs uncompiled between DeepSpeed's hooks; "
-                    "parallel.engine=fsdp compiles all of it"
-                )
+        if compile_blocks and stage < 3:
+            limit_recompiles()
+        elif compile_blocks:
+            # Its hooks are traced as well and make graphs for each module: no limit then.
+            logger.warning(
+                "compile=true under ZeRO-3: much of the blocks runs uncompiled between DeepSpeed's hooks; "
+                "parallel.engine=fsdp compiles all of it"
+            )
         self.tokens = parallelize(
             objective,
             fp8_plan=settings.fp8_plan,
@@ -204,12 +201,8 @@ class DeepSpeedEngine(Engine):
         """The fp32 tensors that the optimizer updates: flat partitions, or the parameters under ZeRO-0."""
         if self._stage == 0:
             return dict(self._parameters)
-        optimizer = self._engine.optimizer
-        flats = (
-            optimizer.fp32_partitioned_groups_flat
-            if self._stage == 3
-            else optimizer.single_partition_of_fp32_groups
-        )
+        partitions = "fp32_partitioned_groups_flat" if self._stage == 3 else "single_partition_of_fp32_groups"
+        flats = getattr(self._engine.optimizer, partitions)
         return {f"flat.{i}": flat for i, flat in enumerate(flats)}
 
     @contextmanager
@@ -218,9 +211,8 @@ class DeepSpeedEngine(Engine):
         if kind == "model":
             yield
             return
-        masters = self._masters()
-        partitions = self._optimizer.tensors(kind)
-        saved = {n: m.detach().clone() for n, m in masters.items()}
+        masters, partitions = self._masters(), self._optimizer.tensors(kind)
+        saved = {name: master.detach().clone() for name, master in masters.items()}
         for name, master in masters.items():
             master.data.copy_(partitions[name])
         try:
@@ -235,26 +227,20 @@ class DeepSpeedEngine(Engine):
     def _get_full(self, parameter: nn.Parameter) -> Tensor:
         if self._stage == 0:
             return parameter.detach().clone()
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        full = safe_get_full_fp32_param(parameter)
+        full = self._utils.safe_get_full_fp32_param(parameter)
         return full.detach().reshape(getattr(parameter, "ds_shape", parameter.shape))
 
     def _set_full(self, parameter: nn.Parameter, value: Tensor) -> None:
         if self._stage == 0:
             parameter.data.copy_(value)
         elif self._stage == 3:
-            from deepspeed.utils import safe_set_local_fp32_param
-
             # Partitions are equal slices of the flattened parameter, the last one padded.
-            size = cast(Any, parameter).ds_tensor.ds_numel
-            flat = value.float().flatten()
+            size, flat = cast(Any, parameter).ds_tensor.ds_numel, value.float().flatten()
             padded = torch.nn.functional.pad(flat, (0, size * self.settings.dims.dp - flat.numel()))
-            safe_set_local_fp32_param(parameter, padded.narrow(0, size * self._mesh.get_local_rank("dp"), size))
+            part = padded.narrow(0, size * self._mesh.get_local_rank("dp"), size)
+            self._utils.safe_set_local_fp32_param(parameter, part)
         else:
-            from deepspeed.utils import safe_set_full_fp32_param
-
-            safe_set_full_fp32_param(parameter, value.float())
+            self._utils.safe_set_full_fp32_param(parameter, value.float())
 
     def _refresh(self) -> None:
         """Update the weights that compute from the masters."""

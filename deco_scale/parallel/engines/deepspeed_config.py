@@ -8,6 +8,7 @@ import torch
 from deco_scale.errors import ConfigError
 from deco_scale.parallel.engines.base import EngineSettings
 from deco_scale.precision import fp8
+from deco_scale.yaml import merged
 
 ZERO3_PERSISTENT = 100_000
 """Largest number of elements of a weight that ZeRO-3 keeps full on every rank (DeepSpeed's own default)."""
@@ -97,12 +98,4 @@ def deepspeed_json(settings: EngineSettings) -> dict[str, Any]:
     for key in ("managed_gradient_accumulation", "optimizer", "scheduler", "fp16", "bf16"):
         if key in settings.overrides:
             raise ConfigError(f"parallel.deepspeed.{key} is owned by the configuration; remove it")
-    return _merged(generated, settings.overrides)
-
-
-def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    out = dict(base)
-    for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(out.get(key), dict)
-        out[key] = _merged(out[key], value) if both else value
-    return out
+    return merged(generated, settings.overrides)  # type: ignore[no-any-return]

@@ -7,17 +7,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from deco_scale.observability.events import REQUEUE
+from launcher.schedulers import node_agent
 from launcher.schedulers.node_agent import Node, main, probe
 from tests.support import ROOT
 
 
-def node_of(tmp_path: Path, processes: int = 2, **settings: Any) -> Node:
-    return Node(nodes=2, processes=processes, rank=1, pids=tmp_path / "pids", **settings)
+def node_of(tmp_path: Path, processes: int = 2) -> Node:
+    return Node(nodes=2, processes=processes, rank=1, pids=tmp_path / "pids")
 
 
 def python(text: str) -> list[str]:
@@ -31,7 +31,10 @@ def test_a_node_numbers_its_processes(tmp_path: Path) -> None:
     assert [(tmp_path / rank).read_text() for rank in "23"] == ["2 4 0 2 123", "3 4 1 2 123"]
 
 
-def test_a_node_ends_with_the_first_failure_and_leaves_no_process(tmp_path: Path) -> None:
+def test_a_node_ends_with_the_first_failure_and_leaves_no_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(node_agent, "EXIT_WAIT_S", 0.1)
     body = f"""
 import os, subprocess, sys, time
 if os.environ['LOCAL_RANK'] == '0':
@@ -41,7 +44,7 @@ child = subprocess.Popen(['sleep', '600'])
 open('{tmp_path}/part', 'w').write(str(child.pid)); os.rename('{tmp_path}/part', '{tmp_path}/child')
 time.sleep(600)
 """
-    assert node_of(tmp_path, exit_wait_s=0.1).run(python(body), port=1) == REQUEUE
+    assert node_of(tmp_path).run(python(body), port=1) == REQUEUE
     left = int((tmp_path / "child").read_text())
     for _ in range(100):
         # The child's child is not ours to reap: it may stay a zombie where nothing adopts it.

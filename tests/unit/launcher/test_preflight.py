@@ -6,7 +6,9 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -24,7 +26,7 @@ from deco_scale.yaml import dump_yaml
 from launcher.preflight import __main__ as preflight
 from launcher.preflight.__main__ import check_all
 from launcher.preflight.checks import check_config, check_versions, products_are_exact
-from launcher.preflight.network import check_clocks, check_collectives, estimate_offset, join_process_group
+from launcher.preflight.network import SIZES, check_clocks, check_collectives, estimate_offset, join_process_group
 from launcher.preflight.report import Check, RankInfo, all_problems, check_same
 from launcher.preflight.storage import check_data, check_storage, checkpoint_bytes, max_checkpoints
 from tests.support.assets import tiny_config
@@ -62,18 +64,22 @@ def two_nodes(raw: dict[str, Any], scratch: str) -> None:
     differs = dataclasses.replace(cfg, run=dataclasses.replace(cfg.run, seed=4 + rank))
     found["config"] = check_config(differs, RANKS)
     odd = check_all(differs, Environment(rank, 2, 0), host=me.host, versions=other)
-    late = HALF_A_MINUTE if rank == 1 else 0.0
-    found["clock"] = check_clocks(RANKS, max_skew_s=1.0, clock=lambda: time.time() + late)
-    found["links"] = check_collectives(CPU, None, RANKS, min_gbps=1e6, sizes=[4096])
-    found["full"] = check_storage(cfg, RANKS, free_bytes=lambda folder: 1000)
+    now, late = time.time, HALF_A_MINUTE if rank == 1 else 0.0
+    with mock.patch("time.time", lambda: now() + late):
+        found["clock"] = check_clocks(RANKS, max_skew_s=1.0)
+    with mock.patch.dict(SIZES, cpu=(4096,)):
+        found["links"] = check_collectives(CPU, None, RANKS, min_gbps=1e6)
+    with mock.patch("shutil.disk_usage", lambda folder: SimpleNamespace(free=1000)):
+        found["full"] = check_storage(cfg, RANKS)
     own = dataclasses.replace(cfg, run=dataclasses.replace(cfg.run, dir=f"{scratch}/own{rank}"))
-    found["own folders"] = check_storage(own, RANKS, free_bytes=lambda folder: 10**12, shared_wait_s=0.1)
+    with mock.patch("launcher.preflight.storage.SHARED_WAIT_S", 0.1):
+        found["own folders"] = check_storage(own, RANKS)
     gone = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, url=f"{scratch}/nothing"))
     found["data"] = check_data(cfg if rank == 0 else gone, RANKS)
     same = f"{scratch}/file"
     Path(same).write_text("")
     blocked = dataclasses.replace(cfg, run=dataclasses.replace(cfg.run, dir=f"{same}/run"))
-    found["not a folder"] = check_storage(blocked, RANKS, free_bytes=lambda folder: 10**12)
+    found["not a folder"] = check_storage(blocked, RANKS)
     problems = {name: all_problems({name: checks}) for name, checks in found.items()}
     problems |= {"good": all_problems(good), "config in all": all_problems(odd)}
     Path(scratch, f"rank{rank}.json").write_text(json.dumps({"problems": problems, "titles": list(good)}))
@@ -194,10 +200,10 @@ def test_checkpoints_in_an_object_store_are_tried(
     s3_environment.create_bucket("preflight")
     me, url = [RankInfo(0, 0, "node0")], "s3://preflight/runs"
     cfg = build_config({**raw, "checkpoint": {**raw["checkpoint"], "url": url}}, source="s3")
-    assert all_problems({"storage": check_storage(cfg, me, free_bytes=lambda folder: 10**12)}) == []
+    assert all_problems({"storage": check_storage(cfg, me)}) == []
     assert list(open_store(url).list()) == []
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
-    (problem,) = all_problems({"storage": check_storage(cfg, me, free_bytes=lambda folder: 10**12)})
+    (problem,) = all_problems({"storage": check_storage(cfg, me)})
     assert "rank 0 on node0" in problem and "preflight" in problem and "AWS settings" in problem
     assert s3_environment.environment["AWS_SECRET_ACCESS_KEY"] not in problem
 
@@ -252,7 +258,7 @@ def test_the_mismatching_ranks_are_named_not_the_majority() -> None:
 
 
 def test_a_wrong_product_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert products_are_exact(CPU, side=32)
+    assert products_are_exact(CPU)
     right = torch.Tensor.__matmul__
 
     def wrong(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -262,7 +268,7 @@ def test_a_wrong_product_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
         return result
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", wrong)
-    assert not products_are_exact(CPU, side=32)
+    assert not products_are_exact(CPU)
 
 
 def test_torchrun_with_restarts_and_one_store_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

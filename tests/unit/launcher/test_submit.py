@@ -13,7 +13,6 @@ from deco_scale.observability.events import REQUEUE
 from deco_scale.observability.redact import looks_secret
 from launcher import submit
 from launcher.schedulers.base import TEMPLATES, ClusterJob
-from launcher.schedulers.hosts import host_commands
 from launcher.schedulers.slurm import render_slurm
 from tests.support.submission import HOSTILE, HOSTS, SLURM, refused, rendered
 
@@ -227,7 +226,7 @@ def test_hostfile_and_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str
     job = ClusterJob(
         name="a", config="c", overrides=(HOSTILE,), nodes=1, processes=1, gpus=True, entry="/e", python="/b/python"
     )
-    commands = host_commands(job, out)
+    commands = submit.host_commands(job, out)
     assert [command[0] for command in commands] == ["/b/deepspeed"] * 2
     assert all(command[-1] == HOSTILE for command in commands)
 
