@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, Protocol
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from deco_scale.errors import ConfigError, RunError
 from deco_scale.models import ModelConfig
 
 MODEL, EMA, REPA = "model.denoiser.", "ema.denoiser.", "model.repa_head."
+PREFIXES = {"model": MODEL, "ema": EMA}
 SETS = ("model", "ema", "exp_avg", "exp_avg_sq", "fp8")
 """The sets of tensors: the first part of a canonical name; ``fp8`` are scaling factors."""
 
@@ -59,7 +61,7 @@ class TensorSpec:
         return self.numel * self.dtype.itemsize
 
 
-class CheckpointReader(Protocol):
+class CheckpointReader:
     """A checkpoint that is open for reading. Reading is safe from several threads at once.
 
     Opening reads headers only. It raises :class:`ConfigError` for damaged or unknown content, and compares every
@@ -67,28 +69,17 @@ class CheckpointReader(Protocol):
     hold.
     """
 
-    @property
-    def path(self) -> Path: ...
-
-    @property
-    def format(self) -> str:
-        """The format in words, such as ``canonical`` or ``release .ckpt``."""
-
-    @property
-    def specs(self) -> Mapping[str, TensorSpec]:
-        """All tensors by canonical name, sorted."""
-
-    @property
-    def model(self) -> ModelConfig:
-        """Architecture, inferred from the tensors; a configuration that contradicts it is an error."""
-
-    @property
-    def meta(self) -> CheckpointMeta | None:
-        """Progress and configuration of the run; None for formats without them."""
-
-    @property
-    def facts(self) -> Mapping[str, Any]:
-        """Further facts to show, such as a Lightning file's ``global_step``."""
+    path: Path
+    format: str
+    """The format in words, such as ``canonical`` or ``release .ckpt``."""
+    specs: Mapping[str, TensorSpec]
+    """All tensors by canonical name, sorted."""
+    model: ModelConfig
+    """Architecture, inferred from the tensors; a configuration that contradicts it is an error."""
+    meta: CheckpointMeta | None = None
+    """Progress and configuration of the run; None for formats without them."""
+    facts: Mapping[str, Any] = MappingProxyType({})
+    """Further facts to show, such as a Lightning file's ``global_step``."""
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
         """The tensor on the CPU in its stored type, contiguous and owned by the caller.
@@ -96,6 +87,7 @@ class CheckpointReader(Protocol):
         ``rows`` are start and end along dimension 0; formats that store another layout may read a full tensor for
         them. Raises :class:`ConfigError` naming file and tensor if data are damaged.
         """
+        raise NotImplementedError
 
 
 def refuse_existing(target: Path) -> None:

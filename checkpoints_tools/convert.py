@@ -19,6 +19,7 @@ from torch import Tensor
 from checkpoints_tools.base import (
     EMA,
     MODEL,
+    PREFIXES,
     REPA,
     Advance,
     CheckpointReader,
@@ -52,7 +53,6 @@ from deco_scale.models import ModelConfig
 Format = Literal["release", "safetensors", "diffusers"]
 Weights = Literal["model", "ema", "both"]
 STEM = "model"
-_PREFIX = {"model": MODEL, "ema": EMA}
 STAGE = "imported"
 _PUBLISHED_TEXT_DIM, _PUBLISHED_ENCODER = 2048, "Qwen/Qwen3-1.7B"
 
@@ -168,8 +168,8 @@ def plan_export(
     """
     kinds: list[str] = ["model", "ema"] if weights == "both" else [weights]
     for kind in kinds:
-        if not any(n.startswith(_PREFIX[kind]) for n in source.specs):
-            raise ConfigError(f"{source.path} has no {_PREFIX[kind]}* tensors; choose other --weights")
+        if not any(n.startswith(PREFIXES[kind]) for n in source.specs):
+            raise ConfigError(f"{source.path} has no {PREFIXES[kind]}* tensors; choose other --weights")
     if format == "release" and max_shard_bytes is not None:
         raise ConfigError("--max-shard-bytes is for safetensors: the release's .ckpt is one file")
     if format == "diffusers" and weights == "both":
@@ -182,10 +182,10 @@ def plan_export(
         tensors = _release_tensors(source, kinds, dtype)
         run = _write_release
     else:
-        names = [n for n in source.specs if n.startswith(tuple(_PREFIX[k] for k in kinds))]
+        names = [n for n in source.specs if n.startswith(tuple(PREFIXES[k] for k in kinds))]
         if format == "safetensors" and "model" in kinds:
             names += [n for n in source.specs if n.startswith(REPA)]
-        cut = _PREFIX[kinds[0]] if format == "diffusers" else ""
+        cut = PREFIXES[kinds[0]] if format == "diffusers" else ""
         tensors = {
             n.removeprefix(cut): (TensorSpec(source.specs[n].shape, dtype), partial(source.read, n)) for n in names
         }
@@ -231,7 +231,7 @@ def _release_tensors(
     for kind in kinds:
         theirs = release.DENOISER if kind == "model" else release.EMA
         for rule in release.denoiser_rules(cfg):
-            parts = [_PREFIX[kind] + name for name in rule.ours]
+            parts = [PREFIXES[kind] + name for name in rule.ours]
             _check_has(source, parts)
             spec = TensorSpec(shapes[rule.release], dtype)
             tensors[theirs + rule.release] = spec, partial(_joined, source, rule, parts)

@@ -1,15 +1,15 @@
 """Opening any checkpoint: the format is recognised by the content, not by an option.
 
-A format is a class with the members of :class:`checkpoints_tools.base.CheckpointReader`: tensors with canonical
-names, read one at a time (or a range of rows of one). ``inspect``, ``diff``, ``import``, ``export`` and
-``average`` use only that protocol, so a new format needs a reader and a line in :func:`open_checkpoint`.
+A format is a subclass of :class:`checkpoints_tools.base.CheckpointReader`: tensors with canonical names, read one
+at a time (or a range of rows of one). ``inspect``, ``diff``, ``import``, ``export`` and ``average`` use only its
+members, so a new format needs a reader and a line in :func:`open_checkpoint`.
 """
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from checkpoints_tools.base import EMA, MODEL, SETS, CheckpointReader
+from checkpoints_tools.base import PREFIXES, SETS, CheckpointReader
 from checkpoints_tools.formats.canonical import CanonicalReader
 from checkpoints_tools.formats.tensor_files import INDEX_SUFFIX, LightningStore, open_safetensors, read_json
 from checkpoints_tools.formats.universal import UniversalReader, is_universal
@@ -22,7 +22,6 @@ from deco_scale.errors import ConfigError
 PIPELINE = "model_index.json"
 TRANSFORMER = "transformer"
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model"
-_PREFIX = {"model": MODEL, "ema": EMA}
 _BARE = "patch_embed.weight"
 """A denoiser's own name of a tensor, as in the EMA exports of a run."""
 _ZIP_MAGIC, _SAFETENSORS_BRACE = b"PK\x03\x04", b"{"
@@ -88,7 +87,7 @@ def _open_safetensors(path: Path, stated: Mapping[str, Any] | None) -> Checkpoin
         weights = read_json(beside).get("weights") if beside.is_file() else "model"
         if weights not in ("model", "ema"):
             raise ConfigError(f"{beside} must have weights: model or ema for the denoiser in {path}")
-        return BareReader(store, kind="safetensors of a bare denoiser", prefix=_PREFIX[weights], stated=stated)
+        return BareReader(store, kind="safetensors of a bare denoiser", prefix=PREFIXES[weights], stated=stated)
     return ReleaseReader(store, kind="safetensors", stated=stated)
 
 
@@ -100,7 +99,7 @@ def _open_pipeline(path: Path, stated: Mapping[str, Any] | None) -> CheckpointRe
     single = path / TRANSFORMER / f"{DIFFUSERS_WEIGHTS}.safetensors"
     index = path / TRANSFORMER / f"{DIFFUSERS_WEIGHTS}{INDEX_SUFFIX}"
     store = open_safetensors(index if index.is_file() else single)
-    source = BareReader(store, kind="diffusers-style folder", prefix=_PREFIX[weights], stated=model)
+    source = BareReader(store, kind="diffusers-style folder", prefix=PREFIXES[weights], stated=model)
     if stated is not None:
         infer_complete_model(source.specs, stated, where=str(path))
     source.path = path

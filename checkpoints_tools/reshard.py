@@ -132,7 +132,7 @@ def _with_ema(source: CheckpointReader, *, from_model: bool) -> CheckpointReader
     return source if has else _WithEma(source)
 
 
-class _WithEma:
+class _WithEma(CheckpointReader):
     """A source with its weights as its EMA."""
 
     def __init__(self, source: CheckpointReader) -> None:

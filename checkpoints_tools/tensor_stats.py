@@ -43,7 +43,8 @@ class Difference:
 def tensor_facts(source: CheckpointReader, name: str) -> TensorFacts:
     """Statistics of one tensor, in float64 (two passes, so that the deviation keeps its digits)."""
     low, high, total, squares, count, nans, infinities, nonzero = inf, -inf, 0.0, 0.0, 0, 0, 0, 0
-    for part in _parts(source, name):
+    for raw in _parts(source, name):
+        part = raw.double()
         finite = part[torch.isfinite(part)]
         nans += int(torch.isnan(part).sum())
         infinities += int(torch.isinf(part).sum())
@@ -55,15 +56,15 @@ def tensor_facts(source: CheckpointReader, name: str) -> TensorFacts:
     if not count:
         return TensorFacts(nan, nan, nan, nan, nans, infinities, zero)
     mean = total / count
-    for part in _parts(source, name):
-        squares += float((part[torch.isfinite(part)] - mean).square().sum())
+    for raw in _parts(source, name):
+        squares += float((raw[torch.isfinite(raw)].double() - mean).square().sum())
     return TensorFacts(low, high, mean, sqrt(squares / count), nans, infinities, zero)
 
 
 def difference(first: CheckpointReader, second: CheckpointReader, name: str) -> Difference:
     """Compare one tensor of two sources; the shapes must be equal."""
     absolute, largest = 0.0, 0.0
-    for raw_a, raw_b in zip(_raw_parts(first, name), _raw_parts(second, name), strict=True):
+    for raw_a, raw_b in zip(_parts(first, name), _parts(second, name), strict=True):
         if raw_a.dtype == raw_b.dtype and torch.equal(raw_a, raw_b) and bool(torch.isfinite(raw_a).all()):
             # Only its size can matter.
             largest = max(largest, float(raw_a.abs().max()) if raw_a.numel() else 0.0)
@@ -81,10 +82,6 @@ def difference(first: CheckpointReader, second: CheckpointReader, name: str) -> 
 
 
 def _parts(source: CheckpointReader, name: str) -> Iterator[Tensor]:
-    return (part.double() for part in _raw_parts(source, name))
-
-
-def _raw_parts(source: CheckpointReader, name: str) -> Iterator[Tensor]:
     for rows in pieces(source.specs[name], max_elements=PIECE_ELEMENTS):
         yield source.read(name, rows).flatten()
 
@@ -92,8 +89,33 @@ def _raw_parts(source: CheckpointReader, name: str) -> Iterator[Tensor]:
 def facts_table(source: CheckpointReader) -> Table:
     """Format, progress of the run, sizes, files."""
     table = Table("quantity", "value", title=cell(str(source.path)))
-    for name, value in _rows(source):
-        table.add_row(name, cell(value))
+
+    def add(name: str, value: str) -> None:
+        table.add_row(cell(name), cell(value))
+
+    add("format", source.format)
+    if source.meta is not None:
+        meta = source.meta
+        add("step", f"{meta.step:,} (stage {meta.stage}, {meta.samples:,} samples, seed {meta.seed})")
+        add("optimizer steps", f"{meta.optimizer_steps:,}")
+        add("parameter digest", meta.parameter_digest)
+        parallel = meta.config.get("parallel")
+        if isinstance(parallel, dict):
+            add("written by", ", ".join(f"{k} {v}" for k, v in parallel.items() if k != "deepspeed"))
+        add("data", str(meta.data_state))
+    for name, value in source.facts.items():
+        add(str(name), str(value)[:200])
+    model = source.model
+    add("model", ", ".join(f"{k} {getattr(model, k)}" for k in model.__slots__ if getattr(model, k)))
+    for kind in SETS:
+        specs = [s for n, s in source.specs.items() if n.startswith(f"{kind}.")]
+        if specs:
+            types = ", ".join(sorted({str(s.dtype).removeprefix("torch.") for s in specs}))
+            count, size = sum(s.numel for s in specs), sum(s.nbytes for s in specs)
+            add(kind, f"{len(specs)} tensors, {count:,} elements, {types}, {human_bytes(size)}")
+    folder = source.path
+    for file in sorted(p for p in folder.rglob("*") if p.is_file()) if folder.is_dir() else [folder]:
+        add("file", f"{file.relative_to(folder.parent)}, {human_bytes(file.stat().st_size)}")
     return table
 
 
@@ -121,29 +143,3 @@ def differences_table(differences: Mapping[str, Difference]) -> Table:
     for name, one in sorted(differences.items(), key=lambda item: (-item[1].absolute, item[0])):
         table.add_row(cell(name), f"{one.absolute:.6g}", f"{one.relative:.6g}")
     return table
-
-
-def _rows(source: CheckpointReader) -> Iterator[tuple[str, str]]:
-    yield "format", source.format
-    if source.meta is not None:
-        meta = source.meta
-        yield "step", f"{meta.step:,} (stage {meta.stage}, {meta.samples:,} samples, seed {meta.seed})"
-        yield "optimizer steps", f"{meta.optimizer_steps:,}"
-        yield "parameter digest", meta.parameter_digest
-        parallel = meta.config.get("parallel")
-        if isinstance(parallel, dict):
-            yield "written by", ", ".join(f"{k} {v}" for k, v in parallel.items() if k != "deepspeed")
-        yield "data", str(meta.data_state)
-    for name, value in source.facts.items():
-        yield str(name), str(value)[:200]
-    model = source.model
-    yield "model", ", ".join(f"{k} {getattr(model, k)}" for k in model.__slots__ if getattr(model, k))
-    for kind in SETS:
-        specs = [s for n, s in source.specs.items() if n.startswith(f"{kind}.")]
-        if specs:
-            types = ", ".join(sorted({str(s.dtype).removeprefix("torch.") for s in specs}))
-            count, size = sum(s.numel for s in specs), sum(s.nbytes for s in specs)
-            yield kind, f"{len(specs)} tensors, {count:,} elements, {types}, {human_bytes(size)}"
-    folder = source.path
-    for file in sorted(p for p in folder.rglob("*") if p.is_file()) if folder.is_dir() else [folder]:
-        yield "file", f"{file.relative_to(folder.parent)}, {human_bytes(file.stat().st_size)}"

@@ -11,12 +11,11 @@ from contextlib import ExitStack
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from checkpoints_tools.base import SETS, Advance, TensorSpec, new_folder, read_checked
+from checkpoints_tools.base import SETS, Advance, CheckpointReader, TensorSpec, new_folder, read_checked
 from checkpoints_tools.formats.torch_zip import Archive, StoredTensor
 from checkpoints_tools.infer_config import infer_complete_model
 from checkpoints_tools.memory_budget import MemoryBudget, in_threads, peak_bytes, sync_files, tensor_budget
@@ -41,8 +40,8 @@ from deco_scale.errors import ConfigError
 from deco_scale.models import ModelConfig
 
 
-class CanonicalReader:
-    """A complete canonical folder; implements :class:`checkpoints_tools.base.CheckpointReader`.
+class CanonicalReader(CheckpointReader):
+    """A complete canonical folder.
 
     Opening checks the index and the sizes of all files, but no checksums (``deco-ckpt verify`` and the commands
     that write do that). A tensor of several pieces is assembled from those that hold the requested rows.
@@ -51,7 +50,7 @@ class CanonicalReader:
     format = "canonical"
 
     def __init__(self, path: Path) -> None:
-        self.path, self.facts = path, dict[str, Any]()
+        self.path = path
         self.meta: CheckpointMeta = read_meta(path)
         # As long as this reader exists, a run that saves beside it does not delete the folder.
         self._lock = ExitStack()
@@ -66,7 +65,7 @@ class CanonicalReader:
             raise ConfigError(f"{path / METADATA}: {unknown[0]} is none of {', '.join(SETS)}")
 
     @cached_property
-    def model(self) -> ModelConfig:
+    def model(self) -> ModelConfig:  # type: ignore[override]
         stated = self.meta.config.get("model")
         return infer_complete_model(self.specs, stated, where=str(self.path))
 

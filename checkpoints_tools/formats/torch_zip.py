@@ -79,10 +79,7 @@ class Archive:
         self.file, self._start = file, start
         self._where = f"{file}: {what}" if what else str(file)
         try:
-            size = file.stat().st_size
-            length = size - start if length is None else length
-            if start < 0 or length < 0 or start + length > size:
-                raise ConfigError(f"{self._where} is outside of the file's {size} bytes")
+            length = file.stat().st_size - start if length is None else length
             with file.open("rb") as raw:
                 view = io.BufferedReader(_FileRange(raw, start, length))
                 self._records = _data_records(view, length, self._where)

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from checkpoints_tools.base import EMA, MODEL, REPA, TensorSpec
+from checkpoints_tools.base import EMA, MODEL, REPA, CheckpointReader, TensorSpec
 from checkpoints_tools.formats import release
 from checkpoints_tools.formats.tensor_files import Store
 from checkpoints_tools.infer_config import check_repa_head, check_sets, infer_model, release_shapes
@@ -17,13 +17,8 @@ RECORDED = ("in.", "out.", "grad.", "gradnorm.")
 """Tensors of a recorded parity test, which are stored beside the weights."""
 
 
-class BareReader:
-    """Tensors whose names are canonical with ``prefix``; ``stated`` are settings that they must not contradict.
-
-    Implements :class:`checkpoints_tools.base.CheckpointReader`.
-    """
-
-    meta = None
+class BareReader(CheckpointReader):
+    """Tensors whose names are canonical with ``prefix``; ``stated`` are settings that they must not contradict."""
 
     def __init__(
         self, store: Store, *, kind: str, prefix: str = "", stated: Mapping[str, Any] | None = None
@@ -41,14 +36,12 @@ class BareReader:
         return self._store.read(name.removeprefix(self._prefix), rows)
 
 
-class ReleaseReader:
+class ReleaseReader(CheckpointReader):
     """Tensors with the public release's names, translated by the table in ``release.py``.
 
     All tensors must be known, complete and of the inferred model's shapes. ``stated`` are settings that the
-    tensors must not contradict. Implements :class:`checkpoints_tools.base.CheckpointReader`.
+    tensors must not contradict.
     """
-
-    meta = None
 
     def __init__(self, store: Store, *, kind: str, stated: Mapping[str, Any] | None = None) -> None:
         self.path, self.format = store.path, f"release {kind}"

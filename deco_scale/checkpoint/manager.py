@@ -28,7 +28,7 @@ from deco_scale.checkpoint.export import PREFIX, export_ema
 from deco_scale.checkpoint.format import CheckpointMeta, find_checkpoint, write_markers
 from deco_scale.checkpoint.integrity import FileChecksums
 from deco_scale.checkpoint.staging import Snapshot, Stager, parameter_digest, write_snapshot
-from deco_scale.checkpoint.storage import CheckpointStorage, LocalStorage, ObjectStorage, remove_scratch, step_name
+from deco_scale.checkpoint.storage import LocalStorage, ObjectStorage, remove_scratch, step_name
 from deco_scale.distributed.collectives import gather_objects, raise_together, run_on_rank_zero
 from deco_scale.errors import ConfigError, Damaged, RunError
 from deco_scale.parallel.engines.base import Engine
@@ -254,7 +254,7 @@ class CheckpointManager:
             loader.initialise(engine, source, self._cfg)
 
     @property
-    def _storage(self) -> CheckpointStorage:
+    def _storage(self) -> LocalStorage | ObjectStorage:
         """Where this run's checkpoints are stored."""
         if self._cfg.url is None:
             return self._local

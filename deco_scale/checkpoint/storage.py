@@ -145,9 +145,6 @@ class ObjectStorage:
         return files
 
 
-CheckpointStorage = LocalStorage | ObjectStorage
-
-
 class ObjectFetcher:
     """Downloads files of a checkpoint in an object store to a scratch ``folder``, each once, and verifies them.
 

@@ -158,14 +158,11 @@ class ModelStates:
     groups: list[dict[str, tuple[int, ...]]]
 
 
-class DeepSpeedReader:
+class DeepSpeedReader(CheckpointReader):
     """What the readers of DeepSpeed's layouts share; subclasses call :meth:`_finish` and have ``_read_own``.
 
-    Opening reads the model-states files, which must agree on the run's progress. Implements
-    :class:`checkpoints_tools.base.CheckpointReader`.
+    Opening reads the model-states files, which must agree on the run's progress.
     """
-
-    meta = None
 
     def __init__(self, path: Path, pointer: str) -> None:
         self.path = resolve_tag(path, pointer)

@@ -29,7 +29,6 @@ from deco_scale.errors import ConfigError
 from deco_scale.models.tp_plan import split_dim
 
 _REPA_LAYERS = (0, 2, 4)
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,12 +128,16 @@ def write_zero(
             for name in layout.model_files(tp):
                 file = folder / name
                 _save_blank(file, model_states(groups, meta, layout, module))
-                models[tp] = _module_tensors(file) if layout.stage != 3 else {}
+                if layout.stage != 3:
+                    archive = open_archive(file)
+                    module_tensors = archive.content["module"].items()
+                    models[tp] = {n: archive.stored(t, n) for n, t in module_tensors if isinstance(t, Tensor)}
             for dp in range(layout.dp):
                 file = folder / layout.optim_file(tp, dp)
                 _save_blank(file, _optim_states(groups, parts, dp, meta, layout, has_moments))
                 optim[tp, dp] = _Blank(file, meta.optimizer_steps, files)
-        descriptors = {tp: _descriptor(folder / layout.model_files(tp)[0], files) for tp in range(layout.tp)}
+        firsts = [folder / layout.model_files(tp)[0] for tp in range(layout.tp)]
+        descriptors = [files.enter_context(file.open("r+b")).fileno() for file in firsts]
 
         def fill(name: str) -> None:
             kind, _, parameter = name.partition(".")
@@ -149,7 +152,7 @@ def write_zero(
         kinds = CARRIED if has_moments else CARRIED[:1]
         names = [f"{kind}.{name}" for kind in kinds for name in shapes]
         in_threads(fill, names, workers)
-        sync_files([*(blank.descriptor for blank in optim.values()), *descriptors.values()])
+        sync_files([*(blank.descriptor for blank in optim.values()), *descriptors])
 
 
 class _Blank:
@@ -158,7 +161,7 @@ class _Blank:
     def __init__(self, file: Path, steps: int, files: ExitStack) -> None:
         archive = open_archive(file)
         content = optim_content(archive)
-        self.descriptor = _descriptor(file, files)
+        self.descriptor = files.enter_context(file.open("r+b")).fileno()
         self._tensors = {kind: [archive.stored(t, kind) for t in each] for kind, each in content.tensors.items()}
         for step in content.steps:
             if step is not None:
@@ -197,7 +200,7 @@ def _optim_states(
     state: dict[int, dict[str, Tensor]] = {}
     if has_moments:
         for i, size in enumerate(parts.sizes):
-            state[i] = {"step": torch.empty(()), **{kind: torch.empty(size) for kind in MOMENTS}}
+            state[i] = {"step": torch.empty(()), **{kind: torch.empty(size) for kind in CARRIED[1:]}}
     base = {"state": state, "param_groups": [adamw_group(meta, list(range(len(groups))))]}
     inner: dict[str, Any] = {
         "zero_stage": ZeroStageEnum(layout.stage),
@@ -239,16 +242,6 @@ def _save_blank(file: Path, content: dict[str, Any]) -> None:
     """Save without the tensors' data; what is not filled later reads as zeros."""
     with torch.serialization.skip_data():
         torch.save(content, file)
-
-
-def _module_tensors(file: Path) -> dict[str, StoredTensor]:
-    archive = open_archive(file)
-    module = archive.content["module"]
-    return {name: archive.stored(t, name) for name, t in module.items() if isinstance(t, Tensor)}
-
-
-def _descriptor(file: Path, files: ExitStack) -> int:
-    return files.enter_context(file.open("r+b")).fileno()
 
 
 def _put(descriptor: int, target: StoredTensor, start: int, values: Tensor) -> None:
