@@ -5,7 +5,7 @@ A flipped bit of a weight raises no error anywhere: it spreads with the gradient
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -22,13 +22,6 @@ class Replicas(NamedTuple):
     tensors: Mapping[str, Tensor]
 
 
-class Replicated(Protocol):
-    """An engine, as far as this check needs it."""
-
-    def replicas(self) -> Sequence[Replicas]:
-        """Live tensors that other ranks hold as well, for the same kinds of groups on every rank."""
-
-
 def bit_digest(tensors: Sequence[Tensor]) -> Tensor:
     """One int64 per tensor, on the tensors' device, that any single flipped bit changes."""
     digests = [
@@ -40,14 +33,14 @@ def bit_digest(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack([digest.view(torch.int64) for digest in digests])
 
 
-def check_replicas(engine: Replicated, step: int, hosts: Sequence[str], last_good: int | None) -> None:
+def check_replicas(replicas: Sequence[Replicas], step: int, hosts: Sequence[str], last_good: int | None) -> None:
     """Compare replicas; a collective that waits for the device. ``hosts`` are the ranks' nodes.
 
     Raises :class:`ReplicaMismatchError` with ranks and hosts, on every rank. ``last_good`` is the step of the last
     comparison in this launch.
     """
     mine: list[ReplicaMismatch] = []
-    for group, tensors in engine.replicas():
+    for group, tensors in replicas:
         names = sorted(tensors)
         digests = bit_digest([tensors[name] for name in names])
         by_rank = [torch.zeros_like(digests) for _ in range(dist.get_world_size(group))]

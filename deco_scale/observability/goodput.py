@@ -129,7 +129,7 @@ class _Span(NamedTuple):
 
 
 def compute_goodput(
-    events: Sequence[Event], metrics: Sequence[Mapping[str, Any]], *, now: float, silent_s: float = SILENT_S
+    events: Sequence[Event], metrics: Sequence[Mapping[str, Any]], *, now: float
 ) -> Goodput | None:
     """The goodput at ``now`` (Unix seconds) by all lines of both files, in the files' order.
 
@@ -137,7 +137,7 @@ def compute_goodput(
     until it has caught up, and nothing is later than ``now``. A run that ended with exit code 0 ends there.
     """
     now_us = round(now * _SECOND)
-    launches = _launches(_merge(events, metrics, now_us), now_us, round(silent_s * _SECOND))
+    launches = _launches(_merge(events, metrics, now_us), now_us, round(SILENT_S * _SECOND))
     if not launches:
         return None
     totals = dict.fromkeys(CLASSES, 0)

@@ -78,7 +78,6 @@ class PrometheusExporter:
             self._set("deco_last_checkpoint_timestamp_seconds", "When it was complete", event.time)
 
     def close(self) -> None:
-        """Stop serving and free the port."""
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()

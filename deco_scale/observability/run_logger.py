@@ -150,7 +150,6 @@ class RunLogger:
             self._wandb.log(step, named)
 
     def image(self, name: str, path: Path, step: int) -> None:
-        """An image that was written."""
         logger.info("%s: %s", name, path)
         if self._wandb is not None:
             self._wandb.image(step, name, path)

@@ -35,7 +35,6 @@ class WandbRun:
         self._try(lambda: self._start(cfg, config))
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        """Numbers of a step."""
         self._try(lambda: self._run.log({**values, "step": step}))
 
     def image(self, step: int, name: str, path: Path) -> None:

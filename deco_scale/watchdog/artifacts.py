@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from deco_scale.observability.deadline import within
 from deco_scale.observability.events import Event, append_event
@@ -59,17 +60,15 @@ class FaultArtifacts:
         An error is written as the event ``end`` only if ``end`` says so: usually rank 0 writes its own.
         """
         text = scrub(order.text)
-        event: Event | None = None
         if order.fault.kind == "error":
-            if end:
-                event = Event(time.time(), "end", {"reason": f"watchdog: {text}", "exit_code": order.fault.code})
+            fields: dict[str, Any] = {"reason": f"watchdog: {text}", "exit_code": order.fault.code}
+            event = Event(time.time(), "end", fields) if end else None
         else:
             step = max(order.report.step, 0) if order.report is not None else 0
             fields = {"rank": order.fault.rank, "host": order.member.host, "how": text, "step": step}
-            kind = "lost_rank"
             if order.fault.kind == "hang":
-                kind, fields["stack"] = "hang", scrub(stack or "none; see the stack files")
-            event = Event(time.time(), kind, fields)
+                fields["stack"] = scrub(stack or "none; see the stack files")
+            event = Event(time.time(), "hang" if order.fault.kind == "hang" else "lost_rank", fields)
             text += f"; stacks of all ranks: {self.shown}/stacks/{self.started}"
 
         def write() -> None:

@@ -130,7 +130,6 @@ class Diagnosis:
         self._done = False
 
     def update(self, now: float, report: RankReport) -> None:
-        """Take in a rank's report."""
         rank = self._ranks[report.rank]
         rank.heard_at = now
         if report.gone and not rank.report.gone:
@@ -148,7 +147,6 @@ class Diagnosis:
             state.lost = how
 
     def mark_left(self, rank: int) -> None:
-        """The rank's sidecar said goodbye."""
         self._ranks[rank].left = True
 
     def last_report(self, rank: int) -> RankReport:

@@ -86,18 +86,10 @@ class Peer:
             self._last_report, self._reported_at = report, clock
             send(writer, {"report": asdict(report)})
 
-    def may_exit(self, since_s: float) -> bool:
-        """Whether this sidecar may exit after its trainer exited without a fault."""
-        return True
-
     def send_stack(self, text: str) -> None:
         """Send the innermost frames of this rank to the coordinator."""
         if self._writer is not None:
             send(self._writer, {"stack": text[:MAX_STACK]})
-
-    async def stack_of(self, rank: int, seconds: float) -> str | None:
-        """None: only the coordinator has the other ranks' stacks."""
-        return None
 
     async def close(self, *, linger_s: float = 0.0) -> None:
         """Say goodbye, once the last report is sent."""

@@ -127,7 +127,8 @@ class Sidecar:
         if self._finished_at is None:
             self._finished_at = time.monotonic()
         since_s = time.monotonic() - self._finished_at
-        return since_s > LAST_S or (exit_reported and link.may_exit(since_s))
+        done = not isinstance(link, Coordinator) or link.may_exit(since_s)
+        return since_s > LAST_S or (exit_reported and done)
 
     async def _terminate(self, order: TerminateOrder, link: Coordinator | Peer, report: RankReport) -> None:
         writes_event = order.report is not None and self._artifacts.claim_event(self._me.rank)
@@ -136,7 +137,7 @@ class Sidecar:
         if order.fault.kind != "error":
             stack = self._dump(order, report)
             link.send_stack(stack)
-            if writes_event and order.fault.rank != self._me.rank:
+            if writes_event and isinstance(link, Coordinator) and order.fault.rank != self._me.rank:
                 stack = await link.stack_of(order.fault.rank, 2.5)
         if writes_event:
             # Of an error, rank 0 writes the event itself where it reported its exit.

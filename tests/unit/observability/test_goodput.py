@@ -5,11 +5,13 @@ import math
 import random
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deco_scale.observability import goodput
 from deco_scale.observability.events import Event, append_event, parse_event
 from deco_scale.observability.goodput import CLASSES, Goodput, compute_goodput
 
@@ -146,7 +148,8 @@ _LINE = st.fixed_dictionaries(
 def test_the_classes_add_up_to_the_wall_clock_whatever_the_files_say(
     events: list[Event], metrics: list[dict[str, Any]], now: float, silent_s: float
 ) -> None:
-    found = compute_goodput(events, metrics, now=now, silent_s=silent_s)
+    with mock.patch.object(goodput, "SILENT_S", silent_s):
+        found = compute_goodput(events, metrics, now=now)
     if not any(event.kind == "start" for event in events):
         assert found is None
         return
