@@ -112,11 +112,6 @@ class MetricsCollector:
         yield
         self._start += time.perf_counter() - start
 
-    def time_rank(self) -> None:
-        """The step that begins now will be logged: time this rank's own work in it."""
-        if self._trainer.rank_compute is not None:
-            self._trainer.rank_compute.start()
-
     def read(
         self, result: StepResult, progress: "Progress", skipped: int, counters: Mapping[str, int]
     ) -> tuple[dict[str, Any], Mapping[int, float]]:

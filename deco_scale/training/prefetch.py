@@ -3,6 +3,7 @@
 import queue
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 
 import torch
 
@@ -58,11 +59,9 @@ class HostPrefetcher:
 
     def _offer(self, item: Batch | BaseException) -> bool:
         while not self._stop.is_set():
-            try:
+            with suppress(queue.Full):
                 self._ready.put(item, timeout=_POLL_S)
                 return True
-            except queue.Full:
-                continue
         return False
 
 
@@ -74,8 +73,7 @@ class EncoderPrefetcher:
     """
 
     def __init__(self, encode: Callable[[Batch], EncoderOutputs], device: torch.device) -> None:
-        self._encode = encode
-        self._device = device
+        self._encode, self._device = encode, device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def iterate(

@@ -250,8 +250,8 @@ class Trainer:
                 start = time.perf_counter()
                 batch, encoded = next(batches)
                 metrics.data_wait(time.perf_counter() - start)
-                if logged:
-                    metrics.time_rank()
+                if logged and self.rank_compute is not None:
+                    self.rank_compute.start()
                 result = self.step(stage, batch, encoded, anomalies)
                 samples = progress.samples + stage.cfg.global_batch
                 progress = Progress(step, samples, stage.cfg.name, data.state(samples))

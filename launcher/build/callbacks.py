@@ -96,8 +96,9 @@ class CheckReplicas(Callback):
             check_replicas(trainer.engine.replicas(), step, trainer.hosts, self._last_good)
             self._last_good = step
         except ReplicaMismatchError as error:
-            for rank, count, first in ((each.rank, each.count, each.first) for each in error.mismatches):
-                trainer.emit("corruption", rank=rank, host=trainer.hosts[rank], tensors=count, first=first)
+            for bad in error.mismatches:
+                where = {"rank": bad.rank, "host": trainer.hosts[bad.rank]}
+                trainer.emit("corruption", **where, tensors=bad.count, first=bad.first)
             raise
 
 
