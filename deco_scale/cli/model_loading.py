@@ -4,7 +4,6 @@ This is where sampling meets configuration, checkpoints and parallelism.
 """
 
 import dataclasses
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -127,8 +126,4 @@ def _conditions(
     assert cfg.text_encoder is not None
     settings = dataclasses.replace(cfg.text_encoder, path=text_encoder or cfg.text_encoder.path)
     text = load_text_encoder(settings, cfg.model.text_dim, device)
-    encode: Callable[..., Tensor] = text.encode
-    if shard is not None:
-        group = shard
-        return lambda texts: encode_shared(encode, list(texts), group), text.null
-    return encode, text.null
+    return text.encode if shard is None else partial(encode_shared, text.encode, shard=shard), text.null

@@ -17,7 +17,7 @@ from deco_scale.errors import ConfigError
 from deco_scale.models.tp_plan import check_tp
 from deco_scale.parallel.engines.deepspeed_config import ZERO3_PERSISTENT
 from deco_scale.parallel.mesh import ParallelDims, resolve_parallel_dims
-from deco_scale.planning.calibration import Measured, ceilings_of, compare, read_results
+from deco_scale.planning.calibration import Measured, compare, read_results
 from deco_scale.planning.comms import seconds_of, step_traffic
 from deco_scale.planning.flops import (
     DINOV2_B,
@@ -28,8 +28,8 @@ from deco_scale.planning.flops import (
     Workload,
 )
 from deco_scale.planning.forecast import DAY_S, Plan, all_plans, enumerate_layouts, plan_as_configured, recommend
-from deco_scale.planning.hardware import COPY_SHARE, GPUS, LAUNCH_S, Device, gpu_device
-from deco_scale.planning.memory import MARGIN, RESERVE_BYTES, layout_rows, state_copies
+from deco_scale.planning.hardware import COPY_SHARE, GPUS, LAUNCH_S, MARGIN, Device, gpu_device
+from deco_scale.planning.memory import RESERVE_BYTES, layout_rows, state_copies
 from deco_scale.precision.fp8_plan import BatchShape, plan_fp8, precision_rows
 from deco_scale.precision.recipe import planned_machine, resolve_fp8
 
@@ -175,8 +175,10 @@ def _plans(cfg: RunConfig, work: Workload, device: Device, gpus: int) -> list[Pl
 
 
 def _device(cfg: RunConfig, args: argparse.Namespace, measured: list[Measured]) -> Device:
+    """With the ceilings that were measured on this GPU, in the number format of the configuration's GEMMs."""
     compute = cfg.precision.compute
-    ceilings = ceilings_of(measured, args.gpu, compute)
+    same = [m for m in measured if m.gpu == args.gpu and (m.work.compute == "fp32") == (compute == "fp32")]
+    ceilings = [m.ceiling for m in same]
     return gpu_device(args.gpu, compute=compute, network_gbps=args.network_gbps, measured=ceilings)
 
 
@@ -242,13 +244,13 @@ def _print_plans(
         *(["cost"] if args.price is not None else []),
         title=f"{best.gpus} x {device.name}, stages: {', '.join(f.stage.name for f in best.stages)}",
     )  # fmt: skip
-    fitting = [plan for plan in plans if plan.fits(device)]
+    fitting = [plan for plan in plans if device.fits(plan.memory_bytes)]
     for engine in ("fsdp", "deepspeed"):
         for plan in [plan for plan in fitting if plan.parallel.engine == engine][: args.top]:
             table.add_row("*" if plan == best else "", *_row(plan, device, args.price))
         table.add_section()
     if own is not None:
-        mark = "own" if own.fits(device) else "own, does not fit"
+        mark = "own" if device.fits(own.memory_bytes) else "own, does not fit"
         table.add_row(mark, *_row(own, device, args.price))
     console.print(table)
     print_line(

@@ -207,9 +207,8 @@ def _step_times(
 
 def _of_results(cfg: RunConfig, path: Path) -> list[float]:
     """GPU-seconds of each stage's step, by the fastest result of its resolution and model."""
-    results, _ = read_results(path)
+    results = [m for m in read_results(path)[0] if m.work.model == cfg.model]
     seconds = []
-    results = [m for m in results if m.work.model == cfg.model]
     for stage in cfg.stages:
         same = [m for m in results if m.stage.resolution == stage.resolution]
         rates = [m.step_s * m.world / m.stage.global_batch for m in same]

@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -131,12 +130,6 @@ def _parse(file: str, raw: dict[str, Any]) -> Measured:
         ceiling=ceiling,
         encoders=bool(raw.get("encoders")),
     )
-
-
-def ceilings_of(measured: Sequence[Measured], gpu: str, compute: str) -> list[Ceiling]:
-    """Ceilings measured on ``gpu`` in the number format whose GEMM is the ceiling of ``compute``."""
-    fp32 = compute == "fp32"
-    return [m.ceiling for m in measured if m.gpu == gpu and (m.work.compute == "fp32") == fp32]
 
 
 def compare(m: Measured) -> Comparison:

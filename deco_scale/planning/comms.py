@@ -126,19 +126,3 @@ def seconds_of(line: Traffic, dims: ParallelDims, device: Device) -> float:
     inside = ways * line.bytes * (size - 1) / size / device.nvlink_bytes_per_s if together > 1 else 0.0
     between = ways * line.bytes * (nodes - 1) / nodes / (together * device.network_bytes_per_s)
     return max(inside, between)
-
-
-def split_by_overlap(step: TrainStep, device: Device) -> tuple[float, float]:
-    """Seconds of a step's communication that may hide behind computation, and seconds that cannot.
-
-    fsdp overlaps gathers and gradient reductions, ZeRO-3 the gathers, ZeRO-2 the gradient reductions. Tensor
-    parallelism waits for its tokens, ZeRO-1 and 2 gather updated weights at the end of the step.
-    """
-    hidden = exposed = 0.0
-    for line in step_traffic(step):
-        seconds, stage = seconds_of(line, step.dims, device), 2 if line.what == "gradients" else 3
-        if line.axis != "tp" and (step.parallel.engine == "fsdp" or step.parallel.zero_stage == stage):
-            hidden += seconds
-        else:
-            exposed += seconds
-    return hidden, exposed

@@ -13,8 +13,8 @@ from deco_scale.models.tp_plan import check_tp
 from deco_scale.parallel.config import ParallelConfig
 from deco_scale.parallel.mesh import resolve_parallel_dims
 from deco_scale.planning.flops import TrainStep, Workload, training_flops
-from deco_scale.planning.hardware import GPUS_PER_NODE, Device
-from deco_scale.planning.memory import MARGIN, memory_by_part
+from deco_scale.planning.hardware import GPUS_PER_NODE, MARGIN, Device
+from deco_scale.planning.memory import memory_by_part
 from deco_scale.planning.step_time import step_by_part
 from deco_scale.training.config import StageConfig
 
@@ -74,15 +74,6 @@ class Plan:
     def memory_bytes(self) -> float:
         """Of the stage that needs most."""
         return max(f.memory_bytes for f in self.stages)
-
-    def fits(self, device: Device) -> bool:
-        """Whether every stage does."""
-        return fits(self.memory_bytes, device)
-
-
-def fits(memory_bytes: float, device: Device) -> bool:
-    """Whether the margin stays free; a device of unknown memory takes anything."""
-    return device.memory_bytes is None or memory_bytes <= device.memory_bytes * (1 - MARGIN)
 
 
 def divisors(number: int) -> list[int]:
@@ -156,7 +147,7 @@ def all_plans(
         forecasts = [
             forecast_stage(work, replace(stage, micro_batch=size), parallel, device, gpus=gpus) for size in sizes
         ]
-        fitting = [f for f in forecasts if fits(f.memory_bytes, device)]
+        fitting = [f for f in forecasts if device.fits(f.memory_bytes)]
         smallest = min(forecasts, key=lambda f: f.memory_bytes)
         return min(fitting, key=lambda f: (f.step_s, f.memory_bytes), default=smallest)
 
@@ -172,12 +163,12 @@ def all_plans(
             f"--gpus {gpus}: no layout takes the global batches {batches}; they must divide over the "
             "data-parallel ranks, which are the GPUs over tp"
         )
-    return sorted(plans, key=lambda plan: (not plan.fits(device), plan.seconds, plan.memory_bytes))
+    return sorted(plans, key=lambda plan: (not device.fits(plan.memory_bytes), plan.seconds, plan.memory_bytes))
 
 
 def recommend(plans: Sequence[Plan], device: Device) -> Plan:
     """The first plan; if it does not fit, raises :class:`ConfigError` saying what the smallest one would need."""
-    if plans[0].fits(device):
+    if device.fits(plans[0].memory_bytes):
         return plans[0]
     smallest = min(plans, key=lambda plan: plan.memory_bytes)
     required, available = smallest.memory_bytes / 2**30, (device.memory_bytes or 0.0) / 2**30

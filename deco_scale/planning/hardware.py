@@ -31,6 +31,8 @@ GPUS = {
     "b200": Gpu(2.25e15, 4.5e15,   80e12,  180e9,     8e12,  900e9,  400),
 }  # fmt: skip
 GPUS_PER_NODE = 8
+MARGIN = 0.08
+"""Share of a GPU's memory that a plan leaves free, for fragmentation and what is not counted."""
 GEMM_SHARE, COPY_SHARE, FP8_SHARE, ATTENTION_SHARE, LINK_SHARE = 0.8, 0.88, 0.65, 0.4, 0.8
 """Assumed share of the datasheet where nothing is measured; attention's and FP8's also where a GEMM is."""
 LAUNCH_S = {"cuda": 5e-6, "cpu": 8e-6}
@@ -72,9 +74,9 @@ class Device:
     peak_flops: float | None = None
     figures: tuple[str, ...] = ()
 
-    @property
-    def launch_s(self) -> float:
-        return LAUNCH_S[self.kind]
+    def fits(self, memory_bytes: float) -> bool:
+        """Whether the margin stays free; a device of unknown memory takes anything."""
+        return self.memory_bytes is None or memory_bytes <= self.memory_bytes * (1 - MARGIN)
 
 
 def gpu_named(device_name: str) -> str | None:

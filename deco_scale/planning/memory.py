@@ -244,8 +244,6 @@ def activation_bytes(step: TrainStep, *, kind: str) -> dict[str, float]:
 
 RESERVE_BYTES = {"cuda": 2 * 2**30, "cpu": 600 * 2**20}
 """Assumed: CUDA context and NCCL's buffers; on a CPU a process with PyTorch loaded."""
-MARGIN = 0.08
-"""Share of a GPU's memory that a plan leaves free, for fragmentation and what is not counted."""
 
 
 def memory_by_part(step: TrainStep, *, kind: str) -> dict[str, float]:

@@ -16,9 +16,9 @@ Letters: a bytes of an element in the compute type, h hidden units over D, r tex
 
 from typing import Literal
 
-from deco_scale.planning.comms import split_by_overlap
+from deco_scale.planning.comms import seconds_of, step_traffic
 from deco_scale.planning.flops import TrainStep, Workload, forward_flops_by_part
-from deco_scale.planning.hardware import Device
+from deco_scale.planning.hardware import LAUNCH_S, Device
 from deco_scale.planning.memory import FP32, rank_elements
 
 RMS_PASSES = {"cuda": (8, 12), "cpu": (20, 73)}
@@ -130,10 +130,18 @@ def step_by_part(step: TrainStep, device: Device) -> dict[str, float]:
     blocks = work.model.num_blocks + work.model.num_text_blocks
     decoder = sum(DECODER_OPERATIONS[work.fused]) if work.model.decoder_width else 0
     operations = blocks * (forward * (2 if step.recomputes else 1) + backward) + decoder + OTHER_OPERATIONS
-    issue = operations * device.launch_s
+    issue = operations * LAUNCH_S[device.kind]
     parts["host"] = issue if device.kind == "cpu" else max(0.0, issue - sum(parts.values()))
     parts = {name: step.accumulation * seconds for name, seconds in parts.items()}
-    hidden, exposed = split_by_overlap(step, device)
+    # fsdp overlaps gathers and gradient reductions, ZeRO-3 the gathers, ZeRO-2 the gradient reductions. Tensor
+    # parallelism waits for its tokens, ZeRO-1 and 2 gather updated weights at the end of the step.
+    hidden = exposed = 0.0
+    for line in step_traffic(step):
+        seconds, stage = seconds_of(line, dims, device), 2 if line.what == "gradients" else 3
+        if line.axis != "tp" and (step.parallel.engine == "fsdp" or step.parallel.zero_stage == stage):
+            hidden += seconds
+        else:
+            exposed += seconds
     parts["communication"] = exposed + max(hidden - sum(parts.values()), hidden / (blocks + 1))
     # Norm, clipping, AdamW and average over what a rank updates.
     elements = rank_elements(work.model, dims, work.persistent)

@@ -8,7 +8,7 @@ from deco_scale.config import load_config
 from deco_scale.models.tp_plan import check_tp
 from deco_scale.parallel.mesh import ParallelDims, resolve_parallel_dims
 from deco_scale.planning.flops import Workload
-from deco_scale.planning.forecast import fits, plan_as_configured
+from deco_scale.planning.forecast import plan_as_configured
 from deco_scale.planning.hardware import gpu_device
 from deco_scale.planning.memory import layout_rows
 from tests.support import CONFIGS
@@ -57,7 +57,7 @@ def test_the_table_has_both_engines_the_cost_and_the_recommendation(
     plan = plan_as_configured(
         Workload(model=cfg.model, compute="bf16", fused=True), cfg.stages, cfg.parallel, device, gpus=8
     )
-    assert fits(plan.memory_bytes, device)
+    assert device.fits(plan.memory_bytes)
 
 
 def test_layout_table_still_lists_every_parameter(

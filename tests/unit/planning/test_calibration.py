@@ -9,7 +9,7 @@ import pytest
 
 from deco_scale.config import load_config
 from deco_scale.errors import ConfigError
-from deco_scale.planning.calibration import ceilings_of, compare, read_results
+from deco_scale.planning.calibration import compare, read_results
 from tests.support import CONFIGS
 from tests.support.commands import deco
 
@@ -51,10 +51,11 @@ def test_error_is_stated_for_every_result_file(tmp_path: Path, capsys: pytest.Ca
     errors = [compare(m) for m in measured]
     assert [e.step_error for e in errors] == pytest.approx([-0.5, 0.5])
     assert [e.memory_error for e in errors] == pytest.approx([-0.5, 0.5])
-    assert len(ceilings_of(measured, "h100", "bf16")) == 2
-    assert not ceilings_of(measured, "h100", "fp32") and not ceilings_of(measured, "h200", "bf16")
-    arguments = ["plan", "--config", str(XXL), "--gpus", "8", "--gpu", "h100", "--results", str(tmp_path)]
-    assert deco(arguments) == 0
+    arguments = ["plan", "--config", str(XXL), "--gpus", "8", "--results", str(tmp_path)]
+    for other in (["--gpu", "h200"], ["--gpu", "h100", "precision.compute=fp32"]):
+        assert deco([*arguments, *other]) == 0
+        assert "measured: throughput_" not in capsys.readouterr().out
+    assert deco([*arguments, "--gpu", "h100"]) == 0
     shown = capsys.readouterr().out
     assert "throughput_a.json (1 x NVIDIA H100 80GB HBM3): step" in shown and "measured (-50%)" in shown
     assert "throughput_b.json" in shown and "measured (+50%)" in shown
