@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from math import prod
 from pathlib import Path
 
@@ -25,8 +25,8 @@ WEIGHTS, SETTINGS = "model.safetensors", "config.json"
 
 
 Shape = tuple[int, ...]
-Boxes = dict[Shape, tuple[Shape, int]]
-"""Of the pieces of a tensor, by their offsets: sizes, and the rank that sends it."""
+Layout = dict[str, tuple[Shape, dict[Shape, tuple[Shape, int]]]]
+"""By plain name: the tensor's shape, and its pieces by their offsets: sizes, and the rank that sends it."""
 
 
 def export_ema(snapshot: Snapshot, meta: CheckpointMeta, folder: Path, group: dist.ProcessGroup | None) -> Path:
@@ -36,13 +36,13 @@ def export_ema(snapshot: Snapshot, meta: CheckpointMeta, folder: Path, group: di
     every rank if the disk cannot be written; then nothing is left behind.
     """
     final = folder / f"ema_step_{meta.step:08d}"
-    shapes, boxes = _layout(snapshot, group)
-    tensors = _gather_tensors(snapshot, shapes, boxes, group)
+    layout = _layout(snapshot, group)
+    tensors = _gather_tensors(snapshot, layout, group)
 
     def write() -> None:
         try:
             if dist.get_rank() == 0:
-                _write(tensors, shapes, meta, final)
+                _write(tensors, layout, meta, final)
         except OSError as error:
             raise RunError(f"{error.filename or final}: {error.strerror}") from error
         finally:
@@ -54,7 +54,7 @@ def export_ema(snapshot: Snapshot, meta: CheckpointMeta, folder: Path, group: di
     return final
 
 
-def _write(tensors: Iterator[Tensor], shapes: Mapping[str, Shape], meta: CheckpointMeta, final: Path) -> None:
+def _write(tensors: Iterator[Tensor], layout: Layout, meta: CheckpointMeta, final: Path) -> None:
     objective = meta.config.get("objective") or {}
     settings = {
         "model": meta.config.get("model"),
@@ -66,7 +66,7 @@ def _write(tensors: Iterator[Tensor], shapes: Mapping[str, Shape], meta: Checkpo
     }
     with atomic_folder(final) as temporary:
         with (temporary / WEIGHTS).open("wb") as file:
-            file.write(encode_header({name: ("F32", shape) for name, shape in shapes.items()}))
+            file.write(encode_header({name: ("F32", shape) for name, (shape, _) in layout.items()}))
             for tensor in tensors:
                 file.write(raw_bytes(tensor))
             file.flush()
@@ -76,35 +76,29 @@ def _write(tensors: Iterator[Tensor], shapes: Mapping[str, Shape], meta: Checkpo
             shutil.rmtree(final)
 
 
-def _layout(snapshot: Snapshot, group: dist.ProcessGroup | None) -> tuple[dict[str, Shape], dict[str, Boxes]]:
-    """Shapes by plain name, and the pieces that fill each tensor, each from the lowest rank that has it."""
+def _layout(snapshot: Snapshot, group: dist.ProcessGroup | None) -> Layout:
+    """The pieces that fill each tensor, each from the lowest rank that has it; sorted by name."""
     local = [
         (item.index.fqn.removeprefix(PREFIX), tuple(data.size), tuple(data.chunk.offsets), tuple(data.chunk.sizes))
         for item in snapshot.plan.items
         if item.index.fqn.startswith(PREFIX) and (data := item.tensor_data) is not None
     ]
-    shapes: dict[str, Shape] = {}
-    boxes: dict[str, Boxes] = {}
+    layout: Layout = {}
     for rank, items in enumerate(gather_objects(local, group)):
         for name, shape, offsets, sizes in items:
-            shapes[name] = shape
+            _, pieces = layout.setdefault(name, (shape, {}))
             if prod(sizes):
-                boxes.setdefault(name, {}).setdefault(offsets, (sizes, rank))
-    return dict(sorted(shapes.items())), boxes
+                pieces.setdefault(offsets, (sizes, rank))
+    return dict(sorted(layout.items()))
 
 
-def _gather_tensors(
-    snapshot: Snapshot,
-    shapes: Mapping[str, Shape],
-    boxes: Mapping[str, Boxes],
-    group: dist.ProcessGroup | None,
-) -> Iterator[Tensor]:
-    """Full tensors on rank 0, in the order of ``shapes``; the other ranks send their parts and yield nothing."""
+def _gather_tensors(snapshot: Snapshot, layout: Layout, group: dist.ProcessGroup | None) -> Iterator[Tensor]:
+    """Full tensors on rank 0, in the order of ``layout``; the other ranks send their parts and yield nothing."""
     rank = dist.get_rank()
-    for name, shape in shapes.items():
+    for name, (shape, pieces) in layout.items():
         local = snapshot.tensors.get(f"{PREFIX}{name}")
         full = torch.empty(shape) if rank == 0 else None
-        for offsets, (sizes, source) in sorted(boxes.get(name, {}).items()):
+        for offsets, (sizes, source) in sorted(pieces.items()):
             if full is not None:
                 part = torch.empty(sizes) if source or local is None else local
                 if source:

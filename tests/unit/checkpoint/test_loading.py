@@ -7,6 +7,7 @@ from typing import cast
 import pytest
 
 from deco_scale.checkpoint.format import read_meta
+from deco_scale.errors import Damaged
 from deco_scale.parallel.engines.base import Engine
 from tests.support.crash import PlainEngine, content, meta_of
 from tests.support.saving import alone, make, save
@@ -40,3 +41,11 @@ def test_a_resumed_run_gets_the_newest_counters(tmp_path: Path) -> None:
         save(checkpoints, cast(Engine, source), meta_of(step))
     found = checkpoints.resume(cast(Engine, target), "auto")
     assert found is not None and found[0].step == 12 and target.optimizer_steps == 8
+
+
+def test_a_meta_that_is_no_json_object_is_damaged(tmp_path: Path) -> None:
+    path = save(make(tmp_path), cast(Engine, PlainEngine(content(1))), meta_of(1))
+    for text in ("[]", "7", '{"schema_version": 2}', "{"):
+        (path / "meta.json").write_text(text)
+        with pytest.raises(Damaged, match=r"meta\.json is damaged"):
+            read_meta(path)
