@@ -17,6 +17,7 @@ import torch.utils.checkpoint
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
+from torch.utils._device import _device_constructors
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 
@@ -27,6 +28,8 @@ def fake_cuda() -> Iterator[None]:
     What a driver would have to answer has a stand-in where there is none: see :func:`_stand_ins`.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
+    # PyTorch caches its constructors at the first use; these must be its own, not the stand-in below.
+    _device_constructors()
     with _device_guard(), _own_constants(), pytest.MonkeyPatch.context() as patch:
         # Page-locked memory is asked for in a call of its own, which DeviceCheck sees.
         patch.setattr(torch, "tensor", _tensor)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._device import _device_constructors
 
 from deco_scale.models.embeddings import rope_angles
 from tests.support.device_check import DeviceCheck, DeviceFault
@@ -147,3 +148,12 @@ def test_every_custom_operator_is_what_its_fake_says() -> None:
         operator = getattr(torch.ops.deco_scale, name).default
         for given in arguments:
             torch.library.opcheck(operator, given, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_what_pytorch_caches_under_the_fake_device_is_its_own() -> None:
+    """Its constructors, which ``torch.device`` as a context acts on: transformers asks there for ``meta``."""
+    _device_constructors.cache_clear()
+    with fake_cuda(), torch.device("cpu"):
+        torch.empty(2)
+    with torch.device("meta"):
+        assert torch.tensor([1.0]).device.type == "meta"
