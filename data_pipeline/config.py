@@ -29,7 +29,7 @@ class Filters:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
-    """One data set of a mixture, its share of the samples relative to the others, and the URL of its embeddings."""
+    """One data set of a mixture: its share of samples relative to the others, and the URL of its embeddings."""
 
     url: str
     weight: float = 1.0

@@ -3,8 +3,7 @@
 Exact: RGB; halve with BOX while the image covers twice the size; BICUBIC to the smallest image that covers
 the size; centre crop. Fast: the same, but JPEG is halved by its decoder in the DCT domain, other formats by one
 averaging over blocks, and the BICUBIC is a vectorised one. Where the sides halve evenly the two agree to 45 dB
-PSNR; elsewhere the release's BOX displaces pixels by up to half of one, and the fast way does not follow it
-(``benchmarks/data/decode_quality.py``).
+PSNR (``benchmarks/data/decode_quality.py``); elsewhere the release's BOX displaces pixels by up to half of one.
 
 Unlike the release, both turn the image as its EXIF orientation says, show what is transparent over white
 (the release shows the colours hidden below) and scale 16-bit grey to 8 bits (the release clips it to white).

@@ -1,7 +1,6 @@
 """Objects by key in an S3 bucket or a local folder, through one small interface.
 
-A store may be used by several threads, and pickled: the copy connects anew. Errors name the object, never
-credentials.
+A store may be used by several threads, and pickled: the copy connects anew. Errors never hold credentials.
 """
 
 import contextlib

@@ -1,7 +1,6 @@
 """What an index and its images look like: numbers, histograms, and a sheet of samples with their captions.
 
-Everything is counted in slices of the columns, so that an index of 100 million samples needs no more memory
-than one of a million.
+Everything is counted in slices of the columns: 100 million samples need no more memory than one million.
 """
 
 import functools
@@ -218,7 +217,7 @@ def _bars(axis: Any, heights: Any, edges: Any, title: str, label: str) -> None:
 
 
 def draw_contact_sheet(store: Store, index: Index, path: Path, *, samples: int, resolution: int) -> list[str]:
-    """Samples drawn by chance, the same every time, as training sees them at ``resolution`` (smaller ones at their own).
+    """The same samples every time, as training sees them at ``resolution``; smaller ones at their own size.
 
     Returns what could not be shown, by name.
     """

@@ -1,6 +1,8 @@
 """The index: building it, what it rejects, damage, and filters."""
 
+import io
 import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +31,31 @@ def test_unusable_samples_duplicates_and_cut_shards_are_listed_by_name(tmp_path:
     (tmp_path / "b.tar").write_bytes(whole[: whole.rindex(b"2.txt")])
     (tmp_path / "c.tar").write_bytes(whole[:700])
     (tmp_path / "d.tar").write_bytes(b"")
+    place = whole.rindex(b"2.txt")
+    (tmp_path / "e.tar").write_bytes(whole[:place] + b"?" + whole[place + 1 :])
     index, _ = build_index(open_store(str(tmp_path)))
     text = "\n".join(index.problems)
     for part in (
         "a.tar: 1: no_caption", "a.tar: 3: no_image", "a.tar: 4: undecodable",
         "a.tar: 5: bad_caption", "a.tar: 6: bad_caption",
-        "a.tar: x/2: duplicate: this key came before", "b.tar: ", "c.tar: ", "d.tar: ",
+        "a.tar: x/2: duplicate: this key came before", "b.tar: no end-of-archive mark", "c.tar: ", "d.tar: ",
+        f"e.tar: damaged tar header at byte {place} after ",
     ):  # fmt: skip
         assert part in text, part
     assert (
         index.ends.tolist()[0] == 1 and (tmp_path / "a.tar").read_bytes()[index.locate(0).start :][:5] == b"x/2.p"
     )
-    assert index.ends[-1] - index.ends[1] == 0
+    assert index.ends[3] - index.ends[1] == 0
+
+
+def test_a_folder_at_the_end_of_a_shard_is_no_damage(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, data in (("1.png", png()), ("1.txt", b"one"), ("folder", None)):
+            info = tarfile.TarInfo(name)
+            info.type, info.size = (tarfile.DIRTYPE, 0) if data is None else (tarfile.REGTYPE, len(data))
+            tar.addfile(info, io.BytesIO(data or b""))
+    index, _ = build_index(open_store(str(tmp_path)))
+    assert len(index) == 1 and not index.problems
 
 
 @pytest.mark.parametrize("workers", [1, 2])
