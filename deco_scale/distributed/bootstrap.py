@@ -70,9 +70,8 @@ def init_distributed(env: Environment, device: torch.device) -> None:
     os.environ.setdefault("MASTER_PORT", str(_free_port() if env.world_size == 1 else 29500))
     os.environ["RANK"], os.environ["WORLD_SIZE"] = str(env.rank), str(env.world_size)
     os.environ["LOCAL_RANK"] = str(env.local_rank)
-    backend = "nccl" if device.type == "cuda" else "gloo"
     try:
-        dist.init_process_group(f"cpu:gloo,cuda:{backend}" if device.type == "cuda" else backend, timeout=TIMEOUT)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     except (RuntimeError, ValueError, dist.DistError) as error:
         raise RunError(f"the processes could not connect to each other: {error}") from error
 

@@ -67,8 +67,7 @@ def compare_digests(rows: Tensor, names: Sequence[str], ranks: Sequence[int]) ->
 
     ``rows`` is (ranks, tensors).
     """
-    counts: Counter[int] = Counter()
-    first: dict[int, str] = {}
+    differing: dict[int, list[str]] = {}
     has_majority = True
     for column, name in enumerate(names):
         digests = rows[:, column].tolist()
@@ -79,6 +78,5 @@ def compare_digests(rows: Tensor, names: Sequence[str], ranks: Sequence[int]) ->
         has_majority = has_majority and decided
         for rank, digest in zip(ranks, digests, strict=True):
             if not decided or digest != common:
-                counts[rank] += 1
-                first.setdefault(rank, name)
-    return [ReplicaMismatch(rank, counts[rank], first[rank], has_majority) for rank in counts]
+                differing.setdefault(rank, []).append(name)
+    return [ReplicaMismatch(rank, len(found), found[0], has_majority) for rank, found in differing.items()]

@@ -23,3 +23,14 @@ def within(seconds: float, work: Callable[[], T]) -> T:
 
     threading.Thread(target=run, daemon=True).start()
     return future.result(seconds)
+
+
+def problem_within(seconds: float, work: Callable[[], object]) -> str | None:
+    """As :func:`within`, but returns why the work was not done, in one line; never raises."""
+    try:
+        within(seconds, work)
+    except TimeoutError:
+        return f"not done within {seconds:g} s"
+    except Exception as error:  # it is never worth more than what waits for it
+        return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return None

@@ -20,9 +20,9 @@ Between two logged steps, lost work is taken in proportion to the steps.
 import heapq
 import math
 from bisect import bisect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, pairwise
+from itertools import accumulate, pairwise, zip_longest
 from typing import Any, NamedTuple
 
 from deco_scale.observability.events import Event, is_number
@@ -84,16 +84,13 @@ class Goodput:
 
 @dataclass(slots=True)
 class _Mark:
-    """A line of either file; ``resume`` is the earliest step from which anything after it went on.
-
-    ``waited`` is the share of data wait of the next logged step of the attempt, None after its last one.
-    """
+    """A line of either file, the earliest ``resume`` after it, and the data wait of the attempt's next steps."""
 
     time: int
     kind: str
     fields: Mapping[str, Any]
-    resume: float = math.inf
-    waited: float | None = None
+    resume: float = math.inf  # step from which anything after it went on
+    waited: float | None = None  # as a share; None after the last logged step
 
     @property
     def step(self) -> int:
@@ -172,23 +169,17 @@ def _add_up(launch: _Launch, totals: dict[str, int]) -> None:
     totals["down"] += launch.next_start - launch.end
 
 
-def _monotonic(lines: Iterable[tuple[float, str, Mapping[str, Any]]], now: int) -> Iterator[_Mark]:
+def _monotonic(lines: list[tuple[float, str, Mapping[str, Any]]], now: int) -> list[_Mark]:
     """Marks whose time never goes back and is never later than ``now``."""
-    latest = None
-    for seconds, kind, fields in lines:
-        time = min(round(seconds * _SECOND), now)
-        latest = time if latest is None else max(latest, time)
-        yield _Mark(latest, kind, fields)
+    times = accumulate((min(round(seconds * _SECOND), now) for seconds, _, _ in lines), max)
+    return [_Mark(time, kind, fields) for time, (_, kind, fields) in zip(times, lines, strict=True)]
 
 
 def _merge(events: Sequence[Event], metrics: Sequence[Mapping[str, Any]], now: int) -> list[_Mark]:
     """Marks of both files by time, from the first start on, each with the resume that follows it."""
-    logged = (
-        (line["time"], _LOGGED, line)
-        for line in metrics
-        if is_number(line.get("time")) and is_number(line.get("step"))
-    )
-    happened = ((event.time, event.kind, event.fields) for event in events if event.kind != _LOGGED)
+    lines = [line for line in metrics if is_number(line.get("time")) and is_number(line.get("step"))]
+    logged = [(line["time"], _LOGGED, line) for line in lines]
+    happened = [(event.time, event.kind, event.fields) for event in events if event.kind != _LOGGED]
     # At the same moment a logged step belongs to the attempt before, not to one that starts.
     marks = list(heapq.merge(_monotonic(logged, now), _monotonic(happened, now), key=lambda mark: mark.time))
     marks = marks[next((i for i, mark in enumerate(marks) if mark.kind == "start"), len(marks)) :]
@@ -213,11 +204,10 @@ def _launches(marks: list[_Mark], now: int, silent: int) -> list[_Launch]:
             launches.append(_Launch(mark))
         else:
             launches[-1].marks.append(mark)
-    for i, launch in enumerate(launches):
-        progress = launch.last(*_PROGRESS)
-        launch.end = (progress or launch.start).time
-        if i + 1 < len(launches):
-            launch.next_start = launches[i + 1].start.time
+    for launch, following in zip_longest(launches, launches[1:]):
+        launch.end = (launch.last(*_PROGRESS) or launch.start).time
+        if following is not None:
+            launch.next_start = following.start.time
             continue
         launch.next_start, ended = now, launch.last("end")
         after = {mark.kind for mark in launch.marks if mark.time >= launch.end}

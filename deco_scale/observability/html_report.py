@@ -39,7 +39,6 @@ def render_report(run: RunDir, *, now: float, usd_per_gpu_hour: float | None) ->
     count = min(MAX_IMAGES, len(images))
     evenly = [images[round(i * (len(images) - 1) / max(count - 1, 1))] for i in range(count)]
     starts = [event.fields for event in run.events if event.kind == "start"]
-    labels = ("while attempts ran", "including downtime")
     return _environment().get_template("report.html.j2").render(
         name=printable(run.path.name or run.path),
         now=now,
@@ -51,7 +50,7 @@ def render_report(run: RunDir, *, now: float, usd_per_gpu_hour: float | None) ->
         ),
         goodput=goodput,
         shares=list(_shares(goodput)) if goodput is not None and goodput.wall_us else [],
-        hours=list(zip(labels, gpu_hours(goodput), strict=True)) if goodput is not None else [],
+        hours=gpu_hours(goodput) if goodput is not None else [],
         usd_per_gpu_hour=usd_per_gpu_hour,
         images=[(step, path, _thumbnail(path)) for step, path in evenly],
         num_images=len(images),
@@ -62,13 +61,13 @@ def render_report(run: RunDir, *, now: float, usd_per_gpu_hour: float | None) ->
     )  # fmt: skip
 
 
-def gpu_hours(goodput: Goodput) -> tuple[float, float]:
+def gpu_hours(goodput: Goodput) -> list[tuple[str, float]]:
     """Rank-hours of the attempts' lives, and with the downtime before each next start on as many ranks."""
     active = sum(a.world_size * (a.last_active - a.start) for a in goodput.attempts) / 3600
     starts = [a.start for a in goodput.attempts]
     ends = [*starts[1:], starts[0] + goodput.wall_s]
     allocated = sum(a.world_size * (end - a.start) for a, end in zip(goodput.attempts, ends, strict=True)) / 3600
-    return active, allocated
+    return [("while attempts ran", active), ("including downtime", allocated)]
 
 
 def _environment() -> Environment:

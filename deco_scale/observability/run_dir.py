@@ -24,9 +24,8 @@ _STEP = re.compile(rf"{STEP}(\d{{8,}})")
 
 def complete_checkpoints(folder: Path) -> dict[int, Path]:
     """The complete checkpoints in ``folder`` by step, in order."""
-    matches = (
-        (_STEP.fullmatch(marker.parent.name), marker.parent) for marker in folder.glob(f"{STEP}*/{COMPLETE}")
-    )
+    paths = (marker.parent for marker in folder.glob(f"{STEP}*/{COMPLETE}"))
+    matches = ((_STEP.fullmatch(path.name), path) for path in paths)
     return dict(sorted((int(match[1]), path) for match, path in matches if match))
 
 
@@ -36,13 +35,6 @@ class Stage(NamedTuple):
     name: str
     start: int
     end: int
-
-
-class SavedCheckpoint(NamedTuple):
-    """A complete checkpoint: when it was complete (Unix seconds), and its step."""
-
-    time: float
-    step: int
 
 
 def _logged_step(line: dict[str, Any]) -> dict[str, Any] | None:
@@ -154,12 +146,12 @@ class RunDir:
         return [event for event in self.events if is_fault(event)]
 
     @property
-    def checkpoint(self) -> SavedCheckpoint | None:
-        """The newest complete checkpoint, by the events or by the folder's own ``checkpoints``."""
-        saved = [SavedCheckpoint(e.time, e.fields["step"]) for e in self.events if e.kind == "checkpoint"]
+    def checkpoint(self) -> tuple[float, int] | None:
+        """When the newest checkpoint was complete (Unix seconds) and its step, by events or in ``checkpoints``."""
+        saved = [(event.time, int(event.fields["step"])) for event in self.events if event.kind == "checkpoint"]
         for step, path in complete_checkpoints(self.path / "checkpoints").items():
             with contextlib.suppress(OSError):  # deleted by the retention policy after it was listed
-                saved.append(SavedCheckpoint((path / COMPLETE).stat().st_mtime, step))
+                saved.append(((path / COMPLETE).stat().st_mtime, step))
         return max(saved, default=None)
 
     def sample_images(self) -> list[tuple[int, Path]]:

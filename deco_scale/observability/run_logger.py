@@ -121,14 +121,11 @@ class RunLogger:
             return
         self._step = values["step"]
         values = self._write(values)
-        parts = " ".join(
-            f"{name.removeprefix('loss_')} {values[name]:.4f}"
-            for name in ("loss_flow", "loss_freq", "loss_repa")
-            if values.get(name) is not None
-        )
+        parts = {part: values.get(f"loss_{part}") for part in ("flow", "freq", "repa")}
+        losses = " ".join(f"{part} {loss:.4f}" for part, loss in parts.items() if loss is not None)
         shown = (
             f"loss {values['loss']:.4f} | {values['images_per_s']:.1f} images/s | "
-            f"data wait {1000 * values['data_wait_s']:.0f} ms | norm {values['grad_norm']:.2f} | {parts}"
+            f"data wait {1000 * values['data_wait_s']:.0f} ms | norm {values['grad_norm']:.2f} | {losses}"
         )
         if self._progress.disable:
             left = duration((self._total - values["step"]) * values["step_s"])
@@ -184,13 +181,8 @@ class RunLogger:
             return
         self._write(goodput.as_metrics())
         parts = [f"{name} {goodput.seconds(name):.0f} s" for name in CLASSES if goodput.seconds(name) >= 0.5]
-        logger.info(
-            "%.0f s in %d attempt(s): %s; effective training time %.1f%%",
-            goodput.wall_s,
-            len(goodput.attempts),
-            ", ".join(parts),
-            100 * goodput.effective,
-        )
+        where = f"{goodput.wall_s:.0f} s in {len(goodput.attempts)} attempt(s): {', '.join(parts)}"
+        logger.info("%s; effective training time %.1f%%", where, 100 * goodput.effective)
 
 
 class _Handler(logging.Handler):

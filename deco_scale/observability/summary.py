@@ -46,7 +46,7 @@ def summary_rows(run: RunDir, *, now: float, bars: str = BARS) -> list[Row]:
         ("run", str(run.path)),
         ("state", _state(run, goodput, now)),
         *_training_rows(run, bars),
-        ("checkpoint", f"step {saved.step}, {duration(max(now - saved.time, 0))} ago" if saved else "none"),
+        ("checkpoint", f"step {saved[1]}, {duration(max(now - saved[0], 0))} ago" if saved else "none"),
         *_eta_rows(run),
         ("faults", _faults(run)),
         *([("bad samples", f"{run.quarantined} in quarantine.jsonl")] if run.quarantined else []),

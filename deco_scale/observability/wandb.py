@@ -11,7 +11,7 @@ from typing import Any
 
 from data_pipeline.storage.files import atomic_write, make_durable
 from deco_scale.observability.config import WandbConfig
-from deco_scale.observability.deadline import within
+from deco_scale.observability.deadline import problem_within
 from deco_scale.observability.redact import scrub_known
 
 logger = logging.getLogger(__name__)
@@ -24,12 +24,12 @@ FINISH_TIMEOUT_S = 120.0
 class WandbRun:
     """Logs to wandb until something there fails, which is warned of once; then it is silent.
 
-    ``step`` is a value like the others: steps that are done again after a fault would be refused by wandb's own
-    count, which only grows.
+    ``step`` is a value like the others: wandb's own count would refuse steps that are done again after a fault.
     """
 
     def __init__(self, folder: Path, cfg: WandbConfig, config: Mapping[str, Any]) -> None:
         self._folder = folder
+        self._wandb: Any = None  # imported in an attempt, like all else
         self._run: Any = None
         self._ended = False
         self._try(lambda: self._start(cfg, config))
@@ -38,41 +38,28 @@ class WandbRun:
         self._try(lambda: self._run.log({**values, "step": step}))
 
     def image(self, step: int, name: str, path: Path) -> None:
-        def send() -> None:
-            import wandb
-
-            self._run.log({name: wandb.Image(str(path)), "step": step})
-
-        self._try(send)
+        self._try(lambda: self._run.log({name: self._wandb.Image(str(path)), "step": step}))
 
     def close(self) -> None:
         """Send what is left and end wandb's process, for two minutes at most: it would try without end."""
         if self._ended:
             return
-        import wandb
-
-        self._ended, problem = True, ""
-        run, self._run = self._run, None
+        self._ended = True
 
         def end() -> None:
-            if run is not None:
-                run.finish()
-            wandb.teardown()
+            if self._run is not None:
+                self._run.finish()
+            if self._wandb is not None:
+                self._wandb.teardown()
 
-        try:
-            within(FINISH_TIMEOUT_S, end)
-        except TimeoutError:
-            problem = f"it did not end within {FINISH_TIMEOUT_S:g} s"
-        except Exception as error:  # as in _try
-            problem = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        if problem:
+        if problem := problem_within(FINISH_TIMEOUT_S, end):
             logger.warning("wandb: %s; its files are in %s", problem, self._folder / "wandb")
         _clean_logs(self._folder / "wandb")
 
     def _start(self, cfg: WandbConfig, config: Mapping[str, Any]) -> None:
         import wandb
 
-        mode = cfg.mode
+        self._wandb, mode = wandb, cfg.mode
         if mode == "auto":
             mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"
         self._run = wandb.init(

@@ -3,29 +3,17 @@
 import os
 import re
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deco_scale.observability.deadline import within
+from deco_scale.observability.deadline import problem_within
 from deco_scale.observability.events import Event, append_event
 from deco_scale.observability.redact import scrub
 from deco_scale.watchdog.protocol import TerminateOrder
 
 LOG = "log.txt"
 WRITE_S = 2.0
-
-
-def run_with_deadline(seconds: float, work: Callable[[], object]) -> str | None:
-    """Run ``work`` in a thread, which is abandoned after ``seconds``; returns its error as text."""
-    try:
-        within(seconds, work)
-    except TimeoutError:
-        return f"not done within {seconds:g} s"
-    except Exception as error:  # ending the job must not depend on it
-        return f"{type(error).__name__}: {error}"
-    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +33,13 @@ class FaultArtifacts:
     def write_stacks(self, rank: int, host: str, text: str) -> None:
         """Write one rank's stacks, to stderr where the folder cannot be written."""
         name = f"rank_{rank:05d}_{re.sub(r'[^A-Za-z0-9.-]', '-', host)[:64]}.txt"
-        problem = run_with_deadline(WRITE_S, lambda: self._write_stack_file(name, scrub(text)))
+        problem = problem_within(WRITE_S, lambda: self._write_stack_file(name, scrub(text)))
         if problem is not None:
             log_to_stderr(f"the stacks of rank {rank} could not be written: {problem}\n{text}")
 
     def claim_event(self, rank: int) -> bool:
         """Whether this sidecar is the first to claim the event; without a shared disk, each one is."""
-        problem = run_with_deadline(WRITE_S, lambda: self._write_stack_file("told_by", f"rank {rank}\n", "x"))
+        problem = problem_within(WRITE_S, lambda: self._write_stack_file("told_by", f"rank {rank}\n", "x"))
         return problem is None or not problem.startswith(FileExistsError.__name__)
 
     def write_event(self, order: TerminateOrder, stack: str | None, *, end: bool) -> str:
@@ -77,7 +65,7 @@ class FaultArtifacts:
             with (self.run_dir / LOG).open("a", encoding="utf-8") as file:
                 file.write(f"{time.strftime('%H:%M:%S')} watchdog: {text}\n")
 
-        problem = run_with_deadline(WRITE_S, write)
+        problem = problem_within(WRITE_S, write)
         log_to_stderr(text)
         if problem is not None:
             log_to_stderr(f"this could not be written to {self.shown}: {problem}")
@@ -87,4 +75,4 @@ class FaultArtifacts:
 def log_to_stderr(text: str) -> None:
     """Write a line to stderr; given up after half a second if nobody reads it."""
     data = f"watchdog: {scrub(text)}\n".encode(errors="replace")
-    run_with_deadline(0.5, lambda: os.write(2, data))
+    problem_within(0.5, lambda: os.write(2, data))

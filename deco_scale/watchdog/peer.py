@@ -22,8 +22,8 @@ class Peer:
         self._cfg, self._me, self._clock = cfg, me, clock
         self._writer: StreamWriter | None = None
         self._order: TerminateOrder | None = None
+        self._reported: tuple[object, ...] = ()
         self._reported_at = float("-inf")
-        self._last_report: RankReport | None = None
 
     async def connect(self, host: str, port: int, token: str, seconds: float) -> None:
         """Join the others; raises ``OSError`` saying why it cannot."""
@@ -80,10 +80,9 @@ class Peer:
     def _send_report(self, writer: StreamWriter, report: RankReport) -> None:
         """Send it from time to time, and at once if something important has changed."""
         clock = time.monotonic()
-        changed = self._last_report is None or _important(self._last_report) != _important(report)
-        due = clock - self._reported_at > min(1.0, self._cfg.timeout_s / 4)
-        if changed or due:
-            self._last_report, self._reported_at = report, clock
+        important = (report.phase, report.stopped, report.gone, report.code, report.uncertain)
+        if important != self._reported or clock - self._reported_at > min(1.0, self._cfg.timeout_s / 4):
+            self._reported, self._reported_at = important, clock
             send(writer, {"report": asdict(report)})
 
     def send_stack(self, text: str) -> None:
@@ -100,7 +99,3 @@ class Peer:
             with suppress(OSError):
                 async with asyncio.timeout(1.0):
                     await writer.wait_closed()
-
-
-def _important(report: RankReport) -> tuple[object, ...]:
-    return report.phase, report.stopped, report.gone, report.code, report.uncertain

@@ -248,7 +248,7 @@ def test_hours_follow_the_ranks_of_each_attempt() -> None:
     found = compute_goodput([start(0, 8), start(3600, 4)], [], now=BEGAN + 3600 + 600)
     assert found is not None
     # The first attempt gave no sign of life, the second may still live.
-    assert gpu_hours(found) == pytest.approx((4 / 6, 8 + 4 / 6))
+    assert [hours for _, hours in gpu_hours(found)] == pytest.approx([4 / 6, 8 + 4 / 6])
 
 
 def _records(path: Path) -> Iterator[Any]:
