@@ -17,7 +17,7 @@ from deco_scale.errors import ConfigError
 from deco_scale.models.tp_plan import check_tp
 from deco_scale.parallel.engines.deepspeed_config import ZERO3_PERSISTENT
 from deco_scale.parallel.mesh import ParallelDims, resolve_parallel_dims
-from deco_scale.planning.calibration import Measured, compare, read_results
+from deco_scale.planning.calibration import Measured, predict, read_results
 from deco_scale.planning.comms import seconds_of, step_traffic
 from deco_scale.planning.flops import (
     DINOV2_B,
@@ -303,16 +303,18 @@ def _print_assumptions(device: Device, notes: Sequence[str], console: Console) -
 
 def _print_errors(measured: Sequence[Measured], skipped: str, console: Console) -> None:
     """Predicted against measured values by file, and the medians of the absolute errors."""
-    comparisons = [compare(m) for m in measured]
-    print_line(console, f"error of the prediction against {len(comparisons)} result files{skipped}:")
-    for m, step_s, memory, step_error, memory_error in comparisons:
+    print_line(console, f"error of the prediction against {len(measured)} result files{skipped}:")
+    step_errors, memory_errors = [], []
+    for m in measured:
+        step_s, memory = predict(m)
+        step_errors.append(step_s / m.step_s - 1)
+        memory_errors.append(memory / m.peak_memory_bytes - 1)
         note = "; with encoders, which the prediction leaves out" if m.encoders else ""
         print_line(
             console,
             f"  {m.file} ({m.world} x {m.device_name}): step {step_s:.4g} s predicted, {m.step_s:.4g} s measured "
-            f"({step_error:+.0%}); memory {memory / GIB:.3f} GiB predicted, "
-            f"{m.peak_memory_bytes / GIB:.3f} measured ({memory_error:+.0%}){note}",
+            f"({step_errors[-1]:+.0%}); memory {memory / GIB:.3f} GiB predicted, "
+            f"{m.peak_memory_bytes / GIB:.3f} measured ({memory_errors[-1]:+.0%}){note}",
         )
-    step = statistics.median(abs(c.step_error) for c in comparisons)
-    memory = statistics.median(abs(c.memory_error) for c in comparisons)
+    step, memory = (statistics.median(map(abs, errors)) for errors in (step_errors, memory_errors))
     print_line(console, f"  median error: step time {step:.0%}, memory {memory:.0%}")

@@ -4,7 +4,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from deco_scale.errors import ConfigError
 from deco_scale.models import ModelConfig
@@ -38,16 +38,6 @@ class Measured:
     memory_before_bytes: float
     ceiling: Ceiling
     encoders: bool
-
-
-class Comparison(NamedTuple):
-    """Prediction against one measurement; errors are shares of what was measured."""
-
-    measured: Measured
-    step_s: float
-    memory_bytes: float
-    step_error: float
-    memory_error: float
 
 
 def read_results(folder: Path) -> tuple[list[Measured], int]:
@@ -132,8 +122,7 @@ def _parse(file: str, raw: dict[str, Any]) -> Measured:
     )
 
 
-def compare(m: Measured) -> Comparison:
-    """Prediction beside measurement; memory without the reserve, which is no part of what was measured."""
+def predict(m: Measured) -> tuple[float, float]:
+    """Seconds of a step and bytes of memory; without the reserve, which is no part of what was measured."""
     forecast = forecast_stage(m.work, m.stage, m.parallel, m.device, gpus=m.world)
-    step_s, memory = forecast.step_s, forecast.memory_bytes - forecast.memory["reserve"] + m.memory_before_bytes
-    return Comparison(m, step_s, memory, step_s / m.step_s - 1, memory / m.peak_memory_bytes - 1)
+    return forecast.step_s, forecast.memory_bytes - forecast.memory["reserve"] + m.memory_before_bytes
