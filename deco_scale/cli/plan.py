@@ -219,7 +219,7 @@ def workload(cfg: RunConfig) -> tuple[Workload, list[str]]:
 
 
 def _row(plan: Plan, device: Device, price: float | None) -> list[str]:
-    parallel, mfu = plan.parallel, [forecast.mfu(device) for forecast in plan.stages]
+    parallel, peak = plan.parallel, GPUS[device.name].bf16_flops * plan.gpus
     engine = "fsdp" if parallel.engine == "fsdp" else f"ZeRO-{parallel.zero_stage}"
     return [
         f"{engine} {parallel.dp_replicate}x{parallel.dp_shard}x{parallel.tp}",
@@ -228,7 +228,7 @@ def _row(plan: Plan, device: Device, price: float | None) -> list[str]:
         "\n".join(f"{f.memory_bytes / GIB:.1f}" for f in plan.stages),
         "\n".join(f"{f.step_s:.3f}" for f in plan.stages),
         "\n".join(f"{f.images_per_s:,.0f}" for f in plan.stages),
-        "\n".join("-" if share is None else f"{share:.1%}" for share in mfu),
+        "\n".join(f"{f.image_flops * f.images_per_s / peak:.1%}" for f in plan.stages),
         f"{plan.seconds / DAY_S:.2f}",
         f"{plan.gpu_hours:,.0f}",
         *([f"{plan.gpu_hours * price:,.0f}"] if price is not None else []),

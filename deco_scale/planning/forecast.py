@@ -29,7 +29,6 @@ class StageForecast:
 
     stage: StageConfig
     accumulation: int
-    gpus: int
     image_flops: float
     memory: dict[str, float]
     seconds: dict[str, float]
@@ -45,12 +44,6 @@ class StageForecast:
     @property
     def images_per_s(self) -> float:
         return self.stage.global_batch / self.step_s
-
-    def mfu(self, device: Device) -> float | None:
-        """Model FLOP/s over the datasheet's bf16 FLOP/s of all GPUs; None for a device without one."""
-        if device.peak_flops is None:
-            return None
-        return self.image_flops * self.images_per_s / (device.peak_flops * self.gpus)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,7 +110,6 @@ def forecast_stage(
     return StageForecast(
         stage=stage,
         accumulation=step.accumulation,
-        gpus=gpus,
         image_flops=training_flops(work.model, stage.resolution, stage.resolution),
         memory=memory_by_part(step, kind=device.kind),
         seconds=step_by_part(step, device),

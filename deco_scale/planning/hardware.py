@@ -56,7 +56,7 @@ _UNITS = {"TFLOP/s": 1e12, "GB/s": 1e9}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Device:
-    """Rates that a prediction uses; ``peak_flops`` is what MFU is a share of, None where no datasheet has it.
+    """Rates that a prediction uses.
 
     ``kind`` is the device type of PyTorch: a CPU computes and issues operations in turn, a GPU at once.
     ``figures`` names each rate, and whether it was measured or assumed.
@@ -71,7 +71,6 @@ class Device:
     nvlink_bytes_per_s: float
     network_bytes_per_s: float
     memory_bytes: float | None = None
-    peak_flops: float | None = None
     figures: tuple[str, ...] = ()
 
     def fits(self, memory_bytes: float) -> bool:
@@ -127,7 +126,6 @@ def gpu_device(
         nvlink_bytes_per_s=assumed("NVLink, one direction", sheet.nvlink_bytes_per_s, LINK_SHARE),
         network_bytes_per_s=assumed("network per GPU", (network_gbps or sheet.network_gbps) * 1e9 / 8, LINK_SHARE),
         memory_bytes=sheet.memory_bytes,
-        peak_flops=sheet.bf16_flops,
         figures=tuple(figures),
     )
 
