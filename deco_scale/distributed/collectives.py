@@ -60,7 +60,6 @@ def run_on_rank_zero(action: Callable[[], T]) -> T:
 
 
 def sum_counters(counters: Iterable[Mapping[str, int]]) -> Mapping[str, int]:
-    """Sum of counters, name by name."""
     total: Counter[str] = Counter()
     for each in counters:
         total.update(each)

@@ -7,8 +7,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # what schedulers send before they end a job
-
 
 class StopRequest:
     """Records a signal and shares it between ranks; a second signal ends the process at once."""
@@ -20,8 +18,8 @@ class StopRequest:
         self._pending: tuple[Tensor, dist.Work | None] | None = None
 
     def install(self) -> None:
-        """Handle :data:`SIGNALS`; call it in the main thread."""
-        for number in SIGNALS:
+        """Handle what schedulers send before they end a job; call it in the main thread."""
+        for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._handle)
 
     def poll(self) -> bool:

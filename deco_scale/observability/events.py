@@ -62,11 +62,9 @@ class Event:
             if name not in self.fields:
                 raise ValueError(f"event {self.kind}: {name} is missing")
             value = self.fields[name]
-            if name in _TYPES:
-                valid = isinstance(value, _TYPES[name])
-            else:
-                valid = is_number(value) and (isinstance(value, int) or name in _FLOATS)
-                valid = valid and (value >= 0 or name == "exit_code")
+            valid = isinstance(value, _TYPES.get(name, int | float if name in _FLOATS else int))
+            if name not in _TYPES:
+                valid = valid and is_number(value) and (value >= 0 or name == "exit_code")
             if not valid:
                 raise ValueError(f"event {self.kind}: {name}={value!r} is not allowed")
 

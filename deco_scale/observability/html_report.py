@@ -64,8 +64,7 @@ def render_report(run: RunDir, *, now: float, usd_per_gpu_hour: float | None) ->
 def gpu_hours(goodput: Goodput) -> list[tuple[str, float]]:
     """Rank-hours of the attempts' lives, and with the downtime before each next start on as many ranks."""
     active = sum(a.world_size * (a.last_active - a.start) for a in goodput.attempts) / 3600
-    starts = [a.start for a in goodput.attempts]
-    ends = [*starts[1:], starts[0] + goodput.wall_s]
+    ends = [*(a.start for a in goodput.attempts[1:]), goodput.attempts[0].start + goodput.wall_s]
     allocated = sum(a.world_size * (end - a.start) for a, end in zip(goodput.attempts, ends, strict=True)) / 3600
     return [("while attempts ran", active), ("including downtime", allocated)]
 

@@ -97,8 +97,8 @@ class RunDir:
     @property
     def problems(self) -> list[str]:
         """Files that could not be read, and counts of malformed lines."""
-        bad = {name: file.bad for name, file in self._files.items()}
-        return self._errors + [f"{name}: ignored {count} malformed lines" for name, count in bad.items() if count]
+        bad = [f"{name}: ignored {file.bad} malformed lines" for name, file in self._files.items() if file.bad]
+        return self._errors + bad
 
     @property
     def quarantined(self) -> int:

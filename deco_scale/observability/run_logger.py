@@ -116,7 +116,6 @@ class RunLogger:
         self._events.write(event.line())
 
     def metrics(self, values: dict[str, Any]) -> None:
-        """One logged step."""
         if not self._active:
             return
         self._step = values["step"]

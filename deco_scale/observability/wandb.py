@@ -89,9 +89,7 @@ class WandbRun:
 
 def _clean_logs(folder: Path) -> None:
     """wandb's own process writes down what servers answer, and those may repeat what they were sent."""
-    for path in folder.rglob("*.log"):
-        if path.is_symlink():
-            continue
+    for path in (path for path in folder.rglob("*.log") if not path.is_symlink()):
         with contextlib.suppress(OSError):
             text = path.read_text(encoding="utf-8", errors="surrogateescape")
             clean = scrub_known(text)

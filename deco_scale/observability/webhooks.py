@@ -167,10 +167,9 @@ def _check_local(url: str, host: str, variable: str) -> None:
     """Raises :class:`ConfigError` unless the URL leads to this machine, and not through a proxy."""
     from requests.utils import get_environ_proxies, select_proxy
 
-    try:
-        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        loopback = False
+    loopback = host == "localhost"
+    with contextlib.suppress(ValueError):
+        loopback = loopback or ipaddress.ip_address(host).is_loopback
     if not loopback:
         raise ConfigError(f"{variable} must be an https URL; http is allowed to this machine only")
     if select_proxy(url, get_environ_proxies(url)) is not None:

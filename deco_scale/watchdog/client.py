@@ -166,8 +166,7 @@ class Watchdog:
             raise RunError(f"the sidecar of rank {self._rank}: {answer}{at}")
 
     def _watch_sidecar(self) -> None:
-        """Thread: exit with the code that the sidecar says, or if it is lost: nobody watches this rank then, and
-        the other sidecars notice."""
+        """Thread: exit with the code that the sidecar sends, or once it is lost: nobody watches this rank then."""
         alive_count, alive_at = self._page.alive_count, time.monotonic()
         while True:
             try:

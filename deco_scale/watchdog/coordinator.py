@@ -117,19 +117,16 @@ class Coordinator:
             oldest.close()
         self._strangers[writer] = None
         rank: int | None = None
-        try:
+        with suppress(*BROKEN, asyncio.CancelledError):  # Python 3.11 logs a connection's task that is cancelled
             async with asyncio.timeout(_HELLO_S):
                 rank = self._admit(writer, await receive(reader))
             while True:
                 self._handle(rank, await receive(reader))
-        except (*BROKEN, asyncio.CancelledError):  # Python 3.11 logs a connection's task that is cancelled
-            pass
-        finally:
-            writer.close()
-            self._strangers.pop(writer, None)
-            if rank is not None:
-                del self._writers[rank]
-                self._diagnosis.mark_lost(rank, CONNECTION_LOST)
+        writer.close()
+        self._strangers.pop(writer, None)
+        if rank is not None:
+            del self._writers[rank]
+            self._diagnosis.mark_lost(rank, CONNECTION_LOST)
 
     def _admit(self, writer: StreamWriter, message: dict[str, Any]) -> int:
         """The first message: the token, and a rank that has not connected yet, which is returned."""

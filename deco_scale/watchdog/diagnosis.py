@@ -62,7 +62,6 @@ class RankReport:
 
     @property
     def location(self) -> str:
-        """Where in the run the rank is, in words."""
         return {
             "start": "during start-up",
             "step": f"in step {self.step}",

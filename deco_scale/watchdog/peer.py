@@ -39,8 +39,8 @@ class Peer:
                 await asyncio.sleep(0.5)
         send(writer, {"token": token, "member": asdict(self._me)})
         try:
-            async with asyncio.timeout(max(0.1, deadline - time.monotonic())):
-                self._coordinator: Member = parse(Member, (await receive(reader))["welcome"])
+            answer = await asyncio.wait_for(receive(reader), max(0.1, deadline - time.monotonic()))
+            self._coordinator: Member = parse(Member, answer["welcome"])
         except BROKEN:
             raise ConnectionError("the coordinator refused the connection or answered too late") from None
         ranks = [self._me.rank, self._coordinator.rank]
@@ -97,5 +97,4 @@ class Peer:
             send(writer, {"left": True})
             writer.close()
             with suppress(OSError):
-                async with asyncio.timeout(1.0):
-                    await writer.wait_closed()
+                await asyncio.wait_for(writer.wait_closed(), 1.0)

@@ -72,7 +72,6 @@ class TerminateOrder:
 
     @property
     def text(self) -> str:
-        """The reason, in words."""
         member = self.member
         return f"rank {member.rank} on {member.host} (pid {member.trainer.pid}) {self.fault.how}"
 
