@@ -31,7 +31,8 @@ from deco_scale.checkpoint.integrity import ChecksummedFile
 from deco_scale.errors import ConfigError
 from deco_scale.models.tp_plan import split_dim
 
-_FILES = {"fp32": "model", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
+_STEMS = {"model": "fp32", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
+"""Names of a parameter's files by set."""
 _OPTIMIZER = "optimizer_state.pt"
 
 
@@ -80,12 +81,12 @@ class UniversalReader(DeepSpeedReader):
         name = folder.name
         if not name.startswith(PARAMETERS) or name not in shapes:
             raise ConfigError(f"{folder}: unknown parameter")
-        stems = [stem for stem in _FILES if (folder / f"{stem}.pt").is_file()]
-        if "fp32" not in stems or len(stems) == 2:
-            missing = next(stem for stem in _FILES if stem not in stems)
-            raise ConfigError(f"{folder / missing}.pt is missing")
-        for stem in stems:
-            file = folder / f"{stem}.pt"
+        files = {kind: folder / f"{stem}.pt" for kind, stem in _STEMS.items()}
+        missing = [kind for kind, file in files.items() if not file.is_file()]
+        if "model" in missing or len(missing) == 1:
+            raise ConfigError(f"{files[missing[0]]} is missing")
+        for kind in sorted(files.keys() - missing):
+            file = files[kind]
             archive = open_archive(file)
             content = archive.content
             tensor = content.get("param") if isinstance(content, Mapping) else content
@@ -94,7 +95,7 @@ class UniversalReader(DeepSpeedReader):
                 stored = stored.reshaped(shapes[name])
             if stored.shape != shapes[name]:
                 raise ConfigError(f"{file}: {name} has shape {stored.shape}, expected {shapes[name]}")
-            self._stored[f"{_FILES[stem]}.{name}"] = stored
+            self._stored[f"{kind}.{name}"] = stored
         if (folder / "step.pt").is_file():
             archive = open_archive(folder / "step.pt")
             self._note_step(archive, archive.content)
@@ -114,13 +115,7 @@ class UniversalReader(DeepSpeedReader):
 
 
 def write_universal(
-    folder: Path,
-    source: CheckpointReader,
-    meta: CheckpointMeta,
-    *,
-    workers: int = 1,
-    memory: int | None = None,
-    advance: Advance = lambda name: None,
+    folder: Path, source: CheckpointReader, meta: CheckpointMeta, *, workers: int, memory: int, advance: Advance
 ) -> None:
     """Write a universal checkpoint into the existing ``folder``; ``memory`` bounds the tensors in memory.
 
@@ -139,13 +134,12 @@ def write_universal(
 
     def save(full: str) -> None:
         kind, _, name = full.partition(".")
-        stem = next(s for s, k in _FILES.items() if k == kind)
         with budget.reserve(peak_bytes(source.specs[full])):
             content: dict[str, Any] = {"param": source.read(full).float().contiguous()}
             dim = split_dim(name)
             if dim is not None:
                 content["cat_dim"] = dim
-            _save(zero / name / f"{stem}.pt", content)
+            _save(zero / name / f"{_STEMS[kind]}.pt", content)
             del content
         advance(full)
 

@@ -28,6 +28,8 @@ from deco_scale.checkpoint.integrity import WRITE_BYTES, raw_bytes, start_flush
 from deco_scale.errors import ConfigError
 from deco_scale.models.tp_plan import split_dim
 
+Groups = list[dict[str, Shape]]
+"""Shapes of a tp rank's parameters by group."""
 _REPA_LAYERS = (0, 2, 4)
 
 
@@ -40,7 +42,7 @@ class ZeroLayout:
     stage: int
     bf16: bool = False
 
-    def partition(self, shapes: Mapping[str, Shape]) -> tuple[list[dict[str, Shape]], Partitions]:
+    def partition(self, shapes: Mapping[str, Shape]) -> tuple[Groups, Partitions]:
         """Shapes of a tp rank's parameters by group, and where their elements are."""
         local = {name: tp_shape(name, shape, self.tp) for name, shape in shapes.items()}
         groups = sub_groups(local, dp=self.dp, stage=self.stage)
@@ -66,7 +68,7 @@ def parameter_order(source: CheckpointReader) -> dict[str, Shape]:
 
 
 def model_states(
-    groups: list[dict[str, Shape]], meta: CheckpointMeta, layout: ZeroLayout, module: Mapping[str, Tensor | None]
+    groups: Groups, meta: CheckpointMeta, layout: ZeroLayout, module: Mapping[str, Tensor | None]
 ) -> dict[str, Any]:
     """Content of a model-states file; ``groups`` are the local shapes by group."""
     return {
@@ -109,9 +111,9 @@ def write_zero(
     meta: CheckpointMeta,
     layout: ZeroLayout,
     *,
-    workers: int = 1,
-    piece_elements: int = 2**23,
-    advance: Advance = lambda name: None,
+    workers: int,
+    piece_elements: int,
+    advance: Advance,
 ) -> None:
     """Write the files of all ranks into the existing ``folder``; a worker holds ``piece_elements`` of a tensor.
 
@@ -171,7 +173,7 @@ class _Blank:
         _put(self.descriptor, self._tensors[kind][group], start, values)
 
 
-def _module(groups: list[dict[str, Shape]], layout: ZeroLayout) -> dict[str, Tensor | None]:
+def _module(groups: Groups, layout: ZeroLayout) -> dict[str, Tensor | None]:
     """The module's state: blank weights, or the empty stand-ins that ZeRO-3 saves."""
     dtype = torch.bfloat16 if layout.bf16 else torch.float32
     module: dict[str, Tensor | None] = {}
@@ -184,12 +186,7 @@ def _module(groups: list[dict[str, Shape]], layout: ZeroLayout) -> dict[str, Ten
 
 
 def _optim_states(
-    groups: list[dict[str, Shape]],
-    parts: Partitions,
-    dp: int,
-    meta: CheckpointMeta,
-    layout: ZeroLayout,
-    has_moments: bool,
+    groups: Groups, parts: Partitions, dp: int, meta: CheckpointMeta, layout: ZeroLayout, has_moments: bool
 ) -> dict[str, Any]:
     try:
         from deepspeed.runtime.fp16.loss_scaler import LossScaler
