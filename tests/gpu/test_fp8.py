@@ -9,7 +9,7 @@ from torch import Tensor
 
 from deco_scale.errors import ConfigError
 from deco_scale.models import Denoiser, ModelConfig
-from deco_scale.parallel.parallelize import apply_activation_checkpointing
+from deco_scale.parallel.activation_checkpoint import apply_activation_checkpointing
 from deco_scale.precision.config import PrecisionConfig, autocast
 from deco_scale.precision.fp8 import (
     apply_fp8,

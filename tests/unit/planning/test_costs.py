@@ -20,7 +20,7 @@ from deco_scale.models.pixel_decoder import PixelDecoder
 from deco_scale.objectives import Objective, ObjectiveConfig
 from deco_scale.parallel.config import ParallelConfig
 from deco_scale.parallel.mesh import ParallelDims
-from deco_scale.parallel.parallelize import apply_activation_checkpointing
+from deco_scale.parallel.activation_checkpoint import apply_activation_checkpointing
 from deco_scale.planning.flops import TrainStep, Workload, training_flops
 from deco_scale.planning.memory import activation_bytes, layout_rows, state_by_part, state_bytes, state_copies
 from deco_scale.planning.step_time import block_moved, decoder_moved

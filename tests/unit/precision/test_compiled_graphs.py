@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 from deco_scale.models import Denoiser, ModelConfig
 from deco_scale.models.compile import RECOMPILE_LIMIT, limit_recompiles
 from deco_scale.models.config import ActivationCheckpointing
-from deco_scale.parallel.parallelize import apply_activation_checkpointing
+from deco_scale.parallel.activation_checkpoint import apply_activation_checkpointing
 from deco_scale.precision import fp8
 from deco_scale.precision.config import PrecisionConfig, autocast
 from deco_scale.precision.fp8_plan import BatchShape, Fp8Plan, plan_fp8

@@ -13,7 +13,7 @@ from torchao.float8.float8_linear import Float8Linear
 from deco_scale.errors import ConfigError
 from deco_scale.models import Denoiser, ModelConfig
 from deco_scale.models.config import ActivationCheckpointing
-from deco_scale.parallel.parallelize import apply_activation_checkpointing
+from deco_scale.parallel.activation_checkpoint import apply_activation_checkpointing
 from deco_scale.precision import fp8
 from deco_scale.precision.config import PrecisionConfig, autocast
 from deco_scale.precision.fp8_plan import BatchShape, Fp8Plan, check_plan, plan_fp8, precision_rows
