@@ -18,9 +18,9 @@ from deco_scale.models.embeddings import rope_angles
 from deco_scale.models.layers import Block
 from deco_scale.models.pixel_decoder import PixelDecoder
 from deco_scale.objectives import Objective, ObjectiveConfig
+from deco_scale.parallel.activation_checkpoint import apply_activation_checkpointing
 from deco_scale.parallel.config import ParallelConfig
 from deco_scale.parallel.mesh import ParallelDims
-from deco_scale.parallel.activation_checkpoint import apply_activation_checkpointing
 from deco_scale.planning.flops import TrainStep, Workload, training_flops
 from deco_scale.planning.memory import activation_bytes, layout_rows, state_by_part, state_bytes, state_copies
 from deco_scale.planning.step_time import block_moved, decoder_moved
