@@ -19,13 +19,12 @@ from pathlib import Path
 from data_pipeline.console import positive_int
 from deco_scale.config import RunConfig
 from deco_scale.errors import ConfigError, RunError
-from launcher.schedulers.base import ClusterJob, check_names, fit, parse_variables, refuse_secret
+from launcher.schedulers.base import ClusterJob, fit, parse_variables, refuse_secret
+from launcher.schedulers.hosts import host_commands, render_hostfile
 from launcher.schedulers.kubernetes import add_kubernetes_options, render_kubernetes
 from launcher.schedulers.slurm import add_slurm_options, render_slurm
 
 ROOT = Path(__file__).resolve().parents[1]
-TRAIN_PORT, PREFLIGHT_PORT = 29500, 29501
-_HOST = r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?"
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -84,27 +83,6 @@ def make_job(args: argparse.Namespace, cfg: RunConfig) -> ClusterJob:
         grace_s=args.grace_s,
         max_restarts=args.max_restarts,
     )
-
-
-def render_hostfile(job: ClusterJob, hosts: Sequence[str]) -> str:
-    """A line ``host slots=N`` for each host; raises :class:`ConfigError` for wrong or repeated names."""
-    check_names(*(("--hosts", host, _HOST, "host names or addresses, with commas between") for host in hosts))
-    if len(set(hosts)) != len(hosts) or len(hosts) != job.nodes:
-        raise ConfigError(f"--hosts must name {job.nodes} different hosts (--nodes), got {', '.join(hosts)}")
-    return "".join(f"{host} slots={job.processes}\n" for host in hosts)
-
-
-def host_commands(job: ClusterJob, hostfile: Path) -> list[list[str]]:
-    """Commands to run one after the other: preflight if asked for, then training."""
-    if job.literals or job.references:
-        raise ConfigError("--env: deepspeed reads variables from ~/.deepspeed_env on this host; write them there")
-    deepspeed = str(Path(job.python).with_name("deepspeed")) if "/" in job.python else "deepspeed"
-    programs = {"preflight": PREFLIGHT_PORT, "train": TRAIN_PORT}
-    return [
-        [deepspeed, "--hostfile", str(hostfile), "--master_port", str(port), *job.command(program)[1:]]
-        for program, port in programs.items()
-        if program == "train" or job.preflight
-    ]
 
 
 def prepare(args: argparse.Namespace) -> tuple[str, list[str], Callable[[], int]]:

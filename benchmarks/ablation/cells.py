@@ -25,8 +25,8 @@ from deco_scale.optim.adamw_ema import AdamWWithEMA
 from deco_scale.optim.config import OptimizerConfig
 from deco_scale.parallel.init_weights import initial_tensors
 from deco_scale.sampling import SamplerConfig, sample
+from deco_scale.sampling.guidance import VelocityFn
 from deco_scale.sampling.images import seeded_noise, to_uint8, velocity_of
-from deco_scale.sampling.samplers import VelocityFn
 from deco_scale.training.inputs import Batch, InputBuilder
 from launcher.demo.dataset import SUBJECTS, crops
 

@@ -36,7 +36,8 @@ from deco_scale.training.prefetch import HostPrefetcher
 from deco_scale.training.train_step import StepResult, train_step
 from deco_scale.training.trainer import Data, Stage
 from launcher.build.data import SyntheticData, load_encoders, open_loader, shared_over_tp
-from launcher.build.model import build_engine, choose_attention, objective_builder, plan_fp8_linears
+from launcher.build.engine import build_engine
+from launcher.build.model import choose_attention, objective_builder, plan_fp8_linears
 from launcher.build.trainer import derive_stages
 
 ENCODER_DIM = 768

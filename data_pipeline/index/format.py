@@ -11,12 +11,11 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import google_crc32c
 import numpy as np
 
-from data_pipeline.config import Filters
 from data_pipeline.errors import DataError
 from data_pipeline.storage.base import ObjectInfo, Store
 from data_pipeline.storage.files import atomic_path
@@ -54,7 +53,6 @@ _PIECE = 32 * 2**20
 _MAX_HEADER_BYTES = 256 * 2**20
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 _ATTEMPTS = 4
-_SLICE = 4 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,37 +311,3 @@ def _bytes(column: np.ndarray[Any, Any]) -> Any:
     view = np.ascontiguousarray(column).view(np.uint8)
     view.flags.writeable = False
     return view
-
-
-def select(index: Index, filters: Filters, *, target: Literal["caption", "label"], min_side: int) -> Index:
-    """Samples with the target and enough pixels that pass the filters; DataError for a score not indexed."""
-    for name in filters.min_scores:
-        if name not in index.score_names:
-            raise DataError(
-                f"data.filters.min_scores.{name}: the index has scores {index.score_names}; "
-                f"index with --score {name}"
-            )
-    rows = [
-        low + np.flatnonzero(_keep(index, slice(low, low + _SLICE), filters, target, min_side))
-        for low in range(0, len(index.columns["start"]), _SLICE)
-    ]
-    return index.only(np.concatenate(rows))
-
-
-def _keep(index: Index, rows: slice, filters: Filters, target: str, min_side: int) -> Any:
-    columns = {name: column[rows] for name, column in index.columns.items()}
-    height, width = columns["height"].astype(np.int64), columns["width"].astype(np.int64)
-    short, long = np.minimum(height, width), np.maximum(height, width)
-    chars = columns["caption_chars"]
-    keep = (short >= max(min_side, filters.min_side)) & (short > 0)
-    keep &= ((columns["flags"] & IS_LABEL) != 0) == (target == "label")
-    keep &= chars >= filters.min_caption_chars
-    if filters.max_pixels is not None:
-        keep &= height * width <= filters.max_pixels
-    if filters.max_aspect is not None:
-        keep &= long <= filters.max_aspect * short
-    if filters.max_caption_chars is not None:
-        keep &= chars <= filters.max_caption_chars
-    for name, minimum in filters.min_scores.items():
-        keep &= columns[SCORE + name] >= minimum
-    return keep

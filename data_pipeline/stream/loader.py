@@ -15,14 +15,16 @@ import numpy as np
 from data_pipeline.captions import PREFIXES
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import DataError
-from data_pipeline.index.format import load_index, select
+from data_pipeline.index.filter import select
+from data_pipeline.index.format import load_index
 from data_pipeline.storage.base import Access, open_store
 from data_pipeline.storage.disk_cache import DiskCache
 from data_pipeline.storage.retry import RetryBudget
 from data_pipeline.stream.buckets import assign, bucket_sizes
 from data_pipeline.stream.chunk_reader import Buckets, BucketSource, ChunkReader
+from data_pipeline.stream.mixture import MixtureSampler, SampleRef
 from data_pipeline.stream.sample_decoder import DecodedSample, OnBad, SampleDecoder
-from data_pipeline.stream.sampler import CHUNK_SAMPLES, ElasticSampler, MixtureSampler, SampleRef
+from data_pipeline.stream.sampler import CHUNK_SAMPLES, ElasticSampler
 from data_pipeline.text_embeddings import TextEmbeddingIdentity, TextEmbeddingStore
 
 logger = logging.getLogger(__name__)

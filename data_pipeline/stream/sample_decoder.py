@@ -16,7 +16,8 @@ from data_pipeline.errors import DataError
 from data_pipeline.index.format import BLOCK
 from data_pipeline.storage.base import Counters
 from data_pipeline.stream.chunk_reader import Buckets, BucketSource, ChunkReader, RawSample
-from data_pipeline.stream.sampler import SampleRef, generator
+from data_pipeline.stream.mixture import SampleRef
+from data_pipeline.stream.sampler import generator
 from data_pipeline.text_embeddings import unpack_embeddings
 
 REPLACEMENTS = 8

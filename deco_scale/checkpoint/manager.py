@@ -23,10 +23,11 @@ import torch.distributed as dist
 
 from data_pipeline.storage.files import SAVING
 from deco_scale.checkpoint import loader
-from deco_scale.checkpoint.config import CheckpointConfig, retained
+from deco_scale.checkpoint.config import CheckpointConfig
 from deco_scale.checkpoint.export import PREFIX, export_ema
 from deco_scale.checkpoint.format import CheckpointMeta, find_checkpoint, write_markers
 from deco_scale.checkpoint.integrity import FileChecksums
+from deco_scale.checkpoint.retention import retained
 from deco_scale.checkpoint.staging import Snapshot, Stager, parameter_digest, write_snapshot
 from deco_scale.checkpoint.storage import LocalStorage, ObjectStorage, remove_scratch, step_name
 from deco_scale.distributed.collectives import gather_objects, raise_together, run_on_rank_zero

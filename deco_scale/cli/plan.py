@@ -27,8 +27,9 @@ from deco_scale.planning.flops import (
     TrainStep,
     Workload,
 )
-from deco_scale.planning.forecast import DAY_S, Plan, all_plans, enumerate_layouts, plan_as_configured, recommend
+from deco_scale.planning.forecast import DAY_S, Plan, all_plans, plan_as_configured, recommend
 from deco_scale.planning.hardware import COPY_SHARE, GPUS, LAUNCH_S, MARGIN, Device, gpu_device
+from deco_scale.planning.layouts import enumerate_layouts
 from deco_scale.planning.memory import RESERVE_BYTES, layout_rows, state_copies
 from deco_scale.precision.fp8_plan import BatchShape, plan_fp8, precision_rows
 from deco_scale.precision.recipe import planned_machine, resolve_fp8

@@ -1,15 +1,13 @@
 """The training objective as one module: a denoiser, the REPA head, and their losses as named scalars.
 
 Engines wrap this module, so that its ``forward`` is all that a training step runs.
-Source of REPA: arXiv 2410.06940.
 Shape letters: B batch, C channels, Y X pixels, L text tokens, T text width, N patches, K values of a patch,
-D model width, F encoder width.
+F encoder width.
 """
 
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deco_scale.kernels.select import Kernels
@@ -23,6 +21,7 @@ from deco_scale.objectives.frequency import (
     frequency_loss,
     frequency_weights,
 )
+from deco_scale.objectives.repa import RepaHead, repa_loss
 
 LOSS_NAMES = ("loss", "loss_flow", "loss_freq", "loss_repa")
 
@@ -51,19 +50,6 @@ class Tokens:
     def share(self, count: int) -> float:
         """Their share of ``count`` tokens."""
         return 1.0
-
-
-class RepaHead(nn.Module):
-    """Three-layer SiLU MLP from model tokens to encoder tokens."""
-
-    def __init__(self, dim: int, encoder_dim: int) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, encoder_dim)
-        )
-
-    def forward(self, hidden_BND: Tensor) -> Tensor:
-        return self.layers(hidden_BND)
 
 
 class Objective(nn.Module):
@@ -156,20 +142,6 @@ class Objective(nn.Module):
         else:
             error = unpatchify(error_BNK, grid, model.patch_size)
         return {"loss_flow": flow_loss(velocity_BNK, target_BNK), "loss_freq": frequency_loss(error, weights)}
-
-
-def repa_loss(projected_BNF: Tensor, features_BNF: Tensor) -> Tensor:
-    """Mean of one minus the cosine similarity, token by token, in fp32.
-
-    Raises ``ValueError`` when the encoder's tokens do not lie on the model's patch grid.
-    """
-    if projected_BNF.shape != features_BNF.shape:
-        raise ValueError(
-            f"encoder tokens {tuple(features_BNF.shape)} do not match the model's "
-            f"{tuple(projected_BNF.shape)}: the encoder must see one of its patches per model patch"
-        )
-    similarity = F.cosine_similarity(projected_BNF.float(), features_BNF.float(), dim=-1)
-    return (1.0 - similarity).mean()
 
 
 def drop_condition(condition: Tensor, null: Tensor, dropped_B: Tensor) -> Tensor:

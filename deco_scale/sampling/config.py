@@ -14,7 +14,7 @@ class SamplerConfig:
 
     ``order`` is that of ``adams``, 1 to 4; ``euler`` and ``heun`` have no choice. Guidance acts for times above
     ``guidance_min`` and up to ``guidance_max``. ``guidance_rescale``, 0 to 1, keeps strong guidance from raising
-    the contrast (:func:`deco_scale.sampling.samplers.rescaled`).
+    the contrast (:func:`deco_scale.sampling.guidance.rescaled`).
     """
 
     solver: Solver = "adams"

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from deco_scale.models import ModelConfig
 from deco_scale.sampling.config import SamplerConfig
+from deco_scale.sampling.guidance import VelocityFn
 from deco_scale.sampling.images import seeded_noise, to_uint8
-from deco_scale.sampling.samplers import VelocityFn, integrate
+from deco_scale.sampling.samplers import integrate
 
 EncodeFn = Callable[[Sequence[str]], Tensor]
 """Text embeddings ``(B, L, T)`` of captions; those of the empty caption are the null condition."""

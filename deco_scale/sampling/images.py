@@ -16,7 +16,7 @@ from deco_scale.errors import RunError
 from deco_scale.models import patchify, unpatchify
 from deco_scale.objectives.config import Prediction
 from deco_scale.objectives.flow_matching import velocity_from_image
-from deco_scale.sampling.samplers import VelocityFn
+from deco_scale.sampling.guidance import VelocityFn
 
 PredictFn = Callable[[Tensor, Tensor, Tensor, tuple[int, int]], Tensor]
 """``predict(patches, t, condition, grid)``, as of an engine or a plain denoiser."""

@@ -1,4 +1,4 @@
-"""The plain objective of a configuration, its kernels, attention and FP8 linears, and the engine around it."""
+"""The plain objective of a configuration, and what fits it: kernels, attention and FP8 linears."""
 
 from collections.abc import Callable, Sequence
 
@@ -7,14 +7,12 @@ import torch
 from deco_scale.config import RunConfig
 from deco_scale.distributed.collectives import run_on_rank_zero
 from deco_scale.errors import ConfigError
-from deco_scale.kernels.select import Kernels, choose_kernels, use_kernels
+from deco_scale.kernels.select import Kernels, use_kernels
 from deco_scale.models import Denoiser
 from deco_scale.models.attention.autotune import BackendChoice, choose_backend, model_shapes, table_of
 from deco_scale.models.attention.dispatch import AttentionSetting
 from deco_scale.models.layers import Attention
 from deco_scale.objectives import Objective
-from deco_scale.parallel.engines.base import Engine, EngineSettings
-from deco_scale.parallel.mesh import ParallelDims
 from deco_scale.precision.fp8_plan import BatchShape, Fp8Plan, plan_fp8
 from deco_scale.precision.recipe import choose_fp8
 
@@ -79,34 +77,3 @@ def plan_fp8_linears(cfg: RunConfig, tp: int, device: torch.device) -> Fp8Plan |
         recompute=cfg.parallel.activation_checkpointing,
         compile_blocks=cfg.compile,
     )
-
-
-def build_engine(
-    cfg: RunConfig,
-    dims: ParallelDims,
-    device: torch.device,
-    build: Callable[[], Objective],
-    fp8_plan: Fp8Plan | None = None,
-) -> Engine:
-    """The configured engine around a freshly initialised objective; ``fp8_plan`` goes with ``compute: fp8``."""
-    settings = EngineSettings(
-        dims=dims,
-        device=device,
-        optimizer=cfg.optimizer,
-        precision=cfg.precision,
-        seed=cfg.run.seed,
-        compile_blocks=cfg.compile,
-        activation_checkpointing=cfg.parallel.activation_checkpointing,
-        fp8_plan=fp8_plan,
-        kernels=choose_kernels(cfg.kernels, device),
-        zero_stage=cfg.parallel.zero_stage,
-        micro_batch=cfg.stages[0].micro_batch,
-        overrides=cfg.parallel.deepspeed,
-    )
-    if cfg.parallel.engine == "deepspeed":
-        from deco_scale.parallel.engines.deepspeed import DeepSpeedEngine
-
-        return DeepSpeedEngine(build, settings)
-    from deco_scale.parallel.engines.fsdp import FsdpEngine
-
-    return FsdpEngine(build, settings)

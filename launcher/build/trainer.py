@@ -40,7 +40,8 @@ from deco_scale.training.trainer import Stage, Trainer
 from deco_scale.watchdog.client import Watchdog
 from launcher.build.callbacks import CheckReplicas, Evaluate, LogRun, SampleImages, SaveConfig
 from launcher.build.data import SyntheticData, load_encoders, open_loader, shared_over_tp
-from launcher.build.model import build_engine, choose_attention, compute_dtype, objective_builder, plan_fp8_linears
+from launcher.build.engine import build_engine
+from launcher.build.model import choose_attention, compute_dtype, objective_builder, plan_fp8_linears
 
 logger = logging.getLogger(__name__)
 

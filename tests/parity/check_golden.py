@@ -31,7 +31,7 @@ from deco_scale.objectives.frequency import (
     frequency_loss,
     frequency_weights,
 )
-from deco_scale.objectives.objective import RepaHead, repa_loss
+from deco_scale.objectives.repa import RepaHead, repa_loss
 from deco_scale.sampling import SamplerConfig, sample, time_grid
 from tests.support.release import (
     denoiser_from_release,

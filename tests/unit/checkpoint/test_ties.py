@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from data_pipeline.stream.buckets import assign
-from deco_scale.checkpoint.config import CheckpointConfig, KeepBest, retained
+from deco_scale.checkpoint.config import CheckpointConfig, KeepBest
+from deco_scale.checkpoint.retention import retained
 
 PAIR = [(16, 32), (32, 16)]
 """Of a square, a wide and a tall bucket are equally far."""

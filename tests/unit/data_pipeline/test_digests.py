@@ -10,7 +10,8 @@ import pytest
 
 from data_pipeline.config import DataConfig, Filters, Source
 from data_pipeline.index.build import build_index, save_index
-from data_pipeline.index.format import COLUMNS, SCORE, Index, make_index, select
+from data_pipeline.index.filter import select
+from data_pipeline.index.format import COLUMNS, SCORE, Index, make_index
 from data_pipeline.storage.base import ObjectInfo, open_store
 from data_pipeline.stream.loader import Loader
 from data_pipeline.text_embeddings import TextEmbeddingIdentity

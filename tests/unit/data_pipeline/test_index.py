@@ -12,7 +12,8 @@ import pytest
 from data_pipeline.config import Filters
 from data_pipeline.errors import DataError
 from data_pipeline.index.build import ScanSettings, build_index, save_index
-from data_pipeline.index.format import SCORE, load_index, select
+from data_pipeline.index.filter import select
+from data_pipeline.index.format import SCORE, load_index
 from data_pipeline.storage.base import open_store
 from tests.support.sets import png, tar_of, write_set
 

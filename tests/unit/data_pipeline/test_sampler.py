@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from data_pipeline.index.format import COLUMNS, Index, make_index
 from data_pipeline.storage.base import ObjectInfo
-from data_pipeline.stream.sampler import BLOCK_POSITIONS, Chunks, ElasticSampler, MixtureSampler, Schedule
+from data_pipeline.stream.mixture import BLOCK_POSITIONS, MixtureSampler, Schedule
+from data_pipeline.stream.sampler import Chunks, ElasticSampler
 
 
 def index_of(sizes: list[int], blocks: int = 1, **columns: Any) -> Index:

@@ -14,16 +14,10 @@ from data_pipeline.index.build import build_index, save_index
 from data_pipeline.index.format import COLUMNS, Index, make_index
 from data_pipeline.storage.base import ObjectInfo, open_store
 from data_pipeline.stream.loader import Loader
-from data_pipeline.stream.sampler import (
-    BLOCK_POSITIONS,
-    CHUNK_SAMPLES,
-    ElasticSampler,
-    MixtureSampler,
-    Schedule,
-    generator,
-)
+from data_pipeline.stream.mixture import BLOCK_POSITIONS, MixtureSampler, Schedule
+from data_pipeline.stream.sampler import CHUNK_SAMPLES, ElasticSampler, generator
 from deco_scale.seeding import derive_seed
-from deco_scale.training.inputs import draw
+from deco_scale.training.noise import draw
 from tests.support.sets import image_bytes, tar_of
 
 

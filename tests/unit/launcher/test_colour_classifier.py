@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from launcher.demo.__main__ import fit_colour_classifier
+from launcher.demo.colour_classifier import fit_colour_classifier
 
 
 def test_separates_colours_and_not_noise() -> None:

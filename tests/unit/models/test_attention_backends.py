@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from deco_scale.models.attention import dispatch
+from deco_scale.models.attention import backends, dispatch
 from deco_scale.models.attention.dispatch import KERNELS, attention, check_backend, kernel_missing
 from tests.unit.models.test_attention import dynamo, inputs, results  # noqa: F401
 
@@ -52,7 +52,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def _forget() -> None:
-    for cached in (dispatch._import_error, dispatch._core_attention, dispatch._newest_flash):
+    for cached in (backends._import_error, backends._core_attention, dispatch._newest_flash):
         cached.cache_clear()
 
 

@@ -15,7 +15,8 @@ from deco_scale.objectives.frequency import (
     frequency_loss,
     frequency_weights,
 )
-from deco_scale.objectives.objective import Tokens, repa_loss
+from deco_scale.objectives.objective import Tokens
+from deco_scale.objectives.repa import repa_loss
 from deco_scale.sampling import SamplerConfig, sample
 
 

@@ -8,7 +8,7 @@ from deco_scale.errors import ConfigError
 from deco_scale.models import ModelConfig
 from deco_scale.models.tp_plan import check_tp
 from deco_scale.parallel.mesh import ParallelDims
-from deco_scale.planning.forecast import tp_degrees
+from deco_scale.planning.layouts import tp_degrees
 from deco_scale.planning.memory import layout_rows
 
 TEXT = ModelConfig(

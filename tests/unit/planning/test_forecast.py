@@ -12,8 +12,9 @@ from deco_scale.parallel.config import ParallelConfig
 from deco_scale.parallel.mesh import ParallelDims, accumulation_steps, resolve_parallel_dims
 from deco_scale.planning.comms import Traffic, seconds_of
 from deco_scale.planning.flops import TrainStep, Workload
-from deco_scale.planning.forecast import all_plans, enumerate_layouts, forecast_stage, recommend
+from deco_scale.planning.forecast import all_plans, forecast_stage, recommend
 from deco_scale.planning.hardware import GPUS, gpu_device, gpu_named
+from deco_scale.planning.layouts import enumerate_layouts
 from deco_scale.planning.memory import memory_by_part
 from deco_scale.planning.step_time import step_by_part
 from deco_scale.training.config import StageConfig

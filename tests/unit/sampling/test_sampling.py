@@ -22,8 +22,9 @@ from deco_scale.sampling import (
 )
 from deco_scale.sampling.cuda_graphs import CudaGraphedVelocity
 from deco_scale.sampling.generate import check_size
+from deco_scale.sampling.guidance import guidance_at, guided_velocity, rescaled
 from deco_scale.sampling.images import save_grid, to_uint8, velocity_of
-from deco_scale.sampling.samplers import adams_weights, guidance_at, guided_velocity, rescaled
+from deco_scale.sampling.samplers import adams_weights
 
 SOLVERS: list[dict[str, Any]] = [
     {"solver": "euler"}, {"solver": "heun"}, *({"solver": "adams", "order": order} for order in (1, 2, 3, 4)),

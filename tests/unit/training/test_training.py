@@ -27,7 +27,8 @@ from deco_scale.observability.run_logger import RunLogger
 from deco_scale.parallel.engines.base import Engine
 from deco_scale.planning.flops import training_flops
 from deco_scale.seeding import derive_seed
-from deco_scale.training.inputs import Batch, EncoderOutputs, draw
+from deco_scale.training.inputs import Batch, EncoderOutputs
+from deco_scale.training.noise import draw
 from deco_scale.training.prefetch import EncoderPrefetcher, HostPrefetcher
 from tests.support import CONFIGS
 from tests.support.saving import newest, save

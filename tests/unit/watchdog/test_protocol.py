@@ -1,24 +1,28 @@
 """The watchdog's shared page, messages between sidecars, and who is let in; without processes."""
 
 import asyncio
+import faulthandler
 import json
 import os
 import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deco_scale.errors import RunError
+from deco_scale.watchdog.client import Watchdog
 from deco_scale.watchdog.config import WatchdogConfig
 from deco_scale.watchdog.coordinator import Coordinator
 from deco_scale.watchdog.diagnosis import Fault, RankReport
 from deco_scale.watchdog.heartbeat import HeartbeatPage
 from deco_scale.watchdog.peer import Peer
-from deco_scale.watchdog.process import ProcessIdentity, innermost_frames
+from deco_scale.watchdog.process import DUMP_SIGNAL, ProcessIdentity, innermost_frames
 from deco_scale.watchdog.protocol import (
     BROKEN,
     LOCALHOST,
@@ -145,6 +149,37 @@ def test_only_the_token_lets_a_rank_in_and_only_once() -> None:
 
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection((LOCALHOST, asyncio.run(try_all())))
+
+
+def test_all_sidecars_can_connect_before_rank_0_s_accepts_any() -> None:
+    with ExitStack() as stack:
+        server = stack.enter_context(open_port(LOCALHOST))
+        for _ in range(300):
+            stack.enter_context(socket.create_connection(server.getsockname(), timeout=5))
+
+
+def test_a_peer_that_nobody_answers_says_so() -> None:
+    with ExitStack() as stack:
+        server = stack.enter_context(socket.create_server((LOCALHOST, 0), backlog=0))
+        stack.enter_context(socket.create_connection(server.getsockname()))  # the only place in the queue
+        peer = Peer(CFG, MEMBERS[1], clock=lambda: 0.0)
+        with pytest.raises(OSError, match="timed out"):
+            asyncio.run(peer.connect(LOCALHOST, server.getsockname()[1], "token", 0.7))
+
+
+def test_a_rank_without_a_sidecar_says_why_not_only_that_it_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RunError("the sidecar of rank 1: no route to host")
+
+    monkeypatch.setattr(Watchdog, "_start_sidecar", fail)
+    shared = iter(
+        [("now", LOCALHOST, 1, "token"), "the sidecar of rank 0: the sidecars of ranks 1 did not connect"]
+    )
+    with pytest.raises(RunError, match="no route to host"):
+        Watchdog.start(CFG, rank=1, world_size=2, run_dir=tmp_path, share=lambda _: next(shared))
+    faulthandler.unregister(DUMP_SIGNAL)
 
 
 @pytest.mark.parametrize("leaves", [False, True])
