@@ -75,10 +75,11 @@ class Watchdog:
                 started, *where = offer
                 artifacts = FaultArtifacts(run_dir.absolute(), str(run_dir), started)
                 watchdog._try(lambda: watchdog._start_sidecar(artifacts, webhook_env, world_size, *where))
-            problem = share(watchdog._problem) or watchdog._problem
+            elsewhere = share(watchdog._problem)
         except BaseException:
             watchdog._kill()
             raise
+        problem = watchdog._problem or elsewhere  # rank 0 knows only who is missing, not why
         if problem:
             watchdog._kill()
             raise RunError(f"the watchdog could not be started: {problem}")
@@ -173,11 +174,10 @@ class Watchdog:
                 if self._pipe.poll(1.0):
                     os._exit(self._pipe.recv())
             except (EOFError, OSError):
-                if not self._closed:
-                    self._exit("the sidecar is gone")
-            if self._closed:
-                return
-            if self._page.alive_count != alive_count:
+                if self._closed:
+                    return
+                self._exit("the sidecar is gone")
+            if self._page.alive_count != alive_count or self._closed:
                 alive_count, alive_at = self._page.alive_count, time.monotonic()
             elif time.monotonic() - alive_at > max(_ASLEEP_S, self._cfg.timeout_s):
                 self._exit("the sidecar shows no life")

@@ -16,7 +16,17 @@ from typing import Any
 
 from deco_scale.watchdog.config import WatchdogConfig
 from deco_scale.watchdog.diagnosis import CONNECTION_LOST, Diagnosis, RankReport
-from deco_scale.watchdog.protocol import BROKEN, MAX_LINE, MAX_STACK, Member, TerminateOrder, parse, receive, send
+from deco_scale.watchdog.protocol import (
+    BACKLOG,
+    BROKEN,
+    MAX_LINE,
+    MAX_STACK,
+    Member,
+    TerminateOrder,
+    parse,
+    receive,
+    send,
+)
 
 _HELLO_S = 5.0
 _MAX_STRANGERS = 64
@@ -50,7 +60,7 @@ class Coordinator:
             hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
         sock = socket.socket(fileno=descriptor)
-        self._server = await asyncio.start_server(self._serve, sock=sock, limit=MAX_LINE, backlog=4096)
+        self._server = await asyncio.start_server(self._serve, sock=sock, limit=MAX_LINE, backlog=BACKLOG)
         self._alive = asyncio.create_task(self._say_alive())
         deadline = time.monotonic() + seconds
         while self.missing:

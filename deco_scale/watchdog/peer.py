@@ -33,9 +33,9 @@ class Peer:
                 async with asyncio.timeout(max(0.1, deadline - time.monotonic())):
                     reader, writer = await asyncio.open_connection(host, port, limit=MAX_LINE)
                 break
-            except OSError:
+            except OSError as error:
                 if time.monotonic() + 0.5 > deadline:
-                    raise
+                    raise OSError(str(error) or "timed out") from error
                 await asyncio.sleep(0.5)
         send(writer, {"token": token, "member": asdict(self._me)})
         try:

@@ -12,6 +12,7 @@ from deco_scale.watchdog.diagnosis import Fault, RankReport
 from deco_scale.watchdog.process import ProcessIdentity
 
 LOCALHOST = "127.0.0.1"
+BACKLOG = 4096  # all ranks may connect before rank 0's sidecar accepts the first
 MAX_LINE = 64 * 1024  # bytes of the longest line accepted: neither side can fill the other's memory
 MAX_STACK = 2000  # characters of the innermost frames
 BROKEN = (OSError, KeyError, TypeError, ValueError, OverflowError, RecursionError)
@@ -22,11 +23,11 @@ _MAX_UNSENT = 2**20
 def open_port(host: str) -> socket.socket:
     """A port for the sidecars of all ranks, on the loopback interface where ``host`` is :data:`LOCALHOST`."""
     if host == LOCALHOST:
-        return socket.create_server((host, 0))
+        return socket.create_server((host, 0), backlog=BACKLOG)
     if socket.has_dualstack_ipv6():
         with suppress(OSError):  # a kernel with IPv6 switched off
-            return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
-    return socket.create_server(("", 0))
+            return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=BACKLOG)
+    return socket.create_server(("", 0), backlog=BACKLOG)
 
 
 async def receive(reader: StreamReader) -> dict[str, Any]:

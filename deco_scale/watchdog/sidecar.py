@@ -1,4 +1,4 @@
-"""The process beside a trainer: ``python -m deco_scale.watchdog.sidecar``, with its settings on stdin.
+"""The process beside a trainer: ``python -m deco_scale.watchdog.sidecar``, with its settings in a pipe.
 
 It shares no thread, lock or session with the trainer, so that it survives whatever happens to the trainer. It
 ignores the signals that launchers send to process groups, and exits at most :data:`LAST_S` after its trainer.

@@ -188,8 +188,9 @@ def test_lost_sidecars_end_the_job(jobs: Any) -> None:
 
 
 def test_an_error_ends_the_others_with_its_code(jobs: Any) -> None:
-    job = jobs("", "peer", "error").ready()
+    job, first = jobs("", "peer", "error").ready(), jobs("error", "hang").ready()
     assert job.codes(SOON_S + 3.0) == [2, 2, 2]
+    assert first.codes(SOON_S + 3.0) == [2, 2]  # rank 0 waits for its sidecar by then
     (event,) = job.events
     assert (event["kind"], event["exit_code"]) == ("end", 2)
     assert "rank 2" in event["reason"] and "the cat bit through the cable" in event["reason"]
