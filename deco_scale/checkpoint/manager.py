@@ -13,6 +13,7 @@ import shutil
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from concurrent import futures
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
@@ -160,6 +161,8 @@ class CheckpointManager:
         saving = self._saving
         if saving is None or not (wait or saving.done()):
             return None
+        # Ctrl-C ends the wait, not the save, which the next call waits for.
+        futures.wait([saving])
         self._saving = None
         return saving.result()
 

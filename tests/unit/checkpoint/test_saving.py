@@ -1,6 +1,7 @@
 """Saving beside the training, what is kept, told and refused."""
 
 import fcntl
+import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -69,6 +70,24 @@ class TestSaving:
         for step in (1, 2, 3):
             found = read_tensors(tmp_path / "run" / f"step_{step:08d}", "")
             assert all(torch.equal(found[n], t) for n, t in content(step).items())
+
+    def test_an_interrupted_wait_does_not_lose_the_save(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        checkpoints, written, whole = make(tmp_path), threading.Event(), manager.write_snapshot
+
+        def slow(*arguments: Any) -> Any:
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+            assert written.wait(60)
+            return whole(*arguments)
+
+        monkeypatch.setattr(manager, "write_snapshot", slow)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoints.start(engine_of(1), meta_of(1))
+            checkpoints.finished(wait=True)
+        written.set()
+        saved = checkpoints.finished(wait=True)
+        assert saved is not None and saved.error is None and steps_of(tmp_path / "run") == [1]
 
     def test_another_shape_is_planned_anew(self, tmp_path: Path) -> None:
         checkpoints = make(tmp_path)
