@@ -87,7 +87,7 @@ def fit_width(sigma: float, steps: Sequence[int], decay: float) -> WidthFit:
 
 def power_of(sigma: float) -> float:
     """The exponent g of the power-function profile of relative width ``sigma``."""
-    square = sigma**-2
+    square = max(sigma, 1e-9) ** -2
     return float(np.roots([1, 7, 16 - square, 12 - square]).real.max())
 
 

@@ -57,7 +57,8 @@ def tensor_facts(source: CheckpointReader, name: str) -> TensorFacts:
         return TensorFacts(nan, nan, nan, nan, nans, infinities, zero)
     mean = total / count
     for raw in _parts(source, name):
-        squares += float((raw[torch.isfinite(raw)].double() - mean).square().sum())
+        part = raw.double()
+        squares += float((part[torch.isfinite(part)] - mean).square().sum())
     return TensorFacts(low, high, mean, sqrt(squares / count), nans, infinities, zero)
 
 

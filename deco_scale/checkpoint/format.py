@@ -32,6 +32,7 @@ from deco_scale.observability.run_dir import COMPLETE, complete_checkpoints
 SCHEMA_VERSION = 2
 META, METADATA = "meta.json", ".metadata"
 _LISTED = 5
+_MAX_COMPLETE_BYTES = 64 * 2**20
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 """Errors of file systems without locks."""
@@ -89,7 +90,9 @@ def encode_checksums(checksums: FileChecksums) -> bytes:
 def read_checksums(path: Path) -> FileChecksums:
     """Content of ``COMPLETE``; raises :class:`Damaged` naming it."""
     try:
-        raw = (path / COMPLETE).read_bytes()
+        with (path / COMPLETE).open("rb") as file:
+            # What is longer is cut off, and no JSON then.
+            raw = file.read(_MAX_COMPLETE_BYTES)
         table = json.loads(raw)
     except (OSError, ValueError, RecursionError) as error:
         raise Damaged(f"{path / COMPLETE} is damaged: {error}") from error

@@ -107,4 +107,7 @@ def test_width_of_a_real_course(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert distance(found) < 0.1 * distance(averaged)
     assert run("average", tmp_path / "no", *paths[-2:], "--ema-width", "0.12") == 2
     assert "give more of them" in capsys.readouterr().err
+    for narrow in ("1e-6", "1e-200"):
+        assert run("average", tmp_path / "no", *paths, "--ema-width", narrow) == 2
+        assert "only with an error of" in capsys.readouterr().err
     assert not (tmp_path / "no").exists()

@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from checkpoints_tools.base import EMA
-from deco_scale.checkpoint.format import read_meta
+from checkpoints_tools.base import EMA, CheckpointReader, TensorSpec
+from checkpoints_tools.tensor_stats import tensor_facts
+from deco_scale.checkpoint.format import COMPLETE, read_checksums, read_meta
+from deco_scale.errors import Damaged
 from tests.support.checkpoints import complete, release_state, run, save, trained_tensors
 
 
@@ -99,6 +101,31 @@ def test_inspect_names_nan_and_zeros(
     said = capsys.readouterr().out
     assert f"{nan}: 1 NaN" in said and f"infinities:\n  {inf}\n" in said
     assert f"1 tensors are all zero (normal for zero-initialised ones at step 0):\n  {zero}\n" in said
+
+
+def test_statistics_of_every_type_of_number() -> None:
+    class Stored(CheckpointReader):
+        """A tensor of eight bits each, which PyTorch hardly computes with."""
+
+        specs = {"a": TensorSpec((4,), torch.float8_e4m3fn)}
+
+        def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
+            return torch.tensor([0.0, 1.0, 2.0, float("nan")]).to(torch.float8_e4m3fn)
+
+    found = tensor_facts(Stored(), "a")
+    assert (found.minimum, found.maximum, found.mean, found.nans) == (0, 2, 1, 1)
+    assert found.std == pytest.approx((2 / 3) ** 0.5)
+
+
+def test_a_list_of_checksums_is_not_read_without_bound(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = (folder / COMPLETE).stat().st_size
+    monkeypatch.setattr("deco_scale.checkpoint.format._MAX_COMPLETE_BYTES", size)
+    assert read_checksums(folder)
+    with (folder / COMPLETE).open("ab") as file:
+        file.truncate(2**40)
+    with pytest.raises(Damaged, match="COMPLETE is damaged"):
+        monkeypatch.setattr("deco_scale.checkpoint.format._MAX_COMPLETE_BYTES", size + 1)
+        read_checksums(folder)
 
 
 def test_diff_between_formats(folder: Path, tensors: dict[str, Tensor], tmp_path: Path) -> None:
