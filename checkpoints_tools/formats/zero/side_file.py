@@ -149,7 +149,7 @@ def read_side(folder: Path, step: int) -> tuple[SafetensorsStore | None, Checkpo
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ModelStates:
-    """A ``*model_states.pt`` file: its header, its ranks, and the shapes of its parameters by group."""
+    """A ``*model_states.pt`` file: the numbers of ranks in its header, its ranks, and the shapes of its parameters by group."""
 
     file: Path
     content: Mapping[str, Any]
@@ -176,7 +176,11 @@ class DeepSpeedReader(CheckpointReader):
             if not all(isinstance(n, int) and n >= 0 for n in numbers):
                 raise ConfigError(f"{file}: {', '.join(keys)} are {list(numbers)}")
             progress[numbers] = file
-            self._model_states.append(ModelStates(file, content, tp, dp, parameter_shapes(content, file)))
+            groups = parameter_shapes(content, file)
+            # Of thousands of files only what is needed stays in memory.
+            alike = next((other.groups for other in self._model_states if other.groups == groups), groups)
+            sizes = {key: size for key, size in content.items() if key in ("dp_world_size", "mp_world_size")}
+            self._model_states.append(ModelStates(file, sizes, tp, dp, alike))
         if not progress:
             raise ConfigError(f"{self.path} has no *_model_states.pt file, which holds the run's progress")
         if len(progress) > 1:

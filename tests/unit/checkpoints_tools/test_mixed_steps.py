@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from checkpoints_tools.formats.canonical import CanonicalReader
+from checkpoints_tools.formats.zero.reader import ZeroReader
 from checkpoints_tools.formats.zero.writer import ZeroLayout
 from checkpoints_tools.registry import open_checkpoint
 from checkpoints_tools.reshard import plan_reshard
@@ -205,6 +206,14 @@ def test_groups_of_one_file_of_two_steps_are_refused(
         whole = change(file, edit)
         refused(folder, rf"{file.name}: its groups are of optimizer steps")
         file.write_bytes(whole)
+
+
+def test_of_the_model_states_only_what_is_needed_stays_in_memory(folder_of: Callable[[str], Path]) -> None:
+    source = open_checkpoint(folder_of("zero3"))
+    assert isinstance(source, ZeroReader)
+    first, *others = source._model_states
+    assert others and set(first.content) == {"dp_world_size", "mp_world_size"}
+    assert all(other.groups is first.groups for other in others if other.tp == first.tp)
 
 
 def test_an_optimizer_file_of_another_stage_is_refused(folder_of: Callable[[str], Path]) -> None:
