@@ -13,7 +13,7 @@ from data_pipeline.config import DataConfig
 from data_pipeline.decode import DecodeMode, cover_and_crop, decode
 from data_pipeline.errors import Reject
 from data_pipeline.index.format import load_index
-from data_pipeline.pack.readers import class_names, read_class_folders
+from data_pipeline.pack.readers import class_names, image_files, read_class_folders
 from data_pipeline.storage.base import open_store
 from data_pipeline.stream.loader import Loader
 from data_pipeline.tools import cli
@@ -57,6 +57,15 @@ def test_packing_without_classes_takes_their_names_away(tmp_path: Path) -> None:
     (tmp_path / "plain" / "a.txt").write_text("an image")
     assert cli.main(["pack", str(tmp_path / "plain"), str(out), "--overwrite"]) == 0
     assert not (out / "classes.txt").exists() and len(json.loads((out / "shards.json").read_text())) == 1
+
+
+def test_files_are_listed_without_asking_for_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A question for each of a million files takes long on a network file system."""
+    root = class_folders(tmp_path / "train", 2)
+    (root / "loop").symlink_to(root)
+    wanted = sorted(path for name in NAMES for path in (root / name).iterdir())
+    monkeypatch.setattr(Path, "stat", lambda *a, **k: pytest.fail("asked for a file"))
+    assert list(image_files(root)) == wanted
 
 
 def test_what_would_shift_class_numbers_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
