@@ -130,7 +130,7 @@ def _writing(option: Callable[..., argparse.Action], *, files: int | None) -> No
         type=positive_int,
         default=workers,
         metavar="N",
-        help="threads, each of which converts a tensor",
+        help="threads, each of which writes a file of a canonical folder, or converts a tensor",
     )
     option("--dry-run", action="store_true", help="print what would be written")
 

@@ -149,7 +149,7 @@ def read_side(folder: Path, step: int) -> tuple[SafetensorsStore | None, Checkpo
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ModelStates:
-    """A ``*model_states.pt`` file: the numbers of ranks in its header, its ranks, and the shapes of its parameters by group."""
+    """A ``*model_states.pt`` file: counts of ranks from its header, its ranks, shapes of parameters by group."""
 
     file: Path
     content: Mapping[str, Any]
