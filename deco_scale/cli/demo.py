@@ -112,7 +112,7 @@ def _serve(application: Any, host: str, port: int, console: Console) -> None:
     family = socket.AF_INET6 if ipv6 else socket.AF_INET
     try:
         listener = socket.create_server((host, port), family=family, backlog=_CONNECTIONS, dualstack_ipv6=ipv6)
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, ValueError) as error:  # ValueError: no IPv6 here
         raise RunError(f"--host {host} --port {port}: {error}") from error
     if not is_loopback(host):
         logger.warning("%s can be reached from other machines, and the page has no login", host)

@@ -85,20 +85,20 @@ def _checked(path: Path, shape: Sequence[int], dtype: np.dtype[Any]) -> tuple[in
 
 
 @contextmanager
-def _archive(path: Path) -> Iterator[zipfile.ZipFile]:
+def _archive(path: Path, what: str = "") -> Iterator[zipfile.ZipFile]:
     try:
         with zipfile.ZipFile(path) as archive:
             yield archive
     except RunError:
         raise
     except Exception as error:  # zipfile and numpy raise many kinds for damaged files
-        raise RunError(f"{path} is damaged, missing or no .npz file: {error}") from error
+        raise RunError(f"{path} is damaged, missing or no .npz file: {what}{error}") from error
 
 
 @contextmanager
 def _member(path: Path, name: str) -> Iterator[tuple[IO[bytes], tuple[int, ...], np.dtype[Any]]]:
     """An array's bytes, shape and dtype."""
-    with _archive(path) as archive:
+    with _archive(path, f"{name}: ") as archive:
         if f"{name}.npy" not in archive.namelist():
             raise RunError(f"{path} has no array {name}; it has {', '.join(archive.namelist()[:8])}")
         with archive.open(f"{name}.npy") as member:

@@ -81,7 +81,7 @@ def best_interval(faults: Faults) -> float:
     The root of exp((t + C)/M) (1 - t/M) = 1, or where saves would overlap the shortest interval at which they do
     not, if that is longer.
     """
-    stall, low, high = faults.stall_s / faults.mtbf_s, 0.0, 1.0
+    stall, low, high = faults.stall_s / faults.mtbf_s, 0.0, math.nextafter(1.0, 0.0)
     for _ in range(100):
         middle = (low + high) / 2
         # The logarithm: the exponential may be too large for a float.

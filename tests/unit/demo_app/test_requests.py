@@ -2,6 +2,7 @@
 
 import json
 import math
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from rich.console import Console
 from torch import Tensor
 
+from deco_scale.cli import demo
 from deco_scale.demo_app.limits import is_loopback
 from deco_scale.demo_app.service import RETAINED_REQUESTS, DemoService
 from deco_scale.demo_app.validation import FIELDS, MAX_SEED, SOLVERS, GenerationLimits, RequestError, check_request
+from deco_scale.errors import RunError
 from deco_scale.models import ModelConfig
 from deco_scale.sampling import SamplerConfig
 from deco_scale.sampling.generate import ImageGenerator
@@ -127,3 +131,9 @@ def test_what_is_loopback() -> None:
         assert is_loopback(host)
     for host in ("0.0.0.0", "::", "192.168.0.1", "example.org", "localhost.example.org", ""):
         assert not is_loopback(host)
+
+
+def test_an_ipv6_address_without_ipv6_is_a_plain_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "has_dualstack_ipv6", lambda: False)
+    with pytest.raises(RunError, match="--host ::1 --port 0"):
+        demo._serve(None, "[::1]", 0, Console())

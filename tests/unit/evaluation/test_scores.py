@@ -210,6 +210,10 @@ def test_arrays_of_another_kind_are_refused(tmp_path: Path) -> None:
     for name, shape in (("mu", (8,)), ("sigma", (3, 3)), ("other", (2,)), ("absent", (1,))):
         with pytest.raises(RunError, match=name):
             read_floats(path, name, shape)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("torn.npy", b"not an array")
+    with pytest.raises(RunError, match="torn: "):
+        read_floats(path, "torn", (1,))
     np.savez(path, mu=np.arange(3, dtype=np.float32))
     assert read_floats(path, "mu", (3,)).tolist() == [0, 1, 2]
 

@@ -86,6 +86,11 @@ def test_numbers_beyond_reason_are_refused_or_infinite() -> None:
     assert simulate(hopeless, 1e6, 10, runs=2, seed=0, max_faults=5) is None
 
 
+def test_faults_during_every_save_still_have_a_best_interval() -> None:
+    faults = Faults(mtbf_s=1.0, checkpoint_s=150.0, stall_s=150.0, restart_s=900.0)
+    assert best_interval(faults) == pytest.approx(1.0)
+
+
 def test_llama_3s_interruptions_give_the_mtbf_that_is_cited() -> None:
     assert pytest.approx(54 * 24 / 419 * 16384) == LLAMA3_GPU_MTBF_HOURS
     assert 3.0 < LLAMA3_GPU_MTBF_HOURS / 16384 < 3.2
