@@ -113,7 +113,7 @@ def word_sum(tensor: Tensor) -> int:
 def raw_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor of any type, not copied."""
     if not tensor.numel():
-        return memoryview(b"")
+        return memoryview(bytearray())
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 

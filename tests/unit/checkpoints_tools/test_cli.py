@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from checkpoints_tools.base import EMA, CheckpointReader, TensorSpec
+from checkpoints_tools.formats.torch_zip import Archive
 from checkpoints_tools.tensor_stats import tensor_facts
 from deco_scale.checkpoint.format import COMPLETE, read_checksums, read_meta
 from deco_scale.errors import Damaged
@@ -101,6 +102,24 @@ def test_inspect_names_nan_and_zeros(
     said = capsys.readouterr().out
     assert f"{nan}: 1 NaN" in said and f"infinities:\n  {inf}\n" in said
     assert f"1 tensors are all zero (normal for zero-initialised ones at step 0):\n  {zero}\n" in said
+
+
+def test_tensors_of_any_layout_are_read(tmp_path: Path) -> None:
+    whole = torch.arange(12.0).view(3, 4)
+    tensors = {
+        "plain": whole,
+        "turned": whole.T,
+        "part": whole[1:, 2:],
+        "none": torch.empty(0, 3),
+        "one": whole[2, 3],
+    }
+    torch.save(tensors, tmp_path / "file")
+    archive = Archive(tmp_path / "file")
+    for name, tensor in tensors.items():
+        stored = archive.stored(archive.content[name], name)
+        assert torch.equal(stored.read(), tensor) and stored.read().is_contiguous()
+        if tensor.ndim:
+            assert torch.equal(stored.read((1, 2)), tensor[1:2]) and torch.equal(stored.read((0, 0)), tensor[:0])
 
 
 def test_statistics_of_every_type_of_number() -> None:
