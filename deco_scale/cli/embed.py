@@ -39,7 +39,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
         raise ConfigError(
             "deco embed needs text_encoder, and data.text_states (or mixture[].text_states) to write to"
         )
-    env = read_environment(os.environ)
+    # torchrun's: a batch script of SLURM has the job's number of tasks, but runs this once.
+    env = read_environment({name: value for name, value in os.environ.items() if not name.startswith("SLURM_")})
     rank, world = env.rank, env.world_size
     settings = dataclasses.replace(cfg.text_encoder, cache_captions=0)
     encoder = TextEncoder.load(settings, choose_device("auto", env.local_rank))

@@ -26,14 +26,16 @@ def config(tmp_path: Path, shards: Path, text_encoder: Path) -> dict[str, Any]:
 
 
 def run_embed(config: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch, world: int = 1) -> list[int]:
-    """``deco embed`` by ``world`` processes, the last of which waits for the others."""
+    """``deco embed`` by ``world`` processes, the last of which waits for the others; in a SLURM script."""
     path = folder / "embed.yaml"
     path.write_text(dump_config(build_config(config, source="test")))
     codes = []
     for rank in reversed(range(world)):
-        monkeypatch.setenv("RANK", str(rank))
-        monkeypatch.setenv("WORLD_SIZE", str(world))
-        codes.append(main(["embed", "--config", str(path), f"data.text_states={folder / 'states'}"]))
+        with monkeypatch.context() as environment:
+            for name, value in {"SLURM_PROCID": 0, "SLURM_NTASKS": 8, "RANK": rank, "WORLD_SIZE": world}.items():
+                if world > 1 or name.startswith("SLURM"):
+                    environment.setenv(name, str(value))
+            codes.append(main(["embed", "--config", str(path), f"data.text_states={folder / 'states'}"]))
     return codes
 
 
