@@ -13,9 +13,8 @@ import multiprocessing
 import os
 import tarfile
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
@@ -298,26 +297,23 @@ def _earlier_scans(store: Store, settings: ScanSettings) -> dict[ObjectInfo, _Pa
 def over_processes(
     work: Callable[[Store, T], R], tasks: Iterable[T], *, store: Store, workers: int
 ) -> Iterator[tuple[T, R]]:
-    """``(task, work(store, task))`` for each task, in order; one worker is this process.
+    """``(task, work(store, task))`` for each task, as they complete; one worker is this process.
 
     ``work`` must be picklable; each process opens the store anew. Raises :class:`DataError` if one was killed.
     """
     if workers <= 1:
         yield from ((task, work(store, task)) for task in tasks)
         return
+    remaining, running = iter(tasks), dict[Future[R], T]()
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         try:
-            yield from map_ahead(pool, functools.partial(work, store), tasks, 2 * workers)
+            while True:
+                # A short queue: an error should not wait for thousands of submitted tasks.
+                for task in itertools.islice(remaining, 2 * workers - len(running)):
+                    running[pool.submit(work, store, task)] = task
+                if not running:
+                    return
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    yield running.pop(future), future.result()
         except BrokenProcessPool as error:
             raise DataError("a worker was killed, perhaps for memory; try fewer --workers") from error
-
-
-def map_ahead(pool: Executor, work: Callable[[T], R], items: Iterable[T], ahead: int) -> Iterator[tuple[T, R]]:
-    """Each item and what ``work`` makes of it, in order; few at a time, so that an error is not long in coming."""
-    pending: deque[tuple[T, Future[R]]] = deque()
-    for item in items:
-        pending.append((item, pool.submit(work, item)))
-        if len(pending) > ahead:
-            done, future = pending.popleft()
-            yield done, future.result()
-    yield from ((item, future.result()) for item, future in pending)

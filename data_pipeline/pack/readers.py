@@ -8,8 +8,9 @@ import contextlib
 import itertools
 import json
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -228,8 +229,16 @@ def read_images(
         except (OSError, DecodeError) as error:
             return Reject(str(path), str(getattr(error, "strerror", error)))
 
+    def results(pool: Executor) -> Iterator[PackedSample | Reject]:
+        pending: deque[Future[PackedSample | Reject]] = deque()
+        for path in images:
+            pending.append(pool.submit(attempt, path))
+            if len(pending) > 2 * workers:
+                yield pending.popleft().result()
+        yield from (future.result() for future in pending)
+
     with ThreadPoolExecutor(workers, thread_name_prefix="read") as pool:
-        for _, result in build.map_ahead(pool, attempt, images, 2 * workers):
+        for result in results(pool):
             if isinstance(result, Reject):
                 rejects.append(result)
             else:
