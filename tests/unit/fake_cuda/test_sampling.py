@@ -34,7 +34,7 @@ SAMPLER = {
     "sampling/samplers.py:time_grid": ("compute",),
     "objectives/flow_matching.py:shift_time": ("compute",),
     "sampling/samplers.py:adams_weights": ("compute",),
-    "sampling/samplers.py:guidance_at": ("compute",),
+    "sampling/guidance.py:guidance_at": ("compute",),
     "sampling/samplers.py:integrate": ("compute", "send_pageable"),
     "sampling/samplers.py:integrate.<locals>.guided": ("compute",),
     "sampling/images.py:seeded_noise": ("compute",),

@@ -53,7 +53,7 @@ PRODUCTS = {f"aten::{name}" for name in ("mm", "addmm", "bmm", "baddbmm", "convo
 WIDENED = {
     "training/inputs.py:InputBuilder._embeddings",
     "kernels/norm.py:_accurate",
-    "objectives/objective.py:repa_loss",
+    "objectives/repa.py:repa_loss",
     "kernels/pixel_decoder.py:_render_in_chunks.<locals>.render",
     "objectives/objective.py:Objective._pixel_losses",
 }
@@ -64,11 +64,11 @@ IN_FP32 = (
     "models/embeddings.py",
     "objectives/flow_matching.py",
     "objectives/frequency.py",
-    "objectives/objective.py:repa_loss",
+    "objectives/repa.py:repa_loss",
     "kernels/adamw.py",
     "optim/adamw_ema.py",
     "training/anomalies.py",
-    "training/inputs.py:draw",
+    "training/noise.py:draw",
     "training/train_step.py:train_step",
     "training/train_step.py:_mean_over_ranks",
 )
