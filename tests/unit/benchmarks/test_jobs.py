@@ -109,6 +109,7 @@ def test_jobs_that_make_no_sense_are_refused(tmp_path: Path) -> None:
         run(twice, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fork", [False, True])
 def test_a_killed_job_keeps_its_parts_and_its_log_and_leaves_nothing_running(tmp_path: Path, fork: bool) -> None:
     """It ignores SIGTERM, and has children in its group, in a session of their own, and orphaned."""
@@ -122,6 +123,7 @@ def test_a_killed_job_keeps_its_parts_and_its_log_and_leaves_nothing_running(tmp
     wait_until(lambda: not any(running(pid) for pid in pids))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fork", [False, True])
 def test_a_suite_that_is_a_job_ends_with_its_jobs(tmp_path: Path, fork: bool) -> None:
     job = 'Job("hangs", 100, function="tests.unit.benchmarks.suite_jobs:hangs")'
@@ -165,6 +167,7 @@ def test_a_second_run_takes_nothing_of_the_first_for_its_own(tmp_path: Path) -> 
     assert run([again], tmp_path)["dies"]["parts"] == {}
 
 
+@pytest.mark.slow
 def test_without_time_jobs_are_listed_as_not_run(tmp_path: Path) -> None:
     found = run([Job("long", 60, command=("-c", "import time; time.sleep(60)")), function("passes")], tmp_path, 9)
     # The first one's limit is what is left of the budget.
@@ -173,6 +176,7 @@ def test_without_time_jobs_are_listed_as_not_run(tmp_path: Path) -> None:
     assert failed({"passes": found["passes"]})
 
 
+@pytest.mark.slow
 def test_a_job_may_take_what_others_leave(tmp_path: Path) -> None:
     sleeps = ("-c", "import time; time.sleep(4); print('done')")
     later = Job("later", 8, command=("-c", "print('done')"))
@@ -233,6 +237,7 @@ def in_a_process(code: str, **environment: str) -> "subprocess.CompletedProcess[
     )
 
 
+@pytest.mark.slow
 def test_the_process_ends_at_the_budget_whatever_hangs(tmp_path: Path) -> None:
     """A console that never returns, in the main thread; jobs still running are killed."""
     code = f"""
@@ -313,6 +318,7 @@ def test_a_group_of_tests_runs_to_its_end(tmp_path: Path) -> None:
     assert found["none"]["status"] == "not available"
 
 
+@pytest.mark.slow
 def test_a_killed_group_of_tests_counts_what_passed(tmp_path: Path) -> None:
     path = tmp_path / "test_group.py"
     path.write_text(TESTS.format(seconds=1000))
