@@ -89,7 +89,7 @@ def main(rank: int, world_size: int, run_dir: Path, timeout_s: float, slow_timeo
         elif action == "children":
             subprocess.Popen([sys.executable, "-c", "import os, time; os.fork(); time.sleep(1000)"])
         elif action == "error":
-            broken.touch()
+            Path(broken).touch()
             code, reason = 2, "the cat bit through the cable"
             break
         elif action == "exit":
