@@ -4,6 +4,7 @@ Names are the canonical checkpoint's, whatever the file holds: ``model.denoiser.
 ``ema.denoiser.*``, ``exp_avg.*``, ``exp_avg_sq.*``, with the single-device model's names and shapes.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -61,7 +62,7 @@ class TensorSpec:
         return self.numel * self.dtype.itemsize
 
 
-class CheckpointReader:
+class CheckpointReader(ABC):
     """A checkpoint that is open for reading. Reading is safe from several threads at once.
 
     Opening reads headers only. It raises :class:`ConfigError` for damaged or unknown content, and compares every
@@ -81,13 +82,13 @@ class CheckpointReader:
     facts: Mapping[str, Any] = MappingProxyType({})
     """Further facts to show, such as a Lightning file's ``global_step``."""
 
+    @abstractmethod
     def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
         """The tensor on the CPU in its stored type, contiguous and owned by the caller.
 
         ``rows`` are start and end along dimension 0; formats that store another layout may read a full tensor for
         them. Raises :class:`ConfigError` naming file and tensor if data are damaged.
         """
-        raise NotImplementedError
 
 
 def refuse_existing(target: Path) -> None:

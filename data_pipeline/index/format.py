@@ -19,7 +19,7 @@ import numpy as np
 from data_pipeline.errors import DataError
 from data_pipeline.storage.base import ObjectInfo, Store
 from data_pipeline.storage.files import atomic_path
-from data_pipeline.storage.safetensors import encode_header
+from data_pipeline.storage.safetensors import encode_header, views
 
 INDEX_KEY = "index.safetensors"
 VERSION = 2
@@ -50,7 +50,6 @@ SCORE = "score."
 """Prefix of columns with numbers from the samples' ``.json``."""
 _TYPES = {"F32": np.float32, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8}
 _PIECE = 32 * 2**20
-_MAX_HEADER_BYTES = 256 * 2**20
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 _ATTEMPTS = 4
 
@@ -245,7 +244,7 @@ def unpack_columns(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Columns (views of ``raw``) and header of such a file; raises :class:`DataError` for any damage."""
     try:
-        arrays, metadata = _views(raw)
+        arrays, metadata = views(raw, _TYPES)
         if str(google_crc32c.value(metadata["header"].encode())) != metadata["crc32c"]:
             raise ValueError("wrong checksum of the header")
         header = json.loads(metadata["header"])
@@ -264,26 +263,6 @@ def unpack_columns(
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
         raise DataError(f"{where} is damaged ({type(error).__name__}: {error}); run deco-data index") from error
     return columns, header
-
-
-def _views(raw: Bytes) -> tuple[dict[str, Any], dict[str, str]]:
-    """Columns and metadata of a safetensors file without gaps in place; the library's own reader copies."""
-    size = int.from_bytes(bytes(raw[:8]), "little")
-    if len(raw) < 8 or size > min(len(raw) - 8, _MAX_HEADER_BYTES):
-        raise ValueError(f"a header of {size} bytes in a file of {len(raw)}")
-    header, data = json.loads(bytes(raw[8 : 8 + size])), raw[8 + size :]
-    metadata, end, arrays = header.pop("__metadata__", {}), 0, {}
-    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        first, last = entry["data_offsets"]
-        arrays[name] = data[first:last].view(_TYPES[entry["dtype"]])
-        if first != end or last - first != arrays[name].nbytes or entry["shape"] != [len(arrays[name])]:
-            raise ValueError(
-                f"{name} of shape {entry['shape']} lies at bytes {first} to {last}, not from {end} on"
-            )
-        end = last
-    if end != len(data):
-        raise ValueError(f"{len(data)} bytes of data, the header has {end}")
-    return arrays, metadata
 
 
 def _raw(store: Store, cache: Path | None, *, fresh: bool) -> Bytes | None:

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,7 @@ class CheckReplicas(Callback):
             raise
 
 
-class _UseImages(Callback):
+class _UseImages(Callback, ABC):
     """Every ``cfg.every`` steps :meth:`use` gets this rank's share of the images of ``requests``."""
 
     def __init__(
@@ -125,9 +126,9 @@ class _UseImages(Callback):
         self.use(share, side, step)
         trainer.emit("evaluation", step=step, seconds=time.perf_counter() - start)
 
+    @abstractmethod
     def use(self, share: Sequence[EvaluationImage], side: int, step: int) -> None:
         """On all ranks together; ``side`` is that of the images in pixels."""
-        raise NotImplementedError
 
 
 class SampleImages(_UseImages):
