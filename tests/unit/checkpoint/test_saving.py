@@ -75,16 +75,28 @@ class TestSaving:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         checkpoints, written, whole = make(tmp_path), threading.Event(), manager.write_snapshot
+        interrupted = threading.Event()
+
+        def interrupt_once(*_: object) -> None:
+            if not interrupted.is_set():
+                interrupted.set()
+                raise KeyboardInterrupt
 
         def slow(*arguments: Any) -> Any:
-            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+            # Again and again: Python loses a signal that arrives just before its main thread begins to wait.
+            while not interrupted.wait(0.05):
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
             assert written.wait(60)
             return whole(*arguments)
 
         monkeypatch.setattr(manager, "write_snapshot", slow)
-        with pytest.raises(KeyboardInterrupt):
-            checkpoints.start(engine_of(1), meta_of(1))
-            checkpoints.finished(wait=True)
+        before = signal.signal(signal.SIGINT, interrupt_once)
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                checkpoints.start(engine_of(1), meta_of(1))
+                checkpoints.finished(wait=True)
+        finally:
+            signal.signal(signal.SIGINT, before)
         written.set()
         saved = checkpoints.finished(wait=True)
         assert saved is not None and saved.error is None and steps_of(tmp_path / "run") == [1]
