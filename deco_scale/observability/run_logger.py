@@ -124,7 +124,8 @@ class RunLogger:
         losses = " ".join(f"{part} {loss:.4f}" for part, loss in parts.items() if loss is not None)
         shown = (
             f"loss {values['loss']:.4f} | {values['images_per_s']:.1f} images/s | "
-            f"data wait {1000 * values['data_wait_s']:.0f} ms | norm {values['grad_norm']:.2f} | {losses}"
+            f"data wait {1000 * values['data_wait_s']:.0f} ms | norm {values['grad_norm']:.2f} | "
+            f"lr {values['lr']:.3g} | {losses}"
         )
         if self._progress.disable:
             left = duration((self._total - values["step"]) * values["step_s"])

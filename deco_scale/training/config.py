@@ -1,7 +1,9 @@
 """Settings of the training loop, its stages, its optimizer and its checkpoints."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
+
+from deco_scale.optim.lr_schedule import LrScaling, LrScheduleConfig, batch_factor
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,7 +27,11 @@ class RunSettings:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageConfig:
-    """One stage of a run; ``data`` overrides where the samples come from."""
+    """One stage of a run; ``data`` overrides where the samples come from.
+
+    ``lr`` is the learning rate before ``lr_schedule``. With ``lr_scaling`` it is that of a global batch of
+    ``lr_reference_batch`` images, and is scaled to ``global_batch``.
+    """
 
     name: str
     resolution: int
@@ -33,6 +39,9 @@ class StageConfig:
     global_batch: int
     micro_batch: int
     lr: float
+    lr_schedule: LrScheduleConfig = field(default_factory=LrScheduleConfig)
+    lr_scaling: LrScaling = "none"
+    lr_reference_batch: int | None = None
     betas: tuple[float, float] = (0.9, 0.95)
     timestep_shift: float = 1.0
     data: str | None = None
@@ -45,6 +54,28 @@ class StageConfig:
             raise ValueError("lr must not be negative and timestep_shift must be positive")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas={self.betas} must be in [0, 1)")
+        ramps = self.lr_schedule.warmup_steps + self.lr_schedule.decay_steps
+        if ramps > self.steps:
+            raise ValueError(f"lr_schedule: warmup_steps + decay_steps = {ramps} is more than steps={self.steps}")
+        if self.lr_reference_batch is None and self.lr_scaling != "none":
+            raise ValueError(
+                f"lr_scaling={self.lr_scaling} needs lr_reference_batch: the global batch that lr={self.lr} is for"
+            )
+        if self.lr_reference_batch is not None and self.lr_reference_batch < 1:
+            raise ValueError(f"lr_reference_batch={self.lr_reference_batch} must be at least 1")
+
+    @property
+    def peak_lr(self) -> float:
+        """``lr`` scaled to ``global_batch``."""
+        if self.lr_reference_batch is None:
+            return self.lr
+        return self.lr * batch_factor(
+            self.lr_scaling, batch=self.global_batch, reference_batch=self.lr_reference_batch
+        )
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of the stage's step ``step``, counted from 1 within the stage."""
+        return self.peak_lr * self.lr_schedule.factor(step, steps=self.steps)
 
 
 FaultPolicy = Literal["skip", "rollback", "stop"]

@@ -138,7 +138,7 @@ class MetricsCollector:
             "samples": progress.samples,
             **{name: losses.get(name) for name in ("loss", "loss_flow", "loss_freq", "loss_repa")},
             "grad_norm": grad_norm,
-            "lr": self._stage.cfg.lr,
+            "lr": self._stage.lr_at(progress.step),
             "images_per_s": images_per_s,
             "mfu": self._stage.image_flops * images_per_s / peak if peak else None,
             "step_s": step_s,

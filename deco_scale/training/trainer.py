@@ -58,11 +58,19 @@ class Progress:
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """A stage with what is derived from it: accumulation steps and FLOPs of one training image."""
+    """A stage with what is derived from it: accumulation steps and FLOPs of one training image.
+
+    ``start`` counts the run's steps before it.
+    """
 
     cfg: StageConfig
     accumulation: int
     image_flops: float
+    start: int = 0
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of step ``step`` of the run, counted from 1."""
+        return self.cfg.lr_at(step - self.start)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +151,7 @@ class Trainer:
     def dry_run(self) -> None:
         """Log the outcome of one step of the first stage, and each rank's peak memory."""
         stage = self.stages[0]
-        result = self.step(stage, next(iter(self.open_data(stage.cfg, 0))))
+        result = self.step(stage, next(iter(self.open_data(stage.cfg, 0))), lr=stage.lr_at(1))
         told = "dry run: one step of stage %s on synthetic data, loss %.4f, gradient norm %.4f"
         logger.info(told, stage.cfg.name, result.losses["loss"].item(), result.grad_norm.item())
         for rank, peak in enumerate(gather_objects(memory_bytes(self.device))):
@@ -155,6 +163,8 @@ class Trainer:
         batch: Batch,
         encoded: Sequence[EncoderOutputs] | None = None,
         anomalies: AnomalyDetector | None = None,
+        *,
+        lr: float,
     ) -> StepResult:
         """One update on this rank's share of a global batch; ``encoded`` is what is already, by micro-batch."""
         micro_batches = split(batch, stage.accumulation)
@@ -164,7 +174,7 @@ class Trainer:
             self.engine,
             (self.build_inputs(micro, shift, each) for micro, each in zip(micro_batches, outputs, strict=True)),
             num_micro_batches=stage.accumulation,
-            lr=stage.cfg.lr,
+            lr=lr,
             betas=stage.cfg.betas,
             should_skip=anomalies.should_skip if anomalies is not None else None,
         )
@@ -218,7 +228,10 @@ class Trainer:
             if progress.step >= min(end, self.last_step):
                 continue
             batch = f"global batch {stage.cfg.global_batch} (accumulation {stage.accumulation})"
-            logger.info("stage %s: %d px, to step %d, %s", stage.cfg.name, stage.cfg.resolution, end, batch)
+            rate = f"learning rate {stage.cfg.peak_lr:.4g} ({stage.cfg.lr_schedule.kind})"
+            logger.info(
+                "stage %s: %d px, to step %d, %s, %s", stage.cfg.name, stage.cfg.resolution, end, batch, rate
+            )
             progress = self._run_stage(stage, progress, min(end, self.last_step))
             if self.stopped is not None:
                 logger.info("stopped by %s after step %d", self.stopped, progress.step)
@@ -252,7 +265,7 @@ class Trainer:
                 metrics.data_wait(time.perf_counter() - start)
                 if logged and self.rank_compute is not None:
                     self.rank_compute.start()
-                result = self.step(stage, batch, encoded, anomalies)
+                result = self.step(stage, batch, encoded, anomalies, lr=stage.lr_at(step))
                 samples = progress.samples + stage.cfg.global_batch
                 progress = Progress(step, samples, stage.cfg.name, data.state(samples))
                 anomalies.add(step, loss=result.losses["loss"], skipped=result.skipped)

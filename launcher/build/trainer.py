@@ -167,12 +167,14 @@ def check(cfg: RunConfig, env: Environment) -> tuple[ParallelDims, torch.device]
 
 def derive_stages(cfg: RunConfig, dims: ParallelDims) -> list[Stage]:
     """Stages with accumulation and FLOPs; raises :class:`ConfigError` for impossible batches."""
-    stages = []
+    stages: list[Stage] = []
+    start = 0
     for stage in cfg.stages:
         batches = {"global_batch": stage.global_batch, "micro_batch": stage.micro_batch}
         accumulation = accumulation_steps(**batches, dp=dims.dp, where=f"stages.{stage.name}")
         image_flops = training_flops(cfg.model, stage.resolution, stage.resolution)
-        stages.append(Stage(cfg=stage, accumulation=accumulation, image_flops=image_flops))
+        stages.append(Stage(cfg=stage, accumulation=accumulation, image_flops=image_flops, start=start))
+        start += stage.steps
     return stages
 
 

@@ -269,7 +269,7 @@ def _records(path: Path) -> Iterator[Any]:
 @pytest.mark.slow
 def test_both_attempts_are_one_run_in_wandb(tmp_path: Path) -> None:
     config = {"data": {"url": f"s3://user:{SECRETS['password']}@bucket/x"}, "model": {"dim": 192}}
-    base = {"loss_flow": 1.0, "grad_norm": 1.0, "images_per_s": 1.0, "data_wait_s": 0.0, "step_s": 1.0}
+    base = {"loss_flow": 1.0, "grad_norm": 1.0, "lr": 1e-4, "images_per_s": 1.0, "data_wait_s": 0.0, "step_s": 1.0}
     for steps in ((1, 2, 3), (2, 3, 4)):
         reporter = RunLogger(
             tmp_path, active=True, total_steps=4, wandb=WandbConfig(mode="offline"), config=config
@@ -301,7 +301,7 @@ def test_wandb_that_cannot_start_does_not_stop_training(tmp_path: Path, monkeypa
     monkeypatch.setenv("WANDB_API_KEY", SECRETS["wandb"])
     monkeypatch.setenv("WANDB_BASE_URL", f"no-url-{SECRETS['environment']}")
     reporter = RunLogger(tmp_path, active=True, total_steps=4, wandb=WandbConfig(mode="online"), config={})
-    base = {"loss_flow": 1.0, "grad_norm": 1.0, "images_per_s": 1.0, "data_wait_s": 0.0, "step_s": 1.0}
+    base = {"loss_flow": 1.0, "grad_norm": 1.0, "lr": 1e-4, "images_per_s": 1.0, "data_wait_s": 0.0, "step_s": 1.0}
     reporter.metrics({"step": 1, "loss": 1.0, **base})
     reporter.close()
     said = (tmp_path / "log.txt").read_text()

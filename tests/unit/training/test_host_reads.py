@@ -90,7 +90,7 @@ class SmallRun:
 
     def step(self, number: int, batch: Batch) -> StepResult:
         """What the loop does in a step that does not log."""
-        result = self.trainer.step(self.stage, batch, anomalies=self.anomalies)
+        result = self.trainer.step(self.stage, batch, anomalies=self.anomalies, lr=1e-3)
         self.anomalies.add(number, loss=result.losses["loss"], skipped=result.skipped)
         self.anomalies.apply_policy(self.anomalies.read(), number, number * SAMPLES)
         return result

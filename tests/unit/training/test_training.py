@@ -172,7 +172,7 @@ class TestCheckpoint:
 
 def test_metrics_survive_a_cut_line_and_count_the_last_doing(tmp_path: Path) -> None:
     reporter = RunLogger(tmp_path, active=True, total_steps=4, wandb=WandbConfig(mode="disabled"), config={})
-    base = {"loss_flow": 1.0, "grad_norm": 1.0, "images_per_s": 1.0, "data_wait_s": 0.0, "step_s": 1.0}
+    base = {"loss_flow": 1.0, "grad_norm": 1.0, "lr": 1e-4, "images_per_s": 1.0, "data_wait_s": 0.0, "step_s": 1.0}
     for step, loss in ((1, 4.0), (2, 3.0), (2, 2.5), (3, 2.0)):
         reporter.metrics({"step": step, "loss": loss, **base})
     with (tmp_path / "metrics.jsonl").open("a") as file:

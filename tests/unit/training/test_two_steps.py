@@ -171,7 +171,7 @@ def test_two_steps_have_the_values_of_the_formulas(kind: str) -> None:
     start = {name: tensor.clone() for name, tensor in state_of(engine, "model", "ema").items()}
     expected, (trainer, stage) = Expected(engine, model), loop_of(engine, model)
     for step in (1, 2):
-        result = trainer.step(stage, batch_of(step))
+        result = trainer.step(stage, batch_of(step), lr=LR)
         losses, norm = expected.step(batch_of(step))
         assert norm > 2 * CLIP_NORM, "the gradient must be one that is clipped"
         actual = {name: value.item() for name, value in result.losses.items()}
@@ -206,7 +206,7 @@ def test_the_batch_of_a_step_is_used_in_order_whatever_the_accumulation() -> Non
     for micros in (1, 2, 6):
         engine = engine_with_all_weights_at_work(MODELS["c2i_deco"])
         trainer, stage = loop_of(engine, MODELS["c2i_deco"])
-        result = trainer.step(Stage(cfg=stage.cfg, accumulation=micros, image_flops=1.0), batch_of(1))
+        result = trainer.step(Stage(cfg=stage.cfg, accumulation=micros, image_flops=1.0), batch_of(1), lr=LR)
         found.append((result, {n: t.clone() for n, t in state_of(engine, "model", "exp_avg").items()}))
     (first, weights), *others = found
     for result, other in others:
