@@ -2,6 +2,7 @@
 
     python -m benchmarks.kernels [--config FILE] [--batch N] [--resolution N] [--only WORD] [--out DIR]
     python -m benchmarks.kernels --compile-only [--out benchmarks/results]
+    python -m benchmarks.kernels --host
 
 Forward and backward together; shapes are those of a micro-batch of the configuration. The roofline is the larger
 of the least bytes over the copy bandwidth and the FLOPs over the GEMM, both measured in the same run. On a CPU
@@ -10,7 +11,8 @@ count (not yet run on a GPU). A variant that fails is named with its reason, and
 
 ``--compile-only`` needs no GPU: the Triton kernels of the released models are compiled for sm_90 (see
 :mod:`benchmarks.kernels.compile`), and registers, spills and shared memory are shown; ``--out`` puts them into
-``kernels_sm90.json`` there, in place of those of the same version of Triton.
+``kernels_sm90.json`` there, in place of those of the same version of Triton. ``--host`` measures what calling an
+operator costs the host (:mod:`benchmarks.kernels.host_cost`), also without a GPU.
 """
 
 import argparse
@@ -64,6 +66,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--gemm-side", type=int, help="side of the GEMM that serves as ceiling")
     parser.add_argument("--copy-bytes", type=int, help="bytes of the copy that serves as ceiling")
     parser.add_argument("--compile-only", action="store_true", help="registers, spills and shared memory on sm_90")
+    parser.add_argument("--host", action="store_true", help="what calling an operator costs the host")
     parser.add_argument("--out", type=Path, help="folder for a JSON file and a PNG")
     return parser.parse_args(argv)
 
@@ -196,6 +199,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from benchmarks.kernels.compile import main as compile_only
 
         return compile_only(args.out, console)
+    if args.host:
+        from benchmarks.kernels.host_cost import main as host_cost
+
+        return host_cost(console)
     try:
         result = run(args, console)
     except (ConfigError, ValueError) as error:

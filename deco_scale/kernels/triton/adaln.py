@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from deco_scale.kernels.triton.operators import operator
+
 FORWARD_TOKENS = 4
 BACKWARD_TOKENS = 16
 """Tokens of a program. Backward's partial sums take 2 / 16 of the bytes of one fp32 activation; not yet tuned."""
@@ -196,7 +198,7 @@ def promoted(*tensors: Tensor | None) -> torch.dtype:
     return functools.reduce(torch.promote_types, [t.dtype for t in tensors if t is not None])
 
 
-@torch.library.custom_op("deco_scale::norm_modulate", mutates_args=())
+@operator("deco_scale::norm_modulate")
 def norm_modulate(
     x: Tensor, weight: Tensor, shift: Tensor | None, scale: Tensor | None, eps: float, cast_first: bool
 ) -> Tensor:
@@ -225,7 +227,7 @@ def _(x, weight, shift, scale, eps, cast_first):
     return x.new_empty(x.shape, dtype=promoted(x, shift, scale))
 
 
-@torch.library.custom_op("deco_scale::norm_modulate_backward", mutates_args=())
+@operator("deco_scale::norm_modulate_backward")
 def norm_modulate_backward(
     grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor | None, eps: float, cast_first: bool
 ) -> tuple[Tensor, Tensor]:
@@ -256,7 +258,7 @@ def _save_norm(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _norm_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, scale = ctx.saved_tensors
-    grad_x, partial = torch.ops.deco_scale.norm_modulate_backward(grad, x, weight, scale, ctx.eps, ctx.cast_first)
+    grad_x, partial = norm_modulate_backward(grad, x, weight, scale, ctx.eps, ctx.cast_first)
     sums_BPD = partial.sum(1)
     if scale is None:
         return grad_x, sums_BPD.sum((0, 1)).to(weight.dtype), None, None, None, None
@@ -272,7 +274,7 @@ def _norm_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 norm_modulate.register_autograd(_norm_gradients, setup_context=_save_norm)
 
 
-@torch.library.custom_op("deco_scale::gated_residual", mutates_args=())
+@operator("deco_scale::gated_residual")
 def gated_residual(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
     """``x + gate * y`` of x and y (B, N, D) and gate (B, 1, D).
 
@@ -297,7 +299,7 @@ def _(x, gate, y):
     return x.new_empty(x.shape, dtype=promoted(x, gate, y))
 
 
-@torch.library.custom_op("deco_scale::gated_residual_backward", mutates_args=())
+@operator("deco_scale::gated_residual_backward")
 def gated_residual_backward(grad: Tensor, gate: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Gradient of y, and fp32 partial sums (B, G, D) of ``grad * y``."""
     grad, gate, y = rows(grad), rows(gate), rows(y)
@@ -323,7 +325,7 @@ def _save_residual(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tens
 
 def _residual_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     gate, y = ctx.saved_tensors
-    grad_y, partial = torch.ops.deco_scale.gated_residual_backward(grad, gate, y)
+    grad_y, partial = gated_residual_backward(grad, gate, y)
     return grad.to(ctx.x_dtype), partial.sum(1, keepdim=True).to(gate.dtype), grad_y
 
 

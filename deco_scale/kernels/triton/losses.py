@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from deco_scale.kernels.triton.adaln import check_dtypes, load_fp32
+from deco_scale.kernels.triton.operators import operator
 
 SIDE = 8
 BLOCKS = 16
@@ -111,7 +112,7 @@ def _backward(
     tl.store(grad_ptr + offsets + 2 * plane, grad_blue.to(grad_ptr.dtype.element_ty), mask=mask)
 
 
-@torch.library.custom_op("deco_scale::squared_error_sums", mutates_args=())
+@operator("deco_scale::squared_error_sums")
 def squared_error_sums(
     prediction: Tensor, target: Tensor, transform: Tensor, colours: Tensor, weights: Tensor, patch_size: int
 ) -> Tensor:
@@ -143,7 +144,7 @@ def _(prediction, target, transform, colours, weights, patch_size):
     return prediction.new_empty(2, dtype=torch.float32)
 
 
-@torch.library.custom_op("deco_scale::squared_error_gradient", mutates_args=())
+@operator("deco_scale::squared_error_gradient")
 def squared_error_gradient(
     upstream: Tensor, prediction: Tensor, target: Tensor, transform: Tensor, colours: Tensor, weights: Tensor,
     patch_size: int,
@@ -169,7 +170,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors
-    grad_prediction = torch.ops.deco_scale.squared_error_gradient(grad, *tensors, ctx.patch_size)
+    grad_prediction = squared_error_gradient(grad, *tensors, ctx.patch_size)
     return grad_prediction, None, None, None, None, None
 
 

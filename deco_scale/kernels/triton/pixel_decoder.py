@@ -20,6 +20,7 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from deco_scale.kernels.pixel_decoder import DecoderWeights
+from deco_scale.kernels.triton.operators import operator
 from deco_scale.kernels.triton.pixel_decoder_device import backward_kernel, forward_kernel
 
 DOT_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -63,7 +64,7 @@ def render_patches(patches_MK: Tensor, condition_MPW: Tensor, weights: DecoderWe
     return _render(*inputs, weights_L, len(blocks), eps, dtype)
 
 
-@torch.library.custom_op("deco_scale::render_pixels", mutates_args=())
+@operator("deco_scale::render_pixels")
 def _render(
     patches_MK: Tensor, condition_MPW: Tensor, constant_PW: Tensor, weights_L: Tensor,
     num_blocks: int, eps: float, dtype: torch.dtype,
@@ -86,7 +87,7 @@ def _render(
     return out_MK
 
 
-@torch.library.custom_op("deco_scale::render_pixels_backward", mutates_args=())
+@operator("deco_scale::render_pixels_backward")
 def _render_backward(
     grad_MK: Tensor, patches_MK: Tensor, condition_MPW: Tensor, constant_PW: Tensor, weights_L: Tensor,
     num_blocks: int, eps: float, with_patches: bool,

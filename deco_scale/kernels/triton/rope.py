@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from deco_scale.kernels.triton.adaln import MAX_ROW, check_dtypes, load_fp32, round_norm, rows
+from deco_scale.kernels.triton.operators import operator
 
 FORWARD_TOKENS = 4
 BACKWARD_TOKENS = 16
@@ -132,7 +133,7 @@ def _tile(heads: int, dim: int) -> dict[str, int]:
     return {"HEADS": padded, "BLOCK": block, "num_warps": max(1, min(8, padded * block // 512))}
 
 
-@torch.library.custom_op("deco_scale::norm_rotate", mutates_args=())
+@operator("deco_scale::norm_rotate")
 def norm_rotate(x: Tensor, weight: Tensor, angles: Tensor | None, eps: float, cast_first: bool) -> Tensor:
     """RMSNorm of x (B, N, H, K) over K, then its pairs turned by angles (N, K / 2) if given; a dense tensor.
 
@@ -156,7 +157,7 @@ def _(x, weight, angles, eps, cast_first):
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("deco_scale::norm_rotate_backward", mutates_args=())
+@operator("deco_scale::norm_rotate_backward")
 def norm_rotate_backward(
     grad: Tensor, x: Tensor, weight: Tensor, angles: Tensor | None, eps: float, cast_first: bool
 ) -> tuple[Tensor, Tensor]:
@@ -190,7 +191,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, angles = ctx.saved_tensors
-    grad_x, partial = torch.ops.deco_scale.norm_rotate_backward(grad, x, weight, angles, ctx.eps, ctx.cast_first)
+    grad_x, partial = norm_rotate_backward(grad, x, weight, angles, ctx.eps, ctx.cast_first)
     return grad_x, partial.sum(0).to(weight.dtype), None, None, None
 
 

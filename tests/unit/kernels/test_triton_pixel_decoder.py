@@ -171,8 +171,9 @@ def test_only_inputs_are_saved_for_backward() -> None:
 
 
 def test_operator_passes_opcheck() -> None:
-    from deco_scale.kernels.triton.pixel_decoder import _render
+    from deco_scale.kernels.triton import pixel_decoder
 
+    assert pixel_decoder
     patches, condition, (folded, constant, (block,), *head) = arguments(patches=2, pixels=4, width=7)
     names = (
         "modulation_weight",
@@ -185,7 +186,8 @@ def test_operator_passes_opcheck() -> None:
     )
     parts = [getattr(block, n) for n in (*names, "modulation_bias")]
     weights = torch.cat([p.detach().flatten() for p in (*parts, folded.t(), *head)]).requires_grad_()
-    torch.library.opcheck(_render, (patches, condition, constant, weights, 1, 1e-6, torch.float32))
+    render = torch.ops.deco_scale.render_pixels.default
+    torch.library.opcheck(render, (patches, condition, constant, weights, 1, 1e-6, torch.float32))
 
 
 def test_compile_and_checkpointing_change_nothing() -> None:
