@@ -98,9 +98,9 @@ def test_non_blocking_copies_are_distinguished_from_blocking_ones() -> None:
 
 def operators() -> dict[str, list[tuple[object, ...]]]:
     """Arguments for each custom operator: transposed and sliced tensors, bf16 and fp32."""
-    from deco_scale.kernels.triton import adaln, losses, pixel_decoder, rope
+    from deco_scale.kernels.triton import adaln, losses, pixel_decoder, rope, swiglu
 
-    assert all((adaln, losses, pixel_decoder, rope))
+    assert all((adaln, losses, pixel_decoder, rope, swiglu))
     where = "cuda" if torch.cuda.is_available() else "cpu"
 
     def made(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -129,6 +129,8 @@ def operators() -> dict[str, list[tuple[object, ...]]]:
             "gated_residual_backward": [(dense, part, x), (crossed, part, crossed)],
             "squared_error_sums": [(image, made(2, 3, 192), *transform, 8)],
             "squared_error_gradient": [(made(2), image, made(2, 3, 192), *transform, 8)],
+            "swiglu": [(x,), (crossed,)],
+            "swiglu_backward": [(x[..., :4], x), (crossed[..., ::2], crossed)],
             "render_pixels": [(patches, *rendered, dtype)],
             "render_pixels_backward": [
                 (made(2, 12, dtype=dtype), patches, *rendered, with_patches) for with_patches in (False, True)
