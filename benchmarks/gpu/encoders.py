@@ -1,4 +1,4 @@
-"""The frozen encoders of the recipe at their sizes, with random weights: as they are, and compiled layer by layer.
+"""The frozen encoders of the recipe at their sizes, with random weights: eager, compiled, and compiled in FP8.
 
 Nothing is downloaded: ``transformers`` builds the models from configurations. No GPU has run it yet.
 """
@@ -9,13 +9,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from benchmarks.gpu.steps import compiler
 from benchmarks.jobs.runner import CheckFailed, Found, NotAvailable, Where
 from benchmarks.measure import device_name, median_s, synchronise
-from deco_scale.models.config import TextEncoderConfig
+from deco_scale.errors import ConfigError
+from deco_scale.models.config import EncoderPrecision, TextEncoderConfig
 from deco_scale.models.encoders import ImageEncoder, TextEncoder
+from deco_scale.models.frozen import FrozenModel
 
 QWEN3_1_7B: dict[str, Any] = {
     "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16,
@@ -33,6 +34,9 @@ TINY_DINOV2: dict[str, Any] = {
     "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "mlp_ratio": 4, "image_size": 28,
     "patch_size": 14,
 }  # fmt: skip
+MAX_DIFFERENCE = {"eager": 0.0, "compiled": 0.1, "fp8": 0.5}
+"""Relative, from the eager states. With random weights and bf16, rounding in another order moves a few percent,
+and FP8 tens of percent over 28 layers; a wrong graph far more."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +53,7 @@ class RandomTokens:
 
 
 def encoders(where: Where) -> Found:
-    """Milliseconds of a micro-batch through each encoder, eager and compiled."""
+    """Milliseconds of a micro-batch through each encoder: eager, compiled, and compiled in FP8."""
     try:
         import transformers
     except ImportError as error:
@@ -58,43 +62,64 @@ def encoders(where: Where) -> Found:
     batch, tokens, side = (2, 16, 32) if where.quick else (64, 128, 256)
     dtype = torch.bfloat16 if where.device == "cuda" else torch.float32
     print(f"transformers {transformers.__version__}")
-    lines, failed = [], []
     with torch.no_grad():
         images = torch.rand(batch, 3, side, side, device=device) * 2 - 1
+    text_sizes, image_sizes = (TINY_QWEN3, TINY_DINOV2) if where.quick else (QWEN3_1_7B, DINOV2_B)
+    qwen3 = _built(transformers.Qwen3Model, transformers.Qwen3Config(**text_sizes), device, dtype)
+    dinov2 = _built(transformers.Dinov2Model, transformers.Dinov2Config(**image_sizes), device, dtype)
+
+    def prepared(name: str, precision: EncoderPrecision) -> tuple[FrozenModel, Callable[[], Tensor]]:
+        """The model, and a call of its encoder; FP8 converts its weights for good."""
+        if name == "dinov2":
+            image = ImageEncoder(dinov2, device, precision)
+            return image.model, lambda: image.encode(images)
+        settings = TextEncoderConfig(path=name, max_tokens=tokens, precision=precision)
+        text = TextEncoder(qwen3, RandomTokens(text_sizes["vocab_size"]), settings, device)
+        return text.model, lambda: text.encode(["a caption"] * batch)
+
+    found: dict[str, dict[str, Any]] = {}
+    failed, eager = [], {}
+    # On a CPU, graphs are run as they are: compiling C++ for them takes minutes.
+    backend = "inductor" if where.device == "cuda" else "aot_eager"
     for name in ("dinov2", "qwen3"):
-        model: Any
-        if name == "qwen3":
-            sizes = TINY_QWEN3 if where.quick else QWEN3_1_7B
-            model = _built(transformers.Qwen3Model, transformers.Qwen3Config(**sizes), device, dtype)
-            settings = TextEncoderConfig(path=name, max_tokens=tokens)
-            text = TextEncoder(model, RandomTokens(sizes["vocab_size"]), settings, device)
-            action: Callable[[], Tensor] = lambda: text.encode(["a caption"] * batch)  # noqa: B023, E731
-        else:
-            sizes = TINY_DINOV2 if where.quick else DINOV2_B
-            model = _built(transformers.Dinov2Model, transformers.Dinov2Config(**sizes), device, dtype)
-            image = ImageEncoder(model, device)
-            action = lambda: image.encode(images)  # noqa: B023, E731
-        numbers: dict[str, Any] = {"micro_batch": batch, "device": device_name(device)}
-        eager = _measured(numbers, "eager", action, device)
+        numbers = found[name] = {"micro_batch": batch, "device": device_name(device)}
+        model, action = prepared(name, "auto")
+        eager[name] = _measured(numbers, "eager", action, device)
         where.write(name, numbers)
-        with compiler(where.device):
-            for layer in _layers(model):
-                layer.compile(dynamic=False)
-        compiled = _measured(numbers, "compiled", action, device)
-        numbers["difference"] = ((compiled - eager).norm() / eager.norm()).item()
+        model.compile([batch], backend=backend)
+        failed += _compared(numbers, name, "compiled", eager[name], action, device)
         where.write(name, numbers)
-        lines.append(
-            f"{name} {numbers['eager_ms']:.4g} ms eager, {numbers['compiled_ms']:.4g} ms compiled (first call "
-            f"{numbers['compiled_first_s']:.0f} s)"
-        )
-        print(lines[-1], flush=True)
-        # Random weights and bf16: rounding in another order moves a few percent, a wrong graph far more.
-        if not numbers["difference"] < 0.1:
-            failed.append(f"compiled {name} differs from eager by {numbers['difference']:.2e}")
-        del model, action
+    for name, numbers in found.items():
+        try:
+            model, action = prepared(name, "fp8")
+        except ConfigError as error:
+            print(f"no FP8: {error}")
+            break
+        model.compile([batch], backend=backend)
+        failed += _compared(numbers, name, "fp8", eager[name], action, device)
+        where.write(name, numbers)
+    lines = []
+    for name, numbers in found.items():
+        times = [f"{numbers[f'{kind}_ms']:.4g} ms {kind}" for kind in MAX_DIFFERENCE if f"{kind}_ms" in numbers]
+        lines.append(f"{name} {', '.join(times)}")
     if failed:
         raise CheckFailed("; ".join(failed + lines))
     return Found(f"micro-batch {batch}: {'; '.join(lines)}")
+
+
+def _compared(
+    numbers: dict[str, Any],
+    name: str,
+    kind: str,
+    eager: Tensor,
+    action: Callable[[], Tensor],
+    device: torch.device,
+) -> list[str]:
+    """Time ``action`` into ``numbers``; what is wrong with its result, if anything."""
+    out = _measured(numbers, kind, action, device)
+    difference = numbers[f"{kind}_difference"] = ((out - eager).norm() / eager.norm()).item()
+    print(f"{name} {kind} {numbers[f'{kind}_ms']:.4g} ms, eager {numbers['eager_ms']:.4g} ms", flush=True)
+    return [] if difference < MAX_DIFFERENCE[kind] else [f"{kind} {name} differs from eager by {difference:.2e}"]
 
 
 def _built(kind: Any, config: Any, device: torch.device, dtype: torch.dtype) -> Any:
@@ -106,12 +131,6 @@ def _built(kind: Any, config: Any, device: torch.device, dtype: torch.dtype) -> 
             return kind(config).eval()
     finally:
         torch.set_default_dtype(before)
-
-
-def _layers(model: nn.Module) -> nn.ModuleList:
-    """The stack of layers, by whatever name this version of transformers has it."""
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    return max(lists, key=len)
 
 
 def _measured(numbers: dict[str, Any], kind: str, action: Callable[[], Tensor], device: torch.device) -> Tensor:

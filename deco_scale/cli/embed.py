@@ -18,6 +18,7 @@ from data_pipeline.text_embeddings import Embedder
 from deco_scale.config import load_config
 from deco_scale.distributed.bootstrap import choose_device, read_environment
 from deco_scale.errors import ConfigError
+from deco_scale.models.config import is_on
 from deco_scale.models.encoders import TextEncoder, text_identity
 
 
@@ -43,14 +44,17 @@ def run(args: argparse.Namespace, console: Console) -> int:
     env = read_environment({name: value for name, value in os.environ.items() if not name.startswith("SLURM_")})
     rank, world = env.rank, env.world_size
     settings = dataclasses.replace(cfg.text_encoder, cache_captions=0)
-    encoder = TextEncoder.load(settings, choose_device("auto", env.local_rank))
+    device = choose_device("auto", env.local_rank)
+    encoder = TextEncoder.load(settings, device)
+    batch = args.batch or cfg.stages[0].micro_batch
+    if is_on(settings.compile, device.type):
+        encoder.model.compile([batch])
     identity = text_embedding_identity(cfg.data, text_identity(settings, encoder.width))
 
     def encode(texts: Sequence[str]) -> list[Any]:
         embeddings = encoder.encode_ragged(texts)
         return [e.bfloat16().view(torch.int16).cpu().numpy().view(np.uint16) for e in embeddings]
 
-    batch = args.batch or cfg.stages[0].micro_batch
     for source in cfg.data.sources:
         data, target = (open_store(url, access_of(cfg.data)) for url in (source.url, source.text_states))
         index = load_index(data)

@@ -5,6 +5,9 @@ from typing import Literal
 
 ModelKind = Literal["t2i_deco", "c2i_deco", "c2i_baseline"]
 AttentionBackend = Literal["auto", "flash", "te", "cudnn", "sdpa", "math"]
+EncoderPrecision = Literal["auto", "bf16", "fp8", "fp32"]
+Switch = Literal["auto", True, False]
+"""On, off, or ``auto``: on for a GPU."""
 ActivationCheckpointing = Literal["none", "selective", "full"]
 """What blocks recompute in backward: nothing, all but matrix products and attention, everything."""
 
@@ -80,11 +83,15 @@ class AttentionConfig:
 class TextEncoderConfig:
     """A ``transformers`` text encoder: a local folder, or a hub id that is in the local cache.
 
-    ``cache_captions``: number of captions whose embeddings stay in memory, for data with few distinct captions.
-    ``ahead`` encodes the next batch during a step, on a stream of its own. ``zero_padding`` sets the embeddings of
-    padding to zero instead of keeping the encoder's output for it, as the public release does; precomputed
-    embeddings are then several times smaller. ``round_states`` rounds embeddings to bfloat16 like precomputed
-    ones; it has no effect on a GPU, where encoders compute in bfloat16.
+    ``precision``: bf16 on a GPU and fp32 on a CPU by default; ``fp8`` needs torchao. ``compile`` compiles the
+    layers; ``auto`` leaves them uncompiled with ``cache_captions``, where batches vary in size. ``ahead`` encodes
+    the next batch during a step, on a stream of its own.
+
+    ``zero_padding`` sets the embeddings of padding to zero instead of keeping the encoder's output for it, as the
+    public release does. Only as many tokens as a batch needs are then encoded, and precomputed embeddings are
+    stored without padding. ``round_states`` rounds embeddings to bfloat16 like precomputed ones; encoders that
+    compute in bfloat16 do so anyway. ``cache_captions``: number of captions whose embeddings stay in memory, for
+    data with few distinct captions.
     """
 
     path: str
@@ -92,7 +99,9 @@ class TextEncoderConfig:
     zero_padding: bool = False
     round_states: bool = False
     cache_captions: int = 0
-    ahead: bool = False
+    precision: EncoderPrecision = "auto"
+    compile: Switch = "auto"
+    ahead: Switch = "auto"
     allow_download: bool = False
 
     def __post_init__(self) -> None:
@@ -104,8 +113,15 @@ class TextEncoderConfig:
 class ImageEncoderConfig:
     """DINOv2 for REPA: a ``transformers`` folder, or the original ``.pth`` file of dinov2_vitb14.
 
-    ``ahead`` encodes the next batch during a step, on a stream of its own.
+    ``precision``, ``compile`` and ``ahead`` as for the text encoder.
     """
 
     path: str
-    ahead: bool = False
+    precision: EncoderPrecision = "auto"
+    compile: Switch = "auto"
+    ahead: Switch = "auto"
+
+
+def is_on(setting: Switch, device_type: str) -> bool:
+    """Whether ``setting`` is on for a device of ``device_type``, such as ``cuda``."""
+    return device_type == "cuda" if setting == "auto" else setting

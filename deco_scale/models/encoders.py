@@ -8,6 +8,7 @@ Shape letters: B batch, L text tokens, T text width, C channels, Y X pixels, N p
 
 import hashlib
 import logging
+import math
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,11 +20,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deco_scale.errors import ConfigError
-from deco_scale.models.config import ImageEncoderConfig, TextEncoderConfig
+from deco_scale.models.config import EncoderPrecision, ImageEncoderConfig, TextEncoderConfig
+from deco_scale.models.frozen import FrozenModel, weight_dtype
+
+logger = logging.getLogger(__name__)
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 DINO_PATCH = 14
+LENGTH_MULTIPLE = 32
+"""Texts are encoded at a multiple of this length, so that compiled layers see few shapes."""
+_UNMASKED = "sdpa_without_mask"
 
 
 class TextEncoder:
@@ -33,13 +40,17 @@ class TextEncoder:
     """
 
     def __init__(self, model: Any, tokenizer: Any, cfg: TextEncoderConfig, device: torch.device) -> None:
-        self._model = model.to(device).eval().requires_grad_(False)
+        self.model = FrozenModel(model, device, fp8=cfg.precision == "fp8")
         # The cache is for text generation: it would hold keys and values of every layer until the call ends.
-        self._model.config.use_cache = False
-        self._causal = _is_causal(self._model)
+        model.config.use_cache = False
+        self._causal = _is_causal(model)
+        # Padding stands behind the tokens of a text, where causal attention does not see it.
+        self._unmasked = bool(self._causal) and cfg.zero_padding
+        if self._unmasked:
+            _attend_without_mask(model)
         self._tokenizer, self._cfg, self._device = tokenizer, cfg, device
         self._cache: OrderedDict[str, Tensor] = OrderedDict()
-        self._null = self._states([""])[0][0]
+        self._null = self._padded([""])[0]
 
     @classmethod
     def load(cls, cfg: TextEncoderConfig, device: torch.device) -> "TextEncoder":
@@ -53,7 +64,8 @@ class TextEncoder:
         local_only = folder.is_dir() or not cfg.allow_download
         with _or_hint(_text_hint(cfg.path)):
             tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local_only)
-            model = _pretrained(AutoModel, source, device, local_files_only=local_only, use_safetensors=True)
+            options = {"local_files_only": local_only, "use_safetensors": True}
+            model = _pretrained(AutoModel, source, weight_dtype(cfg.precision, device), **options)
         tokenizer.padding_side = "right"
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
@@ -71,10 +83,10 @@ class TextEncoder:
     def encode(self, captions: Sequence[str]) -> Tensor:
         """Embeddings ``(B, L, T)`` in fp32; longer captions are truncated."""
         if not self._cfg.cache_captions:
-            return self._states(captions)[0]
+            return self._padded(captions)
         new = [c for c in dict.fromkeys(captions) if c not in self._cache]
         if new:
-            self._cache.update(zip(new, self._states(new)[0], strict=True))
+            self._cache.update(zip(new, self._padded(new), strict=True))
         states = torch.stack([self._cache[c] for c in captions])
         for caption in captions:
             self._cache.move_to_end(caption)
@@ -89,15 +101,29 @@ class TextEncoder:
             return list(states)
         return [each[:count] for each, count in zip(states, mask.sum(dim=1).tolist(), strict=True)]
 
+    def _padded(self, captions: Sequence[str]) -> Tensor:
+        """Embeddings ``(B, L, T)``."""
+        states = self._states(captions)[0]
+        return F.pad(states, (0, 0, 0, self._cfg.max_tokens - states.shape[1]))
+
     @torch.no_grad()
     def _states(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Embeddings ``(B, L, T)``, and the mask ``(B, L)`` of tokens that are not padding."""
+        """Embeddings ``(B, l, T)``, and the mask ``(B, l)`` of tokens that are not padding.
+
+        ``l`` is L; with ``zero_padding`` the multiple of :data:`LENGTH_MULTIPLE` that holds the longest caption.
+        """
         tokens = self._tokenizer(
             list(captions),
             max_length=self._cfg.max_tokens, truncation=True, padding="max_length", return_tensors="pt",
         )  # fmt: skip
-        ids, mask = (self._to_device(tokens[name]) for name in ("input_ids", "attention_mask"))
-        states = self._model(input_ids=ids, attention_mask=self._attention_mask(mask)).last_hidden_state
+        ids, mask = tokens["input_ids"], tokens["attention_mask"]
+        if self._cfg.zero_padding:
+            longest = max(1, int(mask.sum(dim=1).max()))
+            length = LENGTH_MULTIPLE * math.ceil(longest / LENGTH_MULTIPLE)
+            ids, mask = ids[:, :length], mask[:, :length]
+        ids, mask = self._to_device(ids), self._to_device(mask)
+        attends = None if self._unmasked else self._attention_mask(mask)
+        states = self.model(len(captions), input_ids=ids, attention_mask=attends)
         if self._cfg.round_states:
             states = states.bfloat16()
         # Always fp32; the model's autocast casts again.
@@ -139,11 +165,23 @@ def _is_causal(model: Any) -> bool | None:
     layers = set(getattr(model.config, "layer_types", None) or ()) - {"full_attention"}
     if len(kinds) == 1 and not layers and model.config._attn_implementation == "sdpa":
         return bool(kinds.pop())
-    logging.getLogger(__name__).warning(
+    logger.warning(
         "text encoder %s: transformers builds its attention mask, which waits for the device at every call",
         type(model).__name__,
     )
     return None
+
+
+def _attend_without_mask(model: Any) -> None:
+    """Let the layers of a causal model call SDPA without a mask, which its flash kernels do not take.
+
+    For an attention function without a mask function ``transformers`` makes none, and reads nothing on the host.
+    """
+    from transformers import AttentionInterface
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    AttentionInterface.register(_UNMASKED, ALL_ATTENTION_FUNCTIONS["sdpa"])
+    model.set_attn_implementation(_UNMASKED)
 
 
 def text_identity(cfg: TextEncoderConfig, width: int) -> dict[str, Any]:
@@ -164,7 +202,7 @@ def text_identity(cfg: TextEncoderConfig, width: int) -> dict[str, Any]:
         with path.open("rb") as file:
             digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     return {
-        "encoder": Path(cfg.path).name,
+        "encoder": Path(cfg.path).name + (" in fp8" if cfg.precision == "fp8" else ""),
         "revision": digest.hexdigest()[:16],
         "width": width,
         "max_tokens": cfg.max_tokens,
@@ -193,18 +231,18 @@ def _or_hint(hint: str) -> Iterator[None]:
         raise ConfigError(f"{hint} ({first})") from error
 
 
-def _pretrained(kind: Any, source: str | Path, device: torch.device, **options: Any) -> Any:
-    """A model of the class ``kind`` in fp32, on a GPU in bf16.
+def _pretrained(kind: Any, source: str | Path, dtype: torch.dtype, **options: Any) -> Any:
+    """A model of the class ``kind`` with weights in ``dtype``; buffers such as rotary frequencies stay in fp32.
 
     Raises :class:`ConfigError` for missing weights, which ``transformers`` would initialize at random; the pooler
     is not needed for token embeddings.
     """
     where = None if "state_dict" in options else source
-    model, loading = kind.from_pretrained(where, dtype=torch.float32, output_loading_info=True, **options)
+    model, loading = kind.from_pretrained(where, dtype=dtype, output_loading_info=True, **options)
     missing = sorted(key for key in loading["missing_keys"] if not key.startswith("pooler."))
     if missing:
         raise ConfigError(f"{source} lacks {len(missing)} weights of its model, such as {missing[0]}")
-    return model.to(torch.bfloat16) if device.type == "cuda" else model
+    return model
 
 
 def _text_hint(path: str) -> str:
@@ -218,8 +256,9 @@ def _text_hint(path: str) -> str:
 class ImageEncoder:
     """DINOv2 patch tokens ``(B, N, F)``, one per 16 x 16 pixels."""
 
-    def __init__(self, model: Any, device: torch.device) -> None:
-        self._model = model.to(device).eval().requires_grad_(False)
+    def __init__(self, model: Any, device: torch.device, precision: EncoderPrecision = "auto") -> None:
+        self.model = FrozenModel(model, device, fp8=precision == "fp8")
+        self._dtype, self._width = next(model.parameters()).dtype, int(model.config.hidden_size)
         self._mean = torch.tensor(IMAGENET_MEAN, device=device).view(3, 1, 1)
         self._std = torch.tensor(IMAGENET_STD, device=device).view(3, 1, 1)
 
@@ -241,11 +280,12 @@ class ImageEncoder:
             options = (
                 {"local_files_only": True, "use_safetensors": True} if path.is_dir() else _from_original(path)
             )
-            return cls(_pretrained(Dinov2Model, path, device, **options), device)
+            model = _pretrained(Dinov2Model, path, weight_dtype(cfg.precision, device), **options)
+        return cls(model, device, cfg.precision)
 
     @property
     def width(self) -> int:
-        return int(self._model.config.hidden_size)
+        return self._width
 
     @torch.no_grad()
     def encode(self, image_BCYX: Tensor) -> Tensor:
@@ -253,8 +293,7 @@ class ImageEncoder:
         height, width = (DINO_PATCH * (side // 16) for side in image_BCYX.shape[-2:])
         pixels = ((image_BCYX.float() + 1) / 2 - self._mean) / self._std
         pixels = F.interpolate(pixels, size=(height, width), mode="bicubic")
-        dtype = next(self._model.parameters()).dtype
-        return self._model(pixel_values=pixels.to(dtype)).last_hidden_state[:, 1:]
+        return self.model(len(image_BCYX), pixel_values=pixels.to(self._dtype))[:, 1:]
 
 
 _DINO_LAYER = {

@@ -16,7 +16,9 @@ from data_pipeline.stream.loader import Batch, Loader
 from deco_scale.config import RunConfig
 from deco_scale.distributed.collectives import raise_together
 from deco_scale.errors import RunError
+from deco_scale.models.config import is_on
 from deco_scale.models.encoders import ImageEncoder, TextEncoder, load_text_encoder
+from deco_scale.models.tp_plan import part_sizes
 from deco_scale.parallel.engines.base import Engine
 from deco_scale.parallel.mesh import ParallelDims
 from deco_scale.parallel.sequence_parallel import encode_shared
@@ -26,12 +28,22 @@ from deco_scale.training.config import StageConfig
 def load_encoders(
     cfg: RunConfig, device: torch.device, *, need_text: bool
 ) -> tuple[TextEncoder | None, ImageEncoder | None]:
-    """Frozen encoders that the configuration asks for, checked against the model."""
+    """Frozen encoders that the configuration asks for, checked against the model.
+
+    They are compiled for micro-batches; what else is encoded, such as prompts of samples, stays eager.
+    """
     text = image = None
-    if cfg.text_encoder is not None and cfg.model.kind == "t2i_deco" and need_text:
-        text = load_text_encoder(cfg.text_encoder, cfg.model.text_dim, device)
+    batches = {size for stage in cfg.stages for size in part_sizes(stage.micro_batch, cfg.parallel.tp)}
+    settings = cfg.text_encoder
+    if settings is not None and cfg.model.kind == "t2i_deco" and need_text:
+        text = load_text_encoder(settings, cfg.model.text_dim, device)
+        varies = settings.compile == "auto" and settings.cache_captions > 0
+        if is_on(settings.compile, device.type) and not varies and not cfg.data.has_text_embeddings:
+            text.model.compile(batches)
     if cfg.image_encoder is not None and cfg.objective.repa_weight > 0:
         image = ImageEncoder.load(cfg.image_encoder, device)
+        if is_on(cfg.image_encoder.compile, device.type):
+            image.model.compile(batches)
     return text, image
 
 

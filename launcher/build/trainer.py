@@ -23,6 +23,7 @@ from deco_scale.errors import ConfigError
 from deco_scale.evaluation.in_training import EvaluationImage, generate_share
 from deco_scale.kernels.select import choose_kernels
 from deco_scale.models.attention.dispatch import check_backend
+from deco_scale.models.config import is_on
 from deco_scale.models.encoders import TextEncoder, text_identity
 from deco_scale.models.tp_plan import check_tp
 from deco_scale.observability.run_logger import RunLogger, logged_to
@@ -117,7 +118,9 @@ def build_trainer(
         encode_image=shared_over_tp(image.encode, engine) if image else None,
     )
     encoders = (build_inputs.encode_text, cfg.text_encoder), (build_inputs.encode_image, cfg.image_encoder)
-    text_ahead, image_ahead = (bool(encode and settings and settings.ahead) for encode, settings in encoders)
+    text_ahead, image_ahead = (
+        bool(encode and settings and is_on(settings.ahead, device.type)) for encode, settings in encoders
+    )
     prefetcher = None
     if text_ahead or image_ahead:
         encode = partial(build_inputs.encode, text=text_ahead, image=image_ahead)

@@ -17,6 +17,7 @@ CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 IMAGENET = 1_281_167
 PARAMETERS = {
     "t2i_xxl": 1_133_759_395,
+    "t2i_xxl_precomputed": 1_133_759_395,
     "t2i_xxl_sft": 1_133_759_395,
     "c2i_xl": 682_282_851,
     "c2i_xl_512": 682_282_851,
@@ -53,6 +54,7 @@ def test_a_recipe_with_a_base_gives_only_what_differs() -> None:
         "c2i_xl_512": "c2i_xl",
         "c2i_l": "c2i_xl",
         "baseline_l": "c2i_l",
+        "t2i_xxl_precomputed": "t2i_xxl",
         "t2i_xxl_sft": "t2i_xxl",
     }
     for name, base in bases.items():
@@ -100,6 +102,14 @@ def test_published_recipes(
     assert cfg.objective.repa_layer == 8 and cfg.objective.condition_dropout == 0.2
     assert cfg.objective.freq_weight == (0.0 if name == "baseline_l" else 1.0)
     assert cfg.data.target == "label" and cfg.model.num_classes == 1000
+
+
+def test_precomputed_text_changes_nothing_else() -> None:
+    plain, precomputed = config("t2i_xxl"), config("t2i_xxl_precomputed")
+    assert precomputed.data.has_text_embeddings and precomputed.text_encoder is not None
+    assert precomputed.text_encoder.zero_padding
+    changed = ("run", "data", "text_encoder")
+    assert dataclasses.replace(plain, **{name: getattr(precomputed, name) for name in changed}) == precomputed
 
 
 def test_later_stages_begin_where_the_earlier_ones_end() -> None:

@@ -106,6 +106,8 @@ ENCODERS = {
     "models/encoders.py:TextEncoder._to_device": ("compute", "send"),
 }
 """Tokens are made on the host. Nothing is read back, also not whether any token is padding."""
+NO_MASK = ENCODERS | {"models/encoders.py:TextEncoder._states": ("compute", "read")}
+"""The longest text is found among the host's tokens."""
 
 
 @pytest.mark.slow
@@ -153,3 +155,22 @@ def test_frozen_encoders_stay_on_the_device(monkeypatch: pytest.MonkeyPatch) -> 
         angles = call.name == "aten::bmm" and 1 in call.inputs[1].shape[1:]
         wanted = FP32 if angles else BF16
         assert call.name not in PRODUCTS or call.floats == {wanted}, f"not in {wanted}: {call}"
+
+
+def test_text_without_a_mask_reads_nothing_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import Qwen3Config, Qwen3Model, masking_utils
+
+    monkeypatch.setattr(masking_utils, "is_tracing", lambda tensor=None: False)
+    sizes = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = Qwen3Config(**sizes, intermediate_size=48, num_key_value_heads=1, head_dim=16)
+    settings = dataclasses.replace(CONFIG.text_encoder, zero_padding=True)
+    tokens = Tokens([1, 4])
+    with torch.device("meta"):
+        text = Qwen3Model._from_config(config, dtype=BF16)
+    with fake_cuda():
+        device = torch.device("cuda")
+        with DeviceCheck("cuda", allowed=NO_MASK) as check:
+            encoder = TextEncoder(put_on(text, device), tokens, settings, device)
+            assert encoder.encode(["a photo of a bench"] * 4).shape == (4, CONFIG.model.text_tokens, 32)
+    attention = [call for call in check.calls if "scaled_dot_product" in call.name]
+    assert len(attention) == 4 and {call.inputs[0].shape[2] for call in attention} == {32}

@@ -1,18 +1,22 @@
 """Frozen encoders: real formats, no network, nothing silently missing."""
 
 import shutil
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from deco_scale.errors import ConfigError
-from deco_scale.models.config import ImageEncoderConfig, TextEncoderConfig
+from deco_scale.models import frozen
+from deco_scale.models.config import ImageEncoderConfig, TextEncoderConfig, is_on
 from deco_scale.models.encoders import (
     ImageEncoder,
     TextEncoder,
     dinov2_from_original,
+    text_identity,
 )
 from tests.support.assets import TEXT_DIM, TEXT_TOKENS
 
@@ -83,6 +87,145 @@ def test_attention_of_another_kind_is_left_to_transformers(caplog: pytest.LogCap
     assert "BertModel: transformers builds its attention mask" in caplog.text
     with torch.no_grad():
         assert torch.equal(encoder.encode(["x"]), model(input_ids=ids, attention_mask=mask).last_hidden_state)
+
+
+SIZES = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+SIZES["intermediate_size"] = 48
+
+
+def made(causal: bool, **settings: Any) -> TextEncoder:
+    """An encoder with random weights, at most 80 tokens, for texts that are a number of tokens."""
+    from transformers import BertConfig, BertModel, Qwen3Config, Qwen3Model
+
+    torch.manual_seed(0)
+    grouped = {"num_key_value_heads": 1, "head_dim": 16}
+    kind, config = (Qwen3Model, Qwen3Config(**SIZES, **grouped)) if causal else (BertModel, BertConfig(**SIZES))
+    cfg = TextEncoderConfig(path="made", max_tokens=80, **settings)
+    model = kind._from_config(config, dtype=frozen.weight_dtype(cfg.precision, CPU))
+    ids = torch.randint(0, 99, (80,))
+
+    def tokens(texts: list[str], **options: object) -> dict[str, torch.Tensor]:
+        counts = torch.tensor([[int(text or 0)] for text in texts])
+        return {"input_ids": ids.repeat(len(texts), 1), "attention_mask": (torch.arange(80) < counts).long()}
+
+    return TextEncoder(model, tokens, cfg, CPU)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_only_what_a_batch_needs_is_encoded_with_zero_padding(
+    causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short, full = made(causal, zero_padding=True), made(causal)
+    calls: list[tuple[int, bool]] = []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def attention(query: torch.Tensor, *args: Any, attn_mask: torch.Tensor | None = None, **options: Any) -> Any:
+        calls.append((query.shape[2], attn_mask is None))
+        return attend(query, *args, attn_mask=attn_mask, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
+    for texts, length in ((["3", "20", ""], 32), (["33"], 64), (["80", "1"], 80)):
+        expected, keep = full.encode(texts), torch.tensor([[int(text or 0)] for text in texts]) > torch.arange(80)
+        calls.clear()
+        states = short.encode(texts)
+        # Padding never reaches a token of a causal encoder, so that it needs no mask.
+        assert calls == [(length, causal)] * 2
+        torch.testing.assert_close(states, expected * keep[..., None], rtol=1e-5, atol=1e-5)
+        assert [len(each) for each in short.encode_ragged(texts)] == [int(text or 0) for text in texts]
+    assert short.null.shape == (80, 32) and not short.null.any()
+
+
+def test_on_a_gpu_encoders_run_ahead_compiled_in_bf16() -> None:
+    for cfg in (TextEncoderConfig(path="made"), ImageEncoderConfig(path="made")):
+        assert is_on(cfg.ahead, "cuda") and is_on(cfg.compile, "cuda")
+        assert not is_on(cfg.ahead, "cpu") and not is_on(cfg.compile, "cpu")
+        assert frozen.weight_dtype(cfg.precision, torch.device("cuda")) == torch.bfloat16
+        assert frozen.weight_dtype(cfg.precision, CPU) == torch.float32
+    assert is_on(True, "cpu") and not is_on(False, "cuda")
+
+
+def test_bf16_rounds_weights_and_keeps_rotary_frequencies(text_encoder: Path, image_encoder: Path) -> None:
+    cfg = TextEncoderConfig(path=str(text_encoder), max_tokens=TEXT_TOKENS, precision="bf16")
+    encoder, exact = TextEncoder.load(cfg, CPU), load_text(text_encoder)
+    module = encoder.model.module
+    assert {p.dtype for p in module.parameters()} == {torch.bfloat16}
+    assert module.rotary_emb.inv_freq.dtype == torch.float32
+    texts = ["a red square", "a photo of the circle on white ground"]
+    torch.testing.assert_close(encoder.encode(texts), exact.encode(texts), rtol=0.05, atol=0.05)
+    image = torch.rand(2, 3, 32, 32) * 2 - 1
+    for precision, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        settings = ImageEncoderConfig(path=str(image_encoder), precision=precision)
+        assert ImageEncoder.load(settings, CPU).encode(image).dtype == dtype
+
+
+class CountedGraphs(list[torch.fx.GraphModule]):
+    """A compiler that runs graphs as they are and keeps them."""
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        self.append(graph)
+        return graph.forward
+
+
+def test_layers_share_one_graph_per_shape_and_other_batches_stay_eager(image_encoder: Path) -> None:
+    graphs = CountedGraphs()
+    text = made(True, zero_padding=True)
+    image = ImageEncoder.load(ImageEncoderConfig(path=str(image_encoder)), CPU)
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    # Texts, and the number of graphs from then on.
+    cases = ((["3", "20"], 1), (["5", "7"], 1), (["5"], 1), (["40", "7"], 2), (["", "1", "2"], 2))
+    expected = [text.encode(texts) for texts, _ in cases], image.encode(images)
+    text.model.compile([2], backend=graphs)
+    for (texts, count), states in zip(cases, expected[0], strict=True):
+        torch.testing.assert_close(text.encode(texts), states)
+        assert len(graphs) == count
+    image.model.compile([2], backend=graphs)
+    torch.testing.assert_close(image.encode(images), expected[1])
+    assert len(graphs) == 3
+
+
+def test_an_encoder_that_cannot_be_compiled_runs_eagerly(caplog: pytest.LogCaptureFixture) -> None:
+    encoder = made(True)
+    expected = encoder.encode(["3"])
+
+    def broken(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        raise ValueError("no compiler here")
+
+    encoder.model.compile([1], backend=broken)
+    for _ in range(2):
+        assert torch.equal(encoder.encode(["3"]), expected)
+    (record,) = [r for r in caplog.records if r.name == frozen.__name__]
+    assert "fallback: Qwen3Model runs uncompiled" in record.message and "no compiler here" in record.message
+
+
+def test_fp8_rounds_the_linears_of_the_layers(monkeypatch: pytest.MonkeyPatch, text_encoder: Path) -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    exact, graphs = made(True, precision="bf16"), CountedGraphs()
+    # A CPU multiplies FP8 matrices as well, slowly.
+    monkeypatch.setattr(frozen, "has_fp8", lambda device: True)
+    monkeypatch.setattr(quantization.quant_api, "_check_hardware_support", lambda granularity: None)
+    encoder = made(True, precision="fp8")
+    layer = encoder.model.module.layers[0]
+    assert type(layer.mlp.up_proj.weight).__name__ == "Float8Tensor"
+    states, expected = encoder.encode(["20", "9"]), exact.encode(["20", "9"])
+    assert 1e-3 < (states - expected).norm() / expected.norm() < 0.15
+    encoder.model.compile([2], backend=graphs)
+    torch.testing.assert_close(encoder.encode(["20", "9"]), states)
+    assert len(graphs) == 1
+    # Embeddings of another precision are those of another encoder.
+    names = (
+        text_identity(TextEncoderConfig(path=str(text_encoder), precision=p), 24)["encoder"]
+        for p in ("bf16", "fp8")
+    )
+    assert list(names) == ["encoder", "encoder in fp8"]
+
+
+def test_fp8_that_is_not_possible_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="compute capability 8.9 .* possible here: bf16, fp32"):
+        made(True, precision="fp8")
+    monkeypatch.setattr(frozen, "has_fp8", lambda device: True)
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    with pytest.raises(ConfigError, match="pip install torchao"):
+        made(True, precision="fp8")
 
 
 @pytest.mark.parametrize("path", ["/nowhere/encoder", "Qwen/Qwen3-1.7B", "./missing"])
