@@ -212,11 +212,9 @@ def test_fp8_rounds_the_linears_of_the_layers(monkeypatch: pytest.MonkeyPatch, t
     torch.testing.assert_close(encoder.encode(["20", "9"]), states)
     assert len(graphs) == 1
     # Embeddings of another precision are those of another encoder.
-    names = (
-        text_identity(TextEncoderConfig(path=str(text_encoder), precision=p), 24)["encoder"]
-        for p in ("bf16", "fp8")
-    )
-    assert list(names) == ["encoder", "encoder in fp8"]
+    of = {p: TextEncoderConfig(path=str(text_encoder), precision=p) for p in ("bf16", "fp8")}
+    names = [text_identity(cfg, 24)["encoder"] for cfg in of.values()]
+    assert names == [text_encoder.name, f"{text_encoder.name} in fp8"]
 
 
 def test_fp8_that_is_not_possible_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
