@@ -163,6 +163,7 @@ def test_text_without_a_mask_reads_nothing_back(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(masking_utils, "is_tracing", lambda tensor=None: False)
     sizes = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = Qwen3Config(**sizes, intermediate_size=48, num_key_value_heads=1, head_dim=16)
+    assert CONFIG.text_encoder is not None
     settings = dataclasses.replace(CONFIG.text_encoder, zero_padding=True)
     tokens = Tokens([1, 4])
     with torch.device("meta"):
