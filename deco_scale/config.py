@@ -97,6 +97,9 @@ class RunConfig:
             yield f"samples: model.kind {model.kind} samples {'prompts' if is_text else 'classes'}"
         for beyond in (c for c in samples.classes if not 0 <= c < model.num_classes):
             yield f"samples.classes: {beyond} is not in 0..{model.num_classes - 1}"
+        profile, total = self.run.profile, sum(stage.steps for stage in self.stages)
+        if profile.at_step is not None and profile.at_step + profile.steps - 1 > total:
+            yield f"run.profile: step {profile.at_step + profile.steps - 1} is beyond the {total} steps of the run"
         if self.data.has_text_embeddings and (not is_text or any(stage.data for stage in self.stages)):
             yield "data.text_states are for text models, and for stages without data of their own"
         if objective.repa_weight > 0 and self.image_encoder is None:

@@ -68,10 +68,12 @@ def make_job(args: argparse.Namespace, cfg: RunConfig) -> ClusterJob:
     """The job that the arguments describe; on Kubernetes paths are those inside the image."""
     in_image = args.target == "k8s"
     variables = parse_variables(args.env)
+    # train.py recognises SLURM by itself.
+    binding = ["run.cpu_binding=numa"] if args.target == "hosts" and cfg.run.cpu_binding == "auto" else []
     return ClusterJob(
         name=args.name or args.config.stem.replace("_", "-"),
         config=str(args.config.resolve()),
-        overrides=args.overrides,
+        overrides=[*args.overrides, *binding],
         nodes=args.nodes,
         processes=args.gpus_per_node,
         gpus=cfg.device != "cpu",

@@ -21,7 +21,7 @@ from typing import NoReturn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from deco_scale.config import RunConfig, dump_config, load_config
-from deco_scale.distributed.bootstrap import Environment, read_environment
+from deco_scale.distributed.bootstrap import Environment, read_environment, set_cuda_defaults
 from deco_scale.distributed.signals import StopRequest
 from deco_scale.observability import redact
 from deco_scale.observability.redact import scrub
@@ -83,6 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # DeepSpeed and DCP call PyTorch functions that 2.13 renamed; nothing a user can act on.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    set_cuda_defaults(os.environ)
     args = parse(argv)
     with ExitStatus() as status:
         env = status.env = read_environment(os.environ)

@@ -7,7 +7,7 @@ them, this is the only process.
 import os
 import re
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -39,6 +39,17 @@ def read_environment(variables: Mapping[str, str]) -> Environment:
                 raise ConfigError(f"{names[0]}={environment.rank} with {names[1]}={environment.world_size}")
             return environment
     return Environment(0, 1, 0)
+
+
+def set_cuda_defaults(variables: MutableMapping[str, str]) -> None:
+    """Settings that CUDA and NCCL read when they start, where the user has set none; no GPU has run them yet.
+
+    The allocator grows segments instead of fragmenting, and NCCL's streams have high priority, so that
+    collectives start beside running kernels. As variables they reach every process group, also DeepSpeed's.
+    """
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & variables.keys():
+        variables["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    variables.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
 
 
 def choose_device(setting: str, local_rank: int) -> torch.device:

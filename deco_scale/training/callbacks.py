@@ -20,6 +20,9 @@ class Callback:
     def on_train_start(self, trainer: "Trainer") -> None:
         """Weights and progress are restored; the first stage comes next."""
 
+    def on_step_start(self, trainer: "Trainer", step: int) -> None:
+        """Before update ``step`` (from 1) takes its data; not part of the step's time."""
+
     def on_update_end(self, trainer: "Trainer", step: int) -> None:
         """After update ``step`` (from 1) and its metrics; part of the step's time, as checks of each step are."""
 

@@ -3,18 +3,42 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from deco_scale.distributed.cpu_binding import CpuBinding
 from deco_scale.optim.lr_schedule import LrScaling, LrScheduleConfig, batch_factor
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ProfileConfig:
+    """``ranks`` profile ``steps`` steps of the run from ``at_step`` on, counted from 1 (None: none)."""
+
+    at_step: int | None = None
+    steps: int = 3
+    ranks: tuple[int, ...] = (0,)
+
+    def __post_init__(self) -> None:
+        if (self.at_step is not None and self.at_step < 1) or self.steps < 1:
+            raise ValueError(f"at_step={self.at_step} and steps={self.steps} must be at least 1")
+        if not self.ranks or min(self.ranks) < 0:
+            raise ValueError(f"ranks={list(self.ranks)} must list at least one rank, counted from 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RunSettings:
-    """Where a run lives and how it behaves; ``stop_at_step`` ends this launch early, after a checkpoint."""
+    """Where a run lives and how it behaves; ``stop_at_step`` ends this launch early, after a checkpoint.
+
+    ``gc_every``: Python's garbage collector runs between steps, every so many on all ranks alike (0: when Python
+    likes). ``cpu_binding``: ``numa`` binds each rank to the cores of its GPU's NUMA node, ``auto`` does so under
+    SLURM.
+    """
 
     dir: str
     seed: int = 0
     log_every: int = 10
     max_bad_steps: int = 10
     stop_at_step: int | None = None
+    gc_every: int = 50
+    cpu_binding: CpuBinding = "auto"
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
     def __post_init__(self) -> None:
         if not self.dir:
@@ -23,6 +47,8 @@ class RunSettings:
             raise ValueError("log_every and max_bad_steps must be at least 1")
         if self.stop_at_step is not None and self.stop_at_step < 1:
             raise ValueError(f"stop_at_step={self.stop_at_step} must be at least 1")
+        if self.gc_every < 0:
+            raise ValueError(f"gc_every={self.gc_every} must not be negative")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

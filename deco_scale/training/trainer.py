@@ -259,6 +259,8 @@ class Trainer:
             while progress.step < end and self.stopped is None:
                 step = progress.step + 1
                 logged = step % self.settings.log_every == 0 or step == end
+                with metrics.excluded():
+                    self._call("on_step_start", step)
                 self.heartbeat.beat(step, "start" if step == first else "step")
                 start = time.perf_counter()
                 batch, encoded = next(batches)

@@ -1,5 +1,6 @@
-"""Callbacks of a run: logs, the resolved configuration, replica checks, sample images, evaluation."""
+"""Callbacks of a run: garbage collection, logs, configuration, replica checks, sample images, evaluation."""
 
+import gc
 import logging
 import time
 from abc import ABC, abstractmethod
@@ -70,6 +71,48 @@ class LogRun(Callback):
         stopped = trainer.stopped
         reason, code = ("done", 0) if stopped is None else (f"stopped by {stopped}", REQUEUE)
         self._log.event("end", reason=reason, exit_code=code)
+
+
+class CollectGarbage(Callback):
+    """Runs Python's garbage collector between steps, on all ranks at the same ones (``every`` 0: not at all).
+
+    Otherwise each rank collects when its own counters say so, and in a synchronous step all wait for it. What
+    set-up and the first step have made stays for the whole run and is exempt. Most collections look at young
+    objects, every tenth at all.
+    """
+
+    _FULL = 10
+
+    def __init__(self, every: int) -> None:
+        self._every = every
+        self._controls = self._frozen = False
+
+    def on_train_start(self, trainer: Trainer) -> None:
+        if self._every and gc.isenabled():
+            gc.disable()
+            self._controls = True
+
+    def on_update_end(self, trainer: Trainer, step: int) -> None:
+        if not self._controls:
+            return
+        if not self._frozen:
+            gc.collect()
+            gc.freeze()
+            self._frozen = True
+        elif step % self._every == 0:
+            gc.collect(2 if step % (self._FULL * self._every) == 0 else 1)
+
+    def on_exception(self, trainer: Trainer, error: BaseException) -> None:
+        self._restore()
+
+    def on_train_end(self, trainer: Trainer) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
+        if self._controls:
+            gc.unfreeze()
+            gc.enable()
+            self._controls = False
 
 
 class SaveConfig(Callback):

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import logging
+import os
 import socket
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -18,6 +19,7 @@ from deco_scale.checkpoint.manager import CheckpointManager
 from deco_scale.config import RunConfig
 from deco_scale.distributed.bootstrap import Environment, choose_device, init_distributed
 from deco_scale.distributed.collectives import gather_objects, raise_together
+from deco_scale.distributed.cpu_binding import bind_cpus, should_bind
 from deco_scale.distributed.signals import StopRequest
 from deco_scale.errors import ConfigError
 from deco_scale.evaluation.in_training import EvaluationImage, generate_share
@@ -37,9 +39,10 @@ from deco_scale.training.callbacks import Callback
 from deco_scale.training.inputs import InputBuilder, packed_text_embeddings
 from deco_scale.training.metrics import RankComputeTimer
 from deco_scale.training.prefetch import EncoderPrefetcher
+from deco_scale.training.profiling import ProfileSteps
 from deco_scale.training.trainer import Stage, Trainer
 from deco_scale.watchdog.client import Watchdog
-from launcher.build.callbacks import CheckReplicas, Evaluate, LogRun, SampleImages, SaveConfig
+from launcher.build.callbacks import CheckReplicas, CollectGarbage, Evaluate, LogRun, SampleImages, SaveConfig
 from launcher.build.data import SyntheticData, load_encoders, open_loader, shared_over_tp
 from launcher.build.engine import build_engine
 from launcher.build.model import choose_attention, compute_dtype, objective_builder, plan_fp8_linears
@@ -67,6 +70,8 @@ def build_trainer(
         checkpoints.resolve(resume)
     torch.set_float32_matmul_precision("high" if cfg.precision.compute != "fp32" else "highest")
     init_distributed(env, device)
+    # Before anything starts threads or processes that should inherit it: the sidecar, data workers, encoders.
+    bound = bind_cpus(device) if should_bind(cfg.run.cpu_binding, os.environ) else []
     heartbeat = start_watchdog()
     raise_together(lambda: _prepare_folder(folder, checkpoints) if dist.get_rank() == 0 else None)
     precomputed = cfg.data.has_text_embeddings and not dry_run
@@ -98,7 +103,7 @@ def build_trainer(
         monitor=cfg.monitor,
         config=plain,
     )
-    for line in (*(choice.line() for choice in choices), *(fp8_plan.messages() if fp8_plan else ())):
+    for line in (*bound, *(choice.line() for choice in choices), *(fp8_plan.messages() if fp8_plan else ())):
         logger.info(line)
     encode_text = None
     if null_embedding is not None:
@@ -158,6 +163,8 @@ def check(cfg: RunConfig, env: Environment) -> tuple[ParallelDims, torch.device]
     dims = resolve_parallel_dims(cfg.parallel, env.world_size)
     check_tp(cfg.model, dims.tp)
     derive_stages(cfg, dims)
+    if absent := [rank for rank in cfg.run.profile.ranks if rank >= env.world_size]:
+        raise ConfigError(f"run.profile.ranks: there is no rank {absent[0]}; possible: 0 to {env.world_size - 1}")
     device = choose_device(cfg.device, env.local_rank)
     try:
         check_backend(cfg.attention.backend, device, dtype=compute_dtype(cfg), head_dim=cfg.model.head_dim)
@@ -217,7 +224,10 @@ def _callbacks(
 
     layout = {"world_size": dist.get_world_size(), "layout": dataclasses.asdict(dims)}
     return [
+        CollectGarbage(cfg.run.gc_every),
         LogRun(run_logger, {**layout, "hosts": sorted(set(hosts))}),
+        # Before the callbacks that draw images: after the last profiled step these are no part of the trace.
+        ProfileSteps(cfg.run.profile, Path(cfg.run.dir) / "profile"),
         SaveConfig(cfg),
         CheckReplicas(cfg.faults.check_replicas_every),
         SampleImages(cfg.samples, draw, run_logger, Path(cfg.run.dir)),

@@ -1,5 +1,6 @@
 """A class model from a folder of images for each class to samples: digits, ``configs/c2i_tiny.yaml``."""
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ SHOWN: dict[str, Any] = {
                    "sampler": {"solver": "heun", "num_steps": 2}},
 }  # fmt: skip
 """Images while training, which must leave no trace in it."""
+PROFILE = {"at_step": 12, "steps": 2}
 
 
 def digit_folders(root: Path) -> Path:
@@ -70,7 +72,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     one = [
         Job("whole", tiny(root, "whole")),
-        Job("broken", tiny(root, "broken", run={"stop_at_step": BREAK}, **SHOWN)),
+        Job("broken", tiny(root, "broken", run={"stop_at_step": BREAK, "profile": PROFILE}, **SHOWN)),
         Job("again", tiny(root, "broken", run={"stop_at_step": SHORT}, **SHOWN), "auto"),
         Job("larger", short(tiny(root, "larger", **at_16), resolution=16, name="at_16")),
         Job("image", image(root, "image")),
@@ -99,6 +101,18 @@ def test_loss_falls_and_a_break_leaves_no_trace(runs: Path) -> None:
     ]
     text = (runs / "broken" / "log.txt").read_text()
     assert f"step {BREAK}, {BREAK * 32} samples seen" in text
+
+
+def test_the_profiled_steps_are_in_a_trace(runs: Path) -> None:
+    assert [path.name for path in (runs / "broken" / "profile").iterdir()] == [
+        "step_00000012_rank_00000.trace.json.gz"
+    ]
+    with gzip.open(runs / "broken" / "profile" / "step_00000012_rank_00000.trace.json.gz", "rt") as file:
+        names = [event["name"] for event in json.load(file)["traceEvents"] if "name" in event]
+    assert sum(name.startswith("ProfilerStep#") for name in names) == 2
+    # Backward of two micro-batches, and no image: those are drawn after step 12, between the two.
+    assert sum("_fused_adamw_" in name for name in names) == 2
+    assert "profile of steps 12-13 of ranks 0" in (runs / "broken" / "log.txt").read_text()
 
 
 def test_training_goes_on_at_another_resolution_from_the_average(runs: Path) -> None:

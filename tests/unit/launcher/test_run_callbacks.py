@@ -1,5 +1,6 @@
 """What callbacks record of a run, and that its log is closed with it."""
 
+import gc
 import json
 import logging
 import time
@@ -20,7 +21,7 @@ from deco_scale.training.callbacks import Callback
 from deco_scale.training.config import RunSettings, StageConfig
 from deco_scale.training.train_step import StepResult
 from deco_scale.training.trainer import Progress, Stage, Trainer
-from launcher.build.callbacks import CheckReplicas, LogRun, SampleImages
+from launcher.build.callbacks import CheckReplicas, CollectGarbage, LogRun, SampleImages
 
 TRAINER = cast(Any, None)
 
@@ -129,3 +130,37 @@ def test_checks_of_a_step_are_part_of_its_time_and_images_are_not(monkeypatch: p
     trainer.train(Progress())
     # Step 2 is logged after one of each.
     assert slow.step_s == 3.0 / 2
+
+
+@pytest.mark.parametrize("ending", ["on_train_end", "on_exception"])
+def test_garbage_is_collected_between_steps_only_and_python_does_it_again_afterwards(
+    ending: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, collections = TRAINER, []
+    monkeypatch.setattr(gc, "collect", lambda generation=2: collections.append(generation))
+    frozen = gc.get_freeze_count()
+    callback = CollectGarbage(2)
+    callback.on_train_start(trainer)
+    assert not gc.isenabled()
+    for step in range(1, 41):
+        callback.on_update_end(trainer, step)
+    # After the first step all, then young objects every second step, and all of them every twentieth.
+    assert collections == [2, *[1] * 9, 2, *[1] * 9, 2]
+    assert gc.get_freeze_count() > frozen
+    getattr(callback, ending)(trainer, *([ValueError()] if ending == "on_exception" else []))
+    assert gc.isenabled() and gc.get_freeze_count() == 0
+
+
+def test_a_collector_that_is_off_stays_off() -> None:
+    trainer = cast(Any, None)
+    never = CollectGarbage(0)
+    never.on_train_start(trainer)
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        callback = CollectGarbage(2)
+        callback.on_train_start(trainer)
+        callback.on_train_end(trainer)
+        assert not gc.isenabled()
+    finally:
+        gc.enable()

@@ -223,6 +223,10 @@ def test_hostfile_and_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "not submitted" in told and "preflight.py" in told
     assert "--hosts" in refused(capsys, *HOSTS, "n0,n0")
     assert "--hosts" in refused(capsys, *HOSTS, "n0,-oProxyCommand=x")
+    # Ranks are bound to CPUs unless the configuration says otherwise.
+    assert "run.cpu_binding=numa" in told
+    assert submit.main([*HOSTS, "n0,n1", "run.cpu_binding=none"]) == 0
+    assert "run.cpu_binding=numa" not in capsys.readouterr().err
     job = ClusterJob(
         name="a", config="c", overrides=(HOSTILE,), nodes=1, processes=1, gpus=True, entry="/e", python="/b/python"
     )
