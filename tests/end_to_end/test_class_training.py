@@ -104,13 +104,11 @@ def test_loss_falls_and_a_break_leaves_no_trace(runs: Path) -> None:
 
 
 def test_the_profiled_steps_are_in_a_trace(runs: Path) -> None:
-    assert [path.name for path in (runs / "broken" / "profile").iterdir()] == [
-        "step_00000012_rank_00000.trace.json.gz"
-    ]
-    with gzip.open(runs / "broken" / "profile" / "step_00000012_rank_00000.trace.json.gz", "rt") as file:
+    (path,) = (runs / "broken" / "profile").iterdir()
+    assert path.name == "step_00000012_rank_00000.trace.json.gz"
+    with gzip.open(path, "rt") as file:
         names = [event["name"] for event in json.load(file)["traceEvents"] if "name" in event]
     assert sum(name.startswith("ProfilerStep#") for name in names) == 2
-    # Backward of two micro-batches, and no image: those are drawn after step 12, between the two.
     assert sum("_fused_adamw_" in name for name in names) == 2
     assert "profile of steps 12-13 of ranks 0" in (runs / "broken" / "log.txt").read_text()
 
