@@ -39,7 +39,7 @@ from benchmarks.train.steps import TrainingSteps, leave, resolved_layout
 from deco_scale.config import RunConfig, dump_config, load_config
 from deco_scale.distributed.bootstrap import Environment, choose_device, read_environment
 from deco_scale.errors import ConfigError, RunError
-from deco_scale.planning.flops import peak_flops
+from deco_scale.planning.hardware import peak_flops
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

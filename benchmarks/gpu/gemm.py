@@ -16,57 +16,11 @@ from benchmarks.gpu.sizes import TINY_CEILINGS, XXL, overrides_of
 from benchmarks.jobs.runner import Found, Where
 from benchmarks.measure import Stopwatch, device_name, measure_ceilings, synchronise
 from deco_scale.config import load_config
-from deco_scale.models import ModelConfig
 from deco_scale.models.attention.autotune import keep_busy
+from deco_scale.planning.gemm import Product, products
 
 MICRO_BATCH = 64
 RESOLUTION = 256
-
-
-@dataclasses.dataclass(frozen=True)
-class Product:
-    """A linear: ``rows`` (M) by ``in_features`` (K) to ``out_features`` (N), ``count`` times a micro-batch.
-
-    No step computes the dX of one whose input is ``data``.
-    """
-
-    name: str
-    rows: int
-    in_features: int
-    out_features: int
-    count: int
-    data: bool = False
-
-    @property
-    def flops(self) -> float:
-        """Of one of its three products."""
-        return 2.0 * self.rows * self.in_features * self.out_features
-
-
-def products(model: ModelConfig, *, micro_batch: int, resolution: int) -> list[Product]:
-    """The linears of text model ``model`` that see tokens, those of modulation aside (0.1% of the work).
-
-    ``gate+up`` is the two of an image block's MLP as one product: a possible change, and not counted.
-    """
-    rows, columns = model.grid(resolution, resolution)
-    image, text = micro_batch * rows * columns, micro_batch * model.text_tokens
-    dim, hidden = model.dim, model.mlp_hidden_dim
-    found = []
-    for name, tokens, blocks in (("image", image, model.num_blocks), ("text", text, model.num_text_blocks)):
-        found += [
-            Product(f"{name} qkv", tokens, dim, 3 * dim, blocks),
-            Product(f"{name} proj", tokens, dim, dim, blocks),
-            Product(f"{name} gate, up", tokens, dim, hidden, 2 * blocks),
-            Product(f"{name} down", tokens, hidden, dim, blocks),
-        ]
-    return [
-        *found,
-        Product("context_kv", text, dim, 2 * dim, model.num_blocks),
-        Product("text_embed", text, model.text_dim, dim, 1, data=True),
-        Product("patch_embed", image, model.patch_values, dim, 1, data=True),
-        Product("cond_proj", image, dim, model.patch_size**2 * model.decoder_width, 1),
-        Product("image gate+up", image, dim, 2 * hidden, 0),
-    ]
 
 
 def gemm(where: Where) -> Found:
@@ -76,9 +30,9 @@ def gemm(where: Where) -> Found:
     ceilings = measure_ceilings(device, torch.bfloat16, **sizes, repeats=5)
     where.write("ceilings", {**dataclasses.asdict(ceilings), "device": device_name(device)})
     model = load_config(XXL, overrides_of(where)).model
-    every = products(
-        model, micro_batch=2 if where.quick else MICRO_BATCH, resolution=64 if where.quick else RESOLUTION
-    )
+    batch, side = (2, 64) if where.quick else (MICRO_BATCH, RESOLUTION)
+    # The modulation's are 0.1% of the work.
+    every = [p for p in products(model, micro_batch=batch, resolution=side) if p.part != "modulation"]
     table = Table("product", "M", "K", "N", "a step", "forward TFLOP/s", "dX", "dW")
     kinds = {"forward": 0.0, "dX": 0.0, "dW": 0.0}
     flops = dict(kinds)
@@ -86,7 +40,7 @@ def gemm(where: Where) -> Found:
         times = _times_s(product, device, repeats=3 if where.quick else 7)
         rates = {kind: product.flops / taken / 1e12 for kind, taken in times.items()}
         where.write(
-            product.name.replace(" ", "_").replace(",", ""),
+            product.name.replace(" ", "_"),
             {**dataclasses.asdict(product), **{f"{kind}_tflops_per_s": rate for kind, rate in rates.items()}},
         )
         for kind, taken in times.items():

@@ -32,7 +32,7 @@ from deco_scale.config import RunConfig, load_config
 from deco_scale.distributed.bootstrap import Environment
 from deco_scale.errors import ConfigError
 from deco_scale.objectives import Objective
-from deco_scale.planning.flops import peak_flops
+from deco_scale.planning.hardware import peak_flops
 
 ALONE = Environment(0, 1, 0)
 TRACE_BYTES = 12 * 2**20

@@ -14,10 +14,11 @@ from data_pipeline.text import shape_text
 from deco_scale.cli import simulate
 from deco_scale.config import RunConfig, load_config
 from deco_scale.errors import ConfigError
+from deco_scale.models.config import is_on
 from deco_scale.models.tp_plan import check_tp
 from deco_scale.parallel.engines.deepspeed_config import ZERO3_PERSISTENT
 from deco_scale.parallel.mesh import ParallelDims, resolve_parallel_dims
-from deco_scale.planning.calibration import Measured, predict, read_results
+from deco_scale.planning.calibration import Measured, predict, read_gemm_corrections, read_results
 from deco_scale.planning.comms import seconds_of, step_traffic
 from deco_scale.planning.flops import (
     DINOV2_B,
@@ -27,10 +28,29 @@ from deco_scale.planning.flops import (
     TrainStep,
     Workload,
 )
-from deco_scale.planning.forecast import DAY_S, Plan, all_plans, plan_as_configured, recommend
-from deco_scale.planning.hardware import COPY_SHARE, GPUS, LAUNCH_S, MARGIN, Device, gpu_device
+from deco_scale.planning.forecast import (
+    DAY_S,
+    HOST_SHARE,
+    TIE,
+    Plan,
+    all_plans,
+    plan_as_configured,
+    recommend,
+    smallest_batches,
+)
+from deco_scale.planning.hardware import COPY_SHARE, ENCODER_SHARE, GPUS, MARGIN, Device, gpu_device
+from deco_scale.planning.host import COMPILED_SHARE, SERVER_SPEED, read_host_times
 from deco_scale.planning.layouts import enumerate_layouts
 from deco_scale.planning.memory import RESERVE_BYTES, layout_rows, state_copies
+from deco_scale.planning.uncertainty import (
+    ASSUMPTIONS,
+    MEMORY_SHARE,
+    PUBLISHED,
+    Range,
+    compared,
+    memory_range,
+    step_range,
+)
 from deco_scale.precision.fp8_plan import BatchShape, plan_fp8, precision_rows
 from deco_scale.precision.recipe import planned_machine, resolve_fp8
 
@@ -149,10 +169,14 @@ def show_forecast(cfg: RunConfig, args: argparse.Namespace, console: Console) ->
         own = plan_as_configured(work, cfg.stages, cfg.parallel, device, gpus=args.gpus)
     except ConfigError as error:
         why_not = f"as configured: not possible: {error}"
-    _print_plans(plans, best, own, device, args, console)
+    _print_plans(plans, best, own, work, device, args, console)
     if why_not:
         print_line(console, why_not)
-    _print_plan(best, args.price, console)
+    ranges = [step_range(work, forecast, best, device) for forecast in best.stages]
+    _print_plan(best, ranges, args.price, console)
+    _print_host(best, work, device, lambda gpus: recommend(_plans(cfg, work, device, gpus), device), console)
+    _print_published(best, ranges, device, console)
+    _print_encoders(work, best, device, console)
     chosen = dataclasses.replace(cfg, parallel=best.parallel, stages=tuple(f.stage for f in best.stages))
     _print_traffic(chosen, resolve_parallel_dims(best.parallel, args.gpus), console, device)
     _print_assumptions(device, notes, console)
@@ -176,11 +200,20 @@ def _plans(cfg: RunConfig, work: Workload, device: Device, gpus: int) -> list[Pl
 
 
 def _device(cfg: RunConfig, args: argparse.Namespace, measured: list[Measured]) -> Device:
-    """With the ceilings that were measured on this GPU, in the number format of the configuration's GEMMs."""
+    """With what was measured of this GPU in the number format of the configuration's GEMMs, and of the host."""
     compute = cfg.precision.compute
     same = [m for m in measured if m.gpu == args.gpu and (m.work.compute == "fp32") == (compute == "fp32")]
-    ceilings = [m.ceiling for m in same]
-    return gpu_device(args.gpu, compute=compute, network_gbps=args.network_gbps, measured=ceilings)
+    corrections, source = read_gemm_corrections(args.results, args.gpu) if compute == "bf16" else ({}, "")
+    device = gpu_device(
+        args.gpu,
+        compute=compute,
+        network_gbps=args.network_gbps,
+        measured=[m.ceiling for m in same],
+        host=read_host_times(args.results),
+        gemm_corrections=corrections,
+    )
+    shapes = f"measured: {source}" if source else "estimated from tiles, waves and K; planning/gemm.py"
+    return dataclasses.replace(device, figures=(*device.figures, f"GEMM rates by shape ({shapes})"))
 
 
 def workload(cfg: RunConfig) -> tuple[Workload, list[str]]:
@@ -191,13 +224,19 @@ def workload(cfg: RunConfig) -> tuple[Workload, list[str]]:
     if cfg.text_encoder is not None and (not is_encoded or cfg.samples.every):
         name, tokens = Path(cfg.text_encoder.path).name, cfg.text_encoder.max_tokens
         if name in KNOWN_TEXT_ENCODERS:
-            encoders.append(Encoder(name, *KNOWN_TEXT_ENCODERS[name], tokens=tokens, runs=not is_encoded))
+            # ``auto`` leaves one uncompiled whose batches vary in size.
+            compiled = is_on(cfg.text_encoder.compile, "cuda") and (
+                cfg.text_encoder.compile is True or not cfg.text_encoder.cache_captions
+            )
+            known = KNOWN_TEXT_ENCODERS[name]
+            encoders.append(Encoder(name, *known, tokens=tokens, runs=not is_encoded, compiled=compiled))
         else:
-            known = ", ".join(KNOWN_TEXT_ENCODERS)
-            notes.append(f"text encoder {name!r} is unknown (known: {known}): it is left out")
+            names = ", ".join(KNOWN_TEXT_ENCODERS)
+            notes.append(f"text encoder {name!r} is unknown (known: {names}): it is left out")
     repa = cfg.objective.repa_weight > 0
     if repa:
-        encoders.append(DINOV2_B)
+        compiled = cfg.image_encoder is None or is_on(cfg.image_encoder.compile, "cuda")
+        encoders.append(dataclasses.replace(DINOV2_B, compiled=compiled))
     zero = cfg.parallel.deepspeed.get("zero_optimization", {})
     work = Workload(
         model=cfg.model,
@@ -213,56 +252,85 @@ def workload(cfg: RunConfig) -> tuple[Workload, list[str]]:
     running = [encoder.name for encoder in encoders if encoder.runs]
     if running:
         notes.append(
-            f"encoders in the step: {', '.join(running)}, in sequence with it, linears only; "
-            "text_encoder.ahead and image_encoder.ahead would hide part of their time, which is not counted"
+            f"encoders in the step: {', '.join(running)}, linears only, at {ENCODER_SHARE[False]:.0%} of the "
+            f"datasheet's rate, {ENCODER_SHARE[True]:.0%} compiled (assumed); running ahead they share the GPU "
+            "with the step and are counted in full"
         )
     return work, notes
 
 
-def _row(plan: Plan, device: Device, price: float | None) -> list[str]:
+def _row(plan: Plan, work: Workload, device: Device, price: float | None) -> list[str]:
     parallel, peak = plan.parallel, GPUS[device.name].bf16_flops * plan.gpus
-    engine = "fsdp" if parallel.engine == "fsdp" else f"ZeRO-{parallel.zero_stage}"
+    ranges = [step_range(work, forecast, plan, device) for forecast in plan.stages]
+    low, high = (_total(plan, [getattr(each, end) for each in ranges]) for end in ("low_s", "high_s"))
     return [
-        f"{engine} {parallel.dp_replicate}x{parallel.dp_shard}x{parallel.tp}",
+        _layout_name(plan),
         parallel.activation_checkpointing,
         "\n".join(f"{f.stage.micro_batch}x{f.accumulation}" for f in plan.stages),
-        "\n".join(f"{f.memory_bytes / GIB:.1f}" for f in plan.stages),
-        "\n".join(f"{f.step_s:.3f}" for f in plan.stages),
+        "\n".join(_with_range(*(size / GIB for size in (f.memory_bytes, *memory_range(f)))) for f in plan.stages),
+        "\n".join(_with_range(f.step_s, r.low_s, r.high_s) for f, r in zip(plan.stages, ranges, strict=True)),
+        "\n".join(f"{f.host_share:.0%}" for f in plan.stages),
         "\n".join(f"{f.images_per_s:,.0f}" for f in plan.stages),
         "\n".join(f"{f.image_flops * f.images_per_s / peak:.1%}" for f in plan.stages),
-        f"{plan.seconds / DAY_S:.2f}",
+        _with_range(plan.seconds / DAY_S, low / DAY_S, high / DAY_S),
         f"{plan.gpu_hours:,.0f}",
         *([f"{plan.gpu_hours * price:,.0f}"] if price is not None else []),
     ]
 
 
+def _layout_name(plan: Plan) -> str:
+    parallel = plan.parallel
+    engine = "fsdp" if parallel.engine == "fsdp" else f"ZeRO-{parallel.zero_stage}"
+    return f"{engine} {parallel.dp_replicate}x{parallel.dp_shard}x{parallel.tp}"
+
+
+def _with_range(likely: float, low: float, high: float) -> str:
+    return f"{likely:.3g} ({low:.3g}-{high:.3g})"
+
+
+def _total(plan: Plan, step_seconds: Sequence[float]) -> float:
+    """Seconds of the recipe with these seconds for a step of each stage."""
+    return sum(seconds * f.stage.steps for seconds, f in zip(step_seconds, plan.stages, strict=True))
+
+
 def _print_plans(
-    plans: Sequence[Plan], best: Plan, own: Plan | None, device: Device, args: argparse.Namespace, console: Console
+    plans: Sequence[Plan],
+    best: Plan,
+    own: Plan | None,
+    work: Workload,
+    device: Device,
+    args: argparse.Namespace,
+    console: Console,
 ) -> None:
     """The fastest ``--top`` layouts of each engine that fit, and the configured one; a line per stage."""
     table = Table(
-        "", "layout", "recompute", "micro", "GiB", "step s", "img/s", "MFU", "days", "GPU-h",
+        "", "layout", "recompute", "micro", "GiB", "step s", "host", "img/s", "MFU", "days", "GPU-h",
         *(["cost"] if args.price is not None else []),
         title=f"{best.gpus} x {device.name}, stages: {', '.join(f.stage.name for f in best.stages)}",
     )  # fmt: skip
     fitting = [plan for plan in plans if device.fits(plan.memory_bytes)]
     for engine in ("fsdp", "deepspeed"):
-        for plan in [plan for plan in fitting if plan.parallel.engine == engine][: args.top]:
-            table.add_row("*" if plan == best else "", *_row(plan, device, args.price))
+        shown = [plan for plan in fitting if plan.parallel.engine == engine][: args.top]
+        if best.parallel.engine == engine and best not in shown:
+            shown.append(best)
+        for plan in shown:
+            table.add_row("*" if plan == best else "", *_row(plan, work, device, args.price))
         table.add_section()
     if own is not None:
         mark = "own" if device.fits(own.memory_bytes) else "own, does not fit"
-        table.add_row(mark, *_row(own, device, args.price))
+        table.add_row(mark, *_row(own, work, device, args.price))
     console.print(table)
     print_line(
         console,
-        f"{len(fitting)} of {len(plans)} layouts fit; *: the fastest of them, recommended; own: as configured. "
-        "layout: dp_replicate x dp_shard x tp; micro: micro-batch x accumulation, the fastest that fits",
+        f"{len(fitting)} of {len(plans)} layouts fit; *: recommended, of those within {TIE:.0%} of the fastest "
+        "the one with the least host time; own: as configured. layout: dp_replicate x dp_shard x tp; micro: "
+        "micro-batch x accumulation; host: time to launch a step over the step; (low-high): range of the "
+        "assumptions below",
     )
 
 
-def _print_plan(plan: Plan, price: float | None, console: Console) -> None:
-    """The recommended layout: its settings, memory and time by part, and the full recipe."""
+def _print_plan(plan: Plan, ranges: Sequence[Range], price: float | None, console: Console) -> None:
+    """The recommended layout: its settings, memory and time by part, what is least sure, and the full recipe."""
     names = ["engine", "zero_stage", "dp_replicate", "dp_shard", "tp", "activation_checkpointing"]
     if plan.parallel.engine == "fsdp":
         names.remove("zero_stage")
@@ -270,17 +338,96 @@ def _print_plan(plan: Plan, price: float | None, console: Console) -> None:
     settings += [f"stages.{f.stage.name}.micro_batch={f.stage.micro_batch}" for f in plan.stages]
     print_line(console, "recommended: " + " ".join(settings))
     cost = f", cost {plan.gpu_hours * price:,.0f} at {price:g} per GPU-hour" if price is not None else ""
-    print_line(console, f"full recipe: {plan.seconds / DAY_S:.2f} days, {plan.gpu_hours:,.0f} GPU-hours{cost}")
+    low, high = (_total(plan, [getattr(each, end) for each in ranges]) / DAY_S for end in ("low_s", "high_s"))
+    print_line(
+        console,
+        f"full recipe: {_with_range(plan.seconds / DAY_S, low, high)} days, {plan.gpu_hours:,.0f} GPU-hours{cost}",
+    )
     for title, parts, scale, digits in (
         ("memory of a GPU, GiB", [f.memory for f in plan.stages], 1 / GIB, 3),
         ("time of a step, ms", [f.seconds for f in plan.stages], 1e3, 1),
+        ("an assumption may add, ms", [each.slower_s for each in ranges], 1e3, 1),
     ):
         table = Table(title, *(f.stage.name for f in plan.stages))
         for part in parts[0]:
             table.add_row(part, *(f"{scale * each[part]:.{digits}f}" for each in parts))
-        table.add_section()
-        table.add_row("sum", *(f"{scale * sum(each.values()):.{digits}f}" for each in parts))
+        if parts[0].keys() != ranges[0].slower_s.keys():
+            table.add_section()
+            table.add_row("sum", *(f"{scale * sum(each.values()):.{digits}f}" for each in parts))
         console.print(table)
+
+
+def _print_host(
+    plan: Plan, work: Workload, device: Device, plan_on: Callable[[int], Plan], console: Console
+) -> None:
+    """Whether the host keeps up with the GPUs, and what to do where it does not."""
+    for f in plan.stages:
+        verdict = "below" if f.host_share < HOST_SHARE else "NOT below"
+        print_line(
+            console,
+            f"host time of {f.stage.name}: {1e3 * f.host_s:.0f} ms of a {1e3 * f.step_s:.0f} ms step, "
+            f"{f.host_share:.0%}, {verdict} half of the step",
+        )
+    if not plan.is_host_bound:
+        return
+    fewer = plan.gpus // 2
+    found = None
+    while fewer and found is None:
+        try:
+            smaller = plan_on(fewer)
+        except ConfigError:
+            break
+        found, fewer = (smaller if not smaller.is_host_bound else None), fewer // 2
+    if found is not None:
+        print_line(
+            console,
+            f"  with these global batches take {found.gpus} GPUs, {_layout_name(found)}: "
+            f"{found.seconds / DAY_S:.3g} days and {found.gpu_hours:,.0f} GPU-hours instead of "
+            f"{plan.seconds / DAY_S:.3g} and {plan.gpu_hours:,.0f}",
+        )
+    larger = smallest_batches(work, plan, device)
+    if larger is not None:
+        settings = " ".join(
+            f"stages.{s.name}.global_batch={s.global_batch} stages.{s.name}.micro_batch={s.micro_batch}"
+            for s, f in zip(larger, plan.stages, strict=True)
+            if s != f.stage
+        )
+        print_line(
+            console,
+            f"  or train with larger global batches on {plan.gpus} GPUs, and fewer steps: {settings}; the "
+            "learning rate and its warmup have to follow (docs/training.md)",
+        )
+
+
+def _print_published(plan: Plan, ranges: Sequence[Range], device: Device, console: Console) -> None:
+    """The plan's MFU beside that of published runs."""
+    peak = GPUS[device.name].bf16_flops * plan.gpus
+    print_line(console, "compared with published runs (MFU of the datasheet's dense bf16 rate, encoders aside):")
+    for each in PUBLISHED:
+        print_line(console, f"  {each.low:.0%}-{each.high:.0%}  {each.what}")
+    for f, r in zip(plan.stages, ranges, strict=True):
+        flops = f.image_flops * f.stage.global_batch / peak
+        low, likely, high = (flops / seconds for seconds in (r.high_s, f.step_s, r.low_s))
+        print_line(console, f"  {f.stage.name}: {likely:.0%} ({low:.0%}-{high:.0%}) predicted; {compared(likely)}")
+
+
+def _print_encoders(work: Workload, plan: Plan, device: Device, console: Console) -> None:
+    """What precomputed text would save, where that is more than a tie."""
+    without = tuple(dataclasses.replace(e, runs=False) if e.tokens else e for e in work.encoders)
+    if without == work.encoders:
+        return
+    stages = [f.stage for f in plan.stages]
+    saved = plan_as_configured(
+        dataclasses.replace(work, encoders=without), stages, plan.parallel, device, gpus=plan.gpus
+    )
+    if saved.seconds > (1 - TIE) * plan.seconds:
+        return
+    print_line(
+        console,
+        f"with precomputed text (data.text_states, docs/data.md) the recipe would take "
+        f"{saved.seconds / DAY_S:.3g} days instead of {plan.seconds / DAY_S:.3g}, "
+        f"{1 - saved.seconds / plan.seconds:.0%} less",
+    )
 
 
 def _print_assumptions(device: Device, notes: Sequence[str], console: Console) -> None:
@@ -288,18 +435,30 @@ def _print_assumptions(device: Device, notes: Sequence[str], console: Console) -
     print_line(console, "assumptions:")
     for line in (
         *device.figures,
-        f"host time of an operation {1e6 * LAUNCH_S[device.kind]:.0f} us (assumed)",
+        f"host time of a micro-batch and an update, ms: {_host_text(device)} ({device.host.source}); a server's "
+        f"core {SERVER_SPEED:g} times as fast, compiled blocks {COMPILED_SHARE:.0%} of the eager ones' (assumed)",
+        f"latency of a collective {1e6 * device.latency.call_s:.1f} us, {1e6 * device.latency.link_s:.1f} us for "
+        f"each step of a ring in a node, {1e6 * device.latency.network_s:.0f} us between nodes (NCCL's own model)",
         f"reserve {RESERVE_BYTES[device.kind] / GIB:.1f} GiB for CUDA and NCCL (assumed); "
         f"{MARGIN:.0%} of the memory stays free",
-        "a GPU's GEMMs reach the rate of a large one; memory-bound parts reach the copy rate "
-        f"({COPY_SHARE:.0%} of the datasheet where nothing is measured)",
+        f"memory-bound parts reach the copy rate ({COPY_SHARE:.0%} of the datasheet where nothing is measured)",
         "overlap: fsdp hides all-gathers and reductions behind computation except for one unit of the model, "
-        "ZeRO-3 its all-gathers, ZeRO-2 its reductions; tp communication is never hidden; latency is left out",
+        "ZeRO-3 its all-gathers, ZeRO-2 its reductions; tp communication is never hidden",
+        "ranges: "
+        + "; ".join(f"{a.what} {1 / a.fast - 1:+.0%} to {1 / a.slow - 1:+.0%} of the time" for a in ASSUMPTIONS)
+        + f"; memory beside the state {MEMORY_SHARE:.0%} either way",
         "data waits, checkpoints, sample images and faults are not counted",
         "gains of Triton kernels, compiled blocks and FP8 are calculated, not measured: not yet run on a GPU",
         *notes,
     ):
         print_line(console, f"  - {line}")
+
+
+def _host_text(device: Device) -> str:
+    return ", ".join(
+        f"{engine} {1e3 * t.micro_batch_s:.0f} + {1e3 * t.update_s:.0f}"
+        for engine, t in device.host.engines.items()
+    )
 
 
 def _print_errors(measured: Sequence[Measured], skipped: str, console: Console) -> None:

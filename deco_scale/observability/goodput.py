@@ -13,7 +13,9 @@ add up to the wall clock exactly.
                       to which the run was rolled back
     down              from an attempt's last sign of life to the next start
 
-The last sign of life of a killed process is its last line: work after it is in ``down``, not in ``lost``.
+The last sign of life of a killed process is its last line: work after it is in ``down``, not in ``lost``. A rank
+that hangs is found by the watchdog after a while, which is in ``down`` too: where the ``hang`` event has
+``silent_s``, life ended that long before it, although the step that hung may be logged when its process ends.
 Between two logged steps, lost work is taken in proportion to the steps.
 """
 
@@ -205,6 +207,7 @@ def _launches(marks: list[_Mark], now: int, silent: int) -> list[_Launch]:
         else:
             launches[-1].marks.append(mark)
     for launch, following in zip_longest(launches, launches[1:]):
+        _drop_hung_steps(launch)
         launch.end = (launch.last(*_PROGRESS) or launch.start).time
         if following is not None:
             launch.next_start = following.start.time
@@ -216,6 +219,14 @@ def _launches(marks: list[_Mark], now: int, silent: int) -> list[_Launch]:
         elif not {"end", "hang", "lost_rank"} & after and now - launch.end <= silent:
             launch.end = now  # still working, as far as one can tell
     return launches
+
+
+def _drop_hung_steps(launch: _Launch) -> None:
+    """Without what was logged while a rank made no progress: no step went on in that time."""
+    hang = launch.last("hang")
+    if hang is not None and is_number(silent_s := hang.fields.get("silent_s")):
+        since = hang.time - round(silent_s * _SECOND)
+        launch.marks = [m for m in launch.marks if m.kind not in _PROGRESS or m.time <= since]
 
 
 def _attempt(launch: _Launch, *, last: bool) -> Attempt:

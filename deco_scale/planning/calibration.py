@@ -1,4 +1,4 @@
-"""Measured training steps, and how far the prediction is from each of them."""
+"""Measured training steps, how far the prediction is from each of them, and measured rates of matrix products."""
 
 import json
 import math
@@ -11,7 +11,8 @@ from deco_scale.models import ModelConfig
 from deco_scale.parallel.config import ParallelConfig
 from deco_scale.planning.flops import IMAGE_ENCODER_DIM, Workload
 from deco_scale.planning.forecast import forecast_stage
-from deco_scale.planning.hardware import Ceiling, Device, cpu_device, gpu_device, gpu_named
+from deco_scale.planning.gemm import LARGE, gemm_share
+from deco_scale.planning.hardware import GPUS, Ceiling, Device, cpu_device, gpu_device, gpu_named
 from deco_scale.training.config import StageConfig
 
 
@@ -126,3 +127,31 @@ def predict(m: Measured) -> tuple[float, float]:
     """Seconds of a step and bytes of memory; without the reserve, which is no part of what was measured."""
     forecast = forecast_stage(m.work, m.stage, m.parallel, m.device, gpus=m.world)
     return forecast.step_s, forecast.memory_bytes - forecast.memory["reserve"] + m.memory_before_bytes
+
+
+def read_gemm_corrections(folder: Path, gpu: str) -> tuple[dict[tuple[str, str], float], str]:
+    """Measured over estimated rates by product and pass, and the file that has them; empty without one.
+
+    Reads the newest ``gemm*.json`` of this GPU, the GPU suite's file of its job ``gemm``. Raises
+    :class:`ConfigError` naming a file that is not one.
+    """
+    for path in sorted(folder.glob("gemm*.json"), reverse=True):
+        try:
+            parts = json.loads(path.read_text(encoding="utf-8"))["parts"]
+            ceilings = parts.pop("ceilings")
+            if gpu_named(ceilings["device"]) != gpu:
+                continue
+            sms = GPUS[gpu].sms
+            large = gemm_share(LARGE, LARGE, LARGE, sms=sms) / ceilings["gemm_tflops_per_s"]
+            found = {}
+            for raw in parts.values():
+                m, k, n = raw["rows"], raw["in_features"], raw["out_features"]
+                for name, shape in (("forward", (m, n, k)), ("dX", (m, k, n)), ("dW", (n, k, m))):
+                    if (rate := raw.get(f"{name}_tflops_per_s")) is not None:
+                        found[raw["name"], name] = rate * large / gemm_share(*shape, sms=sms)
+        except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ConfigError(
+                f"result file {path}: not what the GPU suite's job gemm writes: {error!r}"
+            ) from error
+        return found, path.name
+    return {}, ""

@@ -6,7 +6,9 @@ inputs of reduce-scatters and all-reduces. Scalars (losses, norm) are left out.
 
 A collective over n ranks moves (n - 1) / n of the full tensor through every rank, an all-reduce twice that.
 Between m nodes (m - 1) / m of it enters each node, through the network adapters of the group's ranks there. NVLink
-and network work at the same time, so the slower one counts; latency is left out.
+and network work at the same time, so the slower one counts. Each call also has a latency, which grows with the
+ranks of its group and not with the bytes: a ring takes n - 1 steps, m - 1 of them between nodes. Where a message
+is short for its group, this is most of the time.
 """
 
 import math
@@ -21,12 +23,13 @@ from deco_scale.planning.memory import FP32, Row, layout_rows
 
 
 class Traffic(NamedTuple):
-    """One line of the table."""
+    """One line of the table; ``calls``: collectives among which the bytes are divided."""
 
     what: str
     kind: Literal["all-gather", "reduce-scatter", "all-reduce"]
     axis: str
     bytes: int
+    calls: int = 1
 
 
 def step_traffic(step: TrainStep) -> Iterator[Traffic]:
@@ -37,17 +40,21 @@ def step_traffic(step: TrainStep) -> Iterator[Traffic]:
 def _fsdp_traffic(step: TrainStep) -> Iterator[Traffic]:
     shards, compute_bytes = step.dims.dp_shard, step.work.compute_bytes
     units = root = 0
-    for row in layout_rows(step.work.model, step.dims):
+    rows = layout_rows(step.work.model, step.dims)
+    num_units = len({row.unit for row in rows} - {""})
+    for row in rows:
         # As FSDP sends it: dimension 0 padded to a multiple of the ranks.
         elements = -(-row.tp_shape[0] // shards) * shards * math.prod(row.tp_shape[1:])
         units, root = (units + elements, root) if row.unit else (units, root + elements)
     if shards > 1:
         # Units are gathered again in backward, what is left stays gathered.
         gathered = step.accumulation * (2 * units + root) * compute_bytes
-        yield Traffic("weights", "all-gather", "dp_shard", gathered)
-        yield Traffic("gradients", "reduce-scatter", "dp_shard", (units + root) * FP32)
+        calls = step.accumulation * (2 * num_units + 1)
+        yield Traffic("weights", "all-gather", "dp_shard", gathered, calls)
+        yield Traffic("gradients", "reduce-scatter", "dp_shard", (units + root) * FP32, num_units + 1)
     if step.dims.dp_replicate > 1:
-        yield Traffic("gradients", "all-reduce", "dp_replicate", (units + root) * FP32 // shards)
+        reduced = (units + root) * FP32 // shards
+        yield Traffic("gradients", "all-reduce", "dp_replicate", reduced, num_units + 1)
     # FSDP hands every block its inputs in the compute type, the text tokens too.
     yield from _tensor_parallel(step, reductions=1, text_bytes=compute_bytes)
 
@@ -69,19 +76,24 @@ def _zero_traffic(step: TrainStep) -> Iterator[Traffic]:
     if dp > 1 and stage < 3:
         gradients = sum(row.tp_numel * sent(row) for row in rows)
         # ZeRO-2 keeps only its part of a gradient, so every micro-batch is reduced.
-        yield Traffic("gradients", "all-reduce", "dp", gradients * (micros if stage == 2 else 1))
+        reductions = micros if stage == 2 else 1
+        buckets = -(-sum(row.tp_numel for row in rows) // step.work.reduce_bucket)
+        yield Traffic("gradients", "all-reduce", "dp", gradients * reductions, buckets * reductions)
         if stage:
             elements = -(-sum(row.tp_numel for row in rows) // (2 * dp)) * 2 * dp
             yield Traffic("weights", "all-gather", "dp", elements * FP32)
     if dp > 1 and stage == 3:
         gathered = reduced = 0
+        # A module's weights are gathered when it runs; gradients are reduced by buckets, of each number format.
+        modules = {row.name.rpartition(".")[0] for row in rows if row.tp_numel > step.work.persistent}
+        buckets = -(-sum(row.tp_numel for row in rows) // step.work.reduce_bucket) + 1
         for row in rows:
             part = -(-row.tp_numel // dp) * dp
             reduced += micros * part * sent(row)
             persistent = row.tp_numel <= step.work.persistent
             gathered += part * (FP32 if persistent else 2 * micros * sent(row))
-        yield Traffic("weights", "all-gather", "dp", gathered)
-        yield Traffic("gradients", "reduce-scatter", "dp", reduced)
+        yield Traffic("weights", "all-gather", "dp", gathered, 2 * micros * len(modules) + 1)
+        yield Traffic("gradients", "reduce-scatter", "dp", reduced, micros * buckets)
     yield from _tensor_parallel(step, reductions=micros, text_bytes=FP32)
 
 
@@ -106,9 +118,12 @@ def _tensor_parallel(step: TrainStep, *, reductions: int, text_bytes: int) -> It
     # turns every gather into a scatter and the other way round, so that both are as many.
     passes = 3 if step.recomputes else 2
     total = step.accumulation * (passes * (image + text) + whole_text)
-    yield Traffic("tokens", "all-gather", "tp", total)
-    yield Traffic("tokens", "reduce-scatter", "tp", total)
-    yield Traffic("gradients of replicated weights", "all-reduce", "tp", reductions * replicated * FP32)
+    calls = step.accumulation * (passes * 2 * (cfg.num_blocks + cfg.num_text_blocks) + (whole_text > 0))
+    yield Traffic("tokens", "all-gather", "tp", total, calls)
+    yield Traffic("tokens", "reduce-scatter", "tp", total, calls)
+    yield Traffic(
+        "gradients of replicated weights", "all-reduce", "tp", reductions * replicated * FP32, reductions
+    )
 
 
 def seconds_of(line: Traffic, dims: ParallelDims, device: Device) -> float:
@@ -120,9 +135,20 @@ def seconds_of(line: Traffic, dims: ParallelDims, device: Device) -> float:
         "dp": (dims.dp, dims.tp),
         "dp_replicate": (dims.dp_replicate, dims.tp * dims.dp_shard),
     }[line.axis]
+    if size == 1:
+        return 0.0
     together = max(1, min(size, min(dims.dp * dims.tp, GPUS_PER_NODE) // stride))  # on one node
     ways = 2 if line.kind == "all-reduce" else 1
     nodes = -(-size // together)
-    inside = ways * line.bytes * (size - 1) / size / device.nvlink_bytes_per_s if together > 1 else 0.0
+    inside = ways * line.bytes * (size - 1) / size / device.link_bytes_per_s if together > 1 else 0.0
     between = ways * line.bytes * (nodes - 1) / nodes / (together * device.network_bytes_per_s)
-    return max(inside, between)
+    return max(inside, between) + line.calls * _latency_s(size, nodes, ways, device)
+
+
+def _latency_s(size: int, nodes: int, ways: int, device: Device) -> float:
+    """Of one collective: a ring's steps, or, for an all-reduce over many nodes, a tree's."""
+    call_s, link_s, network_s = device.latency
+    steps = (size - nodes) * link_s + (nodes - 1) * network_s
+    if ways == 2:
+        steps = min(steps, (-(-size // nodes) - 1) * link_s + math.ceil(math.log2(nodes)) * network_s)
+    return device.latency_scale * (call_s + ways * steps)

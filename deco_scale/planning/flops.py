@@ -1,4 +1,4 @@
-"""What a run computes: its workload, the FLOPs of a training image, and the datasheet peak of a device.
+"""What a run computes: its workload, and the FLOPs of a training image.
 
 Counts multiply-adds of linears and attention twice, the backward pass as two forward passes; norms, activations
 and frozen encoders are not counted in an image's FLOPs. For the XXL model: 1.17 T at 256 px, 4.39 T at 512 px.
@@ -12,9 +12,6 @@ from deco_scale.models import ModelConfig
 from deco_scale.parallel.config import ParallelConfig
 from deco_scale.parallel.mesh import ParallelDims, accumulation_steps
 from deco_scale.training.config import StageConfig
-
-PEAK_BF16_FLOPS = {"B200": 2.25e15, "H200": 989e12, "H100": 989e12, "A100": 312e12, "A800": 312e12}
-"""Dense bf16 FLOP/s of the datasheets, by a part of the device's name."""
 
 
 def forward_flops_by_part(cfg: ModelConfig, height: int, width: int) -> dict[str, float]:
@@ -44,24 +41,21 @@ def training_flops(cfg: ModelConfig, height: int, width: int) -> float:
     return 3.0 * sum(forward_flops_by_part(cfg, height, width).values())
 
 
-def peak_flops(device_name: str) -> float | None:
-    """Datasheet bf16 FLOP/s, or None for a device that is not in the table."""
-    return next((v for k, v in PEAK_BF16_FLOPS.items() if k in device_name), None)
-
-
 @dataclass(frozen=True, slots=True)
 class Encoder:
     """A frozen encoder: parameters, those of them that every token is multiplied with, and its tokens.
 
     ``tokens`` is the length of a text, 0 for an image encoder, whose tokens follow from the resolution.
-    ``runs`` is False where it is loaded for sampling only.
+    ``operations`` counts what the host launches, eager. ``runs`` is False where it is loaded for sampling only.
     """
 
     name: str
     parameters: float
     multiplied: float
+    operations: int
     tokens: int = 0
     runs: bool = True
+    compiled: bool = False
 
     def flops(self, resolution: int) -> float:
         """Of one image's forward pass: linears only, attention is a few per cent at these lengths."""
@@ -71,9 +65,9 @@ class Encoder:
 
 # Qwen3-1.7B: 28 layers of width 2048 with 16 query and 8 key heads of 128, MLP 6144, vocabulary 151,936.
 # all-MiniLM-L6-v2: 6 layers of width 384, MLP 1536. DINOv2-B: 12 layers of width 768.
-KNOWN_TEXT_ENCODERS = {"Qwen3-1.7B": (1.721e9, 1.409e9), "all-MiniLM-L6-v2": (22.7e6, 10.6e6)}
-"""Parameters, and those without the table of tokens."""
-DINOV2_B = Encoder(name="DINOv2-B", parameters=86.6e6, multiplied=85.1e6)
+KNOWN_TEXT_ENCODERS = {"Qwen3-1.7B": (1.721e9, 1.409e9, 28 * 40), "all-MiniLM-L6-v2": (22.7e6, 10.6e6, 6 * 20)}
+"""Parameters, those without the table of tokens, and operations (assumed: 40 and 20 a layer)."""
+DINOV2_B = Encoder(name="DINOv2-B", parameters=86.6e6, multiplied=85.1e6, operations=12 * 20)
 IMAGE_ENCODER_DIM = 768
 
 

@@ -1,5 +1,9 @@
 """Plans of a recipe on N GPUs: every layout that the engines accept, its memory, step time and cost, and the one
-to take."""
+to take.
+
+Differences below :data:`TIE` mean nothing for a prediction. Among micro-batches that close to the fastest the
+largest is taken, among layouts the one with the least host time.
+"""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -11,21 +15,34 @@ from deco_scale.planning.flops import TrainStep, Workload, training_flops
 from deco_scale.planning.hardware import MARGIN, Device
 from deco_scale.planning.layouts import MAX_MICRO_BATCH, divisors
 from deco_scale.planning.memory import memory_by_part
-from deco_scale.planning.step_time import step_by_part
+from deco_scale.planning.step_time import host_seconds, step_by_part
 from deco_scale.training.config import StageConfig
 
 HOUR_S, DAY_S = 3600.0, 86400.0
+TIE = 0.02
+"""Relative difference of predicted times that counts as none."""
+HOST_SHARE = 0.5
+"""Host time of a step from which a layout counts as host-bound, as a share of the step."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageForecast:
-    """One stage under one layout and micro-batch: bytes and seconds by part; rates follow from them."""
+    """One stage under one layout and micro-batch: bytes and seconds by part; rates follow from them.
+
+    ``host_s``: what the host takes to launch a step, most of it while the GPU computes.
+    """
 
     stage: StageConfig
     accumulation: int
     image_flops: float
     memory: dict[str, float]
     seconds: dict[str, float]
+    host_s: float
+
+    @property
+    def host_share(self) -> float:
+        """Host time over the step; 1 where the GPU waits for the host all the time."""
+        return min(self.host_s / self.step_s, 1.0)
 
     @property
     def memory_bytes(self) -> float:
@@ -62,18 +79,30 @@ class Plan:
         """Of the stage that needs most."""
         return max(f.memory_bytes for f in self.stages)
 
+    @property
+    def host_seconds(self) -> float:
+        """Of all stages."""
+        return sum(f.host_s * f.stage.steps for f in self.stages)
+
+    @property
+    def is_host_bound(self) -> bool:
+        """Whether a stage's host time is at least half of its step."""
+        return any(f.host_share >= HOST_SHARE for f in self.stages)
+
 
 def forecast_stage(
     work: Workload, stage: StageConfig, parallel: ParallelConfig, device: Device, *, gpus: int
 ) -> StageForecast:
     """Forecast with the stage's own micro-batch; raises :class:`ConfigError` where sizes do not divide."""
     step = TrainStep.of_stage(work, stage, parallel, resolve_parallel_dims(parallel, gpus))
+    micro_s, update_s = host_seconds(step, device)
     return StageForecast(
         stage=stage,
         accumulation=step.accumulation,
         image_flops=training_flops(work.model, stage.resolution, stage.resolution),
         memory=memory_by_part(step, kind=device.kind),
         seconds=step_by_part(step, device),
+        host_s=step.accumulation * micro_s + update_s,
     )
 
 
@@ -91,8 +120,8 @@ def all_plans(
 ) -> list[Plan]:
     """Plans of all layouts over which the global batches divide, fastest first, those that do not fit last.
 
-    Each stage has the fastest micro-batch that fits, or the smallest where none fits. Raises :class:`ConfigError`
-    where no layout takes the global batches.
+    Each stage has the fastest micro-batch that fits (the largest of equals), or the smallest where none fits.
+    Raises :class:`ConfigError` where no layout takes the global batches.
     """
 
     def fastest(stage: StageConfig, parallel: ParallelConfig, dp: int) -> StageForecast:
@@ -101,8 +130,10 @@ def all_plans(
             forecast_stage(work, replace(stage, micro_batch=size), parallel, device, gpus=gpus) for size in sizes
         ]
         fitting = [f for f in forecasts if device.fits(f.memory_bytes)]
-        smallest = min(forecasts, key=lambda f: f.memory_bytes)
-        return min(fitting, key=lambda f: (f.step_s, f.memory_bytes), default=smallest)
+        if not fitting:
+            return min(forecasts, key=lambda f: f.memory_bytes)
+        limit = (1 + TIE) * min(f.step_s for f in fitting)
+        return max((f for f in fitting if f.step_s <= limit), key=lambda f: f.stage.micro_batch)
 
     plans = []
     for parallel in layouts:
@@ -120,9 +151,15 @@ def all_plans(
 
 
 def recommend(plans: Sequence[Plan], device: Device) -> Plan:
-    """The first plan; if it does not fit, raises :class:`ConfigError` saying what the smallest one would need."""
+    """The fastest plan that fits; of those within :data:`TIE` of it the one with the least host time.
+
+    ``plans`` as :func:`all_plans` sorts them. If none fits, raises :class:`ConfigError` saying what the smallest
+    one would need.
+    """
     if device.fits(plans[0].memory_bytes):
-        return plans[0]
+        limit = (1 + TIE) * plans[0].seconds
+        equal = [plan for plan in plans if plan.seconds <= limit and device.fits(plan.memory_bytes)]
+        return min(equal, key=lambda plan: (plan.host_seconds, plan.seconds))
     smallest = min(plans, key=lambda plan: plan.memory_bytes)
     required, available = smallest.memory_bytes / 2**30, (device.memory_bytes or 0.0) / 2**30
     raise ConfigError(
@@ -130,3 +167,21 @@ def recommend(plans: Sequence[Plan], device: Device) -> Plan:
         f"{required:.1f} GiB a GPU ({smallest.parallel.activation_checkpointing} activation checkpointing), and "
         f"there are {available:.1f} GiB, of which {MARGIN:.0%} stay free; take more GPUs, or another kind"
     )
+
+
+def smallest_batches(work: Workload, plan: Plan, device: Device) -> tuple[StageConfig, ...] | None:
+    """The plan's stages with the smallest global batches, in doublings, that make no stage host-bound.
+
+    The layout stays, micro-batches grow, accumulation is 1 where the batch does. None where memory is full before.
+    """
+    dp, stages = resolve_parallel_dims(plan.parallel, plan.gpus).dp, []
+    for forecast in plan.stages:
+        stage, found = forecast.stage, forecast
+        while found.host_share >= HOST_SHARE:
+            micro = 2 * found.stage.micro_batch
+            stage = replace(stage, micro_batch=micro, global_batch=max(stage.global_batch, micro * dp))
+            found = forecast_stage(work, stage, plan.parallel, device, gpus=plan.gpus)
+            if micro > MAX_MICRO_BATCH or not device.fits(found.memory_bytes):
+                return None
+        stages.append(stage)
+    return tuple(stages)

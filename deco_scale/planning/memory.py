@@ -46,8 +46,13 @@ class Row(NamedTuple):
     @property
     def unit(self) -> str:
         """The module with this parameter that FSDP shards by itself; empty for the root."""
-        match = re.match(r"((?:text_)?blocks\.\d+|decoder)\.", self.name)
-        return match[1] if match else ""
+        return _unit_of(self.name)
+
+
+@lru_cache(maxsize=4096)
+def _unit_of(name: str) -> str:
+    match = re.match(r"((?:text_)?blocks\.\d+|decoder)\.", name)
+    return match[1] if match else ""
 
 
 @lru_cache(maxsize=32)

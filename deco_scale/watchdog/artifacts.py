@@ -56,6 +56,8 @@ class FaultArtifacts:
             fields = {"rank": order.fault.rank, "host": order.member.host, "how": text, "step": step}
             if order.fault.kind == "hang":
                 fields["stack"] = scrub(stack or "none; see the stack files")
+                if order.report is not None:
+                    fields["silent_s"] = round(max(order.report.silent_s, order.report.stopped_s), 1)
             event = Event(time.time(), "hang" if order.fault.kind == "hang" else "lost_rank", fields)
             text += f"; stacks of all ranks: {self.shown}/stacks/{self.started}"
 

@@ -31,7 +31,8 @@ from deco_scale.models.tp_plan import check_tp
 from deco_scale.observability.run_logger import RunLogger, logged_to
 from deco_scale.parallel.engines.base import Engine
 from deco_scale.parallel.mesh import ParallelDims, accumulation_steps, resolve_parallel_dims
-from deco_scale.planning.flops import peak_flops, training_flops
+from deco_scale.planning.flops import training_flops
+from deco_scale.planning.hardware import peak_flops
 from deco_scale.sampling import ImageGenerator, SampleRequest
 from deco_scale.sampling.config import SamplerConfig
 from deco_scale.sampling.images import velocity_of

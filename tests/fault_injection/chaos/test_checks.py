@@ -10,14 +10,22 @@ import google_crc32c
 import pytest
 
 from deco_scale.checkpoint.format import encode_checksums
-from deco_scale.observability.run_dir import COMPLETE
-from tests.fault_injection.chaos.checks import compare_samples, compare_traces, lost_checkpoints
+from deco_scale.observability.run_dir import COMPLETE, RunDir
+from tests.fault_injection.chaos.checks import (
+    MODEL_FAULTS,
+    compare_model,
+    compare_samples,
+    compare_traces,
+    lost_checkpoints,
+)
 from tests.fault_injection.chaos.faults import KINDS, folder_of
 from tests.fault_injection.chaos.scenario import LONG, SHORT, Scenario, make_nans, make_plan
 from tests.fault_injection.chaos.watch import Watch
+from tests.support import ROOT
 
 STEPS, BATCH, NAN_STEP = 6, 4, 2
 Lines = list[dict[str, Any]]
+RECORDED = ROOT / "tests" / "fixtures" / "chaos"
 
 
 def write(path: Path, lines: Lines) -> None:
@@ -108,7 +116,25 @@ def test_own_measure_of_down_time(tmp_path: Path) -> None:
         (31.5, "end", {}),
     ]  # fmt: skip
     assert watch.down_s() == (20 - 13) + (26 - 20)
-    assert watch.up_s() == (13 - 12) + (31 - 28)
+    # The step of a rank that hung, logged when its process ended.
+    watch.lines[3:4] = [(18.0, "metrics", {}), (18.5, "hang", {"silent_s": 5.0})]
+    assert watch.down_s() == (20 - 13) + (26 - 20)
+
+
+@pytest.mark.parametrize("recorded", sorted(RECORDED.glob("chaos_seed_*.json")), ids=lambda path: path.stem)
+def test_recorded_runs_agree_with_the_model_of_the_plan(recorded: Path, tmp_path: Path) -> None:
+    """Events and steps of long runs among faults, as they were written; times count from the first start."""
+    raw = json.loads(recorded.read_text())
+    write(tmp_path / "events.jsonl", raw["events"])
+    names = ("time", "step", "step_s", "data_wait_s")
+    write(tmp_path / "metrics.jsonl", [dict(zip(names, step, strict=True)) for step in raw["steps"]])
+    found = compare_model(RunDir(tmp_path).refresh(), every=raw["every"], total_steps=raw["total_steps"])
+    print(
+        f"seed {raw['seed']}: training {found['expected_training_s']:.0f} s by the model, "
+        f"{found['trained_s']:.0f} measured; whole run {found['expected_wall_s']:.0f} s, "
+        f"{found['wall_s']:.0f} measured"
+    )
+    assert found["met"] >= MODEL_FAULTS and not found["problems"]
 
 
 def test_lost_checkpoints(tmp_path: Path) -> None:

@@ -38,24 +38,19 @@ class Watch:
         return [(at, entry) for at, name, entry in self.lines if name == kind and at >= since]
 
     def down_s(self) -> float:
-        """Seconds from the last line that shows progress before each start but the first, to that start."""
-        total, last = 0.0, None
-        for at, kind, _ in self.lines:
+        """Seconds from the last line that shows progress before each start but the first, to that start.
+
+        A step that is logged while a rank hangs, as far as the ``hang`` event says how long it did, shows none.
+        """
+        total, last, before = 0.0, None, list[float]()
+        for at, kind, fields in self.lines:
             if kind == "start":
                 total += at - last if last is not None else 0.0
             if kind == "start" or kind not in NO_PROGRESS:
                 last = at
-        return total
-
-    def up_s(self) -> float:
-        """Seconds from the end of each attempt's first step to its last line that shows progress."""
-        total, first, last = 0.0, None, 0.0
-        for at, kind, _ in [*self.lines, (0.0, "start", {})]:
-            if kind == "start":
-                total += last - first if first is not None else 0.0
-                first = None
-            elif kind not in NO_PROGRESS:
-                first, last = (at if first is None else first), at
+                before.append(at)
+            elif kind == "hang" and "silent_s" in fields:
+                last = max(time for time in before if time <= at - fields["silent_s"])
         return total
 
     def _run(self) -> None:

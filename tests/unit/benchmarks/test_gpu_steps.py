@@ -32,7 +32,7 @@ def test_products_are_the_linears_of_the_model() -> None:
     found = {product.name: product for product in products(model, micro_batch=64, resolution=256)}
     shapes = {name: (p.rows, p.in_features, p.out_features, p.count) for name, p in found.items()}
     assert shapes["image qkv"] == (16384, 1536, 4608, 16)
-    assert shapes["image gate, up"] == (16384, 1536, 6144, 32)
+    assert shapes["image gate+up"] == (16384, 1536, 12288, 16)
     assert shapes["image down"] == (16384, 6144, 1536, 16)
     assert shapes["text proj"] == (8192, 1536, 1536, 4)
     assert shapes["context_kv"] == (8192, 1536, 3072, 16)

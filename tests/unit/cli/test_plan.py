@@ -22,7 +22,10 @@ TINY = CONFIGS / "t2i_tiny.yaml"
     ("arguments", "said"),
     [
         (["--gpus", "0", "--gpu", "h100"], "--gpus: 0 is not at least 1"),
-        (["--gpus", "8", "--gpu", "v100"], "--gpu v100: unknown; possible: a100, b200, h100, h200"),
+        (
+            ["--gpus", "8", "--gpu", "v100"],
+            "--gpu v100: unknown; possible: 4090, a100, a100-40, a800, b200, h100, h20",
+        ),
         (["--gpus", "8"], "needs --layout, --precision, --simulate or --gpu"),
         (["--gpus", "7", "--gpu", "h100"], "no layout takes the global batches"),
         (["--gpus", "8", "--gpu", "h100", "--price", "0"], "--price: 0 is not above 0"),
@@ -58,6 +61,34 @@ def test_the_table_has_both_engines_the_cost_and_the_recommendation(
         Workload(model=cfg.model, compute="bf16", fused=True), cfg.stages, cfg.parallel, device, gpus=8
     )
     assert device.fits(plan.memory_bytes)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "engine", "micro", "host"),
+    [
+        pytest.param(1, "fsdp", 64, "below", marks=pytest.mark.slow),
+        (8, "fsdp", 96, "below"),
+        pytest.param(64, "fsdp", 24, "below", marks=pytest.mark.slow),
+        (512, "fsdp", 3, "NOT below"),
+    ],
+)
+def test_the_plan_says_whether_the_host_keeps_up(
+    gpus: int, engine: str, micro: int, host: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """The published batch on 1 to 512 GPUs: FSDP2, and what to do where a GPU has three images."""
+    command = ["plan", "--config", str(XXL), "--gpus", str(gpus), "--gpu", "h100", "--results", str(tmp_path)]
+    assert deco(command) == 0
+    shown = capsys.readouterr().out.splitlines()
+    best = next(line for line in shown if line.startswith("recommended: "))
+    assert f"engine={engine}" in best and f"pretrain_256.micro_batch={micro} " in best
+    verdicts = [line for line in shown if line.startswith("host time of")]
+    assert len(verdicts) == 2 and all(f", {host} half of the step" in line for line in verdicts), verdicts
+    advice = [line for line in shown if "larger global batches" in line or "with these global batches" in line]
+    assert len(advice) == (2 if host == "NOT below" else 0)
+    if advice:
+        assert "stages.pretrain_256.global_batch=12288" in advice[1] and "fsdp" in advice[0]
+    assert any("predicted" in line and "(" in line for line in shown)
+    assert any("torchtitan" in line for line in shown) and any("Megatron" in line for line in shown)
 
 
 def test_layout_table_still_lists_every_parameter(

@@ -83,11 +83,16 @@ class History:
 
     def down(self) -> None:
         kind = self.random.choice(["end", "hang", "lost_rank", "killed"])
-        self.spend("down", self.random.randint(0, 40))
+        silent_s = self.random.randint(1, 40)
+        self.spend("down", silent_s)
         if kind == "end":
             self.note("end", reason="failed", exit_code=1)
         elif kind == "hang":
-            self.note("hang", rank=1, host="b")
+            if self.random.random() < 0.5:
+                # The step that hung is logged as its process ends.
+                line = {"time": self.now, "step": self.step + 1, "step_s": silent_s, "data_wait_s": 0}
+                self.metrics.append(line)
+            self.note("hang", rank=1, host="b", silent_s=silent_s)
         elif kind == "lost_rank":
             self.note("lost_rank", rank=2)
         self.spend("down", self.random.randint(0, 40))

@@ -9,7 +9,9 @@ import pytest
 
 from deco_scale.config import load_config
 from deco_scale.errors import ConfigError
-from deco_scale.planning.calibration import predict, read_results
+from deco_scale.planning.calibration import predict, read_gemm_corrections, read_results
+from deco_scale.planning.gemm import gemm_share
+from deco_scale.planning.host import HOST_TIMES, read_host_times
 from tests.support import CONFIGS
 from tests.support.commands import deco
 
@@ -60,6 +62,37 @@ def test_error_is_stated_for_every_result_file(tmp_path: Path, capsys: pytest.Ca
     assert "median error: step time 50%, memory 50%" in shown
     # The file's own ceilings are the rates, marked as measured.
     assert "GEMM 700 TFLOP/s (measured: throughput_a.json)" in shown
+
+
+def test_measured_products_and_host_times_replace_what_is_assumed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Files as the GPU suite and benchmarks.host_time write them."""
+    shape = {"name": "image qkv", "rows": 16384, "in_features": 1536, "out_features": 4608}
+    ceilings = {"gemm_tflops_per_s": 800.0, "copy_gb_per_s": 3000.0, "device": "NVIDIA H100 80GB HBM3"}
+    share = gemm_share(16384, 4608, 1536, sms=132) / gemm_share(8192, 8192, 8192, sms=132)
+    rates = {"forward_tflops_per_s": 800 * share / 2, "dW_tflops_per_s": 800.0}
+    parts = {"ceilings": ceilings, "image_qkv": {**shape, **rates}}
+    (tmp_path / "gemm.json").write_text(json.dumps({"parts": parts}))
+    found, source = read_gemm_corrections(tmp_path, "h100")
+    assert source == "gemm.json" and found["image qkv", "forward"] == pytest.approx(0.5)
+    assert set(found) == {("image qkv", "forward"), ("image qkv", "dW")}
+    assert read_gemm_corrections(tmp_path, "h200") == ({}, "")
+    medians = {
+        name: {"micro_batch_ms": 10.0 * n, "update_ms": 1.0} for n, name in enumerate(("plain", "fsdp", "zero3"))
+    }
+    (tmp_path / "host_time_1_2026-01-02.json").write_text(json.dumps({"medians": medians}))
+    times = read_host_times(tmp_path)
+    assert times.engines["zero3"] == (0.02, 0.001) and read_host_times(tmp_path / "none") is HOST_TIMES
+    command = ["plan", "--config", str(XXL), "--gpus", "8", "--gpu", "h100", "--results", str(tmp_path)]
+    assert deco(command) == 0
+    shown = capsys.readouterr().out
+    assert "measured: gemm.json" in shown and "measured: host_time_1_2026-01-02.json" in shown
+    for name in ("gemm.json", "host_time_1_2026-01-02.json"):
+        (tmp_path / name).write_text("{}")
+        assert deco(command) == 2
+        assert name in capsys.readouterr().err
+        (tmp_path / name).unlink()
 
 
 def test_a_cpu_file_is_predicted_by_its_own_ceilings(tmp_path: Path) -> None:

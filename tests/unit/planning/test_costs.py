@@ -21,7 +21,8 @@ from deco_scale.objectives import Objective, ObjectiveConfig
 from deco_scale.parallel.activation_checkpoint import apply_activation_checkpointing
 from deco_scale.parallel.config import ParallelConfig
 from deco_scale.parallel.mesh import ParallelDims
-from deco_scale.planning.flops import TrainStep, Workload, training_flops
+from deco_scale.planning.flops import TrainStep, Workload, forward_flops_by_part, training_flops
+from deco_scale.planning.gemm import gemm_share, products
 from deco_scale.planning.memory import activation_bytes, layout_rows, state_by_part, state_bytes, state_copies
 from deco_scale.planning.step_time import block_moved, decoder_moved
 from tests.support import CONFIGS
@@ -67,6 +68,33 @@ def test_flops_are_those_that_pytorch_counts(model: ModelConfig) -> None:
         position = 2 * (64 * wide + wide * wide)
         expected += (pixels - model.patch_size**2) * position - 2 * wide * wide * channels
     assert training_flops(model, 128, 128) == pytest.approx(3 * expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(("model", "tp"), [(SMALL, 1), (SMALL, 2), (CLASSES, 1), (BASELINE, 1)])
+def test_products_of_all_ranks_are_the_flops(model: ModelConfig, tp: int) -> None:
+    """As one list of shapes and as a formula; the embedding of times and the decoder's pixels are not products."""
+    found: dict[str, float] = {}
+    for product in products(model, micro_batch=3, resolution=128, tp=tp):
+        ranks = 1 if product.part == "modulation" else tp
+        found[product.part] = found.get(product.part, 0.0) + ranks * product.count * product.flops
+    expected = forward_flops_by_part(model, 128, 128)
+    for part in ("linears", "modulation"):
+        assert found[part] == pytest.approx(3 * expected[part]), part
+    times = 2.0 * (256 * model.dim + model.dim**2)
+    assert found["embedding"] == pytest.approx(3 * (expected["embedding"] - times))
+    assert 0.1 * 3 * expected["decoder"] < found["decoder"] <= 3 * expected["decoder"]
+
+
+def test_large_products_are_fast_and_narrow_ones_slow() -> None:
+    large = gemm_share(8192, 8192, 8192, sms=132)
+    assert 0.9 < large <= 1
+    # The XXL model's at micro-batch 64 and 3: K = 1536, and tiles that do not fill the GPU.
+    assert 0.7 * large < gemm_share(16384, 4608, 1536, sms=132) < 0.9 * large
+    assert gemm_share(768, 1536, 1536, sms=132) < 0.6 * large
+    # A whole wave more costs at the edge of one.
+    assert gemm_share(128 * 132, 256, 4096, sms=132) > 1.5 * gemm_share(
+        128 * 133, 256, 4096, sms=132, loop_k=10**6
+    )
 
 
 @pytest.mark.parametrize("engine", ["fsdp", "deepspeed"])

@@ -122,8 +122,8 @@ def test_what_is_kept_grows_with_the_images(model: ModelConfig) -> None:
 @pytest.mark.parametrize(("kind", "size"), [("cuda", 2), ("cpu", 4)])
 def test_the_parts_are_all_there(kind: str, size: int) -> None:
     encoders = (
-        Encoder(name="a", parameters=1e6, multiplied=1e6),
-        Encoder(name="b", parameters=2e6, multiplied=1e6),
+        Encoder(name="a", parameters=1e6, multiplied=1e6, operations=10),
+        Encoder(name="b", parameters=2e6, multiplied=1e6, operations=10),
     )
     work = Workload(model=LARGE_DECODER, compute="bf16", encoders=encoders)
     step = train_step(work, ParallelConfig(dp_shard=2), ParallelDims(1, 2))
