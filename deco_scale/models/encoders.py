@@ -163,7 +163,7 @@ def _is_causal(model: Any) -> bool | None:
     """Whether tokens attend to earlier tokens only; None if layers differ or do not use SDPA."""
     kinds = {module.is_causal for module in model.modules() if hasattr(module, "is_causal")}
     layers = set(getattr(model.config, "layer_types", None) or ()) - {"full_attention"}
-    if len(kinds) == 1 and not layers and model.config._attn_implementation == "sdpa":
+    if len(kinds) == 1 and not layers and model.config._attn_implementation in ("sdpa", _UNMASKED):
         return bool(kinds.pop())
     logger.warning(
         "text encoder %s: transformers builds its attention mask, which waits for the device at every call",
