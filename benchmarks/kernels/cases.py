@@ -10,6 +10,7 @@ W decoder width.
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from benchmarks.train.eager_reference import ReferenceDecoder, block_dct
 from deco_scale.kernels.adamw import AdamWStep, AdamWTensors, adamw_ema
-from deco_scale.kernels.norm import gated_residual, norm_modulate, norm_rotate
+from deco_scale.kernels.norm import gated_residual, norm_modulate, qk_norm_rope, residual_norm_modulate
 from deco_scale.kernels.select import Kernels, use_kernels
 from deco_scale.models import Denoiser, ModelConfig
 from deco_scale.models.attention.dispatch import KERNELS, kernel_missing
@@ -32,7 +33,8 @@ from deco_scale.objectives.frequency import (
     frequency_weights,
 )
 
-Function = Callable[..., Tensor]
+Function = Callable[..., Any]
+"""Returns a tensor or several."""
 EAGER, COMPILED, TRITON, BY_OP, BY_OP_COMPILED = "eager", "compiled", "triton", "op by op", "op by op, compiled"
 
 
@@ -83,6 +85,7 @@ def all_cases(setting: Setting) -> Iterator[Case]:
         yield pixel_decoder(setting)
     yield norm_and_modulation(setting)
     yield residual(setting)
+    yield residual_and_norm(setting)
     yield rotary(setting)
     yield losses(setting)
     yield optimizer(setting)
@@ -146,7 +149,7 @@ def decoder_inputs(setting: Setting) -> list[Tensor]:
 
 
 def norm_and_modulation(setting: Setting) -> Case:
-    """RMSNorm, then shift and scale."""
+    """RMSNorm, then shift and scale; x itself goes on to the residual connection."""
     dim = setting.model.dim
     cast_first = setting.model.kind != "t2i_deco"
     inputs = [
@@ -156,8 +159,8 @@ def norm_and_modulation(setting: Setting) -> Case:
     ]
     plain = functools.partial(norm_modulate, eps=NORM_EPS, cast_first=cast_first, kernels="torch")
     fused = functools.partial(norm_modulate, eps=NORM_EPS, cast_first=cast_first, kernels="triton")
-    # Forward: x, output. Backward: x, gradient; gradient of x.
-    moved = 5 * inputs[0].numel() * setting.width_bytes
+    # Forward: x, output. Backward: x, both gradients; gradient of x.
+    moved = 6 * inputs[0].numel() * setting.width_bytes
     return case("RMSNorm + modulation", variants(plain, fused, setting), inputs, setting, min_bytes=moved)
 
 
@@ -172,22 +175,45 @@ def residual(setting: Setting) -> Case:
     return case("gate + residual", variants(plain, fused, setting), inputs, setting, min_bytes=moved)
 
 
+def residual_and_norm(setting: Setting) -> Case:
+    """x + gate * y, and its RMSNorm with shift and scale."""
+    shape, cast_first = (setting.batch, setting.tokens, setting.model.dim), setting.model.kind != "t2i_deco"
+    part = (setting.batch, 1, shape[-1])
+    inputs = [
+        setting.random(*shape), setting.random(*part), setting.random(*shape),
+        setting.random(shape[-1], dtype=torch.float32), setting.random(*part), setting.random(*part),
+    ]  # fmt: skip
+    plain = functools.partial(residual_norm_modulate, eps=NORM_EPS, cast_first=cast_first, kernels="torch")
+    fused = functools.partial(residual_norm_modulate, eps=NORM_EPS, cast_first=cast_first, kernels="triton")
+    # Forward: x, y, sum, output. Backward: both gradients, sum, y; gradients of x and y.
+    moved = 10 * inputs[0].numel() * setting.width_bytes
+    return case(
+        "residual + RMSNorm + modulation", variants(plain, fused, setting), inputs, setting, min_bytes=moved
+    )
+
+
 def rotary(setting: Setting) -> Case:
-    """Norm of q or k and rotary position, on a strided part of qkv as in the model."""
+    """From the fused projections of an image block's tokens and text to q, k and v of attention."""
     model = setting.model
     cast_first = model.kind != "t2i_deco"
     side = setting.side
     scale: PositionScale = "fixed" if cast_first else "grid"
     angles = rope_angles(side, side, head_dim=model.head_dim, scale=scale, device=setting.device)  # type: ignore[arg-type]
-    qkv = setting.random(setting.batch, setting.tokens, model.num_heads, 3, model.head_dim, grad=False)
-    inputs = [qkv.unbind(-2)[0].requires_grad_(), setting.random(model.head_dim, dtype=torch.float32)]
+    qkv = setting.random(setting.batch, setting.tokens, model.num_heads, 3, model.head_dim)
+    weights = [setting.random(model.head_dim, dtype=torch.float32) for _ in range(2)]
+    inputs = [qkv, *weights]
+    # Forward: projections, q, k, v. Backward: the gradients of these, q and k, the gradients of the projections.
+    moved = (4 + 2 / 3) * qkv.numel() * setting.width_bytes
+    if model.text_tokens:
+        context = setting.random(setting.batch, model.text_tokens, model.num_heads, 2, model.head_dim)
+        inputs.append(context)
+        moved += (4 + 1 / 2) * context.numel() * setting.width_bytes
 
     def made(kernels: Kernels) -> Function:
-        return lambda x, weight: norm_rotate(
-            x, weight, angles, eps=NORM_EPS, cast_first=cast_first, kernels=kernels
+        return lambda qkv, q_weight, k_weight, context=None: qk_norm_rope(
+            qkv, context, q_weight, k_weight, angles, eps=NORM_EPS, cast_first=cast_first, kernels=kernels
         )
 
-    moved = 5 * inputs[0].numel() * setting.width_bytes
     return case(
         "q/k norm + RoPE", variants(made("torch"), made("triton"), setting), inputs, setting, min_bytes=moved
     )
@@ -328,13 +354,14 @@ def differentiated(
 ) -> Callable[[], object]:
     """Forward, and gradients of all inputs that want one and of the ``parameters`` of a module."""
     leaves = [*(x for x in inputs if x.requires_grad), *(parameters or ())]
-    seed: list[Tensor] = []
+    seeds: list[Tensor] = []
 
     def action() -> tuple[Tensor, ...]:
         out = function(*inputs)
-        if not seed:
-            seed.append(torch.ones_like(out))
-        return torch.autograd.grad(out, leaves, seed[0])
+        outs = (out,) if isinstance(out, Tensor) else out
+        if not seeds:
+            seeds.extend(torch.ones_like(one) for one in outs)
+        return torch.autograd.grad(outs, leaves, seeds)
 
     return action
 

@@ -1,6 +1,7 @@
 """Layers shared by the three model kinds.
 
-Shape letters: B batch, N tokens, L text tokens, D model width, H heads, K head width, T text encoder width.
+Shape letters: B batch, N tokens, L text tokens, D model width, H heads, K head width, T text encoder width,
+M keys, P parts of a fused projection.
 Linears are laid out for tensor parallelism: the rows of a fused projection are ordered (head, part, K), so
 that a plain slice of dimension 0 holds whole heads; docs/architecture.md has the table.
 """
@@ -9,7 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deco_scale.kernels.norm import gated_residual, norm_modulate, norm_rotate, rms_norm
+from deco_scale.kernels.norm import (
+    gated_residual,
+    norm_modulate,
+    qk_norm_rope,
+    residual_norm_modulate,
+    rms_norm,
+)
 from deco_scale.kernels.select import Kernels
 from deco_scale.models.attention.dispatch import AttentionSetting, attention
 from deco_scale.models.embeddings import TIMESTEP_FEATURES, timestep_features
@@ -18,7 +25,7 @@ NORM_EPS = 1e-6
 
 
 class RMSNorm(nn.Module):
-    """RMSNorm with fp32 statistics, fused with the modulation or rotation that follows.
+    """RMSNorm with fp32 statistics, and its fusions with the operations around it.
 
     The text model multiplies by the weight in fp32 and then casts; the class model casts first (``cast_first``).
     In fp32 both are the same.
@@ -35,23 +42,24 @@ class RMSNorm(nn.Module):
     def reset_parameters(self) -> None:
         nn.init.ones_(self.weight)
 
-    def forward(
-        self,
-        x: Tensor,
-        shift_B1D: Tensor | None = None,
-        scale_B1D: Tensor | None = None,
-        *,
-        angles_NE: Tensor | None = None,
-    ) -> Tensor:
-        """Norm of x; tokens (B, N, D) are modulated by shift and scale, heads (B, N, H, K) rotated by angles."""
-        weight, cast_first, kernels = self.weight, self.cast_first, self.kernels
-        if angles_NE is not None:
-            return norm_rotate(x, weight, angles_NE, eps=NORM_EPS, cast_first=cast_first, kernels=kernels)
-        if shift_B1D is not None and scale_B1D is not None:
-            return norm_modulate(
-                x, weight, shift_B1D, scale_B1D, eps=NORM_EPS, cast_first=cast_first, kernels=kernels
-            )
-        return rms_norm(x, weight, eps=NORM_EPS, cast_first=cast_first, kernels=kernels)
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, eps=NORM_EPS, cast_first=self.cast_first, kernels=self.kernels)
+
+    def modulated(self, x_BND: Tensor, shift_B1D: Tensor, scale_B1D: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens for the residual stream, and their norm with shift and scale."""
+        return norm_modulate(
+            x_BND, self.weight, shift_B1D, scale_B1D,
+            eps=NORM_EPS, cast_first=self.cast_first, kernels=self.kernels,
+        )  # fmt: skip
+
+    def residual_modulated(
+        self, x_BND: Tensor, gate_B1D: Tensor, y_BND: Tensor, shift_B1D: Tensor, scale_B1D: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The residual stream ``x + gate * y``, and its norm with shift and scale."""
+        return residual_norm_modulate(
+            x_BND, gate_B1D, y_BND, self.weight, shift_B1D, scale_B1D,
+            eps=NORM_EPS, cast_first=self.cast_first, kernels=self.kernels,
+        )  # fmt: skip
 
 
 class SwiGLU(nn.Module):
@@ -82,15 +90,16 @@ class Attention(nn.Module):
 
     def forward(self, x_BND: Tensor, angles_NE: Tensor | None = None, context_BLD: Tensor | None = None) -> Tensor:
         # The number of heads follows from the projection, which may be a slice of it under tp.
-        qkv = self.qkv(x_BND).unflatten(-1, (-1, 3, self.head_dim))
-        q_BNHK, k_BMHK, v_BMHK = qkv.unbind(dim=-2)
-        q_BNHK, k_BMHK = self.q_norm(q_BNHK, angles_NE=angles_NE), self.k_norm(k_BMHK, angles_NE=angles_NE)
+        qkv_BNHPK = self.qkv(x_BND).unflatten(-1, (-1, 3, self.head_dim))
+        context_kv_BLHPK: Tensor | None = None
         if self.context_kv is not None:
             assert context_BLD is not None
-            kv = self.context_kv(context_BLD).unflatten(-1, (-1, 2, self.head_dim))
-            context_k, context_v = kv.unbind(dim=-2)
-            k_BMHK = torch.cat([k_BMHK, self.k_norm(context_k)], dim=1)
-            v_BMHK = torch.cat([v_BMHK, context_v], dim=1)
+            context_kv_BLHPK = self.context_kv(context_BLD).unflatten(-1, (-1, 2, self.head_dim))
+        q_norm, k_norm = self.q_norm, self.k_norm
+        q_BNHK, k_BMHK, v_BMHK = qk_norm_rope(
+            qkv_BNHPK, context_kv_BLHPK, q_norm.weight, k_norm.weight, angles_NE,
+            eps=NORM_EPS, cast_first=q_norm.cast_first, kernels=q_norm.kernels,
+        )  # fmt: skip
         out_BNHK = attention(q_BNHK, k_BMHK, v_BMHK, self.backend)
         return self.proj(out_BNHK.flatten(-2))
 
@@ -98,7 +107,9 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Transformer block with AdaLN: shift, scale and gate of attention and MLP come from the condition.
 
-    An image block has RoPE and text tokens as additional keys and values, a text block neither.
+    An image block has RoPE and text tokens as additional keys and values, a text block neither. The gated residual
+    of attention and the next norm are one operation; that of the MLP is not fused with the next block's norm,
+    because FSDP, compilation and checkpointing take blocks one by one.
     """
 
     kernels: Kernels = "torch"
@@ -121,9 +132,10 @@ class Block(nn.Module):
         context_BLD: Tensor | None = None,
     ) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition_B1D).chunk(6, -1)
-        attended = self.attn(self.norm1(x_BND, shift1, scale1), angles_NE, context_BLD)
-        x_BND = gated_residual(x_BND, gate1, attended, kernels=self.kernels)
-        return gated_residual(x_BND, gate2, self.mlp(self.norm2(x_BND, shift2, scale2)), kernels=self.kernels)
+        x_BND, hidden_BND = self.norm1.modulated(x_BND, shift1, scale1)
+        attended_BND = self.attn(hidden_BND, angles_NE, context_BLD)
+        x_BND, hidden_BND = self.norm2.residual_modulated(x_BND, gate1, attended_BND, shift2, scale2)
+        return gated_residual(x_BND, gate2, self.mlp(hidden_BND), kernels=self.kernels)
 
 
 class TimestepEmbedder(nn.Module):

@@ -1,10 +1,13 @@
-"""Triton kernels of the norm of queries and keys with rotary position. Not yet run on a GPU.
+"""Triton kernels between fused projections and attention: norm of q and k, rotary position, joint k and v.
 
-The twin is :func:`deco_scale.kernels.norm.norm_rotate`. A program takes all heads of a token at once, reads them
-where they lie in the fused projection, and goes on to the next token. Cosines and sines are computed in the
-kernel, K/2 of each per token for all its H * K values: that spares a table in memory and the launches to make it.
+Not yet run on a GPU. The twin is :func:`deco_scale.kernels.norm.qk_norm_rope`. A program takes all heads of a
+token at once, reads them where they lie in the fused projections, and goes on to the next token: first the
+sample's own tokens, then those of its context. k and v of both are written where attention reads them, and
+backward writes the whole gradients of both projections. Cosines and sines are computed in the kernel, K/2 of each
+per token for all its H * K values: that spares a table in memory and the launches to make it.
 
-Shape letters: B batch, N tokens, H heads, K head width, E pairs of one head, G programs.
+Shape letters: B batch, N tokens, L tokens of the context, M = N + L, H heads, K head width, P parts of a fused
+projection, E pairs of one head, G programs.
 """
 # mypy: allow-untyped-defs
 # The arguments of kernels have no Python type; rules for shapes repeat the operators' arguments.
@@ -16,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deco_scale.kernels.triton.adaln import MAX_ROW, check_dtypes, load_fp32, round_norm, rows
+from deco_scale.kernels.triton.adaln import MAX_ROW, check_dtypes, empty_tokens, load_fp32, round_norm, rows
 from deco_scale.kernels.triton.operators import operator
 
 FORWARD_TOKENS = 4
@@ -35,10 +38,19 @@ def _own_part(all_tokens, heads, dim, TOKENS: tl.constexpr, HEADS: tl.constexpr,
 
 
 @triton.jit
-def _load_angles(angles_ptr, token, dim, BLOCK: tl.constexpr):
-    """A token's angles (BLOCK / 2), zero beyond its pairs."""
+def _load_angles(angles_ptr, token, tokens, dim, BLOCK: tl.constexpr):
+    """A token's angles (BLOCK / 2), zero beyond its pairs and for tokens of the context, from ``tokens`` on."""
     pair = tl.arange(0, BLOCK // 2)
-    return tl.load(angles_ptr + token * (dim // 2) + pair, mask=pair < dim // 2, other=0.0)
+    pairs = tl.where(token < tokens, dim // 2, 0)
+    return tl.load(angles_ptr + token * (dim // 2) + pair, mask=pair < pairs, other=0.0)
+
+
+@triton.jit
+def _heads_of(token, tokens, heads, dim, head, column):
+    """Where the own token's heads have columns, and where the context's have: one of the two is nowhere."""
+    own_heads = tl.where(token < tokens, heads, 0)
+    exists = (column < dim)[None, :]
+    return (head < own_heads) & exists, (head < heads - own_heads) & exists
 
 
 @triton.jit
@@ -51,80 +63,170 @@ def _rotated(x, angles, HEADS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _norm_rotate_forward(
-    x_ptr, weight_ptr, angles_ptr, out_ptr,
-    all_tokens, tokens, heads, dim, x_stride_b, x_stride_n, x_stride_h, eps,
-    ROTATED: tl.constexpr, CAST_FIRST: tl.constexpr,
-    TOKENS: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    first, end, head, column, inside = _own_part(all_tokens, heads, dim, TOKENS, HEADS, BLOCK)
-    weight = load_fp32(weight_ptr, column, column < dim)[None, :]
-    # Over the tokens of all samples.
-    for index in range(first, end):
-        sample, token = (index // tokens).to(tl.int64), index % tokens
-        offset = sample * x_stride_b + token * x_stride_n + head * x_stride_h + column[None, :]
-        x = load_fp32(x_ptr, offset, inside)
-        rstd = tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / dim + eps)
-        out = round_norm(x, weight, rstd, x_ptr.dtype.element_ty, CAST_FIRST)
-        if ROTATED:
-            angles = _load_angles(angles_ptr, token, dim, BLOCK)
-            out = _rotated(out, angles, HEADS, BLOCK)
-        out_offset = ((sample * tokens + token) * heads + head) * dim + column[None, :]
-        tl.store(out_ptr + out_offset, out.to(out_ptr.dtype.element_ty), mask=inside)
+def _part_offset(part, sample, token, head, column, stride_b, stride_n, stride_h, stride_p):
+    """Offsets (HEADS, BLOCK) of a token's part of a fused projection."""
+    return sample * stride_b + token * stride_n + head * stride_h + part * stride_p + column[None, :]
 
 
 @triton.jit
-def _norm_rotate_backward(
-    grad_ptr, x_ptr, weight_ptr, angles_ptr, grad_x_ptr, partial_ptr,
-    all_tokens, tokens, heads, dim,
-    grad_stride_b, grad_stride_n, grad_stride_h, x_stride_b, x_stride_n, x_stride_h, eps,
-    ROTATED: tl.constexpr, CAST_FIRST: tl.constexpr,
-    TOKENS: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
+def _norm(x, weight, dim, eps, rounded: tl.constexpr, CAST_FIRST: tl.constexpr):
+    rstd = tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / dim + eps)
+    return round_norm(x, weight, rstd, rounded, CAST_FIRST)
+
+
+@triton.jit
+def _qk_norm_rope_forward(
+    qkv_ptr, context_ptr, q_weight_ptr, k_weight_ptr, angles_ptr, q_ptr, k_ptr, v_ptr,
+    all_tokens, tokens, joint_tokens, heads, dim,
+    qkv_stride_b, qkv_stride_n, qkv_stride_h, qkv_stride_p,
+    context_stride_b, context_stride_n, context_stride_h, context_stride_p,
+    q_stride_b, q_stride_n, k_stride_b, k_stride_n, eps,
+    CAST_FIRST: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of x, and the program's sum of ``grad * x * rstd`` (grad turned back) over tokens and heads."""
     first, end, head, column, inside = _own_part(all_tokens, heads, dim, TOKENS, HEADS, BLOCK)
-    weight = load_fp32(weight_ptr, column, column < dim)
-    if CAST_FIRST:
-        weight = weight.to(x_ptr.dtype.element_ty).to(tl.float32)
-    product_sum = tl.zeros([HEADS, BLOCK], tl.float32)
+    rounded: tl.constexpr = qkv_ptr.dtype.element_ty
+    q_weight = load_fp32(q_weight_ptr, column, column < dim)[None, :]
+    k_weight = load_fp32(k_weight_ptr, column, column < dim)[None, :]
+    head_offset = head * dim + column[None, :]
+    # Over the tokens of all samples, each with its context.
     for index in range(first, end):
-        sample, token = (index // tokens).to(tl.int64), index % tokens
-        offset = sample * x_stride_b + token * x_stride_n + head * x_stride_h + column[None, :]
-        grad_offset = sample * grad_stride_b + token * grad_stride_n + head * grad_stride_h + column[None, :]
-        x = load_fp32(x_ptr, offset, inside)
-        grad = load_fp32(grad_ptr, grad_offset, inside)
-        if ROTATED:
-            angles = _load_angles(angles_ptr, token, dim, BLOCK)
-            grad = _rotated(grad, -angles, HEADS, BLOCK)
-        rstd = tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / dim + eps)
-        unit = x * rstd
-        product_sum += grad * unit
-        grad_unit = grad * weight[None, :]
-        grad_x = rstd * (grad_unit - unit * (tl.sum(grad_unit * unit, axis=1, keep_dims=True) / dim))
-        out_offset = ((sample * tokens + token) * heads + head) * dim + column[None, :]
-        tl.store(grad_x_ptr + out_offset, grad_x.to(grad_x_ptr.dtype.element_ty), mask=inside)
-    partial = partial_ptr + tl.program_id(0).to(tl.int64) * dim + column
-    tl.store(partial, tl.sum(product_sum, axis=0), mask=column < dim)
-
-
-def _check(x_BNHK: Tensor, weight_K: Tensor, angles_NE: Tensor | None) -> None:
-    shape = tuple(x_BNHK.shape)
-    if len(shape) != 4 or shape[3] % 2 or tuple(weight_K.shape) != shape[3:]:
-        raise ValueError(
-            f"x must be (B, N, H, K) with even K and weight (K); they are {shape} and {tuple(weight_K.shape)}"
+        sample, token = (index // joint_tokens).to(tl.int64), index % joint_tokens
+        own, of_context = _heads_of(token, tokens, heads, dim, head, column)
+        offset = _part_offset(
+            0, sample, token, head, column, qkv_stride_b, qkv_stride_n, qkv_stride_h, qkv_stride_p
         )
-    tile = _tile(*shape[2:])
+        q = load_fp32(qkv_ptr, offset, own)
+        k = load_fp32(qkv_ptr, offset + qkv_stride_p, own)
+        v = tl.load(qkv_ptr + offset + 2 * qkv_stride_p, mask=own, other=0.0)
+        if context_ptr is not None:
+            # Of a row, one of the two loads is masked.
+            offset = _part_offset(
+                0, sample, token - tokens, head, column,
+                context_stride_b, context_stride_n, context_stride_h, context_stride_p,
+            )  # fmt: skip
+            k += load_fp32(context_ptr, offset, of_context)
+            v += tl.load(context_ptr + offset + context_stride_p, mask=of_context, other=0.0)
+        q = _norm(q, q_weight, dim, eps, rounded, CAST_FIRST)
+        k = _norm(k, k_weight, dim, eps, rounded, CAST_FIRST)
+        if angles_ptr is not None:
+            # By an angle of zero, rows of the context keep their values.
+            angles = _load_angles(angles_ptr, token, tokens, dim, BLOCK)
+            q, k = _rotated(q, angles, HEADS, BLOCK), _rotated(k, angles, HEADS, BLOCK)
+        q_offset = sample * q_stride_b + token * q_stride_n + head_offset
+        tl.store(q_ptr + q_offset, q.to(rounded), mask=own)
+        k_offset = sample * k_stride_b + token * k_stride_n + head_offset
+        tl.store(k_ptr + k_offset, k.to(rounded), mask=inside)
+        tl.store(v_ptr + k_offset, v, mask=inside)
+
+
+@triton.jit
+def _norm_gradient(grad, x, weight, dim, eps):
+    """Gradient of x, and ``grad * x * rstd``, of which the weight's gradient is a sum."""
+    rstd = tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / dim + eps)
+    unit = x * rstd
+    grad_unit = grad * weight
+    grad_x = rstd * (grad_unit - unit * (tl.sum(grad_unit * unit, axis=1, keep_dims=True) / dim))
+    return grad_x, grad * unit
+
+
+@triton.jit
+def _qk_norm_rope_backward(
+    grad_q_ptr, grad_k_ptr, grad_v_ptr, qkv_ptr, context_ptr, q_weight_ptr, k_weight_ptr, angles_ptr,
+    grad_qkv_ptr, grad_context_ptr, partial_ptr,
+    all_tokens, tokens, joint_tokens, heads, dim,
+    grad_q_stride_b, grad_q_stride_n, grad_q_stride_h, grad_k_stride_b, grad_k_stride_n, grad_k_stride_h,
+    grad_v_stride_b, grad_v_stride_n, grad_v_stride_h,
+    qkv_stride_b, qkv_stride_n, qkv_stride_h, qkv_stride_p,
+    context_stride_b, context_stride_n, context_stride_h, context_stride_p,
+    out_stride_b, out_stride_n, context_out_stride_b, context_out_stride_n, eps,
+    CAST_FIRST: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Gradients of both projections, and the program's sums for the weights of q and k over tokens and heads."""
+    first, end, head, column, inside = _own_part(all_tokens, heads, dim, TOKENS, HEADS, BLOCK)
+    rounded: tl.constexpr = qkv_ptr.dtype.element_ty
+    q_weight = load_fp32(q_weight_ptr, column, column < dim)[None, :]
+    k_weight = load_fp32(k_weight_ptr, column, column < dim)[None, :]
+    if CAST_FIRST:
+        q_weight, k_weight = q_weight.to(rounded).to(tl.float32), k_weight.to(rounded).to(tl.float32)
+    q_sum = tl.zeros([HEADS, BLOCK], tl.float32)
+    k_sum = tl.zeros([HEADS, BLOCK], tl.float32)
+    for index in range(first, end):
+        sample, token = (index // joint_tokens).to(tl.int64), index % joint_tokens
+        own, of_context = _heads_of(token, tokens, heads, dim, head, column)
+        offset = _part_offset(
+            0, sample, token, head, column, qkv_stride_b, qkv_stride_n, qkv_stride_h, qkv_stride_p
+        )
+        out_offset = sample * out_stride_b + token * out_stride_n + head * (3 * dim) + column[None, :]
+        grad = load_fp32(
+            grad_q_ptr, _part_offset(0, sample, token, head, column,
+                                     grad_q_stride_b, grad_q_stride_n, grad_q_stride_h, 0), own
+        )  # fmt: skip
+        if angles_ptr is not None:
+            angles = -_load_angles(angles_ptr, token, tokens, dim, BLOCK)
+            grad = _rotated(grad, angles, HEADS, BLOCK)
+        grad_x, product = _norm_gradient(grad, load_fp32(qkv_ptr, offset, own), q_weight, dim, eps)
+        q_sum += product
+        tl.store(grad_qkv_ptr + out_offset, grad_x.to(rounded), mask=own)
+
+        k = load_fp32(qkv_ptr, offset + qkv_stride_p, own)
+        if context_ptr is not None:
+            offset = _part_offset(
+                1, sample, token - tokens, head, column,
+                context_stride_b, context_stride_n, context_stride_h, 0,
+            )  # fmt: skip
+            k += load_fp32(context_ptr, offset, of_context)
+        grad = load_fp32(
+            grad_k_ptr, _part_offset(0, sample, token, head, column,
+                                     grad_k_stride_b, grad_k_stride_n, grad_k_stride_h, 0), inside
+        )  # fmt: skip
+        if angles_ptr is not None:
+            grad = _rotated(grad, angles, HEADS, BLOCK)
+        grad_x, product = _norm_gradient(grad, k, k_weight, dim, eps)
+        k_sum += product
+        grad_v = load_fp32(
+            grad_v_ptr, _part_offset(0, sample, token, head, column,
+                                     grad_v_stride_b, grad_v_stride_n, grad_v_stride_h, 0), inside
+        )  # fmt: skip
+        tl.store(grad_qkv_ptr + out_offset + dim, grad_x.to(rounded), mask=own)
+        tl.store(grad_qkv_ptr + out_offset + 2 * dim, grad_v.to(rounded), mask=own)
+        if context_ptr is not None:
+            out_offset = sample * context_out_stride_b + (token - tokens) * context_out_stride_n
+            out_offset += head * (2 * dim) + column[None, :]
+            tl.store(grad_context_ptr + out_offset, grad_x.to(rounded), mask=of_context)
+            tl.store(grad_context_ptr + out_offset + dim, grad_v.to(rounded), mask=of_context)
+    partial = partial_ptr + tl.program_id(0).to(tl.int64) * 2 * dim + column
+    tl.store(partial, tl.sum(q_sum, axis=0), mask=column < dim)
+    tl.store(partial + dim, tl.sum(k_sum, axis=0), mask=column < dim)
+
+
+def _check(
+    qkv: Tensor, context_kv: Tensor | None, q_weight: Tensor, k_weight: Tensor, angles: Tensor | None
+) -> None:
+    shape = tuple(qkv.shape)
+    if len(shape) != 5 or shape[3] != 3 or shape[4] % 2:
+        raise ValueError(f"qkv must be (B, N, H, 3, K) with even K, not {shape}")
+    batch, tokens, heads, _, dim = shape
+    fitting = {
+        "q_weight": (q_weight, (dim,)),
+        "k_weight": (k_weight, (dim,)),
+        "angles": (angles, (tokens, dim // 2)),
+    }
+    if context_kv is not None:
+        fitting["context_kv"] = (context_kv, (batch, *context_kv.shape[1:2], heads, 2, dim))
+        if context_kv.dtype != qkv.dtype:
+            raise ValueError(f"context_kv is {context_kv.dtype}, qkv {qkv.dtype}: k and v need one type")
+    for name, (tensor, expected) in fitting.items():
+        if tensor is not None and tuple(tensor.shape) != expected:
+            raise ValueError(f"{name} must be {expected} for qkv {shape}, not {tuple(tensor.shape)}")
+    if angles is not None and angles.dtype != torch.float32:
+        raise ValueError(f"angles must be float32, not {angles.dtype}")
+    tile = _tile(heads, dim)
     if tile["HEADS"] * tile["BLOCK"] > MAX_ROW:
         raise ValueError(
             f"the Triton kernels take heads of up to {MAX_ROW} values together, each count padded to a power of "
-            f"two, not {shape[2:]}; use kernels=torch"
+            f"two, not {(heads, dim)}; use kernels=torch"
         )
-    check_dtypes(x=x_BNHK, weight=weight_K)
-    if angles_NE is None:
-        return
-    expected, given = (shape[1], shape[3] // 2), tuple(angles_NE.shape)
-    if given != expected or angles_NE.dtype != torch.float32:
-        raise ValueError(f"angles must be {expected} in float32 for x {shape}, not {given} in {angles_NE.dtype}")
+    check_dtypes(qkv=qkv, q_weight=q_weight, k_weight=k_weight)
 
 
 def _tile(heads: int, dim: int) -> dict[str, int]:
@@ -133,66 +235,105 @@ def _tile(heads: int, dim: int) -> dict[str, int]:
     return {"HEADS": padded, "BLOCK": block, "num_warps": max(1, min(8, padded * block // 512))}
 
 
-@operator("deco_scale::norm_rotate")
-def norm_rotate(x: Tensor, weight: Tensor, angles: Tensor | None, eps: float, cast_first: bool) -> Tensor:
-    """RMSNorm of x (B, N, H, K) over K, then its pairs turned by angles (N, K / 2) if given; a dense tensor.
+def _joint_tokens(qkv: Tensor, context_kv: Tensor | None) -> int:
+    return qkv.shape[1] + (0 if context_kv is None else context_kv.shape[1])
 
-    Raises ``ValueError`` for shapes or dtypes that do not fit.
+
+@operator("deco_scale::qk_norm_rope")
+def qk_norm_rope(
+    qkv: Tensor, context_kv: Tensor | None, q_weight: Tensor, k_weight: Tensor, angles: Tensor | None,
+    eps: float, cast_first: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """q (B, N, H, K), k and v (B, N + L, H, K) of qkv (B, N, H, 3, K) and context_kv (B, L, H, 2, K) or None.
+
+    q and k are normed, and those of the own tokens rotated by angles (N, K / 2) if given. Raises ``ValueError``
+    for shapes or dtypes that do not fit.
     """
-    _check(x, weight, angles)
-    batch, tokens, heads, dim = x.shape
-    out = x.new_empty(x.shape)
-    x, weight = rows(x), weight.contiguous()
-    angles = None if angles is None else angles.contiguous()
-    _norm_rotate_forward[(triton.cdiv(batch * tokens, FORWARD_TOKENS),)](
-        x, weight, angles, out,
-        batch * tokens, tokens, heads, dim, *x.stride()[:3], eps,
-        ROTATED=angles is not None, CAST_FIRST=cast_first, TOKENS=FORWARD_TOKENS, **_tile(heads, dim),
+    _check(qkv, context_kv, q_weight, k_weight, angles)
+    q, k, v = _outputs(qkv, context_kv)
+    qkv, q_weight, k_weight = rows(qkv), q_weight.contiguous(), k_weight.contiguous()
+    context_kv, angles = None if context_kv is None else rows(context_kv), _dense(angles)
+    batch, tokens, heads, _, dim = qkv.shape
+    joint = k.shape[1]
+    _qk_norm_rope_forward[(triton.cdiv(batch * joint, FORWARD_TOKENS),)](
+        qkv, context_kv, q_weight, k_weight, angles, q, k, v,
+        batch * joint, tokens, joint, heads, dim, *qkv.stride()[:4], *_strides(context_kv, 4),
+        *q.stride()[:2], *k.stride()[:2], eps,
+        CAST_FIRST=cast_first, TOKENS=FORWARD_TOKENS, **_tile(heads, dim),
     )  # fmt: skip
-    return out
+    return q, k, v
 
 
-@norm_rotate.register_fake
-def _(x, weight, angles, eps, cast_first):
-    return x.new_empty(x.shape)
+def _dense(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
 
 
-@operator("deco_scale::norm_rotate_backward")
-def norm_rotate_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, angles: Tensor | None, eps: float, cast_first: bool
-) -> tuple[Tensor, Tensor]:
-    """Gradient of x, dense, and fp32 partial sums (G, K) of the weight's gradient."""
-    batch, tokens, heads, dim = x.shape
-    grad, x, weight = rows(grad), rows(x), weight.contiguous()
-    angles = None if angles is None else angles.contiguous()
-    grad_x, partial = _backward_outputs(x)
-    _norm_rotate_backward[(len(partial),)](
-        grad, x, weight, angles, grad_x, partial,
-        batch * tokens, tokens, heads, dim, *grad.stride()[:3], *x.stride()[:3], eps,
-        ROTATED=angles is not None, CAST_FIRST=cast_first, TOKENS=BACKWARD_TOKENS, **_tile(heads, dim),
+def _strides(x: Tensor | None, count: int) -> tuple[int, ...]:
+    return (0,) * count if x is None else x.stride()[:count]
+
+
+def _outputs(qkv: Tensor, context_kv: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    batch, tokens, heads, _, dim = qkv.shape
+    joint = (batch, _joint_tokens(qkv, context_kv), heads, dim)
+    return empty_tokens(qkv, (batch, tokens, heads, dim)), empty_tokens(qkv, joint), empty_tokens(qkv, joint)
+
+
+@qk_norm_rope.register_fake
+def _(qkv, context_kv, q_weight, k_weight, angles, eps, cast_first):
+    return _outputs(qkv, context_kv)
+
+
+@operator("deco_scale::qk_norm_rope_backward")
+def qk_norm_rope_backward(
+    grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, qkv: Tensor, context_kv: Tensor | None,
+    q_weight: Tensor, k_weight: Tensor, angles: Tensor | None, eps: float, cast_first: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of qkv and context_kv (empty if None), and fp32 partial sums (G, 2, K) of those of the weights."""
+    grad_qkv, grad_context, partial = _gradient_outputs(qkv, context_kv)
+    grad_q, grad_k, grad_v, qkv = rows(grad_q), rows(grad_k), rows(grad_v), rows(qkv)
+    q_weight, k_weight = q_weight.contiguous(), k_weight.contiguous()
+    context_kv, angles = None if context_kv is None else rows(context_kv), _dense(angles)
+    batch, tokens, heads, _, dim = qkv.shape
+    joint = _joint_tokens(qkv, context_kv)
+    _qk_norm_rope_backward[(len(partial),)](
+        grad_q, grad_k, grad_v, qkv, context_kv, q_weight, k_weight, angles, grad_qkv, grad_context, partial,
+        batch * joint, tokens, joint, heads, dim,
+        *grad_q.stride()[:3], *grad_k.stride()[:3], *grad_v.stride()[:3],
+        *qkv.stride()[:4], *_strides(context_kv, 4),
+        *grad_qkv.stride()[:2], *_strides(None if context_kv is None else grad_context, 2), eps,
+        CAST_FIRST=cast_first, TOKENS=BACKWARD_TOKENS, **_tile(heads, dim),
     )  # fmt: skip
-    return grad_x, partial
+    return grad_qkv, grad_context, partial
 
 
-@norm_rotate_backward.register_fake
-def _(grad, x, weight, angles, eps, cast_first):
-    return _backward_outputs(x)
+def _gradient_outputs(qkv: Tensor, context_kv: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    all_tokens = qkv.shape[0] * _joint_tokens(qkv, context_kv)
+    programs = (all_tokens + BACKWARD_TOKENS - 1) // BACKWARD_TOKENS
+    # An operator returns tensors: an empty one stands for none.
+    grad_context = qkv.new_empty(0) if context_kv is None else empty_tokens(context_kv)
+    return empty_tokens(qkv), grad_context, qkv.new_empty((programs, 2, qkv.shape[4]), dtype=torch.float32)
 
 
-def _backward_outputs(x_BNHK: Tensor) -> tuple[Tensor, Tensor]:
-    programs = (x_BNHK.shape[0] * x_BNHK.shape[1] + BACKWARD_TOKENS - 1) // BACKWARD_TOKENS
-    return x_BNHK.new_empty(x_BNHK.shape), x_BNHK.new_empty((programs, x_BNHK.shape[3]), dtype=torch.float32)
+@qk_norm_rope_backward.register_fake
+def _(grad_q, grad_k, grad_v, qkv, context_kv, q_weight, k_weight, angles, eps, cast_first):
+    return _gradient_outputs(qkv, context_kv)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, angles, ctx.eps, ctx.cast_first = inputs
-    ctx.save_for_backward(x, weight, angles)
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    *tensors, ctx.eps, ctx.cast_first = inputs
+    ctx.save_for_backward(*tensors)
 
 
-def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, angles = ctx.saved_tensors
-    grad_x, partial = norm_rotate_backward(grad, x, weight, angles, ctx.eps, ctx.cast_first)
-    return grad_x, partial.sum(0).to(weight.dtype), None, None, None
+def _gradients(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    qkv, context_kv, q_weight, k_weight, angles = ctx.saved_tensors
+    grad_qkv, grad_context, partial = qk_norm_rope_backward(
+        *grads, qkv, context_kv, q_weight, k_weight, angles, ctx.eps, ctx.cast_first
+    )
+    grad_q_weight, grad_k_weight = partial.sum(0).unbind()
+    return (
+        grad_qkv, None if context_kv is None else grad_context,
+        grad_q_weight.to(q_weight.dtype, copy=True), grad_k_weight.to(k_weight.dtype, copy=True), None, None, None,
+    )  # fmt: skip
 
 
-norm_rotate.register_autograd(_gradients, setup_context=_save)
+qk_norm_rope.register_autograd(_gradients, setup_context=_save)

@@ -110,7 +110,13 @@ def operators() -> dict[str, list[tuple[object, ...]]]:
     for dtype in (torch.float32, torch.bfloat16):
         x, part = made(2, 5, 24, dtype=dtype)[..., 8:16], made(2, 1, 24, dtype=dtype)[..., :8]
         crossed, dense = made(5, 2, 8, dtype=dtype).transpose(0, 1), made(2, 5, 8, dtype=dtype)
-        heads, angles = made(2, 5, 2, 3, 8, dtype=dtype)[..., 1, :], made(5, 4)
+        qkv, angles = made(2, 5, 2, 3, 8, dtype=dtype), made(5, 4)
+        q, kv, context = (
+            made(2, 5, 2, 8, dtype=dtype),
+            made(2, 9, 2, 8, dtype=dtype),
+            made(4, 2, 2, 2, 8, dtype=dtype),
+        )
+        context = context.transpose(0, 1)
         weight, wide = made(8), made(8, dtype=dtype)
         image, transform = made(2, 3, 192, dtype=dtype), (made(64, 64), made(3, 3), made(3, 8, 8))
         patches, condition = made(2, 12, dtype=dtype), made(2, 4, 8, dtype=dtype)
@@ -119,11 +125,22 @@ def operators() -> dict[str, list[tuple[object, ...]]]:
         by_name: dict[str, list[tuple[object, ...]]] = {
             "norm_modulate": [(x, weight, part, part, 1e-6, False), (crossed, wide, None, None, 1e-6, True)],
             "norm_modulate_backward": [
-                (crossed, x, weight, part, 1e-6, False), (x, crossed, wide, None, 1e-6, True),
+                (crossed, x, x, weight, part, 1e-6, False), (x, None, crossed, wide, None, 1e-6, True),
             ],
-            "norm_rotate": [(heads, weight, angles, 1e-6, False), (heads, wide, None, 1e-6, True)],
-            "norm_rotate_backward": [
-                (heads, heads, weight, angles, 1e-6, False), (heads.contiguous(), heads, wide, None, 1e-6, True),
+            "residual_norm_modulate": [
+                (x, part, crossed, weight, part, part, 1e-6, False),
+                (crossed, part, x, wide, part, part, 1e-6, True),
+            ],
+            "residual_norm_modulate_backward": [
+                (x, crossed, dense, part, x, weight, part, 1e-6, False, dtype),
+                (dense, x, crossed, part, dense, wide, part, 1e-6, True, torch.float32),
+            ],
+            "qk_norm_rope": [
+                (qkv, context, weight, wide, angles, 1e-6, False), (qkv, None, wide, weight, None, 1e-6, True),
+            ],
+            "qk_norm_rope_backward": [
+                (q, kv, kv, qkv, context, weight, wide, angles, 1e-6, False),
+                (q, q, q, qkv, None, wide, weight, None, 1e-6, True),
             ],
             "gated_residual": [(x, part, crossed), (made(2, 5, 8), part, dense)],
             "gated_residual_backward": [(dense, part, x), (crossed, part, crossed)],

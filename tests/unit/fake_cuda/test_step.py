@@ -163,7 +163,7 @@ def check_types(calls: Sequence[Call], cfg: ModelConfig, *, extra: Sequence[str]
             mixed[key] += 1
     # The position of text tokens is an fp32 parameter, and so is what the text blocks add to.
     text = 2 * cfg.num_text_blocks
-    residual = [c for c in calls if c.name == "deco_scale::gated_residual"]
+    residual = [c for c in calls if c.name in ("deco_scale::gated_residual", "deco_scale::residual_norm_modulate")]
     by_kernels = {"kernels/norm.py:modulate": 2 * text, "kernels/norm.py:gated_residual": text}
     if residual:
         # One copy of the decoder's weights, in which the folded ones are bf16.
@@ -181,10 +181,10 @@ def expected_custom(cfg: ModelConfig, kernels: Kernels, *, backward: bool) -> di
     """Custom operators of a forward pass with losses, and of its backward."""
     if kernels == "torch":
         return {}
-    image, text = cfg.num_blocks, cfg.num_text_blocks
-    blocks = image + text
-    # Two norms a block and that of the text; queries and keys, and the text's keys in image blocks.
-    forward = {"norm_modulate": 2 * blocks + 1, "norm_rotate": 2 * blocks + image, "gated_residual": 2 * blocks}
+    blocks = cfg.num_blocks + cfg.num_text_blocks
+    # A block's first norm and that of the text; its second, with the first residual; its second residual.
+    forward = {"norm_modulate": blocks + 1, "residual_norm_modulate": blocks, "gated_residual": blocks}
+    forward |= {"qk_norm_rope": blocks}
     forward |= {"render_pixels": 1}
     if not backward:
         return forward | {"squared_error_sums": 1}

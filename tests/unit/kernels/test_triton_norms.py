@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from deco_scale.kernels.norm import gated_residual, norm_modulate, norm_rotate, rms_norm
+from deco_scale.kernels.norm import gated_residual, norm_modulate, qk_norm_rope, residual_norm_modulate, rms_norm
 from deco_scale.kernels.select import use_kernels
 from deco_scale.models import Denoiser, ModelConfig
 from deco_scale.models.layers import Block, RMSNorm
@@ -51,19 +51,30 @@ def random(*shape: int, dtype: torch.dtype = torch.float32, grad: bool = True) -
 def modulated(x: Tensor, weight: Tensor, modulation: Tensor, **settings: object) -> Tensor:
     """As in a block: shift and scale are parts of one tensor."""
     shift, scale, _ = modulation.chunk(3, dim=-1)
-    return norm_modulate(x, weight, shift, scale, eps=EPS, **settings)  # type: ignore[arg-type]
+    return torch.cat(norm_modulate(x, weight, shift, scale, eps=EPS, **settings))  # type: ignore[arg-type]
+
+
+def between(x: Tensor, weight: Tensor, modulation: Tensor, y: Tensor, **settings: object) -> Tensor:
+    """Between attention and MLP: both results, each with a gradient of its own."""
+    gate, shift, scale = modulation.chunk(3, dim=-1)
+    results = residual_norm_modulate(x, gate, y, weight, shift, scale, eps=EPS, **settings)  # type: ignore[arg-type]
+    return torch.cat(results)
 
 
 def residual(x: Tensor, modulation: Tensor, y: Tensor, **settings: object) -> Tensor:
     return gated_residual(x, modulation.chunk(3, dim=-1)[2], y, **settings)  # type: ignore[arg-type]
 
 
-def heads(qkv: Tensor, weight: Tensor, angles: Tensor, **settings: object) -> Tensor:
-    """As in attention: a strided part of the fused projection with angles, another one without."""
-    q, k, _ = qkv.unbind(-2)
-    settings |= {"eps": EPS}
-    rotated = norm_rotate(q, weight, angles, **settings)  # type: ignore[arg-type]
-    return torch.cat([rotated, rms_norm(k, weight, **settings)])  # type: ignore[arg-type]
+def heads(
+    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, angles: Tensor | None, *context: Tensor, **settings: object
+) -> Tensor:
+    """q, and k and v with those of the context if there is one."""
+    kv = context[0] if context else None
+    return torch.cat(qk_norm_rope(qkv, kv, q_weight, k_weight, angles, eps=EPS, **settings), dim=1)  # type: ignore[arg-type]
+
+
+def text_heads(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, **settings: object) -> Tensor:
+    return heads(qkv, q_weight, k_weight, None, **settings)
 
 
 def plain(x: Tensor, weight: Tensor, **settings: object) -> Tensor:
@@ -82,13 +93,17 @@ def cases(dtype: torch.dtype) -> list[tuple[Function, list[Tensor], dict[str, An
         for batch, tokens, dim in sizes[: 1 if cast_first else None]:
             x, modulation = random(batch, tokens, dim, dtype=dtype), random(batch, 1, 3 * dim, dtype=dtype)
             made.append((modulated, [x, random(dim), modulation], settings))
+            y = random(batch, tokens, dim, dtype=dtype)
+            made.append((between, [x, random(dim), modulation, y], settings))
             made.append((plain, [x, random(dim)], settings))
         for count, number, width in ((9, 3, 8), (3, 2, 72), (2, 1, 2))[: 1 if cast_first else None]:
-            qkv, angles = (
-                random(2, count, number, 3, width, dtype=dtype),
-                20 * random(count, width // 2, grad=False),
-            )
-            made.append((heads, [qkv, random(width), angles.detach()], settings))
+            qkv = random(2, count, number, 3, width, dtype=dtype)
+            weights = [random(width), random(1, width).detach()[0].requires_grad_()]
+            angles = (20 * random(count, width // 2, grad=False)).detach()
+            context = random(2, 5, number, 2, width, dtype=dtype)
+            made.append((heads, [qkv, *weights, angles, context], settings))
+            made.append((heads, [qkv, *weights, angles], settings))
+        made.append((text_heads, [qkv, *weights], settings))
     for batch, tokens, dim in sizes:
         x, y = random(batch, tokens, dim, dtype=dtype), random(batch, tokens, dim, dtype=dtype)
         made.append((residual, [x, random(batch, 1, 3 * dim, dtype=dtype), y], {}))
@@ -111,7 +126,9 @@ def test_half_precision_is_rounded_once(dtype: torch.dtype) -> None:
     """Against float64 of the same rounded inputs: only the norm's roundings and that of the result."""
     for function, inputs, settings in cases(dtype):
         # The norm is rounded before modulation, and factors of cast_first before their product.
-        roundings = {modulated: 2.0, heads: 2.0, plain: 1.0, residual: 1.0}[function]
+        roundings = {modulated: 2.0, between: 3.0, heads: 2.0, text_heads: 1.0, plain: 1.0, residual: 1.0}[
+            function
+        ]
         roundings += 2.0 if settings.get("cast_first") else 0.0
         found = run(function, inputs, kernels="triton", **settings)
         wanted = run(
@@ -128,7 +145,7 @@ def test_half_precision_is_rounded_once(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("cast_first", [False, True])
 def test_norm_and_rotation_round_like_torch(cast_first: bool) -> None:
     for function, inputs, settings in cases(torch.float16):
-        if function not in (plain, heads) or settings["cast_first"] != cast_first:
+        if function not in (plain, heads, text_heads) or settings["cast_first"] != cast_first:
             continue
         found = function(*inputs, kernels="triton", **settings)
         wanted = function(*inputs, kernels="torch", **settings)
@@ -183,7 +200,7 @@ def test_strided_inputs_and_expanded_gradients() -> None:
 
 def test_kernels_accept_zero_tokens() -> None:
     found = run(modulated, [random(2, 0, 8), random(8), random(2, 1, 24)], cast_first=False, kernels="triton")
-    assert found[0].shape == (2, 0, 8) and not any(grad.any() for grad in found[2:])
+    assert found[0].shape == (4, 0, 8) and not any(grad.any() for grad in found[2:])
 
 
 def test_shapes_and_dtypes_that_do_not_fit_are_refused() -> None:
@@ -195,8 +212,13 @@ def test_shapes_and_dtypes_that_do_not_fit_are_refused() -> None:
         rms_norm(x.double(), weight, **settings)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"weight \(9,\)"):
         rms_norm(x, random(9), **settings)  # type: ignore[arg-type]
+    qkv, context = random(2, 3, 2, 3, 8), random(2, 4, 2, 2, 8)
     with pytest.raises(ValueError, match=r"angles must be \(3, 4\)"):
-        norm_rotate(random(2, 3, 2, 8), weight, random(4, 4, grad=False), **settings)  # type: ignore[arg-type]
+        qk_norm_rope(qkv, None, weight, weight, random(4, 4, grad=False), **settings)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"context_kv must be \(2, 4, 2, 2, 8\)"):
+        qk_norm_rope(qkv, context[:1], weight, weight, None, **settings)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="k and v need one type"):
+        qk_norm_rope(qkv, context.bfloat16(), weight, weight, None, **settings)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="differ in shape"):
         gated_residual(x, part, random(2, 4, 8), kernels="triton")
 
@@ -208,23 +230,49 @@ def test_rows_that_would_overflow_registers_or_the_grid_are_refused() -> None:
     with pytest.raises(ValueError, match="262140 tokens"):
         gated_residual(random(1, 262141, 1), random(1, 1, 1), random(1, 262141, 1), kernels="triton")
     with pytest.raises(ValueError, match=r"not \(129, 128\); use kernels=torch"):
-        rms_norm(random(1, 1, 129, 128), random(128), **settings)  # type: ignore[arg-type]
+        qk_norm_rope(random(1, 1, 129, 3, 128), None, random(128), random(128), None, **settings)  # type: ignore[arg-type]
 
 
 def test_operators_are_registered_soundly() -> None:
     """Schema, fake tensors, autograd and AOT dispatch, by torch's own checker."""
     x, part, weight = random(2, 5, 8), random(2, 1, 8), random(8)
-    strided = random(2, 5, 2, 3, 8, grad=False)[..., 1, :].requires_grad_()
+    qkv, context = random(2, 5, 2, 3, 8), random(4, 2, 2, 2, 8, grad=False).transpose(0, 1).requires_grad_()
     # The operators exist once they are asked for.
     plain(x, weight, cast_first=False, kernels="triton")
-    plain(strided, weight, cast_first=False, kernels="triton")
+    heads(qkv, weight, weight, None, cast_first=False, kernels="triton")
     residual(x, random(2, 1, 24), x, kernels="triton")
     ops = torch.ops.deco_scale
     torch.library.opcheck(ops.norm_modulate.default, (x, weight, part, random(2, 1, 8), EPS, False))
     torch.library.opcheck(ops.norm_modulate.default, (x, weight, None, None, EPS, True))
     torch.library.opcheck(ops.gated_residual.default, (x, part, random(2, 5, 8)))
-    torch.library.opcheck(ops.norm_rotate.default, (strided, weight, random(5, 4, grad=False), EPS, True))
-    torch.library.opcheck(ops.norm_rotate.default, (strided, weight, None, EPS, False))
+    torch.library.opcheck(
+        ops.residual_norm_modulate.default, (x, part, random(2, 5, 8), weight, part, part, EPS, True)
+    )
+    angles = random(5, 4, grad=False)
+    torch.library.opcheck(ops.qk_norm_rope.default, (qkv, context, weight, weight, angles, EPS, True))
+    torch.library.opcheck(ops.qk_norm_rope.default, (qkv, None, weight, weight, None, EPS, False))
+
+
+def test_results_are_sequence_first_in_memory_where_inputs_are() -> None:
+    """As tensor parallelism leaves tokens: what follows a collective needs no copy."""
+
+    def sequence_first(*shape: int) -> Tensor:
+        return random(*shape).detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
+
+    def is_sequence_first(x: Tensor | None) -> bool:
+        return x is not None and x.transpose(0, 1).is_contiguous()
+
+    x, y, part, weight = sequence_first(3, 5, 8), sequence_first(3, 5, 8), random(3, 1, 8), random(8)
+    qkv, context = sequence_first(3, 5, 2, 3, 8), sequence_first(3, 4, 2, 2, 8)
+    settings: dict[str, Any] = {"eps": EPS, "cast_first": False, "kernels": "triton"}
+    results = [
+        gated_residual(x, part, y, kernels="triton"),
+        *norm_modulate(x, weight, part, part, **settings),
+        *residual_norm_modulate(x, part, y, weight, part, part, **settings),
+        *qk_norm_rope(qkv, context, weight, weight, None, **settings),
+    ]
+    sum(out.sum() for out in results).backward()  # type: ignore[union-attr]
+    assert all(is_sequence_first(out) for out in (*results, x.grad, y.grad, qkv.grad, context.grad))
 
 
 def block_run(block: Block, kernels: str, through: Callable[[Block], Function]) -> list[Tensor]:
