@@ -131,19 +131,19 @@ def _norm_gradient(grad, x, weight, dim, eps):
 
 @triton.jit
 def _qk_norm_rope_backward(
-    grad_q_ptr, grad_k_ptr, grad_v_ptr, qkv_ptr, context_ptr, q_weight_ptr, k_weight_ptr, angles_ptr,
+    grad_q_ptr, grad_k_ptr, grad_v_ptr, qk_ptr, context_ptr, q_weight_ptr, k_weight_ptr, angles_ptr,
     grad_qkv_ptr, grad_context_ptr, partial_ptr,
     all_tokens, tokens, joint_tokens, heads, dim,
     grad_q_stride_b, grad_q_stride_n, grad_q_stride_h, grad_k_stride_b, grad_k_stride_n, grad_k_stride_h,
     grad_v_stride_b, grad_v_stride_n, grad_v_stride_h,
-    qkv_stride_b, qkv_stride_n, qkv_stride_h, qkv_stride_p,
-    context_stride_b, context_stride_n, context_stride_h, context_stride_p,
+    qk_stride_b, qk_stride_n, qk_stride_h, qk_stride_p,
+    context_stride_b, context_stride_n, context_stride_h,
     out_stride_b, out_stride_n, context_out_stride_b, context_out_stride_n, eps,
     CAST_FIRST: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Gradients of both projections, and the program's sums for the weights of q and k over tokens and heads."""
     first, end, head, column, inside = _own_part(all_tokens, heads, dim, TOKENS, HEADS, BLOCK)
-    rounded: tl.constexpr = qkv_ptr.dtype.element_ty
+    rounded: tl.constexpr = qk_ptr.dtype.element_ty
     q_weight = load_fp32(q_weight_ptr, column, column < dim)[None, :]
     k_weight = load_fp32(k_weight_ptr, column, column < dim)[None, :]
     if CAST_FIRST:
@@ -153,9 +153,7 @@ def _qk_norm_rope_backward(
     for index in range(first, end):
         sample, token = (index // joint_tokens).to(tl.int64), index % joint_tokens
         own, of_context = _heads_of(token, tokens, heads, dim, head, column)
-        offset = _part_offset(
-            0, sample, token, head, column, qkv_stride_b, qkv_stride_n, qkv_stride_h, qkv_stride_p
-        )
+        offset = _part_offset(0, sample, token, head, column, qk_stride_b, qk_stride_n, qk_stride_h, qk_stride_p)
         out_offset = sample * out_stride_b + token * out_stride_n + head * (3 * dim) + column[None, :]
         grad = load_fp32(
             grad_q_ptr, _part_offset(0, sample, token, head, column,
@@ -164,14 +162,14 @@ def _qk_norm_rope_backward(
         if angles_ptr is not None:
             angles = -_load_angles(angles_ptr, token, tokens, dim, BLOCK)
             grad = _rotated(grad, angles, HEADS, BLOCK)
-        grad_x, product = _norm_gradient(grad, load_fp32(qkv_ptr, offset, own), q_weight, dim, eps)
+        grad_x, product = _norm_gradient(grad, load_fp32(qk_ptr, offset, own), q_weight, dim, eps)
         q_sum += product
         tl.store(grad_qkv_ptr + out_offset, grad_x.to(rounded), mask=own)
 
-        k = load_fp32(qkv_ptr, offset + qkv_stride_p, own)
+        k = load_fp32(qk_ptr, offset + qk_stride_p, own)
         if context_ptr is not None:
             offset = _part_offset(
-                1, sample, token - tokens, head, column,
+                0, sample, token - tokens, head, column,
                 context_stride_b, context_stride_n, context_stride_h, 0,
             )  # fmt: skip
             k += load_fp32(context_ptr, offset, of_context)
@@ -230,13 +228,13 @@ def _check(
 
 
 def _tile(heads: int, dim: int) -> dict[str, int]:
-    """Size of the tile that holds a token's heads, and warps for about sixteen values of it per thread."""
+    """Size of the tile that holds a token's heads, and warps for about eight values of it per thread."""
     padded, block = triton.next_power_of_2(heads), triton.next_power_of_2(dim)
-    return {"HEADS": padded, "BLOCK": block, "num_warps": max(1, min(8, padded * block // 512))}
+    return {"HEADS": padded, "BLOCK": block, "num_warps": max(1, min(8, padded * block // 256))}
 
 
-def _joint_tokens(qkv: Tensor, context_kv: Tensor | None) -> int:
-    return qkv.shape[1] + (0 if context_kv is None else context_kv.shape[1])
+def _joint_tokens(own: Tensor, context: Tensor | None) -> int:
+    return own.shape[1] + (0 if context is None else context.shape[1])
 
 
 @operator("deco_scale::qk_norm_rope")
@@ -285,53 +283,60 @@ def _(qkv, context_kv, q_weight, k_weight, angles, eps, cast_first):
 
 @operator("deco_scale::qk_norm_rope_backward")
 def qk_norm_rope_backward(
-    grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, qkv: Tensor, context_kv: Tensor | None,
+    grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, qk: Tensor, context_k: Tensor | None,
     q_weight: Tensor, k_weight: Tensor, angles: Tensor | None, eps: float, cast_first: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of qkv and context_kv (empty if None), and fp32 partial sums (G, 2, K) of those of the weights."""
-    grad_qkv, grad_context, partial = _gradient_outputs(qkv, context_kv)
-    grad_q, grad_k, grad_v, qkv = rows(grad_q), rows(grad_k), rows(grad_v), rows(qkv)
+    """Gradients of qkv and context_kv (empty if None), and fp32 partial sums (G, 2, K) of those of the weights.
+
+    ``qk`` (B, N, H, 2, K) and ``context_k`` (B, L, H, K) are the parts of the projections without v.
+    """
+    grad_qkv, grad_context, partial = _gradient_outputs(qk, context_k)
+    grad_q, grad_k, grad_v, qk = rows(grad_q), rows(grad_k), rows(grad_v), rows(qk)
     q_weight, k_weight = q_weight.contiguous(), k_weight.contiguous()
-    context_kv, angles = None if context_kv is None else rows(context_kv), _dense(angles)
-    batch, tokens, heads, _, dim = qkv.shape
-    joint = _joint_tokens(qkv, context_kv)
+    context_k, angles = None if context_k is None else rows(context_k), _dense(angles)
+    batch, tokens, heads, _, dim = qk.shape
+    joint = _joint_tokens(qk, context_k)
     _qk_norm_rope_backward[(len(partial),)](
-        grad_q, grad_k, grad_v, qkv, context_kv, q_weight, k_weight, angles, grad_qkv, grad_context, partial,
+        grad_q, grad_k, grad_v, qk, context_k, q_weight, k_weight, angles, grad_qkv, grad_context, partial,
         batch * joint, tokens, joint, heads, dim,
         *grad_q.stride()[:3], *grad_k.stride()[:3], *grad_v.stride()[:3],
-        *qkv.stride()[:4], *_strides(context_kv, 4),
-        *grad_qkv.stride()[:2], *_strides(None if context_kv is None else grad_context, 2), eps,
+        *qk.stride()[:4], *_strides(context_k, 3),
+        *grad_qkv.stride()[:2], *_strides(None if context_k is None else grad_context, 2), eps,
         CAST_FIRST=cast_first, TOKENS=BACKWARD_TOKENS, **_tile(heads, dim),
     )  # fmt: skip
     return grad_qkv, grad_context, partial
 
 
-def _gradient_outputs(qkv: Tensor, context_kv: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    all_tokens = qkv.shape[0] * _joint_tokens(qkv, context_kv)
-    programs = (all_tokens + BACKWARD_TOKENS - 1) // BACKWARD_TOKENS
+def _gradient_outputs(qk: Tensor, context_k: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    batch, tokens, heads, _, dim = qk.shape
+    programs = (batch * _joint_tokens(qk, context_k) + BACKWARD_TOKENS - 1) // BACKWARD_TOKENS
+    grad_qkv = empty_tokens(qk, (batch, tokens, heads, 3, dim))
     # An operator returns tensors: an empty one stands for none.
-    grad_context = qkv.new_empty(0) if context_kv is None else empty_tokens(context_kv)
-    return empty_tokens(qkv), grad_context, qkv.new_empty((programs, 2, qkv.shape[4]), dtype=torch.float32)
+    grad_context = qk.new_empty(0)
+    if context_k is not None:
+        grad_context = empty_tokens(context_k, (batch, context_k.shape[1], heads, 2, dim))
+    return grad_qkv, grad_context, qk.new_empty((programs, 2, dim), dtype=torch.float32)
 
 
 @qk_norm_rope_backward.register_fake
-def _(grad_q, grad_k, grad_v, qkv, context_kv, q_weight, k_weight, angles, eps, cast_first):
-    return _gradient_outputs(qkv, context_kv)
+def _(grad_q, grad_k, grad_v, qk, context_k, q_weight, k_weight, angles, eps, cast_first):
+    return _gradient_outputs(qk, context_k)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *tensors, ctx.eps, ctx.cast_first = inputs
-    ctx.save_for_backward(*tensors)
+    qkv, context_kv, *others, ctx.eps, ctx.cast_first = inputs
+    context_k = None if context_kv is None else context_kv.select(-2, 0)
+    ctx.save_for_backward(qkv.narrow(-2, 0, 2), context_k, *others)
 
 
 def _gradients(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    qkv, context_kv, q_weight, k_weight, angles = ctx.saved_tensors
+    qk, context_k, q_weight, k_weight, angles = ctx.saved_tensors
     grad_qkv, grad_context, partial = qk_norm_rope_backward(
-        *grads, qkv, context_kv, q_weight, k_weight, angles, ctx.eps, ctx.cast_first
+        *grads, qk, context_k, q_weight, k_weight, angles, ctx.eps, ctx.cast_first
     )
     grad_q_weight, grad_k_weight = partial.sum(0).unbind()
     return (
-        grad_qkv, None if context_kv is None else grad_context,
+        grad_qkv, None if context_k is None else grad_context,
         grad_q_weight.to(q_weight.dtype, copy=True), grad_k_weight.to(k_weight.dtype, copy=True), None, None, None,
     )  # fmt: skip
 

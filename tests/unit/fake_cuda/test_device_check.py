@@ -139,8 +139,8 @@ def operators() -> dict[str, list[tuple[object, ...]]]:
                 (qkv, context, weight, wide, angles, 1e-6, False), (qkv, None, wide, weight, None, 1e-6, True),
             ],
             "qk_norm_rope_backward": [
-                (q, kv, kv, qkv, context, weight, wide, angles, 1e-6, False),
-                (q, q, q, qkv, None, wide, weight, None, 1e-6, True),
+                (q, kv, kv, qkv[..., :2, :], context[..., 0, :], weight, wide, angles, 1e-6, False),
+                (q, q, q, qkv[..., :2, :], None, wide, weight, None, 1e-6, True),
             ],
             "gated_residual": [(x, part, crossed), (made(2, 5, 8), part, dense)],
             "gated_residual_backward": [(dense, part, x), (crossed, part, crossed)],
