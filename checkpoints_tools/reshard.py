@@ -10,7 +10,7 @@ import torch
 from checkpoints_tools.base import EMA, MODEL, Advance, CheckpointReader, Plan, TensorSpec, new_folder
 from checkpoints_tools.convert import bare_config, new_meta
 from checkpoints_tools.formats.canonical import CanonicalReader, write_canonical
-from checkpoints_tools.formats.universal import UniversalReader, write_universal
+from checkpoints_tools.formats.universal import UniversalReader, largest_peak, write_universal
 from checkpoints_tools.formats.zero.reader import ZeroReader
 from checkpoints_tools.formats.zero.side_file import CARRIED, write_side
 from checkpoints_tools.formats.zero.writer import ZeroLayout, parameter_order, write_zero
@@ -84,6 +84,8 @@ def plan_reshard(
         run = partial(_write_tag, view=view, meta=meta, pointer="latest", fill=fill)
     else:
         largest = max(peak_bytes(spec) for spec in view.specs.values())
+        if to == "universal":
+            largest = max(largest, largest_peak(view))
         if largest > memory:
             raise ConfigError(f"--memory {memory}: the largest tensor needs {largest} bytes")
         if to == "canonical":

@@ -92,7 +92,8 @@ class ReferenceSwiGLU(SwiGLU):
     """Gate, up, product, down."""
 
     def forward(self, x_BND: Tensor) -> Tensor:
-        return cast(Tensor, self.down(F.silu(self.gate(x_BND)) * self.up(x_BND)))
+        gate, up = self.gate_up.weight.chunk(2)
+        return cast(Tensor, self.down(F.silu(F.linear(x_BND, gate)) * F.linear(x_BND, up)))
 
 
 class ReferenceBlock(Block):

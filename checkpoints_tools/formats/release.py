@@ -1,7 +1,7 @@
 """The table between the public DeCo release's tensors and ours, used in both directions.
 
 The release orders the rows of a fused projection (part, head, K); ours are (head, part, K), so that a
-tensor-parallel slice is plain. The release fuses gate and up of the text model's SwiGLU; ours are separate.
+tensor-parallel slice is plain. The release fuses gate and up of the text model's SwiGLU; ours are stored apart.
 """
 
 import dataclasses

@@ -49,6 +49,12 @@ class StoredTensor:
         """The same contiguous tensor with another shape of as many elements."""
         return dataclasses.replace(self, meta=self.meta.view(shape))
 
+    def part(self, index: int, count: int) -> "StoredTensor":
+        """One of ``count`` equal parts along dimension 0."""
+        meta = self.meta.chunk(count)[index]
+        offset = int(meta.storage_offset() - self.meta.storage_offset())
+        return dataclasses.replace(self, start=self.start + offset * self.dtype.itemsize, meta=meta)
+
     def read_into(self, flat: Tensor, first: int = 0) -> None:
         """Fill a flat tensor of the stored type with elements from ``first`` on, in the order of the file."""
         data = raw_bytes(flat)

@@ -5,7 +5,7 @@ model-states file has the run's progress (``deepspeed/checkpoint/ds_to_universal
 """
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from checkpoints_tools.base import Advance, CheckpointReader, TensorSpec
 from checkpoints_tools.formats.torch_zip import Archive, StoredTensor
-from checkpoints_tools.formats.zero.layout import Shape, full_shape
+from checkpoints_tools.formats.zero.layout import Shape, full_shape, joined_shapes
 from checkpoints_tools.formats.zero.side_file import (
     CARRIED,
     PARAMETERS,
@@ -25,12 +25,15 @@ from checkpoints_tools.formats.zero.side_file import (
     stored_step,
 )
 from checkpoints_tools.formats.zero.writer import ZeroLayout, adamw_group, model_states, parameter_order
-from checkpoints_tools.memory_budget import MemoryBudget, in_threads, peak_bytes, sync_files, tensor_budget
+from checkpoints_tools.memory_budget import MemoryBudget, in_threads, sync_files, tensor_budget
 from deco_scale.checkpoint.format import CheckpointMeta, without_record_checksums
 from deco_scale.checkpoint.integrity import ChecksummedFile
 from deco_scale.errors import ConfigError
+from deco_scale.models.stored_names import stored_names
 from deco_scale.models.tp_plan import split_dim
 
+_SUB_PARAMETERS = "param_n_sub_params"
+"""DeepSpeed's key for the number of parts, each of which is split over tensor parallel ranks."""
 _STEMS = {"model": "fp32", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
 """Names of a parameter's files by set."""
 _OPTIMIZER = "optimizer_state.pt"
@@ -54,10 +57,12 @@ class UniversalReader(DeepSpeedReader):
     def __init__(self, path: Path) -> None:
         super().__init__(path, "latest_universal")
         shapes: dict[str, Shape] = {}
+        self._tp = 1
         for states in self._model_states:
             tp = states.content.get("mp_world_size")
+            self._tp = tp if isinstance(tp, int) else 1
             for group in states.groups:
-                shapes |= {n: full_shape(n, s, tp if isinstance(tp, int) else 1) for n, s in group.items()}
+                shapes |= {n: full_shape(n, s, self._tp) for n, s in group.items()}
         self._stored: dict[str, StoredTensor] = {}
         self._steps: dict[int, Path] = {}
         folders = sorted(p for p in (self.path / "zero").iterdir() if p.is_dir())
@@ -95,7 +100,15 @@ class UniversalReader(DeepSpeedReader):
                 stored = stored.reshaped(shapes[name])
             if stored.shape != shapes[name]:
                 raise ConfigError(f"{file}: {name} has shape {stored.shape}, expected {shapes[name]}")
-            self._stored[f"{kind}.{name}"] = stored
+            names = stored_names(name)
+            in_order = self._tp == 1 or (isinstance(content, Mapping) and _SUB_PARAMETERS in content)
+            if len(names) > 1 and not in_order:
+                raise ConfigError(
+                    f"{file}: the tensor parallel ranks' parts of {name} are joined in the wrong order; "
+                    "convert DeepSpeed's native checkpoint instead (deco-ckpt reshard)"
+                )
+            for index, part in enumerate(names):
+                self._stored[f"{kind}.{part}"] = stored.part(index, len(names)) if len(names) > 1 else stored
         if (folder / "step.pt").is_file():
             archive = open_archive(folder / "step.pt")
             self._note_step(archive, archive.content)
@@ -123,7 +136,7 @@ def write_universal(
     under ZeRO-1, 2 and 3 on any number of ranks. A tensor that ZeRO-1/2 splits over tensor parallel ranks records
     the dimension.
     """
-    shapes = parameter_order(source)
+    shapes = joined_shapes(parameter_order(source))
     zero = folder / "zero"
     step = torch.tensor(float(meta.optimizer_steps))
     for name in shapes:
@@ -134,14 +147,23 @@ def write_universal(
 
     def save(full: str) -> None:
         kind, _, name = full.partition(".")
-        with budget.reserve(peak_bytes(source.specs[full])):
-            content: dict[str, Any] = {"param": source.read(full).float().contiguous()}
+        stored = [f"{kind}.{n}" for n in stored_names(name)]
+        with budget.reserve(_peak(source, stored)):
+            param = torch.empty(shapes[name])
+            for target, part in zip(
+                param.chunk(len(stored)) if len(stored) > 1 else (param,), stored, strict=True
+            ):
+                target.copy_(source.read(part))
+            content: dict[str, Any] = {"param": param}
             dim = split_dim(name)
             if dim is not None:
                 content["cat_dim"] = dim
+            if len(stored) > 1:
+                content[_SUB_PARAMETERS] = len(stored)
             _save(zero / name / f"{_STEMS[kind]}.pt", content)
-            del content
-        advance(full)
+            del content, param
+        for part in stored:
+            advance(part)
 
     with without_record_checksums():
         in_threads(save, [f"{kind}.{name}" for kind in CARRIED for name in shapes], workers)
@@ -161,6 +183,18 @@ def write_universal(
     for file in (*single.model_files(0), *ZeroLayout(dp=1, tp=1, stage=3).model_files(0)):
         _save(folder / file, content)
     sync_files([*folder.rglob("*.pt"), *(zero / name for name in shapes), zero])
+
+
+def largest_peak(source: CheckpointReader) -> int:
+    """Bytes in memory while the largest parameter is written."""
+    parameters = joined_shapes(parameter_order(source))
+    return max(_peak(source, [f"model.{n}" for n in stored_names(name)]) for name in parameters)
+
+
+def _peak(source: CheckpointReader, stored: Sequence[str]) -> int:
+    # A parameter in fp32, and one of its stored tensors as read.
+    specs = [source.specs[name] for name in stored]
+    return sum(4 * spec.numel for spec in specs) + max(spec.nbytes for spec in specs)
 
 
 def _save(file: Path, content: object) -> None:

@@ -6,6 +6,9 @@ Linears are laid out for tensor parallelism: the rows of a fused projection are 
 that a plain slice of dimension 0 holds whole heads; docs/architecture.md has the table.
 """
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,8 +21,10 @@ from deco_scale.kernels.norm import (
     rms_norm,
 )
 from deco_scale.kernels.select import Kernels
+from deco_scale.kernels.swiglu import swiglu
 from deco_scale.models.attention.dispatch import AttentionSetting, attention
 from deco_scale.models.embeddings import TIMESTEP_FEATURES, timestep_features
+from deco_scale.models.stored_names import from_stored, to_stored
 
 NORM_EPS = 1e-6
 
@@ -63,16 +68,39 @@ class RMSNorm(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """``down(silu(gate(x)) * up(x))`` without biases."""
+    """``down(silu(gate(x)) * up(x))`` without biases; gate and up are one linear.
+
+    Its rows are those of gate, then those of up, so that each half of the outputs is contiguous. ``state_dict``
+    and ``load_state_dict`` use the stored names ``gate.weight`` and ``up.weight``.
+    """
+
+    kernels: Kernels = "torch"
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
-        self.gate = nn.Linear(dim, hidden_dim, bias=False)
-        self.up = nn.Linear(dim, hidden_dim, bias=False)
+        self.gate_up = nn.Linear(dim, 2 * hidden_dim, bias=False)
         self.down = nn.Linear(hidden_dim, dim, bias=False)
+        self.register_state_dict_post_hook(_split_parts)
+        self.register_load_state_dict_pre_hook(_join_parts)
 
     def forward(self, x_BND: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x_BND)) * self.up(x_BND))
+        return self.down(swiglu(self.gate_up(x_BND), kernels=self.kernels))
+
+
+def _split_parts(module: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
+    _rename(state, prefix, to_stored)
+
+
+def _join_parts(module: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
+    _rename(state, prefix, from_stored)
+
+
+def _rename(
+    state: dict[str, Any], prefix: str, convert: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+) -> None:
+    # The table has the names within a block.
+    own = {f"mlp.{n.removeprefix(prefix)}": state.pop(n) for n in list(state) if n.startswith(prefix)}
+    state.update({prefix + n.removeprefix("mlp."): value for n, value in convert(own).items()})
 
 
 class Attention(nn.Module):

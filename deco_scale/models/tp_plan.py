@@ -11,8 +11,9 @@ from deco_scale.errors import ConfigError
 from deco_scale.models.config import ModelConfig
 
 Split = Literal["column", "row", "replicated"]
-COLUMN = ("attn.qkv", "attn.context_kv", "mlp.gate", "mlp.up")
-"""Outputs are split: dimension 0 of the weight, by whole heads, because its rows are ordered by head."""
+COLUMN = ("attn.qkv", "attn.context_kv", "mlp.gate_up", "mlp.gate", "mlp.up")
+"""Outputs are split: dimension 0 of the weight, by whole heads, because its rows are ordered by head; of
+``mlp.gate_up`` both halves, which are stored as ``mlp.gate`` and ``mlp.up``."""
 ROW = ("attn.proj", "mlp.down")
 """Inputs are split: dimension 1 of the weight; outputs are partial sums, the bias is replicated."""
 

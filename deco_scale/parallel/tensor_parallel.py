@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from deco_scale.models.layers import Attention, Block, SwiGLU
+from deco_scale.models.stored_names import stored_names
 from deco_scale.models.tp_plan import split_dim
 from deco_scale.objectives import Objective
 from deco_scale.parallel.sequence_parallel import TokenShard
@@ -60,9 +61,12 @@ def _with_local_weights(block: nn.Module, size: int, forward: Callable[..., Any]
 
 
 def tp_part(name: str, full: Tensor, rank: int, size: int) -> Tensor:
-    """The tp rank's slice of a full tensor."""
-    dim = split_dim(name)
-    return full if dim is None else full.chunk(size, dim)[rank]
+    """The tp rank's slice of a full tensor, or of each of the stored tensors that it holds."""
+    dim, count = split_dim(name), len(stored_names(name))
+    if dim is None or size == 1:
+        return full
+    slices = [stored.chunk(size, dim)[rank] for stored in full.chunk(count)]
+    return torch.cat(slices) if count > 1 else slices[0]
 
 
 def tp_placement(name: str) -> Placement:

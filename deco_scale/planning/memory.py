@@ -202,7 +202,7 @@ def block_saved(
         casts = 3 * a if a == FP32 else 2 * FP32 + (0 if context else 3 * a)
         before = casts + 2 * normed
         texts = r * (2 * a + FP32 if a == FP32 else 2 * FP32)
-    products = (3 if work.compile else 4) * hidden * a
+    products = (3 if lean else 4) * hidden * a
     split = before + attended + texts + a + products
     return tokens * model.dim * (own / tp + modulated + split / tp)
 

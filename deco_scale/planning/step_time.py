@@ -51,10 +51,10 @@ def _eager(work: Workload, r: float, rotary: bool, rms: tuple[int, int]) -> tupl
     a, h = work.compute_bytes, work.model.mlp_hidden_dim / work.model.dim
     cast = 0 if a == FP32 else a + FP32
     norm = (2 * cast + rms[0] + 2 * FP32, 2 * cast + rms[1] + 6 * FP32)
-    modulated, gated, product = (4 * a, 7 * a), (5 * a, 6 * a), (5 * h * a, 9 * h * a)
+    modulated, gated, product = (4 * a, 7 * a), (5 * a, 6 * a), (5 * h * a, 13 * h * a)
     forward = 2 * (norm[0] + modulated[0] + gated[0]) + (2 + r) * norm[0] + product[0]
-    # The fused projection's gradient is put together, and both branches' gradients are added.
-    backward = 2 * (norm[1] + modulated[1] + 3 * a + gated[1]) + (2 + r) * norm[1] + product[1] + 9 * a
+    # The fused projections' gradients are put together.
+    backward = 2 * (norm[1] + modulated[1] + 3 * a + gated[1]) + (2 + r) * norm[1] + product[1] + 6 * a
     if rotary:
         forward += 2 * (2 * cast + 16 + 12 + 8)
         backward += 2 * (2 * cast + 16 + 4 + 12 + 8)
@@ -66,9 +66,9 @@ def _eager(work: Workload, r: float, rotary: bool, rms: tuple[int, int]) -> tupl
 
 def _lean(work: Workload, r: float) -> tuple[float, float]:
     a, h = work.compute_bytes, work.model.mlp_hidden_dim / work.model.dim
-    product = (3 * h * a, 5 * h * a) if work.compile else (5 * h * a, 9 * h * a)
+    product = (3 * h * a, 5 * h * a)
     forward = 2 * (2 * a + 3 * a) + (2 + r) * 2 * a + product[0] + (4 * (1 + r) * a if r else 0)
-    backward = 2 * (6 * a + 3 * a) + (2 + r) * 3 * a + product[1] + 9 * a + 4 * r * a
+    backward = 2 * (6 * a + 3 * a) + (2 + r) * 3 * a + product[1] + 6 * a + 4 * r * a
     return forward, backward
 
 

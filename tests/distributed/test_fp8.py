@@ -15,6 +15,7 @@ from torch.func import functional_call
 
 from deco_scale.models import Denoiser, ModelConfig
 from deco_scale.models.config import ActivationCheckpointing
+from deco_scale.models.stored_names import to_stored
 from deco_scale.objectives import Objective, ObjectiveConfig
 from deco_scale.objectives.objective import ObjectiveInputs
 from deco_scale.optim.config import OptimizerConfig
@@ -49,7 +50,7 @@ def plan(tp: int) -> Fp8Plan:
     found = plan_fp8(
         MODEL, EMULATED, choose_fp8(EMULATED, CPU), tp=tp, batches=[shape], recompute="none", compile_blocks=False
     )
-    assert len(found.linears) == 17 and not found.rejected
+    assert len(found.linears) == 14 and not found.rejected
     return found
 
 
@@ -68,7 +69,7 @@ def weights() -> Gradients:
         name: (torch.randn(p.shape, generator=generator) * (0.2 if p.ndim == 1 else p.shape[-1] ** -0.5))
         .bfloat16()
         .float()
-        for name, p in build().named_parameters()
+        for name, p in build().state_dict().items()
     }
 
 
@@ -82,7 +83,7 @@ def of_one_process(compute: Compute, *, all_in_bf16: bool) -> Gradients:
     with autocast(PrecisionConfig(compute=compute), CPU):
         loss = functional_call(objective, copies, tuple(inputs()))["loss"]
     loss.backward()
-    return {n: p.grad for n, p in objective.named_parameters() if p.grad is not None}
+    return to_stored({n: p.grad for n, p in objective.named_parameters() if p.grad is not None})
 
 
 def of_engine(engine: Engine) -> Gradients:

@@ -37,7 +37,7 @@ def root(tmp_path_factory: pytest.TempPathFactory, text_encoder: Path) -> Path:
     folder = tmp_path_factory.mktemp("sampling")
     cfg = build_config(tiny_config(folder / "run", "unused", text_encoder), source="test")
     torch.manual_seed(0)
-    weights = {name: _random(name, p.shape) for name, p in Denoiser(cfg.model).named_parameters()}
+    weights = {name: _random(name, p.shape) for name, p in Denoiser(cfg.model).state_dict().items()}
     tensors = {f"{kind}.denoiser.{name}": w for kind in ("model", "ema") for name, w in weights.items()}
     config = json.loads(json.dumps(dataclasses.asdict(cfg)))
     save(folder / "step_00000007", tensors, meta=dataclasses.replace(META, config=config))

@@ -18,6 +18,7 @@ from data_pipeline.index.build import build_index, save_index
 from data_pipeline.storage.base import open_store
 from deco_scale.checkpoint.format import read_tensors
 from deco_scale.models import ModelConfig
+from deco_scale.models.stored_names import to_stored
 from deco_scale.models.tp_plan import check_tp, part_sizes
 from deco_scale.objectives import Objective, ObjectiveConfig
 from deco_scale.objectives.objective import ObjectiveInputs
@@ -279,11 +280,13 @@ def _check_named_gradients(engine: Engine, plain: Objective, calls: list[str], s
     dist.all_reduce(total)
     torch.testing.assert_close(total / 4, wanted["loss"].detach(), rtol=1e-6, atol=1e-6)
     moments = engine.state()
-    for name, parameter in plain.named_parameters():
+    grads = {name: parameter.grad for name, parameter in plain.named_parameters() if parameter.grad is not None}
+    assert len(grads) == len(list(plain.parameters()))
+    for name, grad in to_stored(grads).items():
         found = moments[f"exp_avg.{name}"]
-        assert isinstance(found, DTensor) and parameter.grad is not None
-        scale = parameter.grad.abs().max().clamp(min=1e-6)
-        difference = (full_tensor(found) - parameter.grad).abs().max() / scale
+        assert isinstance(found, DTensor)
+        scale = grad.abs().max().clamp(min=1e-6)
+        difference = (full_tensor(found) - grad).abs().max() / scale
         # q/k norms, decoder, text positions and all else that is summed over tp.
         assert difference < 1e-5, f"{type(engine).__name__}, {name}: {difference}"
     return step_calls

@@ -47,7 +47,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, text_encoder: Path) -> 
     folder = tmp_path_factory.mktemp("page")
     cfg = build_config(tiny_config(folder / "run", "unused", text_encoder), source="test")
     torch.manual_seed(0)
-    weights = {name: torch.randn(p.shape) * 0.05 for name, p in Denoiser(cfg.model).named_parameters()}
+    weights = {name: torch.randn(p.shape) * 0.05 for name, p in Denoiser(cfg.model).state_dict().items()}
     tensors = {f"{s}.denoiser.{name}": w for s in ("model", "ema") for name, w in weights.items()}
     meta = CheckpointMeta(
         step=7, stage="large", samples=70, seed=0, optimizer_steps=7, data_state={}, parameter_digest="",

@@ -44,7 +44,7 @@ def built(init_seed: int, compute: Literal["bf16", "fp8"]) -> Objective:
         plan = plan_fp8(
             MODEL, cfg, choose_fp8(cfg, CPU), tp=1, batches=[shape], recompute="none", compile_blocks=False
         )
-        assert len(plan.linears) == 5 + 2 * 6 and not plan.rejected
+        assert len(plan.linears) == 4 + 2 * 5 and not plan.rejected
         apply_fp8(objective.denoiser, plan)
     return objective
 

@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from checkpoints_tools.formats import release
 from deco_scale.models import Denoiser, ModelConfig, patchify, unpatchify
+from deco_scale.models.stored_names import to_stored
 from deco_scale.objectives import Objective, ObjectiveConfig
 from deco_scale.objectives.flow_matching import base_time, flow_loss, noised, shift_time
 from deco_scale.objectives.frequency import (
@@ -69,7 +70,8 @@ def gradient_checks(
     """Compare what the file holds; a parameter the loss does not reach has a zero gradient."""
 
     def grads(module: torch.nn.Module) -> dict[str, Tensor]:
-        return {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in module.named_parameters()}
+        found = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in module.named_parameters()}
+        return to_stored(found)
 
     found = release.denoiser_to_release(grads(denoiser), denoiser.cfg)
     found = {release.DENOISER + name: grad for name, grad in found.items()}

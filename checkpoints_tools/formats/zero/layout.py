@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
+from deco_scale.models.stored_names import part_of
 from deco_scale.models.tp_plan import split_dim
 
 Shape = tuple[int, ...]
@@ -60,6 +61,15 @@ def sub_groups(shapes: Mapping[str, Shape], *, dp: int, stage: int) -> list[dict
         groups[-1][name] = shape
         size += _share(shape, dp)
     return groups
+
+
+def joined_shapes(stored: Mapping[str, Shape]) -> dict[str, Shape]:
+    """Shapes of the module's parameters, which may hold several stored tensors, in order."""
+    shapes: dict[str, Shape] = {}
+    for name, shape in stored.items():
+        parameter, _, _ = part_of(name)
+        shapes[parameter] = (shapes[parameter][0] + shape[0], *shape[1:]) if parameter in shapes else shape
+    return shapes
 
 
 def tp_shape(name: str, full: Shape, tp: int) -> Shape:

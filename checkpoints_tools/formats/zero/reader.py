@@ -1,6 +1,6 @@
 """Reading a folder of DeepSpeed's ``save_checkpoint`` under ZeRO-1, 2 or 3, tensor by tensor."""
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from checkpoints_tools.formats.zero.side_file import (
     stored_step,
 )
 from deco_scale.errors import ConfigError
+from deco_scale.models.stored_names import part_of, stored_names
 from deco_scale.models.tp_plan import split_dim
 
 _KINDS = ("exp_avg", "exp_avg_sq", "ema")
@@ -100,7 +101,8 @@ class ZeroReader(DeepSpeedReader):
         self.facts |= {"data parallel": self.dp, "tensor parallel": self.tp}
 
     def _read_own(self, name: str, rows: tuple[int, int] | None) -> Tensor:
-        kind, _, parameter = name.partition(".")
+        kind, _, stored = name.partition(".")
+        parameter, index, count = stored_in(stored, self._local[0])
         dim = split_dim(parameter) if self.tp > 1 else None
         shape = self.specs[name].shape
         first, end = rows if rows is not None else (0, shape[0] if shape else 1)
@@ -111,11 +113,12 @@ class ZeroReader(DeepSpeedReader):
                 self._fill(part, kind, parameter, tp, first)
                 columns.copy_(part)
         else:
-            height = self._local[0][parameter][0] if shape else 1
+            height = self._local[0][parameter][0] // count if shape else 1
             for tp in range(1 if dim is None else self.tp):
                 start, stop = max(first, tp * height), min(end, (tp + 1) * height)
                 if start < stop:
-                    self._fill(out[start - first : stop - first], kind, parameter, tp, start - tp * height)
+                    row = index * height + start - tp * height
+                    self._fill(out[start - first : stop - first], kind, parameter, tp, row)
         return out if shape else out.view(())
 
     def _fill(self, out: Tensor, kind: str, name: str, tp: int, row: int) -> None:
@@ -198,8 +201,21 @@ class ZeroReader(DeepSpeedReader):
                 raise ConfigError(f"{self.path}: {name} has different shapes on different mp_ranks")
             for kind, flats in self._flats[0, 0].items():
                 if kind != "ema" or name.startswith("denoiser."):
-                    specs[f"{kind}.{name}"] = TensorSpec(full_shape(name, part, self.tp), flats[0].dtype)
+                    specs |= part_specs(kind, name, full_shape(name, part, self.tp), flats[0].dtype)
         return specs
+
+
+def part_specs(kind: str, parameter: str, shape: Shape, dtype: torch.dtype) -> dict[str, TensorSpec]:
+    """The stored tensors of one of the module's parameters, by canonical name."""
+    names = stored_names(parameter)
+    if len(names) > 1:
+        shape = (shape[0] // len(names), *shape[1:])
+    return {f"{kind}.{name}": TensorSpec(shape, dtype) for name in names}
+
+
+def stored_in(name: str, parameters: Container[str]) -> tuple[str, int, int]:
+    """As :func:`part_of`; files of older versions have a parameter for each stored tensor."""
+    return (name, 0, 1) if name in parameters else part_of(name)
 
 
 def _grid(folder: Path) -> list[list[Path]]:

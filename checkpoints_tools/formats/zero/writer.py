@@ -10,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,15 @@ from torch import Tensor
 
 from checkpoints_tools.base import Advance, CheckpointReader, TensorSpec, pieces
 from checkpoints_tools.formats.torch_zip import StoredTensor
-from checkpoints_tools.formats.zero.layout import Partitions, Shape, overlaps, partitions, sub_groups, tp_shape
+from checkpoints_tools.formats.zero.layout import (
+    Partitions,
+    Shape,
+    joined_shapes,
+    overlaps,
+    partitions,
+    sub_groups,
+    tp_shape,
+)
 from checkpoints_tools.formats.zero.reader import optim_content
 from checkpoints_tools.formats.zero.side_file import CARRIED, VERSION, open_archive
 from checkpoints_tools.infer_config import denoiser_shapes
@@ -26,6 +35,7 @@ from checkpoints_tools.memory_budget import in_threads, sync_files
 from deco_scale.checkpoint.format import CheckpointMeta
 from deco_scale.checkpoint.integrity import WRITE_BYTES, raw_bytes, start_flush
 from deco_scale.errors import ConfigError
+from deco_scale.models.stored_names import part_of
 from deco_scale.models.tp_plan import split_dim
 
 Groups = list[dict[str, Shape]]
@@ -43,8 +53,8 @@ class ZeroLayout:
     bf16: bool = False
 
     def partition(self, shapes: Mapping[str, Shape]) -> tuple[Groups, Partitions]:
-        """Shapes of a tp rank's parameters by group, and where their elements are."""
-        local = {name: tp_shape(name, shape, self.tp) for name, shape in shapes.items()}
+        """From shapes of stored tensors: a tp rank's parameters by group, and where their elements are."""
+        local = joined_shapes({name: tp_shape(name, shape, self.tp) for name, shape in shapes.items()})
         groups = sub_groups(local, dp=self.dp, stage=self.stage)
         return groups, partitions(groups, dp=self.dp, stage=self.stage)
 
@@ -57,7 +67,7 @@ class ZeroLayout:
 
 
 def parameter_order(source: CheckpointReader) -> dict[str, Shape]:
-    """Parameters in the order of the module that is trained, which is the order in the flat buffers."""
+    """Stored tensors in the order of the module that is trained, which is the order in the flat buffers."""
     order = [f"denoiser.{name}" for name in denoiser_shapes(source.model)]
     order += [f"repa_head.layers.{i}.{kind}" for i in _REPA_LAYERS for kind in ("weight", "bias")]
     shapes = {name: source.specs[f"model.{name}"].shape for name in order if f"model.{name}" in source.specs}
@@ -142,8 +152,11 @@ def write_zero(
         descriptors = [files.enter_context(file.open("r+b")).fileno() for file in firsts]
 
         def fill(name: str) -> None:
-            kind, _, parameter = name.partition(".")
-            for first, part, tp in _tp_pieces(source, name, layout.tp, piece_elements):
+            kind, _, stored = name.partition(".")
+            parameter, index, _ = part_of(stored)
+            offset = index * prod(tp_shape(stored, shapes[stored], layout.tp))
+            for start, part, tp in _tp_pieces(source, name, layout.tp, piece_elements):
+                first = offset + start
                 for extent in overlaps(parts.extents[parameter], first, part.numel()):
                     values = part[extent.first - first : extent.first - first + extent.count]
                     optim[tp, extent.rank].put(kind, extent.group, extent.start, values)

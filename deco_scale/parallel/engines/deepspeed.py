@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from deco_scale.distributed.replica_check import Replicas
 from deco_scale.errors import ConfigError
 from deco_scale.models.compile import limit_recompiles
+from deco_scale.models.stored_names import stored_names, to_stored
 from deco_scale.models.tp_plan import split_dim
 from deco_scale.objectives import Objective
 from deco_scale.objectives.objective import ObjectiveInputs
@@ -158,7 +159,8 @@ class DeepSpeedEngine(Engine):
             with self._in_masters(kind):
                 for name, parameter in self._parameters.items():
                     if kind != "ema" or name.startswith(EMA_PREFIX):
-                        state[f"{kind}.{name}"] = self._shard_over_dp(name, self._get_full(parameter))
+                        for stored, part in to_stored({name: self._get_full(parameter)}).items():
+                            state[f"{kind}.{stored}"] = self._shard_over_dp(stored, part)
         return state | fp8.scaling_state(self._objective.denoiser, self.settings.fp8_plan)
 
     def load(self, state: dict[str, Tensor], optimizer_steps: int) -> None:
@@ -166,11 +168,10 @@ class DeepSpeedEngine(Engine):
             with self._in_masters(kind, keep=True):
                 for name, parameter in self._parameters.items():
                     # Popped, so that each tensor is freed once it is copied.
-                    value = state.pop(f"{kind}.{name}", None)
-                    if value is not None:
-                        assert isinstance(value, DTensor)
-                        full = value.redistribute(placements=[value.placements[0], Replicate()])
-                        self._set_full(parameter, full.to_local())
+                    parts = [state.pop(f"{kind}.{stored}", None) for stored in stored_names(name)]
+                    fulls = [self._whole_over_dp(part) for part in parts if part is not None]
+                    if len(fulls) == len(parts):
+                        self._set_full(parameter, torch.cat(fulls) if len(fulls) > 1 else fulls[0])
         self._optimizer.set_steps(optimizer_steps)
         fp8.load_scaling_state(self._objective.denoiser, self.settings.fp8_plan, state)
         self._refresh()
@@ -196,6 +197,12 @@ class DeepSpeedEngine(Engine):
         placements = [tp_placement(name), Shard(0)]
         layout: dict[str, Any] = {"shape": torch.Size(shape), "stride": torch.empty(shape, device="meta").stride()}
         return DTensor.from_local(local, self._mesh, placements, run_check=False, **layout)
+
+    @staticmethod
+    def _whole_over_dp(tensor: Tensor) -> Tensor:
+        """Inverse of :meth:`_shard_over_dp`; a collective."""
+        assert isinstance(tensor, DTensor)
+        return tensor.redistribute(placements=[tensor.placements[0], Replicate()]).to_local()
 
     def _masters(self) -> dict[str, Tensor]:
         """The fp32 tensors that the optimizer updates: flat partitions, or the parameters under ZeRO-0."""

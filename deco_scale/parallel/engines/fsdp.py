@@ -3,7 +3,7 @@
 Parameters, gradients, moments and EMA are sharded over ``dp_shard``; linears of blocks over ``tp`` as well.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, cast
@@ -13,10 +13,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from deco_scale.distributed.replica_check import Replicas
 from deco_scale.models.compile import limit_recompiles
+from deco_scale.models.stored_names import stored_names
 from deco_scale.models.tp_plan import split_dim
 from deco_scale.objectives import Objective
 from deco_scale.objectives.objective import ObjectiveInputs
@@ -74,14 +75,10 @@ class FsdpEngine(Engine):
         )
         self._objective.to_empty(device=device)
         self._parameters = {n: cast(DTensor, p) for n, p in self._objective.named_parameters()}
+        self._mesh = mesh
         for name, tensor in initial_tensors(template, settings.seed):
             part = tp_part(name, tensor, mesh.get_local_rank("tp"), dims.tp)
-            # As FSDP shards dimension 0: the last ranks may have less, or nothing.
-            chunks = part.chunk(dims.dp_shard)
-            rank = mesh.get_local_rank("dp_shard")
-            if rank < len(chunks):
-                _local(self._parameters[name]).copy_(chunks[rank])
-        self._mesh = mesh
+            _local(self._parameters[name]).copy_(self._own_rows(part))
         self._tp_sharded = {name for name in self._parameters if dims.tp > 1 and split_dim(name) is not None}
         self._shards = {n: _local(p) for n, p in self._parameters.items()}
         self._optimizer = AdamWWithEMA(self._shards.values(), settings.optimizer, kernels=settings.kernels)
@@ -139,20 +136,57 @@ class FsdpEngine(Engine):
         return squares.sum().sqrt()
 
     def state(self) -> dict[str, Tensor]:
-        state: dict[str, Tensor] = {f"model.{n}": p.detach() for n, p in self._parameters.items()}
-        for kind in ("ema", *MOMENTS):
-            for name, local in self._optimizer.tensors(kind).items():
-                like = self._parameters[name]
-                layout: dict[str, Any] = {"shape": like.shape, "stride": like.stride()}
-                state[f"{kind}.{name}"] = DTensor.from_local(
-                    local, like.device_mesh, like.placements, run_check=False, **layout
-                )
+        state: dict[str, Tensor] = {}
+        for kind, tensors in self._tensors():
+            for name, local in tensors.items():
+                like, names = self._parameters[name], stored_names(name)
+                shape = torch.Size((like.shape[0] // len(names), *like.shape[1:]))
+                layout: dict[str, Any] = {"shape": shape, "stride": like.stride()}
+                for stored, part in zip(names, self._parts(name, local), strict=True):
+                    state[f"{kind}.{stored}"] = DTensor.from_local(
+                        part, like.device_mesh, like.placements, run_check=False, **layout
+                    )
         return state | fp8.scaling_state(self._objective.denoiser, self.settings.fp8_plan)
 
+    @torch.no_grad()
     def load(self, state: dict[str, Tensor], optimizer_steps: int) -> None:
-        # The other tensors of state() are the live ones, already filled in place.
+        # Tensors of state() are live, already filled in place, except for copied parts.
+        for kind, tensors in self._tensors() if self.settings.dims.dp_shard > 1 else ():
+            for name, local in tensors.items():
+                parts = [state[key] for stored in stored_names(name) if (key := f"{kind}.{stored}") in state]
+                if len(parts) > 1:
+                    wholes = [self._all_rows(name, _local(cast(DTensor, p)), len(parts)) for p in parts]
+                    local.copy_(self._own_rows(torch.cat(wholes)))
         fp8.load_scaling_state(self._objective.denoiser, self.settings.fp8_plan, state)
         self._optimizer.set_steps(optimizer_steps)
+
+    def _tensors(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """Live local shards by parameter, for each kind of state."""
+        yield "model", self._shards
+        for kind in ("ema", *MOMENTS):
+            yield kind, self._optimizer.tensors(kind)
+
+    def _parts(self, name: str, local: Tensor) -> Sequence[Tensor]:
+        """This rank's rows of each stored tensor of a parameter.
+
+        Live where they lie in this rank's shard; of several parts sharded over dp they do not, and are copies.
+        """
+        count = len(stored_names(name))
+        if count == 1 or self.settings.dims.dp_shard == 1:
+            return local.chunk(count)
+        return [self._own_rows(part).clone() for part in self._all_rows(name, local, 1).chunk(count)]
+
+    def _own_rows(self, whole: Tensor) -> Tensor:
+        """This rank's rows, as FSDP shards dimension 0: the last ranks may have less, or nothing."""
+        rank, chunks = self._mesh.get_local_rank("dp_shard"), whole.chunk(self.settings.dims.dp_shard)
+        return chunks[rank] if rank < len(chunks) else whole[:0]
+
+    def _all_rows(self, name: str, own: Tensor, parts: int) -> Tensor:
+        """Inverse of :meth:`_own_rows` for a parameter, or for one of its ``parts``; a collective."""
+        like = self._parameters[name]
+        rows = like.shape[0] // parts // (self.settings.dims.tp if name in self._tp_sharded else 1)
+        layout: dict[str, Any] = {"shape": torch.Size((rows, *like.shape[1:])), "stride": like.stride()}
+        return DTensor.from_local(own, self._mesh["dp_shard"], [Shard(0)], run_check=False, **layout).full_tensor()
 
     def ema_weights(self) -> AbstractContextManager[None]:
         return self._optimizer.swap_ema()

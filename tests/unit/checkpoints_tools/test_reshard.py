@@ -17,6 +17,7 @@ from torch import Tensor
 from checkpoints_tools import cli, reshard
 from checkpoints_tools.base import CheckpointReader, TensorSpec
 from checkpoints_tools.formats.canonical import CanonicalReader, write_canonical
+from checkpoints_tools.formats.zero import writer
 from checkpoints_tools.formats.zero.layout import partitions, sub_groups
 from checkpoints_tools.formats.zero.writer import ZeroLayout
 from checkpoints_tools.infer_config import denoiser_shapes, repa_shapes
@@ -24,7 +25,7 @@ from checkpoints_tools.registry import open_checkpoint
 from checkpoints_tools.reshard import byte_count, plan_reshard
 from deco_scale.checkpoint.format import CheckpointMeta, verify
 from deco_scale.errors import ConfigError
-from deco_scale.models import ModelConfig
+from deco_scale.models import ModelConfig, stored_names
 
 META = CheckpointMeta(
     step=7, stage="a", samples=70, seed=0, optimizer_steps=6, data_state={"at": 70}, parameter_digest="", config={}
@@ -142,6 +143,30 @@ def test_universal_and_number_of_files(canonical: CanonicalReader, tmp_path: Pat
     assert back.meta == canonical.meta
     assert len(list(back.path.glob("*.distcp"))) == 3
     check_equal(write(back, tmp_path / "one", to="canonical", files=1), canonical)
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_files_have_one_parameter_where_several_tensors_are_stored(
+    tp: int, canonical: CanonicalReader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As DeepSpeed saves the module; files of a module with a parameter for each are read as well."""
+    layout, name = ZeroLayout(dp=3, tp=tp, stage=1), "denoiser.blocks.0.mlp.{}.weight"
+    native = write(canonical, tmp_path / "native", to="deepspeed", layout=layout)
+    module = torch.load(next(native.path.glob("mp_rank_00_*")), weights_only=False)["module"]
+    gate, up = (canonical.read("model." + name.format(part)).chunk(tp)[0] for part in ("gate", "up"))
+    assert torch.equal(module[name.format("gate_up")], torch.cat([gate, up]))
+    assert name.format("gate") not in module
+    # Without entries in the table, files are as they were before it.
+    shapes = denoiser_shapes(MODEL)
+    monkeypatch.setattr(writer, "denoiser_shapes", lambda model: shapes)
+    monkeypatch.setattr(stored_names, "FUSED", {})
+    older, universal = tmp_path / "older", tmp_path / "older_universal"
+    plan_reshard(canonical, to="deepspeed", layout=layout).write(older)
+    plan_reshard(canonical, to="universal").write(universal)
+    assert next(universal.glob("*/zero/" + name.format("gate"))).is_dir()
+    monkeypatch.undo()
+    for path in (older, universal):
+        check_equal(open_checkpoint(path), canonical)
 
 
 def test_large_models_have_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -226,7 +226,7 @@ def test_indexed_shards_are_read_by_the_loader(shards: Path, text_encoder: Path,
     cfg = build_config(run, source="test")
     arguments = ["spectrum", "--data", str(shards), "--out", str(tmp_path), "--images", "5", "--batch", "2"]
     for name in ("a", "b"):
-        weights = {n: torch.full(p.shape, 0.02) for n, p in Denoiser(cfg.model).named_parameters()}
+        weights = {n: torch.full(p.shape, 0.02) for n, p in Denoiser(cfg.model).state_dict().items()}
         tensors = {f"{s}.denoiser.{n}": w for s in ("model", "ema") for n, w in weights.items()}
         meta = CheckpointMeta(
             step=1, stage="large", samples=8, seed=0, optimizer_steps=1, data_state={}, parameter_digest="",

@@ -20,13 +20,13 @@ def test_steps_are_applied_in_the_documented_order() -> None:
     with torch.device("meta"):
         objective = Objective(Denoiser(MODEL), ObjectiveConfig(repa_weight=0.0), encoder_dim=0)
     block = objective.denoiser.blocks[0]
-    plain_linear, plain_forward = block.mlp.up, block.forward
+    plain_linear, plain_forward = block.mlp.gate_up, block.forward
     shard_of_tokens = object.__new__(TokenShard)
     steps = []
 
     def state() -> tuple[bool, bool, bool]:
         compiled = block._compiled_call_impl is not None
-        return block.mlp.up is not plain_linear, block.forward != plain_forward, compiled
+        return block.mlp.gate_up is not plain_linear, block.forward != plain_forward, compiled
 
     def tensor_parallel(given: Objective) -> TokenShard:
         assert given is objective
@@ -37,7 +37,7 @@ def test_steps_are_applied_in_the_documented_order() -> None:
         assert given is objective
         steps.append(("shard", state()))
 
-    linear = Fp8Linear("blocks.0.mlp.up", 16, MODEL.mlp_hidden_dim, False, "column")
+    linear = Fp8Linear("blocks.0.mlp.gate_up", 16, 2 * MODEL.mlp_hidden_dim, False, "column")
     tokens = parallelize(
         objective,
         fp8_plan=Fp8Plan(Fp8Choice("torchao", "current", emulate=True), (linear,), ()),

@@ -21,7 +21,7 @@ BASELINE = ModelConfig(kind="c2i_baseline", dim=64, num_heads=4, num_blocks=3, n
 MODELS = pytest.mark.parametrize(
     "model", [LARGE_DECODER, LARGE_BLOCKS, BASELINE], ids=["decoder", "blocks", "class"]
 )
-CUT_BY_TP = ("attn.qkv.weight", "attn.context_kv.weight", "attn.proj.weight", "mlp.gate.weight", "mlp.up.weight",
+CUT_BY_TP = ("attn.qkv.weight", "attn.context_kv.weight", "attn.proj.weight", "mlp.gate_up.weight",
              "mlp.down.weight")  # fmt: skip
 
 

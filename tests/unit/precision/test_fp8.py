@@ -148,10 +148,10 @@ def test_contradictions_in_the_configuration_are_refused(settings: dict[str, Any
 
 def test_linears_that_do_not_fit_are_listed_with_the_reason() -> None:
     odd_text = plan_of(Fp8Choice("te", "current"), shape=BatchShape(4, 4, 6))
-    assert len(odd_text.linears) == 2 * 5 and len(odd_text.rejected) == 2 + 5
+    assert len(odd_text.linears) == 2 * 4 and len(odd_text.rejected) == 2 + 4
     assert odd_text.messages()[1:] == [
-        "FP8: 7 linears stay in bf16, a micro-batch has 24 tokens, not a multiple of 16: "
-        "text_blocks.{0}.attn.qkv, text_blocks.{0}.attn.proj, text_blocks.{0}.mlp.gate, text_blocks.{0}.mlp.up, "
+        "FP8: 6 linears stay in bf16, a micro-batch has 24 tokens, not a multiple of 16: "
+        "text_blocks.{0}.attn.qkv, text_blocks.{0}.attn.proj, text_blocks.{0}.mlp.gate_up, "
         "text_blocks.{0}.mlp.down, blocks.{0-1}.attn.context_kv"
     ]
     # A rank of 4 has one head of 8: its projection's input is not a multiple of 16.
@@ -163,7 +163,7 @@ def test_linears_that_do_not_fit_are_listed_with_the_reason() -> None:
     assert dict(local.rejected)["blocks.0.attn.qkv"] == "32 x 24 is not in multiples of 16"
     second = [f for f in local.linears if f.name.startswith("blocks.1.")]
     assert {f.name[9:]: (f.in_features, f.out_features) for f in second} == {
-        "attn.context_kv": (32, 16), "mlp.gate": (32, 32), "mlp.up": (32, 32), "mlp.down": (32, 32),
+        "attn.context_kv": (32, 16), "mlp.gate_up": (32, 64), "mlp.down": (32, 32),
     }  # fmt: skip
 
 
@@ -217,7 +217,7 @@ def test_replacing_linears_keeps_every_parameter(condition: bool) -> None:
     # DeepSpeed imports the class by this path and compares classes by identity.
     linear = getattr(importlib.import_module(package), name)
     swapped = {n for n, m in model.named_modules() if type(m) is linear}
-    assert swapped == {f.name for f in plan.linears} and len(swapped) == 5 + 2 * 6 + condition
+    assert swapped == {f.name for f in plan.linears} and len(swapped) == 4 + 2 * 5 + condition
     assert issubclass(linear, Float8Linear)
 
 
@@ -292,7 +292,7 @@ def test_released_weights_are_looked_up_again() -> None:
     fp8.apply_fp8(model, plan, release_weights=True)
     fp8.apply_fp8(kept, plan)
     for one, survives in ((model, False), (kept, True)):
-        linear = one.get_submodule("blocks.0.mlp.up")
+        linear = one.get_submodule("blocks.0.mlp.gate_up")
         storage = StorageWeakRef(linear.weight.untyped_storage())
         with autocast(EMULATED, CPU):
             out = one(*inputs(), grid=(2, 2)).prediction_BNK
