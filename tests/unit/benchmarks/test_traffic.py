@@ -7,7 +7,8 @@ from torch import nn
 
 pytest.importorskip("triton", reason="the package triton is not installed")
 
-from benchmarks.traffic import Traffic, TrafficCounter, total
+from benchmarks.traffic import CONFIG, LEAST_SAVED, Traffic, TrafficCounter, count_block, saved, total
+from deco_scale.config import load_config
 
 
 def test_bytes_of_small_operations_are_counted_once_each() -> None:
@@ -31,6 +32,23 @@ def test_bytes_of_small_operations_are_counted_once_each() -> None:
     assert backward == {"mm": Traffic(1, (12 + 24) * 4, 32 * 4)}
     assert total(counter.counts, "GEMM") == (56 + 12 + 36 + 32) * 4
     assert total(counter.counts) == (27 + 24) * 4
+
+
+def test_fused_block_moves_at_least_35_percent_less_at_the_shapes_of_the_xxl() -> None:
+    cfg = load_config(CONFIG, [])
+    assert LEAST_SAVED == 0.35
+    for stage in cfg.stages:
+        tokens = (stage.resolution // cfg.model.patch_size) ** 2
+        before, after = (
+            count_block(cfg.model, batch=stage.micro_batch, tokens=tokens, fused=fused) for fused in (False, True)
+        )
+        assert saved(before, after) >= LEAST_SAVED
+        # None of what the fusions replace is left.
+        names = {name for one in after.values() for name in one}
+        assert not names & {"stack", "silu", "norm_rotate"}
+        # The same products, in fewer GEMMs: only what gate and up read, and the sum of their gradients, is saved.
+        assert total(after, "attention") == total(before, "attention")
+        assert 0.9 < total(after, "GEMM") / total(before, "GEMM") <= 1.0
 
 
 def test_counter_sees_parameters_of_modules() -> None:

@@ -184,7 +184,7 @@ def expected_custom(cfg: ModelConfig, kernels: Kernels, *, backward: bool) -> di
     blocks = cfg.num_blocks + cfg.num_text_blocks
     # A block's first norm and that of the text; its second, with the first residual; its second residual.
     forward = {"norm_modulate": blocks + 1, "residual_norm_modulate": blocks, "gated_residual": blocks}
-    forward |= {"qk_norm_rope": blocks}
+    forward |= {"qk_norm_rope": blocks, "swiglu": blocks}
     forward |= {"render_pixels": 1}
     if not backward:
         return forward | {"squared_error_sums": 1}
