@@ -169,10 +169,10 @@ def show_forecast(cfg: RunConfig, args: argparse.Namespace, console: Console) ->
         own = plan_as_configured(work, cfg.stages, cfg.parallel, device, gpus=args.gpus)
     except ConfigError as error:
         why_not = f"as configured: not possible: {error}"
-    _print_plans(plans, best, own, work, device, args, console)
+    _print_plans(plans, best, own, device, args, console)
     if why_not:
         print_line(console, why_not)
-    ranges = [step_range(work, forecast, best, device) for forecast in best.stages]
+    ranges = [step_range(forecast, device) for forecast in best.stages]
     _print_plan(best, ranges, args.price, console)
     _print_host(best, work, device, lambda gpus: recommend(_plans(cfg, work, device, gpus), device), console)
     _print_published(best, ranges, device, console)
@@ -259,9 +259,9 @@ def workload(cfg: RunConfig) -> tuple[Workload, list[str]]:
     return work, notes
 
 
-def _row(plan: Plan, work: Workload, device: Device, price: float | None) -> list[str]:
+def _row(plan: Plan, device: Device, price: float | None) -> list[str]:
     parallel, peak = plan.parallel, GPUS[device.name].bf16_flops * plan.gpus
-    ranges = [step_range(work, forecast, plan, device) for forecast in plan.stages]
+    ranges = [step_range(forecast, device) for forecast in plan.stages]
     low, high = (_total(plan, [getattr(each, end) for each in ranges]) for end in ("low_s", "high_s"))
     return [
         _layout_name(plan),
@@ -297,7 +297,6 @@ def _print_plans(
     plans: Sequence[Plan],
     best: Plan,
     own: Plan | None,
-    work: Workload,
     device: Device,
     args: argparse.Namespace,
     console: Console,
@@ -314,11 +313,11 @@ def _print_plans(
         if best.parallel.engine == engine and best not in shown:
             shown.append(best)
         for plan in shown:
-            table.add_row("*" if plan == best else "", *_row(plan, work, device, args.price))
+            table.add_row("*" if plan == best else "", *_row(plan, device, args.price))
         table.add_section()
     if own is not None:
         mark = "own" if device.fits(own.memory_bytes) else "own, does not fit"
-        table.add_row(mark, *_row(own, work, device, args.price))
+        table.add_row(mark, *_row(own, device, args.price))
     console.print(table)
     print_line(
         console,
@@ -395,7 +394,7 @@ def _print_host(
         print_line(
             console,
             f"  or train with larger global batches on {plan.gpus} GPUs, and fewer steps: {settings}; the "
-            "learning rate and its warmup have to follow (docs/training.md)",
+            "learning rate has to follow, by lr_scaling and a warmup (docs/training.md)",
         )
 
 

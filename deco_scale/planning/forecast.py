@@ -33,11 +33,15 @@ class StageForecast:
     """
 
     stage: StageConfig
-    accumulation: int
+    step: TrainStep
     image_flops: float
     memory: dict[str, float]
     seconds: dict[str, float]
     host_s: float
+
+    @property
+    def accumulation(self) -> int:
+        return self.step.accumulation
 
     @property
     def host_share(self) -> float:
@@ -98,7 +102,7 @@ def forecast_stage(
     micro_s, update_s = host_seconds(step, device)
     return StageForecast(
         stage=stage,
-        accumulation=step.accumulation,
+        step=step,
         image_flops=training_flops(work.model, stage.resolution, stage.resolution),
         memory=memory_by_part(step, kind=device.kind),
         seconds=step_by_part(step, device),

@@ -8,9 +8,7 @@ import dataclasses
 import math
 from typing import NamedTuple
 
-from deco_scale.parallel.mesh import resolve_parallel_dims
-from deco_scale.planning.flops import TrainStep, Workload
-from deco_scale.planning.forecast import Plan, StageForecast
+from deco_scale.planning.forecast import StageForecast
 from deco_scale.planning.hardware import Device
 from deco_scale.planning.step_time import step_by_part
 
@@ -47,13 +45,12 @@ class Range(NamedTuple):
     slower_s: dict[str, float]
 
 
-def step_range(work: Workload, forecast: StageForecast, plan: Plan, device: Device) -> Range:
+def step_range(forecast: StageForecast, device: Device) -> Range:
     """The range of one stage's predicted step."""
-    step = TrainStep.of_stage(work, forecast.stage, plan.parallel, resolve_parallel_dims(plan.parallel, plan.gpus))
-    likely = forecast.step_s
+    step, likely = forecast.step, forecast.step_s
     faster, slower = [], {}
     for each in ASSUMPTIONS:
-        if device.gemm_corrections and "gemm_flops" in each.fields and work.compute != "fp8":
+        if device.gemm_corrections and "gemm_flops" in each.fields and step.work.compute != "fp8":
             each = MEASURED_GEMM
         fast, slow = (sum(step_by_part(step, _moved(device, each, f)).values()) for f in (each.fast, each.slow))
         faster.append(max(likely - fast, 0.0))

@@ -114,7 +114,8 @@ def test_a_range_holds_the_prediction_and_grows_with_what_is_unsure() -> None:
     for gpus in (8, 512):
         stage = _stage(micro_batch=1, global_batch=gpus)
         plan = plan_as_configured(work, [stage], ParallelConfig(), device, gpus=gpus)
-        found, forecast = step_range(work, plan.stages[0], plan, device), plan.stages[0]
+        forecast = plan.stages[0]
+        found = step_range(forecast, device)
         assert found.low_s < forecast.step_s < found.high_s
         assert set(found.slower_s) == {each.what for each in ASSUMPTIONS}
         low, high = memory_range(forecast)
