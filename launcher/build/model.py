@@ -36,7 +36,10 @@ def choose_attention(
                 for stage in cfg.stages
                 for shape in model_shapes(cfg.model, resolution=stage.resolution, batch=stage.micro_batch, tp=tp)
             )
-            return [choose_backend(shape, device=device, dtype=compute_dtype(cfg)) for shape in shapes]
+            return [
+                choose_backend(shape, device=device, dtype=compute_dtype(cfg), compiled=cfg.compile is not False)
+                for shape in shapes
+            ]
         except ValueError as error:
             raise ConfigError(str(error)) from error
 

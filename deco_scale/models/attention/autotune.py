@@ -16,11 +16,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deco_scale.models.attention.dispatch import KERNELS, AttentionTable, KernelFunction, kernel_missing
+from deco_scale.models.attention.backends import graph_break
+from deco_scale.models.attention.dispatch import (
+    KERNELS,
+    AttentionTable,
+    KernelFunction,
+    is_hopper,
+    kernel_missing,
+)
 from deco_scale.models.config import ModelConfig
 
 RACED = ("flash4", "flash3", "flash2", "flash_torch", "te", "cudnn", "sdpa")
 """Kernels that ``auto`` measures on a GPU; ``math`` is the reference and needs too much memory."""
+HOPPER_PREFERRED = ("cudnn", "flash3", "flash4")
+TIE = 1.03
+"""On a GPU of compute capability 9.x one of these is chosen where another is faster by less than this: times
+of single runs differ by as much."""
 
 _BUSY_CYCLES = 4_000_000
 
@@ -78,9 +89,11 @@ def choose_backend(
     device: torch.device,
     dtype: torch.dtype,
     candidates: Mapping[str, KernelFunction] | None = None,
+    compiled: bool = False,
 ) -> BackendChoice:
-    """The fastest candidate on this process's device; all ranks must use one rank's result.
+    """The fastest candidate on this process's device (see :func:`preferred`); all ranks must use one's result.
 
+    ``compiled``: blocks are compiled, and kernels that would break their graphs are left out.
     ``candidates`` None: on a GPU all of ``RACED`` that can run, elsewhere ``sdpa`` without measurement. Raises
     ``ValueError`` with the reasons if every candidate is rejected.
     """
@@ -89,6 +102,8 @@ def choose_backend(
         if device.type != "cuda":
             return BackendChoice(shape, "sdpa")
         missing = {name: kernel_missing(name, device, dtype, shape.head_dim) for name in RACED}  # type: ignore[arg-type]
+        if compiled:
+            missing = {name: reason or graph_break(name) for name, reason in missing.items()}
         left_out = {name: reason for name, reason in missing.items() if reason is not None}
         candidates = {name: KERNELS[name] for name in RACED if name not in left_out}
     # One sample is enough to compare, and float64 weights of a full batch would be large.
@@ -109,7 +124,16 @@ def choose_backend(
     if not times:
         raise ValueError(f"no attention kernel computes {shape} in {dtype} on {device}: {left_out}")
     ranked = tuple(sorted(times.items(), key=lambda item: item[1]))
-    return BackendChoice(shape, ranked[0][0], ranked, tuple(left_out.items()))
+    return BackendChoice(shape, preferred(times, hopper=is_hopper(device)), ranked, tuple(left_out.items()))
+
+
+def preferred(times_ms: Mapping[str, float], *, hopper: bool) -> str:
+    """The fastest kernel; on Hopper the fastest of :data:`HOPPER_PREFERRED` if it is within :data:`TIE` of it."""
+    ranked = sorted(times_ms, key=lambda name: times_ms[name])
+    for name in ranked if hopper else ():
+        if name in HOPPER_PREFERRED and times_ms[name] <= TIE * times_ms[ranked[0]]:
+            return name
+    return ranked[0]
 
 
 def table_of(choices: Iterable[BackendChoice]) -> AttentionTable:

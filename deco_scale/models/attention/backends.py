@@ -81,6 +81,14 @@ def package_missing(name: str, capability: tuple[int, int], dtype: torch.dtype, 
     return f"needs {package.needs} ({error})" if error else None
 
 
+def graph_break(name: str) -> str | None:
+    """Why a compiled block breaks at this kernel, or None if it can be part of a graph; imports the package."""
+    package = PACKAGES.get(name)
+    if package is None or (package.namespace and _traceable(name)):
+        return None
+    return f"{package.title} registers no operator here, and a compiled block would break at it"
+
+
 @outside_graphs
 def flash4(q_BNHK: Tensor, k_BMHK: Tensor, v_BMHK: Tensor) -> Tensor:
     """FlashAttention 4; always a graph break, since its kernels are not registered as operators."""

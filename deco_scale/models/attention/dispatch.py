@@ -1,7 +1,8 @@
 """The attention function, which dispatches to one of several kernels.
 
 A configuration names a ``backend``, which selects a ``kernel``. ``flash`` is the newest FlashAttention that is
-installed and fits; ``auto`` is PyTorch's choice, or a table of measured kernels (autotune.py). A backend that is
+installed and fits (on Hopper cuDNN's before FlashAttention 2), in a compiled block the newest that does not break
+its graph; ``auto`` is PyTorch's choice, or a table of measured kernels (autotune.py). A backend that is
 named and cannot run is an error.
 Shape letters: B batch, N queries, M keys, H heads, K head width.
 """
@@ -24,6 +25,7 @@ from deco_scale.models.attention.backends import (
     flash2,
     flash3,
     flash4,
+    graph_break,
     package_missing,
     transformer_engine,
 )
@@ -33,6 +35,9 @@ from deco_scale.models.config import AttentionBackend
 AttentionKernel = Literal["flash4", "flash3", "flash2", "flash_torch", "te", "cudnn", "sdpa", "math"]
 KernelFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 FLASH_KERNELS: tuple[AttentionKernel, ...] = ("flash4", "flash3", "flash2", "flash_torch")
+HOPPER_KERNELS: tuple[AttentionKernel, ...] = ("flash4", "flash3", "cudnn", "flash2", "flash_torch")
+"""Kernels of ``flash``, the preferred first; for compute capability 9.x, where FlashAttention 2 has no use of the
+asynchronous tensor cores (Shah et al., arXiv 2407.08608) and cuDNN has. Not yet run on a GPU."""
 _TORCH_NEEDS = "a CUDA build of PyTorch and a GPU of compute capability 8.0 or more"
 
 
@@ -66,7 +71,8 @@ def attention(q_BNHK: Tensor, k_BMHK: Tensor, v_BMHK: Tensor, backend: Attention
     elif backend == "auto":
         name = "sdpa"
     elif backend == "flash":
-        name = _flash_kernel(v_BMHK.device, v_BMHK.dtype, v_BMHK.shape[-1])
+        compiled = torch.compiler.is_compiling()
+        name = _flash_kernel(v_BMHK.device, v_BMHK.dtype, v_BMHK.shape[-1], compiled)
     else:
         name = backend
     if name not in KERNELS:
@@ -118,16 +124,23 @@ def _backend_missing(
     return reasons
 
 
+def is_hopper(device: torch.device) -> bool:
+    """Whether the device is a GPU of compute capability 9.x."""
+    if device.type != "cuda" or torch.version.cuda is None:
+        return False
+    return torch.cuda.get_device_capability(device)[0] == 9
+
+
 @constant_in_graphs
-def _flash_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    return _newest_flash(device, dtype, head_dim)
+def _flash_kernel(device: torch.device, dtype: torch.dtype, head_dim: int, compiled: bool) -> str:
+    return _newest_flash(device, dtype, head_dim, compiled)
 
 
 @functools.cache
-def _newest_flash(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    """The first of ``FLASH_KERNELS`` that can run; raises ``ValueError`` if none can."""
-    for kernel in FLASH_KERNELS:
-        if kernel_missing(kernel, device, dtype, head_dim) is None:
+def _newest_flash(device: torch.device, dtype: torch.dtype, head_dim: int, compiled: bool) -> str:
+    """The first kernel of ``flash`` that can run, if ``compiled`` in a graph; ``ValueError`` if none can."""
+    for kernel in HOPPER_KERNELS if is_hopper(device) else FLASH_KERNELS:
+        if kernel_missing(kernel, device, dtype, head_dim) is None and not (compiled and graph_break(kernel)):
             return kernel
     check_backend("flash", device, dtype=dtype, head_dim=head_dim)
     raise AssertionError("check_backend found a flash kernel that can run")

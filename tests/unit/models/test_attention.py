@@ -167,6 +167,13 @@ def test_autotune_selects_the_fastest_candidate_that_matches_the_formula(monkeyp
     assert "\n" not in line and "fast of fast 1.500 ms, slow 3.000 ms; without raises: " in line
 
 
+def test_on_hopper_a_kernel_made_for_it_wins_a_tie() -> None:
+    times = {"flash2": 1.0, "cudnn": 1.02, "flash3": 1.01, "te": 0.99}
+    assert autotune.preferred(times, hopper=True) == "flash3"
+    assert autotune.preferred(times, hopper=False) == "te"
+    assert autotune.preferred(times | {"te": 0.9}, hopper=True) == "te"
+
+
 def test_autotune_measures_by_the_clock_on_a_cpu_and_fails_without_a_candidate() -> None:
     shape = AttentionShape(batch=1, queries=4, keys=4, num_heads=1, head_dim=8)
     found = choose_backend(shape, device=CPU, dtype=torch.float32, candidates={"sdpa": KERNELS["sdpa"]})

@@ -115,15 +115,22 @@ def test_packages_are_usable_by_compute_capability_dtype_and_head_width(monkeypa
 
 @pytest.mark.usefixtures("stand_ins")
 @pytest.mark.parametrize(
-    ("major", "width", "kernel"), [(9, 64, "flash4"), (8, 64, "flash2"), (9, 68, "flash2"), (12, 72, "flash2")]
-)
+    ("major", "width", "kernel", "in_graphs"),
+    [
+        (9, 64, "flash4", "cudnn"), (8, 64, "flash2", "flash_torch"), (9, 68, "cudnn", "cudnn"),
+        (12, 72, "flash2", "flash_torch"),
+    ],
+)  # fmt: skip
 def test_flash_is_the_newest_that_fits(
-    major: int, width: int, kernel: str, monkeypatch: pytest.MonkeyPatch
+    major: int, width: int, kernel: str, in_graphs: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # The stand-ins register no operators, so that none can be in a graph; PyTorch would ask a driver.
+    monkeypatch.setattr(dispatch, "_torch_refusal", lambda *args: None)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
     device = torch.device("cuda", 0)
-    assert dispatch._newest_flash(device, torch.bfloat16, width) == kernel
+    assert dispatch._newest_flash(device, torch.bfloat16, width, False) == kernel
+    assert dispatch._newest_flash(device, torch.bfloat16, width, True) == in_graphs
     check_backend("flash", device, dtype=torch.bfloat16, head_dim=width)
     with pytest.raises(ValueError, match=r"float32.*Use auto, sdpa or math"):
         check_backend("te", device, dtype=torch.float32, head_dim=width)
