@@ -17,6 +17,7 @@ from checkpoints_tools.registry import open_checkpoint
 from checkpoints_tools.reshard import plan_reshard
 from deco_scale.checkpoint.format import CheckpointMeta
 from deco_scale.models import ModelConfig
+from deco_scale.models.stored_names import to_stored
 from tests.support.process_groups import in_group
 
 # 5 text tokens and 30 text features: neither divides by four.
@@ -116,9 +117,9 @@ def _check_computing(engine: Any, wanted: CheckpointReader, stage: int) -> None:
     if stage == 3:
         whole = deepspeed.zero.GatheredParameters(list(parameters.values()))
     with whole:
-        for name, parameter in parameters.items():
-            value = wanted.read(f"model.{name}").to(parameter.dtype)
-            assert torch.equal(parameter.detach(), value), name
+        for name, found in to_stored(parameters).items():
+            value = wanted.read(f"model.{name}").to(found.dtype)
+            assert torch.equal(found.detach(), value), name
 
 
 @pytest.mark.long
