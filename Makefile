@@ -79,6 +79,7 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.throughput --out $(OUT)
 	$(BIN)/python -m benchmarks.throughput --config configs/t2i_tiny.yaml parallel.engine=fsdp --out $(OUT)
 	$(BIN)/python -m benchmarks.kernels --out $(OUT)
+	$(BIN)/python -m benchmarks.traffic --out $(OUT)
 
 docs: $(STAMP)
 	$(MKDOCS)
