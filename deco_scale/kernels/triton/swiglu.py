@@ -96,8 +96,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _gradients(ctx: Any, grad: Tensor) -> Tensor:
-    return swiglu_backward(grad, *ctx.saved_tensors)
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor]:
+    return (swiglu_backward(grad, *ctx.saved_tensors),)
 
 
 swiglu.register_autograd(_gradients, setup_context=_save)
