@@ -359,15 +359,16 @@ def _print_plan(plan: Plan, ranges: Sequence[Range], price: float | None, consol
 def _print_host(
     plan: Plan, work: Workload, device: Device, plan_on: Callable[[int], Plan], console: Console
 ) -> None:
-    """Whether the host keeps up with the GPUs, and what to do where it does not."""
+    """Whether host and network keep up with the GPUs, and what to do where they do not."""
     for f in plan.stages:
         verdict = "below" if f.host_share < HOST_SHARE else "NOT below"
         print_line(
             console,
             f"host time of {f.stage.name}: {1e3 * f.host_s:.0f} ms of a {1e3 * f.step_s:.0f} ms step, "
-            f"{f.host_share:.0%}, {verdict} half of the step",
+            f"{f.host_share:.0%}, {verdict} half of the step; the GPU waits for host and network "
+            f"{f.waiting_share:.0%} of the time",
         )
-    if not plan.is_host_bound:
+    if not plan.is_starved:
         return
     fewer = plan.gpus // 2
     found = None
@@ -376,7 +377,7 @@ def _print_host(
             smaller = plan_on(fewer)
         except ConfigError:
             break
-        found, fewer = (smaller if not smaller.is_host_bound else None), fewer // 2
+        found, fewer = (smaller if not smaller.is_starved else None), fewer // 2
     if found is not None:
         print_line(
             console,

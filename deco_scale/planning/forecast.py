@@ -21,8 +21,8 @@ from deco_scale.training.config import StageConfig
 HOUR_S, DAY_S = 3600.0, 86400.0
 TIE = 0.02
 """Relative difference of predicted times that counts as none."""
-HOST_SHARE = 0.5
-"""Host time of a step from which a layout counts as host-bound, as a share of the step."""
+HOST_SHARE = WAITING_SHARE = 0.5
+"""Shares of a step from which a layout starves its GPUs: the host's time, the GPU's wait for host and network."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,6 +47,15 @@ class StageForecast:
     def host_share(self) -> float:
         """Host time over the step; 1 where the GPU waits for the host all the time."""
         return min(self.host_s / self.step_s, 1.0)
+
+    @property
+    def waiting_share(self) -> float:
+        """Share of the step in which the GPU waits for the host or the network."""
+        return (self.seconds["host"] + self.seconds["communication"]) / self.step_s
+
+    @property
+    def is_starved(self) -> bool:
+        return self.host_share >= HOST_SHARE or self.waiting_share >= WAITING_SHARE
 
     @property
     def memory_bytes(self) -> float:
@@ -89,9 +98,9 @@ class Plan:
         return sum(f.host_s * f.stage.steps for f in self.stages)
 
     @property
-    def is_host_bound(self) -> bool:
-        """Whether a stage's host time is at least half of its step."""
-        return any(f.host_share >= HOST_SHARE for f in self.stages)
+    def is_starved(self) -> bool:
+        """Whether a stage's host time, or its wait for host and network, is at least half of its step."""
+        return any(f.is_starved for f in self.stages)
 
 
 def forecast_stage(
@@ -174,14 +183,14 @@ def recommend(plans: Sequence[Plan], device: Device) -> Plan:
 
 
 def smallest_batches(work: Workload, plan: Plan, device: Device) -> tuple[StageConfig, ...] | None:
-    """The plan's stages with the smallest global batches, in doublings, that make no stage host-bound.
+    """The plan's stages with the smallest global batches, in doublings, that starve no GPU.
 
     The layout stays, micro-batches grow, accumulation is 1 where the batch does. None where memory is full before.
     """
     dp, stages = resolve_parallel_dims(plan.parallel, plan.gpus).dp, []
     for forecast in plan.stages:
         stage, found = forecast.stage, forecast
-        while found.host_share >= HOST_SHARE:
+        while found.is_starved:
             micro = 2 * found.stage.micro_batch
             stage = replace(stage, micro_batch=micro, global_batch=max(stage.global_batch, micro * dp))
             found = forecast_stage(work, stage, plan.parallel, device, gpus=plan.gpus)

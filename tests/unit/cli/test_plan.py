@@ -82,11 +82,13 @@ def test_the_plan_says_whether_the_host_keeps_up(
     best = next(line for line in shown if line.startswith("recommended: "))
     assert f"engine={engine}" in best and f"pretrain_256.micro_batch={micro} " in best
     verdicts = [line for line in shown if line.startswith("host time of")]
-    assert len(verdicts) == 2 and all(f", {host} half of the step" in line for line in verdicts), verdicts
+    assert len(verdicts) == 2 and all(f", {host} half of the step;" in line for line in verdicts), verdicts
     advice = [line for line in shown if "larger global batches" in line or "with these global batches" in line]
-    assert len(advice) == (2 if host == "NOT below" else 0)
+    # Compiled, the host keeps up with 512 GPUs, and the network does not.
+    assert len(advice) == (2 if gpus == 512 else 0)
     if advice:
-        assert "stages.pretrain_256.global_batch=12288" in advice[1] and "fsdp" in advice[0]
+        batch = 12288 if host == "NOT below" else 3072
+        assert f"stages.pretrain_256.global_batch={batch} " in advice[1] and "fsdp" in advice[0]
     assert any("predicted" in line and "(" in line for line in shown)
     assert any("torchtitan" in line for line in shown) and any("Megatron" in line for line in shown)
 
