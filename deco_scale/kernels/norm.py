@@ -1,8 +1,8 @@
-"""RMSNorm with what follows it (AdaLN modulation or rotary position), and the gated residual.
+"""What lies between the linears and attention of a block: norms, modulation, rotary position, gated residual.
 
 Each function has two implementations: plain torch here, and Triton kernels (one forward, one backward) in
-:mod:`deco_scale.kernels.triton` (``adaln``, ``rope``), imported on first use. The
-Triton kernels save only their inputs for backward.
+:mod:`deco_scale.kernels.triton` (``adaln``, ``rope``), imported on first use. The Triton kernels save only inputs
+and the residual stream for backward.
 
 In fp32 the two differ only in the order of summation. In bf16 the norm itself (see :func:`rms_norm`) and the
 rotary position are rounded alike; the differences are:
