@@ -40,6 +40,7 @@ from deco_scale.config import RunConfig, dump_config, load_config
 from deco_scale.distributed.bootstrap import Environment, choose_device, read_environment
 from deco_scale.errors import ConfigError, RunError
 from deco_scale.planning.hardware import peak_flops
+from launcher.build.model import choose_compile
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -189,7 +190,7 @@ def summarise(
         "compute": cfg.precision.compute,
         "kernels": steps.kernels,
         "attention": cfg.attention.backend,
-        "compile": cfg.compile,
+        "compile": choose_compile(cfg, steps.device)[0],
         "activation_checkpointing": cfg.parallel.activation_checkpointing,
         "encoders": args.encoders,
         "data": args.data,

@@ -21,7 +21,13 @@ from deco_scale.checkpoint.config import CheckpointConfig
 from deco_scale.errors import ConfigError
 from deco_scale.evaluation.config import EvaluationConfig
 from deco_scale.kernels.select import KernelSetting
-from deco_scale.models.config import AttentionConfig, ImageEncoderConfig, ModelConfig, TextEncoderConfig
+from deco_scale.models.config import (
+    AttentionConfig,
+    ImageEncoderConfig,
+    ModelConfig,
+    Switch,
+    TextEncoderConfig,
+)
 from deco_scale.objectives.config import ObjectiveConfig
 from deco_scale.observability.config import MonitorConfig, WandbConfig
 from deco_scale.observability.redact import REMOVED, is_secret_name, looks_secret, redacted, scrub
@@ -51,7 +57,7 @@ class RunConfig:
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     kernels: KernelSetting = "auto"
-    compile: bool = False
+    compile: Switch = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -68,7 +74,7 @@ class RunConfig:
 
     def _conflicts(self) -> Iterator[str]:
         """What does not fit together, across sections."""
-        model, parallel, objective, samples = self.model, self.parallel, self.objective, self.samples
+        model, objective, samples = self.model, self.objective, self.samples
         if not self.stages:
             yield "stages must list at least one stage"
         names = [stage.name for stage in self.stages]
@@ -83,13 +89,6 @@ class RunConfig:
             yield "text_encoder is missing: model.kind t2i_deco needs one"
         if is_text and text and text.max_tokens != model.text_tokens:
             yield f"text_encoder.max_tokens={text.max_tokens} must equal model.text_tokens={model.text_tokens}"
-        if self.compile and parallel.tp > 1 and parallel.engine == "deepspeed":
-            # Not verified against the eager trace yet.
-            yield "compile=true with parallel.tp > 1 needs parallel.engine: fsdp"
-        if self.compile and parallel.tp > 1 and parallel.activation_checkpointing == "selective":
-            # Selective checkpointing does not see into a compiled block.
-            key = "parallel.activation_checkpointing=selective"
-            yield f"compile=true with parallel.tp > 1 does not work with {key}; possible: none, full"
         expected = "caption" if is_text else "label"
         if self.data.target != expected:
             yield f"data.target={self.data.target}: model.kind {model.kind} needs {expected}"
@@ -235,7 +234,8 @@ def _list_index(node: list[Any], part: str, told: str) -> int:
 
 
 def _explain(error: Any) -> str:
-    location = [str(part) for part in error["loc"]]
+    # "auto or a boolean" is two problems, with the alternative at the end of the path.
+    location = [str(part) for part in error["loc"] if part not in ("bool", "literal['auto']")]
     key = ".".join(location) or "the configuration"
     kind, value = error["type"], error.get("input")
     if kind in ("unexpected_keyword_argument", "extra_forbidden"):

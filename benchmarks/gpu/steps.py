@@ -17,7 +17,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu.attention import attention_overrides, raced_attention
@@ -182,13 +181,13 @@ def measure_variant(made: TrainingSteps, variant: Variant, ceilings: Ceilings, *
 @contextlib.contextmanager
 def compiler(device: str) -> Iterator[None]:
     """On a CPU, graphs are traced and run as they are: generating and compiling C++ for them takes minutes."""
-    before = nn.Module.compile
+    before = torch.compile
     if device == "cpu":
-        nn.Module.compile = functools.partialmethod(before, backend="aot_eager")  # type: ignore[assignment]
+        torch.compile = functools.partial(before, backend="aot_eager")
     try:
         yield
     finally:
-        nn.Module.compile = before  # type: ignore[method-assign]
+        torch.compile = before
 
 
 def line(name: str, numbers: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from deco_scale.config import RunConfig
 from deco_scale.errors import ConfigError
 from deco_scale.kernels.select import Kernels
-from deco_scale.models.compile import limit_recompiles
+from deco_scale.models.compile import compile_modules
 from deco_scale.objectives import Objective
 from deco_scale.objectives.objective import ObjectiveInputs
 from deco_scale.optim.adamw_ema import AdamWWithEMA, nan_if_nonfinite
@@ -23,6 +23,7 @@ from deco_scale.parallel.sequence_parallel import TokenShard
 from deco_scale.precision import fp8
 from deco_scale.precision.config import PrecisionConfig, autocast
 from deco_scale.precision.fp8_plan import Fp8Plan, check_plan
+from launcher.build.model import choose_compile
 
 
 class PlainEngine:
@@ -51,13 +52,10 @@ class PlainEngine:
             return
         self._compiled = enabled
         torch._dynamo.reset()
-        if enabled:
-            limit_recompiles()
         for unit in self.objective.denoiser.units:
-            # What nn.Module.compile sets; there is no public way back.
-            unit._compiled_call_impl = None
-            if enabled:
-                unit.compile()
+            unit.__dict__.pop("forward", None)
+        if enabled:
+            compile_modules(self.objective.denoiser.units, fall_back=False)
 
     @property
     def tokens(self) -> TokenShard | None:
@@ -121,5 +119,5 @@ def build_plain_engine(
         for name, parameter in objective.named_parameters():
             parameter.copy_(values[name])
     engine = PlainEngine(objective, cfg.optimizer, cfg.precision, device, kernels=kernels, fp8_plan=fp8_plan)
-    engine.compile(cfg.compile)
+    engine.compile(choose_compile(cfg, device)[0])
     return engine

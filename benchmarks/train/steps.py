@@ -101,7 +101,7 @@ class TrainingSteps:
         self.engine = cast(Any, reuse or self._build(width, plain))
         encode_image = _constant_features(self.cfg, self.stage, width, self.device) if repa else None
         if image is not None:
-            encode_image = shared_over_tp(image.encode, self.engine)
+            encode_image = shared_over_tp(image.encode, self.engine.tokens)
         null = torch.tensor(cfg.model.num_classes, device=self.device)
         if cfg.model.kind == "t2i_deco":
             null = torch.zeros(cfg.model.text_tokens, cfg.model.text_dim, device=self.device)
@@ -111,7 +111,7 @@ class TrainingSteps:
             objective=cfg.objective,
             null=text.null if text is not None else null,
             num_classes=cfg.model.num_classes,
-            encode_text=shared_over_tp(text.encode, self.engine) if text is not None else None,
+            encode_text=shared_over_tp(text.encode, self.engine.tokens) if text is not None else None,
             encode_image=encode_image,
         )
         self._source = _open(self.cfg, self.layout, self.stage, data)

@@ -20,7 +20,7 @@ from deco_scale.models.encoders import load_text_encoder
 from deco_scale.objectives import Objective, ObjectiveConfig
 from deco_scale.parallel.parallelize import parallelize
 from deco_scale.parallel.sequence_parallel import TokenShard, encode_shared
-from deco_scale.parallel.tensor_parallel import apply_tensor_parallel
+from deco_scale.parallel.tensor_parallel import apply_tensor_parallel, show_local_weights
 from deco_scale.precision.config import PrecisionConfig, autocast
 from deco_scale.sampling.cuda_graphs import CudaGraphedVelocity
 from deco_scale.sampling.generate import EncodeFn, ImageGenerator
@@ -100,12 +100,12 @@ def _predictor(
 ) -> tuple[PredictFn, TokenShard | None]:
     """The denoiser's full prediction on every rank, and the tp group if there is one."""
     objective = Objective(denoiser, ObjectiveConfig(repa_weight=0.0), encoder_dim=0)
-    if tp is not None:
-        shard = parallelize(
-            objective, tensor_parallel=partial(apply_tensor_parallel, mesh=tp, compile_blocks=compile)
-        )
-    else:
-        shard = parallelize(objective, compile_modules=denoiser.transformer_blocks if compile else ())
+    shard = parallelize(
+        objective,
+        tensor_parallel=partial(apply_tensor_parallel, mesh=tp) if tp is not None else None,
+        show_local_weights=show_local_weights if tp is not None else None,
+        compiled=denoiser.transformer_blocks if compile else (),
+    )
 
     def predict(patches: Tensor, t: Tensor, condition: Tensor, grid: tuple[int, int]) -> Tensor:
         with autocast(precision, device):

@@ -132,7 +132,7 @@ def show_precision(cfg: RunConfig, args: argparse.Namespace, console: Console) -
             tp=tp,
             batches=[BatchShape(*shape) for shape in cfg.batch_shapes()],
             recompute=cfg.parallel.activation_checkpointing,
-            compile_blocks=cfg.compile,
+            compile_blocks=cfg.compile is True,
         )
     table = Table("module", "in x out", "computes", "why not FP8", title=f"precision.compute{where}")
     for row in precision_rows(cfg.model, cfg.precision, plan, tp=tp):
@@ -243,7 +243,7 @@ def workload(cfg: RunConfig) -> tuple[Workload, list[str]]:
         compute=cfg.precision.compute,
         repa_dim=IMAGE_ENCODER_DIM if repa else 0,
         fused=cfg.kernels != "torch",
-        compile=cfg.compile,
+        compile=cfg.compile is not False,
         encoders=tuple(encoders),
         persistent=int(zero.get("stage3_param_persistence_threshold", ZERO3_PERSISTENT)),
         reduce_bucket=int(zero.get("reduce_bucket_size", 500_000_000)),

@@ -27,6 +27,13 @@ def _accurate(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def _rms_norm(x: Tensor, eps: float) -> Tensor:
+    """``x / rms(x)``; tokens that lie in memory sequence first, as under tensor parallelism, stay so uncopied."""
+    if not x.is_contiguous() and x.transpose(0, 1).is_contiguous():
+        return F.rms_norm(x.transpose(0, 1), (x.shape[-1],), eps=eps).transpose(0, 1)
+    return F.rms_norm(x, (x.shape[-1],), eps=eps)
+
+
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float, cast_first: bool, kernels: Kernels) -> Tensor:
     """``x / rms(x) * weight`` over the last dimension, with fp32 statistics, in the dtype of ``x``.
 
@@ -37,7 +44,7 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float, cast_first: bool, kernels
         from deco_scale.kernels.triton.adaln import norm_modulate as fused
 
         return fused(x, weight, None, None, eps, cast_first)
-    normed = F.rms_norm(_accurate(x), (x.shape[-1],), eps=eps)
+    normed = _rms_norm(_accurate(x), eps)
     if cast_first:
         return weight.to(x.dtype) * normed.to(x.dtype)
     return (_accurate(weight) * normed).to(x.dtype)

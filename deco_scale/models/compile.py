@@ -1,16 +1,24 @@
-"""Decorators for ``torch.compile`` that do not import its tracer, which would take 1.5 s of every process's start.
+"""Per-block ``torch.compile``: static shapes, no graph breaks. Also two decorators that do not import its tracer.
 
 ``torch.compiler.disable`` and ``assume_constant_result`` have the same effect on a traced call, but import the
-tracer when they decorate.
+tracer when they decorate, which would take 1.5 s of every process's start.
 """
 
-from collections.abc import Callable
+import functools
+import logging
+import sys
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
+
+logger = logging.getLogger(__name__)
 
 RECOMPILE_LIMIT = 64
-"""Maximum of graphs per function. Over stages, buckets and sampling, FSDP2's blocks need 15 (counted on a CPU)."""
+"""Maximum of graphs per function: two kinds of block, with and without gradients, for each shape of a stage."""
+STATIC_GRAPHS: dict[str, Any] = {"fullgraph": True, "dynamic": False}
+"""Options of ``torch.compile``: a graph break is an error, and every shape has its own graph."""
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -27,11 +35,58 @@ def constant_in_graphs(function: F) -> F:
     return function
 
 
+def compile_modules(modules: Iterable[nn.Module], *, fall_back: bool) -> None:
+    """Compile the ``forward`` of each module, beneath the hooks that engines put on the module.
+
+    Modules of one class share their graphs: one with gradients and one without for each shape. With ``fall_back``
+    a function that cannot be compiled is logged, and all modules run eagerly from then on; else it is an error.
+    """
+    limit_recompiles()
+    group = _Eager() if fall_back else None
+    for module in modules:
+        compiled = torch.compile(module.forward, **STATIC_GRAPHS)
+        if group is not None:
+            compiled = group.unless_failed(compiled, module.forward)
+        module.forward = compiled  # type: ignore[method-assign]
+
+
+class _Eager:
+    """Whether a group of compiled functions runs eagerly, because one of them could not be compiled."""
+
+    failed = False
+
+    def unless_failed(self, compiled: Callable[..., Any], eager: Callable[..., Any]) -> Callable[..., Any]:
+        from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+
+        @functools.wraps(eager)
+        def call(*args: Any) -> Any:
+            if not self.failed:
+                try:
+                    return compiled(*args)
+                except (TorchDynamoException, FailOnRecompileLimitHit) as error:
+                    self.failed = True
+                    reason = " ".join(str(error).split("\n\n")[0].split())
+                    logger.warning(
+                        "compile=auto: blocks cannot be compiled here and run eagerly (%s: %s); compile=true "
+                        "shows the whole error, compile=false avoids the attempt",
+                        type(error).__name__,
+                        reason[:300],
+                    )
+            return eager(*args)
+
+        return call
+
+
+def drop_graphs() -> None:
+    """Forget all graphs, so that the shapes of a new stage start with fresh ones; free if nothing is compiled."""
+    if "torch._dynamo" in sys.modules:
+        sys.modules["torch._dynamo"].reset()
+
+
 def limit_recompiles() -> None:
     """Make more than :data:`RECOMPILE_LIMIT` graphs of a function an error, in this thread from now on.
 
-    By default PyTorch compiles 8 and runs the rest eagerly with one warning. All blocks of a model share one
-    ``forward``, and two kinds of block, with and without gradients, at two stages' shapes need more than 8.
+    By default PyTorch compiles 8 and runs the rest eagerly with one warning.
     """
     import torch._dynamo
 

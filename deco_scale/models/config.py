@@ -6,7 +6,7 @@ from typing import Literal
 ModelKind = Literal["t2i_deco", "c2i_deco", "c2i_baseline"]
 AttentionBackend = Literal["auto", "flash", "te", "cudnn", "sdpa", "math"]
 EncoderPrecision = Literal["auto", "bf16", "fp8", "fp32"]
-Switch = Literal["auto", True, False]
+Switch = bool | Literal["auto"]
 """On, off, or ``auto``: on for a GPU."""
 ActivationCheckpointing = Literal["none", "selective", "full"]
 """What blocks recompute in backward: nothing, all but matrix products and attention, everything."""

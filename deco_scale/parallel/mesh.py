@@ -41,19 +41,32 @@ def resolve_parallel_dims(cfg: ParallelConfig, world_size: int) -> ParallelDims:
 
 
 def accumulation_steps(*, global_batch: int, micro_batch: int, dp: int, where: str) -> int:
-    """Micro-batches per step; raises :class:`ConfigError` listing the micro-batches that would fit."""
+    """Micro-batches per step, of the size of :func:`fit_micro_batch`, which raises where none fits."""
+    batches = {"global_batch": global_batch, "micro_batch": micro_batch}
+    return global_batch // dp // fit_micro_batch(**batches, dp=dp, where=where)
+
+
+def fit_micro_batch(*, global_batch: int, micro_batch: int, dp: int, where: str) -> int:
+    """The largest micro-batch up to ``micro_batch`` that divides a rank's samples of a step.
+
+    One recipe thus fits any number of ranks: 64 of 1,536 samples is 48 on 16 or 32 ranks and 3 on 512. Raises
+    :class:`ConfigError` with the possible values if ``global_batch`` does not divide over ``dp`` ranks, or if only
+    less than half of ``micro_batch`` would fit, which would waste the device.
+    """
     if global_batch % dp:
         raise ConfigError(
             f"{where}.global_batch={global_batch} does not divide over {dp} data-parallel ranks; "
             f"possible numbers of ranks: {_divisors(global_batch, 4096)}"
         )
     per_rank = global_batch // dp
-    if per_rank % micro_batch:
+    most = min(micro_batch, per_rank)
+    fitting = _divisors(per_rank, most)[-1]
+    if 2 * fitting < most:
         raise ConfigError(
             f"{where}.micro_batch={micro_batch} does not divide the {per_rank} samples of a rank "
             f"(global_batch={global_batch} over {dp} ranks); possible: {_divisors(per_rank)}"
         )
-    return per_rank // micro_batch
+    return fitting
 
 
 def _divisors(number: int, largest: int | None = None) -> list[int]:

@@ -1,14 +1,15 @@
-"""Tensor and sequence parallelism applied to a finished objective, from outside, by hooks.
+"""Tensor and sequence parallelism applied to a finished objective, from outside.
 
 Between blocks each rank holds its own tokens. Attention and MLP gather tokens at their entry, compute on local
-heads or hidden units, and scatter the sum of the partial results; everything else (norms, modulation, pixel
-decoder, losses) works on the rank's own tokens without communication. Parameters are DTensors, which FSDP2 and
-checkpoints understand; a hook shows modules the local part of each weight, as a plain tensor, while they run.
+heads or hidden units, and scatter the sum of the partial results (:mod:`deco_scale.parallel.token_routing`, which
+Megatron's linears use as well); everything else (norms, modulation, pixel decoder, losses) works on the rank's own
+tokens without communication. Parameters are DTensors, which FSDP2 and checkpoints understand; modules see the
+local part of each weight, as a plain tensor, while they run.
 
 PyTorch's ``parallelize_module`` does not fit: it cuts 9 tokens over 4 ranks as 3, 3, 3, 0, where here parts differ
 by at most one token (3, 2, 2, 2); the pixel decoder folds weights of linears that it never calls, and would meet
 DTensors, which Triton kernels, FP8 linears and compiled blocks do not take either; and the gradients of weights
-that no style names would not be summed over tp. :func:`route_tokens` also serves Megatron's linears.
+that no style names would not be summed over tp.
 """
 
 import functools
@@ -20,43 +21,44 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
-from deco_scale.models.layers import Attention, Block, SwiGLU
 from deco_scale.models.stored_names import stored_names
 from deco_scale.models.tp_plan import split_dim
 from deco_scale.objectives import Objective
 from deco_scale.parallel.sequence_parallel import TokenShard
+from deco_scale.parallel.token_routing import route_tokens
 
 
-def apply_tensor_parallel(objective: Objective, mesh: DeviceMesh, *, compile_blocks: bool) -> TokenShard:
+def apply_tensor_parallel(objective: Objective, mesh: DeviceMesh) -> TokenShard:
     """Split parameters over the one-dimensional ``mesh`` (meta device or real), and install the collectives.
 
-    ``compile_blocks`` compiles each block beneath the wrapper that unwraps its DTensors. The decoder is left out.
+    Transformer blocks and decoder need :func:`show_local_weights` as well.
     """
     shard = TokenShard(mesh.get_group())
     for path, module in objective.named_modules():
         for name, parameter in dict(module.named_parameters(recurse=False)).items():
             setattr(module, name, _distribute(f"{path}.{name}", parameter, mesh))
     route_tokens(objective, shard)
-    denoiser = objective.denoiser
-    inside = {module for unit in denoiser.units for module in unit.modules()}
-    for unit in denoiser.units:
-        compiles = compile_blocks and unit is not denoiser.decoder
-        forward = torch.compile(unit.forward) if compiles else unit.forward
-        unit.forward = functools.partial(_with_local_weights, unit, mesh.size(), forward)  # type: ignore[method-assign]
+    inside = {module for unit in objective.denoiser.units for module in unit.modules()}
     for module in objective.modules():
         if module not in inside and any(True for _ in module.parameters(recurse=False)):
-            module.register_forward_pre_hook(lambda m, args: _show_local_weights(m, mesh.size()))
+            module.register_forward_pre_hook(lambda m, args: _show_local_weights(m))
             module.register_forward_hook(lambda m, args, output: _hide_local_weights(m), always_call=True)
     return shard
 
 
-def _with_local_weights(block: nn.Module, size: int, forward: Callable[..., Any], *args: Any) -> Any:
-    for module in block.modules():
-        _show_local_weights(module, size)
+def show_local_weights(unit: nn.Module) -> None:
+    """Wrap ``unit.forward`` so that it sees local weights: around compiled code, which must not see DTensors, and
+    beneath activation checkpointing, which calls it again."""
+    unit.forward = functools.partial(_with_local_weights, unit, unit.forward)  # type: ignore[method-assign]
+
+
+def _with_local_weights(unit: nn.Module, forward: Callable[..., Any], *args: Any) -> Any:
+    for module in unit.modules():
+        _show_local_weights(module)
     try:
         return forward(*args)
     finally:
-        for module in block.modules():
+        for module in unit.modules():
             _hide_local_weights(module)
 
 
@@ -80,7 +82,7 @@ def _distribute(name: str, parameter: nn.Parameter, mesh: DeviceMesh) -> nn.Para
     return nn.Parameter(DTensor.from_local(local, mesh, [tp_placement(name)], run_check=False))
 
 
-def _show_local_weights(module: nn.Module, size: int) -> None:
+def _show_local_weights(module: nn.Module) -> None:
     """Put the local part of each weight where the module will look it up first.
 
     Each rank computes a replicated weight's gradient from its own tokens or heads only, so the ranks' results
@@ -94,57 +96,10 @@ def _show_local_weights(module: nn.Module, size: int) -> None:
         placements = [Partial() if p == Replicate() else p for p in parameter.placements]
         local = parameter.to_local(grad_placements=placements)
         if row_split and name == "bias":
-            local = local / size
+            local = local / parameter.device_mesh.size()
         module.__dict__[name] = local
 
 
 def _hide_local_weights(module: nn.Module) -> None:
     for name, _ in module.named_parameters(recurse=False):
         module.__dict__.pop(name, None)
-
-
-def route_tokens(objective: Objective, shard: TokenShard) -> None:
-    """Hooks that hand each rank its own tokens, gather them for attention and MLP, and scatter the sums."""
-    objective.tokens = shard
-    denoiser = objective.denoiser
-    counts: dict[str, int] = {}
-
-    def own_patches(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        counts["image"] = args[0].shape[1]
-        return (shard.own(args[0]), *args[1:])
-
-    def own_text(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        counts["text"] = output.shape[1]
-        return shard.own(output)
-
-    def gather_text(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        # A copy: FSDP hooks into the block's output, which must not be a view.
-        return shard.gather(output, counts["text"]).clone()
-
-    denoiser.patch_embed.register_forward_pre_hook(own_patches)
-    if denoiser.decoder is not None:
-        denoiser.decoder.register_forward_pre_hook(lambda m, args: (shard.own(args[0]), *args[1:]))
-    if denoiser.text_embed is not None and len(denoiser.text_blocks):
-        denoiser.text_embed.register_forward_hook(own_text)
-        denoiser.text_blocks[-1].register_forward_hook(gather_text)
-    for kind, blocks in (("image", denoiser.blocks), ("text", denoiser.text_blocks)):
-        for block in blocks:
-            assert isinstance(block, Block)
-            _gather_around(block.attn, block.attn.proj, shard, counts, kind)
-            _gather_around(block.mlp, block.mlp.down, shard, counts, kind)
-
-
-def _gather_around(
-    module: Attention | SwiGLU, last: nn.Linear, shard: TokenShard, counts: dict[str, int], kind: str
-) -> None:
-    """All tokens in, partial sums out of ``last``, own tokens on."""
-
-    def all_tokens(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        x, device = args[0], args[0].device.type
-        if torch.is_autocast_enabled(device):
-            # In autocast's type, to which the linears would cast it: half the bytes to send.
-            x = x.to(torch.get_autocast_dtype(device))
-        return shard.gather(x, counts[kind]), *args[1:]
-
-    module.register_forward_pre_hook(all_tokens)
-    last.register_forward_hook(lambda m, args, output: shard.scatter_sum(output))

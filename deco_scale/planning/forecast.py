@@ -122,9 +122,10 @@ def forecast_stage(
 def plan_as_configured(
     work: Workload, stages: Iterable[StageConfig], parallel: ParallelConfig, device: Device, *, gpus: int
 ) -> Plan:
-    """The plan with the micro-batches that the stages state."""
-    parallel = replace(parallel, dp_shard=resolve_parallel_dims(parallel, gpus).dp_shard)
-    forecasts = tuple(forecast_stage(work, stage, parallel, device, gpus=gpus) for stage in stages)
+    """The plan with the micro-batches that the stages state, or that fit the number of ranks."""
+    dims = resolve_parallel_dims(parallel, gpus)
+    parallel = replace(parallel, dp_shard=dims.dp_shard)
+    forecasts = tuple(forecast_stage(work, stage.fitted(dims.dp), parallel, device, gpus=gpus) for stage in stages)
     return Plan(parallel=parallel, gpus=gpus, stages=forecasts)
 
 

@@ -82,20 +82,16 @@ def plan_fp8(
 ) -> Fp8Plan:
     """Select the linears; ``batches`` are all micro-batch shapes of the run.
 
-    Raises :class:`ConfigError` if no linear can compute in FP8, and for two settings that do not work with
-    Transformer Engine: selective checkpointing does not see its products, and its own checkpointing, which
-    restores FP8 in backward, cannot be compiled.
+    Raises :class:`ConfigError` if no linear can compute in FP8, and for settings that do not work with Transformer
+    Engine: selective checkpointing does not see its products; for compile see :func:`compile_conflict`.
     """
     if choice.backend == "te" and recompute == "selective":
         raise ConfigError(
             "parallel.activation_checkpointing=selective does not see Transformer Engine's products; "
             "possible: none, full, or precision.fp8_backend=torchao"
         )
-    if choice.backend == "te" and recompute == "full" and compile_blocks:
-        raise ConfigError(
-            "compile=true with Transformer Engine does not work with parallel.activation_checkpointing=full; "
-            "possible: compile=false, activation_checkpointing=none, or precision.fp8_backend=torchao"
-        )
+    if compile_blocks and (conflict := compile_conflict(choice, recompute)):
+        raise ConfigError(f"compile=true does not work with {conflict}, or compile=false")
     # The linears of attention and MLP, which are those that tp can split.
     candidates = [
         linear
@@ -108,6 +104,23 @@ def plan_fp8(
         reasons = "; ".join(dict.fromkeys(misfits.values()))
         raise ConfigError(f"precision.compute=fp8: no linear can compute in FP8 ({reasons}); possible: bf16, fp32")
     return Fp8Plan(choice, linears, tuple((name, reason) for name, reason in misfits.items() if reason))
+
+
+def compile_conflict(choice: Fp8Choice, recompute: ActivationCheckpointing) -> str | None:
+    """What keeps blocks from being compiled, with the alternatives: two settings of Transformer Engine.
+
+    Its own checkpointing, which restores FP8 in backward, is not traced, and it refuses delayed scaling in graphs.
+    """
+    if choice.backend != "te":
+        return None
+    if recompute == "full":
+        return (
+            "Transformer Engine and parallel.activation_checkpointing=full; "
+            "possible: activation_checkpointing=none, precision.fp8_backend=torchao"
+        )
+    if choice.recipe == "delayed":
+        return "precision.fp8_recipe=delayed; possible: auto, current, block"
+    return None
 
 
 def check_plan(cfg: PrecisionConfig, plan: Fp8Plan | None) -> None:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from transformer_engine.common import recipe as recipes
 
 from deco_scale.errors import ConfigError
-from deco_scale.models.compile import outside_graphs
 from deco_scale.precision.fp8 import Fp8Forward
 from deco_scale.precision.recipe import TE_INSTALL, Recipe
 
@@ -25,11 +24,10 @@ _SIZES = {"fwd": 3, "bwd": 2}
 
 
 class TeLinear(Fp8Forward, te.Linear):  # type: ignore[misc]
-    """Computes in FP8 inside of Transformer Engine's context; a graph break in compiled blocks."""
+    """Computes in FP8 inside of Transformer Engine's context.
 
-    @outside_graphs
-    def _product(self, x: Tensor) -> Tensor:
-        return super()._product(x)
+    Version 2.20 registers its product as an operator, which compiled blocks trace.
+    """
 
 
 def te_context(recipe: Recipe) -> AbstractContextManager[object]:

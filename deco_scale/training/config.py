@@ -1,10 +1,11 @@
 """Settings of the training loop, its stages, its optimizer and its checkpoints."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from deco_scale.distributed.cpu_binding import CpuBinding
 from deco_scale.optim.lr_schedule import LrScaling, LrScheduleConfig, batch_factor
+from deco_scale.parallel.mesh import fit_micro_batch
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,6 +90,11 @@ class StageConfig:
             )
         if self.lr_reference_batch is not None and self.lr_reference_batch < 1:
             raise ValueError(f"lr_reference_batch={self.lr_reference_batch} must be at least 1")
+
+    def fitted(self, dp: int) -> "StageConfig":
+        """With the micro-batch that fits ``dp`` ranks (:func:`fit_micro_batch`); raises :class:`ConfigError`."""
+        batches = {"global_batch": self.global_batch, "micro_batch": self.micro_batch}
+        return replace(self, micro_batch=fit_micro_batch(**batches, dp=dp, where=f"stages.{self.name}"))
 
     @property
     def peak_lr(self) -> float:

@@ -17,6 +17,7 @@ from deco_scale.checkpoint.manager import CheckpointManager, SaveResult
 from deco_scale.distributed.collectives import gather_objects
 from deco_scale.distributed.signals import StopRequest
 from deco_scale.errors import ConfigError, RunError, Stopped
+from deco_scale.models.compile import drop_graphs
 from deco_scale.parallel.engines.base import Engine
 from deco_scale.training.anomalies import AnomalyDetector, RollbackRequested
 from deco_scale.training.callbacks import Callback
@@ -233,6 +234,8 @@ class Trainer:
                 "stage %s: %d px, to step %d, %s, %s", stage.cfg.name, stage.cfg.resolution, end, batch, rate
             )
             progress = self._run_stage(stage, progress, min(end, self.last_step))
+            # Compiled for the shapes of this stage.
+            drop_graphs()
             if self.stopped is not None:
                 logger.info("stopped by %s after step %d", self.stopped, progress.step)
                 break

@@ -19,9 +19,8 @@ from deco_scale.errors import RunError
 from deco_scale.models.config import is_on
 from deco_scale.models.encoders import ImageEncoder, TextEncoder, load_text_encoder
 from deco_scale.models.tp_plan import part_sizes
-from deco_scale.parallel.engines.base import Engine
 from deco_scale.parallel.mesh import ParallelDims
-from deco_scale.parallel.sequence_parallel import encode_shared
+from deco_scale.parallel.sequence_parallel import TokenShard, encode_shared
 from deco_scale.training.config import StageConfig
 
 
@@ -47,9 +46,14 @@ def load_encoders(
     return text, image
 
 
-def shared_over_tp(encode: Callable[[Any], torch.Tensor], engine: Engine) -> Callable[[Any], torch.Tensor]:
-    """Encode once per tp group, each rank a part of the batch; as it is without tensor parallelism."""
-    tokens = engine.tokens
+def shared_over_tp(
+    encode: Callable[[Any], torch.Tensor], tokens: TokenShard | None
+) -> Callable[[Any], torch.Tensor]:
+    """Encode once per tp group, each rank a part of the batch; as it is without tensor parallelism.
+
+    Encoders need a group of their own (:meth:`TokenShard.with_own_communicator`): one communicator runs its
+    collectives in the order of the calls, so the step would wait for encoders that run ahead.
+    """
     if tokens is None:
         return encode
     return lambda items: encode_shared(encode, items, tokens)

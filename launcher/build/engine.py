@@ -10,6 +10,7 @@ from deco_scale.objectives import Objective
 from deco_scale.parallel.engines.base import Engine, EngineSettings
 from deco_scale.parallel.mesh import ParallelDims
 from deco_scale.precision.fp8_plan import Fp8Plan
+from launcher.build.model import choose_compile
 
 
 def build_engine(
@@ -26,7 +27,8 @@ def build_engine(
         optimizer=cfg.optimizer,
         precision=cfg.precision,
         seed=cfg.run.seed,
-        compile_blocks=cfg.compile,
+        compile_blocks=choose_compile(cfg, device)[0],
+        compile_fallback=cfg.compile == "auto",
         activation_checkpointing=cfg.parallel.activation_checkpointing,
         fp8_plan=fp8_plan,
         kernels=choose_kernels(cfg.kernels, device),

@@ -1,9 +1,11 @@
 """The plain objective of a configuration, and what fits it: kernels, attention and FP8 linears."""
 
+import importlib.util
 from collections.abc import Callable, Sequence
 
 import torch
 
+from data_pipeline.stream.buckets import bucket_sizes
 from deco_scale.config import RunConfig
 from deco_scale.distributed.collectives import run_on_rank_zero
 from deco_scale.errors import ConfigError
@@ -13,8 +15,11 @@ from deco_scale.models.attention.autotune import BackendChoice, choose_backend, 
 from deco_scale.models.attention.dispatch import AttentionSetting
 from deco_scale.models.layers import Attention
 from deco_scale.objectives import Objective
-from deco_scale.precision.fp8_plan import BatchShape, Fp8Plan, plan_fp8
+from deco_scale.precision.fp8_plan import BatchShape, Fp8Plan, compile_conflict, plan_fp8
 from deco_scale.precision.recipe import choose_fp8
+
+COMPILED_SHAPES = 16
+"""Largest number of a stage's image shapes for which ``compile: auto`` compiles."""
 
 
 def compute_dtype(cfg: RunConfig) -> torch.dtype:
@@ -45,6 +50,29 @@ def choose_attention(
 
     choices = run_on_rank_zero(measure)
     return table_of(choices), choices
+
+
+def choose_compile(cfg: RunConfig, device: torch.device) -> tuple[bool, str]:
+    """Whether transformer blocks and decoder are compiled, and for ``auto`` why not (empty: they are)."""
+    if cfg.compile != "auto":
+        return cfg.compile, ""
+    reason = _compile_problem(cfg, device)
+    return not reason, reason
+
+
+def _compile_problem(cfg: RunConfig, device: torch.device) -> str:
+    if device.type != "cuda":
+        return "generating C++ for a CPU takes minutes; compile=true does it nevertheless"
+    if importlib.util.find_spec("triton") is None:
+        return "graphs need the package triton, which CUDA builds of PyTorch bring along"
+    most, multiple = cfg.data.bucket_aspect, cfg.model.patch_size
+    shapes = max(len(bucket_sizes(s.resolution, multiple=multiple, max_aspect=most)) for s in cfg.stages)
+    if shapes > COMPILED_SHAPES:
+        return f"data.bucket_aspect gives {shapes} shapes, each with graphs of its own (at most {COMPILED_SHAPES})"
+    if cfg.precision.compute == "fp8":
+        choice = choose_fp8(cfg.precision, device)
+        return compile_conflict(choice, cfg.parallel.activation_checkpointing) or ""
+    return ""
 
 
 def objective_builder(
@@ -78,5 +106,5 @@ def plan_fp8_linears(cfg: RunConfig, tp: int, device: torch.device) -> Fp8Plan |
         tp=tp,
         batches=[BatchShape(*shape) for shape in cfg.batch_shapes()],
         recompute=cfg.parallel.activation_checkpointing,
-        compile_blocks=cfg.compile,
+        compile_blocks=choose_compile(cfg, device)[0],
     )

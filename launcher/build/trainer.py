@@ -30,7 +30,7 @@ from deco_scale.models.encoders import TextEncoder, text_identity
 from deco_scale.models.tp_plan import check_tp
 from deco_scale.observability.run_logger import RunLogger, logged_to
 from deco_scale.parallel.engines.base import Engine
-from deco_scale.parallel.mesh import ParallelDims, accumulation_steps, resolve_parallel_dims
+from deco_scale.parallel.mesh import ParallelDims, resolve_parallel_dims
 from deco_scale.planning.flops import training_flops
 from deco_scale.planning.hardware import peak_flops
 from deco_scale.sampling import ImageGenerator, SampleRequest
@@ -46,7 +46,13 @@ from deco_scale.watchdog.client import Watchdog
 from launcher.build.callbacks import CheckReplicas, CollectGarbage, Evaluate, LogRun, SampleImages, SaveConfig
 from launcher.build.data import SyntheticData, load_encoders, open_loader, shared_over_tp
 from launcher.build.engine import build_engine
-from launcher.build.model import choose_attention, compute_dtype, objective_builder, plan_fp8_linears
+from launcher.build.model import (
+    choose_attention,
+    choose_compile,
+    compute_dtype,
+    objective_builder,
+    plan_fp8_linears,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +71,7 @@ def build_trainer(
     ``start_watchdog`` is called on all ranks once they have joined. Errors that have a name are shared by all.
     """
     dims, device = check(cfg, env)
+    configured, cfg = cfg, fit_stages(cfg, dims)
     folder = Path(cfg.run.dir)
     checkpoints = CheckpointManager(folder / "checkpoints", cfg.checkpoint)
     if resume != "auto":
@@ -95,7 +102,7 @@ def build_trainer(
     build = objective_builder(cfg, encoder_dim, choose_kernels(cfg.kernels, device), attention)
     engine = build_engine(cfg, dims, device, build, fp8_plan)
     stages = derive_stages(cfg, dims)
-    plain = json.loads(json.dumps(dataclasses.asdict(cfg)))
+    plain = json.loads(json.dumps(dataclasses.asdict(configured)))
     run_logger = RunLogger(
         folder,
         active=dist.get_rank() == 0,
@@ -106,12 +113,19 @@ def build_trainer(
     )
     for line in (*bound, *(choice.line() for choice in choices), *(fp8_plan.messages() if fp8_plan else ())):
         logger.info(line)
+    for before, after in zip(configured.stages, cfg.stages, strict=True):
+        if after.micro_batch < before.micro_batch:
+            told = "stage %s: micro-batches of %d samples, not %d, fit a rank's share of global_batch=%d"
+            logger.info(told, after.name, after.micro_batch, before.micro_batch, after.global_batch)
+    if reason := choose_compile(cfg, device)[1]:
+        logger.info("compile=auto: blocks run uncompiled: %s", reason)
+    encoder_tokens = engine.tokens.with_own_communicator() if engine.tokens is not None else None
     encode_text = None
     if null_embedding is not None:
         shape = (cfg.model.text_tokens, cfg.model.text_dim)
         null = packed_text_embeddings([null_embedding], shape)[0].to(device).float()
     elif text is not None:
-        null, encode_text = text.null, shared_over_tp(text.encode, engine)
+        null, encode_text = text.null, shared_over_tp(text.encode, encoder_tokens)
     else:
         null = torch.tensor(cfg.model.num_classes, device=device)
     build_inputs = InputBuilder(
@@ -121,7 +135,7 @@ def build_trainer(
         null=null,
         num_classes=cfg.model.num_classes,
         encode_text=encode_text,
-        encode_image=shared_over_tp(image.encode, engine) if image else None,
+        encode_image=shared_over_tp(image.encode, encoder_tokens) if image else None,
     )
     encoders = (build_inputs.encode_text, cfg.text_encoder), (build_inputs.encode_image, cfg.image_encoder)
     text_ahead, image_ahead = (
@@ -154,7 +168,7 @@ def build_trainer(
         faults=cfg.faults,
         heartbeat=heartbeat,
         hosts=hosts,
-        rank_compute=RankComputeTimer(engine.blocks, device, whole_blocks=cfg.compile),
+        rank_compute=RankComputeTimer(engine.blocks, device, whole_blocks=engine.settings.compile_blocks),
     )
     return trainer, run_logger
 
@@ -163,7 +177,7 @@ def check(cfg: RunConfig, env: Environment) -> tuple[ParallelDims, torch.device]
     """Checks everything that can be checked without other ranks; raises :class:`ConfigError`."""
     dims = resolve_parallel_dims(cfg.parallel, env.world_size)
     check_tp(cfg.model, dims.tp)
-    derive_stages(cfg, dims)
+    cfg = fit_stages(cfg, dims)
     if absent := [rank for rank in cfg.run.profile.ranks if rank >= env.world_size]:
         raise ConfigError(f"run.profile.ranks: there is no rank {absent[0]}; possible: 0 to {env.world_size - 1}")
     device = choose_device(cfg.device, env.local_rank)
@@ -176,13 +190,17 @@ def check(cfg: RunConfig, env: Environment) -> tuple[ParallelDims, torch.device]
     return dims, device
 
 
+def fit_stages(cfg: RunConfig, dims: ParallelDims) -> RunConfig:
+    """With the micro-batches that fit the number of ranks; raises :class:`ConfigError` for impossible batches."""
+    return dataclasses.replace(cfg, stages=tuple(stage.fitted(dims.dp) for stage in cfg.stages))
+
+
 def derive_stages(cfg: RunConfig, dims: ParallelDims) -> list[Stage]:
     """Stages with accumulation and FLOPs; raises :class:`ConfigError` for impossible batches."""
     stages: list[Stage] = []
     start = 0
-    for stage in cfg.stages:
-        batches = {"global_batch": stage.global_batch, "micro_batch": stage.micro_batch}
-        accumulation = accumulation_steps(**batches, dp=dims.dp, where=f"stages.{stage.name}")
+    for stage in fit_stages(cfg, dims).stages:
+        accumulation = stage.global_batch // dims.dp // stage.micro_batch
         image_flops = training_flops(cfg.model, stage.resolution, stage.resolution)
         stages.append(Stage(cfg=stage, accumulation=accumulation, image_flops=image_flops, start=start))
         start += stage.steps

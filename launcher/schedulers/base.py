@@ -16,7 +16,7 @@ from deco_scale.config import RunConfig, load_config
 from deco_scale.errors import ConfigError
 from deco_scale.models.tp_plan import check_tp
 from deco_scale.observability.redact import holds_secret, looks_secret
-from deco_scale.parallel.mesh import accumulation_steps, resolve_parallel_dims
+from deco_scale.parallel.mesh import resolve_parallel_dims
 
 TEMPLATES = Path(__file__).with_name("templates")
 _SECRET = "looks like a secret, which would be written in plain text"
@@ -119,8 +119,8 @@ def fit(config: Path, overrides: Sequence[str], *, ranks: int) -> tuple[RunConfi
     check_tp(cfg.model, dims.tp)
     lines = [f"{ranks} ranks: dp_replicate {dims.dp_replicate} x dp_shard {dims.dp_shard} x tp {dims.tp}"]
     for stage in cfg.stages:
-        batch, micro_batch, where = stage.global_batch, stage.micro_batch, f"stages.{stage.name}"
-        steps = accumulation_steps(global_batch=batch, micro_batch=micro_batch, dp=dims.dp, where=where)
+        batch, micro_batch = stage.global_batch, stage.fitted(dims.dp).micro_batch
+        steps = batch // dims.dp // micro_batch
         lines.append(
             f"stage {stage.name}: {stage.steps} steps at {stage.resolution} px, global batch {batch} = "
             f"micro-batch {micro_batch} x accumulation {steps} x dp {dims.dp}"

@@ -40,6 +40,8 @@ LOCAL = ("wait_tensor", "_wrap_tensor_autograd")
 
 
 def _group_size(args: Any) -> int:
+    if isinstance(args[-1], str):
+        return dist.distributed_c10d._resolve_process_group(args[-1]).size()
     for arg in args:
         if isinstance(arg, torch.ScriptObject) and "ProcessGroup" in str(arg._type()):
             return dist.ProcessGroup.unbox(arg).size()
@@ -66,6 +68,10 @@ class Counting(TorchDispatchMode):
             kind, amount = "all-gather", size(args[0])
         elif name == "c10d::_reduce_scatter_base_":
             kind, amount = "reduce-scatter", size(args[1])
+        elif name == "_c10d_functional::all_gather_into_tensor":
+            kind, amount = "all-gather", size(args[0]) * args[1]
+        elif name == "_c10d_functional::reduce_scatter_tensor":
+            kind, amount = "reduce-scatter", size(args[0])
         elif name in ("c10d::allreduce_", "_c10d_functional::all_reduce", "_c10d_functional::all_reduce_"):
             kind, amount = "all-reduce", size(args[0])
         elif name.startswith(("c10d::", "_c10d_functional::")) and not name.endswith(LOCAL):

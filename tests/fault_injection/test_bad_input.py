@@ -49,7 +49,8 @@ CASES: dict[str, tuple[list[str], int, list[str]]] = {
     "missing data": (["data.url=/nowhere/data"], 1, ["/nowhere/data: no such folder"]),
     "resolution too high": (["stages.small.resolution=64"], 1, ["none of the 100 samples has 64 pixels"]),
     "batch does not divide": (
-        ["stages.small.micro_batch=3"], 2, ["stages.small.micro_batch=3", "possible: [1, 2, 4, 8]"],
+        ["stages.small.global_batch=14", "stages.small.micro_batch=6"], 2,
+        ["stages.small.micro_batch=6", "possible: [1, 2, 7, 14]"],
     ),
     "backend not here": (["attention.backend=cudnn"], 2, ["attention.backend=cudnn", "sdpa or math"]),
     "resume path missing": (["--resume", "/nowhere/c"], 2, ["--resume /nowhere/c", "no such checkpoint"]),

@@ -7,7 +7,7 @@ import pytest
 
 from deco_scale.config import ConfigError, dump_config, load_config
 from deco_scale.parallel.config import ParallelConfig
-from deco_scale.parallel.mesh import ParallelDims, accumulation_steps, resolve_parallel_dims
+from deco_scale.parallel.mesh import ParallelDims, accumulation_steps, fit_micro_batch, resolve_parallel_dims
 from deco_scale.yaml import load_yaml
 from tests.support import CONFIGS
 
@@ -41,7 +41,7 @@ def test_xxl_is_the_published_recipe() -> None:
         ("modle.dim=3", ["modle", "did you mean 'model'"]),
         ("model.dim=wide", ["model.dim='wide'", "integer"]),
         ("run.seed=1.5", ["run.seed=1.5", "integer"]),
-        ("compile=1", ["compile=1", "boolean"]),
+        ("compile=1", ["compile=1", "boolean", "'auto'"]),
         ("parallel.engine=horovod", ["parallel.engine='horovod'", "'fsdp' or 'deepspeed'"]),
         ("parallel.zero_stage=4", ["parallel.zero_stage=4", "0, 1, 2 or 3"]),
         ("model.dim=190", ["model", "dim=190", "num_heads=4"]),
@@ -149,18 +149,25 @@ def test_a_configuration_that_pyyaml_wrote_still_loads(tmp_path: Path) -> None:
 
 
 def test_impossible_batches_list_the_possible_ones() -> None:
-    with pytest.raises(ConfigError, match=r"stages.a.micro_batch=5.*possible: \[1, 2, 3, 4, 6, 12\]"):
-        accumulation_steps(global_batch=24, micro_batch=5, dp=2, where="stages.a")
+    with pytest.raises(ConfigError, match=r"stages.a.micro_batch=6.*possible: \[1, 2, 7, 14\]"):
+        accumulation_steps(global_batch=28, micro_batch=6, dp=2, where="stages.a")
     with pytest.raises(ConfigError, match=r"global_batch=24.*5 data-parallel.*\[1, 2, 3, 4, 6, 8"):
         accumulation_steps(global_batch=24, micro_batch=1, dp=5, where="stages.a")
 
 
-def test_compile_under_tp_refuses_what_it_cannot_do() -> None:
-    parallel = "parallel={engine: fsdp, tp: 2, activation_checkpointing: selective}"
-    with pytest.raises(ConfigError, match=r"activation_checkpointing=selective; possible: none, full"):
-        load_config(TINY, ["compile=true", parallel])
-    with pytest.raises(ConfigError, match=r"compile=true with parallel.tp > 1 needs parallel.engine: fsdp"):
-        load_config(TINY, ["compile=true", "parallel={engine: deepspeed, tp: 2}"])
+@pytest.mark.parametrize(("ranks", "sizes"), [(8, (64, 16)), (16, (48, 16)), (64, (24, 8)), (512, (3, 1))])
+def test_the_xxl_recipe_fits_any_number_of_ranks(ranks: int, sizes: tuple[int, int]) -> None:
+    cfg = load_config(CONFIGS / "t2i_xxl.yaml")
+    for stage, size in zip(cfg.stages, sizes, strict=True):
+        batches = {"global_batch": stage.global_batch, "micro_batch": stage.micro_batch}
+        assert fit_micro_batch(**batches, dp=ranks, where="x") == size
+        assert accumulation_steps(**batches, dp=ranks, where="x") == stage.global_batch // ranks // size
+
+
+@pytest.mark.parametrize("setting", [True, False, "auto"])
+def test_compile_is_a_choice_or_automatic(setting: bool | str) -> None:
+    assert load_config(TINY, [f"compile={str(setting).lower()}"]).compile == setting
+    assert load_config(CONFIGS / "t2i_xxl.yaml").compile is True
 
 
 def test_layouts() -> None:

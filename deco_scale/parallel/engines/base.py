@@ -28,7 +28,10 @@ EMA_PREFIX = "denoiser."
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSettings:
-    """What an engine is built by; ``fp8_plan`` goes with ``compute: fp8``, the last three are for DeepSpeed."""
+    """What an engine is built by; ``fp8_plan`` goes with ``compute: fp8``, the last three are for DeepSpeed.
+
+    ``compile_fallback``: blocks that cannot be compiled run eagerly, with a warning.
+    """
 
     dims: ParallelDims
     device: torch.device
@@ -36,6 +39,7 @@ class EngineSettings:
     precision: PrecisionConfig
     seed: int = 0
     compile_blocks: bool = False
+    compile_fallback: bool = False
     activation_checkpointing: ActivationCheckpointing = "none"
     fp8_plan: Fp8Plan | None = None
     kernels: Kernels = "torch"

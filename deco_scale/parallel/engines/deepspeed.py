@@ -5,7 +5,6 @@ partitions. State is read and written parameter by parameter: a set is swapped i
 DeepSpeed's accessors gather or scatter one parameter at a time.
 """
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
@@ -18,7 +17,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from deco_scale.distributed.replica_check import Replicas
 from deco_scale.errors import ConfigError
-from deco_scale.models.compile import limit_recompiles
+from deco_scale.models.layers import Block
+from deco_scale.models.pixel_decoder import PixelDecoder
 from deco_scale.models.stored_names import stored_names, to_stored
 from deco_scale.models.tp_plan import split_dim
 from deco_scale.objectives import Objective
@@ -31,15 +31,13 @@ from deco_scale.parallel.parallelize import parallelize
 from deco_scale.parallel.tensor_parallel import tp_part, tp_placement
 from deco_scale.precision import fp8
 
-logger = logging.getLogger(__name__)
-
 
 class DeepSpeedEngine(Engine):
     """The objective in a ZeRO engine, with Megatron's linears under tensor parallelism."""
 
     def __init__(self, build: Callable[[], Objective], settings: EngineSettings) -> None:
         self.settings, self._stage = settings, settings.zero_stage
-        dims, device, stage, compile_blocks = settings.dims, settings.device, self._stage, settings.compile_blocks
+        dims, device, stage = settings.dims, settings.device, self._stage
         deepspeed = import_deepspeed(device)
         self._utils = deepspeed.utils
         config = deepspeed_json(settings)
@@ -65,34 +63,32 @@ class DeepSpeedEngine(Engine):
             if stage != 3:
                 objective.to_empty(device=device)
                 self._fill(objective, template)
-            elif objective.denoiser.decoder is not None:
-                # It reads its linears' weights without calling the linears, so all are gathered at once.
-                self._utils.set_z3_leaf_modules(objective, [type(objective.denoiser.decoder)])
+            else:
+                # The decoder reads its linears' weights without calling them, and hooks inside of a compiled block
+                # would break its graph: their weights are gathered at once.
+                leaves: list[type[nn.Module]] = [PixelDecoder] if objective.denoiser.decoder is not None else []
+                self._utils.set_z3_leaf_modules(objective, leaves + [Block] * settings.compile_blocks)
             if megatron:
                 megatron.mark_parameters(objective)
             self._optimizer = AdamWWithEMA(objective.parameters(), settings.optimizer, kernels=settings.kernels)
             client = {"optimizer": self._optimizer, "config": config, "mpu": mpu}
             self._engine, *_ = deepspeed.initialize(model=objective, **client)
 
-        if compile_blocks and stage < 3:
-            limit_recompiles()
-        elif compile_blocks:
-            # Its hooks are traced as well and make graphs for each module: no limit then.
-            logger.warning(
-                "compile=true under ZeRO-3: much of the blocks runs uncompiled between DeepSpeed's hooks; "
-                "parallel.engine=fsdp compiles all of it"
-            )
-        self.tokens = parallelize(
+        parallelize(
             objective,
             fp8_plan=settings.fp8_plan,
             bias_share=dims.tp,
             # PyTorch's checkpointing keeps no gathered weight of a block that it recomputes.
-            release_weights=stage == 3 and settings.activation_checkpointing == "none" and not compile_blocks,
-            tensor_parallel=megatron.install_collectives if megatron else None,
+            release_weights=stage == 3
+            and settings.activation_checkpointing == "none"
+            and not settings.compile_blocks,
             activation_checkpointing=settings.activation_checkpointing,
-            compile_modules=objective.denoiser.transformer_blocks if compile_blocks else (),
+            compiled=objective.denoiser.transformer_blocks if settings.compile_blocks else (),
+            compile_fallback=settings.compile_fallback,
             shard=shard,
         )
+        # Behind DeepSpeed, which chooses what it communicates in bf16 by the class of a linear.
+        self.tokens = megatron.install_collectives(objective) if megatron else None
         self._objective = objective
         self._parameters: dict[str, nn.Parameter] = dict(objective.named_parameters())
         if stage == 3:

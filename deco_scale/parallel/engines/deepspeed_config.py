@@ -83,6 +83,8 @@ def deepspeed_json(settings: EngineSettings) -> dict[str, Any]:
             "stage3_param_persistence_threshold": ZERO3_PERSISTENT,
             # Release each weight after use, so that memory does not grow with the model.
             "stage3_max_reuse_distance": 0,
+            # Its own F.linear for the whole process, which compiled blocks cannot trace.
+            "memory_efficient_linear": not settings.compile_blocks,
         },
     }
     if settings.precision.compute != "fp32":

@@ -16,7 +16,6 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from deco_scale.distributed.replica_check import Replicas
-from deco_scale.models.compile import limit_recompiles
 from deco_scale.models.stored_names import stored_names
 from deco_scale.models.tp_plan import split_dim
 from deco_scale.objectives import Objective
@@ -25,7 +24,7 @@ from deco_scale.optim.adamw_ema import MOMENTS, AdamWWithEMA, nan_if_nonfinite
 from deco_scale.parallel.engines.base import EMA_PREFIX, Engine, EngineSettings, Update
 from deco_scale.parallel.init_weights import initial_tensors
 from deco_scale.parallel.parallelize import parallelize
-from deco_scale.parallel.tensor_parallel import apply_tensor_parallel, tp_part
+from deco_scale.parallel.tensor_parallel import apply_tensor_parallel, show_local_weights, tp_part
 from deco_scale.precision import fp8
 from deco_scale.precision.config import PrecisionConfig, autocast
 
@@ -49,7 +48,7 @@ class FsdpEngine(Engine):
 
     def __init__(self, build: Callable[[], Objective], settings: EngineSettings) -> None:
         self.settings = settings
-        dims, device, compile_blocks = settings.dims, settings.device, settings.compile_blocks
+        dims, device = settings.dims, settings.device
         with torch.device("meta"):
             template, self._objective = build(), build()
         mesh = init_device_mesh(
@@ -57,16 +56,14 @@ class FsdpEngine(Engine):
             (dims.dp_replicate, dims.dp_shard, dims.tp),
             mesh_dim_names=("dp_replicate", "dp_shard", "tp"),
         )
-        if compile_blocks:
-            limit_recompiles()
         self.tokens = parallelize(
             self._objective,
             fp8_plan=settings.fp8_plan,
-            tensor_parallel=partial(apply_tensor_parallel, mesh=mesh["tp"], compile_blocks=compile_blocks)
-            if dims.tp > 1
-            else None,
+            tensor_parallel=partial(apply_tensor_parallel, mesh=mesh["tp"]) if dims.tp > 1 else None,
+            show_local_weights=show_local_weights if dims.tp > 1 else None,
             activation_checkpointing=settings.activation_checkpointing,
-            compile_modules=self._objective.denoiser.units if compile_blocks and dims.tp == 1 else (),
+            compiled=self._objective.denoiser.units if settings.compile_blocks else (),
+            compile_fallback=settings.compile_fallback,
             shard=partial(
                 shard,
                 mesh=mesh["dp_replicate", "dp_shard"] if dims.dp_replicate > 1 else mesh["dp_shard"],

@@ -2,14 +2,16 @@
 
 Plan and movement of tokens are those of :mod:`deco_scale.parallel.tensor_parallel`, but parameters are local
 slices in Column- and RowParallelLinear, and ``parallel_state`` gives DeepSpeed the process groups. Megatron's own
-sequence parallelism needs token counts that divide by tp, tokens as the first dimension, and CUDA, so its
-collectives are switched off and :class:`TokenShard` gathers and scatters around its linears.
+sequence parallelism needs token counts that divide by tp, tokens as the first dimension, and CUDA, so
+:class:`TokenShard` gathers and scatters around its linears, which compute as plain ones do: so autocast applies on
+any device, and compiled blocks trace them.
 """
 
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from megatron.core import ModelParallelConfig, parallel_state
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor, nn
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 from deco_scale.models.tp_plan import split_dim, split_of
 from deco_scale.objectives import Objective
 from deco_scale.parallel.sequence_parallel import TokenShard
-from deco_scale.parallel.tensor_parallel import route_tokens
+from deco_scale.parallel.token_routing import route_tokens
 
 
 class ModelParallelUnit:
@@ -36,39 +38,27 @@ def initialize(tp: int) -> ModelParallelUnit:
     return ModelParallelUnit()
 
 
-class _ComputeDtype:
-    """Casts to autocast's dtype first: the backward of Megatron's autograd function knows CUDA's autocast only."""
-
-    def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        device = input.device.type
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-            input, weight = input.to(dtype), weight.to(dtype)
-        return super()._forward_impl(input, weight, *args, **kwargs)  # type: ignore[misc]
-
-
-class ColumnLinear(_ComputeDtype, ColumnParallelLinear):
+class ColumnLinear(ColumnParallelLinear):
     """All tokens to this rank's heads or hidden units; the gather before it sums the input's gradient."""
 
     def __init__(self, *sizes: int, **settings: Any) -> None:
         super().__init__(*sizes, disable_grad_reduce=True, **settings)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x)[0]
+        return F.linear(x, self.weight, self.bias)
 
 
-class RowLinear(_ComputeDtype, RowParallelLinear):
+class RowLinear(RowParallelLinear):
     """This rank's heads or hidden units to partial sums, which the scatter after it adds up."""
 
     def __init__(self, *sizes: int, **settings: Any) -> None:
         super().__init__(*sizes, input_is_parallel=True, skip_bias_add=True, **settings)
-        # In Megatron: the caller communicates.
-        self.explicit_expert_comm = True
+        self.bias_share = 1 / self.tp_group.size()
 
     def forward(self, x: Tensor) -> Tensor:
-        partial, bias = super().forward(x)
+        partial = F.linear(x, self.weight)
         # Each rank adds its share of the bias, so that the sum has it once.
-        return partial if bias is None else partial + bias.to(partial.dtype) / self.tp_group.size()
+        return partial if self.bias is None else partial + self.bias.to(partial.dtype) * self.bias_share
 
 
 def apply_megatron(objective: Objective) -> None:

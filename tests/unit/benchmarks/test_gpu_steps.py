@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from benchmarks.gpu import attention as gpu_attention
 from benchmarks.gpu import first as gpu_first
@@ -227,7 +226,7 @@ def test_graphs_of_the_warm_up_are_those_of_the_steps(
         graphs.add((module.code, values))
         return module.forward
 
-    monkeypatch.setattr(nn.Module, "compile", functools.partialmethod(nn.Module.compile, backend=backend))
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
     monkeypatch.setattr(gpu_steps, "compiler", lambda device: contextlib.nullcontext())
     options: dict[str, Any] = {"resolution": 256, "precision": {"compute": "bf16"}, "engine": engine}
     variant = {"name": "compiled", "micro_batch": 2}

@@ -25,7 +25,7 @@ def test_steps_are_applied_in_the_documented_order() -> None:
     steps = []
 
     def state() -> tuple[bool, bool, bool]:
-        compiled = block._compiled_call_impl is not None
+        compiled = hasattr(block.forward, "_torchdynamo_orig_callable")
         return block.mlp.gate_up is not plain_linear, block.forward != plain_forward, compiled
 
     def tensor_parallel(given: Objective) -> TokenShard:
@@ -43,7 +43,7 @@ def test_steps_are_applied_in_the_documented_order() -> None:
         fp8_plan=Fp8Plan(Fp8Choice("torchao", "current", emulate=True), (linear,), ()),
         tensor_parallel=tensor_parallel,
         activation_checkpointing="full",
-        compile_modules=objective.denoiser.transformer_blocks,
+        compiled=objective.denoiser.transformer_blocks,
         shard=shard,
     )
     assert tokens is shard_of_tokens
@@ -57,4 +57,4 @@ def test_without_options_nothing_changes() -> None:
     block = objective.denoiser.blocks[0]
     before = block.forward
     assert parallelize(objective) is None
-    assert block.forward == before and block._compiled_call_impl is None
+    assert block.forward == before
