@@ -117,7 +117,7 @@ def _route_block(block: Block, shard: TokenShard, length: SequenceLength) -> Non
 
 
 def _mix_in(mixin: type, module: nn.Module, **attributes: Any) -> None:
-    module.__class__ = _mixed(mixin, type(module))
+    module.__class__ = _mixed(mixin, type(module))  # type: ignore[arg-type]
     for name, value in attributes.items():
         setattr(module, name, value)
 
