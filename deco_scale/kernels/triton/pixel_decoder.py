@@ -1,4 +1,4 @@
-"""The per-pixel MLP of the pixel decoder as two Triton kernels: one forward, one backward that computes it again.
+"""The per-pixel MLP of the pixel decoder as Triton kernels: one forward, one backward that computes it again.
 
 They are operators of their own (``deco_scale::render_pixels`` and its backward), opaque to compilation and to
 activation checkpointing, with a shape rule and a derivative. Only inputs are kept for backward.
@@ -10,7 +10,7 @@ Shape letters: M patches, P pixels of a patch, C channels, K = C * P values of a
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +34,8 @@ BACKWARD_TILE = {16: 128, 32: 128, 64: 32}
 """Pixels of a tile (backward: by padded width), for products of 16-bit operands. Not yet tuned on a GPU."""
 FORWARD_TILE_FP32, BACKWARD_TILE_FP32 = 32, 16
 """Full fp32 has no tensor cores: a product is unrolled into registers, which larger tiles overflow."""
+BACKWARD_CHUNK = 1 << 17
+"""Pixels whose gradients pass between the blocks in memory: at width 32, 32 MiB, which an H100's L2 holds."""
 MAX_WIDTH = 64
 
 
@@ -93,24 +95,81 @@ def _render_backward(
     num_blocks: int, eps: float, with_patches: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of patches (empty unless ``with_patches``), condition, constant and weights."""
+    grad_MK = grad_MK.contiguous()
     (_, num_pixels, width), device = condition_MPW.shape, patches_MK.device
     constants = _constants(patches_MK, condition_MPW, num_blocks, grad_MK.dtype)
     tile = BACKWARD_TILE_FP32 if grad_MK.dtype == torch.float32 else BACKWARD_TILE[constants["V"]]
-    rows = condition_MPW.shape[0] * num_pixels
-    programs = _backward_programs(rows, tile, num_pixels, device)
+    channels, folded = constants["C"], weights_L[-(2 * width + 1) * constants["C"] :][: width * constants["C"]]
+    chunk = max(1, BACKWARD_CHUNK // num_pixels)
+    most_rows = min(len(patches_MK), chunk) * num_pixels
+    programs = max(1, min(math.ceil(most_rows / tile), _processors(device)))
     grad_patches = torch.empty_like(patches_MK) if with_patches else patches_MK.new_empty(0)
     grad_condition = torch.empty_like(condition_MPW)
-    inputs = torch.empty(programs, num_blocks, tile, constants["V"], dtype=torch.float32, device=device)
-    constant_sums = torch.zeros(programs * tile, width, dtype=torch.float32, device=device)
-    weight_sums = torch.zeros(programs, weights_L.numel(), dtype=torch.float32, device=device)
-    with _refuse_too_large(width, grad_MK.dtype):
-        backward_kernel[(programs,)](
-            patches_MK, condition_MPW, constant_PW, weights_L, grad_MK.contiguous(), grad_patches, grad_condition,
-            inputs, constant_sums, weight_sums, rows, eps, **constants, T=tile, WITH_PATCHES=with_patches,
-            num_warps=NUM_WARPS, num_stages=NUM_STAGES,
-        )  # fmt: skip
-    grad_constant = constant_sums.view(-1, num_pixels, width).sum(0).to(constant_PW.dtype)
-    return grad_patches, grad_condition, grad_constant, weight_sums.sum(0).to(weights_L.dtype)
+    fp32: dict[str, Any] = {"dtype": torch.float32, "device": device}
+    between = torch.empty(2, most_rows, width, **fp32)
+    block_sums = torch.zeros(programs, num_blocks, 5, width, width, **fp32)
+    tile_sums = torch.empty(math.ceil(most_rows / tile), 5 + channels, width, **fp32)
+    vector_sums = torch.zeros(num_blocks, 5 + channels, width, **fp32)
+    grad_constant = torch.zeros(num_pixels, width, **fp32)
+    grad_folded = torch.zeros(channels, width, **fp32)
+    for first in range(0, len(patches_MK), chunk):
+        patches, condition, grad, grad_of_condition = (
+            t[first : first + chunk] for t in (patches_MK, condition_MPW, grad_MK, grad_condition)
+        )
+        for index in reversed(range(num_blocks)):
+            with _refuse_too_large(width, grad_MK.dtype):
+                backward_kernel[(programs,)](
+                    patches, condition, constant_PW, weights_L, grad, grad_of_condition, *between, block_sums,
+                    tile_sums, len(patches) * num_pixels, index, eps, **constants, T=tile, FIRST=index == 0,
+                    LAST=index == num_blocks - 1, num_warps=NUM_WARPS, num_stages=NUM_STAGES,
+                )  # fmt: skip
+            vector_sums[index] += tile_sums[: math.ceil(len(patches) * num_pixels / tile)].sum(0)
+        embedded_MPW = between[0, : len(patches) * num_pixels].view(-1, num_pixels, width)
+        grad_constant += embedded_MPW.sum(0)
+        grad_folded += torch.einsum("mcp,mpw->cw", patches.view(-1, channels, num_pixels).float(), embedded_MPW)
+        if with_patches:
+            pixels_MPC = embedded_MPW @ folded.view(channels, width).t().float()
+            grad_patches[first : first + chunk] = pixels_MPC.transpose(1, 2).flatten(1)
+    grad_bias = grad_MK.view(-1, channels, num_pixels).sum((0, 2), dtype=torch.float32)
+    ends = (grad_folded, vector_sums[-1, 5:], grad_bias)
+    grad_weights = _weight_gradients(block_sums.sum(0), vector_sums[:, :5], ends, weights_L, grad_MK.dtype)
+    return grad_patches, grad_condition, grad_constant.to(constant_PW.dtype), grad_weights
+
+
+def _weight_gradients(
+    matrices: Tensor, vectors: Tensor, ends: Sequence[Tensor], weights_L: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Gradient of all weights, from the blocks' sums as the kernel orders them, (5, W, W) and (5, W) of each.
+
+    With g the gradient of ``normal * weight + bias`` times ``1 + scale``, plus shift, and n the norm: the sums are
+    of g and g n, each times the condition c and alone. Those of ``g (n * weight + bias)`` (the scale's) and of
+    ``g n (1 + scale)`` and ``g (1 + scale)`` (the norm's) follow from them, as scale is linear in c.
+    """
+    blocks, width = len(matrices), matrices.shape[-1]
+    shift, normal, gate, first, last = matrices.unbind(1)
+    of_shift, of_normal, of_gate, of_first, of_last = vectors.unbind(1)
+    given, given_vectors, _ = weights_L.float().split(
+        [blocks * 5 * width**2, blocks * 7 * width, len(weights_L) - blocks * (5 * width + 7) * width]
+    )
+    weight, bias, _, _, _, scale_bias, _ = given_vectors.view(blocks, 7, width).unbind(1)
+    # Rounded as the products take it.
+    scale_weight = given.view(blocks, 5, width, width)[:, 1].to(dtype).float()
+    scale = weight[..., None] * normal + bias[..., None] * shift
+    grad_weight = (1 + scale_bias) * of_normal + (scale_weight * normal).sum(-1)
+    grad_bias = (1 + scale_bias) * of_shift + (scale_weight * shift).sum(-1)
+    grad_vectors = (
+        grad_weight,
+        grad_bias,
+        of_first,
+        of_last,
+        of_shift,
+        weight * of_normal + bias * of_shift,
+        of_gate,
+    )
+    parts = (
+        torch.stack((shift, scale, gate, first, last), 1), torch.stack(grad_vectors, 1), *ends
+    )  # fmt: skip
+    return torch.cat([part.flatten() for part in parts]).to(weights_L.dtype)
 
 
 @_render.register_fake
@@ -170,10 +229,3 @@ def _processors(device: torch.device) -> int:
     if device.type != "cuda":
         return INTERPRETER_PROGRAMS
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _backward_programs(rows: int, tile: int, num_pixels: int, device: torch.device) -> int:
-    """About one per multiprocessor, such that programs times tile is a multiple of the pixels of a patch."""
-    step = num_pixels // math.gcd(num_pixels, tile)
-    enough = math.ceil(rows / (tile * step)) * step
-    return max(step, min(_processors(device) // step * step, enough))

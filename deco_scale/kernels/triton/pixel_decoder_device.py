@@ -7,17 +7,17 @@ V width padded to a power of two, O outputs of a linear.
 
 Columns beyond W are zero in every activation, and rows beyond R have a zero gradient: neither adds to a sum.
 
-What is summed over pixels is added up in memory that a program has for itself, once for each of its tiles, and
-torch adds the programs' sums in a fixed order: the result does not depend on how programs are scheduled. The
-15,360 accumulators of width 32 with 3 blocks would fit the registers alone, but not beside the activations: with
-blocks unrolled and the accumulators carried through the loop over tiles, the compiler spilled 4 to 5 KB a thread
-(at its default of three stages). Here the sums pass through the cache, 60 KiB in and out for a tile.
+The backward pass takes one block at a time: a program then has registers for the sums of the block's matrices over
+its pixels next to the activations, and adds them to its own in memory once, at its end. Vectors' sums over a tile
+are written, not added. Torch adds what the programs have left in a fixed order: the result does not depend on how
+they are scheduled. Per pixel at width 32 with 3 blocks: with all sums in memory, read and written for each tile in
+turn, 960 B of sums and 768 B of kept activations passed through the cache beside 146 B of inputs and results; now
+gradients between the blocks are 1,152 B, what torch reads for the embedding 256 B, inputs and results 298 B.
 
 The loops over blocks are loops of the run, so that code, registers and shared memory do not grow with their
-number. Forward then reads 60 KiB of weights for each tile, from the cache; with the matrices of all blocks kept
-from tile to tile it spilled 144 B a thread, and at width 64 in fp32 took 286 KiB of shared memory (Triton 3.6),
-more than there is. In bf16 at width 32 forward spills nothing, backward 304 to 472 B a thread (sm_90, Triton 3.9
-to 3.6; benchmarks/results/kernels_sm90.json). Not yet run on a GPU.
+number. Forward reads 60 KiB of weights for each tile, from the cache; with the matrices of all blocks kept from
+tile to tile it spilled 144 B a thread, and at width 64 in fp32 took 286 KiB of shared memory (Triton 3.6), more
+than there is. benchmarks/results/kernels_sm90.json has registers and spills. Not yet run on a GPU.
 """
 
 import triton
@@ -155,71 +155,86 @@ def _block(x_TV, condition_TV, matrices, vectors, eps, W: tl.constexpr, V: tl.co
 
 @triton.jit
 def _block_backward(
-    grad_TV, grad_condition_TV, condition_TV, state, matrices, vectors, matrix_sums, vector_sums,
-    W: tl.constexpr, V: tl.constexpr, DOT: tl.constexpr,
+    grad_TV, condition_sums, valid_TV, condition_TV, state, matrices, vectors, sums, vector_sums,
+    W: tl.constexpr, V: tl.constexpr, DOT: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a block's input and of the condition after SiLU; adds the tile's part to the block's sums."""
+    """Gradients of a block's input and of the condition after SiLU, and ``sums`` with the tile's part added.
+
+    The tile's sums of vectors go to ``vector_sums``: of shift, normal, gate, first and last. ``normal`` takes the
+    place of scale: ``grad_hidden * normal``, of which torch makes the gradients of the scale and of the norm (see
+    pixel_decoder.py). To spare registers, what only products take is rounded at once, and the condition's gradient
+    is loaded late.
+    """
     normal, reciprocal_T, scale, gate, hidden, first, last = state
-    norm_weight, norm_bias = _vector(vectors, 0, W, V)[None, :], _vector(vectors, W, W, V)[None, :]
+    modulation_sums, first_sums, last_sums = sums
     zeros = tl.zeros(grad_TV.shape, tl.float32)
-    first = first.to(tl.float32)
     grad_gate = grad_TV * last.to(tl.float32)
+    _store_sum(vector_sums + 2 * W, grad_gate, W, V)
+    grad_gate = _rounded(grad_gate, DOT)
     grad_last = grad_TV * gate.to(tl.float32)
-    _add_matrix(matrix_sums + 4 * W * W, grad_last, _silu(first), W, V, DOT)
-    _add_vector(vector_sums + 3 * W, grad_last, W, V)
+    _store_sum(vector_sums + 4 * W, grad_last, W, V)
+    grad_last = _rounded(grad_last, DOT)
+    first = first.to(tl.float32)
     grad_first = _dot(grad_last, matrices[4], zeros, DOT) * _silu_slope(first)
-    _add_matrix(matrix_sums + 3 * W * W, grad_first, hidden, W, V, DOT)
-    _add_vector(vector_sums + 2 * W, grad_first, W, V)
+    _store_sum(vector_sums + 3 * W, grad_first, W, V)
+    grad_first = _rounded(grad_first, DOT)
+    # Of each product only one half is wanted; but 2V rows are enough for a warp group's products, V are not, and
+    # the smaller ones would take both operands into registers.
+    both = _side_by_side(grad_first, grad_last)
+    first_sums = _transposed_dot(both, hidden, first_sums, DOT)
+    last_sums = _transposed_dot(both, _silu(first), last_sums, DOT)
     grad_hidden = _dot(grad_first, matrices[3], zeros, DOT)
+    rounded_hidden = _rounded(grad_hidden, DOT)
+    grad_normal = grad_hidden * normal
+    _store_sum(vector_sums, grad_hidden, W, V)
+    _store_sum(vector_sums + W, grad_normal, W, V)
+    grad_normal = _rounded(grad_normal, DOT)
+    # One product with 4V rows has work for every warp; three with V rows would be computed by several warps alike.
+    joined = _side_by_side(_side_by_side(rounded_hidden, grad_gate), _side_by_side(grad_normal, zeros.to(DOT)))
+    modulation_sums = _transposed_dot(joined, condition_TV, modulation_sums, DOT)
+    norm_weight, norm_bias = _vector(vectors, 0, W, V)[None, :], _vector(vectors, W, W, V)[None, :]
     grad_scale = grad_hidden * (normal * norm_weight + norm_bias)
-    grad_affine = grad_hidden * (1.0 + scale.to(tl.float32))
-    _add_vector(vector_sums, grad_affine * normal, W, V)
-    _add_vector(vector_sums + W, grad_affine, W, V)
-    _add_vector(vector_sums + 4 * W, grad_hidden, W, V)
-    _add_vector(vector_sums + 5 * W, grad_scale, W, V)
-    _add_vector(vector_sums + 6 * W, grad_gate, W, V)
-    _add_modulation(matrix_sums, grad_hidden, grad_scale, grad_gate, condition_TV, W, V, DOT)
-    grad_condition_TV = _dot(grad_hidden, matrices[0], grad_condition_TV, DOT)
+    grad_condition_TV = zeros if LAST else tl.load(condition_sums, mask=valid_TV, other=0.0)
+    grad_condition_TV = _dot(rounded_hidden, matrices[0], grad_condition_TV, DOT)
     grad_condition_TV = _dot(grad_scale, matrices[1], grad_condition_TV, DOT)
     grad_condition_TV = _dot(grad_gate, matrices[2], grad_condition_TV, DOT)
+    grad_affine = grad_hidden * (1.0 + scale.to(tl.float32))
     grad_TV += _normalize_backward(grad_affine * norm_weight, normal, reciprocal_T, W, V)
-    return grad_TV, grad_condition_TV
+    return grad_TV, grad_condition_TV, (modulation_sums, first_sums, last_sums)
 
 
 @triton.jit
-def _add_vector(sums, parts_TV, W: tl.constexpr, V: tl.constexpr):
+def _store_sum(pointer, parts_TV, W: tl.constexpr, V: tl.constexpr):
     column = tl.arange(0, V)
-    total = tl.load(sums + column, mask=column < W, other=0.0) + tl.sum(parts_TV, 0)
-    tl.store(sums + column, total, mask=column < W)
+    tl.store(pointer + column, tl.sum(parts_TV, 0), mask=column < W)
 
 
 @triton.jit
-def _add_matrix(sums, grad_TV, input_TV, W: tl.constexpr, V: tl.constexpr, DOT: tl.constexpr):
-    """Add the gradient of a linear's weight (outputs, inputs)."""
-    column = tl.arange(0, V)
-    places = sums + column[:, None] * W + column[None, :]
-    inside = (column < W)[:, None] & (column < W)[None, :]
-    total = _dot(tl.trans(_rounded(grad_TV, DOT)), input_TV, tl.load(places, mask=inside, other=0.0), DOT)
-    tl.store(places, total, mask=inside)
+def _side_by_side(a, b):
+    """Columns of ``a`` and ``b`` in turn: column c of ``a`` is column 2c."""
+    return tl.reshape(tl.join(a, b), (a.shape[0], 2 * a.shape[1]))
 
 
 @triton.jit
-def _add_modulation(
-    sums, shift_TV, scale_TV, gate_TV, condition_TV, W: tl.constexpr, V: tl.constexpr, DOT: tl.constexpr
-):
-    """Add the gradient of the modulation's weight (3W, W).
+def _transposed_dot(grad, inputs, total, DOT: tl.constexpr):
+    """``total + grad' @ inputs``: the gradient of a linear's weight."""
+    return _dot(tl.trans(_rounded(grad, DOT)), inputs, total, DOT)
 
-    The three gradients, and zeros as a fourth, lie side by side: output ``row % 4`` of column ``row // 4``. One
-    product with 4V rows has work for every warp; three with V rows would be computed by several warps alike.
-    """
-    zeros = tl.zeros(shift_TV.shape, tl.float32)
-    joined = tl.join(tl.join(shift_TV, gate_TV), tl.join(scale_TV, zeros))
-    joined = tl.reshape(_rounded(joined, DOT), (shift_TV.shape[0], 4 * V))
-    row, column = tl.arange(0, 4 * V), tl.arange(0, V)
-    places = sums + (row % 4 * W + row // 4)[:, None] * W + column[None, :]
-    inside = (row % 4 < 3)[:, None] & (row // 4 < W)[:, None] & (column < W)[None, :]
-    total = _dot(tl.trans(joined), condition_TV, tl.load(places, mask=inside, other=0.0), DOT)
-    tl.store(places, total, mask=inside)
+
+@triton.jit
+def _block_places(W: tl.constexpr, V: tl.constexpr):
+    """Offsets and masks of what :func:`_block_backward` sums, in matrices (W, W) of shift, normal, gate, first and
+    last."""
+    column, pair, four = tl.arange(0, V)[None, :], tl.arange(0, 2 * V)[:, None], tl.arange(0, 4 * V)[:, None]
+    # Row 4w + j of the joined modulation is output w of shift, normal, gate or nothing; 2w + j of first or last.
+    of_four = (four % 4 * W + four // 4) * W + column
+    of_pair = ((3 + pair % 2) * W + pair // 2) * W + column
+    inside = (pair // 2 < W) & (column < W)
+    places = (of_four, of_pair, of_pair)
+    masks = (
+        (four % 4 < 3) & (four // 4 < W) & (column < W), inside & (pair % 2 == 0), inside & (pair % 2 == 1)
+    )  # fmt: skip
+    return places, masks
 
 
 @triton.jit
@@ -253,23 +268,24 @@ def forward_kernel(
 
 @triton.jit
 def backward_kernel(
-    patches, condition, constant, weights, grad_out, grad_patches, grad_condition, inputs, constant_sums,
-    weight_sums, rows, eps, P: tl.constexpr, C: tl.constexpr, W: tl.constexpr, V: tl.constexpr, T: tl.constexpr,
-    BLOCKS: tl.constexpr, DOT: tl.constexpr, WITH_PATCHES: tl.constexpr,
+    patches, condition, constant, weights, grad_out, grad_condition, grad_stream, condition_sums, block_sums,
+    tile_sums, rows, index, eps, P: tl.constexpr, C: tl.constexpr, W: tl.constexpr, V: tl.constexpr,
+    T: tl.constexpr, BLOCKS: tl.constexpr, DOT: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
-    """Computes a tile forward, keeping the blocks' inputs in ``inputs`` (of this program), and then backward.
+    """Block ``index`` backward, with the head where it is the ``LAST``.
 
-    T pixels times the number of programs must be a multiple of P: then a program meets the same T pixel positions
-    in each of its tiles, and its gradients of their constants are (T, W) sums. Sums must be zero at first.
+    The blocks before it are computed forward again. Gradients of the block's output and of the condition after
+    SiLU come in ``grad_stream`` and ``condition_sums`` (R, W), and leave there; where the block is the ``FIRST``,
+    the condition's leaves in ``grad_condition``. The sums of matrices are in registers during the loop, and are
+    then added to the program's in ``block_sums``; those of vectors are written for each tile, the block's five and
+    the head's C, into ``tile_sums``.
     """
     EMBED: tl.constexpr = BLOCKS * (MATRICES * W + VECTORS) * W
     HEAD: tl.constexpr = EMBED + C * W
     program = tl.program_id(0).to(tl.int64)
-    inputs += program * (BLOCKS * T * V)
-    constant_sums += program * (T * W)
-    sums = weight_sums + program * (HEAD + C * W + C)
-    vectors, vector_sums = weights + BLOCKS * MATRICES * W * W, sums + BLOCKS * MATRICES * W * W
-    own_TV = tl.arange(0, T)[:, None] * V + tl.arange(0, V)[None, :]
+    vectors = weights + BLOCKS * MATRICES * W * W
+    sums = (tl.zeros((4 * V, V), tl.float32), tl.zeros((2 * V, V), tl.float32), tl.zeros((2 * V, V), tl.float32))
+    own_vectors = vectors + index * (VECTORS * W)
     for tile in range(tl.program_id(0), tl.cdiv(rows, T), tl.num_programs(0)):
         start = tl.cast(tile, tl.int64) * T
         patch, offsets_T, number_T = _tile(start, P, C, T)
@@ -277,63 +293,51 @@ def backward_kernel(
         x_TV = _embed(patches + patch, offsets_T, valid_T, number_T, constant, weights, P, C, W, V, EMBED)
         raw_TV, places_TV, valid_TV = _load_tile(condition, start, rows, W, V, T)
         condition_TV = _rounded(_silu(raw_TV), DOT)
-        for index in range(BLOCKS):
-            tl.store(inputs + index * (T * V) + own_TV, x_TV)
-            matrices = _block_matrices(weights + index * (MATRICES * W * W), W, V, DOT)
-            x_TV, _ = _block(x_TV, condition_TV, matrices, vectors + index * (VECTORS * W), eps, W, V, DOT)
-        grad_TV = _head_backward(x_TV, grad_out + patch, offsets_T, valid_T, weights, sums, eps, P, C, W, V, HEAD)
-        grad_condition_TV = tl.zeros((T, V), tl.float32)
-        # What one thread has written, here or in the tile before, another one reads.
-        tl.debug_barrier()
-        for step in range(BLOCKS):
-            index = BLOCKS - 1 - step
-            x_TV = tl.load(inputs + index * (T * V) + own_TV)
-            matrices = _block_matrices(weights + index * (MATRICES * W * W), W, V, DOT)
-            block_vectors = vectors + index * (VECTORS * W)
-            _, state = _block(x_TV, condition_TV, matrices, block_vectors, eps, W, V, DOT)
-            grad_TV, grad_condition_TV = _block_backward(
-                grad_TV, grad_condition_TV, condition_TV, state, matrices, block_vectors,
-                sums + index * (MATRICES * W * W), vector_sums + index * (VECTORS * W), W, V, DOT,
+        if not FIRST:
+            for before in range(index):
+                others = _block_matrices(weights + before * (MATRICES * W * W), W, V, DOT)
+                x_TV = _block(x_TV, condition_TV, others, vectors + before * (VECTORS * W), eps, W, V, DOT)[0]
+        # From the cache for every tile: kept over the loop they would take registers in several layouts.
+        matrices = _block_matrices(weights + index * (MATRICES * W * W), W, V, DOT)
+        out_TV, state = _block(x_TV, condition_TV, matrices, own_vectors, eps, W, V, DOT)
+        vector_sums = tile_sums + tile * ((MATRICES + C) * W)
+        if LAST:
+            head_sums = vector_sums + MATRICES * W
+            grad_TV = _head_backward(
+                out_TV, grad_out + patch, offsets_T, valid_T, weights + HEAD, head_sums, eps, P, C, W, V
             )  # fmt: skip
-        grad_raw_TV = grad_condition_TV * _silu_slope(raw_TV)
-        tl.store(grad_condition + start * W + places_TV, grad_raw_TV, mask=valid_TV)
-        _embed_backward(
-            grad_TV, patches + patch, grad_patches + patch, offsets_T, valid_T, weights, sums, constant_sums,
-            P, C, W, V, T, EMBED, WITH_PATCHES,
+        else:
+            grad_TV = tl.load(grad_stream + start * W + places_TV, mask=valid_TV, other=0.0)
+        grad_TV, grad_condition_TV, sums = _block_backward(
+            grad_TV, condition_sums + start * W + places_TV, valid_TV, condition_TV, state, matrices, own_vectors,
+            sums, vector_sums, W, V, DOT, LAST,
         )  # fmt: skip
-        tl.debug_barrier()
+        tl.store(grad_stream + start * W + places_TV, grad_TV, mask=valid_TV)
+        if FIRST:
+            # Loaded again, after a store, beyond which the compiler keeps no loaded value in registers.
+            grad_raw_TV = grad_condition_TV * _silu_slope(_load_tile(condition, start, rows, W, V, T)[0])
+            tl.store(grad_condition + start * W + places_TV, grad_raw_TV, mask=valid_TV)
+        else:
+            tl.store(condition_sums + start * W + places_TV, grad_condition_TV, mask=valid_TV)
+    # Places are made after the loop: before it, they would take registers in it.
+    block_sums += (program * BLOCKS + index) * (MATRICES * W * W)
+    places, masks = _block_places(W, V)
+    for part in tl.static_range(3):
+        pointers = block_sums + places[part]
+        total = tl.load(pointers, mask=masks[part], other=0.0) + sums[part]
+        tl.store(pointers, total, mask=masks[part])
 
 
 @triton.jit
 def _head_backward(
-    x_TV, grad_out, offsets_T, valid_T, weights, sums, eps, P: tl.constexpr, C: tl.constexpr, W: tl.constexpr,
-    V: tl.constexpr, HEAD: tl.constexpr,
+    x_TV, grad_out, offsets_T, valid_T, weights, head_sums, eps, P: tl.constexpr, C: tl.constexpr,
+    W: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the last block's output; adds to the sums of the head's weight (C, W) and bias (C)."""
+    """Gradient of the last block's output; writes the tile's sums of the head's weight (C, W)."""
     normal, reciprocal_T = _normalize(x_TV, eps, W, V)
     grad_TV = tl.zeros(x_TV.shape, tl.float32)
     for channel in tl.static_range(C):
         value_T = tl.load(grad_out + offsets_T + channel * P, mask=valid_T, other=0.0).to(tl.float32)
-        grad_TV += value_T[:, None] * _vector(weights, HEAD + channel * W, W, V)[None, :]
-        _add_vector(sums + HEAD + channel * W, value_T[:, None] * normal, W, V)
-        bias = sums + HEAD + C * W + channel
-        tl.store(bias, tl.load(bias) + tl.sum(value_T, 0))
+        grad_TV += value_T[:, None] * _vector(weights, channel * W, W, V)[None, :]
+        _store_sum(head_sums + channel * W, value_T[:, None] * normal, W, V)
     return _normalize_backward(grad_TV, normal, reciprocal_T, W, V)
-
-
-@triton.jit
-def _embed_backward(
-    grad_TV, patches, grad_patches, offsets_T, valid_T, weights, sums, constant_sums, P: tl.constexpr,
-    C: tl.constexpr, W: tl.constexpr, V: tl.constexpr, T: tl.constexpr, EMBED: tl.constexpr,
-    WITH_PATCHES: tl.constexpr,
-):  # fmt: skip
-    """Adds to the sums of the embedding's weight (C, W) and constant; writes the gradient of the pixels."""
-    column = tl.arange(0, V)
-    places = constant_sums + tl.arange(0, T)[:, None] * W + column[None, :]
-    tl.store(places, tl.load(places, mask=(column < W)[None, :], other=0.0) + grad_TV, mask=(column < W)[None, :])
-    for channel in tl.static_range(C):
-        value_T = tl.load(patches + offsets_T + channel * P, mask=valid_T, other=0.0).to(tl.float32)
-        _add_vector(sums + EMBED + channel * W, value_T[:, None] * grad_TV, W, V)
-        if WITH_PATCHES:
-            value_T = tl.sum(grad_TV * _vector(weights, EMBED + channel * W, W, V)[None, :], 1)
-            tl.store(grad_patches + offsets_T + channel * P, value_T, mask=valid_T)
