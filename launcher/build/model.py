@@ -12,6 +12,7 @@ from deco_scale.errors import ConfigError
 from deco_scale.kernels.select import Kernels, use_kernels
 from deco_scale.models import Denoiser
 from deco_scale.models.attention.autotune import BackendChoice, choose_backend, model_shapes, table_of
+from deco_scale.models.attention.backends import graph_break
 from deco_scale.models.attention.dispatch import AttentionSetting
 from deco_scale.models.layers import Attention
 from deco_scale.objectives import Objective
@@ -34,6 +35,8 @@ def choose_attention(
     if cfg.attention.backend != "auto" or device.type != "cuda":
         return cfg.attention.backend, []
 
+    compiled, _ = choose_compile(cfg, device)
+
     def measure() -> list[BackendChoice]:
         try:
             shapes = dict.fromkeys(
@@ -42,7 +45,7 @@ def choose_attention(
                 for shape in model_shapes(cfg.model, resolution=stage.resolution, batch=stage.micro_batch, tp=tp)
             )
             return [
-                choose_backend(shape, device=device, dtype=compute_dtype(cfg), compiled=cfg.compile is not False)
+                choose_backend(shape, device=device, dtype=compute_dtype(cfg), compiled=compiled)
                 for shape in shapes
             ]
         except ValueError as error:
@@ -69,6 +72,8 @@ def _compile_problem(cfg: RunConfig, device: torch.device) -> str:
     shapes = max(len(bucket_sizes(s.resolution, multiple=multiple, max_aspect=most)) for s in cfg.stages)
     if shapes > COMPILED_SHAPES:
         return f"data.bucket_aspect gives {shapes} shapes, each with graphs of its own (at most {COMPILED_SHAPES})"
+    if reason := graph_break(cfg.attention.backend):
+        return f"attention.backend={cfg.attention.backend}: {reason}"
     if cfg.precision.compute == "fp8":
         choice = choose_fp8(cfg.precision, device)
         return compile_conflict(choice, cfg.parallel.activation_checkpointing) or ""
