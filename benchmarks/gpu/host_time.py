@@ -16,18 +16,16 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from benchmarks import record
 from benchmarks.gpu.attention import attention_overrides, raced_attention
 from benchmarks.gpu.sizes import one_stage
+from benchmarks.host_time import HostTimed
 from benchmarks.jobs.runner import CheckFailed, Found, Where
 from benchmarks.measure import synchronise
 from benchmarks.train.steps import TrainingSteps
 from deco_scale.config import RunConfig, load_config
 from deco_scale.distributed.bootstrap import Environment
-from deco_scale.objectives.objective import ObjectiveInputs
-from deco_scale.parallel.engines.base import Update
 from deco_scale.training.inputs import Batch, split
 
 ENGINES = {
@@ -35,26 +33,6 @@ ENGINES = {
     "zero3": ["parallel.engine=deepspeed", "parallel.zero_stage=3"],
 }
 MICRO_BATCHES, TINY_MICRO_BATCHES = (3, 6, 24), (1, 2)
-
-
-class HostTimed:
-    """An engine that adds up how long its calls take to return."""
-
-    def __init__(self, engine: Any) -> None:
-        self._engine = engine
-        self.forward_backward_s = self.update_s = 0.0
-
-    def forward_backward(self, inputs: ObjectiveInputs, *, scale: float, last: bool) -> dict[str, Tensor]:
-        began = time.perf_counter()
-        losses: dict[str, Tensor] = self._engine.forward_backward(inputs, scale=scale, last=last)
-        self.forward_backward_s += time.perf_counter() - began
-        return losses
-
-    def update(self, **options: Any) -> Update:
-        began = time.perf_counter()
-        update: Update = self._engine.update(**options)
-        self.update_s += time.perf_counter() - began
-        return update
 
 
 def host_time(where: Where, *, engine: str) -> Found:
