@@ -3,11 +3,11 @@
     python -m benchmarks.host_time [--world N] [--against PATH] [key.path=value ...]
 
 The XXL recipe's module tree (16 + 4 blocks, decoder, REPA head) at width 64 and 32 px, micro-batch 1, one thread,
-eager: small enough that dispatch, hooks and wrappers are most of the time, as they are on a GPU with few images.
-Times are CPU time of a process, which a busy machine hardly changes. Each engine has processes of its own, because
-ZeRO-3 replaces ``F.linear`` for its process; they take turns, round by round. ``--against`` measures the engines of
-another checkout beside (``git worktree add PATH COMMIT``). ``benchmarks/gpu/host_time.py`` measures the XXL itself
-on a GPU.
+eager and fp32 (a CPU's small bf16 products take longer than their dispatch): hooks, wrappers and dispatch are most
+of the time, as they are on a GPU with few images. Times are CPU time of the thread that dispatches, which a busy
+machine hardly changes. Each engine has processes of its own, because ZeRO-3 replaces ``F.linear`` for its process;
+they take turns, round by round. ``--against`` measures the engines of another checkout beside (``git worktree add
+PATH COMMIT``). ``benchmarks/gpu/host_time.py`` measures the XXL itself on a GPU.
 
 A printed table and a JSON file. Exit codes: 0 done, 1 a process failed, 2 usage.
 """
@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ENGINES = ("plain", "fsdp", "zero3")
 SMALL = [
     "model.dim=64", "model.num_heads=4", "model.decoder_width=8", "model.text_dim=32", "model.text_tokens=16",
-    "text_encoder.max_tokens=16", "device=cpu", "compile=false",
+    "text_encoder.max_tokens=16", "device=cpu", "compile=false", "precision.compute=fp32",
 ]  # fmt: skip
 FIGURES = ("micro_batch_ms", "update_ms")
 
@@ -142,7 +142,7 @@ def serve(args: argparse.Namespace) -> None:
     cfg = load_config(XXL, settings)
     cfg = one_stage(cfg, resolution=32, micro_batch=1, global_batch=args.accumulation * env.world_size)
     run = TrainingSteps(cfg, env, plain=args.serve == "plain")
-    timed = HostTimed(run.engine, time.process_time)
+    timed = HostTimed(run.engine, time.thread_time)
     run.engine = timed  # type: ignore[assignment]
     batch, _ = run.next_batch()
     for _ in range(3):

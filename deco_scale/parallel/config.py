@@ -7,6 +7,7 @@ from deco_scale.models.config import ActivationCheckpointing
 
 EngineName = Literal["fsdp", "deepspeed"]
 ZeroStage = Literal[0, 1, 2, 3]
+ReduceDtype = Literal["fp32", "bf16"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -14,7 +15,9 @@ class ParallelConfig:
     """Engine and degrees of parallelism; ``dp_shard`` -1 takes all remaining ranks.
 
     ``activation_checkpointing`` recomputes blocks in backward, fully or without matrix products and attention
-    (``selective``).
+    (``selective``). ``reshard_after_forward`` false keeps gathered weights through forward, backward and
+    accumulation (fsdp and ZeRO-3); ``auto`` does where the plan's memory allows. ``reduce_dtype`` is what fsdp
+    reduces gradients in; DeepSpeed reduces those of linears in the compute type.
     """
 
     engine: EngineName = "fsdp"
@@ -22,6 +25,8 @@ class ParallelConfig:
     dp_shard: int = -1
     tp: int = 1
     activation_checkpointing: ActivationCheckpointing = "none"
+    reshard_after_forward: Literal["auto"] | bool = "auto"
+    reduce_dtype: ReduceDtype = "fp32"
     zero_stage: ZeroStage = 3
     deepspeed: dict[str, Any] = field(default_factory=dict)
 
@@ -40,6 +45,11 @@ class ParallelConfig:
             raise ValueError(
                 "activation_checkpointing=selective does not work with zero_stage=3; possible: none, full, "
                 "or selective with zero_stage 0, 1, 2 or engine: fsdp"
+            )
+        if self.reduce_dtype != "fp32":
+            raise ValueError(
+                f"reduce_dtype={self.reduce_dtype} needs engine: fsdp; possible: fp32, which leaves to DeepSpeed "
+                "that it reduces gradients of linears in the compute type"
             )
         if self.dp_replicate > 1:
             raise ValueError("dp_replicate > 1 (HSDP) needs engine: fsdp")

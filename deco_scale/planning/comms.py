@@ -39,6 +39,7 @@ def step_traffic(step: TrainStep) -> Iterator[Traffic]:
 
 def _fsdp_traffic(step: TrainStep) -> Iterator[Traffic]:
     shards, compute_bytes = step.dims.dp_shard, step.work.compute_bytes
+    reduce_bytes = 2 if step.parallel.reduce_dtype == "bf16" else FP32
     units = root = 0
     rows = layout_rows(step.work.model, step.dims)
     num_units = len({row.unit for row in rows} - {""})
@@ -47,16 +48,19 @@ def _fsdp_traffic(step: TrainStep) -> Iterator[Traffic]:
         elements = -(-row.tp_shape[0] // shards) * shards * math.prod(row.tp_shape[1:])
         units, root = (units + elements, root) if row.unit else (units, root + elements)
     if shards > 1:
-        # Units are gathered again in backward, what is left stays gathered.
-        gathered = step.accumulation * (2 * units + root) * compute_bytes
-        calls = step.accumulation * (2 * num_units + 1)
-        yield Traffic("weights", "all-gather", "dp_shard", gathered, calls)
-        yield Traffic("gradients", "reduce-scatter", "dp_shard", (units + root) * FP32, num_units + 1)
+        # Units are gathered again in backward, what is left stays gathered; or all of it, once in a step.
+        gathered, calls = units + root, num_units + 1
+        if not step.keeps_weights:
+            gathered, calls = step.accumulation * (2 * units + root), step.accumulation * (2 * num_units + 1)
+        yield Traffic("weights", "all-gather", "dp_shard", gathered * compute_bytes, calls)
+        yield Traffic("gradients", "reduce-scatter", "dp_shard", (units + root) * reduce_bytes, num_units + 1)
     if step.dims.dp_replicate > 1:
-        reduced = (units + root) * FP32 // shards
+        reduced = (units + root) * reduce_bytes // shards
         yield Traffic("gradients", "all-reduce", "dp_replicate", reduced, num_units + 1)
     # FSDP hands every block its inputs in the compute type, the text tokens too.
-    yield from _tensor_parallel(step, reductions=1, text_bytes=compute_bytes)
+    yield from _tensor_parallel(
+        step, replicated=_replicated_bytes(step), calls=num_units + 1, text_bytes=compute_bytes
+    )
 
 
 def _zero_traffic(step: TrainStep) -> Iterator[Traffic]:
@@ -84,28 +88,39 @@ def _zero_traffic(step: TrainStep) -> Iterator[Traffic]:
             yield Traffic("weights", "all-gather", "dp", elements * FP32)
     if dp > 1 and stage == 3:
         gathered = reduced = 0
-        # A module's weights are gathered when it runs; gradients are reduced by buckets, of each number format.
-        modules = {row.name.rpartition(".")[0] for row in rows if row.tp_numel > step.work.persistent}
+        # A unit's weights are gathered when it runs; gradients are reduced by buckets, of each number format.
+        units = {row.unit or row.name.rpartition(".")[0] for row in rows if row.tp_numel > step.work.persistent}
         buckets = -(-sum(row.tp_numel for row in rows) // step.work.reduce_bucket) + 1
+        times = 1 if step.keeps_weights else 2 * micros
         for row in rows:
             part = -(-row.tp_numel // dp) * dp
             reduced += micros * part * sent(row)
             persistent = row.tp_numel <= step.work.persistent
-            gathered += part * (FP32 if persistent else 2 * micros * sent(row))
-        yield Traffic("weights", "all-gather", "dp", gathered, 2 * micros * len(modules) + 1)
+            gathered += part * (FP32 if persistent else times * sent(row))
+        yield Traffic("weights", "all-gather", "dp", gathered, times * len(units) + 1)
         yield Traffic("gradients", "reduce-scatter", "dp", reduced, micros * buckets)
-    yield from _tensor_parallel(step, reductions=micros, text_bytes=FP32)
+    # ZeRO-3 sums a rank's parts before the update at once, the other stages whole gradients one by one as they come.
+    if stage == 3:
+        yield from _tensor_parallel(step, replicated=_replicated_bytes(step, dp=dp), calls=1, text_bytes=FP32)
+        return
+    calls = micros * sum(row.split == "replicated" for row in rows)
+    yield from _tensor_parallel(step, replicated=micros * _replicated_bytes(step), calls=calls, text_bytes=FP32)
 
 
-def _tensor_parallel(step: TrainStep, *, reductions: int, text_bytes: int) -> Iterator[Traffic]:
-    """``reductions``: how often in a step the gradients of replicated weights are summed.
+def _replicated_bytes(step: TrainStep, *, dp: int = 1) -> int:
+    """Of the gradients of weights that are not split over tp, each cut into ``dp`` parts of which one counts."""
+    rows = layout_rows(step.work.model, step.dims)
+    return FP32 * sum(-(-row.tp_numel // dp) for row in rows if row.split == "replicated")
+
+
+def _tensor_parallel(step: TrainStep, *, replicated: int, calls: int, text_bytes: int) -> Iterator[Traffic]:
+    """``replicated``: bytes of the gradients of replicated weights that are summed in a step, in ``calls``.
 
     ``text_bytes``: size of an element of the text tokens as they leave the last text block.
     """
     cfg, tp = step.work.model, step.dims.tp
     if tp == 1:
         return
-    replicated = sum(row.tp_numel for row in layout_rows(cfg, step.dims) if row.split == "replicated")
 
     def sent(tokens: int, element_bytes: int = step.work.compute_bytes) -> int:
         """Bytes of one gather or scatter of a sequence, parts padded to the longest."""
@@ -118,12 +133,10 @@ def _tensor_parallel(step: TrainStep, *, reductions: int, text_bytes: int) -> It
     # turns every gather into a scatter and the other way round, so that both are as many.
     passes = 3 if step.recomputes else 2
     total = step.accumulation * (passes * (image + text) + whole_text)
-    calls = step.accumulation * (passes * 2 * (cfg.num_blocks + cfg.num_text_blocks) + (whole_text > 0))
-    yield Traffic("tokens", "all-gather", "tp", total, calls)
-    yield Traffic("tokens", "reduce-scatter", "tp", total, calls)
-    yield Traffic(
-        "gradients of replicated weights", "all-reduce", "tp", reductions * replicated * FP32, reductions
-    )
+    image_calls = passes * 2 * (cfg.num_blocks + cfg.num_text_blocks) + (whole_text > 0)
+    yield Traffic("tokens", "all-gather", "tp", total, step.accumulation * image_calls)
+    yield Traffic("tokens", "reduce-scatter", "tp", total, step.accumulation * image_calls)
+    yield Traffic("gradients of replicated weights", "all-reduce", "tp", replicated, calls)
 
 
 def seconds_of(line: Traffic, dims: ParallelDims, device: Device) -> float:

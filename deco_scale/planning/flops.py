@@ -127,6 +127,11 @@ class TrainStep:
         return math.prod(self.work.model.grid(self.resolution, self.resolution))
 
     @property
+    def keeps_weights(self) -> bool:
+        """Whether gathered weights stay from forward to the update; ``auto`` that nobody has decided says no."""
+        return self.parallel.reshard_after_forward is False
+
+    @property
     def recomputes(self) -> bool:
         """Whether backward computes blocks again, as a whole or in part."""
         return self.parallel.activation_checkpointing != "none"

@@ -5,12 +5,12 @@ Differences below :data:`TIE` mean nothing for a prediction. Among micro-batches
 largest is taken, among layouts the one with the least host time.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from deco_scale.errors import ConfigError
 from deco_scale.parallel.config import ParallelConfig
-from deco_scale.parallel.mesh import resolve_parallel_dims
+from deco_scale.parallel.mesh import ParallelDims, resolve_parallel_dims
 from deco_scale.planning.flops import TrainStep, Workload, training_flops
 from deco_scale.planning.hardware import MARGIN, Device
 from deco_scale.planning.layouts import MAX_MICRO_BATCH, divisors
@@ -103,11 +103,33 @@ class Plan:
         return any(f.is_starved for f in self.stages)
 
 
+def keeps_weights(
+    work: Workload,
+    stages: Iterable[StageConfig],
+    parallel: ParallelConfig,
+    dims: ParallelDims,
+    *,
+    kind: str,
+    fits: Callable[[float], bool],
+) -> bool:
+    """Whether weights stay gathered over a step: as set, or for ``auto`` where they fit in every stage.
+
+    ``kind`` is the device type of PyTorch; ``fits`` is asked about a rank's bytes.
+    """
+    if parallel.reshard_after_forward != "auto":
+        return not parallel.reshard_after_forward
+    kept = replace(parallel, reshard_after_forward=False)
+    steps = (TrainStep.of_stage(work, stage, kept, dims) for stage in stages)
+    return all(fits(sum(memory_by_part(step, kind=kind).values())) for step in steps)
+
+
 def forecast_stage(
     work: Workload, stage: StageConfig, parallel: ParallelConfig, device: Device, *, gpus: int
 ) -> StageForecast:
     """Forecast with the stage's own micro-batch; raises :class:`ConfigError` where sizes do not divide."""
-    step = TrainStep.of_stage(work, stage, parallel, resolve_parallel_dims(parallel, gpus))
+    dims = resolve_parallel_dims(parallel, gpus)
+    kept = keeps_weights(work, (stage,), parallel, dims, kind=device.kind, fits=device.fits)
+    step = TrainStep.of_stage(work, stage, replace(parallel, reshard_after_forward=not kept), dims)
     micro_s, update_s = host_seconds(step, device)
     return StageForecast(
         stage=stage,
@@ -124,8 +146,10 @@ def plan_as_configured(
 ) -> Plan:
     """The plan with the micro-batches that the stages state, or that fit the number of ranks."""
     dims = resolve_parallel_dims(parallel, gpus)
-    parallel = replace(parallel, dp_shard=dims.dp_shard)
-    forecasts = tuple(forecast_stage(work, stage.fitted(dims.dp), parallel, device, gpus=gpus) for stage in stages)
+    fitted = tuple(stage.fitted(dims.dp) for stage in stages)
+    kept = keeps_weights(work, fitted, parallel, dims, kind=device.kind, fits=device.fits)
+    parallel = replace(parallel, dp_shard=dims.dp_shard, reshard_after_forward=not kept)
+    forecasts = tuple(forecast_stage(work, stage, parallel, device, gpus=gpus) for stage in fitted)
     return Plan(parallel=parallel, gpus=gpus, stages=forecasts)
 
 

@@ -150,19 +150,26 @@ def state_bytes(work: Workload, parallel: ParallelConfig, dims: ParallelDims) ->
 def working_bytes(step: TrainStep) -> float:
     """Gathered or cast weights, and buffers of the engine's reductions.
 
-    fsdp: the root stays gathered, one unit computes while the next arrives, one unit's gradient is reduced in
-    fp32; before the last micro-batch gradients are not sharded. DeepSpeed: its buckets, one for each number
+    fsdp: the root stays gathered, one unit computes while the next arrives (or all stay gathered), one unit's
+    gradient is reduced in fp32; before the last micro-batch gradients are not sharded. One process alone has
+    autocast's copies of the linears' weights. DeepSpeed: its buckets, one for each number
     format; ZeRO-0 to 2 keep bf16 copies of the linears' weights between the passes, ZeRO-3 gathers ahead.
     """
     work, stage, a = step.work, step.parallel.zero_stage, step.work.compute_bytes
     elements = rank_elements(work.model, step.dims, work.persistent)
+    mixed = a != FP32
+    if step.parallel.engine == "fsdp" and step.dims.dp * step.dims.tp == 1:
+        return a * (elements.of_linears + work.repa_parameters) if mixed else 0
     if step.parallel.engine == "fsdp":
-        gathered = a * (elements.root + work.repa_parameters + 2 * elements.largest_unit)
+        units = elements.full - elements.root if step.keeps_weights else 2 * elements.largest_unit
+        gathered = a * (elements.root + work.repa_parameters + units)
         reduced = (a + FP32) * elements.largest_unit
         return gathered + reduced + FP32 * (elements.full + work.repa_parameters) * (step.accumulation > 1)
-    mixed = a != FP32
     if stage == 3:
         buckets = work.reduce_bucket * (a + FP32 if mixed else FP32)
+        if step.keeps_weights:
+            linears = elements.of_linears + work.repa_parameters
+            return buckets + a * linears + FP32 * (elements.full - elements.of_linears)
         ahead = a * (work.prefetch_bucket + 2 * elements.largest_weight)
         return buckets + ahead + FP32 * elements.persistent
     copies = a * elements.of_linears if mixed else 0

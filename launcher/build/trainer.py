@@ -146,6 +146,14 @@ def build_trainer(
         encode = partial(build_inputs.encode, text=text_ahead, image=image_ahead)
         prefetcher = EncoderPrefetcher(encode, device)
     hosts = gather_objects(socket.gethostname())
+    nodes = len(set(hosts))
+    if cfg.parallel.engine == "fsdp" and nodes > 1 and dims.dp_shard * dims.tp > len(hosts) // nodes:
+        logger.info(
+            "parallel.dp_shard=%d gathers weights between nodes; parallel.dp_replicate=%d gathers inside of a "
+            "node (HSDP), if a node's GPUs hold the state",
+            dims.dp_shard,
+            nodes,
+        )
     peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     try:
         callbacks = _callbacks(cfg, dims, engine, text, device, run_logger, hosts)

@@ -15,7 +15,7 @@ from deco_scale.models import Denoiser, ModelConfig
 from deco_scale.objectives import Objective, ObjectiveConfig
 from deco_scale.objectives.objective import ObjectiveInputs
 from deco_scale.optim.config import OptimizerConfig
-from deco_scale.parallel.config import ParallelConfig, ZeroStage
+from deco_scale.parallel.config import ParallelConfig, ReduceDtype, ZeroStage
 from deco_scale.parallel.engines.base import Engine, EngineSettings
 from deco_scale.parallel.mesh import ParallelDims
 from deco_scale.planning.comms import Traffic, step_traffic
@@ -28,6 +28,10 @@ MODEL = ModelConfig(
     decoder_blocks=1, text_dim=12, text_tokens=5,
 )  # fmt: skip
 COMPUTES: tuple[Compute, ...] = ("fp32", "bf16")
+FSDP_CASES: tuple[tuple[Compute, bool, ReduceDtype], ...] = (
+    ("fp32", True, "fp32"), ("bf16", True, "fp32"), ("bf16", False, "bf16"),
+)  # fmt: skip
+"""Compute type, reshard_after_forward, reduce_dtype."""
 PERSISTENT = 1000
 ZERO3_SETTINGS = {"stage3_param_persistence_threshold": PERSISTENT, "stage3_prefetch_bucket_size": 0}
 """Without prefetch, of which a bucket would be larger than this model."""
@@ -107,7 +111,7 @@ def _count_fsdp(replicate: int, shard: int, tp: int, out: str) -> None:
     from deco_scale.parallel.engines.fsdp import FsdpEngine
 
     counts = []
-    for compute in COMPUTES:
+    for compute, reshard, reduce_dtype in FSDP_CASES:
         engine = FsdpEngine(
             _build,
             EngineSettings(
@@ -115,6 +119,8 @@ def _count_fsdp(replicate: int, shard: int, tp: int, out: str) -> None:
                 device=torch.device("cpu"),
                 optimizer=OptimizerConfig(),
                 precision=PrecisionConfig(compute=compute),
+                reshard_after_forward=reshard,
+                reduce_dtype=reduce_dtype,
             ),
         )
         with Counting() as counting:
@@ -124,11 +130,11 @@ def _count_fsdp(replicate: int, shard: int, tp: int, out: str) -> None:
         Path(out).write_text(json.dumps(counts))
 
 
-def _count_zero(dp: int, tp: int, settings: list[tuple[ZeroStage, Compute]], out: str) -> None:
+def _count_zero(dp: int, tp: int, settings: list[tuple[ZeroStage, Compute, bool]], out: str) -> None:
     from deco_scale.parallel.engines.deepspeed import DeepSpeedEngine
 
     counts = []
-    for stage, compute in settings:
+    for stage, compute, reshard in settings:
         engine = DeepSpeedEngine(
             _build,
             EngineSettings(
@@ -137,6 +143,7 @@ def _count_zero(dp: int, tp: int, settings: list[tuple[ZeroStage, Compute]], out
                 optimizer=OptimizerConfig(),
                 precision=PrecisionConfig(compute=compute),
                 zero_stage=stage,
+                reshard_after_forward=reshard,
                 micro_batch=2,
                 overrides={"zero_optimization": ZERO3_SETTINGS},
             ),
@@ -163,9 +170,10 @@ def _count_zero(dp: int, tp: int, settings: list[tuple[ZeroStage, Compute]], out
 def test_bytes_of_a_step_are_those_of_the_plan(mesh: tuple[int, int, int], tmp_path: Path) -> None:
     out = tmp_path / "count.json"
     in_group(_count_fsdp, mesh[0] * mesh[1] * mesh[2], tmp_path, *mesh, str(out))
-    for compute, counted in zip(COMPUTES, json.loads(out.read_text()), strict=True):
-        planned = _total(step_traffic(_planned_step(compute, ParallelDims(*mesh), engine="fsdp")))
-        print(mesh, compute, counted, dict(planned))
+    for (compute, reshard, dtype), counted in zip(FSDP_CASES, json.loads(out.read_text()), strict=True):
+        settings = {"engine": "fsdp", "reshard_after_forward": reshard, "reduce_dtype": dtype}
+        planned = _total(step_traffic(_planned_step(compute, ParallelDims(*mesh), **settings)))
+        print(mesh, compute, reshard, dtype, counted, dict(planned))
         assert Counter(counted) == planned
 
 
@@ -178,17 +186,18 @@ def test_bytes_of_a_deepspeed_step_are_those_of_the_plan(mesh: tuple[int, int], 
     out = tmp_path / "count.json"
     dp, tp = mesh
     stages: list[ZeroStage] = [0, 1, 2, 3] if tp == 1 else [1, 2, 3]
-    settings = [(stage, compute) for compute in COMPUTES for stage in stages]
+    settings = [(stage, compute, True) for compute in COMPUTES for stage in stages] + [(3, "bf16", False)]
     # ZeRO-3 replaces F.linear for the process, so it comes last; its bytes do not depend on that.
     settings.sort(key=lambda s: s[0])
     in_group(_count_zero, dp * tp, tmp_path, dp, tp, settings, str(out))
     wrong = []
-    for (stage, compute), counted in zip(settings, json.loads(out.read_text()), strict=True):
+    for (stage, compute, reshard), counted in zip(settings, json.loads(out.read_text()), strict=True):
         dims = ParallelDims(1, dp, tp)
-        planned = _total(step_traffic(_planned_step(compute, dims, engine="deepspeed", zero_stage=stage)))
-        print(f"ZeRO-{stage} {dp}x{tp} {compute}", counted, dict(planned))
+        step = _planned_step(compute, dims, engine="deepspeed", zero_stage=stage, reshard_after_forward=reshard)
+        planned = _total(step_traffic(step))
+        print(f"ZeRO-{stage} {dp}x{tp} {compute} reshard {reshard}", counted, dict(planned))
         if Counter(counted) != planned:
-            wrong.append((stage, compute))
+            wrong.append((stage, compute, reshard))
     assert not wrong
 
 

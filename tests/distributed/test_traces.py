@@ -20,7 +20,8 @@ WEIGHT_TOLERANCE = 5e-5
 """Absolute, weights of order 0.1 after 20 steps of 1e-3: AdamW divides by tiny second moments, which
 lifts rounding of gradients near zero to a few percent of one step."""
 FSDP = {"engine": "fsdp"}
-HSDP = {"engine": "fsdp", "dp_replicate": 2}
+# On a CPU reshard_after_forward=auto keeps weights gathered; here they are gathered anew.
+HSDP = {"engine": "fsdp", "dp_replicate": 2, "reshard_after_forward": True}
 
 
 def zero(stage: int) -> dict[str, Any]:
@@ -94,7 +95,7 @@ def long_runs(runs: Path, shards: Path, text_encoder: Path, image_encoder: Path)
     four = [
         jobs.whole("fsdp_4", FSDP),
         jobs.from_10("fsdp_2_to_zero1_4", zero(1), "fsdp_2"),
-        jobs.whole("zero3_4", zero(3)),
+        jobs.whole("zero3_4", zero(3) | {"reshard_after_forward": True}),
     ]
     run_jobs(four, 4, runs)
     run_jobs([jobs.from_10("zero3_4_to_one", FSDP, "zero3_4")], 1, runs)

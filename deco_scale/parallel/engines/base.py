@@ -16,7 +16,7 @@ from deco_scale.objectives import Objective
 from deco_scale.objectives.objective import ObjectiveInputs
 from deco_scale.optim.adamw_ema import AdamWWithEMA
 from deco_scale.optim.config import OptimizerConfig
-from deco_scale.parallel.config import ZeroStage
+from deco_scale.parallel.config import ReduceDtype, ZeroStage
 from deco_scale.parallel.mesh import ParallelDims
 from deco_scale.parallel.sequence_parallel import TokenShard
 from deco_scale.precision.config import PrecisionConfig, autocast
@@ -31,6 +31,8 @@ class EngineSettings:
     """What an engine is built by; ``fp8_plan`` goes with ``compute: fp8``, the last three are for DeepSpeed.
 
     ``compile_fallback``: blocks that cannot be compiled run eagerly, with a warning.
+    ``reshard_after_forward`` False keeps weights gathered from a step's first use of them to its update;
+    ``reduce_dtype`` is that of fsdp's gradients.
     """
 
     dims: ParallelDims
@@ -43,6 +45,8 @@ class EngineSettings:
     activation_checkpointing: ActivationCheckpointing = "none"
     fp8_plan: Fp8Plan | None = None
     kernels: Kernels = "torch"
+    reshard_after_forward: bool = True
+    reduce_dtype: ReduceDtype = "fp32"
     zero_stage: ZeroStage = 3
     micro_batch: int = 1
     overrides: dict[str, Any] = field(default_factory=dict)

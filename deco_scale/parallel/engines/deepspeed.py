@@ -7,6 +7,7 @@ DeepSpeed's accessors gather or scatter one parameter at a time.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -32,11 +33,16 @@ from deco_scale.parallel.tensor_parallel import tp_part, tp_placement
 from deco_scale.precision import fp8
 
 
+_HELD = -1
+"""Number of a module that uses every weight, while weights are held."""
+
+
 class DeepSpeedEngine(Engine):
     """The objective in a ZeRO engine, with Megatron's linears under tensor parallelism."""
 
     def __init__(self, build: Callable[[], Objective], settings: EngineSettings) -> None:
         self.settings, self._stage = settings, settings.zero_stage
+        self._held = False
         dims, device, stage = settings.dims, settings.device, self._stage
         deepspeed = import_deepspeed(device)
         self._utils = deepspeed.utils
@@ -45,6 +51,10 @@ class DeepSpeedEngine(Engine):
             template = build()
         megatron = import_megatron() if dims.tp > 1 else None
         mpu = megatron.initialize(dims.tp) if megatron else None
+        self._megatron = megatron
+        # ZeRO-3 has every gradient's own part at hand before an update, unless it offloads them.
+        offload = settings.overrides.get("zero_optimization", {}).get("offload_optimizer")
+        self._sums_before_update = megatron is not None and stage == 3 and not offload
         # An earlier engine of this process may have left its own.
         self._utils.groups.mpu = mpu
         # tp first: a parameter is split over tp, and each part over dp.
@@ -64,12 +74,11 @@ class DeepSpeedEngine(Engine):
                 objective.to_empty(device=device)
                 self._fill(objective, template)
             else:
-                # The decoder reads its linears' weights without calling them, and hooks inside of a compiled block
-                # would break its graph: their weights are gathered at once.
-                leaves: list[type[nn.Module]] = [PixelDecoder] if objective.denoiser.decoder is not None else []
-                self._utils.set_z3_leaf_modules(objective, leaves + [Block] * settings.compile_blocks)
+                # A unit's weights are gathered and released at once: one pair of hooks for each unit, not for each
+                # module. The decoder needs it as well: it reads its linears' weights without calling the linears.
+                self._utils.set_z3_leaf_modules(objective, list({type(unit) for unit in objective.denoiser.units}))
             if megatron:
-                megatron.mark_parameters(objective)
+                megatron.mark_parameters(objective, sum_in_backward=not self._sums_before_update)
             self._optimizer = AdamWWithEMA(objective.parameters(), settings.optimizer, kernels=settings.kernels)
             client = {"optimizer": self._optimizer, "config": config, "mpu": mpu}
             self._engine, *_ = deepspeed.initialize(model=objective, **client)
@@ -80,6 +89,7 @@ class DeepSpeedEngine(Engine):
             bias_share=dims.tp,
             # PyTorch's checkpointing keeps no gathered weight of a block that it recomputes.
             release_weights=stage == 3
+            and settings.reshard_after_forward
             and settings.activation_checkpointing == "none"
             and not settings.compile_blocks,
             activation_checkpointing=settings.activation_checkpointing,
@@ -113,15 +123,34 @@ class DeepSpeedEngine(Engine):
                 parameters[name].data.copy_(part)
 
     def forward_backward(self, inputs: ObjectiveInputs, *, scale: float, last: bool) -> dict[str, Tensor]:
+        self._hold_weights(not last)
         with fp8.fp8_context(self.settings.fp8_plan):
             losses = self._engine(*inputs)
         self._engine.backward(nan_if_nonfinite(losses["loss"] * scale), scale_wrt_gas=False)
         return self._whole(losses)
 
+    def _hold_weights(self, hold: bool) -> None:
+        """Let ZeRO-3 release no weight, or again those after use, where weights stay gathered over a step."""
+        if self._stage < 3 or self.settings.reshard_after_forward or hold == self._held:
+            return
+        self._held = hold
+        for parameter in self._parameters.values():
+            # DeepSpeed releases a weight that no module uses; its own modules have numbers from 0 on.
+            users = cast(Any, parameter).ds_active_sub_modules
+            if hold:
+                users.add(_HELD)
+            else:
+                users.discard(_HELD)
+
     def update(self, *, lr: float, betas: tuple[float, float], should_skip: Tensor | None = None) -> Update:
         # DeepSpeed clips and checks itself, except under ZeRO-0, where every rank has all gradients.
         client = self._optimizer
         client.begin(lr=lr, betas=betas, measure_norm=self._stage == 0, should_skip=should_skip)
+        if self._sums_before_update:
+            zero = self._engine.optimizer
+            parameters = chain.from_iterable(zero.fp16_groups)
+            grads = chain.from_iterable(zero.averaged_gradients[i] for i in range(len(zero.fp16_groups)))
+            self._megatron.sum_replicated_gradients(parameters, grads)
         self._engine.step()
         if self._stage == 0:
             assert client.norm is not None and client.skipped is not None

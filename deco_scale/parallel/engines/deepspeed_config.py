@@ -12,6 +12,9 @@ from deco_scale.yaml import merged
 
 ZERO3_PERSISTENT = 100_000
 """Largest number of elements of a weight that ZeRO-3 keeps full on every rank (DeepSpeed's own default)."""
+DEFAULT_LIVE = 1_000_000_000
+"""Elements of gathered weights beyond which ZeRO-3 does not prefetch (DeepSpeed's own default)."""
+_ALL = 10**15
 _LINEARS = ("torch.nn.Linear", "deco_scale.models.layers.PatchEmbed")
 _MEGATRON_LINEARS = (
     "deco_scale.parallel.engines.megatron_tp.ColumnLinear",
@@ -79,12 +82,15 @@ def deepspeed_json(settings: EngineSettings) -> dict[str, Any]:
         "zero_optimization": {
             "stage": stage,
             "contiguous_gradients": True,
-            "overlap_comm": stage == 2 and settings.device.type == "cuda",
+            # Gradients are reduced, and weights gathered, in streams of their own; no GPU has run it with ZeRO-3.
+            "overlap_comm": stage >= 2 and settings.device.type == "cuda",
             "stage3_param_persistence_threshold": ZERO3_PERSISTENT,
-            # Release each weight after use, so that memory does not grow with the model.
-            "stage3_max_reuse_distance": 0,
-            # Its own F.linear for the whole process, which compiled blocks cannot trace.
-            "memory_efficient_linear": not settings.compile_blocks,
+            # Release each weight after use, so that memory does not grow with the model, or after its backward.
+            "stage3_max_reuse_distance": 0 if settings.reshard_after_forward else _ALL,
+            "stage3_max_live_parameters": DEFAULT_LIVE if settings.reshard_after_forward else _ALL,
+            # Its own F.linear for the whole process, which compiled blocks cannot trace, saves no weight for backward:
+            # that frees memory only if weights are released.
+            "memory_efficient_linear": settings.reshard_after_forward and not settings.compile_blocks,
         },
     }
     if settings.precision.compute != "fp32":

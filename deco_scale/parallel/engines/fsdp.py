@@ -1,11 +1,13 @@
 """Engine over FSDP2 (HSDP with ``dp_replicate``), combined with tensor and sequence parallelism.
 
-Parameters, gradients, moments and EMA are sharded over ``dp_shard``; linears of blocks over ``tp`` as well.
+Parameters, gradients, moments and EMA are sharded over ``dp_shard``; linears of blocks over ``tp`` as well. One
+process alone has nothing to shard: the plain objective computes, without FSDP's hooks and copies.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -26,20 +28,24 @@ from deco_scale.parallel.init_weights import initial_tensors
 from deco_scale.parallel.parallelize import parallelize
 from deco_scale.parallel.tensor_parallel import apply_tensor_parallel, show_local_weights, tp_part
 from deco_scale.precision import fp8
-from deco_scale.precision.config import PrecisionConfig, autocast
+from deco_scale.precision.config import autocast
 
 
-def shard(objective: Objective, *, mesh: DeviceMesh, precision: PrecisionConfig) -> None:
+def shard(objective: Objective, *, mesh: DeviceMesh, settings: EngineSettings) -> None:
     """Apply FSDP2 to each unit of the denoiser, then to the rest."""
-    policy = MixedPrecisionPolicy()
-    if precision.compute != "fp32":
-        # Weights are gathered in bf16, gradients are reduced in fp32; autocast chooses the compute dtypes.
-        policy = MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
-        )
+    # Weights are gathered in bf16; autocast chooses the compute dtypes.
+    policy = MixedPrecisionPolicy(
+        param_dtype=None if settings.precision.compute == "fp32" else torch.bfloat16,
+        reduce_dtype=torch.bfloat16 if settings.reduce_dtype == "bf16" else torch.float32,
+        cast_forward_inputs=False,
+    )
+    units = cast(Sequence[FSDPModule], objective.denoiser.units)
     for unit in objective.denoiser.units:
-        fully_shard(unit, mesh=mesh, mp_policy=policy)
-    fully_shard(objective, mesh=mesh, mp_policy=policy)
+        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=settings.reshard_after_forward)
+    fully_shard(objective, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    # The next unit's weights arrive while this one is dispatched; in backward FSDP does so by itself.
+    for unit, following in pairwise(units):
+        unit.set_modules_to_forward_prefetch([following])
     register_fsdp_forward_method(objective, "predict")
 
 
@@ -67,11 +73,13 @@ class FsdpEngine(Engine):
             shard=partial(
                 shard,
                 mesh=mesh["dp_replicate", "dp_shard"] if dims.dp_replicate > 1 else mesh["dp_shard"],
-                precision=settings.precision,
-            ),
+                settings=settings,
+            )
+            if dims.dp * dims.tp > 1
+            else None,
         )
         self._objective.to_empty(device=device)
-        self._parameters = {n: cast(DTensor, p) for n, p in self._objective.named_parameters()}
+        self._parameters = dict(self._objective.named_parameters())
         self._mesh = mesh
         for name, tensor in initial_tensors(template, settings.seed):
             part = tp_part(name, tensor, mesh.get_local_rank("tp"), dims.tp)
@@ -82,8 +90,11 @@ class FsdpEngine(Engine):
         self._optimizer.track(self._shards, ema={n for n in self._shards if n.startswith(EMA_PREFIX)})
 
     def forward_backward(self, inputs: ObjectiveInputs, *, scale: float, last: bool) -> dict[str, Tensor]:
-        cast(FSDPModule, self._objective).set_requires_gradient_sync(last)
         settings = self.settings
+        if isinstance(self._objective, FSDPModule):
+            self._objective.set_requires_gradient_sync(last)
+            # Weights that stay gathered after forward do so until the update.
+            self._objective.set_reshard_after_backward(last or settings.reshard_after_forward)
         with autocast(settings.precision, settings.device), fp8.fp8_context(settings.fp8_plan):
             losses = self._objective(*inputs)
         nan_if_nonfinite(losses["loss"] * scale).backward()
@@ -94,7 +105,7 @@ class FsdpEngine(Engine):
         grads: dict[str, Tensor] = {}
         for name, parameter in self._parameters.items():
             if parameter.grad is not None:
-                grads[name] = self._shards[name].grad = cast(DTensor, parameter.grad).to_local()
+                grads[name] = self._shards[name].grad = _local(parameter.grad)
                 parameter.grad = None
         norm = self._norm(grads)
         self._optimizer.begin(lr=lr, betas=betas, norm=norm, should_skip=should_skip)
@@ -137,11 +148,14 @@ class FsdpEngine(Engine):
         for kind, tensors in self._tensors():
             for name, local in tensors.items():
                 like, names = self._parameters[name], stored_names(name)
+                mesh, placements = self._mesh["dp_shard"], cast(Sequence[Placement], [Shard(0)])
+                if isinstance(like, DTensor):
+                    mesh, placements = like.device_mesh, like.placements
                 shape = torch.Size((like.shape[0] // len(names), *like.shape[1:]))
                 layout: dict[str, Any] = {"shape": shape, "stride": like.stride()}
                 for stored, part in zip(names, self._parts(name, local), strict=True):
                     state[f"{kind}.{stored}"] = DTensor.from_local(
-                        part, like.device_mesh, like.placements, run_check=False, **layout
+                        part, mesh, placements, run_check=False, **layout
                     )
         return state | fp8.scaling_state(self._objective.denoiser, self.settings.fp8_plan)
 
@@ -191,11 +205,14 @@ class FsdpEngine(Engine):
     @torch.no_grad()
     def predict(self, patches: Tensor, t: Tensor, condition: Tensor, grid: tuple[int, int]) -> Tensor:
         prediction = super().predict(patches, t, condition, grid)
-        # The root's weights stay gathered after a forward pass, and may be those of the EMA.
-        cast(FSDPModule, self._objective).reshard()
+        # Weights that stay gathered after a forward pass may be those of the EMA.
+        for module in (self._objective, *self._objective.denoiser.units):
+            if isinstance(module, FSDPModule):
+                module.reshard()
         return prediction
 
 
-def _local(tensor: DTensor) -> Tensor:
+def _local(tensor: Tensor) -> Tensor:
     """This rank's part, sharing storage."""
-    return cast(DTensor, tensor.detach()).to_local()
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

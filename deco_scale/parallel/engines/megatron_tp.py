@@ -7,6 +7,7 @@ sequence parallelism needs token counts that divide by tp, tokens as the first d
 any device, and compiled blocks trace them.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -88,17 +89,19 @@ def install_collectives(objective: Objective) -> TokenShard:
     return shard
 
 
-def mark_parameters(objective: Objective) -> None:
-    """Mark split parameters for DeepSpeed's gradient norm, and sum gradients of the others over tp.
+def mark_parameters(objective: Objective, *, sum_in_backward: bool) -> None:
+    """Mark split parameters for DeepSpeed's gradient norm.
 
-    Needs the final parameter objects: ``to_empty`` makes new ones.
+    ``sum_in_backward`` sums gradients of the others over tp, one by one as they come; else
+    :func:`sum_replicated_gradients` must before the update. Needs the final parameter objects: ``to_empty`` makes
+    new ones.
     """
     group = parallel_state.get_tensor_model_parallel_group()
     for name, parameter in objective.named_parameters():
         dim = split_dim(name)
-        if dim is None:
+        if dim is None and sum_in_backward:
             parameter.register_hook(lambda grad: _summed(grad, group))
-        else:
+        elif dim is not None:
             # Megatron's own function refuses a parameter that is marked already, as those of its linears are.
             marks = {"tensor_model_parallel": True, "partition_dim": dim, "partition_stride": 1}
             for attribute, value in marks.items():
@@ -110,3 +113,17 @@ def _summed(grad: Tensor, group: dist.ProcessGroup) -> Tensor:
     total = grad.clone()
     dist.all_reduce(total, group=group)
     return total
+
+
+def sum_replicated_gradients(parameters: Iterable[nn.Parameter], grads: Iterable[Tensor]) -> None:
+    """Sum the gradients (or a rank's part of each) of replicated parameters over tp, in place, in one all-reduce.
+
+    ``parameters`` and ``grads`` go together; those that :func:`mark_parameters` has marked are left as they are.
+    """
+    pairs = zip(parameters, grads, strict=True)
+    parts = [grad for parameter, grad in pairs if not getattr(parameter, "tensor_model_parallel", False)]
+    total = torch.cat([part.flatten() for part in parts])
+    dist.all_reduce(total, group=parallel_state.get_tensor_model_parallel_group())
+    torch._foreach_copy_(
+        parts, [t.view_as(p) for t, p in zip(total.split([p.numel() for p in parts]), parts, strict=True)]
+    )
