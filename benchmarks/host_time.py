@@ -31,6 +31,8 @@ SMALL = [
     "model.dim=64", "model.num_heads=4", "model.decoder_width=8", "model.text_dim=32", "model.text_tokens=16",
     "text_encoder.max_tokens=16", "device=cpu", "compile=false", "precision.compute=fp32",
 ]  # fmt: skip
+SHARDED = "parallel.deepspeed={zero_optimization: {stage3_param_persistence_threshold: 400}}"
+"""ZeRO-3 shards all but biases and norms, as it does at the XXL's width."""
 FIGURES = ("micro_batch_ms", "update_ms")
 
 
@@ -138,7 +140,13 @@ def serve(args: argparse.Namespace) -> None:
     # A store in a file needs no port.
     store = dist.FileStore(str(args.out / "store"), env.world_size)
     dist.init_process_group("gloo", store=store, rank=env.rank, world_size=env.world_size)
-    settings = [*SMALL, *SETTINGS.get(args.serve, []), f"run.dir={args.out / 'run'}", *args.overrides]
+    settings = [
+        *SMALL,
+        *([SHARDED] if args.serve == "zero3" else []),
+        *SETTINGS.get(args.serve, []),
+        f"run.dir={args.out / 'run'}",
+        *args.overrides,
+    ]
     cfg = load_config(XXL, settings)
     cfg = one_stage(cfg, resolution=32, micro_batch=1, global_batch=args.accumulation * env.world_size)
     run = TrainingSteps(cfg, env, plain=args.serve == "plain")

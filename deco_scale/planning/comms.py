@@ -57,10 +57,9 @@ def _fsdp_traffic(step: TrainStep) -> Iterator[Traffic]:
     if step.dims.dp_replicate > 1:
         reduced = (units + root) * reduce_bytes // shards
         yield Traffic("gradients", "all-reduce", "dp_replicate", reduced, num_units + 1)
+    replicated = _replicated_bytes(step, element_bytes=reduce_bytes)
     # FSDP hands every block its inputs in the compute type, the text tokens too.
-    yield from _tensor_parallel(
-        step, replicated=_replicated_bytes(step), calls=num_units + 1, text_bytes=compute_bytes
-    )
+    yield from _tensor_parallel(step, replicated=replicated, calls=num_units + 1, text_bytes=compute_bytes)
 
 
 def _zero_traffic(step: TrainStep) -> Iterator[Traffic]:
@@ -107,10 +106,10 @@ def _zero_traffic(step: TrainStep) -> Iterator[Traffic]:
     yield from _tensor_parallel(step, replicated=micros * _replicated_bytes(step), calls=calls, text_bytes=FP32)
 
 
-def _replicated_bytes(step: TrainStep, *, dp: int = 1) -> int:
+def _replicated_bytes(step: TrainStep, *, dp: int = 1, element_bytes: int = FP32) -> int:
     """Of the gradients of weights that are not split over tp, each cut into ``dp`` parts of which one counts."""
     rows = layout_rows(step.work.model, step.dims)
-    return FP32 * sum(-(-row.tp_numel // dp) for row in rows if row.split == "replicated")
+    return element_bytes * sum(-(-row.tp_numel // dp) for row in rows if row.split == "replicated")
 
 
 def _tensor_parallel(step: TrainStep, *, replicated: int, calls: int, text_bytes: int) -> Iterator[Traffic]:

@@ -52,6 +52,13 @@ def _group_size(args: Any) -> int:
     return dist.get_world_size()
 
 
+def _is_bf16(thing: Any) -> bool:
+    """Whether the first tensor in it is."""
+    if isinstance(thing, torch.Tensor):
+        return thing.dtype == torch.bfloat16
+    return bool(thing) and isinstance(thing, list | tuple) and _is_bf16(thing[0])
+
+
 class Counting(TorchDispatchMode):
     """Adds up the bytes of collectives as they are dispatched."""
 
@@ -80,8 +87,9 @@ class Counting(TorchDispatchMode):
             kind, amount = "all-reduce", size(args[0])
         elif name.startswith(("c10d::", "_c10d_functional::")) and not name.endswith(LOCAL):
             kind, amount = name, 1 << 40
-        # A group of one rank sends nothing.
-        if kind and amount > SCALAR_BYTES and _group_size(args) > 1:
+        # A group of one rank sends nothing; norms are fp32, the smallest bias in bf16 is no larger.
+        is_norm = amount <= SCALAR_BYTES and not _is_bf16(args)
+        if kind and not is_norm and _group_size(args) > 1:
             self.bytes[kind] += amount
         return func(*args, **(kwargs or {}))
 

@@ -54,7 +54,7 @@ class DeepSpeedEngine(Engine):
         self._megatron = megatron
         # ZeRO-3 has every gradient's own part at hand before an update, unless it offloads them.
         offload = settings.overrides.get("zero_optimization", {}).get("offload_optimizer")
-        self._sums_before_update = megatron is not None and stage == 3 and not offload
+        self._sums_before_update = stage == 3 and not offload
         # An earlier engine of this process may have left its own.
         self._utils.groups.mpu = mpu
         # tp first: a parameter is split over tp, and each part over dp.
@@ -146,7 +146,7 @@ class DeepSpeedEngine(Engine):
         # DeepSpeed clips and checks itself, except under ZeRO-0, where every rank has all gradients.
         client = self._optimizer
         client.begin(lr=lr, betas=betas, measure_norm=self._stage == 0, should_skip=should_skip)
-        if self._sums_before_update:
+        if self._megatron is not None and self._sums_before_update:
             zero = self._engine.optimizer
             parameters = chain.from_iterable(zero.fp16_groups)
             grads = chain.from_iterable(zero.averaged_gradients[i] for i in range(len(zero.fp16_groups)))

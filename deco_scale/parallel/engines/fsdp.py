@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Placement, Shard
 
 from deco_scale.distributed.replica_check import Replicas
 from deco_scale.models.stored_names import stored_names
@@ -39,13 +39,12 @@ def shard(objective: Objective, *, mesh: DeviceMesh, settings: EngineSettings) -
         reduce_dtype=torch.bfloat16 if settings.reduce_dtype == "bf16" else torch.float32,
         cast_forward_inputs=False,
     )
-    units = cast(Sequence[FSDPModule], objective.denoiser.units)
     for unit in objective.denoiser.units:
         fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=settings.reshard_after_forward)
     fully_shard(objective, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     # The next unit's weights arrive while this one is dispatched; in backward FSDP does so by itself.
-    for unit, following in pairwise(units):
-        unit.set_modules_to_forward_prefetch([following])
+    for current, following in pairwise(cast(Sequence[FSDPModule], objective.denoiser.units)):
+        current.set_modules_to_forward_prefetch([following])
     register_fsdp_forward_method(objective, "predict")
 
 

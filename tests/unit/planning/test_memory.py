@@ -10,7 +10,14 @@ from deco_scale.models import Denoiser, ModelConfig
 from deco_scale.parallel.config import ParallelConfig
 from deco_scale.parallel.mesh import ParallelDims
 from deco_scale.planning.flops import Encoder, TrainStep, Workload
-from deco_scale.planning.memory import RESERVE_BYTES, activation_bytes, block_saved, memory_by_part, working_bytes
+from deco_scale.planning.memory import (
+    RESERVE_BYTES,
+    activation_bytes,
+    block_saved,
+    memory_by_part,
+    rank_elements,
+    working_bytes,
+)
 
 LARGE_DECODER = ModelConfig(
     kind="t2i_deco", dim=64, num_heads=4, num_blocks=3, num_text_blocks=2, patch_size=16, decoder_width=16,
@@ -58,10 +65,24 @@ def test_fsdp_gathers_the_root_and_two_units_and_reduces_one(
     reduced = (size + 4) * max(units)
     # Until the last micro-batch gradients stay whole, in fp32.
     kept = 4 * (root + sum(units) + work.repa_parameters) if accumulation > 1 else 0
-    for shard in (1, 4):
+    for shard in (2, 4):
         parallel, dims = ParallelConfig(dp_shard=shard, tp=tp), ParallelDims(1, shard, tp)
         step = train_step(work, parallel, dims, accumulation=accumulation)
         assert working_bytes(step) == gathered + reduced + kept
+        # With weights that stay gathered, all units count.
+        parallel = dataclasses.replace(parallel, reshard_after_forward=False)
+        step = train_step(work, parallel, dims, accumulation=accumulation)
+        assert working_bytes(step) - (gathered + reduced + kept) == size * (sum(units) - 2 * max(units))
+
+
+@MODELS
+def test_one_process_has_no_gathered_weights(model: ModelConfig) -> None:
+    work, parallel, dims = Workload(model=model, compute="bf16"), ParallelConfig(), ParallelDims(1, 1, 1)
+    linears = rank_elements(model, dims, 0).of_linears
+    # What autocast keeps of them; gradients are those of the state.
+    assert working_bytes(train_step(work, parallel, dims, accumulation=4)) == 2 * linears
+    work = dataclasses.replace(work, compute="fp32")
+    assert working_bytes(train_step(work, parallel, dims, accumulation=4)) == 0
 
 
 def test_the_two_models_differ_in_what_their_largest_unit_is() -> None:
