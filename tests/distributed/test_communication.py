@@ -56,7 +56,7 @@ def _is_bf16(thing: Any) -> bool:
     """Whether the first tensor in it is."""
     if isinstance(thing, torch.Tensor):
         return thing.dtype == torch.bfloat16
-    return bool(thing) and isinstance(thing, list | tuple) and _is_bf16(thing[0])
+    return isinstance(thing, list | tuple) and len(thing) > 0 and _is_bf16(thing[0])
 
 
 class Counting(TorchDispatchMode):
@@ -88,8 +88,7 @@ class Counting(TorchDispatchMode):
         elif name.startswith(("c10d::", "_c10d_functional::")) and not name.endswith(LOCAL):
             kind, amount = name, 1 << 40
         # A group of one rank sends nothing; norms are fp32, the smallest bias in bf16 is no larger.
-        is_norm = amount <= SCALAR_BYTES and not _is_bf16(args)
-        if kind and not is_norm and _group_size(args) > 1:
+        if kind and (amount > SCALAR_BYTES or _is_bf16(args)) and _group_size(args) > 1:
             self.bytes[kind] += amount
         return func(*args, **(kwargs or {}))
 
