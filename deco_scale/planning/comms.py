@@ -98,7 +98,7 @@ def _zero_traffic(step: TrainStep) -> Iterator[Traffic]:
             gathered += part * (FP32 if persistent else times * sent(row))
         yield Traffic("weights", "all-gather", "dp", gathered, times * len(units) + 1)
         yield Traffic("gradients", "reduce-scatter", "dp", reduced, micros * buckets)
-    # ZeRO-3 sums a rank's parts before the update at once, the other stages whole gradients one by one as they come.
+    # ZeRO-3 sums a rank's parts before the update, at once; the other stages whole gradients, one by one.
     if stage == 3:
         yield from _tensor_parallel(step, replicated=_replicated_bytes(step, dp=dp), calls=1, text_bytes=FP32)
         return
