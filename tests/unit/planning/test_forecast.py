@@ -12,7 +12,14 @@ from deco_scale.parallel.config import ParallelConfig
 from deco_scale.parallel.mesh import ParallelDims, accumulation_steps, resolve_parallel_dims
 from deco_scale.planning.comms import Traffic, seconds_of
 from deco_scale.planning.flops import TrainStep, Workload
-from deco_scale.planning.forecast import TIE, all_plans, forecast_stage, plan_as_configured, recommend
+from deco_scale.planning.forecast import (
+    TIE,
+    all_plans,
+    forecast_stage,
+    keeps_weights,
+    plan_as_configured,
+    recommend,
+)
 from deco_scale.planning.hardware import GPUS, gpu_device, gpu_named, peak_flops
 from deco_scale.planning.layouts import enumerate_layouts
 from deco_scale.planning.memory import memory_by_part
@@ -78,6 +85,26 @@ def test_more_gpus_never_need_more_memory(engine: Any, tp: int) -> None:
             dims = resolve_parallel_dims(parallel, gpus)
             sizes.append(sum(memory_by_part(_step(work, parallel, dims), kind="cuda").values()))
         assert sizes == sorted(sizes, reverse=True) and sizes[0] > sizes[-1]
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "deepspeed"])
+def test_weights_stay_gathered_as_set_or_where_they_fit(engine: Any) -> None:
+    work = Workload(model=load_config(XXL).model, compute="bf16")
+    dims, stages = ParallelDims(1, 8), (_stage(), _stage(name="t", resolution=512))
+
+    def kept(setting: Any, largest: float) -> bool:
+        parallel = ParallelConfig(engine=engine, reshard_after_forward=setting)
+        return keeps_weights(work, stages, parallel, dims, kind="cuda", fits=lambda needed: needed <= largest)
+
+    def needed(setting: bool) -> float:
+        parallel = ParallelConfig(engine=engine, reshard_after_forward=setting)
+        steps = (TrainStep.of_stage(work, stage, parallel, dims) for stage in stages)
+        return max(sum(memory_by_part(step, kind="cuda").values()) for step in steps)
+
+    assert kept(False, 0.0) and not kept(True, 1e15)
+    assert needed(False) > needed(True)
+    # The stage that needs most decides.
+    assert kept("auto", needed(False)) and not kept("auto", needed(False) - 1)
 
 
 @pytest.mark.parametrize("mode", ["none", "selective", "full"])
