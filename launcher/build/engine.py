@@ -66,7 +66,8 @@ def _reshards(cfg: RunConfig, dims: ParallelDims, device: torch.device) -> bool:
         return needed <= (1 - MARGIN) * torch.cuda.get_device_properties(device).total_memory
 
     def keeps() -> bool:
-        return keeps_weights(workload(cfg)[0], cfg.stages, cfg.parallel, dims, kind=device.type, fits=fits)
+        stages = [stage.fitted(dims.dp) for stage in cfg.stages]
+        return keeps_weights(workload(cfg)[0], stages, cfg.parallel, dims, kind=device.type, fits=fits)
 
     # One answer for all ranks, whose GPUs may differ.
     kept = run_on_rank_zero(keeps)

@@ -18,8 +18,6 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from deco_scale.distributed.replica_check import Replicas
 from deco_scale.errors import ConfigError
-from deco_scale.models.layers import Block
-from deco_scale.models.pixel_decoder import PixelDecoder
 from deco_scale.models.stored_names import stored_names, to_stored
 from deco_scale.models.tp_plan import split_dim
 from deco_scale.objectives import Objective
@@ -31,7 +29,6 @@ from deco_scale.parallel.init_weights import initial_tensors
 from deco_scale.parallel.parallelize import parallelize
 from deco_scale.parallel.tensor_parallel import tp_part, tp_placement
 from deco_scale.precision import fp8
-
 
 _HELD = -1
 """Number of a module that uses every weight, while weights are held."""

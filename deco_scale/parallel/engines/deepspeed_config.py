@@ -88,7 +88,7 @@ def deepspeed_json(settings: EngineSettings) -> dict[str, Any]:
             # Release each weight after use, so that memory does not grow with the model, or after its backward.
             "stage3_max_reuse_distance": 0 if settings.reshard_after_forward else _ALL,
             "stage3_max_live_parameters": DEFAULT_LIVE if settings.reshard_after_forward else _ALL,
-            # Its own F.linear for the whole process, which compiled blocks cannot trace, saves no weight for backward:
+            # Its own F.linear, which compiled blocks cannot trace, saves no weight for backward:
             # that frees memory only if weights are released.
             "memory_efficient_linear": settings.reshard_after_forward and not settings.compile_blocks,
         },
