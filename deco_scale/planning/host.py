@@ -2,7 +2,8 @@
 
 A GPU is busy only while the host launches faster than it computes. What the host needs hardly depends on the size
 of a micro-batch, so it is the limit where a GPU has few images. ``python -m benchmarks.host_time`` measures it on
-a CPU for the XXL model's modules at a small width; the newest of its result files replaces the figures here.
+a CPU for the XXL model's modules at a small width; the newest result file of two processes, which shard as many
+do, replaces the figures here (``--world 2``).
 """
 
 import json
@@ -72,11 +73,11 @@ HOST_TIMES = HostTimes(
 
 
 def read_host_times(folder: Path) -> HostTimes:
-    """The newest ``host_time_1_*.json`` of ``folder``, or :data:`HOST_TIMES`.
+    """The newest ``host_time_2_*.json`` of ``folder``, or :data:`HOST_TIMES`.
 
     Raises :class:`ConfigError` naming a file that lacks what the benchmark writes.
     """
-    files = sorted(folder.glob("host_time_1_*.json"))
+    files = sorted(folder.glob("host_time_2_*.json"))
     if not files:
         return HOST_TIMES
     try:

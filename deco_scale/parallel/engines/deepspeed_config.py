@@ -1,5 +1,6 @@
 """DeepSpeed: its import, which is optional, and its JSON configuration, generated from ours."""
 
+import functools
 import os
 from typing import Any
 
@@ -39,7 +40,8 @@ def import_deepspeed(device: torch.device) -> Any:
     finally:
         if not by_user:
             del os.environ["DS_ACCELERATOR"]
-    accelerator = deepspeed.accelerator.get_accelerator().device_name()
+    selected = deepspeed.accelerator.get_accelerator()
+    accelerator = selected.device_name()
     if accelerator != device.type:
         raise ConfigError(
             f"device={device.type}, but DeepSpeed has settled on {accelerator} in this process: set "
@@ -47,6 +49,9 @@ def import_deepspeed(device: torch.device) -> Any:
         )
     if accelerator == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        if not hasattr(selected.device_count, "cache_info"):
+            # It would start numactl at every reduction of gradients.
+            selected.device_count = functools.cache(selected.device_count)
     if not deepspeed.comm.is_initialized():
         deepspeed.init_distributed("nccl" if accelerator == "cuda" else "gloo", verbose=False)
     return deepspeed

@@ -81,14 +81,14 @@ def test_measured_products_and_host_times_replace_what_is_assumed(
     medians = {
         name: {"micro_batch_ms": 10.0 * n, "update_ms": 1.0} for n, name in enumerate(("plain", "fsdp", "zero3"))
     }
-    (tmp_path / "host_time_1_2026-01-02.json").write_text(json.dumps({"medians": medians}))
+    (tmp_path / "host_time_2_2026-01-02.json").write_text(json.dumps({"medians": medians}))
     times = read_host_times(tmp_path)
     assert times.engines["zero3"] == (0.02, 0.001) and read_host_times(tmp_path / "none") is HOST_TIMES
     command = ["plan", "--config", str(XXL), "--gpus", "8", "--gpu", "h100", "--results", str(tmp_path)]
     assert deco(command) == 0
     shown = capsys.readouterr().out
-    assert "measured: gemm.json" in shown and "measured: host_time_1_2026-01-02.json" in shown
-    for name in ("gemm.json", "host_time_1_2026-01-02.json"):
+    assert "measured: gemm.json" in shown and "measured: host_time_2_2026-01-02.json" in shown
+    for name in ("gemm.json", "host_time_2_2026-01-02.json"):
         (tmp_path / name).write_text("{}")
         assert deco(command) == 2
         assert name in capsys.readouterr().err
