@@ -29,8 +29,9 @@ class LrScheduleConfig:
     min_lr_ratio: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.warmup_steps < 0 or self.decay_steps < 0:
-            raise ValueError("warmup_steps and decay_steps must not be negative")
+        for name in ("warmup_steps", "decay_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         if (self.kind == "wsd") != (self.decay_steps > 0):
             raise ValueError(
                 f"decay_steps={self.decay_steps} with kind={self.kind}: kind wsd needs decay_steps of at least 1, "

@@ -229,7 +229,9 @@ class Trainer:
             if progress.step >= min(end, self.last_step):
                 continue
             batch = f"global batch {stage.cfg.global_batch} (accumulation {stage.accumulation})"
-            rate = f"learning rate {stage.cfg.peak_lr:.4g} ({stage.cfg.lr_schedule.kind})"
+            schedule = stage.cfg.lr_schedule
+            warmup = f" after {schedule.warmup_steps} warmup steps" if schedule.warmup_steps else ""
+            rate = f"learning rate {stage.cfg.peak_lr:.4g} ({schedule.kind}{warmup})"
             logger.info(
                 "stage %s: %d px, to step %d, %s, %s", stage.cfg.name, stage.cfg.resolution, end, batch, rate
             )
