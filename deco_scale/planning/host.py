@@ -67,7 +67,8 @@ class HostTimes:
 
 HOST_TIMES = HostTimes(
     {"plain": HostTime(0.040, 0.003), "fsdp": HostTime(0.052, 0.006), "zero3": HostTime(0.115, 0.030)},
-    "one thread of a CPU, XXL modules at width 64 and 32 px; update and plain module assumed",
+    "one process on one thread of a CPU, XXL modules at width 64 and 32 px; update and plain module assumed; one "
+    "process shards nothing: python -m benchmarks.host_time --world 2 measures sharding",
 )
 """Before any result file: what fsdp and ZeRO-3 took when they were first measured."""
 
