@@ -53,11 +53,11 @@ class FrozenModel:
         if not self._has_compiled_layers:
             return self._forward(inputs)
         if batch_size in self._compiled_for:
-            from torch._dynamo.exc import TorchDynamoException
+            from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
             try:
                 return self._forward(inputs)
-            except TorchDynamoException as error:
+            except (TorchDynamoException, FailOnRecompileLimitHit) as error:
                 reason = " ".join(f"{type(error).__name__}: {error}".split())[:_REASON_CHARS]
                 logger.warning("fallback: %s runs uncompiled from here on (%s)", self._name, reason)
                 self._compiled_for = frozenset()

@@ -63,6 +63,15 @@ def choose_compile(cfg: RunConfig, device: torch.device) -> tuple[bool, str]:
     return not reason, reason
 
 
+def check_compile(cfg: RunConfig) -> None:
+    """Raises :class:`ConfigError` for ``compile: true`` with a named attention kernel that breaks graphs."""
+    if cfg.compile is True and (reason := graph_break(cfg.attention.backend)):
+        raise ConfigError(
+            f"compile=true does not work with attention.backend={cfg.attention.backend}: {reason}; "
+            "possible: compile=false, or attention.backend=auto, flash, cudnn or sdpa"
+        )
+
+
 def _compile_problem(cfg: RunConfig, device: torch.device) -> str:
     if device.type != "cuda":
         return "generating C++ for a CPU takes minutes; compile=true does it nevertheless"

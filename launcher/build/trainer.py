@@ -47,6 +47,7 @@ from launcher.build.callbacks import CheckReplicas, CollectGarbage, Evaluate, Lo
 from launcher.build.data import SyntheticData, load_encoders, open_loader, shared_over_tp
 from launcher.build.engine import build_engine
 from launcher.build.model import (
+    check_compile,
     choose_attention,
     choose_compile,
     compute_dtype,
@@ -156,7 +157,7 @@ def build_trainer(
         )
     peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     try:
-        callbacks = _callbacks(cfg, dims, engine, text, device, run_logger, hosts)
+        callbacks = _callbacks(configured, dims, engine, text, device, run_logger, hosts)
     except BaseException:
         run_logger.close()
         raise
@@ -191,6 +192,7 @@ def check(cfg: RunConfig, env: Environment) -> tuple[ParallelDims, torch.device]
     device = choose_device(cfg.device, env.local_rank)
     try:
         check_backend(cfg.attention.backend, device, dtype=compute_dtype(cfg), head_dim=cfg.model.head_dim)
+        check_compile(cfg)
         choose_kernels(cfg.kernels, device)
         plan_fp8_linears(cfg, dims.tp, device)
     except ValueError as error:

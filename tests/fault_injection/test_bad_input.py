@@ -131,9 +131,11 @@ def test_every_rank_ends_with_the_same_code(config: Path) -> None:
 
 
 def test_checkpoint_of_another_model(config: Path, tmp_path: Path) -> None:
-    code, output = launch(config, "run.stop_at_step=2")
+    code, output = launch(config, "run.stop_at_step=2", "stages.small.micro_batch=3")
     assert code == 0, output
     saved = (tmp_path / "run" / "config.yaml").read_text()
+    # As configured, which is for any number of ranks, and not as it fits this one.
+    assert "micro-batches of 2 samples, not 3" in output and "micro_batch: 3" in saved
     code, output = launch(config, "run.seed=4")
     assert code == 2 and "was trained with run.seed=3, not 4" in output
     code, output = launch(config, "model.decoder_width=16")

@@ -5,6 +5,7 @@ so that memory does not grow with a rank's share. The CRC-32 of the archives' re
 ``torch.load`` ignores them, ``unzip`` complains.
 """
 
+import dataclasses
 import os
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -37,6 +38,8 @@ from deco_scale.checkpoint.integrity import WRITE_BYTES, raw_bytes, start_flush
 from deco_scale.errors import ConfigError
 from deco_scale.models.stored_names import part_of
 from deco_scale.models.tp_plan import split_dim
+from deco_scale.optim.lr_schedule import LrScheduleConfig
+from deco_scale.training.config import StageConfig
 
 Groups = list[dict[str, Shape]]
 """Shapes of a tp rank's parameters by group."""
@@ -104,15 +107,24 @@ def model_states(
 
 
 def adamw_group(meta: CheckpointMeta, ids: list[int]) -> dict[str, Any]:
-    """An optimizer group as ``torch.optim.AdamW`` saves it, with the configuration's values for the stage."""
+    """An optimizer group as ``torch.optim.AdamW`` saves it, with the configuration's values for the last step."""
     optimizer = meta.config.get("optimizer") or {}
-    stages = meta.config.get("stages") or []
-    stage: Mapping[str, Any] = next((s for s in stages if s.get("name") == meta.stage), {})
     options = {key: optimizer[key] for key in ("eps", "weight_decay") if key in optimizer}
-    options |= {"lr": stage["lr"]} if "lr" in stage else {}
-    options |= {"betas": tuple(stage["betas"])} if "betas" in stage else {}
+    start = 0
+    for raw in meta.config.get("stages") or []:
+        if raw["name"] == meta.stage:
+            stage = _stage_config(raw)
+            options |= {"lr": stage.lr_at(max(1, meta.step - start)), "betas": tuple(stage.betas)}
+            break
+        start += raw["steps"]
     group: dict[str, Any] = torch.optim.AdamW([torch.zeros(1)], **options).state_dict()["param_groups"][0]
     return group | {"params": ids}
+
+
+def _stage_config(raw: Mapping[str, Any]) -> StageConfig:
+    """A stage of a checkpoint's configuration; of older versions it has no schedule."""
+    known = {key: raw[key] for key in (field.name for field in dataclasses.fields(StageConfig)) if key in raw}
+    return StageConfig(**known | {"lr_schedule": LrScheduleConfig(**raw.get("lr_schedule", {}))})
 
 
 def write_zero(

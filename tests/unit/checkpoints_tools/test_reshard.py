@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import tempfile
 from math import prod
@@ -338,3 +339,21 @@ def test_a_plain_runs_files_get_a_configuration(canonical: CanonicalReader, tmp_
     assert back.meta is not None
     assert (back.meta.step, back.meta.samples, back.meta.optimizer_steps) == (7, 70, 6)
     assert back.meta.config["model"] == json.loads(json.dumps(dataclasses.asdict(MODEL)))
+
+
+@pytest.mark.parametrize(
+    ("step", "rate"), [(0, 1.0), (10, 1.0), (12, 1.0), (20, 1.0), (21, 0.2), (32, 1 + math.cos(math.pi / 4))]
+)
+def test_exported_learning_rate_is_that_of_the_last_step(step: int, rate: float) -> None:
+    ramp = {"kind": "cosine", "warmup_steps": 10, "decay_steps": 0, "min_lr_ratio": 0.0}
+    common = {"resolution": 16, "micro_batch": 1, "betas": [0.9, 0.98]}
+    # The first stage is of a version without schedules.
+    stages = [
+        {"name": "a", "steps": 20, "global_batch": 2, "lr": 1.0, **common},
+        {"name": "b", "steps": 14, "global_batch": 8, "lr": 1.0, "lr_schedule": ramp, "lr_scaling": "sqrt",
+         "lr_reference_batch": 2, **common},
+    ]  # fmt: skip
+    meta = dataclasses.replace(META, config={"stages": stages}, step=step, stage="a" if step <= 20 else "b")
+    group = writer.adamw_group(meta, [0])
+    # The batch is 4 times the reference, so the rate twice; step 32 is the second of the four that fall.
+    assert group["lr"] == pytest.approx(rate) and group["betas"] == (0.9, 0.98)

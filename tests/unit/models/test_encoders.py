@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from deco_scale.errors import ConfigError
+from deco_scale.models import compile as block_compile
 from deco_scale.models import frozen
 from deco_scale.models.config import ImageEncoderConfig, TextEncoderConfig, is_on
 from deco_scale.models.encoders import (
@@ -195,6 +196,24 @@ def test_an_encoder_that_cannot_be_compiled_runs_eagerly(caplog: pytest.LogCaptu
         assert torch.equal(encoder.encode(["3"]), expected)
     (record,) = [r for r in caplog.records if r.name == frozen.__name__]
     assert "fallback: Qwen3Model runs uncompiled" in record.message and "no compiler here" in record.message
+
+
+def test_an_encoder_with_too_many_shapes_runs_eagerly(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, image_encoder: Path
+) -> None:
+    monkeypatch.setattr(block_compile, "RECOMPILE_LIMIT", 2)
+    torch._dynamo.reset()
+    encoder = ImageEncoder.load(ImageEncoderConfig(path=str(image_encoder)), CPU)
+    images = [torch.rand(1, 3, 32, width) * 2 - 1 for width in (16, 32, 48, 64)]
+    expected = [encoder.encode(image) for image in images]
+    config: Any = torch._dynamo.config
+    kept = {name: getattr(config, name) for name in ("recompile_limit", "fail_on_recompile_limit_hit")}
+    with config.patch(**kept):
+        encoder.model.compile([1], backend="eager")
+        for image, states in zip(images, expected, strict=True):
+            torch.testing.assert_close(encoder.encode(image), states)
+    (record,) = [r for r in caplog.records if r.name == frozen.__name__]
+    assert "fallback: Dinov2Model runs uncompiled" in record.message
 
 
 def test_fp8_rounds_the_linears_of_the_layers(monkeypatch: pytest.MonkeyPatch, text_encoder: Path) -> None:
