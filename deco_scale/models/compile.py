@@ -42,7 +42,13 @@ def compile_modules(modules: Iterable[nn.Module], *, fall_back: bool) -> None:
     a function that cannot be compiled is logged, and all modules run eagerly from then on; else it is an error.
     """
     limit_recompiles()
-    group = _Eager() if fall_back else None
+    group = None
+    if fall_back:
+        import torch._functorch.config as functorch
+
+        # A backward pass that cannot be compiled shows in forward, where eager code can still take its place.
+        functorch.force_non_lazy_backward_lowering = True
+        group = _Eager()
     for module in modules:
         compiled = torch.compile(module.forward, **STATIC_GRAPHS)
         if group is not None:

@@ -7,7 +7,10 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo
+import torch._functorch.config as functorch_config
+from functorch.compile import make_boxed_func
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import FailOnRecompileLimitHit, Unsupported
 from torch._dynamo.utils import counters
 
@@ -146,6 +149,21 @@ def test_what_cannot_be_compiled_is_an_error_or_runs_eagerly_with_one_warning(
         assert torch.equal(each(torch.ones(2)), torch.full((2,), 2.0))
     warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
     assert len(warnings) == 1 and "compile=auto: blocks cannot be compiled here and run eagerly" in warnings[0]
+
+
+def test_a_backward_pass_that_cannot_be_compiled_runs_eagerly_under_auto(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        raise ValueError("no compiler here")
+
+    backend = aot_autograd(fw_compiler=lambda graph, inputs: make_boxed_func(graph.forward), bw_compiler=broken)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    module = nn.Linear(2, 2)
+    with functorch_config.patch(force_non_lazy_backward_lowering=False):
+        compile_modules([module], fall_back=True)
+        module(torch.ones(1, 2)).sum().backward()
+    assert module.weight.grad is not None and "no compiler here" in caplog.text
 
 
 class Outer(nn.Module):
