@@ -12,8 +12,16 @@ from benchmarks.gpu.sizes import TINY_SIDE, XXL, overrides_of
 from benchmarks.jobs.runner import CheckFailed, Found, Where
 from benchmarks.measure import gpu_lost
 from deco_scale.config import load_config
-from deco_scale.models.attention.autotune import RACED, AttentionShape, BackendChoice, choose_backend, model_shapes
-from deco_scale.models.attention.dispatch import KERNELS, kernel_missing
+from deco_scale.models.attention.autotune import (
+    RACED,
+    AttentionShape,
+    BackendChoice,
+    choose_backend,
+    model_shapes,
+    preferred,
+)
+from deco_scale.models.attention.backends import graph_break
+from deco_scale.models.attention.dispatch import KERNELS, is_hopper, kernel_missing
 
 OF_PYTORCH = ("sdpa", "cudnn", "flash_torch")
 """Attention kernels that need no other package."""
@@ -22,9 +30,9 @@ OF_PYTORCH = ("sdpa", "cudnn", "flash_torch")
 def attention(where: Where, *, sizes: Sequence[tuple[int, int]]) -> Found:
     """Every attention kernel that can run here against the formula, and its time, for (resolution, micro-batch).
 
-    Later jobs take the fastest of each shape. PyTorch's own kernels come first, a package is imported when its
-    turn comes, and each figure is on disk at once: a package may end the process. Raises :class:`CheckFailed`
-    where a kernel is wrong or raises.
+    Later jobs take the fastest of each shape that keeps a compiled block's graph whole. PyTorch's own kernels come
+    first, a package is imported when its turn comes, and each figure is on disk at once: a package may end the
+    process. Raises :class:`CheckFailed` where a kernel is wrong or raises.
     """
     device, dtype = torch.device(where.device), torch.bfloat16 if where.device == "cuda" else torch.float32
     model = load_config(XXL, overrides_of(where)).model
@@ -51,18 +59,24 @@ def attention(where: Where, *, sizes: Sequence[tuple[int, int]]) -> Found:
                     raise CheckFailed(f"{wrong[-1]}; the GPU answers no more ({lost})") from error
                 continue
             times.setdefault(shape, {}).update(choice.times_ms)
-            found = {"choices": [dataclasses.asdict(choice) for choice in _ranked(times)]}
+            found = {
+                "choices": [dataclasses.asdict(choice) for choice in _ranked(times, hopper=is_hopper(device))]
+            }
             where.write("choices", found)
-    lines = [choice.line() for choice in _ranked(times)]
+    lines = [choice.line() for choice in _ranked(times, hopper=is_hopper(device))]
     if wrong or not lines:
         raise CheckFailed("; ".join([*wrong, *lines]) or f"no attention kernel can run here: {missing}")
     return Found("; ".join(lines), {"missing": missing})
 
 
-def _ranked(times: Mapping[AttentionShape, Mapping[str, float]]) -> list[BackendChoice]:
-    """The fastest kernel of each shape so far."""
-    ranked = {shape: sorted(of.items(), key=lambda item: item[1]) for shape, of in times.items()}
-    return [BackendChoice(shape, of[0][0], tuple(of)) for shape, of in ranked.items()]
+def _ranked(times: Mapping[AttentionShape, Mapping[str, float]], *, hopper: bool) -> list[BackendChoice]:
+    """All times of each shape so far, and what a run with compiled blocks, as most jobs have, would select."""
+    choices = []
+    for shape, of in times.items():
+        whole = {name: ms for name, ms in of.items() if graph_break(name) is None} or of
+        ranked = tuple(sorted(of.items(), key=lambda item: item[1]))
+        choices.append(BackendChoice(shape, preferred(whole, hopper=hopper), ranked))
+    return choices
 
 
 def raced_attention(where: Where) -> list[BackendChoice]:

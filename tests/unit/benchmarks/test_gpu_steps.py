@@ -200,6 +200,21 @@ def test_an_attention_kernel_that_is_wrong_fails_and_is_not_chosen(
     ]
 
 
+def test_a_faster_attention_kernel_that_breaks_graphs_is_measured_and_not_chosen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
+) -> None:
+    """Compiled jobs would fail with it: they allow no graph break."""
+    later, run = race(tmp_path)
+    monkeypatch.setattr(gpu_attention, "RACED", ("te", "sdpa"))
+    monkeypatch.setattr(gpu_attention, "kernel_missing", lambda *arguments: None)
+    monkeypatch.setattr(gpu_attention, "graph_break", lambda name: "breaks" if name == "te" else None)
+    monkeypatch.setitem(gpu_attention.KERNELS, "te", gpu_attention.KERNELS["sdpa"])
+    monkeypatch.setattr(gpu_attention, "preferred", lambda times_ms, hopper: max(times_ms))  # "te", if it may be
+    run()
+    for choice in gpu_attention.raced_attention(later):
+        assert {name for name, _ in choice.times_ms} == {"te", "sdpa"} and choice.kernel == "sdpa"
+
+
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 def test_whatever_a_timed_job_compiles_is_compiled_before(device: str) -> None:
     names = ("resolution", "precision", "engine")
