@@ -69,6 +69,8 @@ def _config(where: Where, engine: str, micro_batch: int) -> RunConfig:
     settings = [
         *ENGINES[engine],
         *attention_overrides(where),
+        # Each micro-batch would be compiled anew, which takes longer than the job may.
+        "compile=false",
         f"device={where.device}",
         f"run.dir={where.out / 'run'}",
     ]

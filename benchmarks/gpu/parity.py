@@ -45,6 +45,8 @@ def small_config(where: Where, *overrides: str) -> RunConfig:
         "precision.compute=fp32",
         # The same kernel for all that are compared; the race is a job of its own.
         "attention.backend=sdpa",
+        # Compiling takes longer than these steps; the suite's first call has the compiled ones.
+        "compile=false",
         f"device={where.device}",
         f"run.dir={where.out / 'run'}",
     ]

@@ -85,8 +85,9 @@ def test_deepspeed_gets_the_loss_times_its_scale_and_divides_no_more(tp: int) ->
             self.differentiated, self.options = loss, options
 
     engine, library = object.__new__(DeepSpeedEngine), Library()
-    engine._engine = library
+    engine._engine, engine._stage = library, 0
     engine.settings = EngineSettings(
+        zero_stage=0,
         dims=ParallelDims(1, 1, tp),
         device=torch.device("cpu"),
         optimizer=OptimizerConfig(),
