@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 OUT ?= benchmarks/results
-# Three files at a time, since processes often wait, those that take minutes first; then those that measure time or kill processes at chosen moments.
+# Three files at a time, since processes often wait for each other, those that take minutes first; then those that
+# measure time or kill processes at chosen moments.
 LONGEST := $(addprefix tests/,distributed/test_tensor_parallel.py fault_injection/test_bad_input.py \
 	distributed/test_traces.py distributed/test_faults.py fault_injection/chaos/test_chaos.py \
 	distributed/test_round_trip.py fault_injection/test_epoch.py end_to_end/test_class_training.py \
