@@ -27,8 +27,9 @@ from torch.utils._pytree import tree_leaves
 from benchmarks import record
 from deco_scale.config import load_config
 from deco_scale.kernels.select import use_kernels
-from deco_scale.kernels.triton.adaln import gated_residual, norm_modulate, partial_sums
+from deco_scale.kernels.triton.adaln import gated_residual, norm_modulate
 from deco_scale.kernels.triton.operators import operator
+from deco_scale.kernels.triton.token_rows import partial_sums
 from deco_scale.models import ModelConfig
 from deco_scale.models.attention.dispatch import attention
 from deco_scale.models.layers import NORM_EPS, Block

@@ -18,7 +18,6 @@ from data_pipeline.text_embeddings import Embedder
 from deco_scale.config import load_config
 from deco_scale.distributed.bootstrap import choose_device, read_environment
 from deco_scale.errors import ConfigError
-from deco_scale.models.config import is_on
 from deco_scale.models.encoders import TextEncoder, text_identity
 
 
@@ -47,7 +46,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     device = choose_device("auto", env.local_rank)
     encoder = TextEncoder.load(settings, device)
     batch = args.batch or cfg.stages[0].micro_batch
-    if is_on(settings.compile, device.type):
+    if settings.compiles(device.type):
         encoder.model.compile([batch])
     identity = text_embedding_identity(cfg.data, text_identity(settings, encoder.width))
 

@@ -12,19 +12,14 @@ from rich.table import Table
 from data_pipeline.console import positive, positive_int, print_line
 from data_pipeline.text import shape_text
 from deco_scale.cli import simulate
+from deco_scale.cli.workload import workload
 from deco_scale.config import RunConfig, load_config
 from deco_scale.errors import ConfigError
-from deco_scale.models.config import is_on
 from deco_scale.models.tp_plan import check_tp
-from deco_scale.parallel.engines.deepspeed_config import ZERO3_PERSISTENT
 from deco_scale.parallel.mesh import ParallelDims, resolve_parallel_dims
 from deco_scale.planning.calibration import Measured, predict, read_gemm_corrections, read_results
 from deco_scale.planning.comms import seconds_of, step_traffic
 from deco_scale.planning.flops import (
-    DINOV2_B,
-    IMAGE_ENCODER_DIM,
-    KNOWN_TEXT_ENCODERS,
-    Encoder,
     TrainStep,
     Workload,
 )
@@ -38,7 +33,7 @@ from deco_scale.planning.forecast import (
     recommend,
     smallest_batches,
 )
-from deco_scale.planning.hardware import COPY_SHARE, ENCODER_SHARE, GPUS, MARGIN, Device, gpu_device
+from deco_scale.planning.hardware import COPY_SHARE, GPUS, MARGIN, Device, gpu_device
 from deco_scale.planning.host import COMPILED_SHARE, SERVER_SPEED, read_host_times
 from deco_scale.planning.layouts import enumerate_layouts
 from deco_scale.planning.memory import RESERVE_BYTES, layout_rows, state_copies
@@ -214,49 +209,6 @@ def _device(cfg: RunConfig, args: argparse.Namespace, measured: list[Measured]) 
     )
     shapes = f"measured: {source}" if source else "estimated from tiles, waves and K; planning/gemm.py"
     return dataclasses.replace(device, figures=(*device.figures, f"GEMM rates by shape ({shapes})"))
-
-
-def workload(cfg: RunConfig) -> tuple[Workload, list[str]]:
-    """What the configuration computes, and notes on what the plan leaves out."""
-    notes: list[str] = []
-    encoders: list[Encoder] = []
-    is_encoded = cfg.data.has_text_embeddings
-    if cfg.text_encoder is not None and (not is_encoded or cfg.samples.every):
-        name, tokens = Path(cfg.text_encoder.path).name, cfg.text_encoder.max_tokens
-        if name in KNOWN_TEXT_ENCODERS:
-            # ``auto`` leaves one uncompiled whose batches vary in size.
-            compiled = is_on(cfg.text_encoder.compile, "cuda") and (
-                cfg.text_encoder.compile is True or not cfg.text_encoder.cache_captions
-            )
-            known = KNOWN_TEXT_ENCODERS[name]
-            encoders.append(Encoder(name, *known, tokens=tokens, runs=not is_encoded, compiled=compiled))
-        else:
-            names = ", ".join(KNOWN_TEXT_ENCODERS)
-            notes.append(f"text encoder {name!r} is unknown (known: {names}): it is left out")
-    repa = cfg.objective.repa_weight > 0
-    if repa:
-        compiled = cfg.image_encoder is None or is_on(cfg.image_encoder.compile, "cuda")
-        encoders.append(dataclasses.replace(DINOV2_B, compiled=compiled))
-    zero = cfg.parallel.deepspeed.get("zero_optimization", {})
-    work = Workload(
-        model=cfg.model,
-        compute=cfg.precision.compute,
-        repa_dim=IMAGE_ENCODER_DIM if repa else 0,
-        fused=cfg.kernels != "torch",
-        compile=cfg.compile is not False,
-        encoders=tuple(encoders),
-        persistent=int(zero.get("stage3_param_persistence_threshold", ZERO3_PERSISTENT)),
-        reduce_bucket=int(zero.get("reduce_bucket_size", 500_000_000)),
-        prefetch_bucket=int(zero.get("stage3_prefetch_bucket_size", 50_000_000)),
-    )
-    running = [encoder.name for encoder in encoders if encoder.runs]
-    if running:
-        notes.append(
-            f"encoders in the step: {', '.join(running)}, linears only, at {ENCODER_SHARE[False]:.0%} of the "
-            f"datasheet's rate, {ENCODER_SHARE[True]:.0%} compiled (assumed); running ahead they share the GPU "
-            "with the step and are counted in full"
-        )
-    return work, notes
 
 
 def _row(plan: Plan, device: Device, price: float | None) -> list[str]:

@@ -108,6 +108,10 @@ class TextEncoderConfig:
         if self.max_tokens < 1 or self.cache_captions < 0:
             raise ValueError("max_tokens must be positive and cache_captions not negative")
 
+    def compiles(self, device_type: str) -> bool:
+        """Whether layers are compiled on a device of ``device_type``; not by itself where batches vary in size."""
+        return self.compile is True or (is_on(self.compile, device_type) and not self.cache_captions)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImageEncoderConfig:

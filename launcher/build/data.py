@@ -36,8 +36,7 @@ def load_encoders(
     settings = cfg.text_encoder
     if settings is not None and cfg.model.kind == "t2i_deco" and need_text:
         text = load_text_encoder(settings, cfg.model.text_dim, device)
-        varies = settings.compile == "auto" and settings.cache_captions > 0
-        if is_on(settings.compile, device.type) and not varies and not cfg.data.has_text_embeddings:
+        if settings.compiles(device.type) and not cfg.data.has_text_embeddings:
             text.model.compile(batches)
     if cfg.image_encoder is not None and cfg.objective.repa_weight > 0:
         image = ImageEncoder.load(cfg.image_encoder, device)

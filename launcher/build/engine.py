@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import torch
 
-from deco_scale.cli.plan import workload
+from deco_scale.cli.workload import workload
 from deco_scale.config import RunConfig
 from deco_scale.distributed.collectives import run_on_rank_zero
 from deco_scale.kernels.select import choose_kernels

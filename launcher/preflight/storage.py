@@ -21,7 +21,7 @@ from data_pipeline.storage.base import open_store
 from data_pipeline.storage.files import write_durably
 from data_pipeline.stream.loader import access_of
 from deco_scale.checkpoint.storage import LocalStorage
-from deco_scale.cli.plan import workload
+from deco_scale.cli.workload import workload
 from deco_scale.config import RunConfig
 from deco_scale.distributed.collectives import broadcast_object, gather_objects
 from deco_scale.parallel.config import ParallelConfig

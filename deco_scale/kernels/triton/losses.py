@@ -20,8 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deco_scale.kernels.triton.adaln import check_dtypes, load_fp32
 from deco_scale.kernels.triton.operators import operator
+from deco_scale.kernels.triton.token_rows import check_dtypes, load_fp32
 
 SIDE = 8
 BLOCKS = 16

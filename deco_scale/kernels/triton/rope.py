@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deco_scale.kernels.triton.adaln import MAX_ROW, check_dtypes, empty_tokens, load_fp32, round_norm, rows
 from deco_scale.kernels.triton.operators import operator
+from deco_scale.kernels.triton.token_rows import MAX_ROW, check_dtypes, empty_tokens, load_fp32, round_norm, rows
 
 FORWARD_TOKENS = 4
 BACKWARD_TOKENS = 16
