@@ -62,25 +62,36 @@ class _Eager:
     failed = False
 
     def unless_failed(self, compiled: Callable[..., Any], eager: Callable[..., Any]) -> Callable[..., Any]:
-        from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+        errors = compile_errors()
 
         @functools.wraps(eager)
         def call(*args: Any) -> Any:
             if not self.failed:
                 try:
                     return compiled(*args)
-                except (TorchDynamoException, FailOnRecompileLimitHit) as error:
+                except errors as error:
                     self.failed = True
-                    reason = " ".join(str(error).split("\n\n")[0].split())
                     logger.warning(
-                        "compile=auto: blocks cannot be compiled here and run eagerly (%s: %s); compile=true "
-                        "shows the whole error, compile=false avoids the attempt",
-                        type(error).__name__,
-                        reason[:300],
+                        "compile=auto: blocks cannot be compiled here and run eagerly (%s); compile=true shows "
+                        "the whole error, compile=false avoids the attempt",
+                        short_reason(error),
                     )
             return eager(*args)
 
         return call
+
+
+def compile_errors() -> tuple[type[Exception], ...]:
+    """What a call of a compiled function raises where it cannot be compiled."""
+    from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+
+    return TorchDynamoException, FailOnRecompileLimitHit
+
+
+def short_reason(error: Exception) -> str:
+    """One of :func:`compile_errors` in a line, without the compiler's advice for debugging itself."""
+    first, _, _ = str(error).partition("\n\n")
+    return f"{type(error).__name__}: {' '.join(first.split())[:300]}"
 
 
 def drop_graphs() -> None:

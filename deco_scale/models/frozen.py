@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from deco_scale.errors import ConfigError
-from deco_scale.models.compile import limit_recompiles
+from deco_scale.models.compile import STATIC_GRAPHS, compile_errors, limit_recompiles, short_reason
 from deco_scale.models.config import EncoderPrecision
 
 logger = logging.getLogger(__name__)
@@ -19,8 +19,6 @@ logger = logging.getLogger(__name__)
 _FP8_CAPABILITY = (8, 9)
 _FP8_MULTIPLE = 16
 """Features that an FP8 matrix product takes: multiples of this."""
-_REASON_CHARS = 400
-"""Of a compiler's message; what follows is advice for debugging it."""
 
 
 class FrozenModel:
@@ -44,7 +42,7 @@ class FrozenModel:
         """
         limit_recompiles()
         for layer in self._layers():
-            layer.compile(fullgraph=True, dynamic=False, backend=backend)
+            layer.compile(**STATIC_GRAPHS, backend=backend)
         self._compiled_for, self._has_compiled_layers = frozenset(batch_sizes), True
 
     @torch.no_grad()
@@ -53,13 +51,10 @@ class FrozenModel:
         if not self._has_compiled_layers:
             return self._forward(inputs)
         if batch_size in self._compiled_for:
-            from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
-
             try:
                 return self._forward(inputs)
-            except (TorchDynamoException, FailOnRecompileLimitHit) as error:
-                reason = " ".join(f"{type(error).__name__}: {error}".split())[:_REASON_CHARS]
-                logger.warning("fallback: %s runs uncompiled from here on (%s)", self._name, reason)
+            except compile_errors() as error:
+                logger.warning("fallback: %s runs uncompiled from here on (%s)", self._name, short_reason(error))
                 self._compiled_for = frozenset()
         with torch.compiler.set_stance("force_eager"):
             return self._forward(inputs)
