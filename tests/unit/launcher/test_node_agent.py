@@ -64,7 +64,7 @@ def test_signals_reach_every_process_and_the_probe_sees_one_that_is_stopped(tmp_
         "import os, signal, sys, time\n"
         f"signal.signal(signal.SIGTERM, lambda *_: sys.exit({REQUEUE}))\n"
         f"open('{tmp_path}/up' + os.environ['RANK'], 'w').close()\n"
-        "time.sleep(60)\n"
+        "while True: time.sleep(0.05)\n"
     )
     pids = tmp_path / "pids"
     words = ["-m", "launcher.schedulers.node_agent", "--nodes", "1", "--processes", "2", "--entry", str(tmp_path)]
