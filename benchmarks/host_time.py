@@ -4,10 +4,13 @@
 
 The XXL recipe's module tree (16 + 4 blocks, decoder, REPA head) at width 64 and 32 px, micro-batch 1, one thread,
 eager and fp32 (a CPU's small bf16 products take longer than their dispatch): hooks, wrappers and dispatch are most
-of the time, as they are on a GPU with few images. Times are CPU time of the thread that dispatches, which a busy
-machine hardly changes. Each engine has processes of its own, because ZeRO-3 replaces ``F.linear`` for its process;
-they take turns, round by round. ``--against`` measures the engines of another checkout beside (``git worktree add
-PATH COMMIT``). ``benchmarks/gpu/host_time.py`` measures the XXL itself on a GPU.
+of the time, as they are on a GPU with few images. Times are the dispatching thread's CPU time, in ms and in small
+additions (``x + y`` of four values) timed beside every step: those change less with the core and with what else it
+does. With ``--world N`` an engine shards over N ranks of which one exists: PyTorch's fake process group returns
+from collectives at once, since processes on both threads of a core would each take twice as long. Values are then
+meaningless. Each engine has a process of its own, because ZeRO-3 replaces ``F.linear`` for its process; they take
+turns, round by round. ``--against`` measures the engines of another checkout beside (``git worktree add PATH
+COMMIT``). ``benchmarks/gpu/host_time.py`` measures the XXL itself on a GPU.
 
 A printed table and a JSON file. Exit codes: 0 done, 1 a process failed, 2 usage.
 """
@@ -33,14 +36,20 @@ SMALL = [
 ]  # fmt: skip
 SHARDED = "parallel.deepspeed={zero_optimization: {stage3_param_persistence_threshold: 400}}"
 """ZeRO-3 shards all but biases and norms, as it does at the XXL's width."""
-FIGURES = ("micro_batch_ms", "update_ms")
+FIGURES = {
+    "micro_batch_ms": "micro-batch, ms",
+    "update_ms": "update, ms",
+    "micro_batch_additions": "micro-batch, additions",
+    "update_additions": "update, additions",
+}
+"""By name in the result file: what is measured, and its column."""
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes of the configuration")
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
-    parser.add_argument("--world", type=int, default=1, help="processes of each engine; plain always has one")
+    parser.add_argument("--world", type=int, default=1, help="ranks that fsdp and ZeRO-3 shard over")
     parser.add_argument("--accumulation", type=int, default=1, help="micro-batches of a step")
     parser.add_argument("--rounds", type=int, default=8, help="how often the engines take turns")
     parser.add_argument("--steps", type=int, default=5, help="steps of a turn")
@@ -77,7 +86,7 @@ class HostTimed:
 
 
 class Subject:
-    """The processes of one engine of one checkout."""
+    """The process of one engine of one checkout."""
 
     def __init__(self, engine: str, tree: Path, args: argparse.Namespace, folder: Path) -> None:
         world = 1 if engine == "plain" else args.world
@@ -85,48 +94,43 @@ class Subject:
         folder.mkdir()
         # Started as a file, so that the packages are those of ``tree``.
         command = [sys.executable, __file__, *options, "--serve", engine, "--out", str(folder)]
-        environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world)}
-        environment["PYTHONWARNINGS"] = "ignore"
-        self._ranks = [
-            subprocess.Popen(
-                command,
-                env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(world)
-        ]
+        environment = os.environ | {
+            "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore",
+            "WORLD_SIZE": str(world), "RANK": "0", "LOCAL_RANK": "0",
+        }  # fmt: skip
+        self._process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
 
     def answer(self) -> dict[str, Any]:
-        """What the first rank found; ends this program where a rank has failed."""
-        lines = [rank.stdout.readline() for rank in self._ranks if rank.stdout is not None]
-        if not all(lines):
+        """What the process found; ends this program where it has failed."""
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
             self.close()
             raise SystemExit(1)
-        return json.loads(lines[0])  # type: ignore[no-any-return]
+        return json.loads(line)  # type: ignore[no-any-return]
 
     def turn(self) -> dict[str, Any]:
-        for rank in self._ranks:
-            assert rank.stdin is not None
-            rank.stdin.write("\n")
-            rank.stdin.flush()
+        assert self._process.stdin is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
         return self.answer()
 
     def close(self) -> None:
-        for rank in self._ranks:
-            assert rank.stdin is not None
-            rank.stdin.close()
-            rank.wait()
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
 
 
 def serve(args: argparse.Namespace) -> None:
-    """One rank: steps for every line that comes in, seconds of each out."""
+    """The first rank: steps for every line that comes in, seconds of each out."""
     # Libraries print: the answers have the real standard output to themselves.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     import torch
     import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
 
     # All of the tree that is measured.
     from benchmarks.gpu.host_time import ENGINES as SETTINGS
@@ -137,9 +141,9 @@ def serve(args: argparse.Namespace) -> None:
 
     torch.set_num_threads(1)
     env = read_environment(os.environ)
-    # A store in a file needs no port.
-    store = dist.FileStore(str(args.out / "store"), env.world_size)
-    dist.init_process_group("gloo", store=store, rank=env.rank, world_size=env.world_size)
+    # What was never gathered may be denormal, which a CPU computes slowly.
+    torch.set_flush_denormal(True)
+    dist.init_process_group("fake", store=FakeStore(), rank=env.rank, world_size=env.world_size)
     settings = [
         *SMALL,
         *([SHARDED] if args.serve == "zero3" else []),
@@ -155,20 +159,31 @@ def serve(args: argparse.Namespace) -> None:
     batch, _ = run.next_batch()
     for _ in range(3):
         run.step(batch)
+    values = torch.ones(4)
+
+    def addition_s(count: int = 2000) -> float:
+        began = time.thread_time()
+        for _ in range(count):
+            values + values
+        return (time.thread_time() - began) / count
+
     print(json.dumps({}), file=answers, flush=True)
     for _ in sys.stdin:
         found: dict[str, list[float]] = {name: [] for name in FIGURES}
         for _ in range(args.steps):
             timed.forward_backward_s = timed.update_s = 0.0
             run.step(batch)
-            found["micro_batch_ms"].append(1e3 * timed.forward_backward_s / args.accumulation)
-            found["update_ms"].append(1e3 * timed.update_s)
+            unit_s = addition_s()
+            micro_batch_s = timed.forward_backward_s / args.accumulation
+            for name, seconds in (("micro_batch", micro_batch_s), ("update", timed.update_s)):
+                found[f"{name}_ms"].append(1e3 * seconds)
+                found[f"{name}_additions"].append(seconds / unit_s)
         print(json.dumps(found), file=answers, flush=True)
     run.close()
 
 
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, dict[str, float]]:
-    """Median milliseconds of each engine of each checkout."""
+    """Medians of the :data:`FIGURES` of each engine of each checkout."""
     trees = {"": ROOT} | ({"before: ": args.against.resolve()} if args.against else {})
     subjects: dict[str, Subject] = {}
     try:
@@ -205,9 +220,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         medians = measure(args, Path(folder))
     console = Console()
     title = f"world size {args.world}, accumulation {args.accumulation}, {args.rounds * args.steps} steps"
-    table = Table("engine", "micro-batch, ms", "update, ms", title=title)
+    table = Table("engine", *FIGURES.values(), title=title)
     for name, figures in medians.items():
-        table.add_row(name, *(f"{figures[key]:.1f}" for key in FIGURES))
+        table.add_row(
+            name, *(f"{figures[key]:,.0f}" if figures[key] > 1000 else f"{figures[key]:.1f}" for key in FIGURES)
+        )
     console.print(table)
     result = {
         **record.origin(),

@@ -34,7 +34,7 @@ from deco_scale.planning.forecast import (
     smallest_batches,
 )
 from deco_scale.planning.hardware import COPY_SHARE, GPUS, MARGIN, Device, gpu_device
-from deco_scale.planning.host import COMPILED_SHARE, SERVER_SPEED, read_host_times
+from deco_scale.planning.host import ADDITION_S, COMPILED_SHARE, read_host_times
 from deco_scale.planning.layouts import enumerate_layouts
 from deco_scale.planning.memory import RESERVE_BYTES, layout_rows, state_copies
 from deco_scale.planning.uncertainty import (
@@ -339,6 +339,9 @@ def _print_host(
         )
     larger = smallest_batches(work, plan, device)
     if larger is not None:
+        share = max(
+            f.host_share for f in plan_as_configured(work, larger, plan.parallel, device, gpus=plan.gpus).stages
+        )
         settings = " ".join(
             f"stages.{s.name}.global_batch={s.global_batch} stages.{s.name}.micro_batch={s.micro_batch}"
             for s, f in zip(larger, plan.stages, strict=True)
@@ -346,8 +349,9 @@ def _print_host(
         )
         print_line(
             console,
-            f"  or train with larger global batches on {plan.gpus} GPUs, and fewer steps: {settings}; the "
-            "learning rate has to follow, by lr_scaling and a warmup (docs/training.md)",
+            f"  or train with larger global batches on {plan.gpus} GPUs, {_layout_name(plan)}, and fewer steps: "
+            f"{settings}; host time is then at most {share:.0%} of a step; the learning rate has to follow, by "
+            "lr_scaling and a warmup (docs/training.md)",
         )
 
 
@@ -387,8 +391,8 @@ def _print_assumptions(device: Device, notes: Sequence[str], console: Console) -
     print_line(console, "assumptions:")
     for line in (
         *device.figures,
-        f"host time of a micro-batch and an update, ms: {_host_text(device)} ({device.host.source}); a server's "
-        f"core {SERVER_SPEED:g} times as fast, compiled blocks {COMPILED_SHARE:.0%} of the eager ones' (assumed)",
+        f"host time of a micro-batch and an update, ms: {_host_text(device)} ({device.host.source}); a small "
+        f"addition in {1e6 * ADDITION_S:g} us, compiled blocks {COMPILED_SHARE:.0%} of the eager ones' (assumed)",
         f"latency of a collective {1e6 * device.latency.call_s:.1f} us, {1e6 * device.latency.link_s:.1f} us for "
         f"each step of a ring in a node, {1e6 * device.latency.network_s:.0f} us between nodes (NCCL's own model)",
         f"reserve {RESERVE_BYTES[device.kind] / GIB:.1f} GiB for CUDA and NCCL (assumed); "

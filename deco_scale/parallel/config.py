@@ -8,6 +8,9 @@ from deco_scale.models.config import ActivationCheckpointing
 EngineName = Literal["fsdp", "deepspeed"]
 ZeroStage = Literal[0, 1, 2, 3]
 ReduceDtype = Literal["fp32", "bf16"]
+BLOCKS_GATHERED = 4
+"""Transformer blocks whose weights fsdp gathers together, and whose gradients it reduces together, where weights
+stay gathered after forward: each gather and reduction takes host time. Elsewhere each block is a unit."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

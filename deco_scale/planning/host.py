@@ -2,8 +2,8 @@
 
 A GPU is busy only while the host launches faster than it computes. What the host needs hardly depends on the size
 of a micro-batch, so it is the limit where a GPU has few images. ``python -m benchmarks.host_time`` measures it on
-a CPU for the XXL model's modules at a small width; the newest result file of two processes, which shard as many
-do, replaces the figures here (``--world 2``).
+a CPU for the XXL model's modules at a small width; the newest result file of two ranks, which shard as many do,
+replaces the figures here (``--world 2``).
 """
 
 import json
@@ -18,8 +18,8 @@ from deco_scale.parallel.config import ParallelConfig
 HostEngine = Literal["plain", "fsdp", "zero3"]
 MEASURED_BLOCKS = 20
 """Blocks of the XXL model, which the benchmark measures."""
-SERVER_SPEED = 2.0
-"""Assumed: a core of a GPU server against the one that measured."""
+ADDITION_S = 1e-6
+"""Assumed: a small addition by PyTorch on a core of a GPU server, the unit of what is measured."""
 COMPILED_SHARE = 0.5
 """Assumed: host time of compiled blocks over eager ones; few calls remain, but every kernel is still launched."""
 RECOMPUTE_SHARE = {"none": 0.0, "selective": 1 / 3, "full": 1 / 3}
@@ -41,7 +41,7 @@ class HostTime(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class HostTimes:
-    """Measured times of each engine on one rank: eager, one thread, :data:`MEASURED_BLOCKS` blocks."""
+    """Times of each engine on a GPU server's core: one rank, eager, one thread, :data:`MEASURED_BLOCKS` blocks."""
 
     engines: Mapping[HostEngine, HostTime]
     source: str
@@ -61,16 +61,15 @@ class HostTimes:
         module = plain * (1 + RECOMPUTE_SHARE[parallel.activation_checkpointing])
         module *= (COMPILED_SHARE if compiled else 1.0) * (1 + TP_SHARE * (parallel.tp > 1))
         added = share * max(own.micro_batch_s - plain, 0.0)
-        scale = blocks / MEASURED_BLOCKS / SERVER_SPEED
+        scale = blocks / MEASURED_BLOCKS
         return HostTime((module + added) * scale + encoder_operations * OPERATION_S, own.update_s * scale)
 
 
 HOST_TIMES = HostTimes(
-    {"plain": HostTime(0.040, 0.003), "fsdp": HostTime(0.052, 0.006), "zero3": HostTime(0.115, 0.030)},
-    "one process on one thread of a CPU, XXL modules at width 64 and 32 px; update and plain module assumed; one "
-    "process shards nothing: python -m benchmarks.host_time --world 2 measures sharding",
+    {"plain": HostTime(0.023, 0.008), "fsdp": HostTime(0.040, 0.005), "zero3": HostTime(0.058, 0.014)},
+    "python -m benchmarks.host_time --world 2 on 2 CPU cores, 2026-11-29",
 )
-"""Before any result file: what fsdp and ZeRO-3 took when they were first measured."""
+"""Where there is no result file."""
 
 
 def read_host_times(folder: Path) -> HostTimes:
@@ -84,9 +83,13 @@ def read_host_times(folder: Path) -> HostTimes:
     try:
         medians = json.loads(files[-1].read_text(encoding="utf-8"))["medians"]
         engines: dict[HostEngine, HostTime] = {
-            engine: HostTime(medians[engine]["micro_batch_ms"] / 1e3, medians[engine]["update_ms"] / 1e3)
+            engine: HostTime(
+                *(ADDITION_S * medians[engine][f"{name}_additions"] for name in ("micro_batch", "update"))
+            )
             for engine in HOST_TIMES.engines
         }
     except (OSError, KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"result file {files[-1]}: not what benchmarks.host_time writes: {error!r}") from error
+        raise ConfigError(
+            f"result file {files[-1]}: not what benchmarks.host_time writes ({error!r}); measure again"
+        ) from error
     return HostTimes(engines, f"measured: {files[-1].name}")

@@ -21,7 +21,7 @@ from deco_scale.kernels.pixel_decoder import CHUNK_PIXELS
 from deco_scale.models import Denoiser, ModelConfig
 from deco_scale.models.config import ActivationCheckpointing
 from deco_scale.models.tp_plan import Split, check_tp, split_dim, split_of
-from deco_scale.parallel.config import ParallelConfig
+from deco_scale.parallel.config import BLOCKS_GATHERED, ParallelConfig
 from deco_scale.parallel.mesh import ParallelDims
 from deco_scale.planning.flops import TrainStep, Workload
 
@@ -79,12 +79,18 @@ def layout_rows(cfg: ModelConfig, dims: ParallelDims) -> tuple[Row, ...]:
 
 
 class RankElements(NamedTuple):
-    """Elements of the denoiser on one rank: its tp shard, that shard divided over dp, and units of it."""
+    """Elements of the denoiser on one rank: its tp shard, that shard divided over dp, and units of it.
+
+    ``largest_gathered`` and ``gathered_units`` are those of fsdp where weights stay gathered.
+    """
 
     full: int
     sharded: int
     root: int
     largest_unit: int
+    num_units: int
+    largest_gathered: int
+    gathered_units: int
     largest_weight: int
     of_linears: int
     persistent: int
@@ -98,11 +104,18 @@ def rank_elements(model: ModelConfig, dims: ParallelDims, persistent: int) -> Ra
     sizes = [row.tp_numel for row in rows]
     for row, size in zip(rows, sizes, strict=True):
         units[row.unit] += size
+    root, gathered = units.pop("", 0), Counter[str]()
+    for unit, size in units.items():
+        kind, _, number = unit.rpartition(".")
+        gathered[f"{kind}.{int(number) // BLOCKS_GATHERED}" if kind else unit] += size
     return RankElements(
         full=sum(sizes),
         sharded=sum(row.local_bytes // FP32 for row in rows),
-        root=units.pop("", 0),
+        root=root,
         largest_unit=max(units.values()),
+        num_units=len(units),
+        largest_gathered=max(gathered.values()),
+        gathered_units=len(gathered),
         largest_weight=max(sizes),
         of_linears=sum(size for row, size in zip(rows, sizes, strict=True) if row.of_linear),
         persistent=sum(size for size in sizes if size <= persistent),
@@ -163,7 +176,7 @@ def working_bytes(step: TrainStep) -> float:
     if step.parallel.engine == "fsdp":
         units = elements.full - elements.root if step.keeps_weights else 2 * elements.largest_unit
         gathered = a * (elements.root + work.repa_parameters + units)
-        reduced = (a + FP32) * elements.largest_unit
+        reduced = (a + FP32) * (elements.largest_gathered if step.keeps_weights else elements.largest_unit)
         return gathered + reduced + FP32 * (elements.full + work.repa_parameters) * (step.accumulation > 1)
     if stage == 3:
         buckets = work.reduce_bucket * (a + FP32 if mixed else FP32)
@@ -214,9 +227,9 @@ def block_saved(
     return tokens * model.dim * (own / tp + modulated + split / tp)
 
 
-CHUNK_FIXED, CHUNK_BLOCK = 4.2, 9.06
-"""Values for each pixel and unit of width that a chunk of the torch decoder holds in backward: fixed, and a block;
-counted by autograd."""
+CHUNK_NARROW, CHUNK_WIDE = (3, 10), (4, 2)
+"""Values for each pixel and unit of width that a chunk of the torch decoder holds in backward, in the compute type
+and in fp32: fixed, and for each block."""
 
 
 def activation_bytes(step: TrainStep, *, kind: str) -> dict[str, float]:
@@ -238,18 +251,21 @@ def activation_bytes(step: TrainStep, *, kind: str) -> dict[str, float]:
     decoder = 2 * a * tokens * model.dim
     if model.decoder_width:
         decoder += values * FP32 * cast + a * area * model.decoder_width
+    # The torch decoder's weights as its products take them.
+    taken = 5 * model.decoder_blocks * model.decoder_width**2 + model.patch_size**2 * model.decoder_width
     # Gradients of gate, up and their product; with recomputation a block's activations as well.
     moment = 3.0 * a * tokens * model.mlp_hidden_dim / tp
     if step.recomputes:
         moment += block_saved(work, tokens=tokens, context=text, tp=tp)
     # Backward through one chunk of the torch decoder; the fused one holds none.
     pixels = 0.0 if work.fused else min(CHUNK_PIXELS[kind], images * area / tp)
-    chunk = pixels * model.decoder_width * a * (CHUNK_FIXED + CHUNK_BLOCK * model.decoder_blocks)
+    narrow, wide = (fixed + block * model.decoder_blocks for fixed, block in (CHUNK_NARROW, CHUNK_WIDE))
+    chunk = pixels * model.decoder_width * (a * narrow + FP32 * wide)
     return {
         "activations of blocks": images * blocks,
         "inputs": images * inputs,
         "losses": images * (losses / tp),
-        "decoder": images * (decoder / tp),
+        "decoder": images * (decoder / tp) + (0 if work.fused else a * taken),
         "held for a moment": max(images * moment, chunk),
     }
 

@@ -85,7 +85,7 @@ def decoder_moved(work: Workload, *, resolution: int, tp: int) -> tuple[float, f
     if work.fused:
         values = pixels * FP32 * model.channels
         return values + wide + values, 2 * wide + 2 * values
-    return wide * (11 + 19 * model.decoder_blocks), wide * (26.5 + 73.2 * model.decoder_blocks)
+    return wide * (11 + 22.5 * model.decoder_blocks), wide * (22 + 72.3 * model.decoder_blocks)
 
 
 RECOMPUTED = ("linears", "attention", "modulation")
@@ -202,10 +202,11 @@ def step_by_part(step: TrainStep, device: Device) -> dict[str, float]:
             hidden += seconds
         else:
             exposed += seconds
-    blocks = work.model.num_blocks + work.model.num_text_blocks
-    parts["communication"] = exposed + max(hidden - sum(parts.values()), hidden / (blocks + 1))
-    # Norm, clipping, AdamW and average over what a rank updates.
     elements = rank_elements(work.model, dims, work.persistent)
+    gathers_more = step.parallel.engine == "fsdp" and step.keeps_weights
+    units = elements.gathered_units if gathers_more else elements.num_units
+    parts["communication"] = exposed + max(hidden - sum(parts.values()), hidden / units)
+    # Norm, clipping, AdamW and average over what a rank updates.
     updated = elements.sharded + work.repa_parameters / dims.dp_shard
     if step.parallel.engine == "deepspeed" and step.parallel.zero_stage == 0:
         updated = elements.full + work.repa_parameters

@@ -101,7 +101,6 @@ def _stand_ins(patch: pytest.MonkeyPatch, device: str) -> None:
     - generators of random numbers: one of the CPU, since nothing is drawn;
     - the current stream: records nothing.
     """
-    from deco_scale.kernels import pixel_decoder
     from deco_scale.kernels.triton import pixel_decoder as triton_pixel_decoder
 
     patch.setattr(torch, "autocast", _autocast_by_hand)
@@ -113,7 +112,6 @@ def _stand_ins(patch: pytest.MonkeyPatch, device: str) -> None:
         narrow = torch.bfloat16
         patch.setattr(torch, "is_autocast_enabled", lambda t: _autocast_on_meta() if t == "meta" else enabled(t))
         patch.setattr(torch, "get_autocast_dtype", lambda t: narrow if t == "meta" else dtype(t))
-        patch.setattr(pixel_decoder, "checkpoint", _checkpoint)
         # Compiled kernels refuse devices but CUDA; on meta none is launched.
         patch.setattr(triton_pixel_decoder, "forward_kernel", None)
 
@@ -223,10 +221,3 @@ class _MetaAutocast(TorchFunctionMode):
 
 def _autocast_on_meta() -> bool:
     return bool(_MetaAutocast.active) and _MetaAutocast.active[-1]
-
-
-def _checkpoint(*args: Any, **kwargs: Any) -> Any:
-    """Computes again under the autocast of the first time, as PyTorch sees to for devices that have one."""
-    enabled = _autocast_on_meta()
-    contexts = lambda: (contextlib.nullcontext(), _MetaAutocast(enabled))  # noqa: E731
-    return torch.utils.checkpoint.checkpoint(*args, context_fn=contexts, **kwargs)

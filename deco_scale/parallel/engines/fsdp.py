@@ -12,17 +12,19 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Placement, Shard
 
 from deco_scale.distributed.replica_check import Replicas
+from deco_scale.models import Denoiser
 from deco_scale.models.stored_names import stored_names
 from deco_scale.models.tp_plan import split_dim
 from deco_scale.objectives import Objective
 from deco_scale.objectives.objective import ObjectiveInputs
 from deco_scale.optim.adamw_ema import MOMENTS, AdamWWithEMA, nan_if_nonfinite
+from deco_scale.parallel.config import BLOCKS_GATHERED
 from deco_scale.parallel.engines.base import EMA_PREFIX, Engine, EngineSettings, Update
 from deco_scale.parallel.init_weights import initial_tensors
 from deco_scale.parallel.parallelize import parallelize
@@ -31,20 +33,35 @@ from deco_scale.precision import fp8
 from deco_scale.precision.config import autocast
 
 
+def shard_units(denoiser: Denoiser, *, reshard_after_forward: bool) -> list[list[nn.Module]]:
+    """What is gathered together: a transformer block or the decoder, or :data:`BLOCKS_GATHERED` blocks.
+
+    Weights that stay gathered take no more memory in larger units, which cost the host less.
+    """
+    size = 1 if reshard_after_forward else BLOCKS_GATHERED
+    units = [
+        list(blocks[first : first + size])
+        for blocks in (denoiser.text_blocks, denoiser.blocks)
+        for first in range(0, len(blocks), size)
+    ]
+    return units if denoiser.decoder is None else [*units, [denoiser.decoder]]
+
+
 def shard(objective: Objective, *, mesh: DeviceMesh, settings: EngineSettings) -> None:
-    """Apply FSDP2 to each unit of the denoiser, then to the rest."""
+    """Apply FSDP2 to each of :func:`shard_units`, then to the rest."""
     # Weights are gathered in bf16; autocast chooses the compute dtypes.
     policy = MixedPrecisionPolicy(
         param_dtype=None if settings.precision.compute == "fp32" else torch.bfloat16,
         reduce_dtype=torch.bfloat16 if settings.reduce_dtype == "bf16" else torch.float32,
         cast_forward_inputs=False,
     )
-    for unit in objective.denoiser.units:
+    units = shard_units(objective.denoiser, reshard_after_forward=settings.reshard_after_forward)
+    for unit in units:
         fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=settings.reshard_after_forward)
     fully_shard(objective, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     # The next unit's weights arrive while this one is dispatched; in backward FSDP does so by itself.
-    for current, following in pairwise(cast(Sequence[FSDPModule], objective.denoiser.units)):
-        current.set_modules_to_forward_prefetch([following])
+    for current, following in pairwise(units):
+        cast(FSDPModule, current[0]).set_modules_to_forward_prefetch([cast(FSDPModule, following[0])])
     register_fsdp_forward_method(objective, "predict")
 
 
@@ -213,5 +230,5 @@ class FsdpEngine(Engine):
 
 def _local(tensor: Tensor) -> Tensor:
     """This rank's part, sharing storage."""
-    tensor = tensor.detach()
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    # In this order: a DTensor's own detach() goes through its dispatcher.
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()

@@ -69,8 +69,8 @@ def test_the_table_has_both_engines_the_cost_and_the_recommendation(
         pytest.param(1, 96, True, None, marks=pytest.mark.slow),
         (8, 96, True, None),
         pytest.param(64, 24, True, None, marks=pytest.mark.slow),
-        (512, 3, True, 6144),
-        (512, 3, False, 12288),
+        (512, 3, True, 12288),
+        (512, 3, False, 24576),
     ],
 )
 def test_the_plan_says_whether_the_host_keeps_up(

@@ -54,11 +54,9 @@ WIDENED = {
     "training/inputs.py:InputBuilder._embeddings",
     "kernels/norm.py:_accurate",
     "objectives/repa.py:repa_loss",
-    "kernels/pixel_decoder.py:_render_in_chunks.<locals>.render",
     "objectives/objective.py:Objective._pixel_losses",
 }
-"""Where a tensor of 16 bits is written anew in 32, forward: norms, rotary position, losses, and the layer norms
-of the pixel decoder."""
+"""Where a tensor of 16 bits is written anew in 32, forward: norms, rotary position and losses."""
 RMS_NORM = "kernels/norm.py:rms_norm"
 IN_FP32 = (
     "models/embeddings.py",
@@ -169,6 +167,9 @@ def check_types(calls: Sequence[Call], cfg: ModelConfig, *, extra: Sequence[str]
         # One copy of the decoder's weights, in which the folded ones are bf16.
         by_kernels = {"kernels/triton/pixel_decoder.py:render_patches": 1}
     planned = {"models/layers.py:TextEmbedder.forward": 1} | by_kernels
+    # Of each chunk of the torch decoder: the residual stream's start, and in each block its input and its output.
+    of_chunks = mixed.pop("kernels/pixel_decoder.py:_Chunk.forward", 0)
+    assert of_chunks % (2 * cfg.decoder_blocks + 1) == 0 and bool(of_chunks) == (not residual)
     assert mixed == planned, f"operators of fp32 and bf16: {mixed}, planned {planned}"
     assert sum(c.outputs[0].dtype == FP32 for c in residual) == (text if residual else 0)
 

@@ -79,11 +79,14 @@ def test_measured_products_and_host_times_replace_what_is_assumed(
     assert set(found) == {("image qkv", "forward"), ("image qkv", "dW")}
     assert read_gemm_corrections(tmp_path, "h200") == ({}, "")
     medians = {
-        name: {"micro_batch_ms": 10.0 * n, "update_ms": 1.0} for n, name in enumerate(("plain", "fsdp", "zero3"))
+        name: {"micro_batch_additions": 1e4 * n, "update_additions": 1e3}
+        for n, name in enumerate(("plain", "fsdp", "zero3"))
     }
     (tmp_path / "host_time_2_2026-01-02.json").write_text(json.dumps({"medians": medians}))
     times = read_host_times(tmp_path)
-    assert times.engines["zero3"] == (0.02, 0.001) and read_host_times(tmp_path / "none") is HOST_TIMES
+    assert (
+        times.engines["zero3"] == pytest.approx((0.02, 0.001)) and read_host_times(tmp_path / "none") is HOST_TIMES
+    )
     command = ["plan", "--config", str(XXL), "--gpus", "8", "--gpu", "h100", "--results", str(tmp_path)]
     assert deco(command) == 0
     shown = capsys.readouterr().out

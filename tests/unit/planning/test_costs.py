@@ -202,11 +202,14 @@ class _Moved(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        read = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        given = {a.name for a in func._schema.arguments if a.is_out}
+        inputs = {name: x for name, x in (kwargs or {}).items() if name not in given}
+        read = [x for x in tree_leaves((args, inputs)) if isinstance(x, Tensor)]
         written = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
         name = func._schema.name.split("::")[1]
         own = {x.untyped_storage().data_ptr() for x in read}
-        is_view = all(x.untyped_storage().data_ptr() in own for x in written) and not name.endswith("_")
+        in_place = name.endswith("_") or bool(given)
+        is_view = all(x.untyped_storage().data_ptr() in own for x in written) and not in_place
         if is_view or name in self.NOTHING:
             return out
         self.count += 1

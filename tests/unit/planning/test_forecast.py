@@ -112,7 +112,7 @@ def test_weights_stay_gathered_as_set_or_where_they_fit(engine: Any) -> None:
 def test_bigger_batches_never_take_less(mode: ActivationCheckpointing, fused: bool) -> None:
     work = Workload(model=load_config(XXL).model, compute="bf16", fused=fused)
     device, parallel = gpu_device("h100", compute="bf16"), ParallelConfig(activation_checkpointing=mode)
-    dims, sizes = resolve_parallel_dims(parallel, 16), (1, 2, 4, 8, 16, 64)
+    dims, sizes = resolve_parallel_dims(parallel, 16), (1, 2, 4, 8, 32, 128)
     steps = [_step(work, parallel, dims, micro_batch=size) for size in sizes]
     seconds = [sum(step_by_part(step, device).values()) for step in steps]
     memory = [sum(memory_by_part(step, kind="cuda").values()) for step in steps]
@@ -169,7 +169,7 @@ def test_over_many_ranks_gathers_that_are_fewer_and_within_a_node_pay() -> None:
 
     for engine in ("fsdp", "deepspeed"):
         assert seconds(engine=engine, reshard_after_forward=True) > 1.2 * seconds(engine=engine)
-    assert seconds() > 1.2 * seconds(dp_replicate=64, dp_shard=8)
+    assert seconds() > 1.1 * seconds(dp_replicate=64, dp_shard=8)
 
 
 def test_links_are_as_fast_as_the_slower_of_node_and_network() -> None:

@@ -8,6 +8,7 @@ import torch
 
 from deco_scale.models import Denoiser, ModelConfig
 from deco_scale.parallel.config import ParallelConfig
+from deco_scale.parallel.engines.fsdp import shard_units
 from deco_scale.parallel.mesh import ParallelDims
 from deco_scale.planning.flops import Encoder, TrainStep, Workload
 from deco_scale.planning.memory import (
@@ -37,16 +38,16 @@ def train_step(work: Workload, parallel: ParallelConfig, dims: ParallelDims, **s
     return TrainStep(work=work, parallel=parallel, dims=dims, **sizes)
 
 
-def units_of(model: ModelConfig, tp: int) -> tuple[int, list[int]]:
-    """Parameters of a tp rank outside of the modules that FSDP shards one by one, and in each of those."""
+def units_of(model: ModelConfig, tp: int, *, reshard_after_forward: bool = True) -> tuple[int, list[int]]:
+    """Parameters of a tp rank outside of the units that FSDP gathers, and in each of those."""
     with torch.device("meta"):
         denoiser = Denoiser(model)
 
     def count(module: torch.nn.Module) -> int:
         return sum(p.numel() // (tp if name.endswith(CUT_BY_TP) else 1) for name, p in module.named_parameters())
 
-    modules = list(denoiser.units)
-    units = [count(module) for module in modules]
+    grouped = shard_units(denoiser, reshard_after_forward=reshard_after_forward)
+    units = [sum(map(count, modules)) for modules in grouped]
     return count(denoiser) - sum(units), units
 
 
@@ -69,10 +70,12 @@ def test_fsdp_gathers_the_root_and_two_units_and_reduces_one(
         parallel, dims = ParallelConfig(dp_shard=shard, tp=tp), ParallelDims(1, shard, tp)
         step = train_step(work, parallel, dims, accumulation=accumulation)
         assert working_bytes(step) == gathered + reduced + kept
-        # With weights that stay gathered, all units count.
+        # With weights that stay gathered, all units count, and larger ones are reduced.
         parallel = dataclasses.replace(parallel, reshard_after_forward=False)
         step = train_step(work, parallel, dims, accumulation=accumulation)
-        assert working_bytes(step) - (gathered + reduced + kept) == size * (sum(units) - 2 * max(units))
+        _, larger = units_of(model, tp, reshard_after_forward=False)
+        whole = size * (root + work.repa_parameters + sum(units))
+        assert working_bytes(step) == whole + (size + 4) * max(larger) + kept
 
 
 @MODELS
