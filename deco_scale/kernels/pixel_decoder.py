@@ -102,7 +102,7 @@ def _render_in_chunks(patches_MK: Tensor, condition_MPW: Tensor, weights: Decode
         weights.head_weight, weights.head_bias,
     )  # fmt: skip
     out_MK: Tensor = _Chunks.apply(
-        patches_MK.to(dtype), condition_MPW.to(dtype), eps, *(tensor.to(dtype) for tensor in stacked)
+        patches_MK.to(dtype), condition_MPW.to(dtype).contiguous(), eps, *(t.to(dtype) for t in stacked)
     )
     return out_MK
 

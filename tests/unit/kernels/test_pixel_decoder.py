@@ -6,6 +6,7 @@ from torch import Tensor
 
 from benchmarks.train.eager_reference import ReferenceDecoder, saved_bytes
 from deco_scale.kernels import pixel_decoder
+from deco_scale.kernels.pixel_decoder import render_pixels
 from deco_scale.models.embeddings import PixelFeatures
 from deco_scale.models.pixel_decoder import PixelDecoder
 
@@ -56,6 +57,25 @@ def test_pixel_decoder_saves_only_its_inputs(monkeypatch: pytest.MonkeyPatch) ->
         return saved_bytes(decoder, lambda: decoder(*inputs))
 
     assert kept(PixelDecoder) < kept(ReferenceDecoder) / 4
+
+
+def test_strides_of_the_inputs_do_not_matter() -> None:
+    torch.manual_seed(0)
+    shapes = ((4,), (4,), (4, 4), (4,), (4, 4), (4,), (12, 4), (12,))
+    block = pixel_decoder.BlockWeights(*(torch.randn(*shape) for shape in shapes))
+    ends = torch.randn(4, 3), torch.randn(2, 4), [block, block], torch.randn(3, 4), torch.randn(3)
+    found = []
+    for patches, condition in (
+        (torch.arange(30.0).view(5, 6), torch.arange(40.0).view(5, 2, 4)),
+        (torch.arange(30.0).view(5, 6).t().contiguous().t(), torch.arange(40.0).view(5, 8).t().contiguous().t()),
+    ):
+        leaves = [patches.detach().sin().requires_grad_(), condition.detach().cos().requires_grad_()]
+        weights = pixel_decoder.DecoderWeights(*ends)
+        out = render_pixels(leaves[0], leaves[1].view(5, 2, 4), weights, eps=1e-6, kernels="torch")
+        (out * out.detach()).sum().backward()
+        found.append([out.detach(), *(leaf.grad.reshape(5, -1) for leaf in leaves if leaf.grad is not None)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
 def test_pixel_decoder_is_the_same_without_gradients() -> None:
