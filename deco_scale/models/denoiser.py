@@ -82,7 +82,7 @@ class Denoiser(nn.Module):
 
     @property
     def units(self) -> tuple[nn.Module, ...]:
-        """Transformer blocks and pixel decoder: what FSDP shards one by one."""
+        """Transformer blocks and pixel decoder: what engines compile, and gather alone or several together."""
         return self.transformer_blocks if self.decoder is None else (*self.transformer_blocks, self.decoder)
 
     def forward(

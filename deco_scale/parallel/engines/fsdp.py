@@ -36,7 +36,8 @@ from deco_scale.precision.config import autocast
 def shard_units(denoiser: Denoiser, *, reshard_after_forward: bool) -> list[list[nn.Module]]:
     """What is gathered together: a transformer block or the decoder, or :data:`BLOCKS_GATHERED` blocks.
 
-    Weights that stay gathered take no more memory in larger units, which cost the host less.
+    Larger units cost the host less. Weights that stay gathered take no more memory in them; gradients do, until
+    they are reduced.
     """
     size = 1 if reshard_after_forward else BLOCKS_GATHERED
     units = [
