@@ -8,13 +8,13 @@ Shape letters: M patches, P pixels of a patch, C channels, K = C * P values of a
 F position features.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.compiler import is_compiling
 
 from deco_scale.kernels.select import Kernels
 
@@ -88,7 +88,13 @@ def render_pixels(
 
 def _render_in_chunks(patches_MK: Tensor, condition_MPW: Tensor, weights: DecoderWeights, eps: float) -> Tensor:
     device, width = condition_MPW.device.type, condition_MPW.shape[-1]
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else condition_MPW.dtype
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    given = {patches_MK.dtype, condition_MPW.dtype, weights.folded_weight.dtype, weights.head_weight.dtype}
+    if len(given) > 1 and (not autocast or torch.float64 in given):
+        raise ValueError(f"pixel decoder got types {sorted(map(str, given))}; without autocast they must be equal")
+    # Autocast leaves float64 as it is.
+    autocast = autocast and torch.float64 not in given
+    dtype = torch.get_autocast_dtype(device) if autocast else condition_MPW.dtype
     blocks = BlockWeights(*(torch.stack(tensors) for tensors in zip(*weights.blocks, strict=True)))
     shift, scale, gate = blocks.modulation_weight.unflatten(1, (3, width)).unbind(1)
     shift_bias, scale_bias, gate_bias = blocks.modulation_bias.unflatten(1, (3, width)).unbind(1)
@@ -101,10 +107,12 @@ def _render_in_chunks(patches_MK: Tensor, condition_MPW: Tensor, weights: Decode
         blocks.first_weight, blocks.first_bias, blocks.last_weight, blocks.last_bias,
         weights.head_weight, weights.head_bias,
     )  # fmt: skip
-    out_MK: Tensor = _Chunks.apply(
-        patches_MK.to(dtype), condition_MPW.to(dtype).contiguous(), eps, *(t.to(dtype) for t in stacked)
-    )
-    return out_MK
+    inputs = (patches_MK.to(dtype), condition_MPW.to(dtype).contiguous(), eps, *(t.to(dtype) for t in stacked))
+    if not autocast:
+        return _Chunks.apply(*inputs)  # type: ignore[no-any-return]
+    # It would widen operands that the operations take as they are.
+    with torch.autocast(device, enabled=False):
+        return _Chunks.apply(*inputs)  # type: ignore[no-any-return]
 
 
 class _Weights(NamedTuple):
@@ -133,40 +141,49 @@ class _Chunks(torch.autograd.Function):
         ctx.save_for_backward(patches_MK, condition_MPW, *weights)
         ctx.eps = eps
         out_MK = torch.empty_like(patches_MK)
-        # Autocast would widen operands that the operations take as they are.
-        with torch.autocast(patches_MK.device.type, enabled=False):
-            for part, chunk in _chunks(condition_MPW, _Weights(*weights), eps, with_backward=False):
-                out_MK[part] = _to_patches(chunk.forward(patches_MK[part], condition_MPW[part]), chunk.pixels)
+        pixels = condition_MPW.shape[1]
+        for patches, parts in _chunks(condition_MPW):
+            chunk = _Chunk(patches, pixels, _Weights(*weights), eps, with_backward=False)
+            for part in parts:
+                out_MK[part] = _to_patches(chunk.forward(patches_MK[part], condition_MPW[part]), pixels)
+            del chunk
         return out_MK
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_MK: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled() and not is_compiling():
+            raise RuntimeError("the pixel decoder is differentiable once: no create_graph=True")
+        with torch.no_grad():
+            return _Chunks._gradients(ctx, grad_MK)
+
+    @staticmethod
+    def _gradients(ctx: Any, grad_MK: Tensor) -> tuple[Tensor | None, ...]:
         patches_MK, condition_MPW, *rest = ctx.saved_tensors
         weights = _Weights(*rest)
         sums = _Weights(*(torch.zeros_like(w, dtype=_wide(w.dtype)) for w in weights))
         grad_patches_MK = torch.empty_like(patches_MK) if ctx.needs_input_grad[0] else None
         grad_condition_MPW = torch.empty_like(condition_MPW)
-        for part, chunk in _chunks(condition_MPW, weights, ctx.eps, with_backward=True):
-            chunk.forward(patches_MK[part], condition_MPW[part])
-            grad_x_RW = chunk.backward(grad_MK[part], sums, grad_condition_MPW[part].flatten(0, 1))
-            if grad_patches_MK is not None:
-                grad_patches_MK[part] = _to_patches(grad_x_RW.to(grad_MK.dtype) @ weights.folded, chunk.pixels)
+        pixels = condition_MPW.shape[1]
+        for patches, parts in _chunks(condition_MPW):
+            chunk = _Chunk(patches, pixels, weights, ctx.eps, with_backward=True)
+            for part in parts:
+                chunk.forward(patches_MK[part], condition_MPW[part])
+                grad_x_RW = chunk.backward(grad_MK[part], sums, grad_condition_MPW[part].flatten(0, 1))
+                if grad_patches_MK is not None:
+                    grad_patches_MK[part] = _to_patches(grad_x_RW.to(grad_MK.dtype) @ weights.folded, pixels)
+            # Before the memory of a smaller one.
+            del chunk
         grads = (total.to(weight.dtype) for total, weight in zip(sums, weights, strict=True))
         return grad_patches_MK, grad_condition_MPW, None, *grads
 
 
-def _chunks(
-    condition_MPW: Tensor, weights: _Weights, eps: float, *, with_backward: bool
-) -> Iterator[tuple[slice, "_Chunk"]]:
-    """Parts of the patches, and what computes each, in the memory of the part before where sizes are equal."""
-    (patches, pixels, _), chunk = condition_MPW.shape, None
+def _chunks(condition_MPW: Tensor) -> list[tuple[int, list[slice]]]:
+    """Patches of a chunk, and the parts of all patches with as many: at most two sizes, the smaller one last."""
+    patches, pixels = condition_MPW.shape[:2]
     size = max(1, CHUNK_PIXELS.get(condition_MPW.device.type, 1 << 20) // pixels)
-    for first in range(0, patches, size):
-        last = min(first + size, patches)
-        if chunk is None or chunk.patches != last - first:
-            chunk = _Chunk(last - first, pixels, weights, eps, with_backward=with_backward)
-        yield slice(first, last), chunk
+    whole = patches - patches % size
+    found = [(size, [slice(first, first + size) for first in range(0, whole, size)])]
+    return [*(found if whole else []), *([(patches - whole, [slice(whole, patches)])] if whole < patches else [])]
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

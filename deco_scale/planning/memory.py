@@ -227,7 +227,7 @@ def block_saved(
     return tokens * model.dim * (own / tp + modulated + split / tp)
 
 
-CHUNK_NARROW, CHUNK_WIDE = (3, 10), (4, 2)
+CHUNK_NARROW, CHUNK_WIDE = (3, 10), (5, 2)
 """Values for each pixel and unit of width that a chunk of the torch decoder holds in backward, in the compute type
 and in fp32: fixed, and for each block."""
 

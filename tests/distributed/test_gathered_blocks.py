@@ -27,20 +27,20 @@ MODEL = ModelConfig(
 
 
 def build() -> Objective:
-    return Objective(Denoiser(MODEL), ObjectiveConfig(repa_weight=0.0), encoder_dim=0)
+    return Objective(Denoiser(MODEL), ObjectiveConfig(repa_layer=2), encoder_dim=8)
 
 
 def inputs(micro_batch: int) -> ObjectiveInputs:
     """Other samples on each rank and in each micro-batch."""
     generator = torch.Generator().manual_seed(2 * micro_batch + torch.distributed.get_rank())
     image, noise = (torch.randn(2, 3, 32, 32, generator=generator) for _ in range(2))
-    return ObjectiveInputs(
-        image, noise, torch.rand(2, generator=generator), torch.randn(2, 8, 24, generator=generator), None
-    )
+    text, features = (torch.randn(2, *shape, generator=generator) for shape in ((8, 24), (4, 8)))
+    return ObjectiveInputs(image, noise, torch.rand(2, generator=generator), text, features)
 
 
 def gradients(mode: ActivationCheckpointing, *, reshard_after_forward: bool) -> dict[str, Tensor]:
-    """This rank's shards, of the second of two equal steps, each of two micro-batches."""
+    """This rank's shards of the first moment after two steps, each of two micro-batches and followed by sampling
+    with the average."""
     settings = EngineSettings(
         dims=ParallelDims(1, 2), device=CPU, optimizer=OptimizerConfig(clip_norm=1e9),
         precision=PrecisionConfig(compute="fp32"), activation_checkpointing=mode,
@@ -57,7 +57,9 @@ def gradients(mode: ActivationCheckpointing, *, reshard_after_forward: bool) -> 
     for _ in range(2):
         for micro_batch in range(2):
             engine.forward_backward(inputs(micro_batch), scale=0.5, last=micro_batch == 1)
-        engine.update(lr=0.0, betas=(0.0, 0.9))
+        engine.update(lr=1e-3, betas=(0.5, 0.9))
+        with engine.ema_weights():
+            engine.predict(torch.ones(1, 4, 768), torch.ones(1), torch.ones(1, 8, 24), (2, 2))
     return {name: moment.clone() for name, moment in engine._optimizer.tensors("exp_avg").items()}
 
 
@@ -67,7 +69,7 @@ def _compare() -> None:
     for mode, reshard_after_forward in itertools.product(get_args(ActivationCheckpointing), (True, False)):
         found = gradients(mode, reshard_after_forward=reshard_after_forward)
         for name, tensor in wanted.items():
-            torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=1e-8, msg=f"{mode}: {name}")
+            torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-7, msg=f"{mode}: {name}")
 
 
 def test_gradients_do_not_depend_on_what_is_gathered_together(tmp_path: Path) -> None:

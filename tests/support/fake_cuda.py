@@ -111,6 +111,8 @@ def _stand_ins(patch: pytest.MonkeyPatch, device: str) -> None:
         enabled, dtype = torch.is_autocast_enabled, torch.get_autocast_dtype
         narrow = torch.bfloat16
         patch.setattr(torch, "is_autocast_enabled", lambda t: _autocast_on_meta() if t == "meta" else enabled(t))
+        available = torch.amp.is_autocast_available
+        patch.setattr(torch.amp, "is_autocast_available", lambda t: t == "meta" or available(t))
         patch.setattr(torch, "get_autocast_dtype", lambda t: narrow if t == "meta" else dtype(t))
         # Compiled kernels refuse devices but CUDA; on meta none is launched.
         patch.setattr(triton_pixel_decoder, "forward_kernel", None)

@@ -1,8 +1,12 @@
 """Fast computations against the formulas written op by op."""
 
+import weakref
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from benchmarks.train.eager_reference import ReferenceDecoder, saved_bytes
 from deco_scale.kernels import pixel_decoder
@@ -59,19 +63,65 @@ def test_pixel_decoder_saves_only_its_inputs(monkeypatch: pytest.MonkeyPatch) ->
     assert kept(PixelDecoder) < kept(ReferenceDecoder) / 4
 
 
-def test_strides_of_the_inputs_do_not_matter() -> None:
-    torch.manual_seed(0)
+def random_weights(dtype: torch.dtype = torch.float32) -> pixel_decoder.DecoderWeights:
+    """Of two pixels a patch, three channels, width 4 and two blocks."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
     shapes = ((4,), (4,), (4, 4), (4,), (4, 4), (4,), (12, 4), (12,))
-    block = pixel_decoder.BlockWeights(*(torch.randn(*shape) for shape in shapes))
-    ends = torch.randn(4, 3), torch.randn(2, 4), [block, block], torch.randn(3, 4), torch.randn(3)
+    block = pixel_decoder.BlockWeights(*(random(*shape) for shape in shapes))
+    return pixel_decoder.DecoderWeights(random(4, 3), random(2, 4), [block, block], random(3, 4), random(3))
+
+
+def test_types_are_those_of_autocast_or_must_be_equal() -> None:
+    patches, condition = torch.randn(5, 6), torch.randn(5, 2, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = render_pixels(patches, condition.bfloat16(), random_weights(), eps=1e-6, kernels="torch")
+        assert out.dtype == torch.bfloat16
+        double = random_weights(torch.float64)
+        out = render_pixels(patches.double(), condition.double(), double, eps=1e-6, kernels="torch")
+        assert out.dtype == torch.float64
+    with pytest.raises(ValueError, match=r"bfloat16.*must be equal"):
+        render_pixels(patches, condition.bfloat16(), random_weights(), eps=1e-6, kernels="torch")
+    nowhere = tree_map(lambda tensor: tensor.to("meta"), (patches, condition, random_weights()))
+    out = render_pixels(*nowhere, eps=1e-6, kernels="torch")
+    assert out.shape == (5, 6)
+
+
+def test_a_second_derivative_is_refused() -> None:
+    patches, condition = torch.randn(5, 6, requires_grad=True), torch.randn(5, 2, 4, requires_grad=True)
+    loss = render_pixels(patches, condition, random_weights(), eps=1e-6, kernels="torch").sum()
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.grad(loss, patches, create_graph=True)
+
+
+def test_a_smaller_last_chunk_takes_no_memory_beside_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(pixel_decoder.CHUNK_PIXELS, "cpu", 8)
+    held: list[int] = []
+    init, finish = pixel_decoder._Chunk.__init__, weakref.WeakSet[pixel_decoder._Chunk]()
+
+    def count(self: pixel_decoder._Chunk, *args: Any, **options: Any) -> None:
+        init(self, *args, **options)
+        finish.add(self)
+        held.append(len(finish))
+
+    monkeypatch.setattr(pixel_decoder._Chunk, "__init__", count)
+    condition = torch.randn(7, 2, 4, requires_grad=True)
+    render_pixels(torch.randn(7, 6), condition, random_weights(), eps=1e-6, kernels="torch").sum().backward()
+    # Chunks of four patches and of three, in both passes.
+    assert held == [1, 1, 1, 1]
+
+
+def test_strides_of_the_inputs_do_not_matter() -> None:
     found = []
     for patches, condition in (
         (torch.arange(30.0).view(5, 6), torch.arange(40.0).view(5, 2, 4)),
         (torch.arange(30.0).view(5, 6).t().contiguous().t(), torch.arange(40.0).view(5, 8).t().contiguous().t()),
     ):
         leaves = [patches.detach().sin().requires_grad_(), condition.detach().cos().requires_grad_()]
-        weights = pixel_decoder.DecoderWeights(*ends)
-        out = render_pixels(leaves[0], leaves[1].view(5, 2, 4), weights, eps=1e-6, kernels="torch")
+        out = render_pixels(leaves[0], leaves[1].view(5, 2, 4), random_weights(), eps=1e-6, kernels="torch")
         (out * out.detach()).sum().backward()
         found.append([out.detach(), *(leaf.grad.reshape(5, -1) for leaf in leaves if leaf.grad is not None)])
     for one, other in zip(*found, strict=True):
