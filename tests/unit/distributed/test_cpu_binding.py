@@ -3,6 +3,7 @@
 import os
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -92,7 +93,9 @@ def unbound() -> Iterator[frozenset[int]]:
     cpus, threads = os.sched_getaffinity(0), torch.get_num_threads()
     yield frozenset(cpus)
     for task in os.listdir("/proc/self/task"):
-        os.sched_setaffinity(int(task), cpus)
+        # A thread may have ended since.
+        with suppress(ProcessLookupError):
+            os.sched_setaffinity(int(task), cpus)
     torch.set_num_threads(threads)
 
 
