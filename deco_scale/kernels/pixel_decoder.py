@@ -88,12 +88,12 @@ def render_pixels(
 
 def _render_in_chunks(patches_MK: Tensor, condition_MPW: Tensor, weights: DecoderWeights, eps: float) -> Tensor:
     device, width = condition_MPW.device.type, condition_MPW.shape[-1]
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     given = {patches_MK.dtype, condition_MPW.dtype, weights.folded_weight.dtype, weights.head_weight.dtype}
-    if len(given) > 1 and (not autocast or torch.float64 in given):
-        raise ValueError(f"pixel decoder got types {sorted(map(str, given))}; without autocast they must be equal")
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     # Autocast leaves float64 as it is.
     autocast = autocast and torch.float64 not in given
+    if len(given) > 1 and not autocast:
+        raise ValueError(f"pixel decoder got types {sorted(map(str, given))}; without autocast they must be equal")
     dtype = torch.get_autocast_dtype(device) if autocast else condition_MPW.dtype
     blocks = BlockWeights(*(torch.stack(tensors) for tensors in zip(*weights.blocks, strict=True)))
     shift, scale, gate = blocks.modulation_weight.unflatten(1, (3, width)).unbind(1)
@@ -202,8 +202,8 @@ def _to_patches(pixels_RC: Tensor, pixels: int) -> Tensor:
 class _Chunk:
     """R pixels through all blocks.
 
-    Every activation has its place, used again by the next chunk: fresh memory from the system would take longer
-    than the computation.
+    Every activation has its place, used again by the next chunk: fresh memory from the system costs more than most
+    operations on it.
     """
 
     def __init__(self, patches: int, pixels: int, weights: _Weights, eps: float, *, with_backward: bool) -> None:

@@ -19,7 +19,7 @@ from deco_scale.models.tp_plan import part_sizes
 from deco_scale.parallel.mesh import ParallelDims
 from deco_scale.planning.flops import TrainStep
 from deco_scale.planning.hardware import GPUS_PER_NODE, Device
-from deco_scale.planning.memory import FP32, Row, layout_rows, rank_elements
+from deco_scale.planning.memory import FP32, Row, layout_rows, num_gathered
 
 
 class Traffic(NamedTuple):
@@ -42,8 +42,7 @@ def _fsdp_traffic(step: TrainStep) -> Iterator[Traffic]:
     reduce_bytes = 2 if step.parallel.reduce_dtype == "bf16" else FP32
     units = root = 0
     rows = layout_rows(step.work.model, step.dims)
-    elements = rank_elements(step.work.model, step.dims, step.work.persistent)
-    num_units = elements.gathered_units if step.keeps_weights else elements.num_units
+    num_units = num_gathered(step)
     for row in rows:
         # As FSDP sends it: dimension 0 padded to a multiple of the ranks.
         padded = -(-row.tp_shape[0] // shards) * shards * math.prod(row.tp_shape[1:])

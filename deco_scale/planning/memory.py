@@ -96,6 +96,13 @@ class RankElements(NamedTuple):
     persistent: int
 
 
+def num_gathered(step: TrainStep) -> int:
+    """Units that the engine gathers and reduces one after the other: blocks, several of them, and the decoder."""
+    elements = rank_elements(step.work.model, step.dims, step.work.persistent)
+    several = step.parallel.engine == "fsdp" and step.keeps_weights
+    return elements.gathered_units if several else elements.num_units
+
+
 @lru_cache(maxsize=512)
 def rank_elements(model: ModelConfig, dims: ParallelDims, persistent: int) -> RankElements:
     """Counts for a mesh; ``persistent`` is ZeRO-3's limit below which a weight is not sharded."""

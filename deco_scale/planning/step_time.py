@@ -22,7 +22,7 @@ from deco_scale.planning.comms import seconds_of, step_traffic
 from deco_scale.planning.flops import TrainStep, Workload, forward_flops_by_part
 from deco_scale.planning.gemm import LARGE, LOOP_K, SUSTAINED, Product, gemm_share, products
 from deco_scale.planning.hardware import CPU_LAUNCH_S, ENCODER_SHARE, Device
-from deco_scale.planning.memory import FP32, rank_elements
+from deco_scale.planning.memory import FP32, num_gathered, rank_elements
 
 RMS_PASSES = {"cuda": (8, 12), "cpu": (20, 73)}
 """Bytes an fp32 value of an RMS norm moves, forward and backward: PyTorch has one kernel for it on a GPU."""
@@ -202,11 +202,9 @@ def step_by_part(step: TrainStep, device: Device) -> dict[str, float]:
             hidden += seconds
         else:
             exposed += seconds
-    elements = rank_elements(work.model, dims, work.persistent)
-    gathers_more = step.parallel.engine == "fsdp" and step.keeps_weights
-    units = elements.gathered_units if gathers_more else elements.num_units
-    parts["communication"] = exposed + max(hidden - sum(parts.values()), hidden / units)
+    parts["communication"] = exposed + max(hidden - sum(parts.values()), hidden / num_gathered(step))
     # Norm, clipping, AdamW and average over what a rank updates.
+    elements = rank_elements(work.model, dims, work.persistent)
     updated = elements.sharded + work.repa_parameters / dims.dp_shard
     if step.parallel.engine == "deepspeed" and step.parallel.zero_stage == 0:
         updated = elements.full + work.repa_parameters

@@ -69,7 +69,7 @@ def _compare() -> None:
     for mode, reshard_after_forward in itertools.product(get_args(ActivationCheckpointing), (True, False)):
         found = gradients(mode, reshard_after_forward=reshard_after_forward)
         for name, tensor in wanted.items():
-            torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-7, msg=f"{mode}: {name}")
+            torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=1e-8, msg=f"{mode}: {name}")
 
 
 def test_gradients_do_not_depend_on_what_is_gathered_together(tmp_path: Path) -> None:

@@ -90,6 +90,28 @@ def test_types_are_those_of_autocast_or_must_be_equal() -> None:
     assert out.shape == (5, 6)
 
 
+def test_under_autocast_it_is_as_near_to_float64_as_op_by_op() -> None:
+    inputs = torch.randn(2, 9, 192), torch.randn(2, 9, 24)
+
+    def run_as(kind: type[PixelDecoder], dtype: torch.dtype) -> list[Tensor]:
+        decoder = made(kind, "rotary", 8, 16)
+        patches, token = (x.double() if dtype == torch.float64 else x for x in inputs)
+        token = token.detach().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            out = decoder.to(torch.float64 if dtype == torch.float64 else torch.float32)(patches, token)
+        out.double().square().mean().backward()
+        assert token.grad is not None
+        return [out.detach().double(), token.grad.double()]
+
+    exact = run_as(ReferenceDecoder, torch.float64)
+    found, op_by_op = (
+        [((x - wanted).norm() / wanted.norm()).item() for x, wanted in zip(values, exact, strict=True)]
+        for values in (run_as(kind, torch.bfloat16) for kind in (PixelDecoder, ReferenceDecoder))
+    )
+    # Of the output and of the token's gradient.
+    assert all(ours < 1.1 * theirs for ours, theirs in zip(found, op_by_op, strict=True)), (found, op_by_op)
+
+
 def test_a_second_derivative_is_refused() -> None:
     patches, condition = torch.randn(5, 6, requires_grad=True), torch.randn(5, 2, 4, requires_grad=True)
     loss = render_pixels(patches, condition, random_weights(), eps=1e-6, kernels="torch").sum()
@@ -100,12 +122,12 @@ def test_a_second_derivative_is_refused() -> None:
 def test_a_smaller_last_chunk_takes_no_memory_beside_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(pixel_decoder.CHUNK_PIXELS, "cpu", 8)
     held: list[int] = []
-    init, finish = pixel_decoder._Chunk.__init__, weakref.WeakSet[pixel_decoder._Chunk]()
+    init, alive = pixel_decoder._Chunk.__init__, weakref.WeakSet[pixel_decoder._Chunk]()
 
     def count(self: pixel_decoder._Chunk, *args: Any, **options: Any) -> None:
         init(self, *args, **options)
-        finish.add(self)
-        held.append(len(finish))
+        alive.add(self)
+        held.append(len(alive))
 
     monkeypatch.setattr(pixel_decoder._Chunk, "__init__", count)
     condition = torch.randn(7, 2, 4, requires_grad=True)
